@@ -1,0 +1,1 @@
+"""Metrics over a dataset, and the figures drawn from them."""

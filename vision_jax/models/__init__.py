@@ -1,0 +1,1 @@
+"""Architectures, one file each. The only place that imports flax."""

@@ -1,0 +1,1 @@
+"""What a task is: batch layout, loss, metrics, predictions."""

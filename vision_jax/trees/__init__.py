@@ -1,0 +1,1 @@
+"""Transforms of the parameter tree: selection by path, structured leaves, LoRA."""
