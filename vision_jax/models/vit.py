@@ -1,0 +1,417 @@
+"""Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) and its relatives.
+
+One module covers ViT, AugReg, DeiT, MAE's encoder, DINOv2 with registers and the CLIP and SigLIP
+towers: they differ by the arguments of `ViT`, which are listed in docs/vit.md per family. Names and
+structure follow timm 1.0 (timm/models/vision_transformer.py).
+
+Exactness, where ports go wrong:
+  - GELU is exact (erf) except in CLIP (x · sigmoid(1.702 x)) and SigLIP (tanh);
+  - LayerNorm epsilon is 1e-6 in timm and torchvision, 1e-12 in transformers' ViT, DeiT and MAE,
+    1e-6 in Dinov2 and SigLIP, 1e-5 in CLIP;
+  - the qkv kernel's columns are q, k, v, each with its heads one after another;
+  - `norm` sits before pooling ("token", "map") or after it (`norm_after_pool`, timm's fc_norm).
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vision_jax.errors import UserError
+from vision_jax.models.attention import attend
+from vision_jax.models.layers import ADAPTER_KEYS, Conv, Dense
+
+# width, depth, heads, hidden width of the MLP
+SIZES = {
+    "ti": (192, 12, 3, 768),
+    "s": (384, 12, 6, 1536),
+    "b": (768, 12, 12, 3072),
+    "l": (1024, 24, 16, 4096),
+    "h": (1280, 32, 16, 5120),
+    "g": (1408, 40, 16, 6144),
+}
+PATCHES = (8, 14, 16, 32)
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "silu": nn.silu,
+}
+
+
+def variant_arguments(variant: str) -> dict[str, Any]:
+    """Arguments of a named variant: "b/16" -> width, depth, num_heads, mlp_width, patch_size.
+
+    Raises:
+      UserError: an unknown variant.
+    """
+    size, _, patch = variant.partition("/")
+    if size not in SIZES or patch not in map(str, PATCHES):
+        raise UserError(
+            f"unknown ViT variant {variant!r}: use SIZE/PATCH with a size of {'|'.join(SIZES)} "
+            f"and a patch of {'|'.join(map(str, PATCHES))}, for example 'b/16'"
+        )
+    width, depth, num_heads, mlp_width = SIZES[size]
+    return {
+        "width": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_width": mlp_width,
+        "patch_size": int(patch),
+    }
+
+
+def build_vit(variant: str | None = None, **arguments: Any) -> "ViT":
+    """Builds a ViT from a variant's name, from `ViT`'s arguments, or from both (arguments win)."""
+    named = variant_arguments(variant) if variant else {}
+    return ViT(**{**named, **arguments})
+
+
+def layer_of(path: str, depth: int) -> int:
+    """Depth of a parameter for layer-wise rate decay.
+
+    Embeddings are at 0, block i at i + 1, everything behind the blocks at depth + 1.
+
+    >>> layer_of("block_3/mlp/fc1/kernel", 12), layer_of("pos_embed", 12), layer_of("head/bias", 12)
+    (4, 0, 13)
+    """
+    top = path.split("/")[0]
+    if top.startswith("block_"):
+        return int(top.removeprefix("block_")) + 1
+    embeddings = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token", "norm_pre")
+    return 0 if top in embeddings else depth + 1
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv kernel [D, 3·D]."""
+
+    num_heads: int
+    qkv_bias: bool
+    qk_norm: bool
+    layer_norm_eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        batch, tokens, width = x.shape
+        qkv = Dense(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, -1)  # [B, N, 3, K, d]
+        q, k, v = (qkv[:, :, part] for part in range(3))  # [B, N, K, d] each
+        if self.qk_norm:
+            q = layer_norm("q_norm", self.layer_norm_eps, self.dtype)(q)
+            k = layer_norm("k_norm", self.layer_norm_eps, self.dtype)(k)
+        x = attend(q, k, v).reshape(batch, tokens, width)
+        return Dense(width, dtype=self.dtype, name="proj")(x)
+
+
+class Mlp(nn.Module):
+    """fc2(activation(fc1(x))), plain or gated.
+
+    Gated, fc1 gives [gate, value] packed and the hidden layer is activation(gate) · value. The gated form is timm's SwiGLUPacked and transformers' Dinov2SwiGLUFFN (with silu).
+    """
+
+    hidden_width: int
+    activation: str
+    gated: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        act = ACTIVATIONS[self.activation]
+        x = Dense(self.hidden_width * (1 + self.gated), dtype=self.dtype, name="fc1")(x)
+        if self.gated:
+            gate, value = jnp.split(x, 2, axis=-1)  # [B, N, hidden] each
+            x = act(gate) * value
+        else:
+            x = act(x)
+        return Dense(width, dtype=self.dtype, name="fc2")(x)
+
+
+class Block(nn.Module):
+    """x + ls1·attn(norm1(x)), then x + ls2·mlp(norm2(x))."""
+
+    num_heads: int
+    mlp_width: int
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    gated_mlp: bool = False
+    activation: str = "gelu"
+    layer_scale: float | None = None
+    layer_norm_eps: float = 1e-6
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, drop_path, train: bool):
+        def branch(index, x):
+            if self.layer_scale is not None:
+                init = nn.initializers.constant(self.layer_scale)
+                scale = self.param(f"layer_scale{index}", init, (x.shape[-1],))
+                x = x * scale.astype(x.dtype).reshape(1, 1, -1)
+            if train and self.dropout:
+                x = nn.Dropout(self.dropout, deterministic=False)(x)
+            if train and drop_path is not None:  # whole branches of single images
+                keep = jax.random.bernoulli(
+                    self.make_rng("dropout"), 1 - drop_path, (x.shape[0], 1, 1)
+                )
+                x = jnp.where(keep, x / (1 - drop_path), 0).astype(x.dtype)
+            return x
+
+        norm = (self.layer_norm_eps, self.dtype)
+        y = layer_norm("norm1", *norm)(x)
+        y = Attention(self.num_heads, self.qkv_bias, self.qk_norm, *norm, name="attn")(y)
+        x = x + branch(1, y)
+        y = layer_norm("norm2", *norm)(x)
+        y = Mlp(self.mlp_width, self.activation, self.gated_mlp, self.dtype, name="mlp")(y)
+        return x + branch(2, y)
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling: one learned query attends to all tokens, then a residual MLP.
+
+    timm/layers/attention_pool.py AttentionPoolLatent; transformers'
+    SiglipMultiheadAttentionPoolingHead.
+    """
+
+    num_heads: int
+    mlp_width: int
+    activation: str
+    layer_norm_eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        batch, tokens, width = x.shape
+        heads = (self.num_heads, width // self.num_heads)
+        latent = self.param("latent", nn.initializers.truncated_normal(0.02), (1, 1, width))
+        latent = jnp.broadcast_to(latent.astype(self.dtype), (batch, 1, width))
+        q = Dense(width, dtype=self.dtype, name="q")(latent).reshape(batch, 1, *heads)
+        kv = Dense(2 * width, dtype=self.dtype, name="kv")(x)
+        kv = kv.reshape(batch, tokens, 2, *heads)  # [B, N, 2, K, d]
+        x = attend(q, kv[:, :, 0], kv[:, :, 1]).reshape(batch, 1, width)
+        x = Dense(width, dtype=self.dtype, name="proj")(x)
+        y = layer_norm("norm", self.layer_norm_eps, self.dtype)(x)
+        y = Mlp(self.mlp_width, self.activation, False, self.dtype, name="mlp")(y)
+        return (x + y)[:, 0]  # [B, D]
+
+
+class ViT(nn.Module):
+    """Images f32[B, H, W, 3] in [0, 1] -> logits f[B, num_classes], normalization included.
+
+    Attributes:
+      num_classes: outputs of the head; 0 leaves the head out and returns the pooled features.
+      image_size: (height, width) in pixels; what does not fill a patch is cut off, as timm does.
+      patch_size: pixels a side.
+      pool: "token" (class token), "avg" (mean of the patch tokens), "map" (attention pooling),
+        "token_avg" (class token and mean side by side: transformers' Dinov2ForImageClassification).
+      norm_after_pool: the final norm acts on the pooled vector (timm's fc_norm) and not on tokens.
+      class_token, distillation_token, num_registers: the prefix tokens, in this order. With a
+        distillation token there are two heads, and the logits are their mean (DeiT).
+      position_prefix: how many of the prefix tokens have a position embedding of their own.
+      layer_scale: initial value, or None for no LayerScale.
+      pre_norm: a norm between the embeddings and the first block (CLIP).
+      gated_mlp: SwiGLU when `activation` is "silu".
+      dropout, drop_path: rates in training; drop_path grows linearly with depth up to its value.
+      mean, std: per-channel normalization of the images in [0, 1].
+      dtype: compute dtype; parameters stay float32. The head computes in float32.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      scan: run the blocks as one scanned loop (compiles faster); parameters keep their names, and
+        all blocks must then have leaves of the same kinds.
+    """
+
+    num_classes: int
+    image_size: tuple[int, int]
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_width: int
+    pool: Literal["token", "avg", "map", "token_avg"] = "token"
+    norm_after_pool: bool = False
+    class_token: bool = True
+    distillation_token: bool = False
+    num_registers: int = 0
+    position_prefix: int = 1
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    pre_norm: bool = False
+    activation: str = "gelu"
+    gated_mlp: bool = False
+    head_bias: bool = True
+    layer_norm_eps: float = 1e-6
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    dtype: Any = jnp.float32
+    remat: bool = False
+    scan: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (rows, columns)."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens in front of the patches."""
+        return int(self.class_token) + int(self.distillation_token) + self.num_registers
+
+    @nn.compact
+    def __call__(self, images, *, train: bool = False, return_features: bool = False):
+        """Applies the model.
+
+        Args:
+          images: f32[B, H, W, 3] in [0, 1].
+          train: dropout and drop_path act, with keys from the "dropout" collection.
+          return_features: also return a dict of named intermediates, tokens f[B, N, D]: "embed",
+            "block_0" ... and "pooled".
+
+        Returns:
+          logits f32[B, num_classes], or (logits, features).
+        """
+        if images.shape[1:3] != self.image_size:
+            raise ValueError(f"images are {images.shape[1:3]}, the model takes {self.image_size}")
+        features = {}
+        x = self._embed(images, train)
+        features["embed"] = x
+
+        x, outputs = self._blocks(x, train)
+        features.update({f"block_{index}": output for index, output in enumerate(outputs)})
+
+        pooled = self._pool(x)  # [B, D]
+        features["pooled"] = pooled
+        logits = self._head(pooled) if self.num_classes else pooled
+        return (logits, features) if return_features else logits
+
+    def _embed(self, images, train):
+        dtype = self.dtype
+        stats = (
+            jnp.asarray(values, images.dtype).reshape(1, 1, 1, -1)
+            for values in (self.mean, self.std)
+        )
+        mean, std = stats
+        patches = (self.patch_size, self.patch_size)
+        x = Conv(
+            self.width, patches, patches, use_bias=self.patch_bias, dtype=dtype, name="patch_embed"
+        )((images - mean) / std)
+        x = x.reshape(x.shape[0], -1, self.width)  # [B, h·w, D]
+
+        normal = nn.initializers.normal
+        names = ["cls_token"] * self.class_token + ["dist_token"] * self.distillation_token
+        prefix = [self.param(name, normal(1e-6), (1, 1, self.width)) for name in names]
+        if self.num_registers:
+            shape = (1, self.num_registers, self.width)
+            prefix.append(self.param("reg_token", normal(1e-6), shape))
+        positions = self.param(
+            "pos_embed", normal(0.02), (1, self.position_prefix + x.shape[1], self.width)
+        )
+        if prefix:
+            tokens = jnp.concatenate(prefix, axis=1)  # [1, P, D]
+            own = self.position_prefix
+            tokens = tokens.at[:, :own].add(positions[:, :own]).astype(dtype)
+            tokens = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape[1:]))
+            x = x + positions[:, own:].astype(dtype)
+            x = jnp.concatenate([tokens, x], axis=1)  # [B, P + h·w, D]
+        else:
+            x = x + positions.astype(dtype)
+        if train and self.dropout:
+            x = nn.Dropout(self.dropout, deterministic=False)(x)
+        if self.pre_norm:
+            x = layer_norm("norm_pre", self.layer_norm_eps, dtype)(x)
+        return x
+
+    def _blocks(self, x, train):
+        arguments = {
+            "num_heads": self.num_heads,
+            "mlp_width": self.mlp_width,
+            "qkv_bias": self.qkv_bias,
+            "qk_norm": self.qk_norm,
+            "gated_mlp": self.gated_mlp,
+            "activation": self.activation,
+            "layer_scale": self.layer_scale,
+            "layer_norm_eps": self.layer_norm_eps,
+            "dropout": self.dropout,
+            "dtype": self.dtype,
+        }
+        last = max(self.depth - 1, 1)
+        rates = [self.drop_path * index / last for index in range(self.depth)]
+        if self.scan and not self.is_initializing():
+            return self._scanned_blocks(arguments, x, train, rates)
+        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        outputs = []
+        for index, rate in enumerate(rates):
+            x = block(**arguments, name=f"block_{index}")(x, rate if rate else None, train)
+            outputs.append(x)
+        return x, outputs
+
+    def _scanned_blocks(self, arguments, x, train, rates):
+        # The parameters are stacked at apply time, so the tree has the same names either way.
+        params = self.variables["params"]
+        blocks = [params[f"block_{index}"] for index in range(self.depth)]
+        if len({jax.tree.structure(block) for block in blocks}) > 1:
+            raise UserError(
+                "model.scan: the blocks have leaves of different kinds (adapters on some only); "
+                "set model.scan=False or give every block the same adapters"
+            )
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        keys = {
+            name: jax.random.split(self.make_rng(name), self.depth)
+            for name in ("dropout", ADAPTER_KEYS)
+            if self.has_rng(name)
+        }
+        block = Block(**arguments, parent=None)
+
+        def body(x, layer):
+            block_params, rate, rngs = layer
+            rate = rate if self.drop_path else None
+            x = block.apply({"params": block_params}, x, rate, train, rngs=rngs)
+            return x, x
+
+        if self.remat:
+            body = jax.checkpoint(body)
+        x, outputs = jax.lax.scan(body, x, (stacked, jnp.asarray(rates, x.dtype), keys))
+        return x, list(outputs)
+
+    def _pool(self, x):
+        norm = (self.layer_norm_eps, self.dtype)
+        if not self.norm_after_pool:
+            x = layer_norm("norm", *norm)(x)
+        if self.pool == "map":
+            x = AttentionPool(
+                self.num_heads, self.mlp_width, self.activation, *norm, name="attn_pool"
+            )(x)
+        elif self.pool == "avg":
+            x = x[:, self.num_prefix :].mean(axis=1)
+        elif self.pool == "token_avg":
+            x = jnp.concatenate([x[:, 0], x[:, self.num_prefix :].mean(axis=1)], axis=-1)
+        elif self.pool == "token" and self.distillation_token:
+            x = x[:, :2]  # [B, 2, D]: a head for each
+        elif self.pool == "token":
+            x = x[:, 0]
+        else:
+            raise UserError(f"model.pool: {self.pool!r} is none of token, avg, map, token_avg")
+        return layer_norm("norm", *norm)(x) if self.norm_after_pool else x
+
+    def _head(self, pooled):
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        arguments = {
+            "features": self.num_classes,
+            "use_bias": self.head_bias,
+            "dtype": dtype,
+            "kernel_init": nn.initializers.zeros,
+        }
+        if self.distillation_token and self.pool == "token":
+            logits = Dense(**arguments, name="head")(pooled[:, 0])
+            return (logits + Dense(**arguments, name="head_dist")(pooled[:, 1])) / 2
+        return Dense(**arguments, name="head")(pooled)
+
+
+def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.LayerNorm:
+    """LayerNorm with the two-pass variance, as torch computes it."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
