@@ -109,7 +109,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """fc2(activation(fc1(x))), plain or gated.
 
-    Gated, fc1 gives [gate, value] packed and the hidden layer is activation(gate) · value. The gated form is timm's SwiGLUPacked and transformers' Dinov2SwiGLUFFN (with silu).
+    Gated, fc1 gives [gate, value] packed and the hidden layer is activation(gate) · value: timm's
+    SwiGLUPacked and transformers' Dinov2SwiGLUFFN, with silu.
     """
 
     hidden_width: int

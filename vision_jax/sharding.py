@@ -1,0 +1,114 @@
+"""Which device holds what: one mesh, one rule for batches, one list of rules for parameters.
+
+Every array is born with its sharding and keeps it; `jit` inserts the communication. The mesh has two
+axes. Both split the batch; `fsdp` splits parameters and optimizer state too, so {data: 8, fsdp: 1}
+is data parallelism, {data: 1, fsdp: 8} is fully sharded, and one CPU is {data: 1, fsdp: 1}.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vision_jax.errors import UserError
+
+DATA, FSDP = "data", "fsdp"
+BATCH = PartitionSpec((DATA, FSDP))
+
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+# Below this many elements a parameter is replicated: a gather would cost more than it saves.
+SMALLEST_SHARDED = 2**14
+
+
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    """A (data, fsdp) mesh over all devices; -1 in at most one place takes what is left.
+
+    Raises:
+      UserError: sizes that don't multiply to the number of devices.
+    """
+    count = jax.device_count()
+    sizes = [data, fsdp]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = count // -(data * fsdp)
+    if min(sizes) < 1 or sizes[0] * sizes[1] != count:
+        raise UserError(
+            f"mesh: data={data}, fsdp={fsdp} does not fit {count} devices; "
+            "their product must be that number, or one of them -1"
+        )
+    # Automatic axes: newer JAX makes explicit ones by default, which changes what arrays carry.
+    return jax.make_mesh(tuple(sizes), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits the leading axis over all devices."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_shardings(
+    shapes: Mapping[str, Any], mesh: Mesh, rules: Rules = ()
+) -> dict[str, NamedSharding]:
+    """A sharding for each parameter: the first rule that matches its path, else the default.
+
+    The default splits the largest axis that `fsdp` divides. The base of a low-rank leaf counts as
+    the kernel that it is.
+
+    Args:
+      shapes: {path: anything with .shape}.
+      mesh: from `make_mesh`.
+      rules: (path regex, one mesh axis or None per array axis), for example
+        [(".*mlp/fc1/kernel", (None, "fsdp"))].
+    """
+
+    def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        path = path.removesuffix("/base")
+        for pattern, axes in rules:
+            if re.fullmatch(pattern, path):
+                return PartitionSpec(*axes)
+        size = mesh.shape[FSDP]
+        divisible = [axis for axis, length in enumerate(shape) if length % size == 0]
+        if size == 1 or not divisible or np.prod(shape) < SMALLEST_SHARDED:
+            return PartitionSpec()
+        largest = max(divisible, key=lambda axis: shape[axis])
+        return PartitionSpec(*(FSDP if axis == largest else None for axis in range(len(shape))))
+
+    return {path: NamedSharding(mesh, spec(path, leaf.shape)) for path, leaf in shapes.items()}
+
+
+def state_shardings(abstract: Any, parameters: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+    """Shardings of a train state: whatever is keyed by a parameter's path is laid out like it.
+
+    Optimizer state repeats the parameters' dict, so a leaf under the key `head/bias` belongs to that
+    parameter; a leaf of another rank (a count, a factored statistic) is replicated.
+    """
+
+    def sharding(keys: Any, leaf: Any) -> NamedSharding:
+        for key in keys:
+            like = parameters.get(getattr(key, "key", None))  # type: ignore[arg-type]
+            if like is not None and len(like.spec) <= leaf.ndim:
+                return like
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Puts a host array, equal on all processes, on the devices; each takes its own slice only."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def make_batch_placer(mesh: Mesh) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+    """A function from this process's part of a batch to the global, sharded batch."""
+    sharding = batch_sharding(mesh)
+    return lambda batch: {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }

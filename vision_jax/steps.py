@@ -1,0 +1,158 @@
+"""The one compiled step: gradient, optimizer, moving average, metrics.
+
+    train_step(state, frozen, batch) -> (state, metrics)
+
+Only `trainable` has gradients, optimizer state and a moving average. `frozen` is an argument of its
+own, so that it is neither donated nor copied and a checkpoint of the state stays small.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vision_jax import optim
+
+Flat = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# loss_fn(trainable, frozen, model_state, batch, key) -> (loss, (model_state, metrics))
+LossFn = Callable[[Flat, Flat, Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, Any]]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "trainable", "opt_state", "model_state", "ema"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      step: i32[], updates done.
+      trainable: {path: array}.
+      opt_state: optax's state for `trainable`.
+      model_state: collections that the model updates by itself (BatchNorm statistics); {} for ViT.
+      ema: moving average of `trainable`, or None.
+    """
+
+    step: jax.Array
+    trainable: Flat
+    opt_state: Any
+    model_state: Any
+    ema: Flat | None
+
+
+def make_state(
+    trainable: Flat, model_state: Any, tx: optax.GradientTransformation, *, ema: bool
+) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        opt_state=tx.init(trainable),
+        model_state=model_state,
+        ema=jax.tree.map(jnp.copy, trainable) if ema else None,  # a copy: both are donated
+    )
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int,
+    schedule: Callable[[Any], Any],
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    shardings: Any = None,
+) -> Callable[[TrainState, Flat, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Compiles the step. `state` is donated: the arrays passed in are gone afterwards.
+
+    A step whose loss or gradient is not finite changes nothing but reports `finite` = False, so the
+    caller can stop with the last good state in hand.
+
+    Args:
+      loss_fn: see `LossFn`; transforms of the loss wrap it before it comes here.
+      tx: the optimizer of `trainable`.
+      seed: the step's key is fold_in(key(seed), step), so any step can be replayed alone.
+      schedule: learning rate by step, for the metrics only.
+      accumulate: micro-batches per update; the batch is split among them and gradients averaged.
+      ema_decay: of the moving average of `trainable`; 0 keeps none.
+      shardings: of the state that goes in and comes out; None leaves it to the compiler.
+    """
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def train_step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array]):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if accumulate == 1:
+            (loss, (model_state, metrics)), gradients = gradient(
+                state.trainable, frozen, state.model_state, batch, key
+            )
+        else:
+            loss, model_state, metrics, gradients = _accumulated(
+                gradient, accumulate, state, frozen, batch, key
+            )
+        updates, opt_state = tx.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optim.update_ema(ema, trainable, ema_decay, state.step)
+        grad_norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = replace(
+            state, trainable=trainable, opt_state=opt_state, model_state=model_state, ema=ema
+        )
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        metrics = {
+            **metrics,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "finite": finite,
+        }
+        return replace(new, step=state.step + 1), metrics
+
+    if shardings is None:
+        return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _accumulated(gradient, accumulate, state, frozen, batch, key):
+    """Loss, metrics and gradients averaged over micro-batches, one in memory at a time."""
+
+    def split(array):  # [B, ...] -> [accumulate, B / accumulate, ...]
+        # Every micro-batch takes its rows from all devices, so nothing moves between them.
+        rows = array.reshape(array.shape[0] // accumulate, accumulate, *array.shape[1:])
+        return rows.swapaxes(0, 1)
+
+    def body(carry, micro):
+        model_state, total = carry
+        index, rows = micro
+        (loss, (model_state, metrics)), gradients = gradient(
+            state.trainable, frozen, model_state, rows, jax.random.fold_in(key, index)
+        )
+        total = jax.tree.map(jnp.add, total, (loss, metrics, gradients))
+        return (model_state, total), None
+
+    micro = (jnp.arange(accumulate), jax.tree.map(split, dict(batch)))
+    first = jax.tree.map(lambda x: x[0], micro)
+    (loss, (_, metrics)), gradients = jax.eval_shape(
+        gradient, state.trainable, frozen, state.model_state, first[1], key
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, gradients))
+    (model_state, total), _ = jax.lax.scan(body, (state.model_state, zeros), micro)
+    loss, metrics, gradients = jax.tree.map(lambda x: x / accumulate, total)
+    return loss, model_state, metrics, gradients
+
+
+def make_eval_step(
+    outputs_fn: Callable[[Flat, Flat, Any, Mapping[str, jax.Array]], Mapping[str, jax.Array]],
+    *,
+    shardings: Any = None,
+) -> Callable[..., dict[str, jax.Array]]:
+    """Compiles `outputs_fn(trainable, frozen, model_state, batch)`; its results on every process."""
+    return jax.jit(outputs_fn, out_shardings=shardings)

@@ -1,0 +1,93 @@
+"""Image classification: cross-entropy over one label an image.
+
+Batches are {"image": uint8[B, H, W, 3], "label": i32[B], "mask": bool[B], "index": i32[B]}.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vision_jax.ops import augment, losses
+
+# apply(params, model_state, images, *, train, keys) -> (logits, model_state)
+Apply = Callable[..., tuple[jax.Array, Any]]
+Batch = Mapping[str, jax.Array]
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 -> f32 in [0, 1]; images leave the host as bytes and grow here."""
+    return images.astype(jnp.float32) / 255
+
+
+def make_loss(
+    apply: Apply,
+    assemble: Callable[[Mapping[str, jax.Array]], Any],
+    *,
+    num_classes: int,
+    label_smoothing: float = 0.0,
+    policy: str = "none",
+    policy_ops: int = 2,
+    policy_magnitude: int = 9,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    erasing: float = 0.0,
+):
+    """The loss function of a training step (see steps.LossFn).
+
+    Args:
+      apply: the model.
+      assemble: from {path: array} of all parameters to the model's tree.
+      num_classes: C.
+      label_smoothing: share of the target spread evenly over all classes.
+      policy: "none", "rand" (RandAugment) or "trivial" (TrivialAugment), on the device.
+      policy_ops: operations an image, for "rand".
+      policy_magnitude: 0 to 30, for "rand".
+      mixup: its alpha; 0 turns it off.
+      cutmix: its alpha; 0 turns it off. With both on, each batch draws one of them.
+      erasing: probability of random erasing.
+    """
+
+    def loss_fn(trainable, frozen, model_state, batch: Batch, key):
+        policy_key, erase_key, mix_key, dropout_key, adapter_key = jax.random.split(key, 5)
+        images = to_float(batch["image"])
+        targets = losses.one_hot_targets(batch["label"], num_classes, label_smoothing)
+        if policy == "rand":
+            images = augment.rand_augment(
+                policy_key, images, num_ops=policy_ops, magnitude=policy_magnitude
+            )
+        elif policy == "trivial":
+            images = augment.trivial_augment(policy_key, images)
+        if erasing:
+            images = augment.random_erasing(erase_key, images, probability=erasing)
+        images, targets = augment.mixup_or_cutmix(
+            mix_key, images, targets, mixup_alpha=mixup, cutmix_alpha=cutmix
+        )
+        logits, model_state = apply(
+            assemble({**trainable, **frozen}),
+            model_state,
+            images,
+            train=True,
+            keys={"dropout": dropout_key, "adapter": adapter_key},
+        )
+        loss = losses.cross_entropy(logits, targets).mean()
+        return loss, (model_state, {})
+
+    return loss_fn
+
+
+def make_outputs(apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any]):
+    """What evaluation needs of a batch: logits beside the labels, mask and indices they belong to."""
+
+    def outputs_fn(trainable, frozen, model_state, batch: Batch):
+        logits, _ = apply(
+            assemble({**trainable, **frozen}),
+            model_state,
+            to_float(batch["image"]),
+            train=False,
+            keys={},
+        )
+        return {"logits": logits, **{name: batch[name] for name in ("label", "mask", "index")}}
+
+    return outputs_fn
