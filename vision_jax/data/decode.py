@@ -1,0 +1,86 @@
+"""Image files, which may be hostile, to uint8[H, W, 3].
+
+Every file becomes three channels as its author saw it: EXIF orientation applied, palettes and grey
+expanded, transparency composited on white, 16 bits scaled (not clipped) to 8.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from vision_jax.errors import UserError
+
+# Pillow knows many more formats; each is a parser that a hostile file could reach.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 64_000_000
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DamagedImageError(UserError):
+    """One image that can't be used; its message names the file. Training skips and counts it."""
+
+
+def decode_image(
+    data: bytes, *, name: str, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> np.ndarray:
+    """Decode the bytes of a JPEG, PNG, WEBP, BMP, GIF (first frame) or TIFF (first page).
+
+    `name` is what errors call the image. The size is read from the header and checked before any
+    pixel is decoded, so a small file that claims a huge image costs nothing. Transparent pixels are
+    composited on white.
+
+    Returns uint8[H, W, 3], RGB. Raises DamagedImageError if the image is truncated, damaged, larger
+    than `max_pixels` or `max_bytes`, of another format, or of a depth without a defined range.
+    """
+    if len(data) > max_bytes:
+        raise DamagedImageError(f"{name}: {len(data)} bytes or more, over the limit of {max_bytes}")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise DamagedImageError(
+                    f"{name}: {width} × {height} pixels, over the limit of {max_pixels}: shrink it"
+                )
+            image.load()  # also reads what follows the pixels: a PNG's EXIF may stand there
+            return np.asarray(_upright(_to_rgb(image, name), image))
+    except DamagedImageError:
+        raise
+    except Exception as error:  # Pillow's parsers raise nearly every type on damaged files
+        raise DamagedImageError(f"{name}: not a readable image ({error})") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255. 65535 / 257 = 255, so this rounds to nearest.
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # [H, W]
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise DamagedImageError(
+            f"{name}: 32-bit pixels have no defined white: save it with 8 or 16 bits a channel"
+        )
+    if image.has_transparency_data:
+        colors = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, colors).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. (Pillow itself has already turned TIFFs, and dropped the tag.)"""
+    try:
+        orientation = original.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # damaged metadata around healthy pixels: viewers show these unturned
+        return rgb
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb

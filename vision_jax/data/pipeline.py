@@ -1,0 +1,268 @@
+"""From a source to batches of numpy arrays, with grain.
+
+A batch is {"image": uint8[B, h, w, 3], "label": int32[B], "index": int32[B], "mask": bool[B]};
+`index` is the row in the source. Training order is a pure function of (seed, step): thread, worker
+and process counts don't change which examples a global batch holds, nor their augmentation.
+
+A damaged image is replaced by another one, drawn at random, so that no other example moves. It is
+reported beside the batch and counted on this side of the workers, so counts are exact.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.sources import Source
+from vision_jax.data.transforms import (
+    Preprocessing,
+    eval_transform,
+    random_crop_padded,
+    random_flip,
+    random_resized_crop,
+)
+from vision_jax.errors import UserError
+
+CROPS = ("random_resized", "pad", "none")
+MAX_DRAWS = 20  # images tried for one place in a batch; all damaged means that nearly all are
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """An image that couldn't be used, and why."""
+
+    index: int
+    name: str
+    reason: str
+
+
+class DamageLog:
+    """The distinct damaged images of one source that were met, and how much was seen. Thread-safe.
+
+    `names` are in the order met, `count` is their number, `seen` the number of elements that came
+    by, damaged or not, over all epochs.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._names: dict[int, str] = {}  # by row
+        self._seen = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(self._names.values())
+
+    @property
+    def count(self) -> int:
+        return len(self._names)
+
+    @property
+    def seen(self) -> int:
+        return self._seen
+
+    def record(self, seen: int, damaged: Sequence[Damaged]) -> None:
+        """Note `seen` sound examples and the damaged ones met on the way."""
+        with self._lock:
+            self._seen += seen + len(damaged)
+            for one in damaged:
+                self._names.setdefault(one.index, one.name)
+
+
+@dataclass(frozen=True)
+class _LoadForTraining:
+    """(row, rng) → one augmented example and the damaged ones met. A class, so that it pickles."""
+
+    source: Source
+    preprocessing: Preprocessing
+    crop: str
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: bool
+
+    def __call__(
+        self, row: int, rng: np.random.Generator
+    ) -> tuple[dict[str, Any] | None, list[Damaged]]:
+        damaged: list[Damaged] = []
+        while len(damaged) < MAX_DRAWS:
+            try:
+                example = self.source[row]
+                image = self._augment(example["image"], rng)
+                return example | {"image": image, "mask": np.bool_(True)}, damaged
+            except DamagedImageError as error:
+                damaged.append(Damaged(row, self.source.example_name(row), str(error)))
+                row = int(rng.integers(len(self.source)))
+        return None, damaged
+
+    def _augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        size = self.preprocessing.image_size
+        if self.crop == "random_resized":
+            interpolation = self.preprocessing.interpolation
+            image = random_resized_crop(
+                image, rng, size, self.crop_scale, self.crop_ratio, interpolation
+            )
+        else:
+            image = eval_transform(image, self.preprocessing)
+            if self.crop == "pad":
+                image = random_crop_padded(image, rng, padding=min(size) // 8)
+        return random_flip(image, rng) if self.flip else image
+
+
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+def _collate(
+    loaded: Sequence[tuple[dict[str, Any] | None, list[Damaged]]],
+) -> tuple[dict[str, np.ndarray] | None, list[Damaged]]:
+    """A batch (None if an example couldn't be replaced) and the damaged images met."""
+    examples = [example for example, _ in loaded if example is not None]
+    damaged = [one for _, some in loaded for one in some]
+    return (_stack(examples) if len(examples) == len(loaded) else None), damaged
+
+
+@dataclass(frozen=True)
+class _CountDamaged:
+    """Note the damaged images and hand on the batch; raises UserError at one too many.
+
+    The limit is a share of the whole data set, so the first of many is no alarm.
+    """
+
+    log: DamageLog
+    size: int
+    max_damaged: float
+
+    def __call__(
+        self, collated: tuple[dict[str, np.ndarray] | None, list[Damaged]]
+    ) -> dict[str, np.ndarray]:
+        batch, damaged = collated
+        self.log.record(0 if batch is None else len(batch["label"]), damaged)
+        if batch is None or self.log.count > self.max_damaged * self.size:
+            raise UserError(
+                f"{self.log.count} of {self.size} images were found damaged, over the share of"
+                f" {self.max_damaged:g} that max_damaged allows: mend or remove them; the last:"
+                f" {damaged[-1].reason}"
+            )
+        return batch
+
+
+def make_train_iterator(
+    source: Source,
+    *,
+    batch_size: int,
+    preprocessing: Preprocessing,
+    crop: str,
+    crop_scale: tuple[float, float] = (0.08, 1.0),
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool,
+    seed: int,
+    num_threads: int,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_damaged: float,
+    damage_log: DamageLog | None = None,
+) -> grain.DatasetIterator:
+    """Endless shuffled batches of `batch_size` rows (this process's share of the global batch).
+
+    Args:
+      crop: "random_resized" (torchvision's, with `crop_scale` and `crop_ratio`), "pad" (the
+        evaluation view shifted by up to 1/8 of its size) or "none" (the evaluation view).
+      seed: 0 ≤ seed < 2³²; the same seed gives the same batches, to the byte.
+      num_threads: images are read and decoded by this many threads (in each worker).
+      num_workers: 0, or the number of processes to spawn: 5–10 s to the first batch, for data
+        whose decoding holds Python's lock.
+      process_index, process_count: this process reads every `process_count`-th example.
+      max_damaged: the share of the data set, in [0, 1], that may be damaged: such images are
+        skipped; with more of them the iterator raises UserError.
+      damage_log: filled with what was skipped, if the caller wants to report it.
+
+    Returns grain's iterator: `get_state()` and `set_state()` are exact, and it may be handed to
+    `grain.checkpoint.CheckpointSave` as it is. A state fits the same `num_workers` only.
+    """
+    if crop not in CROPS:
+        raise UserError(f"data crop {crop!r}: use one of {', '.join(CROPS)}")
+    load = _LoadForTraining(source, preprocessing, crop, crop_scale, crop_ratio, flip)
+    batches = (
+        grain.MapDataset.range(len(source))
+        .seed(seed)
+        .shuffle()
+        .repeat()  # each epoch in another order
+        .random_map(load)  # before the slice, so that its draws don't depend on process_count
+        .slice(slice(process_index, None, process_count))
+        .batch(batch_size, drop_remainder=True, batch_fn=_collate)
+        # A thread makes a whole batch: handing over single examples cost more than small images.
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
+        )
+    )
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # grain's workers read flags; a library has none to parse
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    log = damage_log or DamageLog()
+    return iter(batches.map(_CountDamaged(log, len(source), max_damaged)))
+
+
+@dataclass(frozen=True)
+class _LoadForEvaluation:
+    """row → one example; a padding row (row -1) or a Damaged one keeps its place, masked out."""
+
+    source: Source
+    preprocessing: Preprocessing
+
+    def __call__(self, row: int) -> tuple[dict[str, Any], Damaged | None]:
+        blank = {
+            "image": np.zeros((*self.preprocessing.image_size, 3), np.uint8),
+            "label": np.int32(0),
+            "index": np.int32(row),
+            "mask": np.bool_(False),
+        }
+        if row < 0:
+            return blank, None
+        try:
+            example = self.source[row]
+            image = eval_transform(example["image"], self.preprocessing)
+        except DamagedImageError as error:
+            damaged = Damaged(row, self.source.example_name(row), str(error))
+            return blank | {"label": self.source.labels[row]}, damaged
+        return example | {"image": image, "mask": np.bool_(True)}, None
+
+
+def make_eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    preprocessing: Preprocessing,
+    num_threads: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    damage_log: DamageLog | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every example once, in the source's order, in batches of `batch_size` rows of this process.
+
+    The last batch is filled up with rows whose mask is False and whose index is -1; so are whole
+    batches on a process that has fewer examples, because every process yields the same number. A
+    damaged image keeps its row, black, with mask False, and is named in `damage_log`.
+    """
+    log = damage_log or DamageLog()
+    batch_count = -(-len(source) // (batch_size * process_count))
+    rows = np.full(batch_count * batch_size * process_count, -1, np.int32)
+    rows[: len(source)] = np.arange(len(source))
+    examples = iter(
+        grain.MapDataset.source(rows[process_index::process_count])
+        .map(_LoadForEvaluation(source, preprocessing))
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
+        )
+    )
+    for _ in range(batch_count):
+        loaded = [next(examples) for _ in range(batch_size)]
+        batch = _stack([example for example, _ in loaded])
+        log.record(int(batch["mask"].sum()), [one for _, one in loaded if one is not None])
+        yield batch

@@ -1,0 +1,169 @@
+"""Image geometry on the host: uint8[H, W, 3] in, uint8[h, w, 3] out.
+
+Each function is pure; the random ones draw from the generator they are given. Resampling is
+Pillow's, antialiased, because that is what the weights of timm, torchvision and transformers saw.
+Augmentations that need arithmetic on pixels run on the device instead.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from vision_jax.data.decode import MAX_PIXELS, DamagedImageError
+from vision_jax.errors import UserError
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+CROP_MODES = ("center", "squash", "border")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of its images; it travels with the weights.
+
+    `image_size` is (height, width). `mean` and `std` are per channel, for images in [0, 1]; the
+    model applies them, the host doesn't. `crop_pct` in (0, 1] and `crop_mode` have timm's meaning:
+    the image is resized to floor(image_size / crop_pct) and the center is cut out, where "center"
+    resizes the short side, "squash" both sides and "border" the long side (the rest is filled with
+    the mean color). A transformers processor that resizes to (height, width) is "squash" with
+    `crop_pct` 1.0; one with a `shortest_edge` is "center" with crop_size / shortest_edge.
+    """
+
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+    crop_mode: str
+
+    def __post_init__(self):
+        for field, value, known in (
+            ("interpolation", self.interpolation, INTERPOLATIONS),
+            ("crop_mode", self.crop_mode, CROP_MODES),
+        ):
+            if value not in known:
+                raise UserError(f"preprocessing {field} {value!r}: use one of {', '.join(known)}")
+        if min(self.image_size) < 1:
+            raise UserError(f"preprocessing image_size {self.image_size}: use positive numbers")
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f"preprocessing crop_pct {self.crop_pct}: use a number in (0, 1]")
+
+
+def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize and crop as timm does for evaluation, up to normalization, equal to the byte.
+
+    uint8[H, W, 3] → uint8[h, w, 3], (h, w) = preprocessing.image_size. Source: timm 1.0.31,
+    data/transforms_factory.py `transforms_imagenet_eval`; torchvision's Resize and CenterCrop.
+    """
+    size = preprocessing.image_size
+    height, width = image.shape[:2]
+    # timm floors a quotient of floats (224 / 0.9 → 248); the same expression gives the same floor.
+    target_h, target_w = (math.floor(side / preprocessing.crop_pct) for side in size)
+    fill: tuple[int, ...] = (0, 0, 0)
+    if preprocessing.crop_mode == "squash":
+        resized = (target_h, target_w)
+    elif preprocessing.crop_mode == "border":
+        ratio = max(height / target_h, width / target_w)
+        resized = (round(height / ratio), round(width / ratio))
+        fill = tuple(round(255 * m) for m in preprocessing.mean)
+    elif target_h == target_w:  # the short side, the long one rounded down
+        if width <= height:
+            resized = (int(target_w * height / width), target_w)
+        else:
+            resized = (target_h, int(target_h * width / height))
+    else:
+        ratio = min(height / target_h, width / target_w)
+        resized = (round(height / ratio), round(width / ratio))
+    return center_crop(resize(image, resized, preprocessing.interpolation), size, fill)
+
+
+def resize(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """uint8[H, W, 3] → uint8[h, w, 3], `size` = (h, w), with antialiasing."""
+    height, width = size
+    if (height, width) == image.shape[:2]:
+        return image
+    if height * width > MAX_PIXELS or min(size) < 1:  # a strip of pixels grows without bound
+        raise DamagedImageError(
+            f"{image.shape[1]} × {image.shape[0]} pixels is too narrow to resize: crop it"
+        )
+    resized = Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation])
+    return np.asarray(resized)
+
+
+def center_crop(
+    image: np.ndarray, size: tuple[int, int], fill: tuple[int, ...] = (0, 0, 0)
+) -> np.ndarray:
+    """Cut the central (h, w) out; a side that is too short is padded with `fill` first."""
+    (height, width), (h, w) = image.shape[:2], size
+    pad_h, pad_w = max(h - height, 0), max(w - width, 0)
+    if pad_h or pad_w:
+        padded = np.empty((height + pad_h, width + pad_w, 3), np.uint8)
+        padded[:] = fill
+        padded[pad_h // 2 : pad_h // 2 + height, pad_w // 2 : pad_w // 2 + width] = image
+        image, (height, width) = padded, padded.shape[:2]
+    top, left = round((height - h) / 2), round((width - w) / 2)  # half to even, as torchvision
+    return image[top : top + h, left : left + w]
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    interpolation: str,
+) -> np.ndarray:
+    """A random window, resized: uint8[H, W, 3] → uint8[h, w, 3], `size` = (h, w).
+
+    The window's area is a fraction of the image in `scale`, its width / height is log-uniform in
+    `ratio`. After 10 windows that don't fit, the largest central one within `ratio`. Source:
+    torchvision 0.29.1, RandomResizedCrop.get_params.
+    """
+    height, width = image.shape[:2]
+    top, left, h, w = _fallback_window(height, width, ratio)
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        try_h, try_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < try_h <= height and 0 < try_w <= width:
+            h, w = try_h, try_w
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            break
+    return resize(image[top : top + h, left : left + w], size, interpolation)
+
+
+def _fallback_window(
+    height: int, width: int, ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(top, left, h, w) of the largest central window whose w / h is within `ratio`."""
+    h, w = height, width
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_crop_padded(image: np.ndarray, rng: np.random.Generator, padding: int) -> np.ndarray:
+    """Shift by up to `padding` pixels each way, black coming in: uint8[H, W, 3], same shape.
+
+    The usual augmentation for CIFAR-sized images (torchvision's RandomCrop with padding).
+    """
+    height, width = image.shape[:2]
+    padded = np.zeros((height + 2 * padding, width + 2 * padding, 3), np.uint8)
+    padded[padding : padding + height, padding : padding + width] = image
+    top, left = rng.integers(2 * padding + 1), rng.integers(2 * padding + 1)
+    return padded[top : top + height, left : left + width]
+
+
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mirror left to right with probability 1/2: uint8[H, W, 3], same shape."""
+    return image[:, ::-1] if rng.random() < 0.5 else image
