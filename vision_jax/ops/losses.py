@@ -1,0 +1,44 @@
+"""Losses: arrays in, one number per example out, always computed in float32."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def one_hot_targets(labels: Array, num_classes: int, label_smoothing: float = 0.0) -> Array:
+    """Class probabilities that a classifier is trained towards.
+
+    The true class gets 1 - ε + ε/C and each other one ε/C (Szegedy et al. 2016, section 7; the same
+    as torch's `label_smoothing`).
+
+    >>> one_hot_targets(jnp.array([2]), num_classes=4, label_smoothing=0.5).tolist()
+    [[0.125, 0.125, 0.625, 0.125]]
+
+    Args:
+      labels: int32[B], each in 0 .. num_classes - 1.
+      num_classes: C.
+      label_smoothing: ε in [0, 1].
+
+    Returns:
+      f32[B, C], each row with sum 1.
+    """
+    one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    return (1 - label_smoothing) * one_hot + label_smoothing / num_classes
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Cross-entropy of each example, -Σ targets · log softmax(logits), in nats.
+
+    >>> cross_entropy(jnp.zeros((1, 4)), one_hot_targets(jnp.array([1]), 4)).tolist()
+    [1.3862943649291992]
+
+    Args:
+      logits: f[B, C], of any floating dtype.
+      targets: f[B, C], class probabilities; mixed and smoothed ones too.
+
+    Returns:
+      f32[B], or f64[B] where the logits are.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return -jnp.sum(targets.astype(logits.dtype) * jax.nn.log_softmax(logits, axis=-1), axis=-1)

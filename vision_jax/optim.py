@@ -1,0 +1,257 @@
+"""From a name and numbers to an optax transformation, and the average of the weights.
+
+Parameters come as one flat dict of the trainable arrays, {path: array}, with '/'-joined paths such
+as `block_0/attn/qkv/kernel/a`. A gradient passes, in this order: clipping by its global norm, the
+optimizer's rule with weight decay and the learning rate, and the factor of its layer.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from vision_jax.errors import UserError
+
+Array = jax.Array
+Schedule = Callable[[jax.typing.ArrayLike], Array]
+
+SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "sgd", "lars", "lamb", "lion", "muon")
+
+
+def make_schedule(
+    name: str, *, peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.0
+) -> Schedule:
+    """The learning rate as a function of the 0-based index of the update.
+
+    The rate rises linearly from 0 at update 0 to `peak` at update `warmup_steps`, then falls along
+    half a cosine or a line and would reach `peak · final_fraction` at update `total_steps`; the
+    last update has index `total_steps - 1` and is one step above that. "constant" stays at `peak`
+    and ignores `final_fraction`. Past `total_steps` the rate stays at its end.
+
+    >>> rate = make_schedule("linear", peak=0.5, total_steps=6, warmup_steps=2)
+    >>> [round(float(rate(step)), 3) for step in range(7)]
+    [0.0, 0.25, 0.5, 0.375, 0.25, 0.125, 0.0]
+
+    Raises:
+      UserError: an unknown name, or numbers that make no schedule.
+    """
+    _check_name("schedule", name, SCHEDULES)
+    if total_steps < 1:
+        raise UserError(f"total_steps must be at least 1, not {total_steps}")
+    if not 0 <= warmup_steps <= total_steps:
+        raise UserError(
+            f"warmup_steps must lie between 0 and total_steps = {total_steps}, not {warmup_steps}: "
+            "shorten the warm-up or train longer"
+        )
+    if not (math.isfinite(peak) and peak >= 0):
+        raise UserError(f"the peak learning rate must be finite and not negative, not {peak}")
+    if not 0 <= final_fraction <= 1:
+        raise UserError(f"final_fraction must lie between 0 and 1, not {final_fraction}")
+    decay_steps = max(total_steps - warmup_steps, 1)
+
+    def schedule(step: jax.typing.ArrayLike) -> Array:
+        step = jnp.asarray(step)
+        progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+        if name == "cosine":
+            remaining = (1 + jnp.cos(jnp.pi * progress)) / 2
+        elif name == "linear":
+            remaining = 1 - progress
+        else:
+            remaining = jnp.ones_like(progress)
+        rate = peak * (final_fraction + (1 - final_fraction) * remaining)
+        return jnp.where(step < warmup_steps, peak * step / max(warmup_steps, 1), rate)
+
+    return schedule
+
+
+def make_optimizer(
+    name: str,
+    *,
+    schedule: Schedule,
+    params: Mapping[str, Array],
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    clip_norm: float = 0.0,
+    layer_of: Callable[[str], int] | None = None,
+    num_layers: int = 1,
+    layer_decay: float = 1.0,
+) -> optax.GradientTransformation:
+    """The whole chain from a gradient to the number that is added to each parameter.
+
+    With lr the schedule's rate and λ the weight decay of the arrays that `is_decayed` names:
+
+    - adamw: Loshchilov and Hutter 2019, as torch.optim.AdamW: θ -= lr · (Adam(g) + λθ).
+    - sgd: heavy-ball momentum with coupled decay, as torch.optim.SGD: the momentum sees g + λθ.
+    - lars: You et al. 2017, coupled decay, trust coefficient 0.001; arrays without decay get plain
+      momentum SGD, as is customary for biases and norms.
+    - lamb: You et al. 2020; arrays without decay get a trust ratio of 1, as in timm.
+    - lion: Chen et al. 2023, decoupled decay. Its usual rate is a tenth of AdamW's.
+    - muon: Jordan et al. 2024 (Nesterov, five Newton-Schulz steps) with `momentum` for the kernels
+      that `is_orthogonalized` names, Adam with `b1`, `b2`, `eps` for the rest, decoupled decay. Its
+      updates are scaled to the size of AdamW's (0.2 · sqrt(max(in, out)), Liu et al. 2025,
+      https://arxiv.org/abs/2502.16982, eq. 4), so that AdamW's rate and decay serve both.
+
+    Args:
+      name: one of the above.
+      schedule: 0-based update index -> learning rate.
+      params: the trainable arrays by path; only their paths and shapes are read.
+      weight_decay: λ.
+      b1: decay of the first moment (adamw, lamb, lion, muon's Adam).
+      b2: decay of the second moment (the same; Lion's usual value is 0.99).
+      eps: added to the root of the second moment (adamw, lamb, muon's Adam).
+      momentum: of sgd, lars and muon (whose usual value is 0.95).
+      clip_norm: largest global norm of the gradient, scaled down to it before all else; 0 is off.
+      layer_of: path -> layer, from 0 (embeddings) to num_layers - 1 (head).
+      num_layers: how many layers `layer_of` counts.
+      layer_decay: update and decay of layer l are multiplied by layer_decay^(num_layers - 1 - l),
+        as timm's lr_scale does; 1 is off.
+
+    Raises:
+      UserError: an unknown name, a number out of range, or a layer out of range.
+    """
+    _check_name("optimizer", name, OPTIMIZERS)
+    for field, value in (("b1", b1), ("b2", b2), ("momentum", momentum)):
+        if not 0 <= value < 1:
+            raise UserError(f"{field} must be at least 0 and below 1, not {value}")
+    for field, value in (("weight_decay", weight_decay), ("clip_norm", clip_norm), ("eps", eps)):
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{field} must be finite and not negative, not {value}")
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"layer_decay must be above 0 and at most 1, not {layer_decay}")
+
+    decayed = {path: is_decayed(path, array) for path, array in params.items()}
+    decay = optax.add_decayed_weights(weight_decay, mask=decayed)
+    descend = optax.scale_by_learning_rate(schedule)
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    if name == "adamw":
+        rule = [adam, decay, descend]
+    elif name == "sgd":
+        rule = [decay, optax.trace(momentum), descend]
+    elif name == "lars":
+        # The rate enters before the momentum, as in the paper's algorithm 1.
+        trust = optax.scale_by_trust_ratio(trust_coefficient=0.001)
+        rule = [decay, optax.masked(trust, decayed), descend, optax.trace(momentum)]
+    elif name == "lamb":
+        rule = [adam, decay, optax.masked(optax.scale_by_trust_ratio(), decayed), descend]
+    elif name == "lion":
+        rule = [optax.scale_by_lion(b1=b1, b2=b2), decay, descend]
+    else:
+        rule = [_muon_or_adam(params, momentum, adam), decay, descend]
+
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
+    layers = []
+    if layer_decay < 1:
+        if layer_of is None:
+            raise UserError(f"layer_decay = {layer_decay} needs layer_of, which counts the layers")
+        depths = {path: layer_of(path) for path in params}
+        layers = [_scale_layers(depths, num_layers, layer_decay)]
+    return optax.chain(*clip, *rule, *layers)
+
+
+def is_decayed(path: str, array: Array) -> bool:
+    """Whether weight decay applies: to kernels, not to biases, norms, tokens or positions.
+
+    LoRA's factors count as kernels, as in the Hugging Face trainer: decay pulls the update, and not
+    the merged weight, towards zero. DoRA's magnitude and LayerScale are vectors and do not decay.
+
+    >>> vector, matrix = jnp.zeros(2), jnp.zeros((2, 2))
+    >>> is_decayed("head/kernel", matrix), is_decayed("pos_embed", matrix)
+    (True, False)
+    """
+    return array.ndim >= 2 and not path.endswith(("_embed", "_token"))
+
+
+def is_orthogonalized(path: str, array: Array) -> bool:
+    """Whether Muon updates an array: a kernel, or a factor of one, between embedding and head."""
+    names = path.split("/")
+    outside = names[0].startswith("head") or "patch_embed" in names
+    return array.ndim >= 2 and "kernel" in names and not outside
+
+
+def update_ema(
+    ema: Mapping[str, Array], params: Mapping[str, Array], decay: float, step: jax.typing.ArrayLike
+) -> dict[str, Array]:
+    """One step of the exponential moving average of the weights, in the dtype of `ema`.
+
+    The decay warms up as min(decay, (1 + t) / (10 + t)) with t the 0-based index of the update, so
+    that the first weights are soon forgotten (tf.train.ExponentialMovingAverage, `num_updates`).
+    """
+    t = jnp.asarray(step, jnp.float32)
+    rate = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
+    return {
+        path: average + rate.astype(average.dtype) * (params[path].astype(average.dtype) - average)
+        for path, average in ema.items()
+    }
+
+
+def _muon_or_adam(
+    params: Mapping[str, Array], momentum: float, adam: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Muon's direction for the kernels inside, Adam's for the rest.
+
+    optax.contrib.muon itself cannot be used: it decays all of its Adam's arrays or none.
+    """
+    labels = {
+        path: "muon" if is_orthogonalized(path, array) else "adam" for path, array in params.items()
+    }
+    axes = {path: _input_axes(a) for path, a in params.items() if labels[path] == "muon"}
+    fans = {
+        path: max(params[path].shape[-1], math.prod(params[path].shape[axis] for axis in inputs))
+        for path, inputs in axes.items()
+    }
+
+    def dimensions(updates: dict[str, Any]) -> dict[str, Any]:
+        # Adam's arrays are placeholders in `updates` here, and stay so.
+        return {
+            path: contrib.MuonDimensionNumbers(axes[path], -1) if path in axes else update
+            for path, update in updates.items()
+        }
+
+    def match_adam(updates: dict[str, Any], params: object) -> dict[str, Any]:
+        del params
+        return {
+            path: 0.2 * math.sqrt(fans[path]) * update if path in fans else update
+            for path, update in updates.items()
+        }
+
+    direction = contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=dimensions)
+    muon = optax.chain(direction, optax.stateless(match_adam))
+    return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+def _input_axes(kernel: Array) -> tuple[int, ...]:
+    """Of a kernel [in, out], [P, in, out] with P separate parts, or [h, w, in, out]."""
+    return (0, 1, 2) if kernel.ndim == 4 else (kernel.ndim - 2,)
+
+
+def _scale_layers(
+    depths: Mapping[str, int], num_layers: int, layer_decay: float
+) -> optax.GradientTransformation:
+    """Multiplies each path's update by layer_decay^(layers between its own and the last)."""
+    for path, depth in depths.items():
+        if not 0 <= depth < num_layers:
+            raise UserError(f"layer_of: {path} is in layer {depth}, outside 0 to {num_layers - 1}")
+    factors = {path: layer_decay ** (num_layers - 1 - depth) for path, depth in depths.items()}
+
+    def scale(updates: dict[str, Array], params: object) -> dict[str, Array]:
+        del params
+        return {path: factors[path] * update for path, update in updates.items()}
+
+    return optax.stateless(scale)
+
+
+def _check_name(kind: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"unknown {kind} {name!r}: did you mean {near!r}? Known: {', '.join(known)}"
+        )
