@@ -1,0 +1,185 @@
+"""The pictures that a run leaves behind: curves, predictions, confusion.
+
+Figures are made as objects and drawn by Agg: no window, no global state, safe in any thread.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+BLUE, ORANGE, GREEN, RED, INK = "#2a6fbb", "#e07b39", "#2e8b57", "#c0392b", "#333333"
+MOST_IMAGES = 64
+MOST_COUNTS = 20  # classes up to which the confusion matrix has its counts written in
+MOST_NAMES = 60  # classes up to which it has their names at its sides
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Loss, accuracy and learning rate over the steps, as a PNG.
+
+    Args:
+      records: as `logging.read_metrics` gives them. Drawn are `train/loss`, `eval/loss`,
+        `eval/top1` and `train/learning_rate`, as far as there are any; values that are not finite
+        are left out.
+    """
+    figure = Figure(figsize=(13, 3.8), dpi=120, layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3)
+
+    steps, values = _series(records, "train/loss")
+    if len(steps):
+        loss.plot(steps, values, color=BLUE, alpha=0.25, linewidth=1)
+        loss.plot(steps, _smooth(values), color=BLUE, linewidth=2, label="training, smoothed")
+    _plot_points(loss, *_series(records, "eval/loss"), label="evaluation")
+    _dress(loss, "Loss", "nats per image")
+
+    steps, values = _series(records, "eval/top1")
+    _plot_points(accuracy, steps, 100 * values, label="evaluation")
+    if len(steps):
+        best = int(np.argmax(values))
+        accuracy.set_title(
+            f"best {values[best]:.2%} at step {steps[best]:,}", loc="right", fontsize=9, color=INK
+        )
+    _dress(accuracy, "Top-1 accuracy", "%")
+
+    rate.plot(*_series(records, "train/learning_rate"), color=GREEN, linewidth=2)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    rate.set_ylim(bottom=0)
+    _dress(rate, "Learning rate", "")
+    return _save(figure, path)
+
+
+def draw_predictions(
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    path: str | Path,
+) -> Path:
+    """A grid of images, each with its predicted class and its probability, as a PNG.
+
+    Right predictions are green and wrong ones red, with the true class; without labels all have one
+    color. At most the first 64 images are drawn.
+
+    Args:
+      images: u8[N, H, W, 3].
+      labels: int[N], or None where the truth is unknown.
+      probabilities: f32[N, C].
+      class_names: C names.
+    """
+    shown = min(len(images), MOST_IMAGES)
+    columns = max(1, min(8, math.ceil(math.sqrt(1.6 * shown))))
+    rows = max(1, math.ceil(shown / columns))
+    figure = Figure(figsize=(1.75 * columns, 2.2 * rows), dpi=120, layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for cell in cells[shown:]:
+        cell.set_axis_off()
+    for index, cell in enumerate(cells[:shown]):
+        image = images[index]
+        tiny = min(image.shape[:2]) < 100  # pixels of such images are shown as squares
+        cell.imshow(image, interpolation="nearest" if tiny else "antialiased")
+        predicted = int(np.argmax(probabilities[index]))
+        text = f"{_short(class_names[predicted])}  {probabilities[index, predicted]:.0%}"
+        color = BLUE
+        if labels is not None:
+            true = int(labels[index])
+            color = GREEN if predicted == true else RED
+            text += "\n" if predicted == true else f"\ntrue: {_short(class_names[true])}"
+        cell.set_title(text, fontsize=8, color=color, parse_math=False, linespacing=1.3, pad=4)
+        cell.set(xticks=[], yticks=[])
+        for spine in cell.spines.values():
+            spine.set(color=color, linewidth=2)
+    return _save(figure, path)
+
+
+def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], path: str | Path) -> Path:
+    """A confusion matrix as a PNG: counts, colored by their share of the true class.
+
+    Counts are written in up to 20 classes, and names up to 60; beyond, the axes count classes.
+
+    Args:
+      matrix: int[C, C], row = true class, column = predicted class.
+      class_names: C names.
+    """
+    classes = len(matrix)
+    totals = matrix.sum(axis=1, keepdims=True)
+    shares = matrix / np.maximum(totals, 1)  # a class without examples stays white
+    side = float(np.clip(2.5 + 0.55 * classes, 4.5, 12))
+    figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
+
+    if classes <= MOST_COUNTS:
+        for row, column in np.ndindex(classes, classes):
+            if matrix[row, column]:
+                ink = "white" if shares[row, column] > 0.5 else INK
+                text = f"{matrix[row, column]:,}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+    if classes <= MOST_NAMES:
+        names = [_short(name) for name in class_names]
+        size = 9 if classes <= MOST_COUNTS else 6
+        axes.set_xticks(
+            range(classes), names, rotation=45, ha="right", rotation_mode="anchor",
+            fontsize=size, parse_math=False,
+        )  # fmt: skip
+        axes.set_yticks(range(classes), names, fontsize=size, parse_math=False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    correct = np.trace(matrix) / max(int(matrix.sum()), 1)
+    axes.set_title(f"{int(matrix.sum()):,} images, {correct:.2%} right", fontsize=11, color=INK)
+    axes.spines[:].set_visible(False)
+    return _save(figure, path)
+
+
+def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one metric; of a step that was logged twice, the later value."""
+    values = {
+        record["step"]: record[name]
+        for record in records
+        if name in record and math.isfinite(record[name])
+    }
+    steps = sorted(values)
+    return np.array(steps, int), np.array([values[step] for step in steps], float)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential moving average over a twentieth of the points, without the pull of its start."""
+    keep = 1 - 1 / max(1, len(values) / 20)
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return np.array(smoothed)
+
+
+def _plot_points(axes: Axes, steps: np.ndarray, values: np.ndarray, *, label: str) -> None:
+    if len(steps):
+        axes.plot(steps, values, color=ORANGE, marker="o", markersize=5, linewidth=1.5, label=label)
+
+
+def _dress(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "nothing logged", ha="center", color=INK, transform=axes.transAxes)
+    elif len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _short(name: str, most: int = 20) -> str:
+    return name if len(name) <= most else name[: most - 1].rstrip() + "…"
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    figure.savefig(path, format="png", facecolor="white")
+    return path

@@ -1,0 +1,361 @@
+"""What a run says and writes while it goes: the screen, metrics.jsonl and TensorBoard events.
+
+`open_log` gives a `RunLog`; on processes other than the first (`show=False`) it is silent and
+touches no file. `metrics.jsonl` has one JSON object a line, `{"step": 10, "time": 1700000000.0,
+"train/loss": 0.7}`, with the time in seconds since 1970. JSON has no NaN or infinity: these are
+written as the strings "NaN", "Infinity" and "-Infinity", and `read_metrics` gives floats back.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from vision_jax.errors import UserError
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress, when the output is not a terminal
+WIDTH_WITHOUT_TERMINAL = 120
+PARAMETER_COLUMNS = ("parameters", "arrays", "shape", "dtype", "numbers", "size", "")
+
+
+def open_log(workdir: str | Path, *, resume_step: int, show: bool = True) -> "RunLog":
+    """Starts or continues the log of a run in `workdir` (made if absent).
+
+    Args:
+      resume_step: the step of the checkpoint that this run continues from. What an interrupted run
+        logged after it is dropped, for it will be logged again. 0 starts from nothing, and drops
+        everything.
+      show: False on processes other than the first.
+
+    Raises:
+      UserError: `workdir` cannot be written, or its device is full.
+    """
+    workdir = Path(workdir)
+    if not show:
+        return RunLog(workdir, metrics=None, events=None, console=None)
+    metrics_path, events_path = workdir / "metrics.jsonl", workdir / "tensorboard"
+    with explain_write_errors(workdir):
+        events_path.mkdir(parents=True, exist_ok=True)
+        _drop_after(metrics_path, resume_step)
+        metrics = metrics_path.open("a", encoding="utf-8")
+        # The writer names its file by the second: without the suffix a quick restart overwrites it.
+        # TensorBoard reads the files of a folder in the order of their names.
+        events = EventsWriter(str(events_path / "events"), f".{time.time_ns()}")
+        first_step = resume_step + 1 if resume_step else 0
+        started = Event(session_log=SessionLog(status=SessionLog.START), step=first_step)
+        events.write_event(started)  # TensorBoard then forgets what older files say from there on
+        events.flush()
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_WITHOUT_TERMINAL
+    log = RunLog(workdir, metrics=metrics, events=events, console=console)
+    log.wrote(metrics_path, "metrics, one JSON object a line")
+    log.wrote(events_path, "the same metrics for TensorBoard")
+    return log
+
+
+class RunLog:
+    """The log of one run; made by `open_log`, ended by `close`."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        metrics: IO[str] | None,
+        events: EventsWriter | None,
+        console: Console | None,
+    ):
+        self._workdir = workdir
+        self._metrics = metrics
+        self._events = events
+        self._console = console
+        self._written: dict[str, str] = {}  # path -> what it is
+
+    def say(self, text: str) -> None:
+        """Prints a line; above the progress bar, if there is one."""
+        if self._console:
+            self._console.print(Text(_printable(text)), soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Prints a table; columns of numbers are aligned to the right. An empty row draws a line."""
+        if not self._console:
+            return
+        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, column in enumerate(columns):
+            cells = [row[index] for row in rows if row and row[index] != ""]
+            numeric = all(re.match(r"[-+]?[0-9.]", _cell(cell)) for cell in cells)
+            table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            if row:
+                table.add_row(*(Text(_cell(cell)) for cell in row))
+            else:
+                table.add_section()
+        self._console.print(table)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends named numbers to metrics.jsonl and to the TensorBoard events, and flushes both.
+
+        Args:
+          values: anything that `float()` takes, by name, as `train/loss`.
+
+        Raises:
+          UserError: the device is full.
+        """
+        if self._metrics is None or self._events is None:
+            return
+        now = time.time()
+        floats = {name: float(value) for name, value in values.items()}
+        summary = Summary(
+            value=[Summary.Value(tag=name, simple_value=value) for name, value in floats.items()]
+        )
+        with explain_write_errors(self._workdir):
+            self._metrics.write(_line({"step": int(step), "time": now} | floats))
+            self._metrics.flush()
+            self._events.write_event(Event(wall_time=now, step=int(step), summary=summary))
+            self._events.flush()
+
+    @contextlib.contextmanager
+    def progress(self, total: int, completed: int = 0) -> Iterator["Meter"]:
+        """Shows how far a loop is: a bar on a terminal, else a line now and then.
+
+        Args:
+          total: the last step.
+          completed: the step from which the loop starts.
+        """
+        if self._console is None:
+            yield Meter(total, lambda step, text: None)
+        elif self._console.is_terminal:
+            bar = Progress(
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self._console,
+                expand=True,
+            )
+            with bar:
+                task = bar.add_task("", total=total, completed=completed, figures="compiling ...")
+                yield Meter(
+                    total, lambda step, text: bar.update(task, completed=step, figures=text)
+                )
+        else:
+            yield Meter(total, self._line_now_and_then(total))
+
+    def _line_now_and_then(self, total: int) -> Any:
+        last_time = -math.inf
+
+        def show(step: int, text: str) -> None:
+            nonlocal last_time
+            if step >= total or time.monotonic() - last_time >= SECONDS_BETWEEN_LINES:
+                last_time = time.monotonic()
+                self.say(f"step {step}/{total}  {text}")
+
+        return show
+
+    def wrote(self, path: str | Path, what: str) -> None:
+        """Remembers a file or folder for the list that `close` prints."""
+        self._written[str(path)] = what
+
+    def close(self) -> None:
+        """Prints the path of everything that was written, and closes the files."""
+        if self._metrics is None or self._events is None:
+            return
+        self.say("Files written:")
+        width = max(len(path) for path in self._written)
+        for path, what in self._written.items():
+            self.say(f"  {path:{width}}  {what}")
+        with explain_write_errors(self._workdir):
+            self._metrics.close()
+            self._events.close()
+
+
+class Meter:
+    """Turns the figures of a step into one line of text, with the time left at the present rate."""
+
+    def __init__(self, total: int, show: Any):
+        self._total = total
+        self._show = show
+        self._first: tuple[int, float] | None = None  # the first step is slow: it is compiled
+
+    def update(
+        self, step: int, loss: float, learning_rate: float, images_per_second: float
+    ) -> None:
+        """Shows that `step` steps are done."""
+        text = f"loss {loss:.4f}  lr {learning_rate:.2e}  {images_per_second:,.0f} images/s"
+        now = time.monotonic()
+        self._first = self._first or (step, now)
+        first_step, first_time = self._first
+        if step > first_step:
+            seconds = (self._total - step) * (now - first_time) / (step - first_step)
+            text += f"  {_clock(seconds)} left"
+        self._show(step, text)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in order; a line that a killed run left half written is left
+    out, and the strings that stand for NaN and infinities become floats."""
+    records = []
+    for line in Path(path).read_bytes().splitlines():
+        with contextlib.suppress(ValueError):  # of JSON and of UTF-8
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append({name: _number(value) for name, value in record.items()})
+    return records
+
+
+def summarize_parameters(
+    trainable: Mapping[str, Any], frozen: Mapping[str, Any]
+) -> list[tuple[str, int | str, str, str, int | str, str, str]]:
+    """Rows for a table with `PARAMETER_COLUMNS`: what trains, what is frozen, and the totals.
+
+    Arrays whose paths differ only in the number of a block, and that have the same shape and dtype,
+    share a row: `block_*/attn/qkv/kernel/a`, 12 arrays.
+
+    Args:
+      trainable: arrays (or anything with a shape and a dtype) by path.
+      frozen: likewise.
+    """
+    rows: list[tuple[str, int | str, str, str, int | str, str, str]] = []
+    for part, status in ((trainable, "trainable"), (frozen, "frozen")):
+        for paths in _groups(part):
+            array = part[paths[0]]
+            size = " x ".join(map(str, array.shape)) or "scalar"
+            numbers = sum(_size(part[path]) for path in paths)
+            octets = sum(_bytes(part[path]) for path in paths)
+            name = _common_name(paths)
+            rows.append((name, len(paths), size, str(array.dtype), numbers, _human(octets), status))
+    everything = sum(map(_size, [*trainable.values(), *frozen.values()]))
+    for part, status in ((trainable, "trainable"), (frozen, "frozen")):
+        numbers = sum(map(_size, part.values()))
+        octets = sum(map(_bytes, part.values()))
+        share = f"{numbers / everything:.2%}" if everything else ""
+        rows.append((f"all {status}", len(part), "", "", numbers, _human(octets), share))
+    return rows
+
+
+@contextlib.contextmanager
+def explain_write_errors(workdir: str | Path) -> Iterator[None]:
+    """Turns what the operating system says about a failed write into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left on the device that holds {workdir}; "
+                "free some and run the same command again to resume"
+            ) from error
+        raise UserError(
+            f"cannot write in {workdir}: {error.strerror or error}; choose another --workdir"
+        ) from error
+
+
+def _drop_after(metrics_path: Path, resume_step: int) -> None:
+    """Leaves in metrics.jsonl what was logged up to `resume_step`; nothing if that is 0."""
+    if not metrics_path.exists():
+        return
+    kept = [record for record in read_metrics(metrics_path) if 0 < resume_step >= record["step"]]
+    draft = metrics_path.with_suffix(".jsonl.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        for record in kept:
+            file.write(_line(record))
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(metrics_path)  # atomic: a kill leaves the old file or the new one
+
+
+def _line(record: Mapping[str, float]) -> str:
+    """A record as strict JSON and a newline."""
+    # json.dumps of a float that is not finite gives NaN, Infinity or -Infinity: here as a string.
+    values = {
+        name: value if math.isfinite(value) else json.dumps(value) for name, value in record.items()
+    }
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def _cell(value: Any) -> str:
+    """Whole numbers with thousands separators, others with four digits, the rest as text."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if _is_number(value) else _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """Text with its control characters spelled out: names of files and classes are not trusted."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def _clock(seconds: float) -> str:
+    """
+    >>> _clock(3723.4)
+    '1:02:03'
+    """
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole_seconds:02}"
+
+
+def _groups(arrays: Mapping[str, Any]) -> list[list[str]]:
+    """Paths in their order, those together that differ only in numbers: `block_0`, `block_1`."""
+    groups: dict[Any, list[str]] = {}
+    for path, array in arrays.items():
+        numberless = re.sub(r"_\d+(?=/)", "_*", path)
+        groups.setdefault((numberless, tuple(array.shape), str(array.dtype)), []).append(path)
+    return list(groups.values())
+
+
+def _common_name(paths: Sequence[str]) -> str:
+    """One name for paths of as many parts; a part in which they differ gets a star for its number.
+
+    >>> _common_name(["stage_1/block_0/kernel", "stage_1/block_1/kernel"])
+    'stage_1/block_*/kernel'
+    """
+    parts = zip(*(path.split("/") for path in paths), strict=True)
+    return "/".join(
+        part[0] if len(set(part)) == 1 else re.sub(r"_\d+$", "_*", part[0]) for part in parts
+    )
+
+
+def _size(array: Any) -> int:
+    return math.prod(array.shape)
+
+
+def _bytes(array: Any) -> int:
+    return _size(array) * np.dtype(array.dtype).itemsize
+
+
+def _human(octets: int) -> str:
+    """
+    >>> _human(3 * 2**20)
+    '3.0 MiB'
+    """
+    if octets < 1024:
+        return f"{octets} B"
+    power = min(4, int(math.log2(octets)) // 10)
+    return f"{octets / 1024**power:.1f} {'KMGT'[power - 1]}iB"
