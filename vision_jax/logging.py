@@ -94,7 +94,7 @@ class RunLog:
             self._console.print(Text(_printable(text)), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Prints a table; columns of numbers are aligned to the right. An empty row draws a line."""
+        """Prints a table, columns of numbers aligned to the right; an empty row draws a line."""
         if not self._console:
             return
         table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -221,7 +221,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def summarize_parameters(
     trainable: Mapping[str, Any], frozen: Mapping[str, Any]
-) -> list[tuple[str, int | str, str, str, int | str, str, str]]:
+) -> list[tuple[str | int, ...]]:
     """Rows for a table with `PARAMETER_COLUMNS`: what trains, what is frozen, and the totals.
 
     Arrays whose paths differ only in the number of a block, and that have the same shape and dtype,
@@ -231,7 +231,7 @@ def summarize_parameters(
       trainable: arrays (or anything with a shape and a dtype) by path.
       frozen: likewise.
     """
-    rows: list[tuple[str, int | str, str, str, int | str, str, str]] = []
+    rows: list[tuple[str | int, ...]] = []
     for part, status in ((trainable, "trainable"), (frozen, "frozen")):
         for paths in _groups(part):
             array = part[paths[0]]
@@ -240,6 +240,7 @@ def summarize_parameters(
             octets = sum(_bytes(part[path]) for path in paths)
             name = _common_name(paths)
             rows.append((name, len(paths), size, str(array.dtype), numbers, _human(octets), status))
+    rows.append(())
     everything = sum(map(_size, [*trainable.values(), *frozen.values()]))
     for part, status in ((trainable, "trainable"), (frozen, "frozen")):
         numbers = sum(map(_size, part.values()))

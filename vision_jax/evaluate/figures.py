@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -28,7 +29,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         are left out.
     """
     figure = Figure(figsize=(13, 3.8), dpi=120, layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
+    loss, accuracy, rate = figure.subplots(1, 3, sharex=True)
 
     steps, values = _series(records, "train/loss")
     if len(steps):
@@ -47,7 +48,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     _dress(accuracy, "Top-1 accuracy", "%")
 
     rate.plot(*_series(records, "train/learning_rate"), color=GREEN, linewidth=2)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     rate.set_ylim(bottom=0)
     _dress(rate, "Learning rate", "")
     return _save(figure, path)
@@ -62,8 +63,8 @@ def draw_predictions(
 ) -> Path:
     """A grid of images, each with its predicted class and its probability, as a PNG.
 
-    Right predictions are green and wrong ones red, with the true class; without labels all have one
-    color. At most the first 64 images are drawn.
+    Right predictions are green and wrong ones red, with the true class below; without labels all
+    are blue. At most the first 64 images are drawn.
 
     Args:
       images: u8[N, H, W, 3].
@@ -72,7 +73,7 @@ def draw_predictions(
       class_names: C names.
     """
     shown = min(len(images), MOST_IMAGES)
-    columns = max(1, min(8, math.ceil(math.sqrt(1.6 * shown))))
+    columns = max(1, min(8, shown, math.ceil(math.sqrt(1.6 * shown))))
     rows = max(1, math.ceil(shown / columns))
     figure = Figure(figsize=(1.75 * columns, 2.2 * rows), dpi=120, layout="constrained")
     cells = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -88,7 +89,7 @@ def draw_predictions(
         if labels is not None:
             true = int(labels[index])
             color = GREEN if predicted == true else RED
-            text += "\n" if predicted == true else f"\ntrue: {_short(class_names[true])}"
+            text += f"\ntrue: {_short(class_names[true])}"
         cell.set_title(text, fontsize=8, color=color, parse_math=False, linespacing=1.3, pad=4)
         cell.set(xticks=[], yticks=[])
         for spine in cell.spines.values():
@@ -106,18 +107,18 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], path: str | P
       class_names: C names.
     """
     classes = len(matrix)
-    totals = matrix.sum(axis=1, keepdims=True)
-    shares = matrix / np.maximum(totals, 1)  # a class without examples stays white
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)  # [C, C], 0 in absent rows
     side = float(np.clip(2.5 + 0.55 * classes, 4.5, 12))
     figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    color = PowerNorm(0.5, vmin=0, vmax=1)  # a class confused in 1 % of its images is to be seen
+    picture = axes.imshow(shares, cmap="Blues", norm=color, interpolation="nearest")
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
 
     if classes <= MOST_COUNTS:
         for row, column in np.ndindex(classes, classes):
             if matrix[row, column]:
-                ink = "white" if shares[row, column] > 0.5 else INK
+                ink = "white" if shares[row, column] > 0.3 else INK
                 text = f"{matrix[row, column]:,}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
     if classes <= MOST_NAMES:
@@ -128,6 +129,7 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], path: str | P
             fontsize=size, parse_math=False,
         )  # fmt: skip
         axes.set_yticks(range(classes), names, fontsize=size, parse_math=False)
+    axes.tick_params(length=0)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     correct = np.trace(matrix) / max(int(matrix.sum()), 1)
