@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -157,7 +157,7 @@ class RunLog:
         else:
             yield Meter(total, self._line_now_and_then(total))
 
-    def _line_now_and_then(self, total: int) -> Any:
+    def _line_now_and_then(self, total: int) -> Callable[[int, str], None]:
         last_time = -math.inf
 
         def show(step: int, text: str) -> None:
@@ -177,18 +177,20 @@ class RunLog:
         if self._metrics is None or self._events is None:
             return
         self.say("Files written:")
-        width = max(len(path) for path in self._written)
+        width = max(map(len, self._written), default=0)
         for path, what in self._written.items():
             self.say(f"  {path:{width}}  {what}")
         with explain_write_errors(self._workdir):
-            self._metrics.close()
-            self._events.close()
+            try:
+                self._metrics.close()
+            finally:
+                self._events.close()
 
 
 class Meter:
     """Turns the figures of a step into one line of text, with the time left at the present rate."""
 
-    def __init__(self, total: int, show: Any):
+    def __init__(self, total: int, show: Callable[[int, str], None]):
         self._total = total
         self._show = show
         self._first: tuple[int, float] | None = None  # the first step is slow: it is compiled
