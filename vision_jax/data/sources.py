@@ -7,24 +7,24 @@
     tfds:NAME/SPLIT[@DATA_DIR]        prepared as array_record; read without TensorFlow
     FOLDER                            one folder of images per class
     FILE.csv                          a header `path,label`, paths relative to the file's folder
-    FILE.jsonl                        {"path": ..., "label": ...} a line
+    FILE.jsonl                        {"path": ..., "label": ...} a line, likewise
 """
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vision_jax.data.decode import MAX_BYTES, decode_image
+from vision_jax.data.decode import MAX_BYTES, DamagedImageError, decode_image
 from vision_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MAX_INTEGER_LABEL = 1_000_000  # a typing error in one label must not make 10¹² classes
+MAX_INTEGER_LABEL = 1_000_000  # a slip of the pen in one label must not make 10¹² classes
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Source:
 
     `labels` int32[N] are known without reading an image. `rows` int64[N] are the positions of the
     examples in what `reader` reads, so that a part of a source is a source. `note` says what was
-    left out when the source was read, for the log ("" if nothing was).
+    ignored when the source was read, for the log ("" if nothing was).
     """
 
     name: str
@@ -62,25 +62,77 @@ class Source:
 def read_source(spec: str, *, class_names: tuple[str, ...] | None = None) -> Source:
     """Read the list of examples that `spec` (see the top of this file) names, but no image yet.
 
-    With `class_names` (a training source's, or a checkpoint's) labels are positions in that tuple:
-    labels are matched by name. Raises UserError for what is missing, empty, unknown or out of range.
+    With `class_names` (a training source's, or a checkpoint's) labels become positions in that
+    tuple, matched by name. Raises UserError for what is missing, empty, unknown or out of range.
     """
     kind, _, rest = spec.partition(":")
     if kind == "embedded":
         return _read_npz(spec, ASSETS, rest, class_names)
     if kind == "cifar10":
         return _read_cifar10(spec, rest, class_names)
-    raise UserError(f"{spec}: unknown data")
-
-
-def _read_cifar10(spec: str, rest: str, class_names: tuple[str, ...] | None) -> Source:
-    folder, _, split = rest.rpartition("/")
-    if not (Path(folder) / "cifar10.npz").is_file():
+    if kind == "tfds":
+        return _read_tfds(spec, rest, class_names)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _read_folder(path, class_names)
+    if not path.is_file():
         raise UserError(
-            f"{spec}: there is no {Path(folder) / 'cifar10.npz'}:"
-            f" run `python scripts/fetch_cifar10.py {folder}`"
+            f"{spec}: no such folder or file: give a folder of class folders, a .csv or .jsonl of"
+            " paths and labels, embedded:fashion_mnist/train, cifar10:DIR/train or tfds:NAME/SPLIT"
         )
-    return _read_npz(spec, Path(folder), f"cifar10/{split}", class_names)
+    if path.suffix == ".csv":
+        return _read_list(path, _csv_entries(path), class_names)
+    if path.suffix == ".jsonl":
+        return _read_list(path, _jsonl_entries(path), class_names)
+    raise UserError(f"{spec}: not a folder, .csv or .jsonl: list paths and labels in one of these")
+
+
+def split_source(source: Source, holdout: float, seed: int) -> tuple[Source, Source]:
+    """(train, held out): of each class the share `holdout`, rounded, but 1 to all less 1.
+
+    For users who have one folder only. Both keep the order of the source. A function of the labels
+    and the seed. Raises UserError unless 0 < holdout < 1 and each class has two images.
+    """
+    if not 0 < holdout < 1:
+        raise UserError(f"holdout {holdout}: use a share between 0 and 1, say 0.1")
+    rng = np.random.default_rng(seed)
+    held_out = np.zeros(len(source), bool)
+    for label in np.unique(source.labels):
+        members = np.flatnonzero(source.labels == label)
+        if len(members) < 2:
+            raise UserError(
+                f"{source.name}: class {source.class_names[label]!r} has one image, so none can be"
+                " held out: add images, or give a separate evaluation set"
+            )
+        count = min(max(round(holdout * len(members)), 1), len(members) - 1)
+        held_out[rng.choice(members, count, replace=False)] = True
+    return _part(source, ~held_out), _part(source, held_out)
+
+
+def subset(source: Source, count: int, seed: int) -> Source:
+    """`count` random examples in the source's order, the classes in equal parts as far as possible.
+
+    For few-shot runs and quick trials. Subsets of one seed are nested: a larger one holds a smaller
+    one. Raises UserError if the source has fewer examples.
+    """
+    if not 0 < count <= len(source):
+        raise UserError(f"{source.name}: a subset of {count}: use 1 to {len(source)}")
+    order = np.random.default_rng(seed).permutation(len(source))
+    rank_in_class = np.empty(len(source), np.int64)  # how many of its class come earlier in `order`
+    for label in np.unique(source.labels):
+        members = order[source.labels[order] == label]
+        rank_in_class[members] = np.arange(len(members))
+    by_rank = order[np.argsort(rank_in_class[order], kind="stable")]
+    kept = np.zeros(len(source), bool)
+    kept[by_rank[:count]] = True
+    return _part(source, kept)
+
+
+def _part(source: Source, kept: np.ndarray) -> Source:
+    return replace(source, labels=source.labels[kept], rows=source.rows[kept])
+
+
+# --- arrays -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -98,18 +150,253 @@ class ArrayReader:
         return f"{self.name}[{row}]"
 
 
+def _read_cifar10(spec: str, rest: str, class_names: tuple[str, ...] | None) -> Source:
+    folder, _, split = rest.rpartition("/")
+    if not (Path(folder) / "cifar10.npz").is_file():
+        raise UserError(
+            f"{spec}: there is no {Path(folder) / 'cifar10.npz'}:"
+            f" run `python scripts/fetch_cifar10.py {folder or 'DIR'}`, then use"
+            f" cifar10:{folder or 'DIR'}/train or /test"
+        )
+    return _read_npz(spec, Path(folder), f"cifar10/{split}", class_names)
+
+
 def _read_npz(spec: str, folder: Path, rest: str, class_names: tuple[str, ...] | None) -> Source:
     """`rest` is STEM/SPLIT; the file holds SPLIT_images, SPLIT_labels and class_names."""
     stem, _, split = rest.partition("/")
-    path = folder / f"{stem}.npz"
-    if split not in ("train", "test") or not path.is_file():
-        known = [f"{p.stem}/{s}" for p in sorted(folder.glob("*.npz")) for s in ("train", "test")]
-        raise UserError(f"{spec}: no such data; there is {', '.join(known)}")
-    with np.load(path, allow_pickle=False) as arrays:
+    known = [f"{p.stem}/{s}" for p in sorted(folder.glob("*.npz")) for s in ("train", "test")]
+    if rest not in known:
+        raise UserError(f"{spec}: there is no {rest!r}: use one of {', '.join(known)}")
+    with np.load(folder / f"{stem}.npz", allow_pickle=False) as arrays:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         own_names = tuple(str(name) for name in arrays["class_names"])
     labels, class_names = _map_by_name(spec, labels, own_names, class_names)
     return Source(spec, class_names, labels, np.arange(len(labels)), ArrayReader(spec, images))
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Image files: `paths` relative to `folder`."""
+
+    folder: Path
+    paths: tuple[str, ...]
+
+    def read(self, row: int) -> np.ndarray:
+        name = self.example_name(row)
+        try:
+            with open(name, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise DamagedImageError(f"{name}: can't be read ({error.strerror})") from error
+        return decode_image(data, name=name)
+
+    def example_name(self, row: int) -> str:
+        return str(self.folder / self.paths[row])
+
+
+def _read_folder(folder: Path, class_names: tuple[str, ...] | None) -> Source:
+    """One folder per class, in sorted order; images may lie deeper inside it."""
+    class_folders = sorted(p for p in folder.iterdir() if p.is_dir() and not _is_hidden(p, folder))
+    if not class_folders:
+        raise UserError(
+            f"{folder}: no class folders: put the images of each class into a folder of its name"
+        )
+    paths: list[str] = []
+    labels: list[int] = []
+    ignored = sum(p.is_file() for p in folder.iterdir())
+    for label, class_folder in enumerate(class_folders):
+        files = sorted(p for p in class_folder.rglob("*") if p.is_file())
+        images = [
+            p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(p, folder)
+        ]
+        if not images:
+            raise UserError(
+                f"{class_folder}: no image in this class folder: add"
+                f" {', '.join(sorted(IMAGE_SUFFIXES))}, or remove the folder"
+            )
+        ignored += len(files) - len(images)
+        paths += [str(p.relative_to(folder)) for p in images]
+        labels += [label] * len(images)
+    note = f"{folder}: {ignored} hidden files or files that are no images ignored"
+    mapped, names = _map_by_name(
+        str(folder), np.array(labels), tuple(p.name for p in class_folders), class_names
+    )
+    reader = FileReader(folder, tuple(paths))
+    return Source(
+        str(folder), names, mapped, np.arange(len(paths)), reader, note if ignored else ""
+    )
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
+    """(line number, path, label) of each row."""
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
+        reader = csv.DictReader(file, strict=True)
+        try:
+            missing = {"path", "label"} - set(reader.fieldnames or ())
+            if missing:
+                raise UserError(
+                    f"{path}:1: no column {', '.join(sorted(missing))}: begin with `path,label`"
+                )
+            for row in reader:
+                yield reader.line_num, row["path"], row["label"]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from error
+
+
+def _jsonl_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
+    """(line number, path, label) of each line that isn't blank."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not a line of JSON ({error})") from error
+            if not isinstance(entry, dict):
+                raise UserError(f'{path}:{number}: not of the form {{"path": ..., "label": ...}}')
+            yield number, entry.get("path"), entry.get("label")
+
+
+def _read_list(
+    path: Path,
+    entries: Iterator[tuple[int, Any, Any]],
+    class_names: tuple[str, ...] | None,
+) -> Source:
+    """Labels are class names, or integers if all of them are (names are then "0", "1", ...)."""
+    folder, root = path.parent, path.parent.resolve()
+    places: list[str] = []  # FILE:LINE
+    paths: list[str] = []
+    raw_labels: list[str] = []
+    for number, image_path, label in entries:
+        place = f"{path}:{number}"
+        paths.append(_check_path(place, folder, root, image_path))
+        if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+            raise UserError(f"{place}: label {label!r}: use a class name or an integer from 0")
+        places.append(place)
+        raw_labels.append(str(label))
+    if not paths:
+        raise UserError(f"{path}: no images are listed: add lines of path and label")
+    if class_names is None:
+        class_names = _infer_class_names(places, raw_labels)
+    position = {name: i for i, name in enumerate(class_names)}
+    labels = [
+        _find_label(place, raw, position) for place, raw in zip(places, raw_labels, strict=True)
+    ]
+    reader = FileReader(folder, tuple(paths))
+    return Source(str(path), class_names, np.array(labels, np.int32), np.arange(len(paths)), reader)
+
+
+def _check_path(place: str, folder: Path, root: Path, image_path: Any) -> str:
+    """A listed path, if it is a file inside the list's folder after all links are followed."""
+    if not isinstance(image_path, str) or not image_path or "\0" in image_path:
+        raise UserError(f"{place}: path {image_path!r}: give the file's path")
+    if Path(image_path).is_absolute() or ".." in Path(image_path).parts:
+        raise UserError(f"{place}: {image_path}: use a path relative to {folder}, without `..`")
+    try:
+        resolved = (folder / image_path).resolve()
+        if not resolved.is_relative_to(root):
+            raise UserError(f"{place}: {image_path} leads out of {folder}: move the file inside")
+        exists = resolved.is_file()
+    except (OSError, RuntimeError):  # a name too long, or links in a circle
+        exists = False
+    if not exists:
+        raise UserError(f"{place}: {image_path}: no such file in {folder}")
+    return image_path
+
+
+def _infer_class_names(places: Sequence[str], raw_labels: Sequence[str]) -> tuple[str, ...]:
+    if not all(_is_integer(label) for label in raw_labels):
+        return tuple(sorted(set(raw_labels)))
+    values = [int(label[:20]) for label in raw_labels]  # 20 digits are too large in any case
+    for place, value in zip(places, values, strict=True):
+        if not 0 <= value <= MAX_INTEGER_LABEL:
+            raise UserError(
+                f"{place}: label {value} is out of range: use 0 to the number of classes less 1"
+            )
+    return tuple(str(i) for i in range(max(values) + 1))
+
+
+def _find_label(place: str, raw: str, position: dict[str, int]) -> int:
+    if raw in position:
+        return position[raw]
+    if _is_integer(raw):
+        value = int(raw[:20])
+        if 0 <= value < len(position):
+            return value
+        raise UserError(
+            f"{place}: label {value} is out of range: there are {len(position)} classes, from 0"
+        )
+    raise UserError(
+        f"{place}: class {raw!r} is not among the {len(position)} classes ({_few(list(position))})"
+    )
+
+
+def _is_integer(label: str) -> bool:
+    return label.isascii() and label.removeprefix("-").isdigit()
+
+
+# --- tfds ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TfdsReader:
+    """A tfds data source whose images are left encoded, for decode_image to check and decode."""
+
+    name: str
+    data_source: Any
+
+    def read(self, row: int) -> np.ndarray:
+        return decode_image(self.data_source[row]["image"], name=self.example_name(row))
+
+    def example_name(self, row: int) -> str:
+        return f"{self.name}[{row}]"
+
+
+def _read_tfds(spec: str, rest: str, class_names: tuple[str, ...] | None) -> Source:
+    """Labels are read in one pass over the records, without decoding images."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"{spec}: run `pip install 'vision_jax[tfds]'` to read it") from error
+    where, _, data_dir = rest.partition("@")
+    name, _, split = where.rpartition("/")
+    if not name or not split:
+        raise UserError(f"{spec}: use tfds:NAME/SPLIT or tfds:NAME/SPLIT@DATA_DIR")
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+        features = dict(builder.info.features.items())
+        skip = {"image": tfds.decode.SkipDecoding()} if "image" in features else None
+        data_source = builder.as_data_source(split=split, decoders=skip)
+    except Exception as error:  # tfds raises a dozen types, with a page of advice
+        reason = next(line for line in [*str(error).splitlines(), repr(error)] if line.strip())
+        raise UserError(
+            f"{spec}: tfds can't read it ({reason.strip()}): prepare it once with"
+            f" tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+        ) from error
+    if not isinstance(features.get("image"), tfds.features.Image) or not isinstance(
+        features.get("label"), tfds.features.ClassLabel
+    ):
+        raise UserError(
+            f"{spec}: needs the features `image` (Image) and `label` (ClassLabel); it has"
+            f" {', '.join(features)}"
+        )
+    labels = np.array([data_source[i]["label"] for i in range(len(data_source))], np.int64)
+    own_names = tuple(features["label"].names)
+    if len(labels) == 0 or labels.min() < 0:
+        raise UserError(f"{spec}: this split has no labels: use another one")
+    mapped, names = _map_by_name(spec, labels, own_names, class_names)
+    return Source(spec, names, mapped, np.arange(len(mapped)), TfdsReader(spec, data_source))
+
+
+# --- classes ------------------------------------------------------------------------------------
 
 
 def _map_by_name(
@@ -118,16 +405,16 @@ def _map_by_name(
     own_names: tuple[str, ...],
     class_names: tuple[str, ...] | None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels into `own_names` become labels into `class_names`, where these are given."""
+    """Labels into `own_names` become labels into `class_names`, where these are given: int32[N]."""
     if class_names is None:
         return labels.astype(np.int32), own_names
     position = {name: i for i, name in enumerate(class_names)}
-    unknown = [name for name in own_names if name not in position]
-    if unknown:
-        raise UserError(
-            f"{spec}: class {unknown[0]!r} is not among the {len(class_names)} classes of the"
-            f" model ({_few(class_names)}): rename or remove it"
-        )
+    for name in own_names:
+        if name not in position:
+            raise UserError(
+                f"{spec}: class {name!r} is not among the {len(class_names)} classes"
+                f" ({_few(class_names)}): rename or remove it"
+            )
     table = np.array([position[name] for name in own_names], np.int32)
     return table[labels], class_names
 

@@ -1,0 +1,248 @@
+"""Every kind of image file that Pillow writes, against pixels written out by hand."""
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from vision_jax.data.decode import DamagedImageError, decode_image
+
+# Pillow also warns about some of the damaged files and bombs made here.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+
+rng = np.random.default_rng()
+RGB = rng.integers(0, 256, (7, 5, 3), np.uint8)
+GREY = rng.integers(0, 256, (7, 5), np.uint8)
+ALPHA = rng.integers(0, 256, (7, 5), np.uint8)
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def decode(data: bytes) -> np.ndarray:
+    image = decode_image(data, name="some.png")
+    assert image.dtype == np.uint8
+    assert image.ndim == 3
+    assert image.shape[2] == 3
+    return image
+
+
+def on_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    share = alpha[..., None] / 255
+    return colors * share + 255 * (1 - share)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF"])
+def test_lossless_rgb(file_format):
+    assert np.array_equal(decode(encode(Image.fromarray(RGB), file_format)), RGB)
+
+
+def test_lossless_webp():
+    assert np.array_equal(decode(encode(Image.fromarray(RGB), "WEBP", lossless=True)), RGB)
+
+
+def test_jpeg():
+    smooth = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None] * 3, (64, 48, 3))
+    decoded = decode(encode(Image.fromarray(np.ascontiguousarray(smooth)), "JPEG", quality=95))
+    assert np.abs(decoded.astype(int) - smooth).max() <= 3
+
+
+def test_grey():
+    assert np.array_equal(decode(encode(Image.fromarray(GREY))), np.stack([GREY] * 3, -1))
+
+
+def test_one_bit():
+    bits = GREY > 127
+    decoded = decode(encode(Image.fromarray(bits)))
+    assert np.array_equal(decoded, np.stack([bits * np.uint8(255)] * 3, -1))
+
+
+def test_rgba_is_composited_on_white():
+    rgba = np.concatenate([RGB, ALPHA[..., None]], -1)
+    assert np.abs(decode(encode(Image.fromarray(rgba))) - on_white(RGB, ALPHA)).max() <= 1
+
+
+def test_grey_with_alpha_is_composited_on_white():
+    image = Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(ALPHA)))
+    expected = on_white(np.stack([GREY] * 3, -1), ALPHA)
+    assert np.abs(decode(encode(image)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+@pytest.mark.parametrize("file_format", ["PNG", "GIF"])
+def test_palette(file_format, transparent):
+    palette = rng.integers(0, 256, (16, 3), np.uint8)
+    index = rng.integers(0, 16, (7, 5), np.uint8)
+    index[0] = 3
+    image = Image.fromarray(index).convert("L")
+    image.putpalette(palette.tobytes())
+    data = encode(image, file_format, **({"transparency": 3} if transparent else {}))
+    expected = palette[index]
+    if transparent:
+        expected[index == 3] = 255
+    assert np.array_equal(decode(data), expected)
+
+
+def test_rgb_with_a_transparent_color():
+    image = RGB.copy()
+    image[2] = (1, 2, 3)
+    data = encode(Image.fromarray(image), transparency=(1, 2, 3))
+    expected = image.copy()
+    expected[2] = 255
+    assert np.array_equal(decode(data), expected)
+
+
+def test_cmyk():
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # all magenta and yellow: red
+    decoded = decode(encode(image, "JPEG", quality=95)).astype(int)
+    assert np.abs(decoded - (255, 0, 0)).max() <= 3
+    assert np.array_equal(decode(encode(image, "TIFF")), np.broadcast_to((255, 0, 0), (16, 16, 3)))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_and_not_clipped(file_format):
+    deep = rng.integers(0, 65536, (7, 5), np.uint16)
+    deep[0, :2] = 0, 65535
+    decoded = decode(encode(Image.fromarray(deep), file_format))
+    assert np.array_equal(decoded[..., 0], np.round(deep / 65535 * 255))
+    assert (decoded == decoded[..., :1]).all()
+
+
+def test_16_bit_rgb_png():
+    deep = rng.integers(0, 65536, (7, 5, 3), np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    decoded = decode(png(5, 7, bit_depth=16, color_type=2, rows=rows))
+    assert np.abs(decoded - deep / 257).max() <= 1
+
+
+def test_big_endian_16_bit_tiff():
+    deep = rng.integers(0, 65536, (7, 5), np.uint16)
+    image = Image.frombytes("I;16B", (5, 7), deep.astype(">u2").tobytes())
+    assert np.array_equal(decode(encode(image, "TIFF"))[..., 0], np.round(deep / 257))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_32_bit_is_refused(mode):
+    with pytest.raises(DamagedImageError, match="32-bit"):
+        decode(encode(Image.new(mode, (4, 4)), "TIFF"))
+
+
+def test_first_frame_of_a_gif():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.array_equal(decode(data), np.broadcast_to((255, 0, 0), (4, 4, 3)))
+
+
+# The stored image for each EXIF orientation, from the upright one, after the EXIF 2.3 standard:
+# 1 the 0th row is the top, 0th column left; 3 bottom right; 6 right top (turned 90° counter-
+# clockwise when stored) and so on; even-odd pairs 2, 4, 5, 7 are mirrored.
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[::-1],
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a.swapaxes(0, 1)[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation, file_format):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](RGB)))
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    assert np.array_equal(decode(encode(stored, file_format, exif=exif, **options)), RGB)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_of_a_jpeg(orientation):
+    quadrants = np.kron(np.array([[10, 90], [160, 250]], np.uint8), np.ones((16, 24), np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](quadrants)))
+    decoded = decode(encode(stored, "JPEG", quality=95, exif=exif)).astype(int)
+    assert np.abs(decoded - quadrants[..., None]).max() <= 12
+
+
+def test_damaged_exif_is_no_damaged_image():
+    plain = encode(Image.fromarray(RGB))
+    chunk = b"eXIf" + b"II*\0\xff\xff\xff\xff"
+    broken = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    assert np.array_equal(decode(plain[:33] + broken + plain[33:]), RGB)
+
+
+def png(width: int, height: int, *, bit_depth: int, color_type: int, rows: bytes) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checked = kind + body
+        return struct.pack(">I", len(body)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [8001, 12_000, 60_000])
+def test_a_bomb_is_refused_before_it_is_decoded(side, monkeypatch):
+    def refuse(self):
+        raise AssertionError("a pixel was decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", refuse)
+    bomb = png(side, side, bit_depth=1, color_type=0, rows=bytes(1000))
+    with pytest.raises(DamagedImageError, match=r"some.png.*pixels"):
+        decode(bomb)
+
+
+def test_pixels_and_bytes_are_bounded():
+    data = encode(Image.fromarray(RGB))
+    assert decode_image(data, name="n", max_pixels=35, max_bytes=len(data)).shape == RGB.shape
+    with pytest.raises(DamagedImageError, match="5 × 7 pixels, over the limit of 34"):
+        decode_image(data, name="n", max_pixels=34)
+    with pytest.raises(DamagedImageError, match="over the limit"):
+        decode_image(data, name="n", max_bytes=len(data) - 1)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_truncated(file_format):
+    noise = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    data = encode(Image.fromarray(noise), file_format)
+    decode(data)
+    for share in (0.01, 0.3, 0.9):
+        with pytest.raises(DamagedImageError, match=r"some\.png"):
+            decode(data[: int(share * len(data))])
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"\x89PNG\r\n\x1a\n", bytes(100)])
+def test_no_image(data):
+    with pytest.raises(DamagedImageError, match=r"some\.png: not a readable image"):
+        decode(data)
+
+
+@pytest.mark.parametrize("file_format", ["PPM", "ICO", "PCX", "TGA"])
+def test_other_formats_are_refused(file_format):
+    with pytest.raises(DamagedImageError):
+        decode(encode(Image.fromarray(RGB), file_format))
+
+
+def test_random_damage_raises_nothing_else():
+    for file_format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
+        data = np.frombuffer(encode(Image.fromarray(RGB), file_format), np.uint8)
+        for _ in range(60):
+            broken = data.copy()
+            broken[rng.integers(len(data), size=3)] = rng.integers(0, 256, 3, np.uint8)
+            with contextlib.suppress(DamagedImageError):
+                decode(broken.tobytes())

@@ -1,0 +1,158 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.transforms import (
+    Preprocessing,
+    center_crop,
+    eval_transform,
+    random_crop_padded,
+    random_flip,
+    random_resized_crop,
+    resize,
+)
+from vision_jax.errors import UserError
+
+rng = np.random.default_rng()
+
+
+def preprocessing(**changes) -> Preprocessing:
+    fields = {
+        "image_size": (8, 8),
+        "mean": (0.5, 0.25, 0.0),
+        "std": (0.5, 0.5, 0.5),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "crop_mode": "center",
+    }
+    return Preprocessing(**(fields | changes))
+
+
+def random_image(height: int, width: int) -> np.ndarray:
+    return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_center_keeps_the_middle():
+    image = random_image(8, 20)
+    assert np.array_equal(eval_transform(image, preprocessing()), image[:, 6:14])
+
+
+def test_border_fills_with_the_mean_color():
+    image = random_image(8, 4)
+    out = eval_transform(image, preprocessing(crop_mode="border"))
+    assert np.array_equal(out[:, 2:6], image)
+    assert (out[:, :2] == (128, 64, 0)).all()
+    assert (out[:, 6:] == (128, 64, 0)).all()
+
+
+def test_squash_shows_everything():
+    image = np.zeros((40, 80, 3), np.uint8)
+    image[:, 40:] = 255
+    out = eval_transform(image, preprocessing(crop_mode="squash"))
+    assert out.shape == (8, 8, 3)
+    assert out[0, 0, 0] == 0
+    assert out[7, 7, 0] == 255
+
+
+def test_center_crop_pads_small_images():
+    out = center_crop(np.full((3, 2, 3), 9, np.uint8), (6, 5))
+    expected = np.zeros((6, 5, 3), np.uint8)
+    expected[1:4, 1:3] = 9  # the odd pixel goes to the bottom and right
+    assert np.array_equal(out, expected)
+
+
+def test_resize_to_the_same_size_is_the_identity():
+    image = random_image(5, 6)
+    assert np.array_equal(resize(image, (5, 6), "bicubic"), image)
+
+
+def test_a_strip_does_not_become_a_bomb():
+    strip = np.zeros((1, 60_000, 3), np.uint8)
+    with pytest.raises(DamagedImageError, match="60000 × 1 pixels is too narrow"):
+        eval_transform(strip, preprocessing(image_size=(224, 224)))
+    with pytest.raises(DamagedImageError, match="too narrow"):
+        eval_transform(strip, preprocessing(crop_mode="border"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("interpolation", "cubic"), ("crop_mode", "middle"), ("crop_pct", 0), ("image_size", (0, 8))],
+)
+def test_bad_preprocessing(field, value):
+    with pytest.raises(UserError, match=field):
+        preprocessing(**{field: value})
+
+
+def coordinates(height: int, width: int) -> np.ndarray:
+    """An image whose pixels say where they come from: (row, column, 0)."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
+
+
+def test_random_crop_padded():
+    image = coordinates(32, 32) + 1
+    shifts = set()
+    for _ in range(400):
+        out = random_crop_padded(image, rng, 4)
+        inside = out[4:28, 4:28, :2].astype(int)
+        shift = inside[0, 0] - 5
+        assert (np.abs(shift) <= 4).all()
+        assert np.array_equal(inside - shift, image[4:28, 4:28, :2])
+        shifts.add(tuple(shift))
+        if shift[0] > 0:
+            assert (out[32 - shift[0] :] == 0).all()
+    assert len(shifts) > 75  # of 81; below that once in 10⁶ runs or so if uniform
+
+
+def test_random_flip():
+    image = random_image(4, 6)
+    flipped = [np.array_equal(random_flip(image, rng), image[:, ::-1]) for _ in range(400)]
+    assert 120 < sum(flipped) < 280  # 8 standard deviations
+    assert all(
+        np.array_equal(out, image) or np.array_equal(out, image[:, ::-1])
+        for out in (random_flip(image, rng) for _ in range(10))
+    )
+
+
+def window_of(out: np.ndarray) -> tuple[float, float]:
+    """Approximate height and width of the window that `out`, of `coordinates`, was cut from."""
+    (h, w), top, bottom = out.shape[:2], out[0, 0].astype(float), out[-1, -1].astype(float)
+    return (bottom[0] - top[0]) * h / (h - 1), (bottom[1] - top[1]) * w / (w - 1)
+
+
+def test_random_resized_crop_stays_within_scale_and_ratio():
+    image = coordinates(200, 250)
+    windows = np.array(
+        [
+            window_of(random_resized_crop(image, rng, (24, 24), (0.2, 0.6), (0.7, 1.4), "bilinear"))
+            for _ in range(300)
+        ]
+    )
+    area = windows.prod(axis=1) / (200 * 250)
+    ratio = windows[:, 1] / windows[:, 0]
+    assert 0.18 < area.min() < 0.23
+    assert 0.56 < area.max() < 0.64
+    assert abs(area.mean() - 0.4) < 0.04  # uniform in area: sd 0.115 / √300 = 0.007
+    assert 0.66 < ratio.min() < 0.75
+    assert 1.3 < ratio.max() < 1.48
+    assert abs(np.log(ratio).mean()) < 0.07  # log-uniform: symmetric about 1, sd 0.2 / √300 = 0.012
+
+
+def test_random_resized_crop_falls_back_to_the_center():
+    image = coordinates(20, 200)
+    out = random_resized_crop(image, rng, (20, 26), (0.9, 1.0), (3 / 4, 4 / 3), "bilinear")
+    expected = image[:, 86:113]  # round(20 · 4/3) = 27 columns about the middle
+    resized = Image.fromarray(expected).resize((26, 20), Image.Resampling.BILINEAR)
+    assert np.array_equal(out, np.asarray(resized))
+
+
+def test_random_transforms_are_functions_of_the_generator():
+    image = random_image(40, 50)
+    for function in (
+        lambda r: random_resized_crop(image, r, (9, 8), (0.1, 1), (0.7, 1.4), "bicubic"),
+        lambda r: random_crop_padded(image, r, 4),
+        lambda r: random_flip(image, r),
+    ):
+        outs = [function(np.random.default_rng(seed)) for seed in (5, 5)]
+        assert np.array_equal(*outs)
