@@ -1,0 +1,208 @@
+"""The arguments of `ViT`, from what comes with weights: our header, a config, names and shapes."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vision_jax.convert.engine import tree_shapes
+from vision_jax.convert.vit import Table, find_table
+from vision_jax.errors import UserError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+# Models whose heads are not 64 channels wide, by width.
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+
+# What the name of a timm architecture says and its tensors don't; every match adds its arguments.
+TIMM_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"_clip_", {"layer_norm_eps": 1e-5}),
+    (r"_quickgelu_", {"activation": "quick_gelu"}),
+    (r"_gap_", {"pool": "avg"}),
+    (r"^vit_giantopt_", {"num_heads": 16, "activation": "gelu_tanh"}),
+)
+# Same tensors as a ViT, other arithmetic: reading them as a ViT would be silently wrong.
+TIMM_OTHER = r"_rpn_|^vit_d?pwee_|^vit_d(wee|little)_|_(xp|relpos|srelpos|mci|rope)_|radio|^eva"
+
+
+def infer_arguments(tensors: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for `build_vit`, num_classes and image_size included.
+
+    Sizes come from the tensors' shapes; what shapes don't say (heads, activation, epsilon, pooling)
+    from config.json, else from what the source's models have in common.
+
+    Args:
+      tensors: the file's tensors by name.
+      metadata: "config" and "vision_jax", as `read_weights` gives them.
+
+    Raises:
+      UserError: not a ViT, or one that this model cannot be.
+    """
+    if isinstance(ours := metadata.get("vision_jax", {}).get("arguments"), dict):
+        return _restore(ours)
+    table = find_table(tensors)
+    depth = _depth(tensors, table)
+    shapes = tree_shapes(tensors, table.rules, depth)
+    config = metadata.get("config", {})
+    said = dict(table.defaults)
+    if table.source == "timm":
+        said |= _from_timm_config(config)
+    elif table.source == "transformers":
+        said |= _from_transformers_config(config)
+    if "norm_pre/scale" in shapes and table.source == "timm":
+        said.setdefault("layer_norm_eps", 1e-5)  # CLIP's towers
+    return _from_shapes(shapes, depth, said)
+
+
+def _restore(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as JSON keeps them, with lists as tuples again."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in arguments.items()
+    }
+
+
+def _depth(tensors: Mapping[str, Any], table: Table) -> int:
+    template = next(
+        re.escape(rule.names[0]).replace(r"\{i\}", r"(\d+)")
+        for rule in table.rules
+        if rule.paths == ("block_{i}/norm1/scale",)
+    )
+    return sum(re.fullmatch(template, name) is not None for name in tensors)
+
+
+def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    name = str(config.get("architecture", "")).split(".")[0]
+    if re.search(TIMM_OTHER, name):
+        raise UserError(f"timm's {name} computes otherwise than a ViT; it is not supported")
+    said: dict[str, Any] = {}
+    for pattern, arguments in TIMM_FAMILIES:
+        if re.search(pattern, name):
+            said |= arguments
+    cfg = config.get("pretrained_cfg")
+    if isinstance(cfg, dict) and isinstance(cfg.get("input_size"), list):
+        said["image_size"] = tuple(cfg["input_size"][-2:])
+    given = config.get("model_args")
+    given = given if isinstance(given, dict) else {}
+    pool = given.get("global_pool", config.get("global_pool"))
+    if pool in ("token", "avg", "map"):
+        said["pool"] = pool
+    elif pool:
+        raise UserError(f"config.json: global_pool {pool!r} is none of token, avg, map")
+    if "img_size" in given:
+        said["image_size"] = _pair(given["img_size"], "img_size")
+    if "num_heads" in given:
+        said["num_heads"] = given["num_heads"]
+    if "act_layer" in given:
+        said["activation"] = _activation(given["act_layer"])
+    return said
+
+
+def _from_transformers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(config.get("vision_config"), dict):  # of a model with a text tower
+        config = config["vision_config"]
+    said: dict[str, Any] = {}
+    if "num_attention_heads" in config:
+        said["num_heads"] = config["num_attention_heads"]
+    if "layer_norm_eps" in config:
+        said["layer_norm_eps"] = float(config["layer_norm_eps"])
+    if "hidden_act" in config:
+        said["activation"] = _activation(config["hidden_act"])
+    if "image_size" in config:
+        said["image_size"] = _pair(config["image_size"], "image_size")
+    return said
+
+
+def _from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str, Any]:
+    for path in ("patch_embed/kernel", "block_0/mlp/fc1/kernel", "block_0/mlp/fc2/kernel"):
+        if len(shapes.get(path, ())) < 2:
+            raise UserError(f"the weights have nothing for {path}: not a ViT, or damaged")
+    if "pos_embed" not in shapes or len(shapes["pos_embed"]) != 3:
+        raise UserError("the weights have no learned position embeddings: not a ViT that we know")
+    patch_height, patch_width, _, width = shapes["patch_embed/kernel"]
+    if patch_height != patch_width:
+        raise UserError(f"patches of {patch_height} × {patch_width} pixels: only squares are known")
+    mlp_width = shapes["block_0/mlp/fc2/kernel"][0]
+    gated = shapes["block_0/mlp/fc1/kernel"][1] == 2 * mlp_width
+    head = shapes.get("head/kernel", (width, 0))
+    class_token = "cls_token" in shapes
+    if head[0] == 2 * width:
+        pool = "token_avg"
+    elif "attn_pool/latent" in shapes:
+        pool = "map"
+    else:
+        pool = said.get("pool", "token" if class_token else "avg")
+    registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
+    prefix = int(class_token) + int("dist_token" in shapes) + registers
+    image_size, position_prefix = _positions(shapes["pos_embed"][1], patch_height, prefix, said)
+    return {
+        "num_classes": head[1],
+        "image_size": image_size,
+        "patch_size": patch_height,
+        "width": width,
+        "depth": depth,
+        "num_heads": said.get("num_heads", HEADS.get(width, max(width // 64, 1))),
+        "mlp_width": mlp_width,
+        "pool": pool,
+        "norm_after_pool": said.get("norm_after_pool", False),
+        "class_token": class_token,
+        "distillation_token": "dist_token" in shapes,
+        "num_registers": registers,
+        "position_prefix": position_prefix,
+        "patch_bias": "patch_embed/bias" in shapes,
+        "qkv_bias": "block_0/attn/qkv/bias" in shapes,
+        "qk_norm": "block_0/attn/q_norm/scale" in shapes,
+        "layer_scale": 1e-5 if "block_0/layer_scale1" in shapes else None,
+        "pre_norm": "norm_pre/scale" in shapes,
+        "activation": "silu" if gated else said.get("activation", "gelu"),
+        "gated_mlp": gated,
+        "head_bias": "head/bias" in shapes or "head/kernel" not in shapes,
+        "layer_norm_eps": said.get("layer_norm_eps", 1e-6),
+    }
+
+
+def _positions(
+    length: int, patch: int, prefix: int, said: Mapping[str, Any]
+) -> tuple[tuple[int, int], int]:
+    """Image size in pixels and the number of prefix tokens with a position of their own."""
+    prefixes = [said["position_prefix"]] if "position_prefix" in said else [prefix, 0]
+    if "image_size" in said:
+        height, width = said["image_size"]
+        for own in prefixes:
+            if (height // patch) * (width // patch) == length - own:
+                return (height, width), own
+    for own in prefixes:
+        side = math.isqrt(max(length - own, 0))
+        if side and side * side == length - own:
+            return (side * patch, side * patch), own
+    raise UserError(
+        f"{length} position embeddings are no square grid, with or without {prefix} prefix tokens, "
+        "and no config.json beside the weights says the image size"
+    )
+
+
+def _activation(name: Any) -> str:
+    if name not in ACTIVATIONS:
+        raise UserError(f"config.json: activation {name!r} is none of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _pair(size: Any, name: str) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_positive, pair))):
+        raise UserError(f"config.json: {name} {size!r} is not one or two sizes in pixels")
+    return pair[0], pair[1]
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and value > 0

@@ -1,0 +1,258 @@
+"""Tensors of a checkpoint to parameters of a model and back, by one table read in both directions.
+
+A table is a sequence of `Rule`s: names in the file, paths in our tree, and the layout between them.
+`{i}` in names and paths stands for the index of a block. Nothing is matched by guess: each tensor
+of the file is consumed, each parameter is filled, or the error lists both sides.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from vision_jax.errors import UserError
+
+Arrays = Sequence[np.ndarray]
+LISTED = 5  # names that an error message prints of each kind
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A reversible rearrangement: arrays of the file -> arrays of the tree, and back."""
+
+    to_tree: Callable[[Arrays], Arrays]
+    to_file: Callable[[Arrays], Arrays]
+
+
+def _each(to_tree: Callable[..., Any], to_file: Callable[..., Any]) -> Layout:
+    return Layout(lambda xs: [to_tree(x) for x in xs], lambda xs: [to_file(x) for x in xs])
+
+
+COPY = _each(lambda x: x, lambda x: x)
+LINEAR = _each(lambda x: x.swapaxes(-1, -2), lambda x: x.swapaxes(-1, -2))  # [out, in], [in, out]
+CONV = _each(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW, HWIO
+ADD_1 = _each(lambda x: x[None], lambda x: x[0])  # [N, D], [1, N, D]
+ADD_2 = _each(lambda x: x[None, None], lambda x: x[0, 0])  # [D], [1, 1, D]
+# Three tensors of the file beside each other in one of ours: [D, D] × 3, [D, 3·D].
+FUSE_LINEAR = Layout(
+    lambda xs: [np.concatenate([x.T for x in xs], axis=1)],
+    lambda xs: [part.T for part in np.split(xs[0], 3, axis=1)],
+)
+FUSE_BIAS = Layout(lambda xs: [np.concatenate(xs)], lambda xs: np.split(xs[0], 3))
+# One packed tensor of the file in two of ours: [3·D, D], ([D, D] of q, [D, 2·D] of k and v).
+SPLIT_LINEAR = Layout(
+    lambda xs: [part.T for part in np.split(xs[0], [xs[0].shape[0] // 3])],
+    lambda xs: [np.concatenate([x.T for x in xs])],
+)
+SPLIT_BIAS = Layout(
+    lambda xs: np.split(xs[0], [xs[0].shape[0] // 3]), lambda xs: [np.concatenate(xs)]
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Names of tensors in the file, the paths of the parameters that they are, and the layout."""
+
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    layout: Layout = COPY
+
+    def expand(self, depth: int) -> Iterator["Rule"]:
+        """The rule for each block, or itself where it names no block."""
+        if not any("{i}" in name for name in (*self.names, *self.paths)):
+            yield self
+            return
+        for i in range(depth):
+            yield Rule(
+                tuple(name.replace("{i}", str(i)) for name in self.names),
+                tuple(path.replace("{i}", str(i)) for path in self.paths),
+                self.layout,
+            )
+
+
+def affine(name: str, path: str, layout: Layout = LINEAR) -> tuple[Rule, Rule]:
+    """The two rules of a layer `name.weight`, `name.bias` -> `path/kernel`, `path/bias`."""
+    return (
+        Rule((f"{name}.weight",), (f"{path}/kernel",), layout),
+        Rule((f"{name}.bias",), (f"{path}/bias",)),
+    )
+
+
+def norm(name: str, path: str) -> tuple[Rule, Rule]:
+    """The two rules of a norm `name.weight`, `name.bias` -> `path/scale`, `path/bias`."""
+    return (
+        Rule((f"{name}.weight",), (f"{path}/scale",)),
+        Rule((f"{name}.bias",), (f"{path}/bias",)),
+    )
+
+
+def fused(names: Sequence[str], path: str) -> tuple[Rule, Rule]:
+    """The two rules of three linear layers that are one fused layer of ours."""
+    return (
+        Rule(tuple(f"{name}.weight" for name in names), (f"{path}/kernel",), FUSE_LINEAR),
+        Rule(tuple(f"{name}.bias" for name in names), (f"{path}/bias",), FUSE_BIAS),
+    )
+
+
+def import_tensors(
+    tensors: Mapping[str, np.ndarray],
+    rules: Sequence[Rule],
+    target: Mapping[str, Any],
+    *,
+    skip: Collection[str] = (),
+    dropped: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
+    """Parameters by path from the tensors of a file, all of them or none.
+
+    Args:
+      tensors: the file's tensors by name.
+      rules: the table.
+      target: path -> anything with a shape and a dtype (`jax.ShapeDtypeStruct`).
+      skip: paths that the caller initializes itself: their tensors, if the file has them, count as
+        consumed whatever their shape.
+      dropped: regular expressions of whole tensor names that the model has no use for.
+
+    Returns:
+      path -> array of the target's shape and dtype, for each path of `target` not in `skip`. Where
+      no rearrangement was needed the arrays share memory with `tensors`.
+
+    Raises:
+      UserError: tensors left over, parameters left out, shapes that differ: all listed.
+      ValueError: the table writes one parameter twice.
+    """
+    filled: dict[str, np.ndarray] = {}
+    consumed: set[str] = set()
+    misfits: list[str] = []
+    lacking: list[str] = []
+    for rule in _expanded(rules, target):
+        present = [name for name in rule.names if name in tensors]
+        if not present:
+            continue
+        wanted = [path for path in rule.paths if path in target and path not in skip]
+        if not wanted:
+            if any(path in skip for path in rule.paths):
+                consumed.update(present)
+            continue
+        consumed.update(present)
+        if len(present) < len(rule.names):
+            lacking += [name for name in rule.names if name not in tensors]
+            continue
+        try:
+            arrays = rule.layout.to_tree([tensors[name] for name in rule.names])
+        except (ValueError, IndexError):  # too few axes, or parts that do not fit each other
+            shapes = ", ".join(f"{name} {tensors[name].shape}" for name in rule.names)
+            misfits.append(f"{shapes} for {rule.paths[0]} {_shape(target, rule.paths[0])}")
+            filled.update(dict.fromkeys(rule.paths))  # type: ignore[arg-type]
+            continue
+        for path, array in zip(rule.paths, arrays, strict=True):
+            if path in filled:
+                raise ValueError(f"the table writes {path} twice: again from {rule.names}")
+            filled[path] = array
+            if path not in target or array.shape != tuple(target[path].shape):
+                names = ", ".join(f"{name} {tensors[name].shape}" for name in rule.names)
+                misfits.append(f"{names} for {path} {_shape(target, path)}, not {array.shape}")
+            elif not np.issubdtype(array.dtype, np.floating):
+                misfits.append(f"{rule.names[0]} is {array.dtype}, {path} takes floats")
+    missing = [path for path in target if path not in filled and path not in skip]
+    unexpected = [
+        name
+        for name in tensors
+        if name not in consumed and not any(re.fullmatch(rule, name) for rule in dropped)
+    ]
+    if missing or unexpected or misfits or lacking:
+        raise UserError(_complaint(missing, lacking, unexpected, misfits, rules, target))
+    return {
+        path: np.asarray(array, target[path].dtype)
+        for path, array in filled.items()
+        if path not in skip
+    }
+
+
+def export_tensors(
+    params: Mapping[str, np.ndarray], rules: Sequence[Rule]
+) -> dict[str, np.ndarray]:
+    """The inverse of `import_tensors`: tensors by the file's names, identical to the bit.
+
+    Raises:
+      UserError: a parameter that the table has no name for.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    written: set[str] = set()
+    for rule in _expanded(rules, params):
+        if not all(path in params for path in rule.paths):
+            continue
+        arrays = rule.layout.to_file([np.asarray(params[path]) for path in rule.paths])
+        for name, array in zip(rule.names, arrays, strict=True):
+            if name in tensors:
+                raise ValueError(f"the table writes tensor {name} twice: again from {rule.paths}")
+            tensors[name] = np.ascontiguousarray(array)
+        written.update(rule.paths)
+    left = [path for path in params if path not in written]
+    if left:
+        raise UserError(
+            f"this naming has no name for {_some(left)}: export in timm's naming, which has them"
+        )
+    return tensors
+
+
+def tree_shapes(
+    tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], depth: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes that the parameters would have, as far as the file's tensors say: path -> shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rule in chain.from_iterable(rule.expand(depth) for rule in rules):
+        if not all(name in tensors for name in rule.names):
+            continue
+        stand_ins = [np.empty(tensors[name].shape, np.bool_) for name in rule.names]
+        try:
+            arrays = rule.layout.to_tree(stand_ins)
+        except (ValueError, IndexError):
+            continue  # the import itself reports it, against the shape that is wanted
+        shapes.update({path: x.shape for path, x in zip(rule.paths, arrays, strict=True)})
+    return shapes
+
+
+def _expanded(rules: Sequence[Rule], paths: Collection[str]) -> list[Rule]:
+    indices = [int(m[1]) for path in paths if (m := re.match(r"block_(\d+)/", path))]
+    depth = max(indices, default=-1) + 1
+    return [expanded for rule in rules for expanded in rule.expand(depth)]
+
+
+def _shape(target: Mapping[str, Any], path: str) -> Any:
+    return tuple(target[path].shape) if path in target else "(not in the model)"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _complaint(
+    missing: Sequence[str],
+    lacking: Sequence[str],
+    unexpected: Sequence[str],
+    misfits: Sequence[str],
+    rules: Sequence[Rule],
+    target: Mapping[str, Any],
+) -> str:
+    source_of = {path: rule.names[0] for rule in _expanded(rules, target) for path in rule.paths}
+    parts = []
+    if misfits:
+        parts.append(f"{len(misfits)} do not fit: {'; '.join(misfits[:LISTED])}")
+    if lacking:
+        parts.append(f"{len(lacking)} tensors of a fused parameter lack: {_some(lacking)}")
+    if missing:
+        named = [f"{path} (from {source_of.get(path, 'no tensor')})" for path in missing]
+        parts.append(f"{len(missing)} parameters get no tensor: {_some(named)}")
+    if unexpected:
+        near = difflib.get_close_matches(unexpected[0], list(source_of.values()), n=1)
+        hint = f"; the nearest known name to {unexpected[0]} is {near[0]}" if near else ""
+        parts.append(
+            f"{len(unexpected)} tensors have no place: {_some(unexpected)}{hint}; `dropped` names "
+            "the ones to leave out on purpose"
+        )
+    return "the weights are not this model's: " + " | ".join(parts)
