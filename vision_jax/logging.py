@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,7 @@ from vision_jax.errors import UserError
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, when the output is not a terminal
 WIDTH_WITHOUT_TERMINAL = 120
-PARAMETER_COLUMNS = ("parameters", "arrays", "shape", "dtype", "numbers", "size", "")
+PARAMETER_COLUMNS = ("parameters", "arrays", "numbers", "size", "share")
 
 
 def open_log(workdir: str | Path, *, resume_step: int, show: bool = True) -> "RunLog":
@@ -97,7 +97,13 @@ class RunLog:
         """Prints a table, columns of numbers aligned to the right; an empty row draws a line."""
         if not self._console:
             return
-        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title=Text(title, style="bold"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            collapse_padding=True,
+        )
         for index, column in enumerate(columns):
             cells = [row[index] for row in rows if row and row[index] != ""]
             numeric = all(re.match(r"[-+]?[0-9.]", _cell(cell)) for cell in cells)
@@ -107,7 +113,7 @@ class RunLog:
                 table.add_row(*(Text(_cell(cell)) for cell in row))
             else:
                 table.add_section()
-        self._console.print(table)
+        self._console.print(table, "")
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends named numbers to metrics.jsonl and to the TensorBoard events, and flushes both.
@@ -224,31 +230,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def summarize_parameters(
     trainable: Mapping[str, Any], frozen: Mapping[str, Any]
 ) -> list[tuple[str | int, ...]]:
-    """Rows for a table with `PARAMETER_COLUMNS`: what trains, what is frozen, and the totals.
+    """Rows for a table with `PARAMETER_COLUMNS`: what trains and what is frozen, each with its sum.
 
     Arrays whose paths differ only in the number of a block, and that have the same shape and dtype,
-    share a row: `block_*/attn/qkv/kernel/a`, 12 arrays.
+    share a row: `block_*/attn/qkv/kernel/a`, 12 x [192, 8]. The share is of all numbers.
 
     Args:
       trainable: arrays (or anything with a shape and a dtype) by path.
       frozen: likewise.
     """
+    everything = sum(map(_size, [*trainable.values(), *frozen.values()]))
     rows: list[tuple[str | int, ...]] = []
     for part, status in ((trainable, "trainable"), (frozen, "frozen")):
+        rows.append((status, f"{len(part)} arrays", *_sums(part.values(), everything)))
         for paths in _groups(part):
-            array = part[paths[0]]
-            size = " x ".join(map(str, array.shape)) or "scalar"
-            numbers = sum(_size(part[path]) for path in paths)
-            octets = sum(_bytes(part[path]) for path in paths)
-            name = _common_name(paths)
-            rows.append((name, len(paths), size, str(array.dtype), numbers, _human(octets), status))
-    rows.append(())
-    everything = sum(map(_size, [*trainable.values(), *frozen.values()]))
-    for part, status in ((trainable, "trainable"), (frozen, "frozen")):
-        numbers = sum(map(_size, part.values()))
-        octets = sum(map(_bytes, part.values()))
-        share = f"{numbers / everything:.2%}" if everything else ""
-        rows.append((f"all {status}", len(part), "", "", numbers, _human(octets), share))
+            shape = str(list(part[paths[0]].shape))
+            arrays = shape if len(paths) == 1 else f"{len(paths)} x {shape}"
+            sums = _sums([part[path] for path in paths], everything)
+            rows.append((f"  {_common_name(paths)}", arrays, *sums))
+        rows.append(())
     return rows
 
 
@@ -349,8 +349,12 @@ def _size(array: Any) -> int:
     return math.prod(array.shape)
 
 
-def _bytes(array: Any) -> int:
-    return _size(array) * np.dtype(array.dtype).itemsize
+def _sums(arrays: Iterable[Any], everything: int) -> tuple[int, str, str]:
+    """Of arrays: how many numbers, how much memory, and their share of `everything`."""
+    arrays = list(arrays)
+    numbers = sum(map(_size, arrays))
+    octets = sum(_size(array) * np.dtype(array.dtype).itemsize for array in arrays)
+    return numbers, _human(octets), f"{numbers / everything:.2%}" if everything else ""
 
 
 def _human(octets: int) -> str:
