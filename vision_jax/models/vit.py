@@ -386,7 +386,7 @@ class ViT(nn.Module):
         if self.pool == "map":
             x = AttentionPool(
                 self.num_heads, self.mlp_width, self.activation, *norm, name="attn_pool"
-            )(x)
+            )(x[:, self.num_prefix :])
         elif self.pool == "avg":
             x = x[:, self.num_prefix :].mean(axis=1)
         elif self.pool == "token_avg":
@@ -401,7 +401,7 @@ class ViT(nn.Module):
 
     def _head(self, pooled):
         dtype = jnp.promote_types(self.dtype, jnp.float32)
-        arguments = {
+        arguments: dict[str, Any] = {
             "features": self.num_classes,
             "use_bias": self.head_bias,
             "dtype": dtype,
