@@ -130,7 +130,8 @@ def _collate(
 class _CountDamaged:
     """Note the damaged images and hand on the batch; raises UserError at one too many.
 
-    The limit is a share of the whole data set, so the first of many is no alarm.
+    The limit is a share of the whole data set, so the first of many is no alarm. Each process
+    judges the images that it met itself.
     """
 
     log: DamageLog
@@ -142,7 +143,8 @@ class _CountDamaged:
     ) -> dict[str, np.ndarray]:
         batch, damaged = collated
         self.log.record(0 if batch is None else len(batch["label"]), damaged)
-        if batch is None or self.log.count > self.max_damaged * self.size:
+        too_many = bool(damaged) and self.log.count > self.max_damaged * self.size
+        if batch is None or too_many:
             raise UserError(
                 f"{self.log.count} of {self.size} images were found damaged, over the share of"
                 f" {self.max_damaged:g} that max_damaged allows: mend or remove them; the last:"
