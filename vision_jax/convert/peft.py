@@ -142,9 +142,10 @@ def write_adapter(
     for name, module in exported.items():
         tensors |= _to_torch(name, module)
     whole_modules = set()
-    saved = {path: np.asarray(arrays[path]) for path in modules_to_save}
-    for name, array in export_tensors(saved, rules).items():
+    for name, array in _saved(modules_to_save, arrays, rules).items():
         owner, _, kind = name.rpartition(".")
+        if owner in exported and kind == "weight":
+            continue  # the frozen base
         if owner in exported:  # PEFT wraps this layer in its own
             name = f"{owner}.base_layer.{kind}"
         elif kind in ("weight", "bias"):
@@ -223,6 +224,21 @@ def read_adapter(
     filled = import_tensors(saved, rules, target) if saved else {}
     arrays |= {path: jnp.asarray(array) for path, array in filled.items()}
     return lora.apply_adapters(paths.unflatten(params, arrays), adapters)
+
+
+def _saved(
+    chosen: Collection[str], arrays: Mapping[str, Any], rules: Sequence[Rule]
+) -> dict[str, np.ndarray]:
+    """Tensors of the chosen paths and of the rest of their modules, which PEFT wants whole."""
+    tensors = export_tensors({path: np.asarray(arrays[path]) for path in chosen}, rules)
+    owners = {name.rpartition(".")[0] for name in tensors} - {""}
+    whole = {
+        path
+        for rule in rules
+        for path in rule.paths
+        if any(name.rpartition(".")[0] in owners for name in rule.names)
+    }
+    return export_tensors({path: np.asarray(arrays[path]) for path in whole}, rules)
 
 
 def _rules(table: Table, arrays: Collection[str], *, in_memory: bool) -> list[Rule]:

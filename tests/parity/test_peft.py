@@ -1,0 +1,252 @@
+"""Adapters made by PEFT load here, ours load there, and the logits are the same."""
+
+import copy
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from vision_jax.convert.engine import import_tensors
+from vision_jax.convert.peft import read_adapter, write_adapter
+from vision_jax.convert.vit import find_table
+from vision_jax.models.vit import ViT
+from vision_jax.trees import lora, paths
+
+TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
+OURS = {
+    "num_classes": 5,
+    "image_size": (16, 16),
+    "patch_size": 4,
+    "width": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "mlp_width": 96,
+}
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+def timm_twin(dtype, directory):
+    """A timm ViT with random weights, our model, and the same weights in our tree."""
+    model = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5
+    )
+    return twins(model, dtype, directory)
+
+
+def transformers_twin(dtype, directory, config_class=transformers.ViTConfig):
+    """The same for transformers' ViT or DINOv2."""
+    config = config_class(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=16,
+        patch_size=4,
+        num_labels=5,
+        **({} if config_class is not transformers.ViTConfig else {"intermediate_size": 96}),
+    )
+    model = transformers.AutoModelForImageClassification.from_config(
+        config,
+        attn_implementation="sdpa",  # eager rounds to float32
+    )
+    dinov2 = config_class is transformers.Dinov2Config
+    return twins(
+        model,
+        dtype,
+        directory,
+        pool="token_avg" if dinov2 else "token",
+        layer_scale=1.0 if dinov2 else None,
+        layer_norm_eps=config.layer_norm_eps,
+    )
+
+
+def twins(model, dtype, directory, **arguments):
+    model = model.to(getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    if isinstance(model, transformers.PreTrainedModel):  # its files name tensors otherwise
+        model.save_pretrained(directory / "base")
+        tensors = load_file(directory / "base" / "model.safetensors")
+    else:
+        tensors = model.state_dict()
+    tensors = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+
+    ours = ViT(**OURS, **arguments, dtype=dtype)
+    images = jnp.zeros((1, 16, 16, 3))
+    like = jax.eval_shape(ours.init, jax.random.key(0), images)["params"]
+    target = {path: jax.ShapeDtypeStruct(x.shape, dtype) for path, x in paths.flatten(like).items()}
+    table = find_table(tensors)
+    flat = import_tensors(tensors, table.rules, target, dropped=table.dropped)
+    return model, ours, paths.unflatten(like, {path: jnp.asarray(x) for path, x in flat.items()})
+
+
+def relative_difference(theirs, ours, params, dtype):
+    """Largest difference between the two models' logits, relative to the largest logit."""
+    images = np.random.default_rng().uniform(size=(3, 16, 16, 3)).astype(dtype)
+    normalized = torch.from_numpy((images - 0.5) / 0.5).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = theirs.eval()(normalized)
+    expected = getattr(expected, "logits", expected).numpy()
+    logits = np.asarray(jax.jit(ours.apply)({"params": params}, jnp.asarray(images)))
+    assert logits.dtype == expected.dtype == dtype
+    return np.abs(logits - expected).max() / np.abs(expected).max()
+
+
+def save_from_peft(model, directory, **settings):
+    """A PEFT model with random adapters, saved; returns it."""
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(parameter + torch.randn_like(parameter) * 0.2)
+    adapted.save_pretrained(directory)
+    return adapted
+
+
+TIMM = ["qkv", "attn.proj", "fc1", "fc2", "patch_embed.proj"]
+FROM_TIMM = {
+    "plain": {"target_modules": TIMM, "r": 3, "lora_alpha": 7},
+    "rslora": {"target_modules": ["qkv", "fc1"], "r": 4, "lora_alpha": 6, "use_rslora": True},
+    "dora": {"target_modules": TIMM, "r": 3, "lora_alpha": 3, "use_dora": True},
+    "patterns": {
+        "target_modules": TIMM,
+        "r": 3,
+        "lora_alpha": 7,
+        "use_rslora": True,
+        "rank_pattern": {"blocks.1.attn.qkv": 5, r"blocks\.\d+\.mlp\.fc2": 2},
+        "alpha_pattern": {"attn.proj": 2.5, "patch_embed.proj": 11},
+        "lora_dropout": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", FROM_TIMM.values(), ids=FROM_TIMM)
+def test_timm_adapter_from_peft(settings, dtype, tmp_path):
+    model, ours, base = timm_twin(dtype, tmp_path)
+    adapted = save_from_peft(model, tmp_path, modules_to_save=["head"], **settings)
+    params = read_adapter(tmp_path, base)
+    assert relative_difference(adapted, ours, params, dtype) < TOLERANCE[dtype]
+    assert relative_difference(adapted, ours, base, dtype) > 1e-2
+    assert relative_difference(adapted, ours, lora.merge(params), dtype) < TOLERANCE[dtype]
+
+
+FROM_TRANSFORMERS = {
+    "query and value": {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 7},
+    "all": {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "projection"],
+        "r": 3,
+        "lora_alpha": 7,
+        "use_rslora": True,
+    },
+    "dora": {"target_modules": ["q_proj", "v_proj", "fc1"], "r": 3, "use_dora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "v_proj", "fc1"],
+        "r": 3,
+        "rank_pattern": {"v_proj": 5, "layers.1.attention.q_proj": 2},
+        "alpha_pattern": {"q_proj": 11},
+    },
+}
+
+
+@pytest.mark.parametrize("settings", FROM_TRANSFORMERS.values(), ids=FROM_TRANSFORMERS)
+def test_transformers_adapter_from_peft(settings, dtype, tmp_path):
+    model, ours, base = transformers_twin(dtype, tmp_path)
+    adapted = save_from_peft(model, tmp_path, modules_to_save=["classifier"], **settings)
+    params = read_adapter(tmp_path, base)
+    assert relative_difference(adapted, ours, params, dtype) < TOLERANCE[dtype]
+    assert relative_difference(adapted, ours, base, dtype) > 1e-2
+
+
+def test_dinov2_adapter_from_peft(tmp_path):
+    model, ours, base = transformers_twin("float32", tmp_path, transformers.Dinov2Config)
+    targets = ["q_proj", "v_proj", "o_proj", "fc1", "projection"]
+    adapted = save_from_peft(model, tmp_path, target_modules=targets, r=3)
+    params = read_adapter(tmp_path, base)
+    assert relative_difference(adapted, ours, params, "float32") < 1e-5
+    assert relative_difference(adapted, ours, base, "float32") > 1e-2
+
+
+def test_adapter_of_transformers_4(tmp_path):
+    """Its modules had the names that the files still have."""
+    model, ours, base = transformers_twin("float32", tmp_path)
+    adapted = save_from_peft(model, tmp_path, target_modules=["q_proj", "v_proj", "fc1"], r=3)
+    file = tmp_path / "adapter_model.safetensors"
+    older = {
+        name.replace("vit.layers.", "vit.encoder.layer.")
+        .replace("attention.q_proj", "attention.attention.query")
+        .replace("attention.v_proj", "attention.attention.value")
+        .replace("mlp.fc1", "intermediate.dense"): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(older, file)
+    params = read_adapter(tmp_path, base)
+    assert relative_difference(adapted, ours, params, "float32") < 1e-5
+
+
+RULES = [r"block_\d+/attn/(qkv|proj)/kernel", r"block_0/mlp/fc\d/kernel"]
+ATTACHED = {
+    "fused": {},
+    "parts": {"qkv_parts": "q,v"},
+    "rslora": {"rank_stabilized": True, "dropout": 0.1},
+    "dora": {"dora": True},
+    "dora of parts": {"dora": True, "qkv_parts": "v"},
+}
+
+
+@pytest.mark.parametrize("naming", ["timm", "transformers"])
+@pytest.mark.parametrize("settings", ATTACHED.values(), ids=ATTACHED)
+def test_adapter_to_peft(settings, naming, dtype, tmp_path):
+    twin = timm_twin if naming == "timm" else transformers_twin
+    model, ours, base = twin(dtype, tmp_path)
+    params = attach_random(base, [*RULES, "patch_embed/kernel"], rank=3, alpha=7.0, **settings)
+    # What was trained besides: the head, a bias under an adapter, a norm and a bare parameter.
+    trained = ["head/kernel", "head/bias", "block_1/attn/qkv/bias", "norm/scale", "pos_embed"]
+    flat = paths.flatten(params)
+    flat |= {path: flat[path] + 0.3 for path in trained}
+    params = paths.unflatten(params, flat)
+
+    write_adapter(tmp_path, params, base_model_name="twin", naming=naming, modules_to_save=trained)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    assert relative_difference(loaded, ours, params, dtype) < TOLERANCE[dtype]
+    assert relative_difference(model, ours, params, dtype) > 1e-2
+
+    again = read_adapter(tmp_path, base)
+    assert relative_difference(loaded, ours, again, dtype) < TOLERANCE[dtype]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "head" in config["modules_to_save"] or "classifier" in config["modules_to_save"]
+
+
+def test_leaves_of_different_kinds_to_peft(tmp_path):
+    """Ranks, scales and DoRA that differ between leaves: patterns and gains of 1 keep the sums."""
+    model, ours, base = timm_twin("float32", tmp_path)
+    params = attach_random(base, ["block_0/attn/qkv/kernel"], rank=2, alpha=3.0, dora=True)
+    params = attach_random(params, [r"block_1/mlp/fc\d/kernel"], rank=5, alpha=4.0)
+    write_adapter(tmp_path, params, base_model_name="twin", naming="timm")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    assert relative_difference(loaded, ours, params, "float32") < 1e-5
+    again = read_adapter(tmp_path, base)
+    assert relative_difference(loaded, ours, again, "float32") < 1e-5
+
+
+def attach_random(params, rules, **settings):
+    """`attach` with random B and disturbed magnitudes, as after training."""
+    before = {path for path in paths.flatten(params) if lora.is_adapter_path(path)}
+    params = lora.attach(params, rules, key=jax.random.key(0), **settings)
+    flat = paths.flatten(params)
+    random = np.random.default_rng()
+    for path, array in flat.items():
+        if path not in before and path.endswith(("kernel/b", "kernel/magnitude")):
+            flat[path] = array + random.normal(size=array.shape).astype(array.dtype) * 0.2
+    return paths.unflatten(params, flat)
