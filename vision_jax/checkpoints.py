@@ -1,7 +1,7 @@
 """Checkpoints of a run: what training changes, with the data's position, and once what is frozen.
 
-    WORKDIR/checkpoints/frozen/     the frozen parameters, written once
-    WORKDIR/checkpoints/STEP/       the train state and the data iterator, asynchronously
+    WORKDIR/frozen/             the frozen parameters, written once
+    WORKDIR/checkpoints/STEP/   the train state and the data iterator, asynchronously
 
 Orbax writes each directory under another name and renames it when it is complete, so a kill at any
 moment leaves the last complete step usable.
@@ -21,15 +21,14 @@ from orbax.checkpoint import checkpoint_managers
 
 from vision_jax.errors import UserError
 
-FROZEN = "frozen"
-
 
 class Checkpoints:
     """The checkpoints of one workdir; keeps the last and the best by `best_metric`."""
 
     def __init__(self, workdir: Path, best_metric: str):
-        """Opens (and makes) WORKDIR/checkpoints; `best_metric` is a key of the metrics given to save."""
+        """Opens, or makes, WORKDIR/checkpoints; `best_metric` is a key of `save`'s metrics."""
         self.directory = (workdir / "checkpoints").absolute()
+        self.frozen = (workdir / "frozen").absolute()
         self._best_metric = best_metric
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
@@ -83,19 +82,19 @@ class Checkpoints:
     def save_frozen(self, frozen: dict[str, jax.Array]) -> None:
         """Writes the frozen parameters, whole or not at all."""
         if frozen:
-            with _disk_errors(self.directory), ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(self.directory / FROZEN, frozen)
+            with _disk_errors(self.frozen), ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(self.frozen, frozen)
 
     def has_frozen(self) -> bool:
         """Whether `save_frozen` has finished in this workdir."""
-        return (self.directory / FROZEN).is_dir()
+        return (self.frozen).is_dir()
 
     def restore_frozen(self, target: dict[str, Any]) -> dict[str, jax.Array]:
         """The frozen parameters with the shapes and shardings of `target`."""
         if not target:
             return {}
-        with _shape_errors(self.directory / FROZEN), ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(self.directory / FROZEN, target)
+        with _shape_errors(self.frozen), ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(self.frozen, target)
 
     def wait(self) -> None:
         """Blocks until everything that was saved is on the disk."""

@@ -1,7 +1,7 @@
 """Which device holds what: one mesh, one rule for batches, one list of rules for parameters.
 
-Every array is born with its sharding and keeps it; `jit` inserts the communication. The mesh has two
-axes. Both split the batch; `fsdp` splits parameters and optimizer state too, so {data: 8, fsdp: 1}
+Every array is born with its sharding and keeps it; `jit` inserts the communication. The mesh has
+two axes. Both split the batch; `fsdp` splits parameters and optimizer state too, so {data: 8, fsdp: 1}
 is data parallelism, {data: 1, fsdp: 8} is fully sharded, and one CPU is {data: 1, fsdp: 1}.
 """
 
@@ -86,8 +86,8 @@ def parameter_shardings(
 def state_shardings(abstract: Any, parameters: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
     """Shardings of a train state: whatever is keyed by a parameter's path is laid out like it.
 
-    Optimizer state repeats the parameters' dict, so a leaf under the key `head/bias` belongs to that
-    parameter; a leaf of another rank (a count, a factored statistic) is replicated.
+    Optimizer state repeats the parameters' dict, so a leaf under the key `head/bias` belongs to
+    that parameter; a leaf of another rank (a count, a factored statistic) is replicated.
     """
 
     def sharding(keys: Any, leaf: Any) -> NamedSharding:

@@ -48,7 +48,7 @@ class TrainState:
 
 
 def make_state(
-    trainable: Flat, model_state: Any, tx: optax.GradientTransformation, *, ema: bool
+    trainable: Flat, *, model_state: Any, tx: optax.GradientTransformation, ema: bool
 ) -> TrainState:
     """The state before the first step."""
     return TrainState(
@@ -58,6 +58,11 @@ def make_state(
         model_state=model_state,
         ema=jax.tree.map(jnp.copy, trainable) if ema else None,  # a copy: both are donated
     )
+
+
+def averaged(state: TrainState) -> Flat:
+    """The trainable arrays that evaluation uses: the moving average if there is one."""
+    return state.trainable if state.ema is None else state.ema
 
 
 def make_train_step(
@@ -154,5 +159,5 @@ def make_eval_step(
     *,
     shardings: Any = None,
 ) -> Callable[..., dict[str, jax.Array]]:
-    """Compiles `outputs_fn(trainable, frozen, model_state, batch)`; its results on every process."""
+    """Compiles `outputs_fn(trainable, frozen, model_state, batch)`, with results laid out as said."""
     return jax.jit(outputs_fn, out_shardings=shardings)

@@ -78,7 +78,7 @@ def make_loss(
 
 
 def make_outputs(apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any]):
-    """What evaluation needs of a batch: logits beside the labels, mask and indices they belong to."""
+    """What evaluation needs of a batch: logits, and the labels, mask and indices beside them."""
 
     def outputs_fn(trainable, frozen, model_state, batch: Batch):
         logits, _ = apply(

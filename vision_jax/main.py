@@ -1,0 +1,114 @@
+"""The command line.
+
+    python -m vision_jax.main --config=configs/vit_lora.py
+    python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs/b --config.optim.lr=1e-3
+    python -m vision_jax.main --mode=evaluate --workdir=runs/vit_lora
+    python -m vision_jax.main --mode=predict --workdir=runs/vit_lora --images cat.jpg dog.png
+
+Running a training command again resumes it. Any field of the config file can be set with
+--config.FIELD=VALUE. On several processes, give each --coordinator, --processes and --process (on
+Cloud TPU and Slurm, --coordinator=auto is enough).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vision_jax.errors import UserError
+
+BAD_INPUT = 2  # exit code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
+    try:
+        flags, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+        _start_processes(flags)
+        from vision_jax import modes, train  # after the flags: importing JAX takes seconds
+        from vision_jax.config import load_config
+
+        workdir = flags.workdir
+        if flags.mode == "train":
+            if not flags.config:
+                raise UserError("--config is missing: for example --config=configs/vit_lora.py")
+            workdir = workdir or Path("runs") / Path(flags.config).stem
+            return train.run(load_config(flags.config, overrides), workdir)
+        if not workdir:
+            raise UserError(
+                f"--mode={flags.mode} needs --workdir=DIR, the folder of a finished run"
+            )
+        config = load_config(str(workdir / "config.json"), overrides)
+        if flags.mode == "evaluate":
+            return modes.evaluate(config, workdir, flags.checkpoint)
+        return modes.predict(config, workdir, flags.checkpoint, flags.images, flags.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad flag in one line, like every other bad input."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    parser = _Parser(
+        prog="python -m vision_jax.main",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", help="a file with get_config(), for example configs/vit_lora.py"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, help="where results go; runs/NAME_OF_THE_CONFIG by default"
+    )
+    parser.add_argument("--mode", choices=("train", "evaluate", "predict"), default="train")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("last", "best"),
+        default="last",
+        help="which checkpoint evaluate and predict read",
+    )
+    parser.add_argument("--images", nargs="+", default=[], help="files or folders, for predict")
+    parser.add_argument("--out", type=Path, help="where predict writes; WORKDIR by default")
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, or auto")
+    parser.add_argument("--processes", type=int, help="how many processes there are")
+    parser.add_argument("--process", type=int, help="which of them this one is")
+    flags, rest = parser.parse_known_args(arguments)
+    overrides = {}
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise UserError(
+                f"unknown argument {argument!r}: config fields are set with --config.FIELD=VALUE, "
+                "and --help lists the rest"
+            )
+        overrides[name.removeprefix("--config.")] = value
+    return flags, overrides
+
+
+def _start_processes(flags: argparse.Namespace) -> None:
+    """Connects this process to the others, when there are any."""
+    if not flags.coordinator:
+        return
+    import jax
+
+    if flags.coordinator == "auto":
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(flags.coordinator, flags.processes, flags.process)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code >= 128:
+        os._exit(code)  # after a signal: the checkpoint is complete, don't wait for worker threads
+    sys.exit(code)

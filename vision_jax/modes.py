@@ -1,0 +1,326 @@
+"""What a trained model is asked for: numbers over a dataset, predictions for files, results."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vision_jax import convert, setup, sharding, steps
+from vision_jax.checkpoints import Checkpoints
+from vision_jax.convert import peft
+from vision_jax.data.decode import DamagedImageError, decode_image
+from vision_jax.data.pipeline import DamageLog, make_eval_batches
+from vision_jax.data.sources import IMAGE_SUFFIXES, Source
+from vision_jax.data.transforms import Preprocessing, eval_transform
+from vision_jax.errors import UserError
+from vision_jax.evaluate import figures
+from vision_jax.evaluate.classification import confusion_matrix, summarize
+from vision_jax.logging import RunLog, read_metrics
+from vision_jax.models.vit import ViT
+from vision_jax.tasks import classification
+from vision_jax.trees import lora
+
+GRID = 40  # pictures in predictions.png
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Logits over a whole dataset, in its order, and their summary.
+
+    Attributes:
+      logits: f32[N, C].
+      labels: i32[N].
+      index: i32[N], rows in the source.
+      summary: see evaluate.classification.summarize.
+      damaged: names of images that could not be read and are not among the N.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    summary: dict[str, Any]
+    damaged: tuple[str, ...]
+
+    def line(self) -> str:
+        """The summary for the screen."""
+        text = "  ".join(
+            f"{name} {self.summary[name]:.4f}" for name in ("top1", "top5", "loss", "ece")
+        )
+        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
+        return f"evaluation on {self.summary['count']} images: {text}{skipped}"
+
+
+def make_evaluate(
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    source: Source,
+    *,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    num_threads: int,
+) -> Callable[..., Evaluation]:
+    """A function (trainable, frozen, model_state) -> Evaluation over the whole source.
+
+    The batch is rounded up to what the devices divide; padding rows are dropped by their mask, so
+    each image counts once and the result does not depend on the batch size.
+    """
+    devices = jax.device_count()
+    batch_size = -(-batch_size // devices) * devices
+    eval_step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
+    place = sharding.make_batch_placer(mesh)
+
+    def evaluate(trainable, frozen, model_state) -> Evaluation:
+        damage = DamageLog()
+        batches = make_eval_batches(
+            source,
+            batch_size=batch_size // jax.process_count(),
+            preprocessing=preprocessing,
+            num_threads=num_threads,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            damage_log=damage,
+        )
+        outputs: list[dict[str, np.ndarray]] = []
+        pending = None  # computed while the next batch is decoded
+        for batch in batches:
+            computed = eval_step(trainable, frozen, model_state, place(batch))
+            if pending is not None:
+                outputs.append(jax.device_get(pending))
+            pending = computed
+        outputs.append(jax.device_get(pending))
+        whole = {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
+        kept = whole["mask"]
+        if not kept.any():
+            raise UserError(f"{source.name}: not one of its {len(source)} images could be read")
+        order = np.argsort(whole["index"][kept], kind="stable")
+        logits, labels, index = (whole[name][kept][order] for name in ("logits", "label", "index"))
+        summary = summarize(logits, labels, source.class_names)
+        return Evaluation(logits, labels, index, summary, damage.names)
+
+    return evaluate
+
+
+def write_results(
+    workdir: Path,
+    log: RunLog,
+    model: ViT,
+    description: setup.Description,
+    params: Any,
+    result: Evaluation,
+    *,
+    mesh: Mesh,
+    plan: setup.Parameters,
+    eval_source: Source,
+) -> None:
+    """Figures, the adapter in PEFT's layout, and the merged model in timm's naming."""
+    # Every process gathers, the first one writes.
+    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(params)
+    if jax.process_index():
+        return
+    host = jax.device_get(whole)
+
+    figures.draw_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
+    log.wrote(workdir / "curves.png", "loss, learning rate and evaluation by step")
+    _draw_predictions(workdir / "predictions.png", description, result, eval_source)
+    log.wrote(workdir / "predictions.png", "images with true and predicted class and probability")
+    matrix = confusion_matrix(result.logits.argmax(-1), result.labels, len(description.class_names))
+    figures.draw_confusion(matrix, description.class_names, workdir / "confusion.png")
+    log.wrote(workdir / "confusion.png", "counts by true and predicted class")
+
+    if any(lora.is_adapter_path(path) for path in plan.trainable):
+        whole_leaves = {path for path in plan.trainable if not lora.is_adapter_path(path)}
+        peft.write_adapter(
+            workdir / "adapter",
+            host,
+            base_model_name=description.weights,
+            naming="timm",
+            modules_to_save=whole_leaves,
+            norm_after_pool=model.norm_after_pool,
+        )
+        log.wrote(workdir / "adapter", "the adapter, for peft.PeftModel.from_pretrained")
+    tensors, metadata = convert.export_vit(
+        lora.merge(host),
+        model,
+        to="timm",
+        class_names=description.class_names,
+        preprocessing=dataclasses.asdict(description.preprocessing),
+    )
+    convert.write_safetensors(workdir / "model.safetensors", tensors, metadata)
+    log.wrote(workdir / "model.safetensors", "the merged model, in timm's naming")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run's model, ready to compute."""
+
+    mesh: Mesh
+    description: setup.Description
+    outputs_fn: Callable[..., Mapping[str, jax.Array]]
+    state: steps.TrainState
+    frozen: dict[str, jax.Array]
+
+    @property
+    def arguments(self) -> tuple[Any, Any, Any]:
+        """What `outputs_fn` takes before the batch."""
+        return steps.averaged(self.state), self.frozen, self.state.model_state
+
+
+def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> Trained:
+    """Rebuilds a run from its workdir alone.
+
+    Args:
+      config: the run's own, from WORKDIR/config.json.
+      workdir: the run's folder.
+      checkpoint: "last" or "best".
+
+    Raises:
+      UserError: no run in `workdir`, or no complete checkpoint.
+    """
+    description = setup.load_description(workdir / "model.json")
+    mesh = sharding.make_mesh(**config.mesh)
+    model = setup.build_model(config, description)
+    plan = setup.plan_parameters(config, model, mesh, workdir)
+    checkpoints = Checkpoints(workdir, setup.BEST_METRIC)
+    step = checkpoints.last_step() if checkpoint == "last" else checkpoints.best_step()
+    if step is None:
+        raise UserError(f"{workdir} has no {checkpoint} checkpoint yet: train first")
+    abstract_trainable, abstract_frozen = plan.abstract()
+    _, tx = setup.make_optimizer(config, model, abstract_trainable)
+    abstract, _ = setup.abstract_state(config, tx, plan, mesh)
+    state = checkpoints.restore(step, abstract)
+    frozen = checkpoints.restore_frozen(abstract_frozen)
+    checkpoints.close()
+    outputs_fn = classification.make_outputs(setup.make_apply(model), plan.assemble)
+    return Trained(mesh, description, outputs_fn, state, frozen)
+
+
+def evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
+    """--mode=evaluate: the numbers of a finished run's checkpoint, computed again."""
+    trained = restore(config, workdir, checkpoint)
+    source = setup.read_eval_source(config, trained.description.class_names)
+    result = make_evaluate(
+        trained.outputs_fn,
+        trained.mesh,
+        source,
+        preprocessing=trained.description.preprocessing,
+        batch_size=config.evaluate.batch_size,
+        num_threads=config.data.threads,
+    )(*trained.arguments)
+    if jax.process_index() == 0:
+        print(f"step {int(trained.state.step)}: {result.line()}")
+        for name in result.damaged:
+            print(f"skipped a damaged image: {name}")
+        rows = result.summary["per_class"].items()
+        width = max(len(name) for name, _ in rows)
+        for name, accuracy in rows:
+            print(f"  {name:{width}}  {'no images' if accuracy is None else f'{accuracy:.4f}'}")
+    return 0
+
+
+def predict(
+    config: ConfigDict, workdir: Path, checkpoint: str, images: Sequence[str], out: Path | None
+) -> int:
+    """--mode=predict: a table of the most probable classes of each file, and a grid of pictures.
+
+    Raises:
+      UserError: no images given, or none that can be read.
+    """
+    names = _image_files(images)
+    trained = restore(config, workdir, checkpoint)
+    preprocessing = trained.description.preprocessing
+    views, kept, damaged = [], [], []
+    for name in names:
+        try:
+            image = decode_image(Path(name).read_bytes(), name=name)
+        except (DamagedImageError, OSError) as error:
+            damaged.append(str(error))
+            continue
+        views.append(eval_transform(image, preprocessing))
+        kept.append(name)
+    if not kept:
+        raise UserError(f"--images: not one of {len(names)} files could be read: {damaged[0]}")
+
+    size = -(-min(len(views), config.evaluate.batch_size) // jax.device_count())
+    size *= jax.device_count()
+    place = sharding.make_batch_placer(trained.mesh)
+    step = steps.make_eval_step(trained.outputs_fn, shardings=sharding.replicated(trained.mesh))
+    logits = []
+    for start in range(0, len(views), size):
+        part = np.stack(views[start : start + size])
+        images_padded = np.zeros((size, *part.shape[1:]), np.uint8)
+        images_padded[: len(part)] = part
+        batch = {
+            "image": images_padded,
+            "label": np.zeros(size, np.int32),
+            "index": np.arange(size, dtype=np.int32),
+            "mask": np.arange(size) < len(part),
+        }
+        local = slice(*(size // jax.process_count() * (jax.process_index() + i) for i in (0, 1)))
+        placed = place({name: array[local] for name, array in batch.items()})
+        logits.append(jax.device_get(step(*trained.arguments, placed))["logits"][: len(part)])
+    probabilities = softmax(np.concatenate(logits))
+
+    if jax.process_index():
+        return 0
+    class_names = trained.description.class_names
+    width = max(len(name) for name in kept)
+    for name, row in zip(kept, probabilities, strict=True):
+        best = np.argsort(-row, kind="stable")[:3]
+        text = "  ".join(f"{class_names[index]} {row[index]:.3f}" for index in best)
+        print(f"{name:{width}}  {text}")
+    for reason in damaged:
+        print(f"skipped: {reason}")
+    path = (out or workdir) / "predict.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures.draw_predictions(np.stack(views[:GRID]), None, probabilities[:GRID], class_names, path)
+    print(f"wrote {path}")
+    return 0
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities f64[N, C] of logits f[N, C]."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _image_files(given: Sequence[str]) -> list[str]:
+    """The files given, and the images in the folders given, in order."""
+    if not given:
+        raise UserError("--mode=predict needs --images=FILE or --images FILE FOLDER ...")
+    names: list[str] = []
+    for name in given:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            names += map(str, inside)
+        elif path.is_file():
+            names.append(name)
+        else:
+            raise UserError(f"--images: there is no file {name}")
+    if not names:
+        raise UserError(f"--images: no images in {', '.join(given)}")
+    return names
+
+
+def _draw_predictions(
+    path: Path, description: setup.Description, result: Evaluation, source: Source
+) -> None:
+    """A grid of evenly spread examples of the evaluation data, as the model sees them."""
+    rows = np.unique(np.linspace(0, len(result.labels) - 1, GRID).astype(int))
+    views = [
+        eval_transform(source[int(result.index[row])]["image"], description.preprocessing)
+        for row in rows
+    ]
+    figures.draw_predictions(
+        np.stack(views),
+        result.labels[rows],
+        softmax(result.logits[rows]),
+        description.class_names,
+        path,
+    )

@@ -1,0 +1,368 @@
+"""From a config to values: data, model, parameters. Nothing called from here sees the config.
+
+The order is DESIGN's: shapes by `eval_shape`, shardings on the abstract tree, weights imported
+strictly, the rest initialized where it will live, adapters attached, then trainable and frozen.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from vision_jax import convert, optim, sharding, steps
+from vision_jax.config import nearest
+from vision_jax.convert import peft
+from vision_jax.data.sources import Source, read_source, split_source
+from vision_jax.data.transforms import Preprocessing
+from vision_jax.errors import UserError
+from vision_jax.models.vit import ViT, build_vit, layer_of, variant_arguments
+from vision_jax.trees import lora, paths
+
+Flat = dict[str, Any]
+
+# ViT's arguments that say how to compute and not what; the config decides them for each run.
+RUN_ARGUMENTS = ("dtype", "remat", "scan", "dropout", "drop_path")
+BEST_METRIC = "top1"  # what the best checkpoint is best at
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a workdir must remember to rebuild its model without the weights: WORKDIR/model.json.
+
+    Attributes:
+      arguments: of `build_vit`, without RUN_ARGUMENTS.
+      preprocessing: of the images.
+      class_names: by label.
+      weights: where the parameters came from, "" for random initialization.
+      sha256: of the weights' file or files, "" without.
+    """
+
+    arguments: dict[str, Any]
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    weights: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The layout of a run's parameters, before any array exists.
+
+    Attributes:
+      like: the tree with adapters attached, of ShapeDtypeStructs.
+      shardings: by path.
+      trainable: paths that the optimizer changes.
+    """
+
+    like: Any
+    shardings: dict[str, NamedSharding]
+    trainable: frozenset[str]
+
+    def assemble(self, flat: Mapping[str, Any]) -> Any:
+        """The model's tree from all its arrays by path."""
+        return paths.unflatten(self.like, flat)
+
+    def abstract(self) -> tuple[Flat, Flat]:
+        """(trainable, frozen) ShapeDtypeStructs with shardings: targets for a restore."""
+        flat = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.shardings[path])
+            for path, leaf in paths.flatten(self.like).items()
+        }
+        return paths.partition(flat, set(self.trainable))
+
+
+# Data -------------------------------------------------------------------------------------------
+
+
+def read_sources(config: ConfigDict) -> tuple[Source, Source]:
+    """The training and the evaluation data, with the same class names."""
+    train = read_source(config.data.train)
+    if config.data.eval:
+        return train, read_source(config.data.eval, class_names=train.class_names)
+    return split_source(train, config.data.holdout, config.seed)
+
+
+def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
+    """The evaluation data alone, for a finished run."""
+    if config.data.eval:
+        return read_source(config.data.eval, class_names=class_names)
+    train = read_source(config.data.train, class_names=class_names)
+    return split_source(train, config.data.holdout, config.seed)[1]
+
+
+# Model ------------------------------------------------------------------------------------------
+
+
+def read_weights(config: ConfigDict) -> convert.Weights | None:
+    """The weights that the config names, or None for random initialization."""
+    if not config.model.weights:
+        return None
+    return convert.read_weights(config.model.weights, allow_pickle=config.model.allow_pickle)
+
+
+def describe(
+    config: ConfigDict, weights: convert.Weights | None, class_names: tuple[str, ...]
+) -> Description:
+    """Architecture and preprocessing: the weights' own, changed where the config says so.
+
+    Raises:
+      UserError: neither the weights nor the config name an architecture, an unknown argument, or a
+        number of classes that differs from the weights' while the head is not re-initialized.
+    """
+    model = config.model
+    arguments: dict[str, Any] = {}
+    if weights is not None:
+        arguments |= convert.infer_vit_arguments(weights)
+    if model.variant:
+        arguments |= variant_arguments(model.variant)
+    arguments |= _checked_arguments(model.arguments)
+    if model.image_size:
+        arguments["image_size"] = (model.image_size, model.image_size)
+    own = (weights.preprocessing if weights is not None else None) or {}
+    arguments["mean"] = tuple(model.mean or own.get("mean") or (0.5, 0.5, 0.5))
+    arguments["std"] = tuple(model.std or own.get("std") or (0.5, 0.5, 0.5))
+    arguments["num_classes"] = len(class_names)
+
+    needed = ("image_size", "patch_size", "width", "depth", "num_heads", "mlp_width")
+    missing = [name for name in needed if name not in arguments]
+    if missing:
+        raise UserError(
+            f"the architecture is unknown ({', '.join(missing)}): set config.model.variant, for "
+            "example 'b/16', and config.model.image_size, or take weights that carry them"
+        )
+    preprocessing = Preprocessing(
+        image_size=tuple(arguments["image_size"]),
+        mean=arguments["mean"],
+        std=arguments["std"],
+        crop_pct=config.data.crop_pct or own.get("crop_pct") or 0.875,
+        interpolation=config.data.interpolation or own.get("interpolation") or "bicubic",
+        crop_mode=own.get("crop_mode") or "center",
+    )
+    arguments = {name: value for name, value in arguments.items() if name not in RUN_ARGUMENTS}
+    return Description(
+        arguments,
+        preprocessing,
+        class_names,
+        weights.origin if weights is not None else "",
+        weights.sha256 if weights is not None else "",
+    )
+
+
+def build_model(config: ConfigDict, description: Description) -> ViT:
+    """The described model, computing as the config says."""
+    if config.model.dtype not in DTYPES:
+        raise UserError(f"config.model.dtype: {config.model.dtype!r} is none of {list(DTYPES)}")
+    return build_vit(
+        **description.arguments,
+        dtype=DTYPES[config.model.dtype],
+        remat=config.model.remat,
+        scan=config.model.scan,
+        dropout=config.model.dropout,
+        drop_path=config.model.drop_path,
+    )
+
+
+def make_apply(model: ViT) -> Callable[..., tuple[jax.Array, Any]]:
+    """The model as tasks call it (see tasks.classification.Apply)."""
+
+    def apply(params, model_state, images, *, train, keys):
+        return model.apply({"params": params}, images, train=train, rngs=keys), model_state
+
+    return apply
+
+
+def save_description(description: Description, path: Path) -> None:
+    """Writes model.json."""
+    path.write_text(json.dumps(dataclasses.asdict(description), indent=2) + "\n")
+
+
+def load_description(path: Path) -> Description:
+    """Reads model.json."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no run: there is no {path.name} in it")
+    record = json.loads(path.read_text(), object_hook=_with_tuples)
+    return Description(**{**record, "preprocessing": Preprocessing(**record["preprocessing"])})
+
+
+# Parameters -------------------------------------------------------------------------------------
+
+
+def plan_parameters(config: ConfigDict, model: ViT, mesh: Mesh, workdir: Path) -> Parameters:
+    """Shapes, shardings and the choice of what trains, by the config's rules."""
+    like = jax.eval_shape(
+        lambda key: _attach(config, _initialize(model, key), key, workdir), jax.random.key(0)
+    )
+    flat = paths.flatten(like)
+    candidates = [path for path in flat if not path.endswith("/base")]  # an adapter's base is fixed
+    trainable = {path for path in candidates if lora.is_adapter_path(path)}
+    trainable |= paths.select(candidates, config.trainable, field="config.trainable")
+    if not trainable:
+        raise UserError("nothing trains: set config.trainable or config.lora.rules")
+    shardings = sharding.parameter_shardings(flat, mesh, config.sharding_rules)
+    return Parameters(like, shardings, frozenset(trainable))
+
+
+def make_parameters(
+    config: ConfigDict,
+    model: ViT,
+    plan: Parameters,
+    mesh: Mesh,
+    weights: convert.Weights | None,
+    workdir: Path,
+) -> tuple[Flat, Flat, list[str]]:
+    """The arrays of a new run: (trainable, frozen, paths initialized at random though imported)."""
+    key = jax.random.key(config.seed)
+    base_like = jax.eval_shape(lambda key: _initialize(model, key), key)
+    base_shapes = paths.flatten(base_like)
+    base_shardings = sharding.parameter_shardings(base_shapes, mesh, config.sharding_rules)
+
+    imported: dict[str, np.ndarray] = {}
+    fresh = set(base_shapes)
+    if weights is not None:
+        fresh = paths.select(
+            base_shapes, config.model.reinitialize, field="config.model.reinitialize"
+        )
+        imported = convert.import_vit(
+            weights, base_like, reinitialized=sorted(fresh), model=model, dropped=config.model.drop
+        )
+    names = sorted(fresh)
+
+    def initialize(key):  # what is imported is not computed: the compiler drops it
+        flat = paths.flatten(_initialize(model, key))
+        return {path: flat[path] for path in names}
+
+    made = jax.jit(initialize, out_shardings={path: base_shardings[path] for path in names})(key)
+    placed = {
+        path: sharding.place(np.asarray(array, base_shapes[path].dtype), base_shardings[path])
+        for path, array in imported.items()
+    }
+    params = paths.unflatten(base_like, {**placed, **made})
+
+    out = jax.tree.unflatten(jax.tree.structure(plan.like), list(plan.shardings.values()))
+    attached = jax.jit(
+        lambda params, key: _attach(config, params, key, workdir),
+        donate_argnums=0,
+        out_shardings=out,
+    )(params, jax.random.fold_in(key, 1))
+    flat = paths.flatten(attached)
+    trainable, frozen = paths.partition(flat, set(plan.trainable))
+    return trainable, frozen, names if weights is not None else []
+
+
+def make_optimizer(config: ConfigDict, model: ViT, trainable: Flat) -> tuple[Any, Any]:
+    """(schedule, optax transformation) of the config, for these trainable arrays."""
+    settings = config.optim
+    schedule = optim.make_schedule(
+        settings.schedule,
+        peak=settings.lr,
+        total_steps=config.total_steps,
+        warmup_steps=settings.warmup_steps,
+    )
+    tx = optim.make_optimizer(
+        settings.name,
+        schedule=schedule,
+        params=trainable,
+        weight_decay=settings.weight_decay,
+        b1=settings.b1,
+        b2=settings.b2,
+        momentum=settings.momentum,
+        clip_norm=settings.clip_norm,
+        layer_of=lambda path: layer_of(path, model.depth),
+        num_layers=model.depth + 2,
+        layer_decay=settings.layer_decay,
+    )
+    return schedule, tx
+
+
+def new_state(config: ConfigDict, tx: Any, trainable: Flat, shardings: Any) -> steps.TrainState:
+    """The state before the first step, born with its shardings; `trainable` is donated."""
+    make = partial(steps.make_state, model_state={}, tx=tx, ema=config.optim.ema_decay > 0)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable)
+
+
+def abstract_state(
+    config: ConfigDict, tx: Any, plan: Parameters, mesh: Mesh
+) -> tuple[steps.TrainState, Any]:
+    """(ShapeDtypeStructs with shardings: the target of a restore, the shardings alone)."""
+    trainable, _ = plan.abstract()
+    make = partial(steps.make_state, model_state={}, tx=tx, ema=config.optim.ema_decay > 0)
+    shapes = jax.eval_shape(make, trainable)
+    shardings = sharding.state_shardings(shapes, plan.shardings, mesh)
+    target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+    return target, shardings
+
+
+def keep_initial_adapter(config: ConfigDict, workdir: Path) -> None:
+    """Copies the adapter that the run starts from, so that the workdir needs nothing outside."""
+    if not config.lora.init_from:
+        return
+    if config.lora.rules:
+        raise UserError("config.lora.init_from brings its own targets: set config.lora.rules=()")
+    source = Path(config.lora.init_from).expanduser()
+    if not (source / "adapter_config.json").is_file():
+        raise UserError(f"config.lora.init_from: {source} holds no adapter_config.json")
+    target = _initial_adapter(workdir)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _initialize(model: ViT, key: jax.Array) -> Any:
+    images = jnp.zeros((1, *model.image_size, 3))
+    return model.init(key, images)["params"]
+
+
+def _attach(config: ConfigDict, params: Any, key: jax.Array, workdir: Path) -> Any:
+    settings = config.lora
+    if settings.init_from:
+        return peft.read_adapter(_initial_adapter(workdir), params)
+    if not settings.rules:
+        return params
+    return lora.attach(
+        params,
+        settings.rules,
+        key=key,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        rank_stabilized=settings.rank_stabilized,
+        dropout=settings.dropout,
+        dora=settings.dora,
+        qkv_parts=settings.qkv_parts,
+    )
+
+
+def _initial_adapter(workdir: Path) -> Path:
+    return workdir / "initial_adapter"
+
+
+def _checked_arguments(pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """config.model.arguments as a dict; each must be an argument of ViT."""
+    known = [
+        field.name for field in dataclasses.fields(ViT) if field.name not in ("parent", "name")
+    ]
+    for name, _ in pairs:
+        if name not in known or name in RUN_ARGUMENTS:
+            raise UserError(f"config.model.arguments: unknown `{name}`{nearest(name, known)}")
+    return dict(pairs)
+
+
+def _with_tuples(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }

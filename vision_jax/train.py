@@ -1,0 +1,323 @@
+"""The training loop. There is one, and this is it.
+
+    config -> data, model, parameters -> step -> loop -> evaluation, figures, adapter, merged model
+
+Everything written goes to the workdir. Running the same command again continues from the last
+checkpoint: the state, the data's position and all keys are functions of (seed, step), so an
+interrupted run ends with the same parameters as an uninterrupted one, to the bit.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from vision_jax import modes, setup, sharding, steps
+from vision_jax.checkpoints import Checkpoints
+from vision_jax.config import differences, load_config, save_config
+from vision_jax.convert import Weights
+from vision_jax.data.pipeline import DamageLog, make_train_iterator
+from vision_jax.errors import UserError
+from vision_jax.logging import (
+    PARAMETER_COLUMNS,
+    Meter,
+    RunLog,
+    open_log,
+    summarize_parameters,
+)
+from vision_jax.tasks import classification
+
+REPORTED = ("top1", "top5", "loss", "ece")  # of an evaluation, in metrics.jsonl
+# Fields that may differ between the run that a workdir holds and the one that continues it.
+FREE_FIELDS = ("mesh.", "sharding_rules", "data.threads", "log_every", "model.remat", "model.scan")
+
+
+def run(config: ConfigDict, workdir: Path) -> int:
+    """Trains, or continues, and evaluates; returns the process's exit code.
+
+    Raises:
+      UserError: bad input, before anything that is in the workdir is touched.
+    """
+    first = jax.process_index() == 0
+    mesh = sharding.make_mesh(**config.mesh)
+    if config.batch_size % (jax.device_count() * config.optim.accumulate):
+        raise UserError(
+            f"config.batch_size {config.batch_size} does not divide among {jax.device_count()} "
+            f"devices and config.optim.accumulate {config.optim.accumulate}"
+        )
+
+    # The run's fixed facts: read from the workdir when it has them, else made and written there.
+    train_source, eval_source = setup.read_sources(config)
+    resuming = (workdir / "model.json").is_file()
+    weights = None
+    if resuming:
+        _check_same_run(config, workdir)
+        description = setup.load_description(workdir / "model.json")
+    else:
+        weights = setup.read_weights(config)
+        description = setup.describe(config, weights, train_source.class_names)
+    model = setup.build_model(config, description)
+    if not resuming:
+        setup.keep_initial_adapter(config, workdir)
+    plan = setup.plan_parameters(config, model, mesh, workdir)
+
+    abstract_trainable, abstract_frozen = plan.abstract()
+    schedule, tx = setup.make_optimizer(config, model, abstract_trainable)
+    abstract_state, shardings = setup.abstract_state(config, tx, plan, mesh)
+
+    damage = DamageLog()
+    data = make_train_iterator(
+        train_source,
+        batch_size=config.batch_size // jax.process_count(),
+        preprocessing=description.preprocessing,
+        crop=config.data.crop,
+        crop_scale=config.data.crop_scale,
+        flip=config.data.flip,
+        seed=config.seed,
+        num_threads=config.data.threads,
+        num_workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_damaged=config.data.max_damaged,
+        damage_log=damage,
+    )
+
+    # The state: restored, or born with its shardings.
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir, setup.BEST_METRIC)
+    last = checkpoints.last_step() if resuming else None
+    log = open_log(workdir, resume_step=last or 0, show=first)
+    for source in (train_source, eval_source):
+        log.say(f"data: {source.name}, {len(source)} images, {len(source.class_names)} classes")
+        if source.note:
+            log.say(f"data: {source.note}")
+    if last is not None:
+        frozen = checkpoints.restore_frozen(abstract_frozen)
+        state = checkpoints.restore(last, abstract_state)
+        checkpoints.restore_data(last, data)
+        log.say(f"resumed at step {last} from {checkpoints.directory / str(last)}")
+    else:
+        if resuming:  # stopped before the first checkpoint: begin again, from the same weights
+            weights = setup.read_weights(config)
+            _check_same_weights(weights, description)
+        trainable, frozen, fresh = setup.make_parameters(
+            config, model, plan, mesh, weights, workdir
+        )
+        state = setup.new_state(config, tx, trainable, shardings)
+        if weights is None:
+            log.say("parameters: random initialization")
+        else:
+            log.say(f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})")
+            log.say(f"re-initialized as config.model.reinitialize says: {', '.join(fresh)}")
+        checkpoints.save_frozen(frozen)
+        if first:
+            save_config(config, workdir / "config.json")
+            setup.save_description(description, workdir / "model.json")
+    log.wrote(workdir / "config.json", "every field of this run's config")
+    log.wrote(workdir / "model.json", "architecture, preprocessing and class names")
+    log.wrote(checkpoints.directory, "the last and the best state, with the data's position")
+    log.wrote(checkpoints.frozen, "the frozen parameters")
+    if first:
+        rows = summarize_parameters(abstract_trainable, abstract_frozen)
+        log.table("Parameters", PARAMETER_COLUMNS, rows)
+
+    # The step.
+    apply = setup.make_apply(model)
+    loss_fn = classification.make_loss(
+        apply,
+        plan.assemble,
+        num_classes=len(description.class_names),
+        label_smoothing=config.augment.label_smoothing,
+        policy=config.augment.policy,
+        policy_ops=config.augment.ops,
+        policy_magnitude=config.augment.magnitude,
+        mixup=config.augment.mixup,
+        cutmix=config.augment.cutmix,
+        erasing=config.augment.erasing,
+    )
+    train_step = steps.make_train_step(
+        loss_fn,
+        tx,
+        seed=config.seed,
+        schedule=schedule,
+        accumulate=config.optim.accumulate,
+        ema_decay=config.optim.ema_decay,
+        shardings=shardings,
+    )
+    evaluate = modes.make_evaluate(
+        classification.make_outputs(apply, plan.assemble),
+        mesh,
+        eval_source,
+        preprocessing=description.preprocessing,
+        batch_size=config.evaluate.batch_size,
+        num_threads=config.data.threads,
+    )
+    place = sharding.make_batch_placer(mesh)
+
+    # The loop.
+    step = last or 0
+    result = None
+    stop = _Stop()
+    with stop.watched(), log.progress(config.total_steps, completed=step) as progress:
+        report = _Reporter(log, progress, config.batch_size, config.log_every)
+        batch = place(next(data)) if step < config.total_steps else {}
+        pending = None  # the last step and its metrics, read while the next one computes
+        while step < config.total_steps:
+            state, metrics = train_step(state, frozen, batch)
+            step += 1
+            if pending is not None:
+                report(*pending)
+            pending = (step, metrics)
+
+            finished = step == config.total_steps
+            stopping = stop.requested()
+            evaluating = (finished or step % config.evaluate.every == 0) and not stopping
+            if stopping or evaluating or step % config.checkpoint_every == 0:
+                report(*pending)  # a state that is not finite is never saved
+                pending, measured = None, None
+                if evaluating:
+                    result = evaluate(steps.averaged(state), frozen, state.model_state)
+                    measured = {setup.BEST_METRIC: result.summary[setup.BEST_METRIC]}
+                    log.scalars(step, {f"eval/{name}": result.summary[name] for name in REPORTED})
+                    log.say(f"step {step}: {result.line()}")
+                checkpoints.save(step, state, data, measured)
+                report.restart_clock()
+            if stopping:
+                break
+            if not finished:  # after the data's position is saved, while the device computes
+                batch = place(next(data))
+
+    for name in damage.names:
+        log.say(f"skipped a damaged image: {name}")
+    if damage.count:
+        log.say(f"{damage.count} of {len(train_source)} training images are damaged")
+    checkpoints.wait()
+    if stop.signal:
+        log.say(
+            f"stopped by {signal.Signals(stop.signal).name} at step {step}; the state is saved. "
+            "Run the same command again to resume."
+        )
+        log.close()
+        return 128 + stop.signal
+
+    # The results.
+    if result is None:  # this workdir was finished before
+        result = evaluate(steps.averaged(state), frozen, state.model_state)
+        log.say(f"step {step}: {result.line()}")
+    params = plan.assemble({**steps.averaged(state), **frozen})
+    modes.write_results(
+        workdir,
+        log,
+        model,
+        description,
+        params,
+        result,
+        mesh=mesh,
+        plan=plan,
+        eval_source=eval_source,
+    )
+    checkpoints.close()
+    log.close()
+    return 0
+
+
+def _check_same_run(config: ConfigDict, workdir: Path) -> None:
+    """A workdir holds one run; another config in it would be neither."""
+    held = load_config(str(workdir / "config.json"), {})
+    changed = [line for line in differences(held, config) if not line.startswith(FREE_FIELDS)]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(changed[:3])}): give this one "
+            "another --workdir, or remove that folder"
+        )
+
+
+def _check_same_weights(weights: Weights | None, description: setup.Description) -> None:
+    if weights is not None and weights.sha256 != description.sha256:
+        raise UserError(
+            f"{weights.origin} has changed since this run began (sha256 {weights.sha256[:16]}, was "
+            f"{description.sha256[:16]}): start in another --workdir"
+        )
+
+
+class _Reporter:
+    """Reads the metrics of a step, which waits for it, and shows and logs them."""
+
+    def __init__(self, log: RunLog, progress: Meter, batch_size: int, every: int):
+        self._log = log
+        self._progress = progress
+        self._batch_size = batch_size
+        self._every = every
+        self._since: tuple[int, float] | None = None  # compilation is left out of the rate
+        self._rate = 0.0
+
+    def __call__(self, step: int, metrics: steps.Metrics) -> None:
+        """Reports one step.
+
+        Raises:
+          UserError: its loss or gradient is not finite. The step itself has changed nothing.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        now = time.monotonic()
+        if self._since is None:
+            self._since = (step, now)
+        elif step > self._since[0]:
+            since, then = self._since
+            self._rate = self._batch_size * (step - since) / max(now - then, 1e-9)
+        finite = values.pop("finite")
+        self._progress.update(step, values["loss"], values["learning_rate"], self._rate)
+        if step % self._every == 0 or not finite:
+            record = {f"train/{name}": value for name, value in values.items()}
+            self._log.scalars(step, {**record, "train/images_per_second": self._rate})
+        if not finite:
+            text = ", ".join(f"{name} {value:g}" for name, value in sorted(values.items()))
+            raise UserError(
+                f"step {step} is not finite ({text}): lower config.optim.lr or set "
+                "config.optim.clip_norm; the last checkpoint is from before it"
+            )
+
+    def restart_clock(self) -> None:
+        """Leaves what has just happened, an evaluation say, out of the rate."""
+        self._since = None
+
+
+class _Stop:
+    """Turns the first SIGTERM or Ctrl-C into a request to stop; a second one exits at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Handles the signals inside, restores the old handlers outside."""
+        watched = (signal.SIGTERM, signal.SIGINT)
+        try:
+            before = {number: signal.signal(number, self._receive) for number in watched}
+        except ValueError:  # not the main thread, as in a notebook's worker: nothing to handle
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        """Whether to stop after this step; all processes agree on it."""
+        if jax.process_count() == 1:
+            return bool(self.signal)
+        wanted = np.asarray(multihost_utils.process_allgather(np.int32(self.signal)))
+        self.signal = int(wanted.max())
+        return bool(self.signal)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
