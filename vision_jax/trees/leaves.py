@@ -115,8 +115,7 @@ def dot(x: Array, kernel: Kernel, dropout_key: Array | None = None) -> Array:
       kernel: an array or a `LowRank`, usually in float32.
       dropout_key: key of the adapter's input dropout; None outside training.
     """
-    product = _half_dot if x.dtype in (jnp.bfloat16, jnp.float16) else _plain_dot
-    return _multiply(product, x, kernel, dropout_key)
+    return _multiply(_dense_product(x), x, kernel, dropout_key)
 
 
 def convolve(
@@ -129,6 +128,10 @@ def convolve(
     """Convolution of x[B, H, W, in] with kernel[h, w, in, out], in x's dtype."""
     product = partial(_convolution, tuple(strides), tuple(padding))
     return _multiply(product, x, kernel, dropout_key)
+
+
+def _dense_product(x: Array) -> Any:
+    return _half_dot if x.dtype in (jnp.bfloat16, jnp.float16) else _plain_dot
 
 
 def _plain_dot(x: Array, kernel: Array) -> Array:
@@ -197,12 +200,13 @@ def _multiply(product: Any, x: Array, kernel: Kernel, dropout_key: Array | None)
 
 def _factored_update(product: Any, x: Array, leaf: LowRank) -> Array:
     """s · (x·A)·B by the skinny products; the merged form is cheaper wherever it applies."""
+    dense = _dense_product(x)
     if leaf.parts is None:
-        return leaf.scale * _plain_dot(product(x, leaf.a), leaf.b)
+        return leaf.scale * dense(product(x, leaf.a), leaf.b)
     total, chosen = leaf.parts
     columns = [jnp.zeros((*x.shape[:-1], leaf.b.shape[-1]), x.dtype)] * total
     for position, part in enumerate(chosen):
-        columns[part] = leaf.scale * _plain_dot(product(x, leaf.a[position]), leaf.b[position])
+        columns[part] = leaf.scale * dense(product(x, leaf.a[position]), leaf.b[position])
     return jnp.concatenate(columns, axis=-1)  # [..., out]
 
 
