@@ -110,9 +110,9 @@ def assert_explained(images, augmented, strengths):
 
 
 def test_rand_augment_applies_one_operation_of_its_table_to_each_image():
-    images = random_images(400, 12, 9)
+    images = random_images(400, 20, 16)
     augmented = augment.rand_augment(random_key(), images, num_ops=1, magnitude=12)
-    strengths = augment.rand_augment_strengths(12, 9)
+    strengths = augment.rand_augment_strengths(20, 16)
     assert_explained(images, augmented, {name: table[[12]] for name, table in strengths.items()})
 
 
