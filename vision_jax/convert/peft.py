@@ -194,11 +194,11 @@ def read_adapter(
     saved: dict[str, np.ndarray] = {}
     for name, array in read_weights(str(directory / TENSORS_FILE)).tensors.items():
         name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-        kind = next((kind for kind in (A, B, MAGNITUDE) if name.endswith(kind)), None)
-        if kind is None:
-            saved[name] = array
-        else:
-            found.setdefault(name.removesuffix(kind), {})[kind] = array
+        kind = next((kind for kind in (A, B, MAGNITUDE) if name.endswith(kind)), "")
+        group = found.setdefault(name.removesuffix(kind), {}) if kind else saved
+        if (kind or name) in group:
+            raise UserError(f"{directory / TENSORS_FILE}: {name} is in it twice")
+        group[kind or name] = array
     if not found:
         raise UserError(f"{directory / TENSORS_FILE}: no tensor in it ends in {A}")
 
