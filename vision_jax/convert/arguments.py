@@ -29,7 +29,11 @@ TIMM_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"_clip_", {"layer_norm_eps": 1e-5}),
     (r"_quickgelu_", {"activation": "quick_gelu"}),
     (r"_gap_", {"pool": "avg"}),
+    (r"^vit_base_patch16_gap_", {"num_heads": 16}),
     (r"^vit_giantopt_", {"num_heads": 16, "activation": "gelu_tanh"}),
+    # The SigLIP 2 sizes; the first SigLIP's are exact in timm, though trained with tanh.
+    (r"_patch32_siglip_|_so400m_patch16_siglip_", {"activation": "gelu_tanh"}),
+    (r"_large_patch16_siglip_(gap_)?512$", {"activation": "gelu_tanh"}),
 )
 # Same tensors as a ViT, other arithmetic: reading them as a ViT would be silently wrong.
 TIMM_OTHER = r"_rpn_|^vit_d?pwee_|^vit_d(wee|little)_|_(xp|relpos|srelpos|mci|rope)_|radio|^eva"
@@ -89,6 +93,8 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for pattern, arguments in TIMM_FAMILIES:
         if re.search(pattern, name):
             said |= arguments
+    if match := re.search(r"_(\d{2,4})$", name):  # holds if the position embeddings agree
+        said["image_size"] = _pair(int(match[1]), "architecture")
     cfg = config.get("pretrained_cfg")
     if isinstance(cfg, dict) and isinstance(cfg.get("input_size"), list):
         said["image_size"] = tuple(cfg["input_size"][-2:])

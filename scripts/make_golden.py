@@ -1,0 +1,70 @@
+"""Makes tests/golden/: tiny PyTorch ViTs with random weights, and what they compute.
+
+Each folder holds a checkpoint as timm or transformers saves it and outputs.safetensors: images
+f32[2, H, W, 3] in [0, 1], the output of each block and the logits (the pooled vector for a tower
+without a head). The tests without torch compare against these; tests/parity compares live.
+
+    python scripts/make_golden.py    # with the `parity` extra; rewrites tests/golden
+
+Made with torch 2.14, timm 1.0.31 and transformers 5.23.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "parity")]
+
+import vit_twins as twins  # noqa: E402 (found through the path above)
+
+from vision_jax.convert import (  # noqa: E402
+    infer_vit_arguments,
+    read_weights,
+    write_safetensors,
+)
+
+SMALL = {"patch_size": 4, "embed_dim": 32, "num_heads": 2, "img_size": 12, "num_classes": 5}
+TOWER = {"image_size": 12, "patch_size": 4, "hidden_size": 32, "intermediate_size": 48}
+VARIANTS = {
+    "timm_deit_distilled": twins.timm_twin(
+        "deit_tiny_distilled_patch16_224", **SMALL, mlp_ratio=1.5
+    ),
+    "timm_dinov2_swiglu_registers": twins.timm_twin(
+        "vit_giant_patch14_reg4_dinov2", **SMALL, mlp_ratio=1.5
+    ),
+    "transformers_clip": twins.transformers_twin(
+        "CLIPVisionModel", "CLIPVisionConfig", twins.pooled, **TOWER
+    ),
+    "transformers_siglip": twins.transformers_twin(
+        "SiglipVisionModel", "SiglipVisionConfig", twins.pooled, **TOWER
+    ),
+}
+
+
+def main() -> None:
+    """Writes every variant."""
+    for seed, (name, build) in enumerate(VARIANTS.items()):
+        folder = ROOT / "tests" / "golden" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        twin = build()
+        twins.randomize(twin.model, seed)
+        weights = read_weights(twin.save(twin.model, folder))
+        for path in folder.iterdir():
+            if path.name not in ("model.safetensors", "config.json"):
+                path.unlink()
+            else:
+                path.chmod(0o644)
+        arguments = infer_vit_arguments(weights)
+        size = arguments["image_size"]
+        images = np.random.default_rng(seed).random((2, *size, 3)).astype(np.float32)
+        outputs = twin.outputs(images, arguments)
+        write_safetensors(folder / "outputs.safetensors", {"images": images, **outputs})
+        print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir())} bytes")
+
+
+if __name__ == "__main__":
+    main()
