@@ -1,0 +1,154 @@
+"""The engine on small tables: strict on both sides, and the identity on the way back."""
+
+import jax
+import numpy as np
+import pytest
+
+from vision_jax.convert import engine
+from vision_jax.convert.engine import Rule, affine, export_tensors, fused, import_tensors, norm
+from vision_jax.errors import UserError
+
+RNG = np.random.default_rng()
+RULES = (
+    *affine("stem", "stem", engine.CONV),
+    Rule(("class",), ("cls_token",), engine.ADD_2),
+    Rule(("positions",), ("pos_embed",), engine.ADD_1),
+    *norm("layers.{i}.ln", "block_{i}/norm1"),
+    *fused([f"layers.{{i}}.{part}" for part in "qkv"], "block_{i}/qkv"),
+    Rule(("pool.in_weight",), ("pool/q/kernel", "pool/kv/kernel"), engine.SPLIT_LINEAR),
+    Rule(("pool.in_bias",), ("pool/q/bias", "pool/kv/bias"), engine.SPLIT_BIAS),
+    *affine("head", "head"),
+)
+
+
+def draw(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def checkpoint():
+    tensors = {
+        "stem.weight": draw(4, 3, 2, 2),
+        "stem.bias": draw(4),
+        "class": draw(4),
+        "positions": draw(9, 4),
+        "pool.in_weight": draw(12, 4),
+        "pool.in_bias": draw(12),
+        "head.weight": draw(5, 4),
+        "head.bias": draw(5),
+    }
+    for i in range(2):
+        tensors |= {f"layers.{i}.ln.weight": draw(4), f"layers.{i}.ln.bias": draw(4)}
+        tensors |= {f"layers.{i}.{part}.weight": draw(4, 4) for part in "qkv"}
+        tensors |= {f"layers.{i}.{part}.bias": draw(4) for part in "qkv"}
+    return tensors
+
+
+def target(classes=5):
+    shapes = {
+        "stem/kernel": (2, 2, 3, 4),
+        "stem/bias": (4,),
+        "cls_token": (1, 1, 4),
+        "pos_embed": (1, 9, 4),
+        "pool/q/kernel": (4, 4),
+        "pool/kv/kernel": (4, 8),
+        "pool/q/bias": (4,),
+        "pool/kv/bias": (8,),
+        "head/kernel": (4, classes),
+        "head/bias": (classes,),
+    }
+    for i in range(2):
+        shapes |= {f"block_{i}/norm1/scale": (4,), f"block_{i}/norm1/bias": (4,)}
+        shapes |= {f"block_{i}/qkv/kernel": (4, 12), f"block_{i}/qkv/bias": (12,)}
+    return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+
+
+def test_layouts_written_out():
+    tensors = checkpoint()
+    params = import_tensors(tensors, RULES, target())
+    x = draw(4)
+    np.testing.assert_allclose(x @ params["head/kernel"], tensors["head.weight"] @ x, rtol=1e-5)
+    q, k, v = np.split(x @ params["block_1/qkv/kernel"] + params["block_1/qkv/bias"], 3)
+    for part, ours in zip("qkv", (q, k, v), strict=True):
+        theirs = tensors[f"layers.1.{part}.weight"] @ x + tensors[f"layers.1.{part}.bias"]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    packed = tensors["pool.in_weight"] @ x
+    split = np.concatenate([x @ params["pool/q/kernel"], x @ params["pool/kv/kernel"]])
+    np.testing.assert_allclose(split, packed, rtol=1e-4, atol=1e-5)
+    stem = tensors["stem.weight"]
+    assert params["stem/kernel"][1, 0, 2, 3] == stem[3, 2, 1, 0]
+
+
+def test_round_trip_is_identical_to_the_bit():
+    tensors = checkpoint()
+    back = export_tensors(import_tensors(tensors, RULES, target()), RULES)
+    assert set(back) == set(tensors)
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert back[name].tobytes() == tensor.tobytes()
+
+
+def test_missing_and_unexpected_are_both_listed_with_the_nearest_name():
+    tensors = checkpoint()
+    tensors["head.weigth"] = tensors.pop("head.weight")
+    with pytest.raises(UserError) as caught:
+        import_tensors(tensors, RULES, target())
+    message = str(caught.value)
+    assert "1 parameters get no tensor: head/kernel (from head.weight)" in message
+    assert "1 tensors have no place: head.weigth; the nearest known name" in message
+    assert "head.weight;" in message
+
+
+def test_a_part_of_a_fused_parameter_is_missing():
+    tensors = checkpoint()
+    del tensors["layers.0.k.bias"]
+    with pytest.raises(UserError, match=r"lack: layers\.0\.k\.bias"):
+        import_tensors(tensors, RULES, target())
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4,), (1, 5, 4)])
+def test_wrong_shapes_are_shown_on_both_sides(shape):
+    tensors = checkpoint() | {"head.weight": draw(*shape)}
+    with pytest.raises(UserError, match="1 do not fit") as caught:
+        import_tensors(tensors, RULES, target())
+    assert str(shape) in str(caught.value)
+    assert "(4, 5)" in str(caught.value)
+
+
+def test_integers_are_no_weights():
+    tensors = checkpoint() | {"head.bias": np.zeros(5, np.int8)}
+    with pytest.raises(UserError, match="head.bias is int8"):
+        import_tensors(tensors, RULES, target())
+
+
+def test_a_block_too_many_is_unexpected():
+    tensors = checkpoint() | {"layers.2.ln.weight": draw(4)}
+    with pytest.raises(UserError, match=r"no place: layers\.2\.ln\.weight"):
+        import_tensors(tensors, RULES, target())
+
+
+def test_skipped_paths_take_their_tensors_in_any_shape_or_none():
+    skip = {"head/kernel", "head/bias"}
+    for tensors in (checkpoint(), {k: v for k, v in checkpoint().items() if "head" not in k}):
+        params = import_tensors(tensors, RULES, target(classes=9), skip=skip)
+        assert set(params) == set(target()) - skip
+
+
+def test_only_what_is_dropped_by_its_whole_name_may_be_left_over():
+    tensors = checkpoint() | {"mask": draw(4)}
+    import_tensors(tensors, RULES, target(), dropped=("mask",))
+    with pytest.raises(UserError, match="no place: mask"):
+        import_tensors(tensors, RULES, target(), dropped=("mas",))
+
+
+def test_a_table_that_writes_twice_raises_in_both_directions():
+    twice = (*RULES, Rule(("positions",), ("pos_embed",), engine.ADD_1))
+    with pytest.raises(ValueError, match="writes pos_embed twice"):
+        import_tensors(checkpoint(), twice, target())
+    with pytest.raises(ValueError, match="writes tensor positions twice"):
+        export_tensors(import_tensors(checkpoint(), RULES, target()), twice)
+
+
+def test_a_parameter_without_a_name_is_not_lost_in_an_export():
+    params = import_tensors(checkpoint(), RULES, target()) | {"extra": draw(2)}
+    with pytest.raises(UserError, match="no name for extra"):
+        export_tensors(params, RULES)

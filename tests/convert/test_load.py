@@ -1,0 +1,265 @@
+"""From golden PyTorch files into the model and back into files, without torch."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from vision_jax.convert import (
+    Weights,
+    class_names_of,
+    export_vit,
+    import_vit,
+    infer_vit_arguments,
+    read_weights,
+    write_safetensors,
+)
+from vision_jax.convert.arguments import infer_arguments
+from vision_jax.convert.vit import detect_source
+from vision_jax.errors import UserError
+from vision_jax.models.vit import build_vit
+from vision_jax.ops.position_embedding import resample_positions
+from vision_jax.trees.paths import flatten, unflatten
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = sorted(path.name for path in GOLDEN.iterdir())
+HEAD = ("head/kernel", "head/bias")
+
+
+def abstract(model):
+    images = jnp.zeros((1, *model.image_size, 3))
+    return jax.eval_shape(lambda key: model.init(key, images)["params"], jax.random.key(0))
+
+
+def random_params(model):
+    rng = np.random.default_rng()
+    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)  # noqa: E731
+    return jax.tree.map(draw, abstract(model))
+
+
+def small(**arguments):
+    defaults = {
+        "num_classes": 3,
+        "image_size": (12, 8),
+        "patch_size": 4,
+        "width": 8,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_width": 16,
+    }
+    return build_vit(**{**defaults, **arguments})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_written_in_timms_naming_loads_by_itself(name, tmp_path):
+    weights = read_weights(str(GOLDEN / name))
+    arguments = infer_vit_arguments(weights)
+    model = build_vit(**arguments)
+    like = abstract(model)
+    flat = import_vit(weights, like, reinitialized=(), model=model)
+    preprocessing = {"mean": [0.1] * 3, "std": [0.2] * 3, "image_size": [12, 12], "crop_pct": 0.9}
+    tensors, header = export_vit(
+        unflatten(like, flat), model, class_names=["a", "b"], preprocessing=preprocessing
+    )
+    write_safetensors(tmp_path / "out.safetensors", tensors, header)
+
+    again = read_weights(str(tmp_path / "out.safetensors"))
+    assert infer_vit_arguments(again) == {
+        **arguments,
+        "mean": (0.1, 0.1, 0.1),
+        "std": (0.2, 0.2, 0.2),
+    }
+    assert class_names_of(again) == ["a", "b"]
+    assert again.preprocessing["image_size"] == (12, 12)
+    assert again.preprocessing["interpolation"] is None
+    assert detect_source(again.tensors) == "timm"
+    flat_again = import_vit(again, like, reinitialized=(), model=model)
+    assert set(flat_again) == set(flat)
+    assert all(np.array_equal(flat_again[path], flat[path]) for path in flat)
+
+
+VARIANTS = {
+    "timm norm": ("timm", {}),
+    "timm fc_norm": ("timm", {"pool": "avg", "norm_after_pool": True}),
+    "timm everything": (
+        "timm",
+        {
+            "distillation_token": True,
+            "num_registers": 2,
+            "position_prefix": 0,
+            "layer_scale": 0.1,
+            "pre_norm": True,
+            "qk_norm": True,
+            "gated_mlp": True,
+            "qkv_bias": False,
+        },
+    ),
+    "timm map": ("timm", {"pool": "map", "class_token": False, "position_prefix": 0}),
+    "torchvision": ("torchvision", {}),
+    "transformers vit": ("transformers", {}),
+    "transformers deit": ("transformers", {"distillation_token": True, "position_prefix": 2}),
+    "transformers dinov2": (
+        "transformers",
+        {"layer_scale": 0.1, "num_registers": 4, "pool": "token_avg"},
+    ),
+    "transformers dinov2 giant": ("transformers", {"layer_scale": 0.1, "gated_mlp": True}),
+    "transformers clip": (
+        "transformers",
+        {"pre_norm": True, "patch_bias": False, "head_bias": False},
+    ),
+    "transformers siglip": (
+        "transformers",
+        {"pool": "map", "class_token": False, "num_classes": 0, "position_prefix": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_trip_is_identical_to_the_bit(name):
+    to, arguments = VARIANTS[name]
+    model = small(**arguments)
+    params = random_params(model)
+    tensors, header = export_vit(params, model, to=to)
+    assert detect_source(tensors) == to
+    weights = Weights(tensors, {"vision_jax": json.loads(header["vision_jax"])}, None, "x", "")
+    back = import_vit(weights, abstract(model), reinitialized=(), model=model)
+    flat = flatten(params)
+    assert set(back) == set(flat)
+    assert all(back[path].tobytes() == flat[path].tobytes() for path in flat)
+
+
+def test_what_a_naming_cannot_hold_raises():
+    model = small(num_registers=2)
+    with pytest.raises(UserError, match="no name for reg_token"):
+        export_vit(random_params(model), model, to="torchvision")
+    with pytest.raises(UserError, match="no naming 'keras'"):
+        export_vit(random_params(model), model, to="keras")
+
+
+def exported(model, params):
+    tensors, header = export_vit(params, model)
+    return Weights(tensors, {"vision_jax": json.loads(header["vision_jax"])}, None, "file", "")
+
+
+def test_another_number_of_classes_needs_the_head_named():
+    model = small()
+    weights = exported(model, random_params(model))
+    other = small(num_classes=9)
+    with pytest.raises(UserError, match=r"head\.weight \(3, 8\) for head/kernel \(8, 9\)"):
+        import_vit(weights, abstract(other), reinitialized=(), model=other)
+    flat = import_vit(weights, abstract(other), reinitialized=HEAD, model=other)
+    assert set(flatten(abstract(other))) - set(flat) == set(HEAD)
+
+
+def test_another_image_size_resamples_the_positions_of_a_grid_that_is_not_square():
+    model = small(num_registers=1, position_prefix=2)
+    params = random_params(model)
+    other = small(num_registers=1, position_prefix=2, image_size=(20, 16))
+    flat = import_vit(exported(model, params), abstract(other), reinitialized=(), model=other)
+    expected = resample_positions(params["pos_embed"], (3, 2), (5, 4), 2)
+    np.testing.assert_array_equal(flat["pos_embed"], expected)
+    # The same number of patches in another arrangement is another grid.
+    turned = small(num_registers=1, position_prefix=2, image_size=(8, 12))
+    flat = import_vit(exported(model, params), abstract(turned), reinitialized=(), model=turned)
+    expected = resample_positions(params["pos_embed"], (3, 2), (2, 3), 2)
+    np.testing.assert_array_equal(flat["pos_embed"], expected)
+
+
+def test_a_wrong_architecture_lists_both_sides():
+    model, other = small(), small(depth=3, layer_scale=0.1)
+    weights = exported(model, random_params(model))
+    with pytest.raises(UserError) as caught:
+        import_vit(weights, abstract(other), reinitialized=(), model=other)
+    assert "block_2/" in str(caught.value)
+    assert "layer_scale" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pooler_is_dropped_only_when_asked():
+    model = small(num_classes=0)
+    tensors, _ = export_vit(random_params(model), model, to="transformers")
+    tensors["vit.pooler.dense.weight"] = np.zeros((8, 8), np.float32)
+    weights = Weights(tensors, {"config": {"image_size": [12, 8]}}, None, "file", "")
+    assert infer_vit_arguments(weights)["image_size"] == (12, 8)
+    with pytest.raises(UserError, match="pooler"):
+        import_vit(weights, abstract(model), reinitialized=(), model=model)
+    import_vit(weights, abstract(model), reinitialized=(), model=model, dropped=(r".*pooler\..*",))
+
+
+def test_no_vit_says_what_was_looked_for_and_what_is_there():
+    with pytest.raises(UserError) as caught:
+        detect_source({"layer1.0.conv1.weight": 0, "fc.bias": 0})
+    for word in ("timm", "torchvision", "transformers", "fc.bias"):
+        assert word in str(caught.value)
+
+
+def shapes_of(model):
+    tensors, _ = export_vit(random_params(model), model)
+    return tensors
+
+
+TIMM = {
+    "vit_base_patch16_clip_quickgelu_224": {"activation": "quick_gelu", "layer_norm_eps": 1e-5},
+    "vit_giantopt_patch16_siglip_256.v2": {"activation": "gelu_tanh", "num_heads": 16},
+    "vit_base_patch16_siglip_gap_224": {"pool": "avg", "activation": "gelu"},
+    "vit_base_patch16_224.augreg_in21k": {"pool": "token", "layer_norm_eps": 1e-6},
+}
+
+
+@pytest.mark.parametrize("architecture", TIMM)
+def test_a_timm_name_says_what_shapes_do_not(architecture):
+    metadata = {"config": {"architecture": architecture}}
+    arguments = infer_arguments(shapes_of(small(image_size=(16, 16))), metadata)
+    assert {key: arguments[key] for key in TIMM[architecture]} == TIMM[architecture]
+    assert arguments["image_size"] == (16, 16)
+
+
+def test_a_timm_config_overrides_the_name():
+    config = {
+        "architecture": "vit_base_patch16_224",
+        "pretrained_cfg": {"input_size": [3, 12, 8]},
+        "model_args": {"num_heads": 2, "global_pool": "avg", "act_layer": "silu"},
+    }
+    arguments = infer_arguments(shapes_of(small()), {"config": config})
+    assert arguments["image_size"] == (12, 8)
+    assert (arguments["num_heads"], arguments["pool"]) == (2, "avg")
+    assert arguments["activation"] == "silu"
+
+
+def test_arguments_that_no_vit_has_raise():
+    tensors = shapes_of(small())
+    cases = [
+        ({"config": {"architecture": "vit_base_patch16_rpn_224"}}, "computes otherwise"),
+        ({"config": {"model_args": {"act_layer": "relu6"}}}, "relu6"),
+        ({"config": {"global_pool": "prr"}}, "prr"),
+        ({"config": {"model_args": {"img_size": -3}}}, "img_size"),
+        ({}, "no square grid"),
+    ]
+    for metadata, words in cases:
+        with pytest.raises(UserError, match=words):
+            infer_arguments(tensors, metadata)
+    header = {"vision_jax": {"arguments": {"wings": 2}}}
+    with pytest.raises(UserError, match="wings"):
+        infer_vit_arguments(Weights(tensors, header, None, "file", ""))
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"a": np.ones(3, np.float32)})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_safetensors(path, {"a": np.zeros(3, np.float32)})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+    assert safetensors.numpy.load_file(path)["a"].tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match="not written"):
+        write_safetensors(tmp_path / "none" / "x.safetensors", {})

@@ -1,0 +1,39 @@
+"""Resampled position embeddings against Pillow's antialiased bicubic, which is torch's."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vision_jax.ops.position_embedding import resample_positions, resize_weights
+
+RNG = np.random.default_rng()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "prefix"),
+    [((14, 14), (24, 24), 1), ((24, 24), (14, 14), 5), ((7, 9), (4, 13), 0), ((2, 2), (9, 9), 2)],
+)
+def test_equals_pillow_channel_by_channel(old, new, prefix):
+    positions = RNG.normal(size=(1, prefix + old[0] * old[1], 3)).astype(np.float32)
+    grid = positions[0, prefix:].reshape(*old, 3)
+    theirs = np.stack(
+        [
+            Image.fromarray(grid[..., channel]).resize(new[::-1], Image.Resampling.BICUBIC)
+            for channel in range(3)
+        ],
+        axis=-1,
+    )
+    ours = resample_positions(positions, old, new, prefix)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours[:, :prefix], positions[:, :prefix])
+    np.testing.assert_allclose(ours[0, prefix:].reshape(*new, 3), theirs, rtol=1e-5, atol=2e-6)
+
+
+def test_the_same_grid_is_untouched():
+    positions = RNG.normal(size=(1, 10, 4))
+    assert resample_positions(positions, (3, 3), (3, 3), 1) is positions
+
+
+@pytest.mark.parametrize(("old", "new"), [(5, 9), (9, 5), (1, 4), (16, 37)])
+def test_a_constant_stays_constant(old, new):
+    np.testing.assert_allclose(resize_weights(old, new).sum(axis=1), 1, rtol=1e-14)
