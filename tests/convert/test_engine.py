@@ -116,7 +116,7 @@ def test_wrong_shapes_are_shown_on_both_sides(shape):
 
 def test_integers_are_no_weights():
     tensors = checkpoint() | {"head.bias": np.zeros(5, np.int8)}
-    with pytest.raises(UserError, match="head.bias is int8"):
+    with pytest.raises(UserError, match=r"head\.bias is int8"):
         import_tensors(tensors, RULES, target())
 
 

@@ -1,0 +1,256 @@
+"""Reading weights: files, folders, shards, the package, the hub; and every way they are broken."""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from hub_server import COMMIT, REPOSITORY, serve
+
+from vision_jax.convert import read_weights, write_safetensors
+from vision_jax.convert.read import read_preprocessing
+from vision_jax.errors import UserError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RNG = np.random.default_rng()
+
+
+def fails(spec, *words, **arguments):
+    with pytest.raises(UserError) as caught:
+        read_weights(str(spec), **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_a_file_comes_with_its_hash_and_nothing_else(tmp_path):
+    tensors = {"a": RNG.normal(size=(2, 3)).astype(np.float32)}
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, tensors)
+    (tmp_path / "config.json").write_text("another model's")
+    weights = read_weights(str(path))
+    assert weights.origin == str(path)
+    assert weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert weights.metadata == {}
+    assert weights.preprocessing is None
+    np.testing.assert_array_equal(weights.tensors["a"], tensors["a"])
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_half_precision_becomes_float32_exactly(dtype, tmp_path):
+    values = RNG.normal(size=(5, 3)).astype(dtype)
+    write_safetensors(tmp_path / "x.safetensors", {"a": values})
+    read = read_weights(str(tmp_path / "x.safetensors")).tensors["a"]
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, values.astype(np.float32))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 40, -1])
+def test_a_truncated_file_is_named(keep, tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": RNG.normal(size=(8, 8))})
+    path.write_bytes(path.read_bytes()[:keep])
+    fails(path, str(path), "damaged", "again")
+
+
+def test_random_bytes_are_no_safetensors(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for _ in range(20):
+        path.write_bytes(RNG.bytes(int(RNG.integers(1, 200))))
+        fails(path, str(path))
+
+
+def test_what_is_not_there(tmp_path):
+    fails(tmp_path / "none.safetensors", "no such file")
+    fails(tmp_path, "model.safetensors", "pytorch_model.bin")
+    fails("embedded:nothing", "vit_cifar10.safetensors")
+    fails("embedded:../errors.py", "no such weights")
+    fails("hf://nothing", "hf://owner/name")
+    fails("hf://../../etc", "hf://owner/name")
+
+
+def test_a_folder_brings_config_and_preprocessing():
+    weights = read_weights(str(GOLDEN / "timm_deit_distilled"))
+    assert weights.metadata["config"]["architecture"] == "deit_tiny_distilled_patch16_224"
+    assert weights.preprocessing == {
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "image_size": (12, 12),
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+    }
+
+
+def test_broken_configs_are_named(tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", {"a": np.ones(1)})
+    for text, word in [("{", "not JSON"), ("[1]", "list"), ("[" * 100_000, "not JSON")]:
+        (tmp_path / "config.json").write_text(text)
+        fails(tmp_path, "config.json", word)
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": "grey"}}))
+    fails(tmp_path, "mean", "grey")
+
+
+def shard(folder, files, weight_map=None):
+    for name, tensors in files.items():
+        write_safetensors(folder / name, tensors)
+    weight_map = weight_map or {key: name for name, part in files.items() for key in part}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_are_joined(tmp_path):
+    parts = [{"a": np.ones(2)}, {"b": np.zeros((2, 2)), "c": np.arange(3.0)}]
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    shard(tmp_path, dict(zip(names, parts, strict=True)))
+    weights = read_weights(str(tmp_path))
+    assert sorted(weights.tensors) == ["a", "b", "c"]
+    joined = b"".join((tmp_path / name).read_bytes() for name in names)
+    assert weights.sha256 == hashlib.sha256(joined).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "word"),
+    [
+        ({"a": "../out.safetensors"}, "../out.safetensors"),
+        ({"a": "/etc/passwd"}, "/etc/passwd"),
+        ({"a": "model.bin"}, "model.bin"),
+        ({"a": "model-2.safetensors"}, "missing"),
+        ({}, "weight_map"),
+    ],
+)
+def test_shards_stay_inside_the_folder(weight_map, word, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_safetensors(tmp_path / "out.safetensors", {"a": np.ones(1)})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    fails(folder, word)
+
+
+def test_the_same_tensor_in_two_shards(tmp_path):
+    shard(tmp_path, {"model-1.safetensors": {"a": np.ones(1)}}, {"a": "model-1.safetensors"})
+    shard(
+        tmp_path,
+        {"model-2.safetensors": {"a": np.ones(1)}},
+        {"a": "model-1.safetensors", "b": "model-2.safetensors"},
+    )
+    fails(tmp_path, "tensor a is in another shard")
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.pt", "pytorch_model.bin"])
+def test_a_pickle_is_not_touched_unless_asked(name, tmp_path):
+    (tmp_path / name).write_bytes(b"cposix\nsystem\n(S'touch owned'\ntR.")
+    fails(tmp_path / name, "--config.model.allow_pickle=True", ".safetensors")
+    if name == "pytorch_model.bin":
+        fails(tmp_path, "--config.model.allow_pickle=True")
+
+
+def test_without_torch_a_pickle_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "x.pth").write_bytes(b"")
+    fails(tmp_path / "x.pth", "vision_jax[torch]", allow_pickle=True)
+
+
+PROCESSORS = [
+    (
+        {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
+        | {"do_center_crop": True, "resample": 3},
+        {"image_size": (224, 224), "crop_pct": 1.0, "crop_mode": "center"}
+        | {"interpolation": "bicubic"},
+    ),
+    (
+        {"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": True},
+        {"image_size": (224, 224), "crop_pct": 0.875, "crop_mode": "center"},
+    ),
+    (
+        {"size": {"height": 384, "width": 256}, "resample": 2},
+        {"image_size": (384, 256), "crop_pct": 1.0, "crop_mode": "squash"}
+        | {"interpolation": "bilinear"},
+    ),
+    ({"size": 224, "do_normalize": False}, {"mean": (0.0,) * 3, "std": (1.0,) * 3}),
+    ({"image_mean": [0.1, 0.2, 0.3]}, {"mean": (0.1, 0.2, 0.3), "image_size": None}),
+]
+
+
+@pytest.mark.parametrize(("config", "expected"), PROCESSORS)
+def test_preprocessor_configs_of_transformers(config, expected):
+    found = read_preprocessing({"preprocessor": config})
+    assert {key: found[key] for key in expected} == expected
+
+
+PROGRAM = """
+import sys
+from vision_jax.convert import read_weights
+from vision_jax.errors import UserError
+for spec in map(str.strip, sys.stdin):
+    try:
+        weights = read_weights(spec)
+        print(weights.sha256, weights.metadata["config"]["model_type"], weights.origin, flush=True)
+    except UserError as error:
+        print("UserError:", error, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def reader(**environment):
+    """read_weights in a process of its own, since the hub's settings are read at import."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", **environment},
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def ask(spec):
+        process.stdin.write(f"{spec}\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip()
+
+    with process:
+        yield ask
+        process.stdin.close()
+    assert process.returncode == 0
+
+
+def test_the_hub_then_its_cache_when_the_hub_is_gone(tmp_path):
+    path = GOLDEN / "transformers_clip" / "model.safetensors"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    spec, unknown = f"hf://{REPOSITORY}", "hf://nobody/nothing"
+    server = serve(path.parent)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    places = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_HOME": str(tmp_path),
+    }
+    with reader(**places) as ask, reader(**places, HF_HUB_OFFLINE="1") as ask_offline:
+        try:
+            assert ask_offline(spec).startswith(f"UserError: {spec}: not in the cache")
+            assert ask(unknown).startswith(f"UserError: {unknown}: the hub has no such model")
+            assert ask(spec) == f"{digest} clip_vision_model {spec}"
+            pinned = f"{spec}@{COMMIT}"
+            assert ask(pinned) == f"{digest} clip_vision_model {pinned}"
+            assert ask_offline(spec) == f"{digest} clip_vision_model {spec}"
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+        assert ask(spec) == f"{digest} clip_vision_model {spec}"
+        assert ask(unknown).startswith(f"UserError: {unknown}: not in the cache")
+
+
+def test_safetensors_written_elsewhere_are_read(tmp_path):
+    tensors = {"x": RNG.normal(size=(3, 1)).astype(np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
+    assert read_weights(str(tmp_path / "x.safetensors")).tensors["x"].shape == (3, 1)
