@@ -7,7 +7,8 @@ Orbax writes each directory under another name and renames it when it is complet
 moment leaves the last complete step usable.
 """
 
-import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,25 +26,30 @@ from vision_jax.errors import UserError
 class Checkpoints:
     """The checkpoints of one workdir; keeps the last and the best by `best_metric`."""
 
-    def __init__(self, workdir: Path, best_metric: str):
-        """Opens, or makes, WORKDIR/checkpoints; `best_metric` is a key of `save`'s metrics."""
+    def __init__(self, workdir: Path, best_metric: str, *, read_only: bool = False):
+        """Opens WORKDIR/checkpoints; `best_metric` is a key of `save`'s metrics.
+
+        Without `read_only` the directory is made, and what a killed run left half written removed.
+        """
         self.directory = (workdir / "checkpoints").absolute()
         self.frozen = (workdir / "frozen").absolute()
-        self._best_metric = best_metric
-        keep = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(1),
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[best_metric],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+
+        def measure(metrics: dict[str, float]) -> float:
+            return metrics[best_metric]
+
+        best = checkpoint_managers.BestN(
+            get_metric_fn=measure, n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=measure,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                [checkpoint_managers.LatestN(1), best]
+            ),
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
         )
         with _disk_errors(self.directory):
-            self._manager = ocp.CheckpointManager(
-                self.directory, options=ocp.CheckpointManagerOptions(preservation_policy=keep)
-            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def last_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -67,7 +73,7 @@ class Checkpoints:
 
     def restore(self, step: int, target: Any) -> Any:
         """The state at `step` with the shapes and shardings of `target` (ShapeDtypeStructs)."""
-        with _shape_errors(self.directory / str(step)):
+        with _damage_errors(self.directory / str(step)):
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
             )
@@ -75,25 +81,22 @@ class Checkpoints:
 
     def restore_data(self, step: int, data: grain.DatasetIterator) -> None:
         """Moves `data` to where it was at `step`."""
-        self._manager.restore(
-            step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data))
-        )
+        with _damage_errors(self.directory / str(step)):
+            self._manager.restore(
+                step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data))
+            )
 
     def save_frozen(self, frozen: dict[str, jax.Array]) -> None:
-        """Writes the frozen parameters, whole or not at all."""
+        """Writes the frozen parameters, whole or not at all, over those of a killed start."""
         if frozen:
             with _disk_errors(self.frozen), ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(self.frozen, frozen)
-
-    def has_frozen(self) -> bool:
-        """Whether `save_frozen` has finished in this workdir."""
-        return (self.frozen).is_dir()
+                checkpointer.save(self.frozen, frozen, force=True)
 
     def restore_frozen(self, target: dict[str, Any]) -> dict[str, jax.Array]:
         """The frozen parameters with the shapes and shardings of `target`."""
         if not target:
             return {}
-        with _shape_errors(self.frozen), ocp.StandardCheckpointer() as checkpointer:
+        with _damage_errors(self.frozen), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(self.frozen, target)
 
     def wait(self) -> None:
@@ -107,26 +110,45 @@ class Checkpoints:
             self._manager.close()
 
 
+def last_complete_step(workdir: Path) -> int | None:
+    """The newest complete step in a workdir that may not exist; touches nothing."""
+    return max(ocp.utils.checkpoint_steps(workdir / "checkpoints"), default=None)
+
+
 @contextmanager
 def _disk_errors(directory: Path) -> Iterator[None]:
-    """Turns a full disk, which surfaces as several exceptions, into one line."""
+    """Turns a failed write, which surfaces as several exceptions, into one line."""
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error) or "Disk quota exceeded" in str(error):
-            raise UserError(
-                f"no space left on the disk that holds {directory}: free some and run the same "
-                "command again; the last complete checkpoint is intact"
-            ) from error
-        raise
+        reason = _reason_of_disk(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"cannot write {directory} ({reason}): mend that and run the same command again; the "
+            "last complete checkpoint is intact"
+        ) from error
+
+
+def _reason_of_disk(error: BaseException | None) -> str | None:
+    """What the operating system said, if it was the operating system: "No space left on device"."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return os.strerror(error.errno)
+        if said := re.search(r"\[OS error \d+: (\w+ )?([^\]]+)\]", str(error)):  # tensorstore's
+            return said[2]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager
-def _shape_errors(directory: Path) -> Iterator[None]:
-    """Turns orbax's report of a tree that does not fit into one line."""
+def _damage_errors(directory: Path) -> Iterator[None]:
+    """Turns what orbax and tensorstore raise about a damaged checkpoint into one line."""
     try:
         yield
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        first = str(error).strip().splitlines()[0][:300]
-        raise UserError(f"checkpoint {directory} does not fit this run: {first}") from error
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"checkpoint {directory} is damaged or of another run ({first}): restore it from a "
+            "copy, or start in another --workdir"
+        ) from error

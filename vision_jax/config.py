@@ -7,8 +7,11 @@ command line, `--config.optim.lr=0.001`, must be one of them and of its type.
 import ast
 import difflib
 import json
+import math
+import os
 import runpy
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,58 @@ from ml_collections import ConfigDict
 from vision_jax.errors import UserError
 
 Value = Any
+
+# Of the fields that nothing else checks before work begins: what they must be.
+RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
+    (
+        "batch_size total_steps log_every checkpoint_every data.threads optim.accumulate "
+        "evaluate.every evaluate.batch_size",
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+    (
+        "data.workers model.image_size augment.ops augment.mixup augment.cutmix",
+        lambda value: 0 <= value < math.inf,
+        "at least 0",
+    ),
+    (
+        "model.dropout model.drop_path optim.ema_decay",
+        lambda value: 0 <= value < 1,
+        "at least 0 and below 1",
+    ),
+    (
+        "data.crop_pct data.max_damaged augment.erasing augment.label_smoothing",
+        lambda value: 0 <= value <= 1,
+        "between 0 and 1",
+    ),
+    ("augment.magnitude", lambda value: 0 <= value <= 30, "between 0 and 30"),
+    (
+        "augment.policy",
+        lambda value: value in ("none", "rand", "trivial"),
+        "none, rand or trivial",
+    ),
+    (
+        "data.crop_scale",
+        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+        "two shares of the image's area, the smaller first",
+    ),
+    (
+        "model.mean model.std",
+        lambda value: len(value) in (0, 3) and all(type(x) in (int, float) for x in value),
+        "three numbers, or ()",
+    ),
+    (
+        "trainable model.reinitialize model.drop lora.rules",
+        lambda value: all(isinstance(rule, str) for rule in value),
+        "a tuple of regular expressions",
+    ),
+    (
+        "model.arguments sharding_rules",
+        lambda value: all(isinstance(pair, tuple) and len(pair) == 2 for pair in value),
+        "a tuple of pairs",
+    ),
+)
 
 
 def load_config(path: str, overrides: Mapping[str, str]) -> ConfigDict:
@@ -29,9 +84,12 @@ def load_config(path: str, overrides: Mapping[str, str]) -> ConfigDict:
     if not Path(path).is_file():
         raise UserError(f"--config: there is no file {path}")
     if path.endswith(".json"):
-        config = ConfigDict(_tuples(json.loads(Path(path).read_text())))
+        config = ConfigDict(read_json(Path(path)))
     else:
-        namespace = runpy.run_path(path)
+        try:
+            namespace = runpy.run_path(path)
+        except SyntaxError as error:
+            raise UserError(f"--config: {path} is no Python file: {error}") from error
         if "get_config" not in namespace:
             raise UserError(f"--config: {path} defines no get_config()")
         config = namespace["get_config"]()
@@ -58,7 +116,45 @@ def fields(config: ConfigDict) -> dict[str, Value]:
 
 def save_config(config: ConfigDict, path: Path) -> None:
     """Writes the config as JSON, to be read again by `load_config`."""
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    write_json(config.to_dict(), path)
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Writes a JSON file, whole or not at all."""
+    draft = path.with_name(path.name + ".draft")
+    with draft.open("w") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote, lists as tuples: JSON has none, and configs have no lists.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return _tuples(record)
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Checks the numbers and the names of choices that nothing else checks before work begins.
+
+    Raises:
+      UserError: the first field that is out of range.
+    """
+    values = fields(config)
+    for names, fits, wanted in RANGES:
+        for name in names.split():
+            if not fits(values[name]):
+                raise UserError(f"config.{name} is {values[name]!r}: it must be {wanted}")
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -92,15 +188,16 @@ def _parse(name: str, text: str, like: Value) -> Value:
     if isinstance(like, str):
         return text
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings(action="ignore"):  # of the backslashes in regexes
+            value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = {"true": True, "false": False}.get(text.lower(), text)
     if isinstance(like, float) and type(value) is int:
         value = float(value)
     if isinstance(like, tuple) and isinstance(value, list):
         value = tuple(value)
     elif isinstance(like, tuple) and isinstance(value, str):
-        value = (value,)  # a single rule needs no Python quoting
+        value = (value,) if value else ()  # a single rule needs no Python quoting
     if type(value) is not type(like):
         raise UserError(
             f"config key `{name}` takes {type(like).__name__} (now {like!r}), not {text!r}"
@@ -109,7 +206,6 @@ def _parse(name: str, text: str, like: Value) -> Value:
 
 
 def _tuples(value: Value) -> Value:
-    """JSON has no tuples; configs have no lists."""
     if isinstance(value, dict):
         return {name: _tuples(below) for name, below in value.items()}
     return tuple(_tuples(below) for below in value) if isinstance(value, list) else value

@@ -11,7 +11,8 @@ Cloud TPU and Slurm, --coordinator=auto is enough).
 """
 
 import argparse
-import os
+import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,29 +24,36 @@ BAD_INPUT = 2  # exit code
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's hints, which are not for users
     try:
-        flags, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-        _start_processes(flags)
-        from vision_jax import modes, train  # after the flags: importing JAX takes seconds
-        from vision_jax.config import load_config
-
-        workdir = flags.workdir
-        if flags.mode == "train":
-            if not flags.config:
-                raise UserError("--config is missing: for example --config=configs/vit_lora.py")
-            workdir = workdir or Path("runs") / Path(flags.config).stem
-            return train.run(load_config(flags.config, overrides), workdir)
-        if not workdir:
-            raise UserError(
-                f"--mode={flags.mode} needs --workdir=DIR, the folder of a finished run"
-            )
-        config = load_config(str(workdir / "config.json"), overrides)
-        if flags.mode == "evaluate":
-            return modes.evaluate(config, workdir, flags.checkpoint)
-        return modes.predict(config, workdir, flags.checkpoint, flags.images, flags.out)
-    except UserError as error:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except (UserError, OSError) as error:  # what the operating system refuses is its user's too
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(arguments: Sequence[str]) -> int:
+    flags, overrides = _parse(arguments)
+    _start_processes(flags)
+    from vision_jax import modes, train  # after the flags: importing JAX takes seconds
+    from vision_jax.config import load_config
+
+    if flags.mode == "train" and not flags.config:
+        raise UserError("--config is missing: for example --config=configs/vit_lora.py")
+    if not flags.config and not flags.workdir:
+        raise UserError(f"--mode={flags.mode} needs --workdir=DIR, the folder of a finished run")
+    workdir = flags.workdir or Path("runs") / Path(flags.config).stem
+    if flags.mode == "train":
+        return train.run(load_config(flags.config, overrides), workdir)
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"--workdir: {workdir} holds no run, there is no config.json in it")
+    config = load_config(str(workdir / "config.json"), overrides)
+    if flags.mode == "evaluate":
+        return modes.evaluate(config, workdir, flags.checkpoint)
+    return modes.predict(config, workdir, flags.checkpoint, flags.images, flags.out)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +83,9 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]
         default="last",
         help="which checkpoint evaluate and predict read",
     )
-    parser.add_argument("--images", nargs="+", default=[], help="files or folders, for predict")
+    parser.add_argument(
+        "--images", nargs="+", action="extend", default=[], help="files or folders, for predict"
+    )
     parser.add_argument("--out", type=Path, help="where predict writes; WORKDIR by default")
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, or auto")
     parser.add_argument("--processes", type=int, help="how many processes there are")
@@ -83,6 +93,9 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]
     flags, rest = parser.parse_known_args(arguments)
     overrides = {}
     for argument in rest:
+        if flags.images and not argument.startswith("-"):  # --images=A B is --images A B
+            flags.images.append(argument)
+            continue
         name, equals, value = argument.partition("=")
         if not name.startswith("--config.") or not equals:
             raise UserError(
@@ -106,9 +119,4 @@ def _start_processes(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code >= 128:
-        os._exit(code)  # after a signal: the checkpoint is complete, don't wait for worker threads
-    sys.exit(code)
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax import convert, setup, sharding, steps
-from vision_jax.checkpoints import Checkpoints
+from vision_jax.checkpoints import Checkpoints, last_complete_step
 from vision_jax.convert import peft
-from vision_jax.data.decode import DamagedImageError, decode_image
+from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.pipeline import DamageLog, make_eval_batches
-from vision_jax.data.sources import IMAGE_SUFFIXES, Source
+from vision_jax.data.sources import IMAGE_SUFFIXES, FileReader, Source
 from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
@@ -185,17 +186,18 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> Trained:
     description = setup.load_description(workdir / "model.json")
     mesh = sharding.make_mesh(**config.mesh)
     model = setup.build_model(config, description)
-    plan = setup.plan_parameters(config, model, mesh, workdir)
-    checkpoints = Checkpoints(workdir, setup.BEST_METRIC)
-    step = checkpoints.last_step() if checkpoint == "last" else checkpoints.best_step()
-    if step is None:
-        raise UserError(f"{workdir} has no {checkpoint} checkpoint yet: train first")
+    plan = setup.plan_parameters(config, model, mesh, setup.kept_adapter(config, workdir))
     abstract_trainable, abstract_frozen = plan.abstract()
     _, tx = setup.make_optimizer(config, model, abstract_trainable)
     abstract, _ = setup.abstract_state(config, tx, plan, mesh)
-    state = checkpoints.restore(step, abstract)
-    frozen = checkpoints.restore_frozen(abstract_frozen)
-    checkpoints.close()
+    if last_complete_step(workdir) is None:
+        raise UserError(f"{workdir} has no complete checkpoint yet: train first")
+    with closing(Checkpoints(workdir, setup.BEST_METRIC, read_only=True)) as checkpoints:
+        step = checkpoints.last_step() if checkpoint == "last" else checkpoints.best_step()
+        if step is None:
+            raise UserError(f"{workdir} has no evaluation yet, and so no best checkpoint")
+        state = checkpoints.restore(step, abstract)
+        frozen = checkpoints.restore_frozen(abstract_frozen)
     outputs_fn = classification.make_outputs(setup.make_apply(model), plan.assemble)
     return Trained(mesh, description, outputs_fn, state, frozen)
 
@@ -234,15 +236,14 @@ def predict(
     names = _image_files(images)
     trained = restore(config, workdir, checkpoint)
     preprocessing = trained.description.preprocessing
+    reader = FileReader(Path(), tuple(names))
     views, kept, damaged = [], [], []
-    for name in names:
+    for row, name in enumerate(names):
         try:
-            image = decode_image(Path(name).read_bytes(), name=name)
-        except (DamagedImageError, OSError) as error:
+            views.append(eval_transform(reader.read(row), preprocessing))
+            kept.append(name)
+        except DamagedImageError as error:
             damaged.append(str(error))
-            continue
-        views.append(eval_transform(image, preprocessing))
-        kept.append(name)
     if not kept:
         raise UserError(f"--images: not one of {len(names)} files could be read: {damaged[0]}")
 

@@ -5,7 +5,7 @@ strictly, the rest initialized where it will live, adapters attached, then train
 """
 
 import dataclasses
-import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vision_jax import convert, optim, sharding, steps
-from vision_jax.config import nearest
+from vision_jax.config import nearest, read_json, write_json
 from vision_jax.convert import peft
 from vision_jax.data.sources import Source, read_source, split_source
 from vision_jax.data.transforms import Preprocessing
@@ -32,8 +32,9 @@ Flat = dict[str, Any]
 
 # ViT's arguments that say how to compute and not what; the config decides them for each run.
 RUN_ARGUMENTS = ("dtype", "remat", "scan", "dropout", "drop_path")
+ADAPTER_COPY = "initial_adapter"  # in the workdir
 BEST_METRIC = "top1"  # what the best checkpoint is best at
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def describe(
     own = (weights.preprocessing if weights is not None else None) or {}
     arguments["mean"] = tuple(model.mean or own.get("mean") or (0.5, 0.5, 0.5))
     arguments["std"] = tuple(model.std or own.get("std") or (0.5, 0.5, 0.5))
+    _check_head(model.reinitialize, arguments.get("num_classes"), len(class_names))
     arguments["num_classes"] = len(class_names)
 
     needed = ("image_size", "patch_size", "width", "depth", "num_heads", "mlp_width")
@@ -184,24 +186,31 @@ def make_apply(model: ViT) -> Callable[..., tuple[jax.Array, Any]]:
 
 def save_description(description: Description, path: Path) -> None:
     """Writes model.json."""
-    path.write_text(json.dumps(dataclasses.asdict(description), indent=2) + "\n")
+    write_json(dataclasses.asdict(description), path)
 
 
 def load_description(path: Path) -> Description:
     """Reads model.json."""
     if not path.is_file():
         raise UserError(f"{path.parent} holds no run: there is no {path.name} in it")
-    record = json.loads(path.read_text(), object_hook=_with_tuples)
-    return Description(**{**record, "preprocessing": Preprocessing(**record["preprocessing"])})
+    record = read_json(path)
+    try:
+        preprocessing = Preprocessing(**record.pop("preprocessing"))
+        return Description(**record, preprocessing=preprocessing)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or of another version: {error}") from error
 
 
 # Parameters -------------------------------------------------------------------------------------
 
 
-def plan_parameters(config: ConfigDict, model: ViT, mesh: Mesh, workdir: Path) -> Parameters:
-    """Shapes, shardings and the choice of what trains, by the config's rules."""
+def plan_parameters(config: ConfigDict, model: ViT, mesh: Mesh, adapter: Path | None) -> Parameters:
+    """Shapes, shardings and the choice of what trains, by the config's rules.
+
+    `adapter` is the folder of the adapter to start from, if any.
+    """
     like = jax.eval_shape(
-        lambda key: _attach(config, _initialize(model, key), key, workdir), jax.random.key(0)
+        lambda key: _attach(config, _initialize(model, key), key, adapter), jax.random.key(0)
     )
     flat = paths.flatten(like)
     candidates = [path for path in flat if not path.endswith("/base")]  # an adapter's base is fixed
@@ -217,15 +226,16 @@ def make_parameters(
     config: ConfigDict,
     model: ViT,
     plan: Parameters,
-    mesh: Mesh,
     weights: convert.Weights | None,
-    workdir: Path,
+    adapter: Path | None,
 ) -> tuple[Flat, Flat, list[str]]:
     """The arrays of a new run: (trainable, frozen, paths initialized at random though imported)."""
     key = jax.random.key(config.seed)
     base_like = jax.eval_shape(lambda key: _initialize(model, key), key)
     base_shapes = paths.flatten(base_like)
-    base_shardings = sharding.parameter_shardings(base_shapes, mesh, config.sharding_rules)
+    base_shardings = {
+        path: plan.shardings.get(path) or plan.shardings[f"{path}/base"] for path in base_shapes
+    }
 
     imported: dict[str, np.ndarray] = {}
     fresh = set(base_shapes)
@@ -251,7 +261,7 @@ def make_parameters(
 
     out = jax.tree.unflatten(jax.tree.structure(plan.like), list(plan.shardings.values()))
     attached = jax.jit(
-        lambda params, key: _attach(config, params, key, workdir),
+        lambda params, key: _attach(config, params, key, adapter),
         donate_argnums=0,
         out_shardings=out,
     )(params, jax.random.fold_in(key, 1))
@@ -307,20 +317,28 @@ def abstract_state(
     return target, shardings
 
 
-def keep_initial_adapter(config: ConfigDict, workdir: Path) -> None:
-    """Copies the adapter that the run starts from, so that the workdir needs nothing outside."""
+def find_adapter(config: ConfigDict) -> Path | None:
+    """The folder of the adapter that a new run starts from."""
     if not config.lora.init_from:
-        return
+        return None
     if config.lora.rules:
         raise UserError("config.lora.init_from brings its own targets: set config.lora.rules=()")
-    source = Path(config.lora.init_from).expanduser()
-    if not (source / "adapter_config.json").is_file():
-        raise UserError(f"config.lora.init_from: {source} holds no adapter_config.json")
-    target = _initial_adapter(workdir)
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    folder = Path(config.lora.init_from).expanduser()
+    if not (folder / peft.CONFIG_FILE).is_file():
+        raise UserError(f"config.lora.init_from: {folder} holds no {peft.CONFIG_FILE}")
+    return folder
+
+
+def keep_adapter(adapter: Path, workdir: Path) -> None:
+    """Copies the adapter that a run starts from, so that its workdir needs nothing outside."""
+    (workdir / ADAPTER_COPY).mkdir(exist_ok=True)
+    for name in (peft.CONFIG_FILE, peft.TENSORS_FILE):
+        shutil.copyfile(adapter / name, workdir / ADAPTER_COPY / name)
+
+
+def kept_adapter(config: ConfigDict, workdir: Path) -> Path | None:
+    """That copy, if the run started from an adapter."""
+    return workdir / ADAPTER_COPY if config.lora.init_from else None
 
 
 def _initialize(model: ViT, key: jax.Array) -> Any:
@@ -328,10 +346,10 @@ def _initialize(model: ViT, key: jax.Array) -> Any:
     return model.init(key, images)["params"]
 
 
-def _attach(config: ConfigDict, params: Any, key: jax.Array, workdir: Path) -> Any:
+def _attach(config: ConfigDict, params: Any, key: jax.Array, adapter: Path | None) -> Any:
     settings = config.lora
-    if settings.init_from:
-        return peft.read_adapter(_initial_adapter(workdir), params)
+    if adapter is not None:
+        return peft.read_adapter(adapter, params)
     if not settings.rules:
         return params
     return lora.attach(
@@ -347,8 +365,14 @@ def _attach(config: ConfigDict, params: Any, key: jax.Array, workdir: Path) -> A
     )
 
 
-def _initial_adapter(workdir: Path) -> Path:
-    return workdir / "initial_adapter"
+def _check_head(reinitialize: tuple[str, ...], own: int | None, wanted: int) -> None:
+    """The weights' head serves as it is only for as many classes."""
+    if own in (None, wanted) or any(re.fullmatch(rule, "head/kernel") for rule in reinitialize):
+        return
+    raise UserError(
+        f"the weights have a head of {own} classes and config.data.train has {wanted}: set "
+        "config.model.reinitialize='head/.*' to begin with a new head"
+    )
 
 
 def _checked_arguments(pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
@@ -360,9 +384,3 @@ def _checked_arguments(pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
         if name not in known or name in RUN_ARGUMENTS:
             raise UserError(f"config.model.arguments: unknown `{name}`{nearest(name, known)}")
     return dict(pairs)
-
-
-def _with_tuples(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
-    }

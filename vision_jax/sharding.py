@@ -1,8 +1,9 @@
 """Which device holds what: one mesh, one rule for batches, one list of rules for parameters.
 
 Every array is born with its sharding and keeps it; `jit` inserts the communication. The mesh has
-two axes. Both split the batch; `fsdp` splits parameters and optimizer state too, so {data: 8, fsdp: 1}
-is data parallelism, {data: 1, fsdp: 8} is fully sharded, and one CPU is {data: 1, fsdp: 1}.
+two axes. Both split the batch; `fsdp` splits parameters and optimizer state too, so
+{data: 8, fsdp: 1} is data parallelism, {data: 1, fsdp: 8} is fully sharded, and one CPU is
+{data: 1, fsdp: 1}.
 """
 
 import re
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vision_jax.errors import UserError
+from vision_jax.trees import paths
 
 DATA, FSDP = "data", "fsdp"
 BATCH = PartitionSpec((DATA, FSDP))
@@ -33,7 +35,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     count = jax.device_count()
     sizes = [data, fsdp]
     if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = count // -(data * fsdp)
+        sizes[sizes.index(-1)] = count // max(-data * fsdp, 1)
     if min(sizes) < 1 or sizes[0] * sizes[1] != count:
         raise UserError(
             f"mesh: data={data}, fsdp={fsdp} does not fit {count} devices; "
@@ -65,14 +67,19 @@ def parameter_shardings(
       shapes: {path: anything with .shape}.
       mesh: from `make_mesh`.
       rules: (path regex, one mesh axis or None per array axis), for example
-        [(".*mlp/fc1/kernel", (None, "fsdp"))].
+        [(".*mlp/fc1/kernel", (None, "fsdp"))]; each must match something.
+
+    Raises:
+      UserError: a rule that matches nothing, or axes that the mesh or the parameter has not.
     """
+    names = [path.removesuffix("/base") for path in shapes]
+    paths.select(names, [pattern for pattern, _ in rules], field="config.sharding_rules")
 
     def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
         path = path.removesuffix("/base")
         for pattern, axes in rules:
             if re.fullmatch(pattern, path):
-                return PartitionSpec(*axes)
+                return _checked_spec(path, shape, axes, mesh)
         size = mesh.shape[FSDP]
         divisible = [axis for axis, length in enumerate(shape) if length % size == 0]
         if size == 1 or not divisible or np.prod(shape) < SMALLEST_SHARDED:
@@ -81,6 +88,21 @@ def parameter_shardings(
         return PartitionSpec(*(FSDP if axis == largest else None for axis in range(len(shape))))
 
     return {path: NamedSharding(mesh, spec(path, leaf.shape)) for path, leaf in shapes.items()}
+
+
+def _checked_spec(path: str, shape: tuple[int, ...], axes: Any, mesh: Mesh) -> PartitionSpec:
+    sizes = {None: 1, **mesh.shape}
+    if (
+        not isinstance(axes, tuple)
+        or len(axes) > len(shape)
+        or any(axis not in sizes for axis in axes)
+        or any(length % sizes[axis] for length, axis in zip(shape, axes, strict=False))
+    ):
+        raise UserError(
+            f"config.sharding_rules: {path} {shape} cannot be split as {axes!r}: give one of "
+            f"{DATA!r}, {FSDP!r} and None for each of its axes, and the mesh must divide them"
+        )
+    return PartitionSpec(*axes)
 
 
 def state_shardings(abstract: Any, parameters: Mapping[str, NamedSharding], mesh: Mesh) -> Any:

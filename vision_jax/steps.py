@@ -77,8 +77,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Flat, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Compiles the step. `state` is donated: the arrays passed in are gone afterwards.
 
-    A step whose loss or gradient is not finite changes nothing but reports `finite` = False, so the
-    caller can stop with the last good state in hand.
+    A step whose loss, gradient or result is not finite changes nothing but reports `finite` =
+    False, so the caller can stop with the last good state in hand.
 
     Args:
       loss_fn: see `LossFn`; transforms of the loss wrap it before it comes here.
@@ -108,6 +108,7 @@ def make_train_step(
             ema = optim.update_ema(ema, trainable, ema_decay, state.step)
         grad_norm = optax.global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite &= jnp.isfinite(optax.global_norm(trainable))
         new = replace(
             state, trainable=trainable, opt_state=opt_state, model_state=model_state, ema=ema
         )
@@ -159,5 +160,5 @@ def make_eval_step(
     *,
     shardings: Any = None,
 ) -> Callable[..., dict[str, jax.Array]]:
-    """Compiles `outputs_fn(trainable, frozen, model_state, batch)`, with results laid out as said."""
+    """Compiles `outputs_fn(trainable, frozen, model_state, batch)`, its results laid out so."""
     return jax.jit(outputs_fn, out_shardings=shardings)

@@ -7,11 +7,10 @@ checkpoint: the state, the data's position and all keys are functions of (seed, 
 interrupted run ends with the same parameters as an uninterrupted one, to the bit.
 """
 
-import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -21,15 +20,17 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vision_jax import modes, setup, sharding, steps
-from vision_jax.checkpoints import Checkpoints
-from vision_jax.config import differences, load_config, save_config
+from vision_jax.checkpoints import Checkpoints, last_complete_step
+from vision_jax.config import check_ranges, differences, load_config, save_config
 from vision_jax.convert import Weights
 from vision_jax.data.pipeline import DamageLog, make_train_iterator
+from vision_jax.data.sources import Source
 from vision_jax.errors import UserError
 from vision_jax.logging import (
     PARAMETER_COLUMNS,
     Meter,
     RunLog,
+    explain_write_errors,
     open_log,
     summarize_parameters,
 )
@@ -38,15 +39,22 @@ from vision_jax.tasks import classification
 REPORTED = ("top1", "top5", "loss", "ece")  # of an evaluation, in metrics.jsonl
 # Fields that may differ between the run that a workdir holds and the one that continues it.
 FREE_FIELDS = ("mesh.", "sharding_rules", "data.threads", "log_every", "model.remat", "model.scan")
+STEPS_BETWEEN_AGREEMENTS = 8  # of several processes on whether to stop: they wait for each other
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
     """Trains, or continues, and evaluates; returns the process's exit code.
 
     Raises:
-      UserError: bad input, before anything that is in the workdir is touched.
+      UserError: bad input, before anything in the workdir is touched, or a run that cannot go on.
     """
+    with ExitStack() as resources:  # closes what is open, whatever happens
+        return _run(config, workdir, resources)
+
+
+def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     first = jax.process_index() == 0
+    check_ranges(config)
     mesh = sharding.make_mesh(**config.mesh)
     if config.batch_size % (jax.device_count() * config.optim.accumulate):
         raise UserError(
@@ -54,20 +62,22 @@ def run(config: ConfigDict, workdir: Path) -> int:
             f"devices and config.optim.accumulate {config.optim.accumulate}"
         )
 
-    # The run's fixed facts: read from the workdir when it has them, else made and written there.
+    # The run's fixed facts: read from the workdir if it holds the run, else written there below.
+    resuming = (workdir / "config.json").is_file()
+    last = last_complete_step(workdir)
+    _check_workdir(config, workdir, resuming, last)
     train_source, eval_source = setup.read_sources(config)
-    resuming = (workdir / "model.json").is_file()
-    weights = None
+    weights = setup.read_weights(config) if last is None else None
     if resuming:
-        _check_same_run(config, workdir)
         description = setup.load_description(workdir / "model.json")
+        _check_same_data(train_source, description)
+        _check_same_weights(weights, description)
+        adapter = setup.kept_adapter(config, workdir)
     else:
-        weights = setup.read_weights(config)
         description = setup.describe(config, weights, train_source.class_names)
+        adapter = setup.find_adapter(config)
     model = setup.build_model(config, description)
-    if not resuming:
-        setup.keep_initial_adapter(config, workdir)
-    plan = setup.plan_parameters(config, model, mesh, workdir)
+    plan = setup.plan_parameters(config, model, mesh, adapter)
 
     abstract_trainable, abstract_frozen = plan.abstract()
     schedule, tx = setup.make_optimizer(config, model, abstract_trainable)
@@ -89,45 +99,47 @@ def run(config: ConfigDict, workdir: Path) -> int:
         max_damaged=config.data.max_damaged,
         damage_log=damage,
     )
+    if last is None:
+        trainable, frozen, fresh = setup.make_parameters(config, model, plan, weights, adapter)
+        state = setup.new_state(config, tx, trainable, shardings)
 
-    # The state: restored, or born with its shardings.
-    workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, setup.BEST_METRIC)
-    last = checkpoints.last_step() if resuming else None
-    log = open_log(workdir, resume_step=last or 0, show=first)
+    # From here on the workdir is written to.
+    with explain_write_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = resources.enter_context(closing(Checkpoints(workdir, setup.BEST_METRIC)))
+    if last is None:
+        checkpoints.save_frozen(frozen)
+        if first and adapter is not None and not resuming:
+            setup.keep_adapter(adapter, workdir)
+        if first:
+            setup.save_description(description, workdir / "model.json")
+            save_config(config, workdir / "config.json")  # last: from now on it holds this run
+    else:
+        frozen = checkpoints.restore_frozen(abstract_frozen)
+        state = checkpoints.restore(last, abstract_state)
+        checkpoints.restore_data(last, data)
+
+    log = resources.enter_context(closing(open_log(workdir, resume_step=last or 0, show=first)))
     for source in (train_source, eval_source):
         log.say(f"data: {source.name}, {len(source)} images, {len(source.class_names)} classes")
         if source.note:
             log.say(f"data: {source.note}")
     if last is not None:
-        frozen = checkpoints.restore_frozen(abstract_frozen)
-        state = checkpoints.restore(last, abstract_state)
-        checkpoints.restore_data(last, data)
         log.say(f"resumed at step {last} from {checkpoints.directory / str(last)}")
+    elif weights is not None:
+        log.say(f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})")
+        log.say(f"re-initialized as config.model.reinitialize says: {', '.join(fresh) or 'none'}")
     else:
-        if resuming:  # stopped before the first checkpoint: begin again, from the same weights
-            weights = setup.read_weights(config)
-            _check_same_weights(weights, description)
-        trainable, frozen, fresh = setup.make_parameters(
-            config, model, plan, mesh, weights, workdir
-        )
-        state = setup.new_state(config, tx, trainable, shardings)
-        if weights is None:
-            log.say("parameters: random initialization")
-        else:
-            log.say(f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})")
-            log.say(f"re-initialized as config.model.reinitialize says: {', '.join(fresh)}")
-        checkpoints.save_frozen(frozen)
-        if first:
-            save_config(config, workdir / "config.json")
-            setup.save_description(description, workdir / "model.json")
+        log.say("parameters: random initialization")
+    if adapter is not None:
+        log.say(f"adapter: {config.lora.init_from}")
     log.wrote(workdir / "config.json", "every field of this run's config")
     log.wrote(workdir / "model.json", "architecture, preprocessing and class names")
+    if abstract_frozen:
+        log.wrote(checkpoints.frozen, "the frozen parameters")
     log.wrote(checkpoints.directory, "the last and the best state, with the data's position")
-    log.wrote(checkpoints.frozen, "the frozen parameters")
-    if first:
-        rows = summarize_parameters(abstract_trainable, abstract_frozen)
-        log.table("Parameters", PARAMETER_COLUMNS, rows)
+    rows = summarize_parameters(abstract_trainable, abstract_frozen)
+    log.table("Parameters", PARAMETER_COLUMNS, rows)
 
     # The step.
     apply = setup.make_apply(model)
@@ -178,8 +190,9 @@ def run(config: ConfigDict, workdir: Path) -> int:
             pending = (step, metrics)
 
             finished = step == config.total_steps
-            stopping = stop.requested()
-            evaluating = (finished or step % config.evaluate.every == 0) and not stopping
+            stopping = step % stop.every == 0 and stop.requested()
+            # Also before stopping: the resumed run would not know this step's result.
+            evaluating = finished or step % config.evaluate.every == 0
             if stopping or evaluating or step % config.checkpoint_every == 0:
                 report(*pending)  # a state that is not finite is never saved
                 pending, measured = None, None
@@ -200,12 +213,11 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if damage.count:
         log.say(f"{damage.count} of {len(train_source)} training images are damaged")
     checkpoints.wait()
-    if stop.signal:
+    if stop.requested():
         log.say(
             f"stopped by {signal.Signals(stop.signal).name} at step {step}; the state is saved. "
             "Run the same command again to resume."
         )
-        log.close()
         return 128 + stop.signal
 
     # The results.
@@ -224,19 +236,32 @@ def run(config: ConfigDict, workdir: Path) -> int:
         plan=plan,
         eval_source=eval_source,
     )
-    checkpoints.close()
-    log.close()
     return 0
 
 
-def _check_same_run(config: ConfigDict, workdir: Path) -> None:
-    """A workdir holds one run; another config in it would be neither."""
+def _check_workdir(config: ConfigDict, workdir: Path, resuming: bool, last: int | None) -> None:
+    """A workdir holds one run: another config in it would be neither, and other files be lost."""
+    if not resuming and (last is not None or (workdir / "model.safetensors").exists()):
+        raise UserError(
+            f"{workdir} has files that a run would overwrite but no config.json of a run: give "
+            "another --workdir"
+        )
+    if not resuming:
+        return
     held = load_config(str(workdir / "config.json"), {})
     changed = [line for line in differences(held, config) if not line.startswith(FREE_FIELDS)]
     if changed:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:3])}): give this one "
             "another --workdir, or remove that folder"
+        )
+
+
+def _check_same_data(source: Source, description: setup.Description) -> None:
+    if source.class_names != description.class_names:
+        raise UserError(
+            f"the classes of {source.name} have changed since this run began: start in another "
+            "--workdir"
         )
 
 
@@ -290,10 +315,11 @@ class _Reporter:
 
 
 class _Stop:
-    """Turns the first SIGTERM or Ctrl-C into a request to stop; a second one exits at once."""
+    """Turns the first SIGTERM or Ctrl-C into a request to stop; the second one ends the process."""
 
     def __init__(self) -> None:
         self.signal = 0
+        self.every = 1 if jax.process_count() == 1 else STEPS_BETWEEN_AGREEMENTS
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -310,7 +336,7 @@ class _Stop:
                 signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Whether to stop after this step; all processes agree on it."""
+        """Whether to stop; all processes ask together and get the same answer."""
         if jax.process_count() == 1:
             return bool(self.signal)
         wanted = np.asarray(multihost_utils.process_allgather(np.int32(self.signal)))
@@ -318,6 +344,6 @@ class _Stop:
         return bool(self.signal)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.signal:
-            os._exit(128 + number)
         self.signal = number
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, signal.SIG_DFL)
