@@ -225,6 +225,11 @@ def _low_rank_forward(product: Any, x: Array, leaf: LowRank) -> tuple[Array, Any
 
 def _low_rank_backward(product: Any, residuals: Any, dy: Array) -> tuple[Array, LowRank]:
     x, leaf, direction = residuals
+    # The merged kernel is computed again, which is cheap. The barrier (as in jax.checkpoint) hides
+    # from XLA that it has been computed before: kept from the forward pass, it would take as much
+    # memory as the dense gradient. XLA on the CPU drops barriers and keeps it all the same.
+    factors, dy = lax.optimization_barrier(((leaf.a, leaf.b), dy))
+    leaf = _with_factors(leaf, *factors)
     dmagnitude = None
     if leaf.magnitude is not None:
         norm = output_norm(leaf.base + low_rank_delta(leaf).astype(leaf.base.dtype))
@@ -235,7 +240,6 @@ def _low_rank_backward(product: Any, residuals: Any, dy: Array) -> tuple[Array, 
     if leaf.magnitude is not None:
         dy = _scale_outputs(dy, leaf.magnitude / norm)
     update = partial(_factored_update, product)
-    factors = (leaf.a, leaf.b)
     _, pull = jax.vjp(lambda a, b: update(x, _with_factors(leaf, a, b)), *factors)
     da, db = pull(dy)
     # None is a symbolic zero: no array of the frozen kernel's shape comes to be.
