@@ -1,0 +1,68 @@
+"""Pickled checkpoints, for which torch itself is needed."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vision_jax.convert import read_weights
+from vision_jax.errors import UserError
+
+TENSORS = {"a.weight": torch.randn(3, 2), "a.bias": torch.randn(3)}
+
+
+def fails(path: Path, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_weights(str(path), allow_pickle=True)
+    assert "\n" not in str(caught.value)
+    for word in (str(path), *words):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_ema"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_wrappers_and_prefixes_come_off(wrapper, prefix, tmp_path):
+    tensors = {f"{prefix}{name}": value for name, value in TENSORS.items()}
+    content = {wrapper: tensors, "epoch": 3} if wrapper else tensors
+    torch.save(content, tmp_path / "x.pth")
+    weights = read_weights(str(tmp_path / "x.pth"), allow_pickle=True)
+    assert set(weights.tensors) == set(TENSORS)
+    for name, value in TENSORS.items():
+        np.testing.assert_array_equal(weights.tensors[name], value.numpy())
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    torch.save({"a": TENSORS["a.bias"].bfloat16()}, tmp_path / "x.pt")
+    read = read_weights(str(tmp_path / "x.pt"), allow_pickle=True).tensors["a"]
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, TENSORS["a.bias"].bfloat16().float().numpy())
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("owned"),))
+
+
+def test_a_pickle_that_runs_code_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": TENSORS["a.bias"], "b": Payload()}, tmp_path / "x.pth")
+    (tmp_path / "y.bin").write_bytes(pickle.dumps(Payload()))
+    for name in ("x.pth", "y.bin"):
+        fails(tmp_path / name, "not a file of weights alone")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, torch.randn(3)])
+def test_a_pickle_that_is_not_weights(content, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
+    fails(tmp_path / "x.pth")
+
+
+def test_damaged_pickles(tmp_path):
+    torch.save(TENSORS, tmp_path / "x.pth")
+    whole = (tmp_path / "x.pth").read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"hello"):
+        (tmp_path / "x.pth").write_bytes(content)
+        fails(tmp_path / "x.pth")
