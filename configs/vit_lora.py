@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initialization, data order, augmentation and dropout
     config.batch_size = 64  # images per update, over all devices
-    config.total_steps = 600  # updates
+    config.total_steps = 200  # updates
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices: -1 takes what is left
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     optim.name = "adamw"  # adamw, sgd, lars, lamb, lion, muon
     optim.lr = 2e-3
     optim.schedule = "cosine"  # cosine, linear, constant; after the warm-up
-    optim.warmup_steps = 50
+    optim.warmup_steps = 20
     optim.weight_decay = 0.01  # on kernels and adapters, not on biases, norms and embeddings
     optim.b1 = 0.9
     optim.b2 = 0.999
@@ -100,9 +100,9 @@ def get_config() -> ConfigDict:
     augment.label_smoothing = 0.1
 
     config.evaluate = evaluate = ConfigDict()
-    evaluate.every = 200  # updates; the end of training always evaluates
+    evaluate.every = 100  # updates; the end of training always evaluates
     evaluate.batch_size = 100
 
-    config.checkpoint_every = 200  # updates; evaluations are checkpointed too
+    config.checkpoint_every = 100  # updates; evaluations are checkpointed too
     config.log_every = 10  # updates between lines in metrics.jsonl
     return config

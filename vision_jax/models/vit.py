@@ -1,7 +1,7 @@
 """Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) and its relatives.
 
 One module covers ViT, AugReg, DeiT, MAE's encoder, DINOv2 with registers and the CLIP and SigLIP
-towers: they differ by the arguments of `ViT`, which are listed in docs/vit.md per family. Names and
+towers: they differ by the arguments of `ViT`, which docs/weights.md lists per family. Names and
 structure follow timm 1.0 (timm/models/vision_transformer.py).
 
 Exactness, where ports go wrong:
