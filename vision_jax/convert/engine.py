@@ -252,7 +252,7 @@ def _complaint(
         near = difflib.get_close_matches(unexpected[0], list(source_of.values()), n=1)
         hint = f"; the nearest known name to {unexpected[0]} is {near[0]}" if near else ""
         parts.append(
-            f"{len(unexpected)} tensors have no place: {_some(unexpected)}{hint}; `dropped` names "
-            "the ones to leave out on purpose"
+            f"{len(unexpected)} tensors have no place: {_some(unexpected)}{hint}; "
+            "config.model.drop names the ones to leave out on purpose"
         )
     return "the weights are not this model's: " + " | ".join(parts)
