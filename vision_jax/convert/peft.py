@@ -141,14 +141,15 @@ def write_adapter(
     tensors: dict[str, np.ndarray] = {}
     for name, module in exported.items():
         tensors |= _to_torch(name, module)
+    adapted = {name for path in adapters for name in modules[path]}
     whole_modules = set()
-    for name, array in _saved(modules_to_save, arrays, rules).items():
+    saved = _with_siblings(modules_to_save, arrays.keys() - adapters.keys())
+    host = {path: np.asarray(arrays[path]) for path in saved}
+    for name, array in export_tensors(host, rules).items():
         owner, _, kind = name.rpartition(".")
-        if owner in exported and kind == "weight":
-            continue  # the frozen base
         if owner in exported:  # PEFT wraps this layer in its own
             name = f"{owner}.base_layer.{kind}"
-        elif kind in ("weight", "bias"):
+        elif kind in ("weight", "bias") and owner not in adapted:
             whole_modules.add(owner)
         tensors[name] = array
 
@@ -226,19 +227,15 @@ def read_adapter(
     return lora.apply_adapters(paths.unflatten(params, arrays), adapters)
 
 
-def _saved(
-    chosen: Collection[str], arrays: Mapping[str, Any], rules: Sequence[Rule]
-) -> dict[str, np.ndarray]:
-    """Tensors of the chosen paths and of the rest of their modules, which PEFT wants whole."""
-    tensors = export_tensors({path: np.asarray(arrays[path]) for path in chosen}, rules)
-    owners = {name.rpartition(".")[0] for name in tensors} - {""}
-    whole = {
-        path
-        for rule in rules
-        for path in rule.paths
-        if any(name.rpartition(".")[0] in owners for name in rule.names)
-    }
-    return export_tensors({path: np.asarray(arrays[path]) for path in whole}, rules)
+def _with_siblings(chosen: Collection[str], candidates: Collection[str]) -> set[str]:
+    """The chosen paths and what else their layers have, since PEFT wants a saved module whole."""
+
+    def layer(path: str) -> str | None:
+        parent, _, name = path.rpartition("/")
+        return parent if name in ("kernel", "bias", "scale") else None
+
+    layers = {layer(path) for path in chosen} - {None}
+    return set(chosen) | {path for path in candidates if layer(path) in layers}
 
 
 def _rules(table: Table, arrays: Collection[str], *, in_memory: bool) -> list[Rule]:
