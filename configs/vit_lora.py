@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # adamw, sgd, lars, lamb, lion, muon
-    optim.lr = 2e-3
+    optim.lr = 5e-3
     optim.schedule = "cosine"  # cosine, linear, constant; after the warm-up
     optim.warmup_steps = 20
     optim.weight_decay = 0.01  # on kernels and adapters, not on biases, norms and embeddings

@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"STEPS = 300": "STEPS = 4", "IMAGES_PER_CLASS = 400": "IMAGES_PER_CLASS = 12"}
+SMALL = {"STEPS = 200": "STEPS = 4", "IMAGES_PER_CLASS = 400": "IMAGES_PER_CLASS = 12"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "colabs").glob("*.ipynb")), ids=lambda p: p.stem)

@@ -355,10 +355,11 @@ class ViT(nn.Module):
         # The parameters are stacked at apply time, so the tree has the same names either way.
         params = self.variables["params"]
         blocks = [params[f"block_{index}"] for index in range(self.depth)]
-        if len({jax.tree.structure(block) for block in blocks}) > 1:
+        layouts = [jax.tree.map(jnp.shape, block) for block in blocks]
+        if any(layout != layouts[0] for layout in layouts):
             raise UserError(
-                "model.scan: the blocks have leaves of different kinds (adapters on some only); "
-                "set model.scan=False or give every block the same adapters"
+                "model.scan: the blocks have leaves of different kinds or shapes (adapters on some "
+                "only, or of several ranks); set model.scan=False or give all the same adapters"
             )
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
         keys = {
