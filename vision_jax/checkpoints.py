@@ -135,8 +135,8 @@ def _reason_of_disk(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return os.strerror(error.errno)
-        if said := re.search(r"\[OS error \d+: (\w+ )?([^\]]+)\]", str(error)):  # tensorstore's
-            return said[2]
+        if code := re.search(r"os_error_code='(\d+)'|\[OS error (\d+)", str(error)):  # tensorstore
+            return os.strerror(int(code[1] or code[2]))
         error = error.__cause__ or error.__context__
     return None
 

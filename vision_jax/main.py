@@ -12,6 +12,7 @@ Cloud TPU and Slurm, --coordinator=auto is enough).
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ BAD_INPUT = 2  # exit code
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's hints, which are not for users
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except (UserError, OSError) as error:  # what the operating system refuses is its user's too
@@ -118,5 +119,19 @@ def _start_processes(flags: argparse.Namespace) -> None:
         jax.distributed.initialize(flags.coordinator, flags.processes, flags.process)
 
 
+def command() -> None:
+    """The process's whole life: runs `main` and exits with its code.
+
+    After a failed write orbax's and tensorstore's threads go on complaining, at exit too. What they
+    have to say has been reported by then, and the process does not wait for them.
+    """
+    sys.unraisablehook = lambda _: None
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
