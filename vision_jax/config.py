@@ -81,6 +81,9 @@ def load_config(path: str, overrides: Mapping[str, str]) -> ConfigDict:
       UserError: no such file, no get_config in it, an unknown field (with the nearest one), or a
         value of another type.
     """
+    installed = Path(__file__).parent / path  # an installed package brings configs/ along
+    if not Path(path).is_file() and installed.is_file():
+        path = str(installed)
     if not Path(path).is_file():
         raise UserError(f"--config: there is no file {path}")
     if path.endswith(".json"):
