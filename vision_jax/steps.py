@@ -106,9 +106,9 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             ema = optim.update_ema(ema, trainable, ema_decay, state.step)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        finite &= jnp.isfinite(optax.global_norm(trainable))
+        finite &= jnp.isfinite(optax.tree.norm(trainable))
         new = replace(
             state, trainable=trainable, opt_state=opt_state, model_state=model_state, ema=ema
         )

@@ -1,0 +1,114 @@
+"""Runs small enough for tests: a ViT of two blocks, 48 random images, six updates."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vision_jax import convert, train
+from vision_jax.config import load_config
+from vision_jax.models.vit import build_vit
+
+# With 8 devices orbax would cut each array in 8 to write it, and compile a program for each shape.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
+)
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+CLASSES = ("ant", "bee", "cat", "dog")
+
+
+def write_weights(path: Path, num_classes: int = 3) -> None:
+    """A random ViT in timm's naming."""
+    model = build_vit(
+        width=32,
+        depth=2,
+        num_heads=2,
+        mlp_width=64,
+        patch_size=8,
+        image_size=(16, 16),
+        num_classes=num_classes,
+    )
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)  # the head starts at zero otherwise, and tests would see little
+    params = jax.tree.map(
+        lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape, np.float32), params
+    )
+    preprocessing = {
+        "image_size": (16, 16),
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.3, 0.2, 0.25),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "crop_mode": "center",
+    }
+    tensors, header = convert.export_vit(params, model, preprocessing=preprocessing)
+    convert.write_safetensors(path, tensors, header)
+
+
+def write_data(folder: Path) -> None:
+    """cifar10.npz with 48 training and 20 test images of noise whose color tells the class."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {"class_names": np.array(CLASSES)}
+    for split, count in (("train", 48), ("test", 20)):
+        labels = np.arange(count) % len(CLASSES)
+        noise = rng.integers(0, 128, (count, 16, 16, 3))
+        colors = np.array([[0, 0, 0], [90, 0, 0], [0, 90, 0], [0, 0, 90]])
+        arrays[f"{split}_images"] = (noise + colors[labels][:, None, None]).astype(np.uint8)
+        arrays[f"{split}_labels"] = labels.astype(np.int64)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "cifar10.npz", **arrays)
+
+
+@functools.cache
+def inputs() -> Path:
+    """A folder with weights.safetensors and cifar10.npz, made once."""
+    keep = tempfile.TemporaryDirectory(prefix="vision_jax_tests_")
+    inputs.keep = keep  # type: ignore[attr-defined]  # removed when Python ends
+    folder = Path(keep.name)
+    write_weights(folder / "weights.safetensors")
+    write_data(folder)
+    return folder
+
+
+def overrides(**more: Any) -> dict[str, str]:
+    """Fields of configs/vit_lora.py for a tiny run; `optim__lr=1` sets optim.lr."""
+    fields = {
+        "model.weights": inputs() / "weights.safetensors",
+        "model.image_size": 16,
+        "data.train": f"cifar10:{inputs()}/train",
+        "data.eval": f"cifar10:{inputs()}/test",
+        "batch_size": 8,
+        "total_steps": STEPS,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "lora.rank": 2,
+        "optim.warmup_steps": 1,
+        "optim.lr": 0.01,
+        "evaluate.every": 3,
+        "evaluate.batch_size": 8,
+    }
+    fields |= {name.replace("__", "."): value for name, value in more.items()}
+    return {name: str(value) for name, value in fields.items()}
+
+
+def tiny_config(**more: Any):
+    """configs/vit_lora.py as a tiny run."""
+    return load_config(str(ROOT / "configs/vit_lora.py"), overrides(**more))
+
+
+@functools.cache
+def finished() -> Path:
+    """The workdir of a finished run with a moving average, accumulation and dropout; read only."""
+    workdir = inputs() / "finished"
+    config = tiny_config(
+        batch_size=16, optim__ema_decay=0.5, optim__accumulate=2, lora__dropout=0.1
+    )
+    assert train.run(config, workdir) == 0
+    return workdir

@@ -1,0 +1,110 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from vision_jax import sharding
+from vision_jax.errors import UserError
+
+
+def shapes(**by_name):
+    return {
+        name.replace("__", "/"): jax.ShapeDtypeStruct(shape, np.float32)
+        for name, shape in by_name.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [((-1, 1), (8, 1)), ((1, -1), (1, 8)), ((2, 4), (2, 4)), ((-1, 2), (4, 2)), ((4, -1), (4, 2))],
+)
+def test_mesh(asked, made):
+    mesh = sharding.make_mesh(*asked)
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == made
+
+
+@pytest.mark.parametrize(
+    "asked", [(3, 1), (-1, 3), (-1, -1), (0, -1), (-1, 0), (8, 8), (-2, -4), (-8, 1), (-2, -1)]
+)
+def test_a_mesh_that_does_not_fit_is_refused(asked):
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        sharding.make_mesh(*asked)
+
+
+def test_the_default_splits_the_largest_axis_that_divides():
+    mesh = sharding.make_mesh(2, 4)
+    made = sharding.parameter_shardings(
+        shapes(
+            wide=(64, 512),
+            tall=(512, 64),
+            odd=(511, 128),
+            none=(511, 129),
+            small=(64, 64),
+            fc__kernel__base=(128, 256),
+        ),
+        mesh,
+    )
+    assert {name: made[name].spec for name in made} == {
+        "wide": PartitionSpec(None, "fsdp"),
+        "tall": PartitionSpec("fsdp", None),
+        "odd": PartitionSpec(None, "fsdp"),
+        "none": PartitionSpec(),
+        "small": PartitionSpec(),
+        "fc/kernel/base": PartitionSpec(None, "fsdp"),
+    }
+    whole = sharding.parameter_shardings(shapes(wide=(64, 512)), sharding.make_mesh(8, 1))
+    assert whole["wide"].is_fully_replicated
+
+
+def test_rules_come_first_and_name_the_kernel_of_an_adapter():
+    mesh = sharding.make_mesh(2, 4)
+    made = sharding.parameter_shardings(
+        shapes(fc__kernel__base=(8, 512), fc__bias=(512,)),
+        mesh,
+        [(r"fc/kernel", ("fsdp",)), (r"fc/.*", (None,))],
+    )
+    assert made["fc/kernel/base"].spec == PartitionSpec("fsdp")
+    assert made["fc/bias"].spec == PartitionSpec(None)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ((r"fd/kernel", ("fsdp",)), "matches no parameter; the nearest path is 'fc/kernel'"),
+        ((r"fc/kernel", ("model",)), "cannot be split"),
+        ((r"fc/kernel", ("fsdp", None, None)), "cannot be split"),
+        ((r"fc/kernel", (None, "fsdp")), "cannot be split"),
+        ((r"fc/kernel", "fsdp"), "cannot be split"),
+    ],
+)
+def test_rules_that_do_not_fit_are_refused(rule, message):
+    with pytest.raises(UserError, match=message):
+        sharding.parameter_shardings(shapes(fc__kernel=(8, 511)), sharding.make_mesh(2, 4), [rule])
+
+
+def test_optimizer_state_is_laid_out_like_its_parameter():
+    mesh = sharding.make_mesh(1, 8)
+    parameters = sharding.parameter_shardings(shapes(a__kernel=(512, 64), a__bias=(64,)), mesh)
+    abstract = {
+        "mu": shapes(a__kernel=(512, 64), a__bias=(64,)),
+        "count": jax.ShapeDtypeStruct((), np.int32),
+        "factored": {"a/kernel": jax.ShapeDtypeStruct((), np.float32)},
+    }
+    made = sharding.state_shardings(abstract, parameters, mesh)
+    assert made["mu"]["a/kernel"].spec == PartitionSpec("fsdp", None)
+    assert made["mu"]["a/bias"].is_fully_replicated
+    assert made["count"].is_fully_replicated
+    assert made["factored"]["a/kernel"].is_fully_replicated
+
+
+def test_arrays_and_batches_arrive_where_they_should():
+    mesh = sharding.make_mesh(2, 4)
+    array = np.random.default_rng().standard_normal((512, 64)).astype(np.float32)
+    placed = sharding.place(array, sharding.parameter_shardings(shapes(a=array.shape), mesh)["a"])
+    np.testing.assert_array_equal(placed, array)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(128, 64)}
+
+    images = np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)
+    batch = sharding.make_batch_placer(mesh)({"image": images})
+    np.testing.assert_array_equal(batch["image"], images)
+    assert {shard.data.shape for shard in batch["image"].addressable_shards} == {(2, 3)}
