@@ -136,8 +136,8 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     log.wrote(workdir / "config.json", "every field of this run's config")
     log.wrote(workdir / "model.json", "architecture, preprocessing and class names")
     if abstract_frozen:
-        log.wrote(checkpoints.frozen, "the frozen parameters")
-    log.wrote(checkpoints.directory, "the last and the best state, with the data's position")
+        log.wrote(workdir / "frozen", "the frozen parameters")
+    log.wrote(workdir / "checkpoints", "the last and the best state, with the data's position")
     rows = summarize_parameters(abstract_trainable, abstract_frozen)
     log.table("Parameters", PARAMETER_COLUMNS, rows)
 
