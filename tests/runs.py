@@ -1,4 +1,4 @@
-"""Runs small enough for tests: a ViT of two blocks, 48 random images, six updates."""
+"""Runs small enough for tests: a ViT of one block, 48 random images, six updates."""
 
 import functools
 import tempfile
@@ -20,6 +20,13 @@ ocp.type_handlers.register_type_handler(
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
+DEPTH = 1
+FULL = {
+    "batch_size": 16,
+    "optim__ema_decay": 0.5,
+    "optim__accumulate": 2,
+    "lora__dropout": 0.1,
+}
 CLASSES = ("ant", "bee", "cat", "dog")
 
 
@@ -27,7 +34,7 @@ def write_weights(path: Path, num_classes: int = 3) -> None:
     """A random ViT in timm's naming."""
     model = build_vit(
         width=32,
-        depth=2,
+        depth=DEPTH,
         num_heads=2,
         mlp_width=64,
         patch_size=8,
@@ -103,12 +110,14 @@ def tiny_config(**more: Any):
     return load_config(str(ROOT / "configs/vit_lora.py"), overrides(**more))
 
 
+def full_config(**more: Any):
+    """The tiny run that the tests look at closely: average, accumulation and dropout are on."""
+    return tiny_config(**FULL, **more)
+
+
 @functools.cache
 def finished() -> Path:
-    """The workdir of a finished run with a moving average, accumulation and dropout; read only."""
+    """The workdir of a finished run of `full_config`; not to be changed."""
     workdir = inputs() / "finished"
-    config = tiny_config(
-        batch_size=16, optim__ema_decay=0.5, optim__accumulate=2, lora__dropout=0.1
-    )
-    assert train.run(config, workdir) == 0
+    assert train.run(full_config(), workdir) == 0
     return workdir

@@ -48,7 +48,7 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
-        with _disk_errors(self.directory):
+        with _damage_errors(self.directory), _disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def last_step(self) -> int | None:
@@ -146,6 +146,8 @@ def _damage_errors(directory: Path) -> Iterator[None]:
     """Turns what orbax and tensorstore raise about a damaged checkpoint into one line."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(

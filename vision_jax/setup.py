@@ -124,7 +124,10 @@ def describe(
     model = config.model
     arguments: dict[str, Any] = {}
     if weights is not None:
-        arguments |= convert.infer_vit_arguments(weights)
+        try:
+            arguments |= convert.infer_vit_arguments(weights)
+        except UserError as error:
+            raise UserError(f"{weights.origin}: {error}") from error
     if model.variant:
         arguments |= variant_arguments(model.variant)
     arguments |= _checked_arguments(model.arguments)
@@ -209,9 +212,17 @@ def plan_parameters(config: ConfigDict, model: ViT, mesh: Mesh, adapter: Path | 
 
     `adapter` is the folder of the adapter to start from, if any.
     """
-    like = jax.eval_shape(
-        lambda key: _attach(config, _initialize(model, key), key, adapter), jax.random.key(0)
-    )
+    key = jax.random.key(0)
+    try:
+        base_like = jax.eval_shape(lambda key: _initialize(model, key), key)
+    except UserError:
+        raise
+    except Exception as error:  # sizes that don't fit each other fail anywhere in the model
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise UserError(
+            f"there is no such ViT ({reason}): check config.model.image_size and arguments"
+        ) from error
+    like = jax.eval_shape(lambda base, key: _attach(config, base, key, adapter), base_like, key)
     flat = paths.flatten(like)
     candidates = [path for path in flat if not path.endswith("/base")]  # an adapter's base is fixed
     trainable = {path for path in candidates if lora.is_adapter_path(path)}
@@ -243,6 +254,7 @@ def make_parameters(
         fresh = paths.select(
             base_shapes, config.model.reinitialize, field="config.model.reinitialize"
         )
+        paths.select(weights.tensors, config.model.drop, field="config.model.drop")
         imported = convert.import_vit(
             weights, base_like, reinitialized=sorted(fresh), model=model, dropped=config.model.drop
         )

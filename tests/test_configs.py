@@ -1,0 +1,95 @@
+"""Each config trains at small size, and each of its fields is read by something."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+
+from vision_jax import modes, train
+from vision_jax.config import fields, load_config
+from vision_jax.logging import read_metrics
+
+CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
+SMALLER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 8}
+
+
+def small(path: Path):
+    """The config itself, but for sizes and paths."""
+    keep = ("batch_size", "total_steps", "checkpoint_every", "log_every", "evaluate.every")
+    keep += ("evaluate.batch_size", "optim.warmup_steps", "data.train", "data.eval")
+    keep += ("model.image_size",)
+    if load_config(str(path), {}).model.weights:
+        keep += ("model.weights",)
+    changes = {name: value for name, value in runs.overrides().items() if name in keep}
+    changes["total_steps"] = "2"
+    arguments = load_config(str(path), {}).model.arguments
+    if arguments:
+        changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))
+    return load_config(str(path), changes)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_trains_at_small_size(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(modes.figures, "_save", lambda figure, path: None)
+    assert train.run(small(path), tmp_path) == 0
+    losses = [
+        r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r
+    ]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_all_configs_have_the_same_fields():
+    every = [set(fields(load_config(str(path), {}))) for path in CONFIGS]
+    assert all(one == every[0] for one in every)
+
+
+def reads(path: Path) -> set[str]:
+    """Dotted names under `config` that a file reads, also through a local name for a part of it."""
+    found: set[str] = set()
+    for function in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        parts = {"config": ""}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = dotted(node.value, parts)
+                if name:
+                    parts[node.targets[0].id] = f"{name}."
+        for node in ast.walk(function):
+            name = dotted(node, parts)
+            if name:
+                found.add(name)
+    return found
+
+
+def dotted(node: ast.AST, parts: dict[str, str]) -> str:
+    """`config.optim.lr` as "optim.lr"; "" for anything else."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    if isinstance(node, ast.Name) and node.id in parts and names:
+        return parts[node.id] + ".".join(names)
+    return ""
+
+
+def test_every_field_is_read():
+    found: set[str] = set()
+    for name in ("setup.py", "train.py", "modes.py"):
+        found |= reads(runs.ROOT / "vision_jax" / name)
+    declared = set(fields(load_config(str(CONFIGS[0]), {})))
+    dead = {n for n in declared if n not in found and n.split(".")[0] != "mesh"}  # **config.mesh
+    assert "mesh" in found
+    assert dead == set()
+
+
+def test_docstrings_name_a_command_that_exists():
+    for path in CONFIGS:
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert f"python -m vision_jax.main --config=configs/{path.name}" in text
+        for word in ("Command", "Hardware:", "Expected:"):
+            assert word in text

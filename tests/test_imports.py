@@ -1,0 +1,79 @@
+"""What may import what."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import runs
+
+PACKAGE = runs.ROOT / "vision_jax"
+FILES = sorted([*PACKAGE.rglob("*.py"), *(runs.ROOT / "configs").glob("*.py")])
+
+
+def imported(path: Path) -> set[str]:
+    """The top packages that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(str(node.module).split(".")[0])
+    return names
+
+
+def test_flax_is_imported_by_models_alone():
+    users = {path.relative_to(PACKAGE).parts[0] for path in FILES if "flax" in imported(path)}
+    assert users == {"models"}
+
+
+def test_torch_is_imported_where_pickles_are_read_and_tensorflow_nowhere():
+    users = {path.name for path in FILES if "torch" in imported(path)}
+    assert users == {"read.py"}
+    for path in FILES:
+        assert not imported(path) & {"tensorflow", "torchvision", "timm", "transformers", "peft"}
+
+
+def test_no_config_below_the_setup():
+    allowed = {"main.py", "config.py", "setup.py", "train.py", "modes.py"}
+    users = {path.name for path in PACKAGE.rglob("*.py") if "ml_collections" in imported(path)}
+    assert users <= allowed
+
+
+def test_configs_are_not_asked_for_fields_that_may_be_missing():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("get", "get_ref"):
+                owner = ast.unparse(node.value)
+                assert not owner.split(".")[0].endswith("config") or "convert" in path.parts, (
+                    f"{path}:{node.lineno}: {owner}.{node.attr} swallows typing errors"
+                )
+
+
+def test_the_main_job_loads_neither_torch_nor_tensorflow(tmp_path):
+    fields = runs.overrides(total_steps=1, evaluate__every=1)
+    arguments = [
+        f"--config={runs.ROOT / 'configs/vit_lora.py'}",
+        f"--workdir={tmp_path / 'run'}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
+    program = (
+        "import sys, vision_jax\n"
+        "from vision_jax import main\n"
+        "assert 'jax' not in sys.modules  # bad flags are answered at once\n"
+        f"assert main.main({arguments!r}) == 0\n"
+        "heavy = {'torch', 'tensorflow', 'torchvision', 'timm', 'transformers'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(runs.ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    child = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.splitlines()[-1] == "loaded: []"
+    assert child.stderr == ""

@@ -1,0 +1,195 @@
+"""The command line: a bad request ends in one line and exit code 2, and leaves no trace."""
+
+import pickle
+
+import jax
+import numpy as np
+import pytest
+import runs
+from safetensors.numpy import save_file
+
+from vision_jax import main, train
+from vision_jax.data.pipeline import DamageLog  # noqa: F401  (imported before the clock starts)
+
+CONFIG = f"--config={runs.ROOT / 'configs/vit_lora.py'}"
+
+
+def command(workdir, *more, **fields):
+    overrides = [f"--config.{name}={value}" for name, value in runs.overrides(**fields).items()]
+    return main.main([CONFIG, f"--workdir={workdir}", *overrides, *more])
+
+
+def refusal(capsys) -> str:
+    """The one line on the screen."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def make_inputs(folder):
+    """Files that are wrong in all the ways that users have found."""
+    whole = (runs.inputs() / "weights.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "header.safetensors").write_bytes(whole[:5])
+    (folder / "empty.safetensors").write_bytes(b"")
+    resnet = {
+        "conv1.weight": np.zeros((64, 3, 7, 7), np.float32),
+        "bn1.running_mean": np.zeros(64, np.float32),
+        "layer1.0.conv1.weight": np.zeros((64, 64, 1, 1), np.float32),
+        "fc.weight": np.zeros((1000, 2048), np.float32),
+    }
+    save_file(resnet, folder / "resnet.safetensors")
+    (folder / "list.pth").write_bytes(pickle.dumps([1, 2, 3]))
+    (folder / "empty").mkdir()
+    (folder / "no_images" / "ant").mkdir(parents=True)
+    (folder / "image.png").write_bytes(b"")
+    (folder / "range.csv").write_text("path,label\nimage.png,0\nimage.png,-1\n")
+    (folder / "eval.csv").write_text("path,label\nimage.png,4\n")
+    (folder / "file").write_text("")
+
+
+BAD = {
+    "weights missing": ({"model__weights": "{0}/absent.safetensors"}, "no such file or folder"),
+    "weights truncated": ({"model__weights": "{0}/truncated.safetensors"}, "damaged or no safeten"),
+    "weights cut": ({"model__weights": "{0}/header.safetensors"}, "damaged or no safetensors"),
+    "weights empty": ({"model__weights": "{0}/empty.safetensors"}, "damaged or no safetensors"),
+    "resnet": ({"model__weights": "{0}/resnet.safetensors"}, "resnet.safetensors"),
+    "pickle": ({"model__weights": "{0}/list.pth"}, "--config.model.allow_pickle=True"),
+    "pickle allowed": (
+        {"model__weights": "{0}/list.pth", "model__allow_pickle": True},
+        "list.pth",
+    ),
+    "weights embedded": ({"model__weights": "embedded:none"}, "no such weights"),
+    "no architecture": ({"model__weights": ""}, "set config.model.variant"),
+    "variant": ({"model__variant": "xxl/16"}, "xxl/16"),
+    "argument": ({"model__arguments": "(('widht', 8),)"}, "did you mean `width`?"),
+    "argument value": ({"model__arguments": "(('num_heads', 5),)"}, "there is no such ViT"),
+    "key": ({"optim__learning_rate": 1}, "unknown config key `optim.learning_rate`"),
+    "type": ({"total_steps": "many"}, "`total_steps` takes int"),
+    "rule lora": ({"lora__rules": "blocks_.*"}, "lora.rules: rule 'blocks_.*' matches no"),
+    "rule trainable": ({"trainable": "heads/.*"}, "config.trainable: rule 'heads/.*' matches no"),
+    "rule reinitialize": (
+        {"model__reinitialize": "('head/.*', 'heads/.*')"},
+        "config.model.reinitialize: rule 'heads/.*' matches no",
+    ),
+    "rule regex": ({"trainable": "(head"}, "is not a regular expression"),
+    "rule drop": ({"model__drop": "pooler.*"}, "pooler"),
+    "nothing trains": ({"lora__rules": "()", "trainable": "()"}, "nothing trains"),
+    "head": ({"model__reinitialize": "()"}, "head of 3 classes and config.data.train has 4"),
+    "adapter": ({"lora__rules": "()", "lora__init_from": "{0}/empty"}, "no adapter_config.json"),
+    "adapter and rules": ({"lora__init_from": "{0}/empty"}, "set config.lora.rules=()"),
+    "rank": ({"lora__rank": 0}, "lora.rank"),
+    "optimizer": ({"optim__name": "adam"}, "unknown optimizer 'adam': did you mean 'adamw'?"),
+    "schedule": ({"optim__schedule": "step"}, "unknown schedule"),
+    "warm-up": ({"optim__warmup_steps": 99}, "warmup_steps"),
+    "data missing": ({"data__train": "{0}/absent"}, "no such folder or file"),
+    "folder empty": ({"data__train": "{0}/empty"}, "no class folders"),
+    "class folder empty": ({"data__train": "{0}/no_images"}, "no image in this class folder"),
+    "label": ({"data__train": "{0}/range.csv"}, "range.csv:3: label -1 is out of range"),
+    "label of eval": ({"data__eval": "{0}/eval.csv"}, "label 4 is out of range"),
+    "crop": ({"data__crop": "middle"}, "crop 'middle'"),
+    "interpolation": ({"data__interpolation": "cubic"}, "interpolation"),
+    "holdout": ({"data__eval": "", "data__holdout": 2.0}, "holdout"),
+    "batch": ({"batch_size": 12}, "batch_size 12 does not divide among 8 devices"),
+    "micro-batch": ({"optim__accumulate": 3}, "accumulate 3"),
+    "mesh": ({"mesh__fsdp": 3}, "does not fit 8 devices"),
+    "sharding": ({"sharding_rules": "(('head/kernel', ('model',)),)"}, "cannot be split"),
+    "dtype": ({"model__dtype": "float16"}, "config.model.dtype"),
+    "policy": ({"augment__policy": "auto"}, "none, rand or trivial"),
+    "steps": ({"total_steps": 0}, "config.total_steps is 0: it must be at least 1"),
+    "image size": ({"model__image_size": 4}, "image_size"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_no_trace(name, tmp_path, capsys):
+    make_inputs(tmp_path)
+    fields, message = BAD[name]
+    fields = {field: str(value).format(tmp_path) for field, value in fields.items()}
+    assert command(tmp_path / "run", **fields) == 2
+    assert message in refusal(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing"),
+        (["--config=absent.py"], "there is no file absent.py"),
+        (["--confg=x"], "unknown argument '--confg=x'"),
+        ([CONFIG, "--config.optim.lr", "1"], "set with --config.FIELD=VALUE"),
+        ([CONFIG, "extra"], "unknown argument 'extra'"),
+        ([CONFIG, "--mode=test"], "invalid choice: 'test'"),
+        ([CONFIG, "--processes=two"], "--processes: invalid int value"),
+        (["--mode=evaluate"], "needs --workdir"),
+        (["--mode=evaluate", "--workdir=absent"], "absent holds no run"),
+        (["--mode=predict", "--workdir=absent", "--images=a.png"], "absent holds no run"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message, capsys):
+    assert main.main(arguments) == 2
+    assert message in refusal(capsys)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_workdir_that_cannot_be_written_is_one_line(name, tmp_path, capsys):
+    make_inputs(tmp_path)
+    assert command(tmp_path / name) == 2
+    assert str(tmp_path / name) in refusal(capsys)
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path, capsys, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise OSError(28, "No space left on device", str(tmp_path / "run/model.json"))
+
+    monkeypatch.setattr(train.setup, "save_description", refuse)
+    assert command(tmp_path / "run") == 2
+    assert "No space left on device" in refusal(capsys)
+    monkeypatch.undo()
+    # What is there now is no run: any config may start in its place.
+    monkeypatch.setattr(train, "open_log", refuse)
+    assert command(tmp_path / "run", optim__lr=0.5) == 2
+    assert (tmp_path / "run" / "config.json").is_file()
+
+
+def test_ctrl_c_before_the_loop_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupt)
+    assert command(tmp_path / "run") == 128 + 2
+    assert capsys.readouterr().err == "stopped; run the same command again to resume\n"
+
+
+def test_flags_reach_the_modes(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "run", lambda *given: seen.append(given) or 0)
+    monkeypatch.setattr("vision_jax.modes.predict", lambda *given: seen.append(given) or 0)
+    monkeypatch.setattr("vision_jax.modes.evaluate", lambda *given: seen.append(given) or 0)
+    assert main.main([CONFIG, "--config.optim.lr=0.25"]) == 0
+    config, workdir = seen[-1]
+    assert (config.optim.lr, str(workdir)) == (0.25, "runs/vit_lora")
+
+    run = f"--workdir={runs.finished()}"
+    assert main.main([run, "--mode=predict", "--images=a", "b", "--images", "c", "--out=o"]) == 0
+    config, workdir, checkpoint, images, out = seen[-1]
+    assert config.optim.ema_decay == 0.5  # the run's own
+    assert (workdir, checkpoint, str(out)) == (runs.finished(), "last", "o")
+    assert sorted(images) == ["a", "b", "c"]
+
+    more = ["--checkpoint=best", "--config.evaluate.batch_size=7"]
+    assert main.main([run, "--mode=evaluate", *more]) == 0
+    config, _, checkpoint = seen[-1]
+    assert (config.evaluate.batch_size, checkpoint) == (7, "best")
+
+
+def test_help_shows_modes_and_overrides(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main.main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("train,evaluate,predict", "--config.FIELD=VALUE", "resumes", "--images"):
+        assert part in text
+    assert jax.device_count() == 8

@@ -1,0 +1,197 @@
+"""Evaluation and prediction of a finished run."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+from safetensors.numpy import load_file
+
+from vision_jax import convert, modes, setup, steps
+from vision_jax.data.sources import read_source
+from vision_jax.data.transforms import eval_transform
+from vision_jax.errors import UserError
+from vision_jax.logging import read_metrics
+from vision_jax.models.vit import build_vit
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return modes.restore(runs.full_config(), runs.finished(), "last")
+
+
+def logged(step):
+    records = read_metrics(runs.finished() / "metrics.jsonl")
+    return next(r for r in records if r["step"] == step and "eval/top1" in r)
+
+
+@pytest.mark.parametrize("batch_size", [8, 3, 20, 64])
+def test_evaluate_reprints_the_numbers_of_training(capsys, batch_size):
+    workdir = runs.finished()
+    capsys.readouterr()
+    config = runs.full_config(evaluate__batch_size=batch_size)
+    assert modes.evaluate(config, workdir, "last") == 0
+    screen = capsys.readouterr().out
+    values = {name: f"{logged(6)[f'eval/{name}']:.4f}" for name in ("top1", "top5", "loss", "ece")}
+    line = "  ".join(f"{name} {value}" for name, value in values.items())
+    assert screen.splitlines()[0] == f"step 6: evaluation on 20 images: {line}"
+    assert [row.split()[0] for row in screen.splitlines()[1:]] == list(runs.CLASSES)
+
+
+def test_evaluate_is_exact_to_the_last_digit(trained):
+    evaluate = modes.make_evaluate(
+        trained.outputs_fn,
+        trained.mesh,
+        setup.read_eval_source(runs.full_config(), runs.CLASSES),
+        preprocessing=trained.description.preprocessing,
+        batch_size=8,
+        num_threads=1,
+    )
+    summary = evaluate(*trained.arguments).summary
+    for name in ("top1", "top5", "loss", "ece"):
+        assert summary[name] == logged(6)[f"eval/{name}"]
+
+
+def test_best_is_the_step_with_the_highest_top1(capsys):
+    runs.finished()
+    capsys.readouterr()
+    assert modes.evaluate(runs.full_config(), runs.finished(), "best") == 0
+    best = max((3, 6), key=lambda step: (logged(step)["eval/top1"], step))
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"step {best}: ")
+    assert f"loss {logged(best)['eval/loss']:.4f}" in line
+
+
+def test_the_moving_average_is_what_is_evaluated_and_exported(trained):
+    ema, last = trained.state.ema["head/kernel"], trained.state.trainable["head/kernel"]
+    assert np.abs(np.asarray(ema) - np.asarray(last)).max() > 1e-4
+    np.testing.assert_array_equal(steps.averaged(trained.state)["head/kernel"], ema)
+    exported = load_file(runs.finished() / "model.safetensors")
+    np.testing.assert_array_equal(exported["head.weight"].T, ema)
+
+
+def test_the_exported_model_computes_the_same_logits(trained):
+    weights = convert.read_weights(str(runs.finished() / "model.safetensors"))
+    model = build_vit(**convert.infer_vit_arguments(weights))
+    images = np.random.default_rng().integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
+    flat = convert.import_vit(weights, like["params"], reinitialized=(), model=model)
+    params: dict = {}
+    for path, array in flat.items():
+        *parents, last = path.split("/")
+        below = params
+        for parent in parents:
+            below = below.setdefault(parent, {})
+        below[last] = array
+    merged = jax.jit(model.apply)({"params": params}, images / np.float32(255))
+    batch = {
+        "image": images,
+        "label": np.zeros(8, np.int32),
+        "mask": np.ones(8, bool),
+        "index": np.arange(8, dtype=np.int32),
+    }
+    attached = jax.jit(trained.outputs_fn)(*trained.arguments, batch)["logits"]
+    error = np.abs(np.asarray(merged) - np.asarray(attached)).max() / np.abs(merged).max()
+    assert error < 3e-6
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Sound files, one in a folder below, a damaged one, and one that is no image."""
+    source = read_source(f"cifar10:{runs.inputs()}/test")
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    for row, name in enumerate(("a.png", "b.PNG", "below/c.png")):
+        Image.fromarray(source[row]["image"]).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "damaged.jpg").write_bytes(b"no image")
+    (tmp_path / "in" / "notes.txt").write_text("not looked at")
+    return tmp_path / "in"
+
+
+def test_predict_prints_a_table_and_writes_a_grid(trained, pictures, tmp_path, capsys):
+    given = [str(pictures), str(pictures / "a.png")]
+    assert modes.predict(runs.full_config(), runs.finished(), "last", given, tmp_path / "out") == 0
+    screen = capsys.readouterr().out
+    rows = [line.split() for line in screen.splitlines() if line.startswith(str(pictures))]
+    names = ["a.png", "b.PNG", "below/c.png", "a.png"]
+    assert [row[0] for row in rows] == [str(pictures / name) for name in names]
+    assert f"skipped: {pictures / 'damaged.jpg'}: not a readable image" in screen
+    assert f"wrote {tmp_path / 'out' / 'predict.png'}" in screen
+    with Image.open(tmp_path / "out" / "predict.png") as grid:
+        assert min(grid.size) > 100
+    assert not (runs.finished() / "predict.png").exists()
+
+    # The probabilities are those of the evaluation, image by image.
+    source = read_source(f"cifar10:{runs.inputs()}/test")
+    views = [
+        eval_transform(source[i]["image"], trained.description.preprocessing) for i in range(8)
+    ]
+    batch = {
+        "image": np.stack(views),
+        "label": np.zeros(8, np.int32),
+        "mask": np.ones(8, bool),
+        "index": np.arange(8, dtype=np.int32),
+    }
+    logits = jax.jit(trained.outputs_fn)(*trained.arguments, batch)["logits"]
+    expected = np.asarray(jax.nn.softmax(logits))
+    for row, index in zip(rows, (0, 1, 2, 0), strict=True):
+        assert row[1] == runs.CLASSES[expected[index].argmax()]
+        assert abs(float(row[2]) - expected[index].max()) < 6e-4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: [], "needs --images"),
+        (lambda folder: [str(folder / "absent.png")], "there is no file"),
+        (lambda folder: [str(folder)], "no images in"),
+        (lambda folder: [str(folder / "bad.png")], "not one of 1 files could be read: .*bad.png"),
+    ],
+)
+def test_predict_without_images_is_one_line(tmp_path, make, message):
+    if "bad" in message:
+        (tmp_path / "bad.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match=message):
+        modes.predict(runs.full_config(), runs.finished(), "last", make(tmp_path), None)
+
+
+def test_damaged_images_are_left_out_of_the_evaluation_and_named(trained, pictures, capsys):
+    (pictures.parent / "data").mkdir()
+    (pictures.parent / "data" / "ant").symlink_to(pictures)
+    source = dataclasses.replace(
+        read_source(str(pictures.parent / "data")), class_names=runs.CLASSES
+    )
+    evaluate = modes.make_evaluate(
+        trained.outputs_fn,
+        trained.mesh,
+        source,
+        preprocessing=trained.description.preprocessing,
+        batch_size=8,
+        num_threads=1,
+    )
+    result = evaluate(*trained.arguments)
+    assert result.summary["count"] == len(source) - 1
+    assert "(1 damaged skipped)" in result.line()
+    assert re.search(r"damaged\.jpg$", result.damaged[0])
+    assert result.summary["per_class"]["dog"] is None
+
+
+def test_workdirs_without_a_run_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        modes.evaluate(runs.full_config(), tmp_path, "last")
+    for name in ("config.json", "model.json"):
+        (tmp_path / name).write_text((runs.finished() / name).read_text())
+    with pytest.raises(UserError, match="no complete checkpoint yet"):
+        modes.evaluate(runs.full_config(), tmp_path, "last")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.json"]
+    (tmp_path / "model.json").write_text(json.dumps({"arguments": {}}))
+    with pytest.raises(UserError, match=r"model\.json is damaged"):
+        modes.evaluate(runs.full_config(), tmp_path, "last")
+
+
+def test_softmax():
+    logits = np.array([[1000.0, 1000.0], [0.0, np.log(3)]])
+    np.testing.assert_allclose(modes.softmax(logits), [[0.5, 0.5], [0.25, 0.75]], rtol=1e-12)

@@ -1,0 +1,218 @@
+"""Recipes as overrides of one config, each for one step through the public functions."""
+
+import jax
+import numpy as np
+import pytest
+import runs
+from jax.sharding import Mesh
+from safetensors.numpy import load_file
+
+from vision_jax import modes, setup, sharding, steps, train
+from vision_jax.data.sources import read_source
+from vision_jax.logging import read_metrics
+from vision_jax.tasks import classification
+from vision_jax.trees import paths
+
+
+class Prepared:
+    """What train.run prepares, without a workdir."""
+
+    def __init__(self, adapter=None, **fields):
+        config = self.config = runs.tiny_config(**fields)
+        mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+        weights = setup.read_weights(config)
+        self.description = setup.describe(config, weights, runs.CLASSES)
+        self.model = setup.build_model(config, self.description)
+        self.plan = setup.plan_parameters(config, self.model, mesh, adapter)
+        self.trainable, self.frozen, self.fresh = setup.make_parameters(
+            config, self.model, self.plan, weights, adapter
+        )
+        abstract, _ = self.plan.abstract()
+        self.schedule, self.tx = setup.make_optimizer(config, self.model, abstract)
+        self.target, self.shardings = setup.abstract_state(config, self.tx, self.plan, mesh)
+        source = read_source(config.data.train)
+        self.batch = sharding.make_batch_placer(mesh)(
+            {
+                "image": np.stack([source[i]["image"] for i in range(8)]),
+                "label": source.labels[:8],
+                "mask": np.ones(8, bool),
+                "index": np.arange(8, dtype=np.int32),
+            }
+        )
+
+    def step(self, count=1):
+        """(trainable before, state after, metrics) of updates on the same batch."""
+        augment = self.config.augment
+        loss_fn = classification.make_loss(
+            setup.make_apply(self.model),
+            self.plan.assemble,
+            num_classes=len(runs.CLASSES),
+            mixup=augment.mixup,
+            cutmix=augment.cutmix,
+            policy=augment.policy,
+        )
+        before = {path: np.asarray(array) for path, array in self.trainable.items()}
+        state = setup.new_state(self.config, self.tx, self.trainable, self.shardings)
+        step = steps.make_train_step(
+            loss_fn, self.tx, seed=0, schedule=self.schedule, shardings=self.shardings
+        )
+        for _ in range(count):
+            state, metrics = step(state, self.frozen, self.batch)
+        assert step._cache_size() == 1
+        return before, state, metrics
+
+
+RECIPES = {
+    "linear probe, sgd": {"lora__rules": "()", "optim__name": "sgd"},
+    "full, layer decay, lamb": {
+        "lora__rules": "()",
+        "trainable": ".*",
+        "optim__layer_decay": 0.5,
+        "optim__name": "lamb",
+    },
+    "some, lars": {
+        "lora__rules": "()",
+        "trainable": "('.*norm.*', '.*/fc1/.*', 'head/.*')",
+        "optim__name": "lars",
+    },
+    "DoRA, mixing": {"lora__dora": True, "augment__mixup": 0.2, "augment__cutmix": 1.0},
+    "q and v, lion": {"lora__qkv_parts": "q,v", "optim__name": "lion"},
+    "rsLoRA, muon, bfloat16": {
+        "lora__rank_stabilized": True,
+        "optim__name": "muon",
+        "model__dtype": "bfloat16",
+    },
+    "dropout, scan": {
+        "model__dropout": 0.1,
+        "model__drop_path": 0.1,
+        "lora__dropout": 0.1,
+        "model__scan": True,
+    },
+    "RandAugment, remat": {"augment__policy": "rand", "model__remat": True},
+    "TrivialAugment, random weights": {
+        "augment__policy": "trivial",
+        "model__weights": "",
+        "model__arguments": "(('width', 32), ('depth', 1), ('num_heads', 2), ('mlp_width', 64), "
+        "('patch_size', 8))",
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_change_what_trains_and_nothing_else(name):
+    prepared = Prepared(
+        optim__warmup_steps=0, optim__clip_norm=0.0, optim__weight_decay=0.1, **RECIPES[name]
+    )
+    kept = {path: np.asarray(array) for path, array in prepared.frozen.items()}
+    before, state, metrics = prepared.step(2)  # LoRA's A moves once B has
+    assert np.isfinite(float(metrics["loss"]))
+    for path, array in state.trainable.items():
+        assert array.dtype == np.float32
+        assert (np.asarray(array) != before[path]).any(), path
+    for path, array in prepared.frozen.items():
+        np.testing.assert_array_equal(array, kept[path])
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), prepared.target)
+
+
+def test_what_trains_is_what_the_rules_say():
+    probe = Prepared(lora__rules="()")
+    assert set(probe.plan.trainable) == {"head/kernel", "head/bias"}
+    assert probe.fresh == ["head/bias", "head/kernel"]
+    full = Prepared(lora__rules="()", trainable=".*")
+    assert full.plan.trainable == set(full.trainable)
+    assert full.frozen == {}
+    adapted = Prepared(lora__rules=r"block_\d+/mlp/fc1/kernel", trainable="()")
+    kernel = "block_0/mlp/fc1/kernel"
+    assert set(adapted.plan.trainable) == {f"{kernel}/a", f"{kernel}/b"}
+    assert f"{kernel}/base" in adapted.frozen
+    both = Prepared(lora__rules=r"block_\d+/mlp/fc1/kernel", trainable=".*")
+    assert set(both.frozen) == {f"{kernel}/base"}  # an adapter's base never trains
+
+
+def test_the_weights_own_facts_are_taken_unless_the_config_has_others():
+    own = Prepared().description
+    assert own.preprocessing.mean == own.arguments["mean"] == (0.5, 0.4, 0.3)
+    assert own.preprocessing.interpolation == "bicubic"
+    assert own.weights.endswith("weights.safetensors")
+    changed = Prepared(
+        model__mean="(0.1, 0.2, 0.3)", model__image_size=24, data__interpolation="bilinear"
+    )
+    assert changed.description.arguments["mean"] == (0.1, 0.2, 0.3)
+    assert changed.description.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert changed.description.preprocessing.image_size == (24, 24)
+    assert changed.description.preprocessing.interpolation == "bilinear"
+    assert changed.frozen["pos_embed"].shape == (1, 10, 32)  # resampled
+
+
+def test_a_description_comes_back_from_its_file(tmp_path):
+    description = setup.load_description(runs.finished() / "model.json")
+    setup.save_description(description, tmp_path / "model.json")
+    assert setup.load_description(tmp_path / "model.json") == description
+
+
+def test_keys_and_weights_decide_the_parameters():
+    one, two, other = Prepared(), Prepared(), Prepared(seed=1)
+    kernel = "block_0/attn/qkv/kernel/a"
+    for path in one.trainable:
+        np.testing.assert_array_equal(one.trainable[path], two.trainable[path])
+    assert (np.asarray(one.trainable[kernel]) != np.asarray(other.trainable[kernel])).any()
+    for path in one.frozen:
+        np.testing.assert_array_equal(one.frozen[path], other.frozen[path])
+
+
+def test_dropout_is_for_training_alone():
+    fields = {"model__dropout": 0.5, "model__drop_path": 0.5, "lora__dropout": 0.5}
+    outputs = [
+        jax.jit(classification.make_outputs(setup.make_apply(one.model), one.plan.assemble))(
+            one.trainable, one.frozen, {}, one.batch
+        )["logits"]
+        for one in (Prepared(**fields), Prepared())
+    ]
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_a_run_starts_from_an_adapter_and_its_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(modes.figures, "_save", lambda figure, path: None)
+    adapter = runs.finished() / "adapter"
+    fields = {"lora__rules": "()", "lora__init_from": adapter, "total_steps": 2, "optim__lr": 0.0}
+    config = runs.tiny_config(**fields)
+    assert train.run(config, tmp_path) == 0
+    began = load_file(adapter / "adapter_model.safetensors")
+    ended = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert began.keys() == ended.keys()
+    for name in began:  # a rate of 0 moves nothing
+        np.testing.assert_allclose(ended[name], began[name], rtol=1e-6, err_msg=name)
+    # The workdir has its own copy, and evaluates without the original.
+    changed = runs.tiny_config(**(fields | {"lora__init_from": "gone"}))
+    trained = modes.restore(changed, tmp_path, "last")
+    evaluated = read_metrics(runs.finished() / "metrics.jsonl")[-1]["eval/loss"]
+    again = read_metrics(tmp_path / "metrics.jsonl")[-1]["eval/loss"]
+    np.testing.assert_allclose(again, evaluated, rtol=1e-5)
+    assert "head/kernel" in trained.state.trainable
+
+
+def test_a_held_out_share_has_the_classes_of_the_rest():
+    config = runs.tiny_config(data__eval="", data__holdout=0.25)
+    held_in, held_out = setup.read_sources(config)
+    assert (len(held_in), len(held_out)) == (36, 12)
+    assert held_in.class_names == held_out.class_names == runs.CLASSES
+    assert not set(held_in.rows) & set(held_out.rows)
+    again = setup.read_eval_source(config, runs.CLASSES)
+    np.testing.assert_array_equal(again.rows, held_out.rows)
+
+
+def test_evaluation_data_with_fewer_classes_keep_the_labels_of_training(tmp_path):
+    for name in ("dog", "bee"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"")
+    config = runs.tiny_config(data__eval=str(tmp_path))
+    _, evaluation = setup.read_sources(config)
+    assert evaluation.class_names == runs.CLASSES
+    assert evaluation.labels.tolist() == [1, 3]
+
+
+def test_the_tree_is_assembled_from_both_parts():
+    prepared = Prepared()
+    tree = prepared.plan.assemble({**prepared.trainable, **prepared.frozen})
+    assert set(paths.flatten(tree)) == set(prepared.trainable) | set(prepared.frozen)
