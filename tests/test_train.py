@@ -150,15 +150,15 @@ def test_a_run_that_moves_to_another_mesh_is_the_same_run(tmp_path, monkeypatch)
     trained = modes.restore(config, tmp_path, "last")
     base = trained.frozen["block_0/mlp/fc1/kernel/base"]  # [32, 64]
     assert base.sharding.shard_shape(base.shape) == (32, 8)
-    moment = trained.state.opt_state[1][0].mu["head/kernel"]  # [32, 4]
+    moment = trained.state.opt_state[1].mu["head/kernel"]  # [32, 4]
     assert moment.sharding.shard_shape(moment.shape) == (4, 4)
 
     assert train.run(runs.full_config(mesh__data=4, mesh__fsdp=2), tmp_path) == 0
     assert_same_numbers(tmp_path, runs.finished())
 
 
-def assert_same_numbers(workdir, other):
-    """Losses and gradients agree; Adam makes more of rounding from step to step."""
+def assert_same_numbers(workdir, other, later=2e-3):
+    """Losses and gradients agree; after two steps within `later`, for Adam enlarges rounding."""
     names = ("train/loss", "train/grad_norm", "eval/loss")
     ours, theirs = (
         {
@@ -171,7 +171,7 @@ def assert_same_numbers(workdir, other):
     )
     assert ours.keys() == theirs.keys()
     for step, name in ours:
-        rtol = 2e-5 if step <= 2 else 2e-3
+        rtol = 2e-5 if step <= 2 else later
         key = (step, name)
         np.testing.assert_allclose(ours[key], theirs[key], rtol=rtol, err_msg=str(key))
 
@@ -199,7 +199,9 @@ def test_two_processes_are_one_run(tmp_path):
     assert "Files written:" in screens[0][0]
     assert all("[Gloo]" in line for line in screens[1][0].splitlines())
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(RESULTS)
-    assert_same_numbers(tmp_path / "two", runs.finished())
+    # Dropout, which the first two steps don't feel, falls on other images: processes take turns in
+    # the order of the data, and each has its own part of the batch.
+    assert_same_numbers(tmp_path / "two", runs.finished(), later=0.05)
 
 
 # Deaths -----------------------------------------------------------------------------------------
