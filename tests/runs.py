@@ -120,4 +120,5 @@ def finished() -> Path:
     """The workdir of a finished run of `full_config`; not to be changed."""
     workdir = inputs() / "finished"
     assert train.run(full_config(), workdir) == 0
+    assert (workdir / "model.safetensors").is_file()
     return workdir

@@ -164,7 +164,7 @@ def test_ctrl_c_before_the_loop_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_flags_reach_the_modes(tmp_path, monkeypatch):
-    seen = []
+    run, seen = f"--workdir={runs.finished()}", []
     monkeypatch.setattr(train, "run", lambda *given: seen.append(given) or 0)
     monkeypatch.setattr("vision_jax.modes.predict", lambda *given: seen.append(given) or 0)
     monkeypatch.setattr("vision_jax.modes.evaluate", lambda *given: seen.append(given) or 0)
@@ -172,7 +172,6 @@ def test_flags_reach_the_modes(tmp_path, monkeypatch):
     config, workdir = seen[-1]
     assert (config.optim.lr, str(workdir)) == (0.25, "runs/vit_lora")
 
-    run = f"--workdir={runs.finished()}"
     assert main.main([run, "--mode=predict", "--images=a", "b", "--images", "c", "--out=o"]) == 0
     config, workdir, checkpoint, images, out = seen[-1]
     assert config.optim.ema_decay == 0.5  # the run's own
