@@ -1,4 +1,4 @@
-"""The command line.
+"""Trains an image model, evaluates it, and predicts with it.
 
     python -m vision_jax.main --config=configs/vit_lora.py
     python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs/b --config.optim.lr=1e-3
@@ -77,7 +77,12 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]
     parser.add_argument(
         "--workdir", type=Path, help="where results go; runs/NAME_OF_THE_CONFIG by default"
     )
-    parser.add_argument("--mode", choices=("train", "evaluate", "predict"), default="train")
+    parser.add_argument(
+        "--mode",
+        choices=("train", "evaluate", "predict"),
+        default="train",
+        help="train or resume a run; reprint the numbers of a finished one; name what --images show",
+    )
     parser.add_argument(
         "--checkpoint",
         choices=("last", "best"),
