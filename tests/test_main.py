@@ -11,6 +11,13 @@ from safetensors.numpy import save_file
 from vision_jax import main, train
 from vision_jax.data.pipeline import DamageLog  # noqa: F401  (imported before the clock starts)
 
+
+@pytest.fixture(scope="module", autouse=True)
+def finished():
+    """The shared run, made before any test of this file replaces a part of the program."""
+    return runs.finished()
+
+
 CONFIG = f"--config={runs.ROOT / 'configs/vit_lora.py'}"
 
 

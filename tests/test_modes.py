@@ -19,6 +19,12 @@ from vision_jax.logging import read_metrics
 from vision_jax.models.vit import build_vit
 
 
+@pytest.fixture(scope="module", autouse=True)
+def finished():
+    """The shared run, made before any test of this file replaces a part of the program."""
+    return runs.finished()
+
+
 @pytest.fixture(scope="module")
 def trained():
     return modes.restore(runs.full_config(), runs.finished(), "last")

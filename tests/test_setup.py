@@ -14,6 +14,12 @@ from vision_jax.tasks import classification
 from vision_jax.trees import paths
 
 
+@pytest.fixture(scope="module", autouse=True)
+def finished():
+    """The shared run, made before any test of this file replaces a part of the program."""
+    return runs.finished()
+
+
 class Prepared:
     """What train.run prepares, without a workdir."""
 

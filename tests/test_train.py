@@ -19,6 +19,13 @@ from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.tasks import classification
 
+
+@pytest.fixture(scope="module", autouse=True)
+def finished():
+    """The shared run, made before any test of this file replaces a part of the program."""
+    return runs.finished()
+
+
 RESULTS = (
     "config.json",
     "model.json",
@@ -197,7 +204,8 @@ def test_two_processes_are_one_run(tmp_path):
     screens = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0, 0], screens
     assert "Files written:" in screens[0][0]
-    assert all("[Gloo]" in line for line in screens[1][0].splitlines())
+    for text in ("data:", "Parameters", "step", "Files"):  # what connects them talks, we don't
+        assert text not in screens[1][0]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(RESULTS)
     # Dropout, which the first two steps don't feel, falls on other images: processes take turns in
     # the order of the data, and each has its own part of the batch.

@@ -81,7 +81,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]
         "--mode",
         choices=("train", "evaluate", "predict"),
         default="train",
-        help="train or resume a run; reprint the numbers of a finished one; name what --images show",
+        help="train or resume a run; reprint a finished one's numbers; name what --images show",
     )
     parser.add_argument(
         "--checkpoint",

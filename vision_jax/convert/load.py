@@ -182,7 +182,7 @@ def write_safetensors(
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
             temporary = Path(file.name)
-            file.write(safetensors.numpy.save(content, dict(metadata or {})))
+            file.write(_ordered(safetensors.numpy.save(content, dict(metadata or {}))))
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
@@ -191,6 +191,19 @@ def write_safetensors(
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: not written ({error.strerror}); nothing was lost") from error
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with its metadata sorted: the library writes them in an order of chance.
+
+    The format is 8 bytes of the header's length, the header in JSON, then the tensors.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def class_names_of(weights: Weights) -> list[str] | None:
