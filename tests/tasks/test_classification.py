@@ -51,9 +51,9 @@ def test_loss_is_the_cross_entropy_of_images_in_0_1(smoothing):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mixup": 0.4},
+        {"mixup": 1.0},
         {"cutmix": 1.0},
-        {"mixup": 0.4, "cutmix": 1.0},
+        {"mixup": 1.0, "cutmix": 1.0},
         {"erasing": 1.0},
         {"policy": "rand"},
         {"policy": "trivial"},
@@ -64,11 +64,11 @@ def test_augmentations_change_the_loss_and_are_functions_of_the_key(changes):
     loss_fn = jax.jit(classification.make_loss(apply, assemble, num_classes=4, **changes))
     arguments = ({"a": KERNEL}, {"b": 0 * KERNEL}, {}, BATCH)
     first, again, other = (
-        float(loss_fn(*arguments, jax.random.key(seed))[0]) for seed in (0, 0, 1)
-    )
+        float(loss_fn(*arguments, jax.random.key(seed))[0]) for seed in (4, 4, 5)
+    )  # keys that mix a good share: key 0 draws a mixup of 0.001, key 1 an empty cutmix box
     assert np.isfinite(first)
     assert first == again != other
-    assert abs(first - float(plain(*arguments, jax.random.key(0))[0])) > 1e-4
+    assert abs(first - float(plain(*arguments, jax.random.key(4))[0])) > 1e-4
 
 
 def test_outputs_are_logits_and_what_the_evaluation_needs():
