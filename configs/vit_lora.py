@@ -9,11 +9,12 @@ On your own images (a folder of class folders) and somebody's PyTorch weights:
     python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs/mine \\
         --config.model.weights=hf://timm/vit_base_patch16_224.augreg_in21k_ft_in1k \\
         --config.model.image_size=224 --config.data.train=path/to/images --config.data.eval= \\
-        --config.data.crop=random_resized --config.model.dtype=bfloat16
+        --config.data.crop=random_resized --config.data.crop_pct=0 \\
+        --config.model.dtype=bfloat16
 
 Other recipes are overrides of this one:
 
-    linear probe       --config.lora.rules="()"
+    linear probe       --config.lora.rules="()" --config.optim.lr=5e-2
     full fine-tuning   --config.lora.rules="()" --config.trainable=".*" --config.optim.lr=3e-4
     DoRA               --config.lora.dora=True
 """

@@ -21,7 +21,7 @@ from vision_jax.convert import (
     write_safetensors,
 )
 from vision_jax.convert.arguments import infer_arguments
-from vision_jax.convert.vit import detect_source
+from vision_jax.convert.vit import find_table
 from vision_jax.errors import UserError
 from vision_jax.models.vit import build_vit
 from vision_jax.ops.position_embedding import resample_positions
@@ -78,7 +78,7 @@ def test_the_file_written_in_timms_naming_loads_by_itself(name, tmp_path):
     assert class_names_of(again) == ["a", "b"]
     assert again.preprocessing["image_size"] == (12, 12)
     assert again.preprocessing["interpolation"] is None
-    assert detect_source(again.tensors) == "timm"
+    assert find_table(again.tensors).source == "timm"
     flat_again = import_vit(again, like, reinitialized=(), model=model)
     assert set(flat_again) == set(flat)
     assert all(np.array_equal(flat_again[path], flat[path]) for path in flat)
@@ -126,7 +126,7 @@ def test_round_trip_is_identical_to_the_bit(name):
     model = small(**arguments)
     params = random_params(model)
     tensors, header = export_vit(params, model, to=to)
-    assert detect_source(tensors) == to
+    assert find_table(tensors).source == to
     weights = Weights(tensors, {"vision_jax": json.loads(header["vision_jax"])}, None, "x", "")
     back = import_vit(weights, abstract(model), reinitialized=(), model=model)
     flat = flatten(params)
@@ -194,7 +194,7 @@ def test_a_pooler_is_dropped_only_when_asked():
 
 def test_no_vit_says_what_was_looked_for_and_what_is_there():
     with pytest.raises(UserError) as caught:
-        detect_source({"layer1.0.conv1.weight": 0, "fc.bias": 0})
+        find_table({"layer1.0.conv1.weight": 0, "fc.bias": 0})
     for word in ("timm", "torchvision", "transformers", "fc.bias"):
         assert word in str(caught.value)
 

@@ -339,15 +339,6 @@ def find_table(names: Collection[str]) -> Table:
     )
 
 
-def detect_source(names: Collection[str]) -> str:
-    """ "timm", "torchvision" or "transformers", by the names of a file's tensors.
-
-    Raises:
-      UserError: none of them.
-    """
-    return find_table(names).source
-
-
 def table_for_export(to: str, *, norm_after_pool: bool, family: str | None = None) -> Table:
     """The table that names a model's tensors in timm's, torchvision's or transformers' manner.
 
