@@ -5,7 +5,6 @@ command line, `--config.optim.lr=0.001`, must be one of them and of its type.
 """
 
 import ast
-import difflib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, nearest
 
 Value = Any
 
@@ -168,12 +167,6 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """A clause that suggests the nearest name, or nothing."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f": did you mean `{near[0]}`?" if near else ""
 
 
 def _override(config: ConfigDict, name: str, text: str) -> None:

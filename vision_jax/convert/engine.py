@@ -1,15 +1,14 @@
 """Tensors of a checkpoint to parameters of a model and back, by one table read in both directions.
 
-A table is a sequence of `Rule`s: names in the file, paths in our tree, and the layout between them.
-`{i}` in names and paths stands for the index of a block. Nothing is matched by guess: each tensor
-of the file is consumed, each parameter is filled, or the error lists both sides.
+A list of `Rule`s says it: names in the file, paths in our tree, and the layout between them, and
+`Fixed` tensors that the architecture determines. Nothing is matched by guess: each tensor of the
+file is consumed, each parameter is filled, or the error lists both sides.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,34 @@ def _each(to_tree: Callable[..., Any], to_file: Callable[..., Any]) -> Layout:
     return Layout(lambda xs: [to_tree(x) for x in xs], lambda xs: [to_file(x) for x in xs])
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """A tensor of the file that follows from the architecture: checked on import, written on export.
+
+    Attributes:
+      name: in the file.
+      make: its value. Called only when needed.
+      exact: False where the file's values differ by rounding from build to build.
+      written: False if only older files have it.
+    """
+
+    name: str
+    make: Callable[[], np.ndarray]
+    exact: bool = True
+    written: bool = True
+
+    def agrees(self, tensor: np.ndarray) -> bool:
+        """Whether a file's tensor is this one."""
+        value = self.make()
+        if tensor.shape != value.shape:
+            return False
+        return bool(np.array_equal(tensor, value) if self.exact else np.allclose(tensor, value))
+
+
 COPY = _each(lambda x: x, lambda x: x)
 LINEAR = _each(lambda x: x.swapaxes(-1, -2), lambda x: x.swapaxes(-1, -2))  # [out, in], [in, out]
 CONV = _each(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW, HWIO
+COUNT = _each(lambda x: x, lambda x: x.astype(np.int64))  # torch counts in 64 bits
 ADD_1 = _each(lambda x: x[None], lambda x: x[0])  # [N, D], [1, N, D]
 ADD_2 = _each(lambda x: x[None, None], lambda x: x[0, 0])  # [D], [1, 1, D]
 # Three tensors of the file beside each other in one of ours: [D, D] × 3, [D, 3·D].
@@ -55,23 +79,51 @@ SPLIT_BIAS = Layout(
 
 @dataclass(frozen=True)
 class Rule:
-    """Names of tensors in the file, the paths of the parameters that they are, and the layout."""
+    """Names of tensors in the file, the paths of the parameters that they are, and the layout.
+
+    `default` fills the paths of a rule whose tensors the file may lack.
+    """
 
     names: tuple[str, ...]
     paths: tuple[str, ...]
     layout: Layout = COPY
+    default: float | None = None
 
-    def expand(self, depth: int) -> Iterator["Rule"]:
-        """The rule for each block, or itself where it names no block."""
-        if not any("{i}" in name for name in (*self.names, *self.paths)):
-            yield self
-            return
-        for i in range(depth):
-            yield Rule(
-                tuple(name.replace("{i}", str(i)) for name in self.names),
-                tuple(path.replace("{i}", str(i)) for path in self.paths),
-                self.layout,
-            )
+
+Rules = Sequence[Rule | Fixed]
+
+
+def expand(rules: Sequence[Rule], depth: int) -> list[Rule]:
+    """The rules with `{i}` in names and paths written out for blocks 0 to depth - 1."""
+
+    def fill(rule: Rule, i: int) -> Rule:
+        names = tuple(name.replace("{i}", str(i)) for name in rule.names)
+        return replace(rule, names=names, paths=tuple(p.replace("{i}", str(i)) for p in rule.paths))
+
+    return [
+        expanded
+        for rule in rules
+        for expanded in (
+            [fill(rule, i) for i in range(depth)]
+            if any("{i}" in text for text in (*rule.names, *rule.paths))
+            else [rule]
+        )
+    ]
+
+
+def one(name: str, path: str, layout: Layout = COPY) -> tuple[Rule]:
+    """The rule of a single tensor."""
+    return (Rule((name,), (path,), layout),)
+
+
+def batch_norm(name: str, path: str) -> tuple[Rule, ...]:
+    """The five rules of a BatchNorm; files from before torch 0.4.1 have no count of updates."""
+    return (
+        *norm(name, path),
+        Rule((f"{name}.running_mean",), (f"{path}/mean",)),
+        Rule((f"{name}.running_var",), (f"{path}/var",)),
+        Rule((f"{name}.num_batches_tracked",), (f"{path}/count",), COUNT, default=0),
+    )
 
 
 def affine(name: str, path: str, layout: Layout = LINEAR) -> tuple[Rule, Rule]:
@@ -100,21 +152,23 @@ def fused(names: Sequence[str], path: str) -> tuple[Rule, Rule]:
 
 def import_tensors(
     tensors: Mapping[str, np.ndarray],
-    rules: Sequence[Rule],
+    rules: Rules,
     target: Mapping[str, Any],
     *,
     skip: Collection[str] = (),
     dropped: Sequence[str] = (),
+    adapt: Callable[[str, np.ndarray], np.ndarray] = lambda path, array: array,
 ) -> dict[str, np.ndarray]:
     """Parameters by path from the tensors of a file, all of them or none.
 
     Args:
       tensors: the file's tensors by name.
-      rules: the table.
+      rules: the table, for the architecture at hand.
       target: path -> anything with a shape and a dtype (`jax.ShapeDtypeStruct`).
       skip: paths that the caller initializes itself: their tensors, if the file has them, count as
         consumed whatever their shape.
       dropped: regular expressions of whole tensor names that the model has no use for.
+      adapt: (path, array) -> array, for another image size or number of channels.
 
     Returns:
       path -> array of the target's shape and dtype, for each path of `target` not in `skip`. Where
@@ -128,9 +182,18 @@ def import_tensors(
     consumed: set[str] = set()
     misfits: list[str] = []
     lacking: list[str] = []
-    for rule in _expanded(rules, target):
+    for rule in rules:
+        if isinstance(rule, Fixed):
+            if rule.name in tensors:
+                consumed.add(rule.name)
+                if not rule.agrees(tensors[rule.name]):
+                    misfits.append(f"{rule.name} has not the values that the architecture gives it")
+            continue
         present = [name for name in rule.names if name in tensors]
         if not present:
+            if rule.default is not None:
+                for path in set(rule.paths) & set(target) - set(skip):
+                    filled[path] = np.full(target[path].shape, rule.default)
             continue
         wanted = [path for path in rule.paths if path in target and path not in skip]
         if not wanted:
@@ -152,11 +215,13 @@ def import_tensors(
             if path in filled:
                 raise ValueError(f"the table writes {path} twice: again from {rule.names}")
             filled[path] = array
+            if path in target:
+                filled[path] = array = adapt(path, array)
             if path not in target or array.shape != tuple(target[path].shape):
                 names = ", ".join(f"{name} {tensors[name].shape}" for name in rule.names)
                 misfits.append(f"{names} for {path} {_shape(target, path)}, not {array.shape}")
-            elif not np.issubdtype(array.dtype, np.floating):
-                misfits.append(f"{rule.names[0]} is {array.dtype}, {path} takes floats")
+            elif _kind(array.dtype) != _kind(target[path].dtype):
+                misfits.append(f"{rule.names[0]} is {array.dtype}, {path} {target[path].dtype}")
     missing = [path for path in target if path not in filled and path not in skip]
     unexpected = [
         name
@@ -172,9 +237,7 @@ def import_tensors(
     }
 
 
-def export_tensors(
-    params: Mapping[str, np.ndarray], rules: Sequence[Rule]
-) -> dict[str, np.ndarray]:
+def export_tensors(params: Mapping[str, np.ndarray], rules: Rules) -> dict[str, np.ndarray]:
     """The inverse of `import_tensors`: tensors by the file's names, identical to the bit.
 
     Raises:
@@ -182,7 +245,11 @@ def export_tensors(
     """
     tensors: dict[str, np.ndarray] = {}
     written: set[str] = set()
-    for rule in _expanded(rules, params):
+    for rule in rules:
+        if isinstance(rule, Fixed):
+            if rule.written:
+                tensors[rule.name] = rule.make()
+            continue
         if not all(path in params for path in rule.paths):
             continue
         arrays = rule.layout.to_file([np.asarray(params[path]) for path in rule.paths])
@@ -200,14 +267,14 @@ def export_tensors(
 
 
 def tree_shapes(
-    tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], depth: int
+    file_shapes: Mapping[str, tuple[int, ...]], rules: Rules
 ) -> dict[str, tuple[int, ...]]:
     """Shapes that the parameters would have, as far as the file's tensors say: path -> shape."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for rule in chain.from_iterable(rule.expand(depth) for rule in rules):
-        if not all(name in tensors for name in rule.names):
+    for rule in rules:
+        if isinstance(rule, Fixed) or not all(name in file_shapes for name in rule.names):
             continue
-        stand_ins = [np.empty(tensors[name].shape, np.bool_) for name in rule.names]
+        stand_ins = [np.empty(file_shapes[name], np.bool_) for name in rule.names]
         try:
             arrays = rule.layout.to_tree(stand_ins)
         except (ValueError, IndexError):
@@ -216,10 +283,8 @@ def tree_shapes(
     return shapes
 
 
-def _expanded(rules: Sequence[Rule], paths: Collection[str]) -> list[Rule]:
-    indices = [int(m[1]) for path in paths if (m := re.match(r"block_(\d+)/", path))]
-    depth = max(indices, default=-1) + 1
-    return [expanded for rule in rules for expanded in rule.expand(depth)]
+def _kind(dtype: Any) -> str:
+    return "float" if np.issubdtype(dtype, np.floating) else "integer"
 
 
 def _shape(target: Mapping[str, Any], path: str) -> Any:
@@ -236,10 +301,12 @@ def _complaint(
     lacking: Sequence[str],
     unexpected: Sequence[str],
     misfits: Sequence[str],
-    rules: Sequence[Rule],
+    rules: Rules,
     target: Mapping[str, Any],
 ) -> str:
-    source_of = {path: rule.names[0] for rule in _expanded(rules, target) for path in rule.paths}
+    source_of = {
+        path: rule.names[0] for rule in rules if isinstance(rule, Rule) for path in rule.paths
+    }
     parts = []
     if misfits:
         parts.append(f"{len(misfits)} do not fit: {'; '.join(misfits[:LISTED])}")

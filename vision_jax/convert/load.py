@@ -1,8 +1,7 @@
-"""A ViT's parameters from PyTorch weights, and back into a file that PyTorch programs read."""
+"""A model's parameters from PyTorch weights, and back into a file that PyTorch programs read."""
 
 import dataclasses
 import json
-import math
 import os
 import re
 import tempfile
@@ -13,112 +12,110 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from vision_jax.convert.arguments import infer_arguments
-from vision_jax.convert.engine import ADD_1, export_tensors, import_tensors
+from vision_jax.convert.engine import export_tensors, import_tensors
 from vision_jax.convert.read import Weights
-from vision_jax.convert.vit import Table, find_table, table_for_export
+from vision_jax.convert.table import Table
+from vision_jax.convert.tables import find_table, infer_arguments, shapes_of, table_for_export
 from vision_jax.errors import UserError
-from vision_jax.models.vit import ViT
-from vision_jax.ops.position_embedding import resample_positions
-from vision_jax.trees.paths import flatten
-
-# Fields that say how the model runs and not what it is; they don't travel with the weights.
-RUN_FIELDS = ("parent", "name", "dtype", "remat", "scan", "dropout", "drop_path")
+from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS
 
 
-def infer_vit_arguments(weights: Weights) -> dict[str, Any]:
-    """Arguments for `build_vit` with which the weights compute what they did where they came from.
+def recognize(weights: Weights) -> tuple[str, dict[str, Any]]:
+    """(family, arguments for `build_model`) of the model that the weights are.
 
-    num_classes (0 without a head), image_size, and mean and std where the weights bring them, are
-    among them.
+    With these arguments the model computes what the weights did where they came from; num_classes
+    (0 without a head), in_channels, and mean and std where the weights bring them are among them.
 
     Raises:
-      UserError: not a ViT, or one that `ViT` cannot be.
+      UserError: no architecture that is known, or a relative that the model cannot be.
     """
-    arguments = infer_arguments(weights.tensors, weights.metadata)
-    known = {field.name for field in dataclasses.fields(ViT)} - set(RUN_FIELDS)
-    if unknown := sorted(set(arguments) - known):
+    table, arguments = _recognize(weights)
+    arguments = {name: value for name, value in arguments.items() if name not in RUN_ARGUMENTS}
+    if unknown := sorted(set(arguments) - set(FAMILIES[table.family].arguments)):
         raise UserError(
-            f"{weights.origin}: its header has the argument {unknown[0]!r}, which ViT hasn't; "
-            "it was written by another version of vision_jax"
+            f"{weights.origin}: its header has the argument {unknown[0]!r}, which {table.family} "
+            "hasn't; it was written by another version of vision_jax"
         )
     preprocessing = weights.preprocessing or {}
     arguments |= {name: preprocessing[name] for name in ("mean", "std") if preprocessing.get(name)}
-    return arguments
+    return table.family, arguments
 
 
-def import_vit(
+def _recognize(weights: Weights) -> tuple[Table, dict[str, Any]]:
+    shapes = shapes_of(weights.tensors)
+    try:
+        table = find_table(shapes)
+        inferred = infer_arguments(table, shapes, weights.metadata)
+        return table, {**FAMILIES[table.family].defaults, **inferred}
+    except UserError as error:
+        raise UserError(f"{weights.origin}: {error}") from None
+
+
+def import_weights(
     weights: Weights,
-    abstract_params: Mapping[str, Any],
+    target: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     *,
-    reinitialized: Sequence[str],
-    model: ViT,
+    reinitialized: Sequence[str] = (),
     dropped: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Parameters by path; another image size resamples the position embeddings as timm does.
+    """Parameters and BatchNorm statistics by path, all of them, or an error.
+
+    Another image size resamples what depends on it, and another number of channels sums or repeats
+    the first convolution's, both as timm does.
 
     Args:
       weights: the weights.
-      abstract_params: the model's parameters as a nested tree of `jax.ShapeDtypeStruct`.
+      target: path -> `jax.ShapeDtypeStruct`, of parameters and statistics together.
+      arguments: of the model that `target` belongs to.
       reinitialized: paths that the caller initializes itself, a head for other classes, say. They
         are not in the result, and the file may have them in any shape or not at all.
-      model: the model that `abstract_params` belongs to.
       dropped: regular expressions of whole tensor names to leave out on purpose (`pooler\\..*`).
 
     Raises:
       UserError: the weights and the model differ; lists the tensors on both sides.
     """
-    table = find_table(weights.tensors)
-    target = flatten(abstract_params)
-    tensors = dict(weights.tensors)
-    name, leading = _positions_tensor(table)
-    if name in tensors and "pos_embed" not in reinitialized:
-        tensors[name] = _fit_positions(tensors[name], leading, weights, model)
+    table, own = _recognize(weights)
+    wanted = {**own, **arguments}
+    stem = FAMILIES[table.family].model.stem  # type: ignore[attr-defined]
+
+    def adapt(path: str, array: np.ndarray) -> np.ndarray:
+        if path == stem:
+            return adapt_channels(array, wanted["in_channels"])
+        return table.adapt(path, array, own, wanted)
+
     try:
         return import_tensors(
-            tensors,
-            table.rules,
+            weights.tensors,
+            table.rules(own),
             target,
             skip=set(reinitialized),
             dropped=(*table.dropped, *dropped),
+            adapt=adapt,
         )
     except UserError as error:
         raise UserError(f"{weights.origin} ({table.source}): {error}") from None
 
 
-def _positions_tensor(table: Table) -> tuple[str, bool]:
-    """Name of the position embeddings in the file, and whether they lack the leading axis."""
-    rule = next(rule for rule in table.rules if rule.paths == ("pos_embed",))
-    return rule.names[0], rule.layout is ADD_1
+def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """The first convolution's kernel f[h, w, in, out] for images of another number of channels.
+
+    One channel takes the sum over the old ones. Others repeat the old channels in turn, scaled so
+    that the sum over channels keeps its size. timm/models/_manipulate.py adapt_input_conv.
+    """
+    if kernel.ndim != 4 or kernel.shape[2] == channels:
+        return kernel
+    old = kernel.shape[2]
+    if channels == 1:
+        return kernel.sum(2, keepdims=True, dtype=kernel.dtype)
+    repeated = np.concatenate([kernel] * -(-channels // old), axis=2)[:, :, :channels]
+    return repeated * kernel.dtype.type(old / channels)
 
 
-def _fit_positions(
-    positions: np.ndarray, lacks_axis: bool, weights: Weights, model: ViT
-) -> np.ndarray:
-    full = positions[None] if lacks_axis else positions
-    prefix = model.position_prefix if model.num_prefix else 0
-    if full.ndim != 3:
-        return positions  # the import reports its shape
-    old_grid = _source_grid(full.shape[1] - prefix, weights, model)
-    if old_grid is None:
-        return positions
-    full = resample_positions(full, old_grid, model.grid, prefix)
-    return full[0] if lacks_axis else full
-
-
-def _source_grid(patches: int, weights: Weights, model: ViT) -> tuple[int, int] | None:
-    """Patches (rows, columns) of the image size that the weights were trained at."""
-    arguments = infer_arguments(weights.tensors, weights.metadata)
-    height, width = (side // model.patch_size for side in arguments["image_size"])
-    if height * width == patches:
-        return height, width
-    side = math.isqrt(max(patches, 0))
-    return (side, side) if side and side * side == patches else None
-
-
-def export_vit(
+def export_weights(
     params: Mapping[str, Any],
-    model: ViT,
+    family: str,
+    arguments: Mapping[str, Any],
     *,
     to: str = "timm",
     class_names: Sequence[str] | None = None,
@@ -127,43 +124,35 @@ def export_vit(
     """Tensors by name and a header for `write_safetensors`; identical to the bit on the way back.
 
     Args:
-      params: the parameters as a nested tree of plain arrays (adapters merged).
-      model: their model; its arguments go into the header, so the file loads by itself.
+      params: plain arrays by path, BatchNorm statistics among them (adapters merged).
+      family: of the model.
+      arguments: all of the model's; they go into the header, so the file loads by itself.
       to: "timm", "torchvision" or "transformers".
       class_names: names of the classes, for the header.
       preprocessing: how images were prepared, for the header.
 
     Raises:
-      UserError: the naming has no place for one of the parameters.
+      UserError: the naming has no place for such a model.
     """
-    table = table_for_export(
-        to, norm_after_pool=model.norm_after_pool, family=_transformers_family(model)
-    )
-    tensors = export_tensors(flatten(params), table.rules)
-    arguments = {
-        field.name: getattr(model, field.name)
-        for field in dataclasses.fields(model)
-        if field.name not in RUN_FIELDS
-    }
+    table = table_for_export(to, family, arguments)
+    tensors = export_tensors(params, table.rules(arguments))
+    lasting = {name: value for name, value in arguments.items() if name not in RUN_ARGUMENTS}
     ours = {
-        "arguments": arguments,
+        "family": family,
+        "arguments": lasting,
         "preprocessing": dict(preprocessing) if preprocessing else None,
         "class_names": list(class_names) if class_names else None,
     }
     return tensors, {"format": "pt", "vision_jax": json.dumps(ours)}
 
 
-def _transformers_family(model: ViT) -> str:
-    """Which of transformers' models a ViT is, as far as a naming can hold it."""
-    if model.pre_norm:
-        return "clip"
-    if model.pool == "map":
-        return "siglip"
-    if model.layer_scale is not None:
-        return "dinov2_swiglu" if model.gated_mlp else "dinov2"
-    if model.distillation_token:
-        return "deit_distilled"
-    return "deit" if model.num_registers else "vit"
+def arguments_of(model: Any) -> dict[str, Any]:
+    """All arguments of a built model, by name."""
+    return {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name not in ("parent", "name")
+    }
 
 
 def write_safetensors(

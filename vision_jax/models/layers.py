@@ -1,7 +1,8 @@
-"""Dense and convolution layers whose kernels may be structured leaves.
+"""The layers that the architectures share.
 
-flax's own layers take a `dot_general` hook; these two say the same in fewer words, for convolutions
-too, and in one place: `trees.leaves` multiplies, whatever the kernel is.
+Dense and Conv take kernels that may be structured leaves. flax's own layers have a `dot_general`
+hook for that; these two say the same in fewer words, for convolutions too, and in one place:
+`trees.leaves` multiplies, whatever the kernel is. The norms compute what torch's compute.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +12,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vision_jax.errors import UserError
 from vision_jax.trees import leaves
 
 Initializer = Callable[..., Any]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "silu": nn.silu,
+    "relu": nn.relu,
+    "relu6": nn.relu6,
+}
 
 # Keys for the adapters' input dropout arrive in this collection, in training only.
 ADAPTER_KEYS = "adapter"
@@ -39,28 +50,34 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution of x[B, H, W, in] with kernel[h, w, in, out]; padding is given in numbers.
+    """Convolution of x[B, H, W, in] with kernel[h, w, in / groups, out]; padding is in numbers.
 
-    A kernel that tiles the image (stride = size, no padding: a patch embedding) is one dot on
-    rearranged pixels, which is the same sum and faster, in its weight gradient most of all.
+    A kernel that tiles the image (stride = size, no padding: a patch embedding, or 1 x 1) is one
+    dot on rearranged pixels, which is the same sum and faster, in its weight gradient most of all.
     """
 
     features: int
     kernel_size: Sequence[int]
     strides: Sequence[int] = (1, 1)
     padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0))
+    groups: int = 1
     use_bias: bool = True
     dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x):
-        shape = (*self.kernel_size, x.shape[-1], self.features)
+        shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
+        if self.groups > 1 and isinstance(kernel, leaves.LowRank):
+            raise UserError(
+                f"{'/'.join(self.path)}: a convolution in groups takes no adapter; leave it out of "
+                "config.lora.rules"
+            )
         key = self.make_rng(ADAPTER_KEYS) if self.has_rng(ADAPTER_KEYS) else None
         x = x.astype(self.dtype)
         tiles = tuple(self.strides) == tuple(self.kernel_size) and not any(map(any, self.padding))
-        if tiles and not isinstance(kernel, leaves.LowRank):
+        if tiles and self.groups == 1 and not isinstance(kernel, leaves.LowRank):
             h, w = self.kernel_size
             batch, height, width, channels = x.shape
             x = x[:, : height // h * h, : width // w * w]  # what a strided convolution leaves out
@@ -68,10 +85,72 @@ class Conv(nn.Module):
             x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // h, width // w, -1)
             x = leaves.dot(x, kernel.reshape(-1, self.features))  # [B, H/h, W/w, out]
         else:
-            x = leaves.convolve(x, kernel, self.strides, self.padding, key)
+            x = leaves.convolve(x, kernel, self.strides, self.padding, self.groups, key)
         if self.use_bias:
             x = add_bias(x, self.param("bias", nn.initializers.zeros, (self.features,)))
         return x
+
+
+class BatchNorm(nn.Module):
+    """(x - mean) / sqrt(var + epsilon) · scale + bias over the last axis of x[B, ..., D].
+
+    torch's BatchNorm2d: the running variance is the unbiased one, and `momentum` is the share of
+    the new batch. The statistics are explicit state in the collection "batch_stats": `mean`, `var`
+    and `count`, the number of updates (torch's num_batches_tracked). In training the batch's own
+    statistics normalize; under a sharded batch they are those of the whole batch, since the mean of
+    a sharded array is a mean over all devices. `frozen` uses and keeps the running statistics in
+    training too.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+    frozen: bool = False
+    dtype: Any = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        width = x.shape[-1:]
+        scale = self.param("scale", self.scale_init, width)
+        bias = self.param("bias", nn.initializers.zeros, width)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, width)
+        var = self.variable("batch_stats", "var", jnp.ones, width)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        if train and not self.frozen and not self.is_initializing():
+            axes = tuple(range(x.ndim - 1))
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            batch_mean = wide.mean(axes)
+            # Two passes: the mean of squares less the square of the mean cancels in float32.
+            batch_var = jnp.square(wide - batch_mean.reshape((1,) * len(axes) + (-1,))).mean(axes)
+            size = x.size // x.shape[-1]
+            unbiased = batch_var * (size / max(size - 1, 1))
+            for running, new in ((mean, batch_mean), (var, unbiased)):
+                running.value += self.momentum * (jax.lax.stop_gradient(new) - running.value)
+            count.value += 1
+        else:
+            batch_mean, batch_var = mean.value, var.value
+        gain = scale * jax.lax.rsqrt(batch_var + self.epsilon)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        shift = bias - batch_mean * gain
+        wide = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        return (wide * gain.reshape(shape) + shift.reshape(shape)).astype(self.dtype)
+
+
+def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.LayerNorm:
+    """LayerNorm with the two-pass variance, as torch computes it."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def drop_path(x: jax.Array, rate: Any, key: jax.Array) -> jax.Array:
+    """Stochastic depth: whole branches x[B, ...] of single images are zeroed, the rest scaled up."""
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """(images[B, H, W, C] - mean[C]) / std[C]."""
+    mean, std = (jnp.asarray(v, images.dtype).reshape(1, 1, 1, -1) for v in (mean, std))
+    return (images - mean) / std
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

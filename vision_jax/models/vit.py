@@ -12,7 +12,7 @@ Exactness, where ports go wrong:
   - `norm` sits before pooling ("token", "map") or after it (`norm_after_pool`, timm's fc_norm).
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,15 @@ from flax import linen as nn
 
 from vision_jax.errors import UserError
 from vision_jax.models.attention import attend
-from vision_jax.models.layers import ADAPTER_KEYS, Conv, Dense
+from vision_jax.models.layers import (
+    ACTIVATIONS,
+    ADAPTER_KEYS,
+    Conv,
+    Dense,
+    drop_path,
+    layer_norm,
+    normalize,
+)
 
 # width, depth, heads, hidden width of the MLP
 SIZES = {
@@ -32,14 +40,6 @@ SIZES = {
     "g": (1408, 40, 16, 6144),
 }
 PATCHES = (8, 14, 16, 32)
-
-ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "silu": nn.silu,
-}
-
 
 def variant_arguments(variant: str) -> dict[str, Any]:
     """Arguments of a named variant: "b/16" -> width, depth, num_heads, mlp_width, patch_size.
@@ -63,25 +63,18 @@ def variant_arguments(variant: str) -> dict[str, Any]:
     }
 
 
+def variant(name: str) -> dict[str, Any] | None:
+    """`variant_arguments`, or None where the name is no ViT's."""
+    try:
+        return variant_arguments(name)
+    except UserError:
+        return None
+
+
 def build_vit(variant: str | None = None, **arguments: Any) -> "ViT":
     """Builds a ViT from a variant's name, from `ViT`'s arguments, or from both (arguments win)."""
     named = variant_arguments(variant) if variant else {}
     return ViT(**{**named, **arguments})
-
-
-def layer_of(path: str, depth: int) -> int:
-    """Depth of a parameter for layer-wise rate decay.
-
-    Embeddings are at 0, block i at i + 1, everything behind the blocks at depth + 1.
-
-    >>> layer_of("block_3/mlp/fc1/kernel", 12), layer_of("pos_embed", 12), layer_of("head/bias", 12)
-    (4, 0, 13)
-    """
-    top = path.split("/")[0]
-    if top.startswith("block_"):
-        return int(top.removeprefix("block_")) + 1
-    embeddings = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token", "norm_pre")
-    return 0 if top in embeddings else depth + 1
 
 
 class Attention(nn.Module):
@@ -146,7 +139,7 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, drop_path, train: bool):
+    def __call__(self, x, rate, train: bool):
         def branch(index, x):
             if self.layer_scale is not None:
                 init = nn.initializers.constant(self.layer_scale)
@@ -154,11 +147,8 @@ class Block(nn.Module):
                 x = x * scale.astype(x.dtype).reshape(1, 1, -1)
             if train and self.dropout:
                 x = nn.Dropout(self.dropout, deterministic=False)(x)
-            if train and drop_path is not None:  # whole branches of single images
-                keep = jax.random.bernoulli(
-                    self.make_rng("dropout"), 1 - drop_path, (x.shape[0], 1, 1)
-                )
-                x = jnp.where(keep, x / (1 - drop_path), 0).astype(x.dtype)
+            if train and rate is not None:
+                x = drop_path(x, rate, self.make_rng("dropout"))
             return x
 
         norm = (self.layer_norm_eps, self.dtype)
@@ -200,12 +190,13 @@ class AttentionPool(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images f32[B, H, W, 3] in [0, 1] -> logits f[B, num_classes], normalization included.
+    """Images f32[B, H, W, in_channels] in [0, 1] -> logits f[B, num_classes], normalization included.
 
     Attributes:
       num_classes: outputs of the head; 0 leaves the head out and returns the pooled features.
       image_size: (height, width) in pixels; what does not fill a patch is cut off, as timm does.
       patch_size: pixels a side.
+      in_channels: of the images; `mean` and `std` have as many entries.
       pool: "token" (class token), "avg" (mean of the patch tokens), "map" (attention pooling),
         "token_avg" (class token and mean side by side: transformers' Dinov2ForImageClassification).
       norm_after_pool: the final norm acts on the pooled vector (timm's fc_norm) and not on tokens.
@@ -230,6 +221,7 @@ class ViT(nn.Module):
     depth: int
     num_heads: int
     mlp_width: int
+    in_channels: int = 3
     pool: Literal["token", "avg", "map", "token_avg"] = "token"
     norm_after_pool: bool = False
     class_token: bool = True
@@ -253,6 +245,22 @@ class ViT(nn.Module):
     remat: bool = False
     scan: bool = False
 
+    stem: ClassVar[str] = "patch_embed/kernel"
+    pyramid: ClassVar[tuple[tuple[str, int], ...]] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """Layers for layer-wise rate decay."""
+        return self.depth + 2
+
+    def layer_of(self, path: str) -> int:
+        """Depth of a parameter: embeddings 0, block i at i + 1, what follows at depth + 1."""
+        top = path.split("/")[0]
+        if top.startswith("block_"):
+            return int(top.removeprefix("block_")) + 1
+        embeddings = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token")
+        return 0 if top in (*embeddings, "norm_pre") else self.depth + 1
+
     @property
     def grid(self) -> tuple[int, int]:
         """Patches (rows, columns)."""
@@ -268,7 +276,7 @@ class ViT(nn.Module):
         """Applies the model.
 
         Args:
-          images: f32[B, H, W, 3] in [0, 1].
+          images: f32[B, H, W, in_channels] in [0, 1].
           train: dropout and drop_path act, with keys from the "dropout" collection.
           return_features: also return a dict of named intermediates, tokens f[B, N, D]: "embed",
             "block_0" ... and "pooled".
@@ -292,15 +300,10 @@ class ViT(nn.Module):
 
     def _embed(self, images, train):
         dtype = self.dtype
-        stats = (
-            jnp.asarray(values, images.dtype).reshape(1, 1, 1, -1)
-            for values in (self.mean, self.std)
-        )
-        mean, std = stats
         patches = (self.patch_size, self.patch_size)
         x = Conv(
             self.width, patches, patches, use_bias=self.patch_bias, dtype=dtype, name="patch_embed"
-        )((images - mean) / std)
+        )(normalize(images, self.mean, self.std))
         x = x.reshape(x.shape[0], -1, self.width)  # [B, h·w, D]
 
         normal = nn.initializers.normal
@@ -412,8 +415,3 @@ class ViT(nn.Module):
             logits = Dense(**arguments, name="head")(pooled[:, 0])
             return (logits + Dense(**arguments, name="head_dist")(pooled[:, 1])) / 2
         return Dense(**arguments, name="head")(pooled)
-
-
-def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.LayerNorm:
-    """LayerNorm with the two-pass variance, as torch computes it."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)

@@ -123,10 +123,11 @@ def convolve(
     kernel: Kernel,
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
+    groups: int = 1,
     dropout_key: Array | None = None,
 ) -> Array:
-    """Convolution of x[B, H, W, in] with kernel[h, w, in, out], in x's dtype."""
-    product = partial(_convolution, tuple(strides), tuple(padding))
+    """Convolution of x[B, H, W, in] with kernel[h, w, in / groups, out], in x's dtype."""
+    product = partial(_convolution, tuple(strides), tuple(map(tuple, padding)), groups)
     return _multiply(product, x, kernel, dropout_key)
 
 
@@ -171,10 +172,19 @@ _half_dot.defvjp(_half_dot_forward, _half_dot_backward)
 
 
 def _convolution(
-    strides: tuple[int, ...], padding: tuple[tuple[int, int], ...], x: Array, kernel: Array
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    groups: int,
+    x: Array,
+    kernel: Array,
 ) -> Array:
     return lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel.astype(x.dtype),
+        strides,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 

@@ -2,14 +2,12 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vision_jax.convert.engine import tree_shapes
-from vision_jax.convert.vit import Table, find_table
+from vision_jax.convert.engine import Rule, expand, tree_shapes
+from vision_jax.convert.table import Metadata, Shapes, pair
 from vision_jax.errors import UserError
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -39,50 +37,48 @@ TIMM_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
 TIMM_OTHER = r"_rpn_|^vit_d?pwee_|^vit_d(wee|little)_|_(xp|relpos|srelpos|mci|rope)_|radio|^eva"
 
 
-def infer_arguments(tensors: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for `build_vit`, num_classes and image_size included.
+def infer_arguments(
+    source: str,
+    rules: Sequence[Rule],
+    defaults: Mapping[str, Any],
+    shapes: Shapes,
+    metadata: Metadata,
+) -> dict[str, Any]:
+    """Arguments of `ViT`, num_classes and image_size included.
 
     Sizes come from the tensors' shapes; what shapes don't say (heads, activation, epsilon, pooling)
     from config.json, else from what the source's models have in common.
 
     Args:
-      tensors: the file's tensors by name.
-      metadata: "config" and "vision_jax", as `read_weights` gives them.
+      source: of the table.
+      rules: of the table, without prefix, `{i}` for the block.
+      defaults: what holds for such files unless their config says otherwise.
+      shapes: of the file's tensors by name without prefix.
+      metadata: "config" is config.json's contents.
 
     Raises:
       UserError: not a ViT, or one that this model cannot be.
     """
-    if isinstance(ours := metadata.get("vision_jax", {}).get("arguments"), dict):
-        return _restore(ours)
-    table = find_table(tensors)
-    depth = _depth(tensors, table)
-    shapes = tree_shapes(tensors, table.rules, depth)
+    depth = _depth(shapes, rules)
+    ours = tree_shapes(shapes, expand(rules, depth))
     config = metadata.get("config", {})
-    said = dict(table.defaults)
-    if table.source == "timm":
+    said = dict(defaults)
+    if source == "timm":
         said |= _from_timm_config(config)
-    elif table.source == "transformers":
+    elif source == "transformers":
         said |= _from_transformers_config(config)
-    if "norm_pre/scale" in shapes and table.source == "timm":
+    if "norm_pre/scale" in ours and source == "timm":
         said.setdefault("layer_norm_eps", 1e-5)  # CLIP's towers
-    return _from_shapes(shapes, depth, said)
+    return _from_shapes(ours, depth, said)
 
 
-def _restore(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as JSON keeps them, with lists as tuples again."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in arguments.items()
-    }
-
-
-def _depth(tensors: Mapping[str, Any], table: Table) -> int:
+def _depth(shapes: Shapes, rules: Sequence[Rule]) -> int:
     template = next(
         re.escape(rule.names[0]).replace(r"\{i\}", r"(\d+)")
-        for rule in table.rules
+        for rule in rules
         if rule.paths == ("block_{i}/norm1/scale",)
     )
-    return sum(re.fullmatch(template, name) is not None for name in tensors)
+    return sum(re.fullmatch(template, name) is not None for name in shapes)
 
 
 def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +90,7 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if re.search(pattern, name):
             said |= arguments
     if match := re.search(r"_(\d{2,4})$", name):  # holds if the position embeddings agree
-        said["image_size"] = _pair(int(match[1]), "architecture")
+        said["image_size"] = pair(int(match[1]), "architecture")
     cfg = config.get("pretrained_cfg")
     if isinstance(cfg, dict) and isinstance(cfg.get("input_size"), list):
         said["image_size"] = tuple(cfg["input_size"][-2:])
@@ -106,7 +102,7 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     elif pool:
         raise UserError(f"config.json: global_pool {pool!r} is none of token, avg, map")
     if "img_size" in given:
-        said["image_size"] = _pair(given["img_size"], "img_size")
+        said["image_size"] = pair(given["img_size"], "img_size")
     if "num_heads" in given:
         said["num_heads"] = given["num_heads"]
     if "act_layer" in given:
@@ -125,7 +121,7 @@ def _from_transformers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "hidden_act" in config:
         said["activation"] = _activation(config["hidden_act"])
     if "image_size" in config:
-        said["image_size"] = _pair(config["image_size"], "image_size")
+        said["image_size"] = pair(config["image_size"], "image_size")
     return said
 
 
@@ -135,7 +131,7 @@ def _from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[st
             raise UserError(f"the weights have nothing for {path}: not a ViT, or damaged")
     if "pos_embed" not in shapes or len(shapes["pos_embed"]) != 3:
         raise UserError("the weights have no learned position embeddings: not a ViT that we know")
-    patch_height, patch_width, _, width = shapes["patch_embed/kernel"]
+    patch_height, patch_width, channels, width = shapes["patch_embed/kernel"]
     if patch_height != patch_width:
         raise UserError(f"patches of {patch_height} × {patch_width} pixels: only squares are known")
     mlp_width = shapes["block_0/mlp/fc2/kernel"][0]
@@ -155,6 +151,7 @@ def _from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[st
         "num_classes": head[1],
         "image_size": image_size,
         "patch_size": patch_height,
+        "in_channels": channels,
         "width": width,
         "depth": depth,
         "num_heads": said.get("num_heads", HEADS.get(width, max(width // 64, 1))),
@@ -201,14 +198,3 @@ def _activation(name: Any) -> str:
     if name not in ACTIVATIONS:
         raise UserError(f"config.json: activation {name!r} is none of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
-
-
-def _pair(size: Any, name: str) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else size
-    if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_positive, pair))):
-        raise UserError(f"config.json: {name} {size!r} is not one or two sizes in pixels")
-    return pair[0], pair[1]
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and value > 0

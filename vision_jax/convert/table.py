@@ -1,0 +1,145 @@
+"""What one source calls one architecture in its files, and how a file is recognized by it.
+
+Each architecture has a module here with its `TABLES`, one for each way in which timm, torchvision,
+transformers or somebody else's files name it. A table is data and three functions of the model's
+arguments, which say all that importing, exporting and certifying need.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from vision_jax.convert.engine import Fixed, Rule, Rules
+from vision_jax.errors import UserError
+
+Arguments = Mapping[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+Metadata = Mapping[str, Any]
+
+
+def _unchanged(path: str, array: np.ndarray, own: Arguments, wanted: Arguments) -> np.ndarray:
+    return array
+
+
+def _nothing(arguments: Arguments) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Table:
+    """How one kind of file names one architecture. `{p}` stands for the prefix of the file at hand.
+
+    Attributes:
+      source: "timm", "torchvision", "transformers" or "npz".
+      family: the architecture's key in models.families.FAMILIES.
+      kind: tells the tables of one source and family from each other.
+      anchors: tensors that every such file has, and by which it is recognized.
+      arguments: (shapes, metadata) -> the model's arguments with which the weights compute what they
+        did where they came from, num_classes and in_channels included. `shapes` are the file's, by
+        name without the prefix; `metadata` has "config" (config.json's contents), where there.
+        Raises UserError where the file is a relative that the model cannot be.
+      rules: arguments -> all names of such a file, with `{p}` in them.
+      prefixes: what may stand for `{p}`; the first is what an export writes.
+      dropped: regular expressions of tensors that such files carry and the model has no use for.
+      recognizes: (shapes without prefix) -> bool, where the anchors alone don't tell.
+      holds: arguments -> whether this naming has a place for all of such a model; for exports.
+      config: arguments -> what config.json must say beside classes and preprocessing so that the
+        source builds this very model: for timm {"architecture", "model_args"}, for torchvision
+        {"model", "kwargs"} (a builder of torchvision.models and its arguments), for transformers
+        the fields of its config, "architectures" and "model_type" among them.
+      modules: arguments -> {named intermediate of ours: module of the source's whose output it is}.
+      adapt: (path, array, own arguments, wanted arguments) -> array for another image size.
+    """
+
+    source: str
+    family: str
+    kind: str
+    anchors: tuple[str, ...]
+    arguments: Callable[[Shapes, Metadata], dict[str, Any]]
+    rules: Callable[[Arguments], Rules]
+    prefixes: tuple[str, ...] = ("",)
+    dropped: tuple[str, ...] = ()
+    recognizes: Callable[[Shapes], bool] = lambda shapes: True
+    holds: Callable[[Arguments], bool] = lambda arguments: True
+    config: Callable[[Arguments], dict[str, Any]] = _nothing
+    modules: Callable[[Arguments], dict[str, str]] = _nothing
+    adapt: Callable[[str, np.ndarray, Arguments, Arguments], np.ndarray] = _unchanged
+
+    def with_prefix(self, prefix: str) -> "Table":
+        """The table with `{p}` filled in."""
+        escaped = prefix.replace(".", r"\.")
+        return replace(
+            self,
+            anchors=tuple(text.replace("{p}", prefix) for text in self.anchors),
+            rules=lambda arguments: fill_prefix(self.rules(arguments), prefix),
+            prefixes=(prefix,),
+            dropped=tuple(text.replace("{p}", escaped) for text in self.dropped),
+            modules=lambda arguments: {
+                ours: name.replace("{p}", prefix) for ours, name in self.modules(arguments).items()
+            },
+        )
+
+    def matches(self, shapes: Shapes) -> "Table | None":
+        """The table with the prefix that makes it this file's, or None."""
+        for prefix in self.prefixes:
+            filled = self.with_prefix(prefix)
+            anchored = all(anchor in shapes for anchor in filled.anchors)
+            if anchored and self.recognizes(without_prefix(shapes, prefix)):
+                return filled
+        return None
+
+
+def fill_prefix(rules: Rules, prefix: str) -> list[Rule | Fixed]:
+    """The rules with `{p}` filled in."""
+    return [
+        replace(rule, name=rule.name.replace("{p}", prefix))
+        if isinstance(rule, Fixed)
+        else replace(rule, names=tuple(name.replace("{p}", prefix) for name in rule.names))
+        for rule in rules
+    ]
+
+
+def without_prefix(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by names from which the prefix is taken, where they have it."""
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variant of the zoo: what is certified, and where its published weights are.
+
+    Attributes:
+      name: "SOURCE/NAME": "timm/resnet50d", "torchvision/regnet_y_400mf", "transformers/swin-tiny".
+      title: the family's name for people, "ResNeXt"; the zoo's table counts and groups by it.
+      build: for timm an architecture and for torchvision a builder; for transformers the class.
+      arguments: keywords for the twin: of the builder, or of the transformers config.
+      reduced: keywords that reduce the depth of a giant, for its certificate only.
+      image_size: pixels a side.
+      published: where weights are, as `read_weights` takes it ("hf://microsoft/resnet-50").
+      license: of those weights; "" for timm, whose own metadata say it.
+    """
+
+    name: str
+    title: str
+    build: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+    reduced: tuple[tuple[str, Any], ...] = ()
+    image_size: int = 224
+    published: str = ""
+    license: str = ""
+
+    @property
+    def source(self) -> str:
+        """The library."""
+        return self.name.partition("/")[0]
+
+
+def pair(size: Any, name: str) -> tuple[int, int]:
+    """(height, width) from a config's one or two sizes in pixels."""
+    both = (size, size) if isinstance(size, int) else size
+    good = isinstance(both, Sequence) and len(both) == 2
+    if not (good and all(isinstance(side, int) and side > 0 for side in both)):
+        raise UserError(f"config.json: {name} {size!r} is not one or two sizes in pixels")
+    return both[0], both[1]

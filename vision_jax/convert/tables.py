@@ -1,0 +1,79 @@
+"""All tables, and which of them a file is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vision_jax.convert import vit
+from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, without_prefix
+from vision_jax.errors import UserError
+
+# The first that matches is the one, so where one table's anchors contain another's it stands first.
+TABLES: tuple[Table, ...] = (*vit.TABLES,)
+ZOO: tuple[Entry, ...] = ()
+
+CANDIDATES = 4  # named by the error for a file that none of the tables knows
+
+
+def find_table(shapes: Shapes) -> Table:
+    """The table of the file whose tensors have these names and shapes, its prefix filled in.
+
+    Raises:
+      UserError: none; names the nearest candidates and what the file lacks of each.
+    """
+    for table in TABLES:
+        if (found := table.matches(shapes)) is not None:
+            return found
+
+    def found_share(table: Table) -> float:
+        return sum(anchor in shapes for anchor in table.anchors) / len(table.anchors)
+
+    filled = [table.with_prefix(prefix) for table in TABLES for prefix in table.prefixes]
+    nearest = sorted(filled, key=found_share, reverse=True)[:CANDIDATES]
+    lacks = "; ".join(
+        f"{table.source} {table.family} ({table.kind}) needs "
+        + (next((a for a in table.anchors if a not in shapes), "") or "other shapes")
+        for table in nearest
+    )
+    families = sorted({table.family for table in TABLES})
+    first = ", ".join(sorted(shapes)[:5])
+    raise UserError(
+        f"no architecture that is known here ({', '.join(families)}): the nearest candidates: "
+        f"{lacks}; the file has {len(shapes)} tensors: {first} ..."
+    )
+
+
+def infer_arguments(table: Table, shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
+    """The model's arguments for a recognized file; our own header is the best witness.
+
+    Raises:
+      UserError: the file is a relative that the model cannot be.
+    """
+    ours = metadata.get("vision_jax", {}).get("arguments")
+    if isinstance(ours, dict):  # JSON keeps tuples as lists
+        return {name: _tuples(value) for name, value in ours.items()}
+    (prefix,) = table.prefixes
+    return table.arguments(without_prefix(shapes, prefix), metadata)
+
+
+def table_for_export(to: str, family: str, arguments: Arguments) -> Table:
+    """The table that names such a model in timm's, torchvision's or transformers' manner.
+
+    Raises:
+      UserError: no such naming, or it has no place for this model.
+    """
+    for table in TABLES:
+        if (table.source, table.family) == (to, family) and table.holds(arguments):
+            return table.with_prefix(table.prefixes[0])
+    able = sorted({t.source for t in TABLES if t.family == family and t.holds(arguments)})
+    raise UserError(
+        f"{to} has no {family} that is such a model: it can go to {', '.join(able) or 'none'}"
+    )
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

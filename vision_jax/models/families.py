@@ -1,0 +1,72 @@
+"""The architectures by name: the one list of what there is to build."""
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from vision_jax.errors import UserError, nearest
+from vision_jax.models import vit
+
+# Arguments that say how a model computes and not what it is; each run decides them for itself.
+RUN_ARGUMENTS = ("dtype", "remat", "scan", "dropout", "drop_path", "freeze_norm")
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture.
+
+    Attributes:
+      model: its flax module. It takes `num_classes`, `in_channels`, `mean`, `std` and `dtype`, has
+        the class variable `stem` (path of the first convolution's kernel), the method
+        `layer_of(path)` with the property `num_layers` for layer-wise rate decay, and the property
+        `pyramid`: ((named feature, stride in pixels), ...) from fine to coarse, () without one.
+      variant: arguments of a named variant, or None if the name is not one of this family's.
+    """
+
+    model: Callable[..., Any]
+    variant: Callable[[str], dict[str, Any] | None]
+
+    @property
+    def arguments(self) -> list[str]:
+        """Names of the model's arguments."""
+        return [f.name for f in fields(self.model) if f.name not in ("parent", "name")]  # type: ignore[arg-type]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The arguments that have a default, with it."""
+        known = [f for f in fields(self.model) if f.default is not MISSING]  # type: ignore[arg-type]
+        return {f.name: f.default for f in known if f.name not in ("parent", "name")}
+
+
+FAMILIES: dict[str, Family] = {
+    "vit": Family(vit.ViT, vit.variant),
+}
+
+
+def find_variant(name: str) -> tuple[str, dict[str, Any]]:
+    """(family, arguments) of a named variant, such as "resnet50" or "b/16".
+
+    Raises:
+      UserError: no family has it.
+    """
+    for family, description in FAMILIES.items():
+        arguments = description.variant(name)
+        if arguments is not None:
+            return family, arguments
+    raise UserError(
+        f"unknown variant {name!r}: take a name such as b/16, resnet50, convnext_tiny or one of "
+        "docs/zoo.md"
+    )
+
+
+def build_model(family: str, **arguments: Any) -> Any:
+    """Builds a model of a family from its arguments.
+
+    Raises:
+      UserError: an argument that the family has not.
+    """
+    known = FAMILIES[family].arguments
+    for name in arguments:
+        if name not in known:
+            raise UserError(f"{family} has no argument `{name}`{nearest(name, known)}")
+    return FAMILIES[family].model(**arguments)
