@@ -77,7 +77,7 @@ def compile_step(loss_fn, trainable, frozen, batch):
     tx = optax.adamw(1e-3)
     step = steps.make_train_step(loss_fn, tx, seed=0, schedule=lambda step: 1e-3)
     state = jax.eval_shape(
-        lambda t: steps.make_state(t, model_state={}, tx=tx, ema=False), trainable
+        lambda t: steps.make_state(t, {}, tx=tx, ema=False), trainable
     )
     return step.lower(state, frozen, batch).compile(), state
 

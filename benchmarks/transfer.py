@@ -30,9 +30,10 @@ RATES = {
 def recipes() -> dict[str, dict[str, str]]:
     """Overrides of the config, by name of the recipe."""
     weights = load_config(CONFIG, {}).model.weights
-    arguments = convert.infer_vit_arguments(convert.read_weights(weights))
+    family, arguments = convert.recognize(convert.read_weights(weights))
     arguments.pop("num_classes")
-    same_model = {"model.weights": "", "model.arguments": repr(tuple(arguments.items()))}
+    same_model = {"model.weights": "", "model.variant": family}
+    same_model |= {"model.arguments": repr(tuple(arguments.items()))}
     return {
         "LoRA, pretrained": {"optim.lr": "5e-3"},
         "linear probe, pretrained": {"lora.rules": "()", "optim.lr": "5e-2"},

@@ -38,8 +38,8 @@ def get_config() -> ConfigDict:
     # "" starts from random initialization.
     model.weights = "embedded:vit_cifar10"
     model.allow_pickle = False  # read .pth and .bin files too (needs torch; only if you trust them)
-    model.variant = ""  # such as "b/16"; "" takes the architecture from the weights
-    model.arguments = ()  # more of models/vit.py's ViT, as ((name, value), ...)
+    model.variant = ""  # such as "b/16", "resnet50"; "" takes the architecture from the weights
+    model.arguments = ()  # more of the model's, as ((name, value), ...)
     model.reinitialize = ("head/.*",)  # paths not taken from the weights: another set of classes
     model.drop = ()  # tensors of the weights to leave out on purpose: regexes over their own names
     model.image_size = 32  # pixels a side; 0 takes the weights' own
@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     model.dtype = "float32"  # compute dtype; parameters are float32. bfloat16 on GPU and TPU
     model.dropout = 0.0
     model.drop_path = 0.0  # stochastic depth of the last block; grows linearly up to it
+    model.freeze_norm = False  # BatchNorm keeps its running statistics in training
     model.remat = False  # recompute activations in the backward pass: less memory, more time
     model.scan = False  # one compiled block in a loop: quicker to compile, slightly slower to run
 

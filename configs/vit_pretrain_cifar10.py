@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     # "" starts from random initialization.
     model.weights = ""
     model.allow_pickle = False  # read .pth and .bin files too (needs torch; only if you trust them)
-    model.variant = ""  # such as "b/16"; "" takes the architecture from the weights
+    model.variant = "vit"  # such as "b/16", "resnet50"; "" takes the architecture from the weights
     model.arguments = (  # more of models/vit.py's ViT
         ("width", 128),
         ("depth", 6),
@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     model.dtype = "bfloat16"  # compute dtype; parameters are float32. bfloat16 on GPU and TPU
     model.dropout = 0.0
     model.drop_path = 0.0  # stochastic depth of the last block; grows linearly up to it
+    model.freeze_norm = False  # BatchNorm keeps its running statistics in training
     model.remat = False  # recompute activations in the backward pass: less memory, more time
     model.scan = False  # one compiled block in a loop: quicker to compile, slightly slower to run
 

@@ -21,8 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "parity")]
 import vit_twins as twins  # noqa: E402 (found through the path above)
 
 from vision_jax.convert import (  # noqa: E402
-    infer_vit_arguments,
     read_weights,
+    recognize,
     write_safetensors,
 )
 
@@ -58,7 +58,7 @@ def main() -> None:
                 path.unlink()
             else:
                 path.chmod(0o644)
-        arguments = infer_vit_arguments(weights)
+        _, arguments = recognize(weights)
         size = arguments["image_size"]
         images = np.random.default_rng(seed).random((2, *size, 3)).astype(np.float32)
         outputs = twin.outputs(images, arguments)

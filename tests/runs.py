@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from vision_jax import convert, train
 from vision_jax.config import load_config
 from vision_jax.models.vit import build_vit
+from vision_jax.trees import paths
 
 # With 8 devices orbax would cut each array in 8 to write it, and compile a program for each shape.
 ocp.type_handlers.register_type_handler(
@@ -55,7 +56,9 @@ def write_weights(path: Path, num_classes: int = 3) -> None:
         "interpolation": "bicubic",
         "crop_mode": "center",
     }
-    tensors, header = convert.export_vit(params, model, preprocessing=preprocessing)
+    tensors, header = convert.export_weights(
+        paths.flatten(params), "vit", convert.arguments_of(model), preprocessing=preprocessing
+    )
     convert.write_safetensors(path, tensors, header)
 
 

@@ -72,7 +72,7 @@ BAD = {
     "no architecture": ({"model__weights": ""}, "set config.model.variant"),
     "variant": ({"model__variant": "xxl/16"}, "xxl/16"),
     "argument": ({"model__arguments": "(('widht', 8),)"}, "did you mean `width`?"),
-    "argument value": ({"model__arguments": "(('num_heads', 5),)"}, "there is no such ViT"),
+    "argument value": ({"model__arguments": "(('num_heads', 5),)"}, "there is no such model"),
     "key": ({"optim__learning_rate": 1}, "unknown config key `optim.learning_rate`"),
     "type": ({"total_steps": "many"}, "`total_steps` takes int"),
     "rule lora": ({"lora__rules": "blocks_.*"}, "lora.rules: rule 'blocks_.*' matches no"),

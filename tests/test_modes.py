@@ -16,7 +16,8 @@ from vision_jax.data.sources import read_source
 from vision_jax.data.transforms import eval_transform
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
-from vision_jax.models.vit import build_vit
+from vision_jax.models.families import build_model
+from vision_jax.trees import paths
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,17 +83,12 @@ def test_the_moving_average_is_what_is_evaluated_and_exported(trained):
 
 def test_the_exported_model_computes_the_same_logits(trained):
     weights = convert.read_weights(str(runs.finished() / "model.safetensors"))
-    model = build_vit(**convert.infer_vit_arguments(weights))
+    family, arguments = convert.recognize(weights)
+    model = build_model(family, **arguments)
     images = np.random.default_rng().integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
     like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
-    flat = convert.import_vit(weights, like["params"], reinitialized=(), model=model)
-    params: dict = {}
-    for path, array in flat.items():
-        *parents, last = path.split("/")
-        below = params
-        for parent in parents:
-            below = below.setdefault(parent, {})
-        below[last] = array
+    flat = convert.import_weights(weights, paths.flatten(like["params"]), arguments)
+    params = paths.unflatten(like["params"], flat)
     merged = jax.jit(model.apply)({"params": params}, images / np.float32(255))
     batch = {
         "image": images,

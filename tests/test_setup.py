@@ -29,9 +29,10 @@ class Prepared:
         weights = setup.read_weights(config)
         self.description = setup.describe(config, weights, runs.CLASSES)
         self.model = setup.build_model(config, self.description)
-        self.plan = setup.plan_parameters(config, self.model, mesh, adapter)
-        self.trainable, self.frozen, self.fresh = setup.make_parameters(
-            config, self.model, self.plan, weights, adapter
+        size = self.description.preprocessing.image_size
+        self.plan = setup.plan_parameters(config, self.model, size, mesh, adapter)
+        self.trainable, self.frozen, self.model_state, self.fresh = setup.make_parameters(
+            config, self.model, size, self.plan, mesh, weights, adapter
         )
         abstract, _ = self.plan.abstract()
         self.schedule, self.tx = setup.make_optimizer(config, self.model, abstract)
@@ -58,7 +59,9 @@ class Prepared:
             policy=augment.policy,
         )
         before = {path: np.asarray(array) for path, array in self.trainable.items()}
-        state = setup.new_state(self.config, self.tx, self.trainable, self.shardings)
+        state = setup.new_state(
+            self.config, self.tx, self.trainable, self.model_state, self.shardings
+        )
         step = steps.make_train_step(
             loss_fn, self.tx, seed=0, schedule=self.schedule, shardings=self.shardings
         )
@@ -98,6 +101,7 @@ RECIPES = {
     "TrivialAugment, random weights": {
         "augment__policy": "trivial",
         "model__weights": "",
+        "model__variant": "vit",
         "model__arguments": "(('width', 32), ('depth', 1), ('num_heads', 2), ('mlp_width', 64), "
         "('patch_size', 8))",
     },

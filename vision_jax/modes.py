@@ -23,9 +23,8 @@ from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
 from vision_jax.evaluate.classification import confusion_matrix, summarize
 from vision_jax.logging import RunLog, read_metrics
-from vision_jax.models.vit import ViT
 from vision_jax.tasks import classification
-from vision_jax.trees import lora
+from vision_jax.trees import lora, paths
 
 GRID = 40  # pictures in predictions.png
 
@@ -110,9 +109,10 @@ def make_evaluate(
 def write_results(
     workdir: Path,
     log: RunLog,
-    model: ViT,
+    model: Any,
     description: setup.Description,
     params: Any,
+    model_state: Any,
     result: Evaluation,
     *,
     mesh: Mesh,
@@ -121,10 +121,12 @@ def write_results(
 ) -> None:
     """Figures, the adapter in PEFT's layout, and the merged model in timm's naming."""
     # Every process gathers, the first one writes.
-    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(params)
+    gather = jax.jit(lambda *trees: trees, out_shardings=sharding.replicated(mesh))
+    whole = gather(params, model_state)
     if jax.process_index():
         return
-    host = jax.device_get(whole)
+    host, statistics = jax.device_get(whole)
+    arguments = convert.arguments_of(model)
 
     figures.draw_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
     log.wrote(workdir / "curves.png", "loss, learning rate and evaluation by step")
@@ -140,14 +142,16 @@ def write_results(
             workdir / "adapter",
             host,
             base_model_name=description.weights,
+            family=description.family,
+            arguments=arguments,
             naming="timm",
             modules_to_save=whole_leaves,
-            norm_after_pool=model.norm_after_pool,
         )
         log.wrote(workdir / "adapter", "the adapter, for peft.PeftModel.from_pretrained")
-    tensors, metadata = convert.export_vit(
-        lora.merge(host),
-        model,
+    tensors, metadata = convert.export_weights(
+        {**paths.flatten(lora.merge(host)), **paths.flatten(statistics)},
+        description.family,
+        arguments,
         to="timm",
         class_names=description.class_names,
         preprocessing=dataclasses.asdict(description.preprocessing),
@@ -186,7 +190,9 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> Trained:
     description = setup.load_description(workdir / "model.json")
     mesh = sharding.make_mesh(**config.mesh)
     model = setup.build_model(config, description)
-    plan = setup.plan_parameters(config, model, mesh, setup.kept_adapter(config, workdir))
+    adapter = setup.kept_adapter(config, workdir)
+    image_size = description.preprocessing.image_size
+    plan = setup.plan_parameters(config, model, image_size, mesh, adapter)
     abstract_trainable, abstract_frozen = plan.abstract()
     _, tx = setup.make_optimizer(config, model, abstract_trainable)
     abstract, _ = setup.abstract_state(config, tx, plan, mesh)

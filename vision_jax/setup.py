@@ -20,18 +20,17 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vision_jax import convert, optim, sharding, steps
-from vision_jax.config import nearest, read_json, write_json
+from vision_jax.config import read_json, write_json
 from vision_jax.convert import peft
 from vision_jax.data.sources import Source, read_source, split_source
 from vision_jax.data.transforms import Preprocessing
-from vision_jax.errors import UserError
-from vision_jax.models.vit import ViT, build_vit, layer_of, variant_arguments
+from vision_jax.errors import UserError, nearest
+from vision_jax.models import families
+from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, find_variant
 from vision_jax.trees import lora, paths
 
 Flat = dict[str, Any]
 
-# ViT's arguments that say how to compute and not what; the config decides them for each run.
-RUN_ARGUMENTS = ("dtype", "remat", "scan", "dropout", "drop_path")
 ADAPTER_COPY = "initial_adapter"  # in the workdir
 BEST_METRIC = "top1"  # what the best checkpoint is best at
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -42,13 +41,15 @@ class Description:
     """What a workdir must remember to rebuild its model without the weights: WORKDIR/model.json.
 
     Attributes:
-      arguments: of `build_vit`, without RUN_ARGUMENTS.
+      family: the architecture's name in models.families.FAMILIES.
+      arguments: of the model, without RUN_ARGUMENTS.
       preprocessing: of the images.
       class_names: by label.
       weights: where the parameters came from, "" for random initialization.
       sha256: of the weights' file or files, "" without.
     """
 
+    family: str
     arguments: dict[str, Any]
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
@@ -62,11 +63,13 @@ class Parameters:
 
     Attributes:
       like: the tree with adapters attached, of ShapeDtypeStructs.
-      shardings: by path.
+      model_state: the BatchNorm statistics' tree, {} without.
+      shardings: of the parameters, by path.
       trainable: paths that the optimizer changes.
     """
 
     like: Any
+    model_state: Any
     shardings: dict[str, NamedSharding]
     trainable: frozenset[str]
 
@@ -122,32 +125,46 @@ def describe(
         number of classes that differs from the weights' while the head is not re-initialized.
     """
     model = config.model
+    family = ""
     arguments: dict[str, Any] = {}
     if weights is not None:
-        try:
-            arguments |= convert.infer_vit_arguments(weights)
-        except UserError as error:
-            raise UserError(f"{weights.origin}: {error}") from error
+        family, arguments = convert.recognize(weights)
     if model.variant:
-        arguments |= variant_arguments(model.variant)
-    arguments |= _checked_arguments(model.arguments)
-    if model.image_size:
-        arguments["image_size"] = (model.image_size, model.image_size)
+        named, sizes = find_variant(model.variant)
+        if family not in ("", named):
+            raise UserError(
+                f"config.model.variant {model.variant!r} is a {named}, and "
+                f"{config.model.weights} a {family}: leave the variant out"
+            )
+        family, arguments = named, arguments | sizes
+    if not family:
+        raise UserError(
+            "the architecture is unknown: set config.model.variant, for example 'resnet50' or "
+            "'b/16', or take weights that carry it"
+        )
+    known = FAMILIES[family]
+    arguments |= _checked_arguments(model.arguments, known.arguments)
     own = (weights.preprocessing if weights is not None else None) or {}
-    arguments["mean"] = tuple(model.mean or own.get("mean") or (0.5, 0.5, 0.5))
-    arguments["std"] = tuple(model.std or own.get("std") or (0.5, 0.5, 0.5))
+    size = (model.image_size,) * 2 if model.image_size else arguments.get("image_size")
+    size = size or own.get("image_size")
+    missing = [name for name in known.required if name not in arguments]
+    if size is None or set(missing) - {"num_classes", "image_size"}:
+        lacks = sorted({*missing, "image_size"} - {"num_classes"} if size is None else missing)
+        raise UserError(
+            f"the architecture is not complete ({', '.join(lacks)}): set config.model.image_size, "
+            "config.model.variant or config.model.arguments, or take weights that carry them"
+        )
+    if "image_size" in known.arguments:
+        arguments["image_size"] = tuple(size)
+    if "in_channels" not in arguments:
+        arguments["in_channels"] = known.defaults["in_channels"]
+    for name, given in (("mean", model.mean), ("std", model.std)):
+        values = tuple(given or own.get(name) or arguments.get(name) or known.defaults[name])
+        arguments[name] = _per_channel(f"config.model.{name}", values, arguments["in_channels"])
     _check_head(model.reinitialize, arguments.get("num_classes"), len(class_names))
     arguments["num_classes"] = len(class_names)
-
-    needed = ("image_size", "patch_size", "width", "depth", "num_heads", "mlp_width")
-    missing = [name for name in needed if name not in arguments]
-    if missing:
-        raise UserError(
-            f"the architecture is unknown ({', '.join(missing)}): set config.model.variant, for "
-            "example 'b/16', and config.model.image_size, or take weights that carry them"
-        )
     preprocessing = Preprocessing(
-        image_size=tuple(arguments["image_size"]),
+        image_size=tuple(size),
         mean=arguments["mean"],
         std=arguments["std"],
         crop_pct=config.data.crop_pct or own.get("crop_pct") or 0.875,
@@ -156,6 +173,7 @@ def describe(
     )
     arguments = {name: value for name, value in arguments.items() if name not in RUN_ARGUMENTS}
     return Description(
+        family,
         arguments,
         preprocessing,
         class_names,
@@ -164,25 +182,43 @@ def describe(
     )
 
 
-def build_model(config: ConfigDict, description: Description) -> ViT:
-    """The described model, computing as the config says."""
+def build_model(config: ConfigDict, description: Description) -> Any:
+    """The described model, computing as the config says.
+
+    Raises:
+      UserError: a way of computing that the architecture hasn't, asked for.
+    """
     if config.model.dtype not in DTYPES:
         raise UserError(f"config.model.dtype: {config.model.dtype!r} is none of {list(DTYPES)}")
-    return build_vit(
-        **description.arguments,
-        dtype=DTYPES[config.model.dtype],
-        remat=config.model.remat,
-        scan=config.model.scan,
-        dropout=config.model.dropout,
-        drop_path=config.model.drop_path,
-    )
+    known = FAMILIES[description.family].arguments
+    model = config.model
+    run = {
+        "dtype": DTYPES[model.dtype],
+        "remat": model.remat,
+        "scan": model.scan,
+        "dropout": model.dropout,
+        "drop_path": model.drop_path,
+        "freeze_norm": model.freeze_norm,
+    }
+    for name in sorted(set(run) - set(known)):
+        if run.pop(name) and name != "freeze_norm":  # without BatchNorm there is nothing to freeze
+            raise UserError(f"config.model.{name}: {description.family} has no {name}")
+    return families.build_model(description.family, **description.arguments, **run)
 
 
-def make_apply(model: ViT) -> Callable[..., tuple[jax.Array, Any]]:
+def make_apply(model: Any) -> Callable[..., tuple[jax.Array, Any]]:
     """The model as tasks call it (see tasks.classification.Apply)."""
 
     def apply(params, model_state, images, *, train, keys):
-        return model.apply({"params": params}, images, train=train, rngs=keys), model_state
+        variables = {"params": params}
+        if model_state:
+            variables["batch_stats"] = model_state
+        if not (train and model_state):
+            return model.apply(variables, images, train=train, rngs=keys), model_state
+        logits, changed = model.apply(
+            variables, images, train=True, rngs=keys, mutable=["batch_stats"]
+        )
+        return logits, changed["batch_stats"]
 
     return apply
 
@@ -207,22 +243,30 @@ def load_description(path: Path) -> Description:
 # Parameters -------------------------------------------------------------------------------------
 
 
-def plan_parameters(config: ConfigDict, model: ViT, mesh: Mesh, adapter: Path | None) -> Parameters:
+def plan_parameters(
+    config: ConfigDict,
+    model: Any,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    adapter: Path | None,
+) -> Parameters:
     """Shapes, shardings and the choice of what trains, by the config's rules.
 
-    `adapter` is the folder of the adapter to start from, if any.
+    `image_size` is in pixels, `adapter` the folder of the adapter to start from, if any.
     """
     key = jax.random.key(0)
     try:
-        base_like = jax.eval_shape(lambda key: _initialize(model, key), key)
+        shapes = jax.eval_shape(lambda key: initialize(model, key, image_size), key)
     except UserError:
         raise
     except Exception as error:  # sizes that don't fit each other fail anywhere in the model
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise UserError(
-            f"there is no such ViT ({reason}): check config.model.image_size and arguments"
+            f"there is no such model ({reason}): check config.model.image_size and arguments"
         ) from error
-    like = jax.eval_shape(lambda base, key: _attach(config, base, key, adapter), base_like, key)
+    attach = partial(_attach, config, model, adapter)
+    like = jax.eval_shape(attach, shapes["params"], key)
+    model_state = shapes.get("batch_stats", {})
     flat = paths.flatten(like)
     candidates = [path for path in flat if not path.endswith("/base")]  # an adapter's base is fixed
     trainable = {path for path in candidates if lora.is_adapter_path(path)}
@@ -230,59 +274,75 @@ def plan_parameters(config: ConfigDict, model: ViT, mesh: Mesh, adapter: Path | 
     if not trainable:
         raise UserError("nothing trains: set config.trainable or config.lora.rules")
     shardings = sharding.parameter_shardings(flat, mesh, config.sharding_rules)
-    return Parameters(like, shardings, frozenset(trainable))
+    adapted = any(lora.is_adapter_path(path) for path in trainable)
+    if adapted and model_state and not config.model.freeze_norm:
+        raise UserError(
+            "adapters leave BatchNorm's statistics alone: set config.model.freeze_norm=True"
+        )
+    return Parameters(like, model_state, shardings, frozenset(trainable))
 
 
 def make_parameters(
     config: ConfigDict,
-    model: ViT,
+    model: Any,
+    image_size: tuple[int, int],
     plan: Parameters,
+    mesh: Mesh,
     weights: convert.Weights | None,
     adapter: Path | None,
-) -> tuple[Flat, Flat, list[str]]:
-    """The arrays of a new run: (trainable, frozen, paths initialized at random though imported)."""
+) -> tuple[Flat, Flat, Any, list[str]]:
+    """The arrays of a new run.
+
+    Returns:
+      (trainable, frozen, model_state, paths initialized at random though weights were imported)
+    """
     key = jax.random.key(config.seed)
-    base_like = jax.eval_shape(lambda key: _initialize(model, key), key)
-    base_shapes = paths.flatten(base_like)
-    base_shardings = {
-        path: plan.shardings.get(path) or plan.shardings[f"{path}/base"] for path in base_shapes
-    }
+    shapes = jax.eval_shape(lambda key: initialize(model, key, image_size), key)
+    base, statistics = (paths.flatten(shapes.get(name, {})) for name in ("params", "batch_stats"))
+    shardings = {path: plan.shardings.get(path) or plan.shardings[f"{path}/base"] for path in base}
+    shardings |= dict.fromkeys(statistics, sharding.replicated(mesh))
+    target = base | statistics  # their paths differ: mean, var and count are no parameters' names
 
     imported: dict[str, np.ndarray] = {}
-    fresh = set(base_shapes)
+    fresh = set(target)
     if weights is not None:
-        fresh = paths.select(
-            base_shapes, config.model.reinitialize, field="config.model.reinitialize"
-        )
+        fresh = paths.select(target, config.model.reinitialize, field="config.model.reinitialize")
         paths.select(weights.tensors, config.model.drop, field="config.model.drop")
-        imported = convert.import_vit(
-            weights, base_like, reinitialized=sorted(fresh), model=model, dropped=config.model.drop
+        imported = convert.import_weights(
+            weights,
+            target,
+            convert.arguments_of(model),
+            reinitialized=sorted(fresh),
+            dropped=config.model.drop,
         )
     names = sorted(fresh)
 
-    def initialize(key):  # what is imported is not computed: the compiler drops it
-        flat = paths.flatten(_initialize(model, key))
+    def make(key):  # what is imported is not computed: the compiler drops it
+        variables = initialize(model, key, image_size)
+        flat = {
+            path: leaf for tree in variables.values() for path, leaf in paths.flatten(tree).items()
+        }
         return {path: flat[path] for path in names}
 
-    made = jax.jit(initialize, out_shardings={path: base_shardings[path] for path in names})(key)
+    made = jax.jit(make, out_shardings={path: shardings[path] for path in names})(key)
     placed = {
-        path: sharding.place(np.asarray(array, base_shapes[path].dtype), base_shardings[path])
+        path: sharding.place(np.asarray(array, target[path].dtype), shardings[path])
         for path, array in imported.items()
     }
-    params = paths.unflatten(base_like, {**placed, **made})
+    everything = {**placed, **made}
+    params = paths.unflatten(shapes["params"], {path: everything[path] for path in base})
+    model_state = paths.unflatten(plan.model_state, {path: everything[path] for path in statistics})
 
     out = jax.tree.unflatten(jax.tree.structure(plan.like), list(plan.shardings.values()))
     attached = jax.jit(
-        lambda params, key: _attach(config, params, key, adapter),
-        donate_argnums=0,
-        out_shardings=out,
+        partial(_attach, config, model, adapter), donate_argnums=0, out_shardings=out
     )(params, jax.random.fold_in(key, 1))
     flat = paths.flatten(attached)
     trainable, frozen = paths.partition(flat, set(plan.trainable))
-    return trainable, frozen, names if weights is not None else []
+    return trainable, frozen, model_state, names if weights is not None else []
 
 
-def make_optimizer(config: ConfigDict, model: ViT, trainable: Flat) -> tuple[Any, Any]:
+def make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any, Any]:
     """(schedule, optax transformation) of the config, for these trainable arrays."""
     settings = config.optim
     schedule = optim.make_schedule(
@@ -300,17 +360,19 @@ def make_optimizer(config: ConfigDict, model: ViT, trainable: Flat) -> tuple[Any
         b2=settings.b2,
         momentum=settings.momentum,
         clip_norm=settings.clip_norm,
-        layer_of=lambda path: layer_of(path, model.depth),
-        num_layers=model.depth + 2,
+        layer_of=model.layer_of,
+        num_layers=model.num_layers,
         layer_decay=settings.layer_decay,
     )
     return schedule, tx
 
 
-def new_state(config: ConfigDict, tx: Any, trainable: Flat, shardings: Any) -> steps.TrainState:
-    """The state before the first step, born with its shardings; `trainable` is donated."""
-    make = partial(steps.make_state, model_state={}, tx=tx, ema=config.optim.ema_decay > 0)
-    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable)
+def new_state(
+    config: ConfigDict, tx: Any, trainable: Flat, model_state: Any, shardings: Any
+) -> steps.TrainState:
+    """The state before the first step, born with its shardings; the arrays given are donated."""
+    make = partial(steps.make_state, tx=tx, ema=config.optim.ema_decay > 0)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=(0, 1))(trainable, model_state)
 
 
 def abstract_state(
@@ -318,8 +380,8 @@ def abstract_state(
 ) -> tuple[steps.TrainState, Any]:
     """(ShapeDtypeStructs with shardings: the target of a restore, the shardings alone)."""
     trainable, _ = plan.abstract()
-    make = partial(steps.make_state, model_state={}, tx=tx, ema=config.optim.ema_decay > 0)
-    shapes = jax.eval_shape(make, trainable)
+    make = partial(steps.make_state, tx=tx, ema=config.optim.ema_decay > 0)
+    shapes = jax.eval_shape(make, trainable, plan.model_state)
     shardings = sharding.state_shardings(shapes, plan.shardings, mesh)
     target = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -353,15 +415,19 @@ def kept_adapter(config: ConfigDict, workdir: Path) -> Path | None:
     return workdir / ADAPTER_COPY if config.lora.init_from else None
 
 
-def _initialize(model: ViT, key: jax.Array) -> Any:
-    images = jnp.zeros((1, *model.image_size, 3))
-    return model.init(key, images)["params"]
+def initialize(model: Any, key: jax.Array, image_size: tuple[int, int]) -> Any:
+    """{"params": ..., "batch_stats": ...} of a model; the latter only if it has BatchNorm."""
+    return model.init(key, jnp.zeros((1, *image_size, model.in_channels)))
 
 
-def _attach(config: ConfigDict, params: Any, key: jax.Array, adapter: Path | None) -> Any:
+def _attach(
+    config: ConfigDict, model: Any, adapter: Path | None, params: Any, key: jax.Array
+) -> Any:
     settings = config.lora
     if adapter is not None:
-        return peft.read_adapter(adapter, params)
+        return peft.read_adapter(
+            adapter, params, family=families.family_of(model), arguments=convert.arguments_of(model)
+        )
     if not settings.rules:
         return params
     return lora.attach(
@@ -387,12 +453,23 @@ def _check_head(reinitialize: tuple[str, ...], own: int | None, wanted: int) -> 
     )
 
 
-def _checked_arguments(pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """config.model.arguments as a dict; each must be an argument of ViT."""
-    known = [
-        field.name for field in dataclasses.fields(ViT) if field.name not in ("parent", "name")
-    ]
+def _checked_arguments(pairs: tuple[tuple[str, Any], ...], known: list[str]) -> dict[str, Any]:
+    """config.model.arguments as a dict; each must be an argument of the model."""
     for name, _ in pairs:
         if name not in known or name in RUN_ARGUMENTS:
             raise UserError(f"config.model.arguments: unknown `{name}`{nearest(name, known)}")
     return dict(pairs)
+
+
+def _per_channel(field: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Normalization for another number of channels: one takes the mean, more repeat them in turn.
+
+    The first convolution's kernels are adapted in the same order (convert.load.adapt_channels).
+    """
+    if len(values) == channels:
+        return values
+    if len(values) != 3:
+        raise UserError(f"{field}: {len(values)} numbers for images of {channels} channels")
+    if channels == 1:
+        return (sum(values) / 3,)
+    return tuple(values[index % 3] for index in range(channels))

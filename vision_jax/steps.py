@@ -36,7 +36,7 @@ class TrainState:
       step: i32[], updates done.
       trainable: {path: array}.
       opt_state: optax's state for `trainable`.
-      model_state: collections that the model updates by itself (BatchNorm statistics); {} for ViT.
+      model_state: collections that the model updates by itself (BatchNorm statistics); {} without.
       ema: moving average of `trainable`, or None.
     """
 
@@ -48,7 +48,7 @@ class TrainState:
 
 
 def make_state(
-    trainable: Flat, *, model_state: Any, tx: optax.GradientTransformation, ema: bool
+    trainable: Flat, model_state: Any, *, tx: optax.GradientTransformation, ema: bool
 ) -> TrainState:
     """The state before the first step."""
     return TrainState(

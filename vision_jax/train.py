@@ -77,7 +77,8 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         description = setup.describe(config, weights, train_source.class_names)
         adapter = setup.find_adapter(config)
     model = setup.build_model(config, description)
-    plan = setup.plan_parameters(config, model, mesh, adapter)
+    image_size = description.preprocessing.image_size
+    plan = setup.plan_parameters(config, model, image_size, mesh, adapter)
 
     abstract_trainable, abstract_frozen = plan.abstract()
     schedule, tx = setup.make_optimizer(config, model, abstract_trainable)
@@ -100,8 +101,10 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         damage_log=damage,
     )
     if last is None:
-        trainable, frozen, fresh = setup.make_parameters(config, model, plan, weights, adapter)
-        state = setup.new_state(config, tx, trainable, shardings)
+        trainable, frozen, model_state, fresh = setup.make_parameters(
+            config, model, image_size, plan, mesh, weights, adapter
+        )
+        state = setup.new_state(config, tx, trainable, model_state, shardings)
 
     # From here on the workdir is written to.
     with explain_write_errors(workdir):
@@ -231,6 +234,7 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         model,
         description,
         params,
+        state.model_state,
         result,
         mesh=mesh,
         plan=plan,

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from vision_jax.convert import arguments_of
 from vision_jax.convert.peft import read_adapter, write_adapter
 from vision_jax.errors import UserError
+from vision_jax.models.vit import build_vit
 from vision_jax.trees import lora, paths
 
 WIDTH, HIDDEN = 6, 10
@@ -34,6 +36,20 @@ SHAPES = {
         "mlp/fc1/kernel": (WIDTH, HIDDEN),
         "mlp/fc2/kernel": (HIDDEN, WIDTH),
     }.items()
+}
+MODEL = {
+    "family": "vit",
+    "arguments": arguments_of(
+        build_vit(
+            num_classes=4,
+            image_size=(4, 4),
+            patch_size=2,
+            width=WIDTH,
+            depth=2,
+            num_heads=2,
+            mlp_width=HIDDEN,
+        )
+    ),
 }
 
 
@@ -67,8 +83,10 @@ def test_round_trip_is_exact(dora, tmp_path):
     params = attach(base, dora=dora, dropout=0.25)
     params["head"] = {"kernel": base["head"]["kernel"] + 1, "bias": base["head"]["bias"] - 1}
     saved = ["head/kernel", "cls_token"]
-    write_adapter(tmp_path, params, base_model_name="x", naming="timm", modules_to_save=saved)
-    again = read_adapter(tmp_path, base)
+    write_adapter(
+        tmp_path, params, base_model_name="x", **MODEL, naming="timm", modules_to_save=saved
+    )
+    again = read_adapter(tmp_path, base, **MODEL)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -76,8 +94,8 @@ def test_round_trip_is_exact(dora, tmp_path):
 def test_parts_round_trip_through_separate_modules(tmp_path):
     base = make_params()
     params = attach(base, qkv_parts="q,v")
-    write_adapter(tmp_path, params, base_model_name="x", naming="transformers")
-    again = read_adapter(tmp_path, base)
+    write_adapter(tmp_path, params, base_model_name="x", **MODEL, naming="transformers")
+    again = read_adapter(tmp_path, base, **MODEL)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert again["block_1"]["attn"]["qkv"]["kernel"].parts == (3, (0, 2))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -91,8 +109,8 @@ def test_parts_round_trip_through_separate_modules(tmp_path):
 def test_parts_become_one_adapter_of_the_summed_rank_in_timm(tmp_path):
     base = make_params()
     params = attach(base, [r"block_\d+/attn/.*"], qkv_parts="q,v")
-    write_adapter(tmp_path, params, base_model_name="x", naming="timm")
-    again = read_adapter(tmp_path, base)
+    write_adapter(tmp_path, params, base_model_name="x", **MODEL, naming="timm")
+    again = read_adapter(tmp_path, base, **MODEL)
     for x, y in zip(*(jax.tree.leaves(lora.merge(p)) for p in (again, params)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -106,8 +124,8 @@ def test_parts_become_one_adapter_of_the_summed_rank_in_timm(tmp_path):
 def test_reading_works_on_abstract_parameters(tmp_path):
     base = make_params()
     params = attach(base)
-    write_adapter(tmp_path, params, base_model_name="x", naming="timm")
-    shapes = jax.eval_shape(lambda base: read_adapter(tmp_path, base), base)
+    write_adapter(tmp_path, params, base_model_name="x", **MODEL, naming="timm")
+    shapes = jax.eval_shape(lambda base: read_adapter(tmp_path, base, **MODEL), base)
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(jnp.shape, params)
 
 
@@ -164,33 +182,37 @@ HOSTILE = {
 @pytest.mark.parametrize(("edit", "message"), HOSTILE.values(), ids=HOSTILE)
 def test_hostile_adapter_is_refused_in_one_line(edit, message, tmp_path):
     base = make_params()
-    write_adapter(tmp_path, attach(base, ["block_0/.*"]), base_model_name="x", naming="timm")
+    write_adapter(
+        tmp_path, attach(base, ["block_0/.*"]), base_model_name="x", **MODEL, naming="timm"
+    )
     file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     config, tensors = json.loads(config_file.read_text()), safetensors.numpy.load_file(file)
     edit(config, tensors)
     config_file.write_text(json.dumps(config))
     safetensors.numpy.save_file(tensors, file)
     with pytest.raises(UserError, match=message) as error:
-        read_adapter(tmp_path, base)
+        read_adapter(tmp_path, base, **MODEL)
     assert "\n" not in str(error.value)
 
 
 def test_damaged_folder_is_refused_in_one_line(tmp_path):
     base = make_params()
     with pytest.raises(UserError, match=r"adapter_config\.json"):
-        read_adapter(tmp_path, base)
-    write_adapter(tmp_path, attach(base, ["block_0/.*"]), base_model_name="x", naming="timm")
+        read_adapter(tmp_path, base, **MODEL)
+    write_adapter(
+        tmp_path, attach(base, ["block_0/.*"]), base_model_name="x", **MODEL, naming="timm"
+    )
     file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="damaged or no safetensors file"):
-        read_adapter(tmp_path, base)
+        read_adapter(tmp_path, base, **MODEL)
     file.unlink()
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors in it"):
-        read_adapter(tmp_path, base)
+        read_adapter(tmp_path, base, **MODEL)
     for text in ("{", "[" * 100_000, "[]", '"LORA"'):
         config_file.write_text(text)
         with pytest.raises(UserError, match=r"no JSON|peft_type"):
-            read_adapter(tmp_path, base)
+            read_adapter(tmp_path, base, **MODEL)
     with pytest.raises(UserError, match="no adapter to write"):
-        write_adapter(tmp_path, base, base_model_name="x", naming="timm")
+        write_adapter(tmp_path, base, base_model_name="x", **MODEL, naming="timm")

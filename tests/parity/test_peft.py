@@ -13,9 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from vision_jax.convert import arguments_of
 from vision_jax.convert.engine import import_tensors
 from vision_jax.convert.peft import read_adapter, write_adapter
-from vision_jax.convert.vit import find_table
+from vision_jax.convert.tables import find_table, shapes_of
 from vision_jax.models.vit import ViT
 from vision_jax.trees import lora, paths
 
@@ -87,9 +88,14 @@ def twins(model, dtype, directory, **arguments):
     images = jnp.zeros((1, 16, 16, 3))
     like = jax.eval_shape(ours.init, jax.random.key(0), images)["params"]
     target = {path: jax.ShapeDtypeStruct(x.shape, dtype) for path, x in paths.flatten(like).items()}
-    table = find_table(tensors)
-    flat = import_tensors(tensors, table.rules, target, dropped=table.dropped)
+    table = find_table(shapes_of(tensors))
+    rules = table.rules(arguments_of(ours))
+    flat = import_tensors(tensors, rules, target, dropped=table.dropped)
     return model, ours, paths.unflatten(like, {path: jnp.asarray(x) for path, x in flat.items()})
+
+
+def described(model):
+    return {"family": "vit", "arguments": arguments_of(model)}
 
 
 def relative_difference(theirs, ours, params, dtype):
@@ -136,7 +142,7 @@ FROM_TIMM = {
 def test_timm_adapter_from_peft(settings, dtype, tmp_path):
     model, ours, base = timm_twin(dtype, tmp_path)
     adapted = save_from_peft(model, tmp_path, modules_to_save=["head"], **settings)
-    params = read_adapter(tmp_path, base)
+    params = read_adapter(tmp_path, base, **described(ours))
     assert relative_difference(adapted, ours, params, dtype) < TOLERANCE[dtype]
     assert relative_difference(adapted, ours, base, dtype) > 1e-2
     assert relative_difference(adapted, ours, lora.merge(params), dtype) < TOLERANCE[dtype]
@@ -164,7 +170,7 @@ FROM_TRANSFORMERS = {
 def test_transformers_adapter_from_peft(settings, dtype, tmp_path):
     model, ours, base = transformers_twin(dtype, tmp_path)
     adapted = save_from_peft(model, tmp_path, modules_to_save=["classifier"], **settings)
-    params = read_adapter(tmp_path, base)
+    params = read_adapter(tmp_path, base, **described(ours))
     assert relative_difference(adapted, ours, params, dtype) < TOLERANCE[dtype]
     assert relative_difference(adapted, ours, base, dtype) > 1e-2
 
@@ -173,7 +179,7 @@ def test_dinov2_adapter_from_peft(tmp_path):
     model, ours, base = transformers_twin("float32", tmp_path, transformers.Dinov2Config)
     targets = ["q_proj", "v_proj", "o_proj", "fc1", "projection"]
     adapted = save_from_peft(model, tmp_path, target_modules=targets, r=3)
-    params = read_adapter(tmp_path, base)
+    params = read_adapter(tmp_path, base, **described(ours))
     assert relative_difference(adapted, ours, params, "float32") < 1e-5
     assert relative_difference(adapted, ours, base, "float32") > 1e-2
 
@@ -191,7 +197,7 @@ def test_adapter_of_transformers_4(tmp_path):
         for name, tensor in load_file(file).items()
     }
     save_file(older, file)
-    params = read_adapter(tmp_path, base)
+    params = read_adapter(tmp_path, base, **described(ours))
     assert relative_difference(adapted, ours, params, "float32") < 1e-5
 
 
@@ -217,12 +223,19 @@ def test_adapter_to_peft(settings, naming, dtype, tmp_path):
     flat |= {path: flat[path] + 0.3 for path in trained}
     params = paths.unflatten(params, flat)
 
-    write_adapter(tmp_path, params, base_model_name="twin", naming=naming, modules_to_save=trained)
+    write_adapter(
+        tmp_path,
+        params,
+        base_model_name="twin",
+        **described(ours),
+        naming=naming,
+        modules_to_save=trained,
+    )
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     assert relative_difference(loaded, ours, params, dtype) < TOLERANCE[dtype]
     assert relative_difference(model, ours, params, dtype) > 1e-2
 
-    again = read_adapter(tmp_path, base)
+    again = read_adapter(tmp_path, base, **described(ours))
     assert relative_difference(loaded, ours, again, dtype) < TOLERANCE[dtype]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert "head" in config["modules_to_save"] or "classifier" in config["modules_to_save"]
@@ -233,10 +246,10 @@ def test_leaves_of_different_kinds_to_peft(tmp_path):
     model, ours, base = timm_twin("float32", tmp_path)
     params = attach_random(base, ["block_0/attn/qkv/kernel"], rank=2, alpha=3.0, dora=True)
     params = attach_random(params, [r"block_1/mlp/fc\d/kernel"], rank=5, alpha=4.0)
-    write_adapter(tmp_path, params, base_model_name="twin", naming="timm")
+    write_adapter(tmp_path, params, base_model_name="twin", **described(ours), naming="timm")
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     assert relative_difference(loaded, ours, params, "float32") < 1e-5
-    again = read_adapter(tmp_path, base)
+    again = read_adapter(tmp_path, base, **described(ours))
     assert relative_difference(loaded, ours, again, "float32") < 1e-5
 
 

@@ -33,7 +33,7 @@ def _each(to_tree: Callable[..., Any], to_file: Callable[..., Any]) -> Layout:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A tensor of the file that follows from the architecture: checked on import, written on export.
+    """A tensor that follows from the architecture: checked on import, written on export.
 
     Attributes:
       name: in the file.

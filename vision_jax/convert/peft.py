@@ -1,6 +1,6 @@
 """Adapters in the layout of Hugging Face PEFT: adapter_config.json, adapter_model.safetensors.
 
-Reading and writing name modules by the tables of `convert/vit.py`. What PEFT says differently:
+Reading and writing name modules by the tables of `convert/`. What PEFT says differently:
 
   - kernels are transposed: lora_A [r, in], lora_B [out, r]; of a convolution [r, in, h, w] and
     [out, r, 1, 1]; the magnitude of DoRA [out], of a convolution [1, out, 1, 1];
@@ -39,7 +39,8 @@ from vision_jax.convert.engine import (
 )
 from vision_jax.convert.load import write_safetensors
 from vision_jax.convert.read import read_weights
-from vision_jax.convert.vit import TABLES, Table, table_for_export
+from vision_jax.convert.table import Arguments, Table
+from vision_jax.convert.tables import TABLES, table_for_export
 from vision_jax.errors import UserError
 from vision_jax.trees import lora, paths
 from vision_jax.trees.leaves import LowRank, merge_leaf, output_norm
@@ -98,22 +99,22 @@ def write_adapter(
     directory: str | os.PathLike[str],
     params: lora.Params,
     *,
+    family: str,
+    arguments: Arguments,
     base_model_name: str,
     naming: str,
     modules_to_save: Collection[str] = (),
-    norm_after_pool: bool = False,
-    family: str = "vit",
 ) -> None:
     """Writes the adapters of a tree so that `peft.PeftModel.from_pretrained` loads them.
 
     Args:
       directory: made if it is not there.
       params: parameter tree with LowRank leaves.
+      family: of the model, as in models.families.FAMILIES.
+      arguments: all of the model's.
       base_model_name: what the adapters are for; PEFT keeps it for people to read.
       naming: "timm" or "transformers": whose model PEFT will load them into.
       modules_to_save: paths of the trained arrays that are no adapters, such as the head's.
-      norm_after_pool: the model's argument; timm names its final norm by it.
-      family: of transformers: "vit", "deit", "deit_distilled", "dinov2", "clip", "siglip", ...
 
     Raises:
       UserError: no adapter in `params`, a kernel or an array without a module in this naming, or a
@@ -123,8 +124,8 @@ def write_adapter(
     if not adapters:
         raise UserError(f"{directory}: no adapter to write; set lora.rules to attach some")
     arrays = paths.flatten(base)
-    table = table_for_export(naming, norm_after_pool=norm_after_pool, family=family)
-    rules = _rules(table, arrays, in_memory=True)
+    table = table_for_export(naming, family, arguments)
+    rules = _rules(table, arguments, arrays, in_memory=True)
     modules = _modules(rules)
 
     dora = any(adapter.magnitude is not None for adapter in adapters.values())
@@ -168,7 +169,12 @@ def write_adapter(
 
 
 def read_adapter(
-    directory: str | os.PathLike[str], params: lora.Params, *, naming: str = "auto"
+    directory: str | os.PathLike[str],
+    params: lora.Params,
+    *,
+    family: str,
+    arguments: Arguments,
+    naming: str = "auto",
 ) -> lora.Params:
     """Puts the adapters of a PEFT folder on a plain tree, and the arrays that were saved with them.
 
@@ -178,6 +184,8 @@ def read_adapter(
     Args:
       directory: a folder with adapter_config.json and adapter_model.safetensors.
       params: parameter tree of plain arrays, of the model that the adapters are for.
+      family: of that model.
+      arguments: all of that model's.
       naming: "timm", "transformers" or "torchvision"; "auto" takes the first that has all names.
 
     Raises:
@@ -204,7 +212,8 @@ def read_adapter(
         raise UserError(f"{directory / TENSORS_FILE}: no tensor in it ends in {A}")
 
     arrays = paths.flatten(params)
-    rules = _recognize(naming, found, saved, arrays, str(directory))
+    tables = [table for table in TABLES if table.family == family]
+    rules = _recognize(tables, naming, arguments, found, saved, arrays, str(directory))
     adapters: dict[str, LowRank] = {}
     for path, names in _modules(rules).items():
         *inputs, outputs = arrays[path].shape
@@ -238,11 +247,12 @@ def _with_siblings(chosen: Collection[str], candidates: Collection[str]) -> set[
     return set(chosen) | {path for path in candidates if layer(path) in layers}
 
 
-def _rules(table: Table, arrays: Collection[str], *, in_memory: bool) -> list[Rule]:
-    """The table's rules for the arrays that there are, block by block."""
-    indices = [int(match[1]) for path in arrays if (match := re.match(r"block_(\d+)/", path))]
-    renames = IN_MEMORY[:4] if table.family.startswith("dinov2") else IN_MEMORY
-    if not in_memory or table.source != "transformers":
+def _rules(
+    table: Table, arguments: Arguments, arrays: Collection[str], *, in_memory: bool
+) -> list[Rule]:
+    """The table's rules for the arrays that there are."""
+    renames = IN_MEMORY[:4] if table.kind.startswith("dinov2") else IN_MEMORY
+    if not in_memory or (table.source, table.family) != ("transformers", "vit"):
         renames = ()
 
     def rename(name: str) -> str:
@@ -251,10 +261,9 @@ def _rules(table: Table, arrays: Collection[str], *, in_memory: bool) -> list[Ru
         return name
 
     return [
-        Rule(tuple(map(rename, expanded.names)), expanded.paths, expanded.layout)
-        for rule in table.rules
-        for expanded in rule.expand(max(indices, default=-1) + 1)
-        if all(path in arrays for path in expanded.paths)
+        dataclasses.replace(rule, names=tuple(map(rename, rule.names)))
+        for rule in table.rules(arguments)
+        if isinstance(rule, Rule) and all(path in arrays for path in rule.paths)
     ]
 
 
@@ -268,7 +277,9 @@ def _modules(rules: Sequence[Rule]) -> dict[str, list[str]]:
 
 
 def _recognize(
+    tables: Sequence[Table],
     naming: str,
+    arguments: Arguments,
     found: Collection[str],
     saved: Collection[str],
     arrays: Collection[str],
@@ -276,12 +287,12 @@ def _recognize(
 ) -> list[Rule]:
     """The rules of the first naming that knows every module and every saved tensor."""
     fewest: list[str] | None = None
-    for table in TABLES:
+    for table in tables:
         if naming not in ("auto", table.source):
             continue
         for prefix in table.prefixes:
             for in_memory in (True, False):
-                rules = _rules(table.with_prefix(prefix), arrays, in_memory=in_memory)
+                rules = _rules(table.with_prefix(prefix), arguments, arrays, in_memory=in_memory)
                 modules = {name for names in _modules(rules).values() for name in names}
                 names = {name for rule in rules for name in rule.names}
                 unknown = [name for name in found if name not in modules]

@@ -36,9 +36,9 @@ class Table:
       family: the architecture's key in models.families.FAMILIES.
       kind: tells the tables of one source and family from each other.
       anchors: tensors that every such file has, and by which it is recognized.
-      arguments: (shapes, metadata) -> the model's arguments with which the weights compute what they
-        did where they came from, num_classes and in_channels included. `shapes` are the file's, by
-        name without the prefix; `metadata` has "config" (config.json's contents), where there.
+      arguments: (shapes, metadata) -> the model's arguments with which the weights compute what
+        they did where they came from, num_classes and in_channels included. `shapes` are the
+        file's, by name without the prefix; `metadata["config"]` is config.json, where there.
         Raises UserError where the file is a relative that the model cannot be.
       rules: arguments -> all names of such a file, with `{p}` in them.
       prefixes: what may stand for `{p}`; the first is what an export writes.

@@ -32,6 +32,11 @@ class Family:
         return [f.name for f in fields(self.model) if f.name not in ("parent", "name")]  # type: ignore[arg-type]
 
     @property
+    def required(self) -> list[str]:
+        """The arguments that have no default."""
+        return [name for name in self.arguments if name not in self.defaults]
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """The arguments that have a default, with it."""
         known = [f for f in fields(self.model) if f.default is not MISSING]  # type: ignore[arg-type]
@@ -46,9 +51,13 @@ FAMILIES: dict[str, Family] = {
 def find_variant(name: str) -> tuple[str, dict[str, Any]]:
     """(family, arguments) of a named variant, such as "resnet50" or "b/16".
 
+    A family's own name ("vit") has no arguments: the caller gives them all.
+
     Raises:
       UserError: no family has it.
     """
+    if name in FAMILIES:
+        return name, {}
     for family, description in FAMILIES.items():
         arguments = description.variant(name)
         if arguments is not None:
@@ -57,6 +66,11 @@ def find_variant(name: str) -> tuple[str, dict[str, Any]]:
         f"unknown variant {name!r}: take a name such as b/16, resnet50, convnext_tiny or one of "
         "docs/zoo.md"
     )
+
+
+def family_of(model: Any) -> str:
+    """The name of a built model's family."""
+    return next(name for name, family in FAMILIES.items() if type(model) is family.model)
 
 
 def build_model(family: str, **arguments: Any) -> Any:

@@ -142,15 +142,15 @@ def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.LayerNorm:
 
 
 def drop_path(x: jax.Array, rate: Any, key: jax.Array) -> jax.Array:
-    """Stochastic depth: whole branches x[B, ...] of single images are zeroed, the rest scaled up."""
+    """Stochastic depth: whole branches x[B, ...] of single images become zero, others grow."""
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """(images[B, H, W, C] - mean[C]) / std[C]."""
-    mean, std = (jnp.asarray(v, images.dtype).reshape(1, 1, 1, -1) for v in (mean, std))
-    return (images - mean) / std
+    shift, scale = (jnp.asarray(v, images.dtype).reshape(1, 1, 1, -1) for v in (mean, std))
+    return (images - shift) / scale
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

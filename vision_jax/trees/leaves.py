@@ -127,7 +127,7 @@ def convolve(
     dropout_key: Array | None = None,
 ) -> Array:
     """Convolution of x[B, H, W, in] with kernel[h, w, in / groups, out], in x's dtype."""
-    product = partial(_convolution, tuple(strides), tuple(map(tuple, padding)), groups)
+    product = partial(_convolution, tuple(strides), tuple((low, high) for low, high in padding), groups)
     return _multiply(product, x, kernel, dropout_key)
 
 
