@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
     data.train = "cifar10:downloads/cifar10/train"
     data.eval = "cifar10:downloads/cifar10/test"  # "" holds out a share of data.train
     data.holdout = 0.1  # that share
+    data.subset = 0  # train on this many images only, the classes in equal parts; 0 takes all
     data.crop_pct = 1.0  # evaluation view: center crop of this share; 0 takes the weights' own
     data.interpolation = ""  # bicubic, bilinear, ...; "" takes the weights' own
     data.crop = "pad"  # training view: random_resized, pad (shift by 1/8) or none
@@ -101,6 +102,9 @@ def get_config() -> ConfigDict:
     config.evaluate = evaluate = ConfigDict()
     evaluate.every = 500  # updates; the end of training always evaluates
     evaluate.batch_size = 500
+    evaluate.neighbors = (1, 20)  # of --mode=frozen: the k of nearest neighbours
+    evaluate.shots = (1, 5, 10)  # and training images of each class
+    evaluate.repeats = 5  # and random choices of them
 
     config.checkpoint_every = 500  # updates; evaluations are checkpointed too
     config.log_every = 50  # updates between lines in metrics.jsonl

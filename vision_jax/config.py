@@ -5,6 +5,7 @@ command line, `--config.optim.lr=0.001`, must be one of them and of its type.
 """
 
 import ast
+import inspect
 import json
 import math
 import os
@@ -24,13 +25,13 @@ Value = Any
 RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
     (
         "batch_size total_steps log_every checkpoint_every data.threads optim.accumulate "
-        "evaluate.every evaluate.batch_size",
+        "evaluate.every evaluate.batch_size evaluate.repeats",
         lambda value: value >= 1,
         "at least 1",
     ),
     ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     (
-        "data.workers model.image_size augment.ops augment.mixup augment.cutmix",
+        "data.workers data.subset model.image_size augment.ops augment.mixup augment.cutmix",
         lambda value: 0 <= value < math.inf,
         "at least 0",
     ),
@@ -43,6 +44,11 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
         "data.crop_pct data.max_damaged augment.erasing augment.label_smoothing",
         lambda value: 0 <= value <= 1,
         "between 0 and 1",
+    ),
+    (
+        "evaluate.neighbors evaluate.shots",
+        lambda value: len(value) > 0 and all(type(x) is int and x > 0 for x in value),
+        "positive whole numbers",
     ),
     ("augment.magnitude", lambda value: 0 <= value <= 30, "between 0 and 30"),
     (
@@ -57,8 +63,8 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
     ),
     (
         "model.mean model.std",
-        lambda value: len(value) in (0, 3) and all(type(x) in (int, float) for x in value),
-        "three numbers, or ()",
+        lambda value: all(type(x) in (int, float) for x in value),
+        "a number for each channel, or ()",
     ),
     (
         "trainable model.reinitialize model.drop lora.rules",
@@ -76,10 +82,16 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
 def load_config(path: str, overrides: Mapping[str, str]) -> ConfigDict:
     """Runs the file's `get_config()` and applies {"optim.lr": "0.001"}; the result is locked.
 
+    `path` is FILE or FILE:ARGUMENT, where the argument goes to `get_config(argument)`.
+
     Raises:
       UserError: no such file, no get_config in it, an unknown field (with the nearest one), or a
         value of another type.
     """
+    if not Path(path).is_file():
+        path, _, argument = path.partition(":")
+    else:
+        argument = ""
     installed = Path(__file__).parent / path  # an installed package brings configs/ along
     if not Path(path).is_file() and installed.is_file():
         path = str(installed)
@@ -94,7 +106,10 @@ def load_config(path: str, overrides: Mapping[str, str]) -> ConfigDict:
             raise UserError(f"--config: {path} is no Python file: {error}") from error
         if "get_config" not in namespace:
             raise UserError(f"--config: {path} defines no get_config()")
-        config = namespace["get_config"]()
+        get_config = namespace["get_config"]
+        if argument and not inspect.signature(get_config).parameters:
+            raise UserError(f"--config: {path} takes no argument; what is {argument!r}?")
+        config = get_config(argument) if argument else get_config()
     for name, text in overrides.items():
         _override(config, name, text)
     return config.lock()

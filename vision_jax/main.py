@@ -4,6 +4,7 @@
     python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs/b --config.optim.lr=1e-3
     python -m vision_jax.main --mode=evaluate --workdir=runs/vit_lora
     python -m vision_jax.main --mode=predict --workdir=runs/vit_lora --images cat.jpg dog.png
+    python -m vision_jax.main --mode=frozen --config=configs/vit_lora.py
 
 Running a training command again resumes it. Any field of the config file can be set with
 --config.FIELD=VALUE. On several processes, give each --coordinator, --processes and --process (on
@@ -13,6 +14,7 @@ Cloud TPU and Slurm, --coordinator=auto is enough).
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,19 +44,26 @@ def _run(arguments: Sequence[str]) -> int:
     from vision_jax import modes, train  # after the flags: importing JAX takes seconds
     from vision_jax.config import load_config
 
-    if flags.mode == "train" and not flags.config:
+    if flags.mode in ("train", "frozen") and not flags.config:
         raise UserError("--config is missing: for example --config=configs/vit_lora.py")
     if not flags.config and not flags.workdir:
         raise UserError(f"--mode={flags.mode} needs --workdir=DIR, the folder of a finished run")
-    workdir = flags.workdir or Path("runs") / Path(flags.config).stem
-    if flags.mode == "train":
-        return train.run(load_config(flags.config, overrides), workdir)
+    workdir = flags.workdir or Path("runs") / _run_name(flags.config)
+    if flags.mode in ("train", "frozen"):
+        run = train.run if flags.mode == "train" else modes.frozen
+        return run(load_config(flags.config, overrides), workdir)
     if not (workdir / "config.json").is_file():
         raise UserError(f"--workdir: {workdir} holds no run, there is no config.json in it")
     config = load_config(str(workdir / "config.json"), overrides)
     if flags.mode == "evaluate":
         return modes.evaluate(config, workdir, flags.checkpoint)
     return modes.predict(config, workdir, flags.checkpoint, flags.images, flags.out)
+
+
+def _run_name(config: str) -> str:
+    """configs/transfer.py:timm/resnet50 -> transfer_timm_resnet50."""
+    path, _, argument = config.partition(":")
+    return re.sub(r"[^\w.]+", "_", f"{Path(path).stem}_{argument}").strip("_")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,9 +88,10 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]
     )
     parser.add_argument(
         "--mode",
-        choices=("train", "evaluate", "predict"),
+        choices=("train", "evaluate", "predict", "frozen"),
         default="train",
-        help="train or resume a run; reprint a finished one's numbers; name what --images show",
+        help="train or resume a run; reprint a finished one's numbers; name what --images show; "
+        "nearest neighbours and few-shot regression on the weights' frozen features",
     )
     parser.add_argument(
         "--checkpoint",

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vision_jax import convert, setup, sharding, steps
 from vision_jax.checkpoints import Checkpoints, last_complete_step
+from vision_jax.config import write_json
 from vision_jax.convert import peft
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.pipeline import DamageLog, make_eval_batches
@@ -22,6 +24,7 @@ from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
 from vision_jax.evaluate.classification import confusion_matrix, summarize
+from vision_jax.evaluate.frozen import few_shot_predict, knn_predict
 from vision_jax.logging import RunLog, read_metrics
 from vision_jax.tasks import classification
 from vision_jax.trees import lora, paths
@@ -70,12 +73,40 @@ def make_evaluate(
     The batch is rounded up to what the devices divide; padding rows are dropped by their mask, so
     each image counts once and the result does not depend on the batch size.
     """
+    run_over = make_run_over(
+        outputs_fn,
+        mesh,
+        preprocessing=preprocessing,
+        batch_size=batch_size,
+        num_threads=num_threads,
+    )
+
+    def evaluate(trainable, frozen, model_state) -> Evaluation:
+        found, damaged = run_over(source, trainable, frozen, model_state)
+        summary = summarize(found["logits"], found["label"], source.class_names)
+        return Evaluation(found["logits"], found["label"], found["index"], summary, damaged)
+
+    return evaluate
+
+
+def make_run_over(
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    *,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    num_threads: int,
+) -> Callable[..., tuple[dict[str, np.ndarray], tuple[str, ...]]]:
+    """A function (source, trainable, frozen, model_state) -> (outputs, names of damaged images).
+
+    Outputs are those of `outputs_fn` for each image that can be read, in the source's order.
+    """
     devices = jax.device_count()
     batch_size = -(-batch_size // devices) * devices
     eval_step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
     place = sharding.make_batch_placer(mesh)
 
-    def evaluate(trainable, frozen, model_state) -> Evaluation:
+    def run_over(source: Source, trainable, frozen, model_state):
         damage = DamageLog()
         batches = make_eval_batches(
             source,
@@ -99,11 +130,9 @@ def make_evaluate(
         if not kept.any():
             raise UserError(f"{source.name}: not one of its {len(source)} images could be read")
         order = np.argsort(whole["index"][kept], kind="stable")
-        logits, labels, index = (whole[name][kept][order] for name in ("logits", "label", "index"))
-        summary = summarize(logits, labels, source.class_names)
-        return Evaluation(logits, labels, index, summary, damage.names)
+        return {name: array[kept][order] for name, array in whole.items()}, damage.names
 
-    return evaluate
+    return run_over
 
 
 def write_results(
@@ -287,6 +316,67 @@ def predict(
     path.parent.mkdir(parents=True, exist_ok=True)
     figures.draw_predictions(np.stack(views[:GRID]), None, probabilities[:GRID], class_names, path)
     print(f"wrote {path}")
+    return 0
+
+
+def frozen(config: ConfigDict, workdir: Path) -> int:
+    """--mode=frozen: what the weights' features are worth on a data set without any training.
+
+    Nearest neighbours and few-shot regression on the pooled features; also WORKDIR/frozen.json.
+
+    Raises:
+      UserError: no weights in the config, or bad input.
+    """
+    weights = setup.read_weights(config)
+    if weights is None:
+        raise UserError("--mode=frozen: set config.model.weights to the weights to evaluate")
+    train, held_out = setup.read_sources(config)
+    description = setup.describe(config, weights, train.class_names, headless=True)
+    model = setup.build_model(config, description)
+    mesh = sharding.make_mesh(**config.mesh)
+    size = description.preprocessing.image_size
+    params, model_state = setup.headless_parameters(config, model, size, mesh, weights)
+    run_over = make_run_over(
+        classification.make_outputs(setup.make_apply(model), lambda params: params),
+        mesh,
+        preprocessing=description.preprocessing,
+        batch_size=config.evaluate.batch_size,
+        num_threads=config.data.threads,
+    )
+    print(f"features: {weights.origin} on {len(train)} + {len(held_out)} images of {train.name}")
+    (found, _), (test, damaged) = (
+        run_over(source, params, {}, model_state) for source in (train, held_out)
+    )
+    features, labels, classes = found["logits"], found["label"], len(train.class_names)
+
+    def top1(predicted: np.ndarray) -> float:
+        return float((predicted == test["label"]).mean())
+
+    nearest = knn_predict(
+        features,
+        labels,
+        test["logits"],
+        num_classes=classes,
+        neighbors=config.evaluate.neighbors,
+    )
+    results = {f"{k} nearest neighbours": [top1(predicted)] for k, predicted in nearest.items()}
+    for shots in config.evaluate.shots:
+        choose = partial(few_shot_predict, features, labels, test["logits"], num_classes=classes)
+        seeds = range(config.seed, config.seed + config.evaluate.repeats)
+        results[f"{shots} images a class"] = [
+            top1(choose(shots=shots, seed=seed)) for seed in seeds
+        ]
+    if jax.process_index():
+        return 0
+    for name, accuracies in results.items():
+        spread = f" ± {np.std(accuracies):.4f}" if len(accuracies) > 1 else ""
+        print(f"  {name:24}  top1 {np.mean(accuracies):.4f}{spread}")
+    for name in damaged:
+        print(f"skipped a damaged image: {name}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    record = {"weights": weights.origin, "sha256": weights.sha256, "data": train.name}
+    write_json({**record, "features": features.shape[1], "top1": results}, workdir / "frozen.json")
+    print(f"wrote {workdir / 'frozen.json'}")
     return 0
 
 

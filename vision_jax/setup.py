@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from vision_jax import convert, optim, sharding, steps
 from vision_jax.config import read_json, write_json
 from vision_jax.convert import peft
-from vision_jax.data.sources import Source, read_source, split_source
+from vision_jax.data.sources import Source, read_source, split_source, subset
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, nearest
 from vision_jax.models import families
@@ -33,6 +33,7 @@ Flat = dict[str, Any]
 
 ADAPTER_COPY = "initial_adapter"  # in the workdir
 BEST_METRIC = "top1"  # what the best checkpoint is best at
+HEADS = tuple(f"{name}/{leaf}" for name in ("head", "head_dist") for leaf in ("kernel", "bias"))
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -93,8 +94,14 @@ def read_sources(config: ConfigDict) -> tuple[Source, Source]:
     """The training and the evaluation data, with the same class names."""
     train = read_source(config.data.train)
     if config.data.eval:
+        train = _subset(config, train)
         return train, read_source(config.data.eval, class_names=train.class_names)
-    return split_source(train, config.data.holdout, config.seed)
+    train, held_out = split_source(train, config.data.holdout, config.seed)
+    return _subset(config, train), held_out
+
+
+def _subset(config: ConfigDict, train: Source) -> Source:
+    return subset(train, config.data.subset, config.seed) if config.data.subset else train
 
 
 def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
@@ -116,9 +123,15 @@ def read_weights(config: ConfigDict) -> convert.Weights | None:
 
 
 def describe(
-    config: ConfigDict, weights: convert.Weights | None, class_names: tuple[str, ...]
+    config: ConfigDict,
+    weights: convert.Weights | None,
+    class_names: tuple[str, ...],
+    *,
+    headless: bool = False,
 ) -> Description:
     """Architecture and preprocessing: the weights' own, changed where the config says so.
+
+    `headless` leaves the head out: the model then gives its pooled features.
 
     Raises:
       UserError: neither the weights nor the config name an architecture, an unknown argument, or a
@@ -161,8 +174,9 @@ def describe(
     for name, given in (("mean", model.mean), ("std", model.std)):
         values = tuple(given or own.get(name) or arguments.get(name) or known.defaults[name])
         arguments[name] = _per_channel(f"config.model.{name}", values, arguments["in_channels"])
-    _check_head(model.reinitialize, arguments.get("num_classes"), len(class_names))
-    arguments["num_classes"] = len(class_names)
+    if not headless:
+        _check_head(model.reinitialize, arguments.get("num_classes"), len(class_names))
+    arguments["num_classes"] = 0 if headless else len(class_names)
     preprocessing = Preprocessing(
         image_size=tuple(size),
         mean=arguments["mean"],
@@ -297,22 +311,63 @@ def make_parameters(
       (trainable, frozen, model_state, paths initialized at random though weights were imported)
     """
     key = jax.random.key(config.seed)
+    params, model_state, fresh = _plain_parameters(
+        config, model, image_size, plan.shardings, mesh, weights
+    )
+    out = jax.tree.unflatten(jax.tree.structure(plan.like), list(plan.shardings.values()))
+    attached = jax.jit(
+        partial(_attach, config, model, adapter), donate_argnums=0, out_shardings=out
+    )(params, jax.random.fold_in(key, 1))
+    flat = paths.flatten(attached)
+    trainable, frozen = paths.partition(flat, set(plan.trainable))
+    return trainable, frozen, model_state, fresh if weights is not None else []
+
+
+def headless_parameters(
+    config: ConfigDict,
+    model: Any,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    weights: convert.Weights,
+) -> tuple[Any, Any]:
+    """(params, model_state) of a model without head, all from the weights."""
+    key = jax.random.key(0)
+    like = jax.eval_shape(lambda key: initialize(model, key, image_size), key)["params"]
+    shardings = sharding.parameter_shardings(paths.flatten(like), mesh, config.sharding_rules)
+    params, model_state, _ = _plain_parameters(
+        config, model, image_size, shardings, mesh, weights, headless=True
+    )
+    return params, model_state
+
+
+def _plain_parameters(
+    config: ConfigDict,
+    model: Any,
+    image_size: tuple[int, int],
+    shardings: Mapping[str, NamedSharding],
+    mesh: Mesh,
+    weights: convert.Weights | None,
+    headless: bool = False,
+) -> tuple[Any, Any, list[str]]:
+    """(params without adapters, model_state, paths that were initialized at random)."""
+    key = jax.random.key(config.seed)
     shapes = jax.eval_shape(lambda key: initialize(model, key, image_size), key)
     base, statistics = (paths.flatten(shapes.get(name, {})) for name in ("params", "batch_stats"))
-    shardings = {path: plan.shardings.get(path) or plan.shardings[f"{path}/base"] for path in base}
+    shardings = {path: shardings.get(path) or shardings[f"{path}/base"] for path in base}
     shardings |= dict.fromkeys(statistics, sharding.replicated(mesh))
     target = base | statistics  # their paths differ: mean, var and count are no parameters' names
 
     imported: dict[str, np.ndarray] = {}
     fresh = set(target)
     if weights is not None:
-        fresh = paths.select(target, config.model.reinitialize, field="config.model.reinitialize")
+        rules = () if headless else config.model.reinitialize
+        fresh = paths.select(target, rules, field="config.model.reinitialize")
         paths.select(weights.tensors, config.model.drop, field="config.model.drop")
         imported = convert.import_weights(
             weights,
             target,
             convert.arguments_of(model),
-            reinitialized=sorted(fresh),
+            reinitialized=HEADS if headless else sorted(fresh),
             dropped=config.model.drop,
         )
     names = sorted(fresh)
@@ -331,15 +386,10 @@ def make_parameters(
     }
     everything = {**placed, **made}
     params = paths.unflatten(shapes["params"], {path: everything[path] for path in base})
-    model_state = paths.unflatten(plan.model_state, {path: everything[path] for path in statistics})
-
-    out = jax.tree.unflatten(jax.tree.structure(plan.like), list(plan.shardings.values()))
-    attached = jax.jit(
-        partial(_attach, config, model, adapter), donate_argnums=0, out_shardings=out
-    )(params, jax.random.fold_in(key, 1))
-    flat = paths.flatten(attached)
-    trainable, frozen = paths.partition(flat, set(plan.trainable))
-    return trainable, frozen, model_state, names if weights is not None else []
+    model_state = paths.unflatten(
+        shapes.get("batch_stats", {}), {path: everything[path] for path in statistics}
+    )
+    return params, model_state, names
 
 
 def make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any, Any]:

@@ -76,6 +76,12 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     else:
         description = setup.describe(config, weights, train_source.class_names)
         adapter = setup.find_adapter(config)
+    channels = len(description.preprocessing.mean)
+    if config.augment.policy != "none" and channels != 3:
+        raise UserError(
+            f"config.augment.policy: {config.augment.policy} changes colors, and the model takes "
+            f"{channels} channels: set it to none"
+        )
     model = setup.build_model(config, description)
     image_size = description.preprocessing.image_size
     plan = setup.plan_parameters(config, model, image_size, mesh, adapter)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from vision_jax.data.decode import DamagedImageError, decode_image
+from vision_jax.data.decode import DamagedImageError, decode_array, decode_image
 
 # Pillow also warns about some of the damaged files and bombs made here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -246,3 +246,33 @@ def test_random_damage_raises_nothing_else():
             broken[rng.integers(len(data), size=3)] = rng.integers(0, 256, 3, np.uint8)
             with contextlib.suppress(DamagedImageError):
                 decode(broken.tobytes())
+
+
+def saved(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+def test_arrays_of_any_number_of_channels():
+    image = np.random.default_rng().integers(0, 256, (5, 4, 7), np.uint8)
+    np.testing.assert_array_equal(decode_array(saved(image), name="a.npy"), image)
+    np.testing.assert_array_equal(decode_array(saved(image[..., 0]), name="a.npy"), image[..., :1])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x93NUMPY damaged",
+        saved(np.zeros((2, 2, 3), np.float32)),
+        saved(np.zeros((2, 2, 2, 3), np.uint8)),
+        saved(np.zeros((0, 2, 3), np.uint8)),
+        saved(np.array([{}])),  # a pickle
+        saved(np.zeros((9, 9, 3), np.uint8))[:-50],
+    ],
+    ids=["empty", "damaged", "floats", "4 axes", "no pixels", "pickle", "cut short"],
+)
+def test_other_arrays_are_damaged_images(data):
+    with pytest.raises(DamagedImageError, match=r"^a\.npy: "):
+        decode_array(data, name="a.npy")

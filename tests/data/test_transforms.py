@@ -11,6 +11,7 @@ from vision_jax.data.transforms import (
     random_flip,
     random_resized_crop,
     resize,
+    to_channels,
 )
 from vision_jax.errors import UserError
 
@@ -156,3 +157,29 @@ def test_random_transforms_are_functions_of_the_generator():
     ):
         outs = [function(np.random.default_rng(seed)) for seed in (5, 5)]
         assert np.array_equal(*outs)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_channels_are_transformed_each_for_itself(crop_mode):
+    """Five channels get what each would get alone, and grey what color would."""
+    many = rng.integers(0, 256, (17, 30, 5), np.uint8)
+    five = preprocessing(mean=(0.2,) * 5, std=(1.0,) * 5, crop_pct=0.9, crop_mode=crop_mode)
+    one = preprocessing(mean=(0.2,), std=(1.0,), crop_pct=0.9, crop_mode=crop_mode)
+    whole = eval_transform(many, five)
+    assert whole.shape == (8, 8, 5)
+    for channel in range(5):
+        alone = eval_transform(many[..., channel : channel + 1], one)
+        np.testing.assert_array_equal(alone[..., 0], whole[..., channel])
+    three = preprocessing(mean=(0.2,) * 3, std=(1.0,) * 3, crop_pct=0.9, crop_mode=crop_mode)
+    color = eval_transform(many[..., :3], three)
+    np.testing.assert_array_equal(color, whole[..., :3])
+
+
+def test_color_becomes_luma_and_grey_becomes_color():
+    image = random_image(8, 8)
+    luma = np.asarray(Image.fromarray(image).convert("L"))
+    np.testing.assert_array_equal(to_channels(image, 1)[..., 0], luma)
+    np.testing.assert_array_equal(to_channels(luma[..., None], 3), np.stack([luma] * 3, -1))
+    assert to_channels(image, 3) is image
+    with pytest.raises(DamagedImageError, match="has 3 channels and the model takes 4"):
+        to_channels(image, 4)

@@ -1,4 +1,4 @@
-"""Image files, which may be hostile, to uint8[H, W, 3].
+"""Image files, which may be hostile, to uint8[H, W, 3]; .npy files to uint8[H, W, C].
 
 Every file becomes three channels as its author saw it: EXIF orientation applied, palettes and grey
 expanded, transparency composited on white, 16 bits scaled (not clipped) to 8.
@@ -59,6 +59,25 @@ def decode_image(
         raise
     except Exception as error:  # Pillow's parsers raise nearly every type on damaged files
         raise DamagedImageError(f"{name}: not a readable image ({error})") from error
+
+
+def decode_array(data: bytes, *, name: str) -> np.ndarray:
+    """Decode the bytes of a .npy file: images of any number of channels, for other sensors.
+
+    Returns uint8[H, W, C] of a file of uint8[H, W, C] or uint8[H, W]. Raises DamagedImageError for
+    anything else, or a damaged file.
+    """
+    if len(data) > MAX_BYTES:
+        raise DamagedImageError(f"{name}: {len(data)} bytes or more, over the limit of {MAX_BYTES}")
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy raises many types on damaged headers
+        raise DamagedImageError(f"{name}: not a readable .npy file ({error})") from error
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise DamagedImageError(f"{name}: not an array of uint8[H, W] or uint8[H, W, C]")
+    if 0 in array.shape:
+        raise DamagedImageError(f"{name}: an empty image, {array.shape}")
+    return array if array.ndim == 3 else array[..., None]
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

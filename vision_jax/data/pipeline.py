@@ -25,6 +25,7 @@ from vision_jax.data.transforms import (
     random_crop_padded,
     random_flip,
     random_resized_crop,
+    to_channels,
 )
 from vision_jax.errors import UserError
 
@@ -102,6 +103,7 @@ class _LoadForTraining:
     def _augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         size = self.preprocessing.image_size
         if self.crop == "random_resized":
+            image = to_channels(image, len(self.preprocessing.mean))
             interpolation = self.preprocessing.interpolation
             image = random_resized_crop(
                 image, rng, size, self.crop_scale, self.crop_ratio, interpolation
@@ -219,8 +221,9 @@ class _LoadForEvaluation:
     preprocessing: Preprocessing
 
     def __call__(self, row: int) -> tuple[dict[str, Any], Damaged | None]:
+        preprocessing = self.preprocessing
         blank = {
-            "image": np.zeros((*self.preprocessing.image_size, 3), np.uint8),
+            "image": np.zeros((*preprocessing.image_size, len(preprocessing.mean)), np.uint8),
             "label": np.int32(0),
             "index": np.int32(row),
             "mask": np.bool_(False),

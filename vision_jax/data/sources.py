@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from vision_jax.data.decode import MAX_BYTES, DamagedImageError, decode_image
+from vision_jax.data.decode import MAX_BYTES, DamagedImageError, decode_array, decode_image
 from vision_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy"}
+)
 MAX_INTEGER_LABEL = 1_000_000  # a slip of the pen in one label must not make 10¹² classes
 
 
@@ -47,7 +49,7 @@ class Source:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """{"image": uint8[H, W, 3], "label": int32, "index": int32 = i}.
+        """{"image": uint8[H, W, C], "label": int32, "index": int32 = i}.
 
         Raises DamagedImageError if the image can't be read.
         """
@@ -65,6 +67,8 @@ def read_source(spec: str, *, class_names: tuple[str, ...] | None = None) -> Sou
     With `class_names` (a training source's, or a checkpoint's) labels become positions in that
     tuple, matched by name. Raises UserError for what is missing, empty, unknown or out of range.
     """
+    if not spec:
+        raise UserError("no data: set config.data.train to a folder of class folders, for example")
     kind, _, rest = spec.partition(":")
     if kind == "embedded":
         return _read_npz(spec, ASSETS, rest, class_names)
@@ -191,7 +195,7 @@ class FileReader:
                 data = file.read(MAX_BYTES + 1)
         except OSError as error:
             raise DamagedImageError(f"{name}: can't be read ({error.strerror})") from error
-        return decode_image(data, name=name)
+        return (decode_array if name.endswith(".npy") else decode_image)(data, name=name)
 
     def example_name(self, row: int) -> str:
         return str(self.folder / self.paths[row])

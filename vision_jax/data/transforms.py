@@ -1,4 +1,4 @@
-"""Image geometry on the host: uint8[H, W, 3] in, uint8[h, w, 3] out.
+"""Image geometry on the host: uint8[H, W, C] in, uint8[h, w, C] out.
 
 Each function is pure; the random ones draw from the generator they are given. Resampling is
 Pillow's, antialiased, because that is what the weights of timm, torchvision and transformers saw.
@@ -34,7 +34,8 @@ class Preprocessing:
     the image is resized to floor(image_size / crop_pct) and the center is cut out, where "center"
     resizes the short side, "squash" both sides and "border" the long side (the rest is filled with
     the mean color). A transformers processor that resizes to (height, width) is "squash" with
-    `crop_pct` 1.0; one with a `shortest_edge` is "center" with crop_size / shortest_edge.
+    `crop_pct` 1.0; one with a `shortest_edge` is "center" with crop_size / shortest_edge. `mean`
+    has an entry for each channel that the model takes.
     """
 
     image_size: tuple[int, int]
@@ -57,17 +58,36 @@ class Preprocessing:
             raise UserError(f"preprocessing crop_pct {self.crop_pct}: use a number in (0, 1]")
 
 
+def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """uint8[H, W, C] → uint8[H, W, channels]: color to luma and grey to color, nothing else.
+
+    Luma is Pillow's (ITU-R 601-2). Raises DamagedImageError for other numbers of channels.
+    """
+    own = image.shape[2]
+    if own == channels:
+        return image
+    if (own, channels) == (3, 1):
+        return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    if own == 1:
+        return np.repeat(image, channels, axis=2)
+    raise DamagedImageError(
+        f"the image has {own} channels and the model takes {channels}: images of more than 3 are "
+        ".npy files, uint8[H, W, C]"
+    )
+
+
 def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and crop as timm does for evaluation, up to normalization, equal to the byte.
 
-    uint8[H, W, 3] → uint8[h, w, 3], (h, w) = preprocessing.image_size. Source: timm 1.0.31,
+    uint8[H, W, C] → uint8[h, w, len(mean)], (h, w) = preprocessing.image_size. Source: timm 1.0.31,
     data/transforms_factory.py `transforms_imagenet_eval`; torchvision's Resize and CenterCrop.
     """
     size = preprocessing.image_size
+    image = to_channels(image, len(preprocessing.mean))
     height, width = image.shape[:2]
     # timm floors a quotient of floats (224 / 0.9 → 248); the same expression gives the same floor.
     target_h, target_w = (math.floor(side / preprocessing.crop_pct) for side in size)
-    fill: tuple[int, ...] = (0, 0, 0)
+    fill: tuple[int, ...] = (0,)
     if preprocessing.crop_mode == "squash":
         resized = (target_h, target_w)
     elif preprocessing.crop_mode == "border":
@@ -86,7 +106,7 @@ def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
 
 
 def resize(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """uint8[H, W, 3] → uint8[h, w, 3], `size` = (h, w), with antialiasing."""
+    """uint8[H, W, C] → uint8[h, w, C], `size` = (h, w), with antialiasing."""
     height, width = size
     if (height, width) == image.shape[:2]:
         return image
@@ -94,18 +114,22 @@ def resize(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.n
         raise DamagedImageError(
             f"{image.shape[1]} × {image.shape[0]} pixels is too narrow to resize: crop it"
         )
-    resized = Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation])
-    return np.asarray(resized)
+    planes = [image] if image.shape[2] == 3 else list(image.transpose(2, 0, 1))
+    resized = [
+        np.asarray(Image.fromarray(plane).resize((width, height), INTERPOLATIONS[interpolation]))
+        for plane in planes
+    ]
+    return resized[0] if image.shape[2] == 3 else np.stack(resized, axis=-1)
 
 
 def center_crop(
-    image: np.ndarray, size: tuple[int, int], fill: tuple[int, ...] = (0, 0, 0)
+    image: np.ndarray, size: tuple[int, int], fill: tuple[int, ...] = (0,)
 ) -> np.ndarray:
     """Cut the central (h, w) out; a side that is too short is padded with `fill` first."""
     (height, width), (h, w) = image.shape[:2], size
     pad_h, pad_w = max(h - height, 0), max(w - width, 0)
     if pad_h or pad_w:
-        padded = np.empty((height + pad_h, width + pad_w, 3), np.uint8)
+        padded = np.empty((height + pad_h, width + pad_w, image.shape[2]), np.uint8)
         padded[:] = fill
         padded[pad_h // 2 : pad_h // 2 + height, pad_w // 2 : pad_w // 2 + width] = image
         image, (height, width) = padded, padded.shape[:2]
@@ -121,7 +145,7 @@ def random_resized_crop(
     ratio: tuple[float, float],
     interpolation: str,
 ) -> np.ndarray:
-    """A random window, resized: uint8[H, W, 3] → uint8[h, w, 3], `size` = (h, w).
+    """A random window, resized: uint8[H, W, C] → uint8[h, w, C], `size` = (h, w).
 
     The window's area is a fraction of the image in `scale`, its width / height is log-uniform in
     `ratio`. After 10 windows that don't fit, the largest central one within `ratio`. Source:
@@ -153,17 +177,18 @@ def _fallback_window(
 
 
 def random_crop_padded(image: np.ndarray, rng: np.random.Generator, padding: int) -> np.ndarray:
-    """Shift by up to `padding` pixels each way, black coming in: uint8[H, W, 3], same shape.
+    """Shift by up to `padding` pixels each way, black coming in: uint8[H, W, C], same shape.
 
     The usual augmentation for CIFAR-sized images (torchvision's RandomCrop with padding).
     """
     height, width = image.shape[:2]
-    padded = np.zeros((height + 2 * padding, width + 2 * padding, 3), np.uint8)
+    shape = (height + 2 * padding, width + 2 * padding, image.shape[2])
+    padded = np.zeros(shape, np.uint8)
     padded[padding : padding + height, padding : padding + width] = image
     top, left = rng.integers(2 * padding + 1), rng.integers(2 * padding + 1)
     return padded[top : top + height, left : left + width]
 
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirror left to right with probability 1/2: uint8[H, W, 3], same shape."""
+    """Mirror left to right with probability 1/2: uint8[H, W, C], same shape."""
     return image[:, ::-1] if rng.random() < 0.5 else image

@@ -67,7 +67,7 @@ def draw_predictions(
     are blue. At most the first 64 images are drawn.
 
     Args:
-      images: u8[N, H, W, 3].
+      images: u8[N, H, W, C].
       labels: int[N], or None where the truth is unknown.
       probabilities: f32[N, C].
       class_names: C names.
@@ -81,6 +81,8 @@ def draw_predictions(
         cell.set_axis_off()
     for index, cell in enumerate(cells[:shown]):
         image = images[index]
+        if image.shape[2] != 3:  # grey, or the first of many channels in color
+            image = image[..., :3] if image.shape[2] > 3 else image[..., :1].repeat(3, axis=2)
         tiny = min(image.shape[:2]) < 100  # pixels of such images are shown as squares
         cell.imshow(image, interpolation="nearest" if tiny else "antialiased")
         predicted = int(np.argmax(probabilities[index]))

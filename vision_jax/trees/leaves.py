@@ -127,7 +127,8 @@ def convolve(
     dropout_key: Array | None = None,
 ) -> Array:
     """Convolution of x[B, H, W, in] with kernel[h, w, in / groups, out], in x's dtype."""
-    product = partial(_convolution, tuple(strides), tuple((low, high) for low, high in padding), groups)
+    sides = tuple((low, high) for low, high in padding)
+    product = partial(_convolution, tuple(strides), sides, groups)
     return _multiply(product, x, kernel, dropout_key)
 
 
