@@ -17,7 +17,7 @@ from vision_jax.convert.read import Weights
 from vision_jax.convert.table import Table
 from vision_jax.convert.tables import find_table, infer_arguments, shapes_of, table_for_export
 from vision_jax.errors import UserError
-from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS
+from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, build_model
 
 
 def recognize(weights: Weights) -> tuple[str, dict[str, Any]]:
@@ -77,7 +77,7 @@ def import_weights(
     """
     table, own = _recognize(weights)
     wanted = {**own, **arguments}
-    stem = FAMILIES[table.family].model.stem  # type: ignore[attr-defined]
+    stem = build_model(table.family, **wanted).stem
 
     def adapt(path: str, array: np.ndarray) -> np.ndarray:
         if path == stem:

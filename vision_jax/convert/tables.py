@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vision_jax.convert import vit
+from vision_jax.convert import resnet, vit
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, without_prefix
 from vision_jax.errors import UserError
 
 # The first that matches is the one, so where one table's anchors contain another's it stands first.
-TABLES: tuple[Table, ...] = (*vit.TABLES,)
-ZOO: tuple[Entry, ...] = ()
+TABLES: tuple[Table, ...] = (*vit.TABLES, *resnet.TABLES)
+ZOO: tuple[Entry, ...] = (*resnet.ZOO,)
 
 CANDIDATES = 4  # named by the error for a file that none of the tables knows
 
@@ -63,7 +63,8 @@ def table_for_export(to: str, family: str, arguments: Arguments) -> Table:
     """
     for table in TABLES:
         if (table.source, table.family) == (to, family) and table.holds(arguments):
-            return table.with_prefix(table.prefixes[0])
+            bare = not arguments["num_classes"] and "" in table.prefixes
+            return table.with_prefix("" if bare else table.prefixes[0])
     able = sorted({t.source for t in TABLES if t.family == family and t.holds(arguments)})
     raise UserError(
         f"{to} has no {family} that is such a model: it can go to {', '.join(able) or 'none'}"

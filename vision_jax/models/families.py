@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from vision_jax.errors import UserError, nearest
-from vision_jax.models import vit
+from vision_jax.models import resnet, vit
 
 # Arguments that say how a model computes and not what it is; each run decides them for itself.
 RUN_ARGUMENTS = ("dtype", "remat", "scan", "dropout", "drop_path", "freeze_norm")
@@ -17,7 +17,7 @@ class Family:
 
     Attributes:
       model: its flax module. It takes `num_classes`, `in_channels`, `mean`, `std` and `dtype`, has
-        the class variable `stem` (path of the first convolution's kernel), the method
+        the attribute `stem` (path of the first convolution's kernel), the method
         `layer_of(path)` with the property `num_layers` for layer-wise rate decay, and the property
         `pyramid`: ((named feature, stride in pixels), ...) from fine to coarse, () without one.
       variant: arguments of a named variant, or None if the name is not one of this family's.
@@ -45,6 +45,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "vit": Family(vit.ViT, vit.variant),
+    "resnet": Family(resnet.ResNet, resnet.variant),
 }
 
 

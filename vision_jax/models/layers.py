@@ -141,6 +141,16 @@ def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
+def max_pool(x: jax.Array, size: int, strides: int, padding: int) -> jax.Array:
+    """Largest of size x size windows of x[B, H, W, C], `padding` on each side never the largest.
+
+    The padding is written out: exporters to ONNX get a padded pool wrong.
+    """
+    sides = (padding, padding)
+    x = jnp.pad(x, ((0, 0), sides, sides, (0, 0)), constant_values=jnp.finfo(x.dtype).min)
+    return nn.max_pool(x, (size, size), (strides, strides))
+
+
 def drop_path(x: jax.Array, rate: Any, key: jax.Array) -> jax.Array:
     """Stochastic depth: whole branches x[B, ...] of single images become zero, others grow."""
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))

@@ -1,0 +1,148 @@
+"""Any model of the zoo on any folder of images, with its family's known fine-tuning settings.
+
+Command:   python -m vision_jax.main --config=configs/transfer.py:timm/convnext_tiny.fb_in22k \\
+               --config.data.train=path/to/folder_of_class_folders
+Hardware:  one GPU or TPU for the larger ones; docs/zoo.md has each one's size and GFLOPs
+Expected:  depends on the data; first ask what the frozen features are worth:
+
+    python -m vision_jax.main --mode=frozen --config=configs/transfer.py:timm/convnext_tiny.fb_in22k \\
+        --config.data.train=path/to/folder_of_class_folders
+
+The name after the colon is one of docs/zoo.md, with or without timm's tag: timm/NAME[.TAG],
+torchvision/NAME, transformers/NAME. Weights of your own replace the published ones:
+--config.model.weights=FILE. A linear probe is --config.trainable="head/.*"
+--config.model.freeze_norm=True, LoRA on top of it --config.lora.rules=".*mlp/fc\\d/kernel".
+"""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from vision_jax.convert.tables import published
+
+
+class Settings(NamedTuple):
+    """What fine-tuning a family has been found to want, at batch 64."""
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    layer_decay: float
+    drop_path: float
+    mixup: float
+
+
+# Rates are scaled to batch 64, linearly for SGD and by the square root for AdamW.
+SETTINGS = {
+    # Transformers: MAE's and BEiT's fine-tuning (https://arxiv.org/abs/2111.06377, table 9).
+    "vit": Settings("adamw", 1e-4, 0.05, 0.75, 0.1, 0.0),
+    "beit": Settings("adamw", 1e-4, 0.05, 0.75, 0.1, 0.0),
+    # Swin from ImageNet-22k (https://arxiv.org/abs/2103.14030, appendix A2.1).
+    "swin": Settings("adamw", 5e-5, 1e-8, 0.9, 0.2, 0.0),
+    # ConvNeXt from ImageNet-22k (https://arxiv.org/abs/2201.03545, table 5).
+    "convnext": Settings("adamw", 5e-5, 1e-8, 0.8, 0.1, 0.0),
+    # Networks with BatchNorm: BiT's HyperRule (https://arxiv.org/abs/1912.11370, section 3.3), its
+    # mixup of 0.1 for middling data sets, and ImageNet's own weight decay.
+    "resnet": Settings("sgd", 1e-2, 1e-4, 1.0, 0.0, 0.1),
+    "regnet": Settings("sgd", 1e-2, 5e-5, 1.0, 0.0, 0.1),
+    "efficientnet": Settings("sgd", 1e-2, 1e-5, 1.0, 0.0, 0.1),
+}
+
+
+def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
+    """Every field there is; set one on the command line with --config.FIELD=VALUE."""
+    family, weights = published(name)
+    settings = SETTINGS[family]
+    config = ConfigDict()
+    config.seed = 0  # of initialization, data order, augmentation and dropout
+    config.batch_size = 64  # images per update, over all devices
+    config.total_steps = 2_000  # updates
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices: -1 takes what is left
+    config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
+    # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
+    config.trainable = (".*",)
+
+    config.model = model = ConfigDict()
+    # embedded:NAME, a .safetensors file, a folder in Hugging Face layout, hf://owner/name;
+    # "" starts from random initialization.
+    model.weights = weights
+    model.allow_pickle = False  # read .pth and .bin files too (needs torch; only if you trust them)
+    model.variant = ""  # such as "b/16", "resnet50"; "" takes the architecture from the weights
+    model.arguments = ()  # more of the model's, as ((name, value), ...)
+    model.reinitialize = ("head/.*",)  # paths not taken from the weights: another set of classes
+    model.drop = ()  # tensors of the weights to leave out on purpose: regexes over their own names
+    model.image_size = 0  # pixels a side; 0 takes the weights' own
+    model.mean = ()  # of the images in [0, 1], per channel; () takes the weights' own, or 0.5
+    model.std = ()
+    model.dtype = "float32"  # compute dtype; parameters are float32. bfloat16 on GPU and TPU
+    model.dropout = 0.0
+    model.drop_path = (
+        settings.drop_path
+    )  # stochastic depth of the last block; grows linearly up to it
+    model.freeze_norm = False  # BatchNorm keeps its running statistics in training
+    model.remat = False  # recompute activations in the backward pass: less memory, more time
+    model.scan = False  # one compiled block in a loop: quicker to compile, slightly slower to run
+
+    config.lora = lora = ConfigDict()
+    lora.rules = ()  # kernels that get an adapter: regexes over whole paths; () for none
+    lora.rank = 8
+    lora.alpha = 16.0  # the update is scaled by alpha / rank
+    lora.rank_stabilized = False  # by alpha / sqrt(rank) instead
+    lora.dropout = 0.0  # on the adapter's input
+    lora.dora = False  # train each output's magnitude too (DoRA)
+    lora.qkv_parts = ""  # "q,v": adapters of their own for these parts of the fused qkv kernel
+    lora.init_from = ""  # a folder with a PEFT adapter to start from, instead of rules
+
+    config.optim = optim = ConfigDict()
+    optim.name = settings.optimizer  # adamw, sgd, lars, lamb, lion, muon
+    optim.lr = settings.lr  # at batch 64
+    optim.schedule = "cosine"  # cosine, linear, constant; after the warm-up
+    optim.warmup_steps = 100
+    optim.weight_decay = (
+        settings.weight_decay
+    )  # on kernels and adapters, not on biases, norms and embeddings
+    optim.b1 = 0.9
+    optim.b2 = 0.999
+    optim.momentum = 0.9  # sgd, lars, muon
+    optim.clip_norm = 1.0  # largest global gradient norm; 0 turns clipping off
+    optim.layer_decay = (
+        settings.layer_decay
+    )  # each earlier layer's rate is this times the next one's
+    optim.accumulate = 1  # micro-batches per update
+    optim.ema_decay = 0.0  # moving average of what trains, used by evaluation; 0 for none
+
+    config.data = data = ConfigDict()
+    # embedded:NAME/SPLIT, a folder of class folders, a .csv or .jsonl of paths and labels,
+    # tfds:NAME/SPLIT, cifar10:DIR/SPLIT
+    data.train = ""
+    data.eval = ""  # "" holds out a share of data.train
+    data.holdout = 0.1  # that share
+    data.subset = 0  # train on this many images only, the classes in equal parts; 0 takes all
+    data.crop_pct = 0.0  # evaluation view: center crop of this share; 0 takes the weights' own
+    data.interpolation = ""  # bicubic, bilinear, ...; "" takes the weights' own
+    data.crop = "random_resized"  # training view: random_resized, pad (shift by 1/8) or none
+    data.crop_scale = (0.2, 1.0)  # area of a random_resized crop, as a share of the image
+    data.flip = True  # horizontally, half of the images
+    data.threads = 2  # that decode images
+    data.workers = 0  # processes that decode images; 0 uses threads alone
+    data.max_damaged = 0.01  # stop when a larger share of the images can't be read
+
+    config.augment = augment = ConfigDict()  # on the device
+    augment.policy = "none"  # none, rand (RandAugment), trivial (TrivialAugment)
+    augment.ops = 2  # of rand, per image
+    augment.magnitude = 9  # of rand, 0 to 30
+    augment.mixup = settings.mixup  # alpha; 0 turns it off
+    augment.cutmix = 0.0
+    augment.erasing = 0.0  # probability of random erasing
+    augment.label_smoothing = 0.1
+
+    config.evaluate = evaluate = ConfigDict()
+    evaluate.every = 100  # updates; the end of training always evaluates
+    evaluate.batch_size = 100
+    evaluate.neighbors = (1, 20)  # of --mode=frozen: the k of nearest neighbours
+    evaluate.shots = (1, 5, 10)  # and training images of each class
+    evaluate.repeats = 5  # and random choices of them
+
+    config.checkpoint_every = 100  # updates; evaluations are checkpointed too
+    config.log_every = 10  # updates between lines in metrics.jsonl
+    return config
