@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vision_jax.ops.position_embedding import resample_positions, resize_weights
+from vision_jax.ops.position_embedding import (
+    resample_positions,
+    resample_relative_positions,
+    resize_weights,
+)
 
 RNG = np.random.default_rng()
 
@@ -37,3 +41,17 @@ def test_the_same_grid_is_untouched():
 @pytest.mark.parametrize(("old", "new"), [(5, 9), (9, 5), (1, 4), (16, 37)])
 def test_a_constant_stays_constant(old, new):
     np.testing.assert_allclose(resize_weights(old, new).sum(axis=1), 1, rtol=1e-14)
+
+
+@pytest.mark.parametrize(("old", "new"), [((7, 7), (12, 12)), ((12, 12), (7, 7)), ((2, 5), (4, 3))])
+def test_relative_positions_keep_their_center_their_symmetry_and_the_extra_rows(old, new):
+    table = RNG.normal(size=((2 * old[0] - 1) * (2 * old[1] - 1) + 3, 2)).astype(np.float32)
+    ours = resample_relative_positions(table, old, new, num_extra=3)
+    assert ours.shape == ((2 * new[0] - 1) * (2 * new[1] - 1) + 3, 2)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours[-3:], table[-3:])
+    center, old_center = len(ours[:-3]) // 2, len(table[:-3]) // 2
+    np.testing.assert_array_equal(ours[center], table[old_center])
+    turned = resample_relative_positions(table[:-3][::-1], old, new)
+    np.testing.assert_allclose(turned, ours[:-3][::-1], rtol=1e-5, atol=1e-6)
+    assert resample_relative_positions(table, old, old, num_extra=3) is table

@@ -1,4 +1,4 @@
-"""Learned position embeddings on another grid of patches."""
+"""Learned position embeddings, absolute and relative, on another grid of patches."""
 
 import numpy as np
 
@@ -46,3 +46,52 @@ def resize_weights(old: int, new: int) -> np.ndarray:
     far = ((distances - 5) * distances + 8) * distances * CUBIC - 4 * CUBIC
     weights = np.where(distances < 1, near, np.where(distances < 2, far, 0.0))
     return weights / weights.sum(axis=1, keepdims=True)
+
+
+def resample_relative_positions(
+    table: np.ndarray,
+    old_window: tuple[int, int],
+    new_window: tuple[int, int],
+    num_extra: int = 0,
+) -> np.ndarray:
+    """Resamples a table of relative position biases for another window, as timm does.
+
+    timm 1.0 layers/pos_embed_rel.py `resize_rel_pos_bias_table`, after BEiT's fine-tuning code: the
+    old offsets are placed at distances that grow geometrically up to the largest new offset, so
+    that near offsets keep their meaning, and the biases between them are interpolated linearly.
+
+    Args:
+      table: f[(2·h - 1)·(2·w - 1) + num_extra, K], by rows of vertical offsets.
+      old_window: (h, w) in tokens.
+      new_window: (H, W).
+      num_extra: biases at the end that belong to no offset (to and from a class token); they stay.
+
+    Returns:
+      f[(2·H - 1)·(2·W - 1) + num_extra, K] in the dtype of `table`; the very array if the window is
+      the same.
+
+    >>> resample_relative_positions(np.arange(3.0).reshape(3, 1), (1, 2), (1, 3)).ravel()
+    array([0., 0., 1., 2., 2.])
+    """
+    if old_window == new_window:
+        return table
+    offsets, extra = np.split(table, [len(table) - num_extra])
+    old = tuple(2 * side - 1 for side in old_window)
+    rows, columns = (_offset_weights(*sides) for sides in zip(old_window, new_window, strict=True))
+    grid = offsets.reshape(*old, -1).astype(np.float64)  # [2h - 1, 2w - 1, K]
+    grid = np.einsum("Hh,hwk,Ww->HWk", rows, grid, columns, optimize=True)
+    grid = grid.reshape(rows.shape[0] * columns.shape[0], -1).astype(table.dtype)
+    return np.concatenate([grid, extra])
+
+
+def _offset_weights(old: int, new: int) -> np.ndarray:
+    """Matrix f64[2·new - 1, 2·old - 1] that interpolates along one side of the window."""
+    low, high = 1.01, 1.5  # the ratio of the progression, by bisection
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        reached = (1 - ratio ** (old - 1)) / (1 - ratio)
+        low, high = (low, ratio) if reached > new - 1 else (ratio, high)
+    distances = np.cumsum([1.0, *(ratio**step for step in range(1, old))])[: old - 1]
+    places = np.concatenate([-distances[::-1], [0.0], distances])  # of the old offsets
+    wanted = np.arange(1.0 - new, new)
+    return np.stack([np.interp(wanted, places, unit) for unit in np.eye(2 * old - 1)], axis=1)
