@@ -256,7 +256,7 @@ def export_tensors(params: Mapping[str, np.ndarray], rules: Rules) -> dict[str, 
         for name, array in zip(rule.names, arrays, strict=True):
             if name in tensors:
                 raise ValueError(f"the table writes tensor {name} twice: again from {rule.paths}")
-            tensors[name] = np.ascontiguousarray(array)
+            tensors[name] = np.asarray(array, order="C")  # keeps a scalar a scalar
         written.update(rule.paths)
     left = [path for path in params if path not in written]
     if left:

@@ -166,7 +166,7 @@ def write_safetensors(
       UserError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    content = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    content = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:

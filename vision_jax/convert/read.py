@@ -6,6 +6,7 @@ only when asked for by name, and then through torch's weights-only reader.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -306,16 +307,41 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 def _from_preprocessor(config: Mapping[str, Any]) -> dict[str, Any]:
     size, crop = _side(config.get("size")), _side(config.get("crop_size"))
     center = bool(config.get("do_center_crop")) and crop is not None
+    by_edges = isinstance(config.get("size"), dict) and "height" in config["size"]
     shortest = isinstance(config.get("size"), dict) and "shortest_edge" in config["size"]
-    crop_pct = crop[0] / size[0] if center and crop and size else 1.0
+    crop_pct = crop_share(crop[0], size[0]) if center and crop and size else 1.0
+    if shortest and size and isinstance(config.get("crop_pct"), int | float):
+        # ConvNextImageProcessor: `size` is what remains, and from 384 pixels on nothing is cut.
+        shortest = size[0] < 384
+        crop_pct = float(config["crop_pct"]) if shortest else 1.0
+    mode = "center" if shortest or (center and not by_edges) else "squash"
     normalize = config.get("do_normalize", True)
     return {
         "mean": config.get("image_mean") if normalize else [0.0] * 3,
         "std": config.get("image_std") if normalize else [1.0] * 3,
         "image_size": crop if center else size,
         "crop_pct": crop_pct,
-        "crop_mode": "center" if center or shortest else "squash",
+        "crop_mode": mode,
         "interpolation": PIL_FILTERS.get(config.get("resample", 2)),
+    }
+
+
+def crop_share(crop: int, resized: int) -> float:
+    """The share that a center crop keeps, such that floor(crop / share) is `resized` again."""
+    share = crop / resized
+    return math.nextafter(share, 0) if math.floor(crop / share) < resized else share
+
+
+def torchvision_preprocessing(preset: Any) -> dict[str, Any]:
+    """Preprocessing of a torchvision.transforms._presets.ImageClassification."""
+    (crop,), (resized,) = preset.crop_size, preset.resize_size
+    return {
+        "image_size": (crop, crop),
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+        "crop_pct": crop_share(crop, resized),
+        "crop_mode": "center",
+        "interpolation": preset.interpolation.value,
     }
 
 

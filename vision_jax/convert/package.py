@@ -1,0 +1,214 @@
+"""The way back: a folder that timm, torchvision or transformers load, strictly and by themselves."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vision_jax.convert.engine import Rule
+from vision_jax.convert.load import export_weights, write_safetensors
+from vision_jax.convert.npz import write_npz
+from vision_jax.convert.read import CONFIG_FILE, PIL_FILTERS, PREPROCESSOR_FILE, WEIGHTS_FILE
+from vision_jax.convert.table import Arguments, Table
+from vision_jax.convert.tables import table_for_export
+from vision_jax.errors import UserError
+
+NPZ_FILE = "model.npz"
+RESAMPLE = {name: number for number, name in PIL_FILTERS.items()}
+
+
+def write_package(
+    folder: Path,
+    params: Mapping[str, Any],
+    family: str,
+    arguments: Arguments,
+    *,
+    to: str,
+    class_names: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Writes weights, config and preprocessing as the library `to` saves them; returns the files.
+
+    timm loads the folder with `timm.create_model("local-dir:FOLDER", pretrained=True)` and
+    transformers with `AutoModelForImageClassification.from_pretrained(FOLDER)`; for torchvision
+    config.json names the builder and its arguments.
+
+    Args:
+      folder: made if it is not there.
+      params: plain arrays by path, BatchNorm statistics among them (adapters merged).
+      family: of the model.
+      arguments: all of the model's.
+      to: "timm", "torchvision", "transformers" or "npz".
+      class_names: by label.
+      preprocessing: image_size (height, width), mean, std, crop_pct, crop_mode, interpolation.
+
+    Raises:
+      UserError: the library has no such model or preprocessing, or the folder cannot be written.
+    """
+    table = table_for_export(to, family, arguments)
+    if to == "torchvision" and arguments["in_channels"] != 3:
+        raise UserError("torchvision's builders take images of 3 channels: use --to=timm")
+    tensors, header = export_weights(
+        params,
+        family,
+        arguments,
+        to=to,
+        class_names=class_names,
+        preprocessing=preprocessing,
+    )
+    files: dict[str, dict[str, Any]] = {}
+    if to == "timm":
+        files[CONFIG_FILE] = _timm_config(table, arguments, class_names, preprocessing)
+    elif to == "torchvision":
+        files[CONFIG_FILE] = _torchvision_config(table, arguments, class_names)
+        if preprocessing:
+            files[PREPROCESSOR_FILE] = _torchvision_transform(preprocessing)
+    elif to == "transformers":
+        files[CONFIG_FILE] = _transformers_config(table, arguments, class_names)
+        if preprocessing:
+            files[PREPROCESSOR_FILE] = _processor_config(preprocessing)
+    folder.mkdir(parents=True, exist_ok=True)
+    if to == "npz":
+        write_npz(folder / NPZ_FILE, tensors)
+        return [folder / NPZ_FILE]
+    write_safetensors(folder / WEIGHTS_FILE, tensors, header)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    return [folder / WEIGHTS_FILE, *(folder / name for name in files)]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a written folder."""
+    return json.loads((folder / CONFIG_FILE).read_text())
+
+
+def _timm_config(
+    table: Table,
+    arguments: Arguments,
+    class_names: Sequence[str] | None,
+    preprocessing: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    config = dict(table.config(arguments))
+    given = dict(config.get("model_args", {}))
+    if arguments["in_channels"] != 3:
+        given["in_chans"] = arguments["in_channels"]
+    names = {
+        path: rule.names[0].removesuffix(".weight")
+        for rule in table.rules(arguments)
+        if isinstance(rule, Rule)
+        for path in rule.paths
+    }
+    pretrained: dict[str, Any] = {
+        "num_classes": arguments["num_classes"],
+        "first_conv": names.get(_stem(table, arguments)),
+        "classifier": names.get("head/kernel"),
+        "fixed_input_size": "image_size" in arguments,
+        "mean": list(arguments["mean"]),
+        "std": list(arguments["std"]),
+        "custom_load": False,
+    }
+    if preprocessing:
+        pretrained |= {
+            "input_size": [arguments["in_channels"], *preprocessing["image_size"]],
+            "crop_pct": preprocessing["crop_pct"],
+            "crop_mode": preprocessing["crop_mode"],
+            "interpolation": preprocessing["interpolation"],
+        }
+    config |= {"num_classes": arguments["num_classes"], "model_args": given}
+    if class_names:
+        config["label_names"] = list(class_names)
+    return config | {"pretrained_cfg": pretrained}
+
+
+def _stem(table: Table, arguments: Arguments) -> str:
+    from vision_jax.models.families import build_model
+
+    return build_model(table.family, **arguments).stem
+
+
+def _torchvision_config(
+    table: Table, arguments: Arguments, class_names: Sequence[str] | None
+) -> dict[str, Any]:
+    config = dict(table.config(arguments))
+    kwargs = {**config.get("kwargs", {}), "num_classes": arguments["num_classes"]}
+    names = {"class_names": list(class_names)} if class_names else {}
+    return {"library": "torchvision", **config, "kwargs": kwargs, **names}
+
+
+def _torchvision_transform(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of torchvision.transforms._presets.ImageClassification."""
+    height, width = preprocessing["image_size"]
+    if height != width or preprocessing["crop_mode"] != "center":
+        raise UserError("torchvision's transform crops squares from the center: use --to=timm")
+    return {
+        "crop_size": height,
+        "resize_size": math.floor(height / preprocessing["crop_pct"]),
+        "mean": list(preprocessing["mean"]),
+        "std": list(preprocessing["std"]),
+        "interpolation": preprocessing["interpolation"],
+    }
+
+
+def _transformers_config(
+    table: Table, arguments: Arguments, class_names: Sequence[str] | None
+) -> dict[str, Any]:
+    config = dict(table.config(arguments))
+    config |= {"num_channels": arguments["in_channels"], "dtype": "float32"}
+    if count := arguments["num_classes"]:
+        names = list(class_names) if class_names else [f"LABEL_{i}" for i in range(count)]
+        config["id2label"] = {str(index): name for index, name in enumerate(names)}
+        config["label2id"] = {name: index for index, name in enumerate(names)}
+    return config
+
+
+def _processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """preprocessor_config.json: the processor class that resizes and crops as the model needs."""
+    height, width = preprocessing["image_size"]
+    config: dict[str, Any] = {
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing["mean"]),
+        "image_std": list(preprocessing["std"]),
+        "resample": RESAMPLE[preprocessing["interpolation"]],
+    }
+    if preprocessing["crop_mode"] == "squash" and preprocessing["crop_pct"] == 1:
+        size = {"height": height, "width": width}
+        return {"image_processor_type": "ViTImageProcessor", **config, "size": size}
+    if preprocessing["crop_mode"] == "center" and height == width:
+        return {
+            "image_processor_type": "BitImageProcessor",
+            **config,
+            "size": {"shortest_edge": math.floor(height / preprocessing["crop_pct"])},
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+        }
+    raise UserError(
+        "transformers has no processor that prepares images so (crop_mode "
+        f"{preprocessing['crop_mode']!r}, {height} x {width} pixels): use --to=timm"
+    )
+
+
+def preprocessing_of(arguments: Arguments, own: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Complete preprocessing of imported weights: what they say, and timm's defaults elsewhere."""
+    own = own or {}
+    size = own.get("image_size") or arguments.get("image_size")
+    if size is None:
+        return None
+    return {
+        "image_size": tuple(size),
+        "mean": tuple(arguments["mean"]),
+        "std": tuple(arguments["std"]),
+        "crop_pct": own.get("crop_pct") or 0.875,
+        "crop_mode": own.get("crop_mode") or "center",
+        "interpolation": own.get("interpolation") or "bicubic",
+    }
+
+
+def as_numpy(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Host arrays by path."""
+    return {path: np.asarray(array) for path, array in params.items()}

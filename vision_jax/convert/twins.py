@@ -1,0 +1,323 @@
+"""PyTorch twins: the same architecture in the library it comes from, with every statistic random.
+
+The one module of the package that imports torch, timm, torchvision and transformers (extra
+`parity`); nothing else imports it but `certify`.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torchvision
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+from vision_jax.convert.load import recognize, write_safetensors
+from vision_jax.convert.package import read_config, write_package
+from vision_jax.convert.read import read_preprocessing, read_weights, torchvision_preprocessing
+from vision_jax.convert.table import Entry, Table
+from vision_jax.convert.tables import find_table, infer_arguments
+from vision_jax.errors import UserError
+from vision_jax.models.families import FAMILIES
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+
+@dataclass
+class Twin:
+    """A PyTorch model.
+
+    Attributes:
+      source: "timm", "torchvision" or "transformers".
+      module: the model, in evaluation mode.
+      build: what the source calls it.
+      arguments: what it was built with.
+    """
+
+    source: str
+    module: torch.nn.Module
+    build: str
+    arguments: dict[str, Any]
+
+    def save(self, folder: Path) -> str:
+        """Writes its file as the library itself does; returns what `read_weights` takes."""
+        if self.source == "timm":
+            given = {k: v for k, v in self.arguments.items() if k != "num_classes"}
+            save_for_hf(
+                self.module, folder, model_config={"model_args": given}, safe_serialization=True
+            )
+        elif self.source == "transformers":
+            self.module.save_pretrained(folder)
+        else:
+            tensors = {k: v.numpy() for k, v in self.module.state_dict().items()}
+            write_safetensors(folder / "model.safetensors", tensors)
+            return str(folder / "model.safetensors")
+        return str(folder)
+
+    def outputs(
+        self, images: np.ndarray, modules: Mapping[str, str] = {}, **keywords: Any
+    ) -> dict[str, np.ndarray]:
+        """The logits and named intermediates for normalized images f[B, H, W, C].
+
+        Args:
+          images: normalized, in the precision to compute in.
+          modules: {name: module whose output it is}.
+          keywords: for the model's forward.
+        """
+        seen: dict[str, np.ndarray] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                seen[name] = tensor_of(output).numpy().copy()
+
+            return hook
+
+        hooks = [
+            self.module.get_submodule(path).register_forward_hook(keep(name))
+            for name, path in modules.items()
+        ]
+        module = self.module.to(getattr(torch, str(images.dtype)))
+        with torch.no_grad():
+            output = module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), **keywords)
+        for hook in hooks:
+            hook.remove()
+        seen["logits"] = result_of(output, self.module).numpy()
+        self.module.float()
+        return seen
+
+
+def tensor_of(output: Any) -> torch.Tensor:
+    """The tensor of a module's output, whatever it is wrapped in."""
+    while not isinstance(output, torch.Tensor):
+        output = output[0]
+    return output.detach()
+
+
+def result_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
+    """Logits of a classifier, or the pooled features of a bare model."""
+    if isinstance(output, torch.Tensor):
+        return output.detach()
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name).detach().flatten(1)
+    return output.last_hidden_state[:, 0].detach()  # an encoder without pooling: its class token
+
+
+def build_twin(entry: Entry, *, reduced: bool = True) -> Twin:
+    """The twin of a variant, with its initial weights; giants in reduced depth if asked."""
+    given = {**dict(entry.arguments), **(dict(entry.reduced) if reduced else {})}
+    return make_twin(entry.source, entry.build, given)
+
+
+def make_twin(source: str, build: str, arguments: Mapping[str, Any]) -> Twin:
+    """A model by its source's own name and arguments.
+
+    Args:
+      source: "timm", "torchvision", "transformers", or "npz" for a timm model whose weights travel
+        in big_vision's files.
+      build: an architecture of timm's, a builder of torchvision's, a class of transformers'.
+      arguments: keywords of the builder; for transformers of the config.
+    """
+    arguments = dict(arguments)
+    if source in ("timm", "npz"):
+        module = timm.create_model(build, **arguments)
+    elif source == "torchvision":
+        module = torchvision.models.get_model(build, weights=None, **arguments)
+    else:
+        model_class = getattr(transformers, build)
+        config = model_class.config_class(**arguments)
+        module = model_class._from_config(config, **_attention(model_class))
+    return Twin(source, module.eval(), build, arguments)
+
+
+def _attention(model_class: Any) -> dict[str, str]:
+    # The plain form rounds its softmax to float32, in float64 too.
+    return {"attn_implementation": "sdpa"} if model_class._supports_sdpa else {}
+
+
+def rebuild(
+    table: Table,
+    family: str,
+    arguments: Mapping[str, Any],
+    params: Mapping[str, np.ndarray],
+    preprocessing: Mapping[str, Any] | None,
+    folder: Path,
+) -> Twin:
+    """The model that the source library makes of what we write, loaded with strict=True.
+
+    Raises:
+      RuntimeError: the library finds a tensor missing, unexpected or of another shape.
+    """
+    write_package(folder, params, family, arguments, to=table.source, preprocessing=preprocessing)
+    if table.source == "npz":
+        raise RuntimeError("only a source")
+    config = read_config(folder)
+    if table.source == "transformers":
+        model_class = getattr(transformers, config["architectures"][0])
+        module, report = model_class.from_pretrained(
+            folder, output_loading_info=True, **_attention(model_class)
+        )
+        wrong = {kind: names for kind, names in report.items() if names}
+        if wrong:
+            raise RuntimeError(f"transformers finds {wrong}")
+        return Twin("transformers", module.eval(), config["architectures"][0], {})
+    if table.source == "torchvision":
+        twin = make_twin("torchvision", config["model"], config["kwargs"])
+    else:
+        given = {**config["model_args"], "num_classes": config["num_classes"]}
+        twin = make_twin("timm", config["architecture"], given)
+    twin.module.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return twin
+
+
+def load_weights(twin: Twin, path: Path) -> None:
+    """Loads a file into the twin, strictly.
+
+    Raises:
+      UserError: the file is not this model's.
+    """
+    tensors = {k: torch.from_numpy(v) for k, v in read_weights(str(path)).tensors.items()}
+    try:
+        twin.module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} is not for {twin.build}: {str(error).splitlines()[-1]}") from None
+
+
+def license_of(entry: Entry) -> str:
+    """The license of timm's published weights, from its own metadata; "" where it names none."""
+    if entry.source != "timm":
+        return ""
+    return str(timm.get_pretrained_cfg(entry.build).license or "")
+
+
+def full_arguments(entry: Entry) -> tuple[str, dict[str, Any]]:
+    """(family, arguments) of a giant in its whole depth, from shapes alone."""
+    if entry.source == "transformers":
+        twin = build_twin(entry)
+        with tempfile.TemporaryDirectory() as folder:
+            family, arguments = recognize(read_weights(twin.save(Path(folder))))
+        whole = getattr(transformers, entry.build).config_class(**dict(entry.arguments))
+        if "depths" in arguments:
+            return family, {**arguments, "depths": tuple(whole.depths)}
+        return family, {**arguments, "depth": whole.num_hidden_layers}
+    with torch.device("meta"):
+        twin = build_twin(entry, reduced=False)
+    shapes = {name: tuple(value.shape) for name, value in twin.module.state_dict().items()}
+    config = {"architecture": entry.build, "model_args": dict(entry.arguments)}
+    pool = getattr(twin.module, "global_pool", None)
+    if isinstance(pool, str):
+        config["global_pool"] = pool
+    table = find_table(shapes)
+    arguments = infer_arguments(table, shapes, {"config": config})
+    return table.family, {**FAMILIES[table.family].defaults, **arguments}
+
+
+@dataclass
+class Reference:
+    """A source's own preprocessing.
+
+    Attributes:
+      name: what it is.
+      ours: what we read of it: the fields of `Preprocessing`.
+      transform: uint8[H, W, 3] -> f32[h, w, 3], normalized.
+    """
+
+    name: str
+    ours: dict[str, Any]
+    transform: Callable[[np.ndarray], np.ndarray]
+
+
+def preprocessing(entry: Entry, twin: Twin) -> Reference | None:
+    """What the source does to an image, and what we understand of it."""
+    if entry.source == "timm":
+        config = timm.data.resolve_data_config({}, model=twin.module)
+        if config["input_size"][0] != 3:
+            return None
+        transform = timm.data.create_transform(**config)
+        metadata = {"config": {"pretrained_cfg": {**config, "input_size": [*config["input_size"]]}}}
+        return Reference(
+            "timm create_transform",
+            read_preprocessing(metadata) or {},
+            lambda image: transform(Image.fromarray(image)).permute(1, 2, 0).numpy(),
+        )
+    if entry.source == "torchvision":
+        weights = torchvision.models.get_model_weights(entry.build).DEFAULT
+        preset = weights.transforms()
+        return Reference(
+            f"torchvision {weights}, Pillow",
+            torchvision_preprocessing(preset),
+            lambda image: preset(Image.fromarray(image)).permute(1, 2, 0).numpy(),
+        )
+    if entry.source == "transformers":
+        kind = twin.module.config.model_type
+        kind = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}.get(kind, kind)
+        kind = {"dinov2_with_registers": "dinov2"}.get(kind, kind)
+        name = IMAGE_PROCESSOR_MAPPING_NAMES[kind]["pil"]
+        processor = getattr(transformers, name)()
+        return Reference(
+            f"transformers {name}, defaults",
+            read_preprocessing({"preprocessor": json.loads(processor.to_json_string())}) or {},
+            lambda image: processor(Image.fromarray(image), return_tensors="np")["pixel_values"][
+                0
+            ].transpose(1, 2, 0),
+        )
+    return None
+
+
+def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Every parameter and statistic random, of order one, so that no term hides behind a zero.
+
+    BatchNorm's running statistics are those of random activations, disturbed by a third: the
+    network stays well-conditioned at any depth, and each statistic has a value of its own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator)
+
+    for name, parameter in module.named_parameters():
+        value = noise(parameter)
+        if name.endswith(("logit_scale",)):
+            value = 1 + 0.3 * value
+        elif parameter.ndim >= 2 and "emb" not in name and "token" not in name:
+            value *= max(parameter[0].numel(), 1) ** -0.5
+        elif parameter.ndim == 1 and name.endswith((".weight", "gamma", "lambda1")):
+            value = 1 + 0.3 * value
+        else:
+            value *= 0.3
+        parameter.data = value.to(parameter.dtype)
+    return module
+
+
+def randomize_statistics(twin: Twin, image_size: tuple[int, int], channels: int, seed: int) -> None:
+    """Random BatchNorm statistics for a randomized twin (see `randomize`)."""
+    norms = [m for m in twin.module.modules() if getattr(m, "running_var", None) is not None]
+    if not norms:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    images = torch.randn((4, channels, *image_size), generator=generator)
+    with torch.no_grad():
+        twin.module(images)
+    for norm in norms:
+        norm.eval()
+        norm.momentum = 0.1
+        width = norm.running_var.shape
+        spread = norm.running_var.sqrt() + 1e-3
+        norm.running_mean += 0.3 * spread * torch.randn(width, generator=generator)
+        norm.running_var += 1e-3
+        norm.running_var *= 1 + 0.3 * (2 * torch.rand(width, generator=generator) - 1)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(int(torch.randint(1, 10**6, (), generator=generator)))
