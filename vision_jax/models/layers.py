@@ -136,9 +136,13 @@ class BatchNorm(nn.Module):
         return (wide * gain.reshape(shape) + shift.reshape(shape)).astype(self.dtype)
 
 
-def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.LayerNorm:
+def layer_norm(
+    name: str, epsilon: float, dtype: Any, scale_init: Initializer = nn.initializers.ones
+) -> nn.LayerNorm:
     """LayerNorm with the two-pass variance, as torch computes it."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+    return nn.LayerNorm(
+        epsilon=epsilon, use_fast_variance=False, dtype=dtype, scale_init=scale_init, name=name
+    )
 
 
 def max_pool(x: jax.Array, size: int, strides: int, padding: int) -> jax.Array:
