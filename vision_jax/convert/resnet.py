@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from vision_jax.convert.engine import CONV, Rule, affine, batch_norm, one
-from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
+from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, count_blocks
 from vision_jax.errors import UserError
 from vision_jax.models.resnet import BASIC, BOTTLENECK, VARIANTS, ResNet
 
@@ -101,21 +101,11 @@ def _transformers_rules(arguments: Arguments) -> list[Rule]:
     return [*rules, *affine("classifier.1", "head")]
 
 
-def _depths(shapes: Shapes, pattern: str) -> tuple[int, ...]:
-    """Blocks of each stage, from names that a pattern with (stage, block) matches."""
-    found: dict[int, int] = {}
-    for name in shapes:
-        if match := re.fullmatch(pattern, name):
-            stage, block = int(match[1]), int(match[2])
-            found[stage] = max(found.get(stage, 0), block + 1)
-    return tuple(found[stage] for stage in sorted(found))
-
-
 def _from_timm(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     architecture = str(metadata.get("config", {}).get("architecture", "")).split(".")[0]
     if re.search(_TIMM_OTHER, architecture):
         raise UserError(f"timm's {architecture} computes otherwise than a ResNet: not supported")
-    depths = _depths(shapes, r"layer(\d)\.(\d+)\.conv1\.weight")
+    depths = count_blocks(shapes, r"layer(\d)\.(\d+)\.conv1\.weight")
     bottleneck = "layer1.0.conv3.weight" in shapes
     last = "conv3" if bottleneck else "conv2"
     outputs = [shapes[f"layer{stage + 1}.0.{last}.weight"][0] for stage in range(len(depths))]
@@ -142,7 +132,7 @@ def _from_timm(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
 def _from_transformers(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     config = metadata.get("config", {})
     block = r"encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.0\.convolution\.weight"
-    depths = _depths(shapes, block)
+    depths = count_blocks(shapes, block)
     first = "encoder.stages.{}.layers.0.layer.{}.convolution.weight"
     bottleneck = first.format(0, 2) in shapes
     outputs = [shapes[first.format(s, 2 if bottleneck else 1)][0] for s in range(len(depths))]

@@ -5,6 +5,7 @@ transformers or somebody else's files name it. A table is data and three functio
 arguments, which say all that importing, exporting and certifying need.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,6 +135,16 @@ class Entry:
     def source(self) -> str:
         """The library."""
         return self.name.partition("/")[0]
+
+
+def count_blocks(shapes: Shapes, pattern: str) -> tuple[int, ...]:
+    """Blocks of each stage, in order, from names that a pattern with (stage, block) matches."""
+    found: dict[int, int] = {}
+    for name in shapes:
+        if match := re.fullmatch(pattern, name):
+            stage, block = int(match[1]), int(match[2])
+            found[stage] = max(found.get(stage, 0), block + 1)
+    return tuple(found[stage] for stage in sorted(found))
 
 
 def pair(size: Any, name: str) -> tuple[int, int]:

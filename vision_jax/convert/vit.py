@@ -166,7 +166,6 @@ _TEXT_TOWER = (r"text_model\..*", r"text_projection\..*", "logit_scale", "logit_
 _INDICES = r"{p}embeddings\.position_ids"
 
 
-
 def adapt(path: str, array: np.ndarray, own: Arguments, wanted: Arguments) -> np.ndarray:
     """Position embeddings for another image size, resampled as timm does."""
     if path != "pos_embed" or own["image_size"] == wanted["image_size"]:

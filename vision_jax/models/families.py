@@ -5,10 +5,8 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from vision_jax.errors import UserError, nearest
-from vision_jax.models import resnet, vit
-
-# Arguments that say how a model computes and not what it is; each run decides them for itself.
-RUN_ARGUMENTS = ("dtype", "remat", "scan", "dropout", "drop_path", "freeze_norm")
+from vision_jax.models import convnext, resnet, vit
+from vision_jax.models.layers import RUN_ARGUMENTS as RUN_ARGUMENTS
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "vit": Family(vit.ViT, vit.variant),
+    "convnext": Family(convnext.ConvNeXt, convnext.variant),
     "resnet": Family(resnet.ResNet, resnet.variant),
 }
 

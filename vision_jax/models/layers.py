@@ -26,6 +26,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu6": nn.relu6,
 }
 
+# Arguments that say how a model computes and not what it is; each run decides them for itself.
+RUN_ARGUMENTS = ("dtype", "remat", "scan", "dropout", "drop_path", "freeze_norm")
+
 # Keys for the adapters' input dropout arrive in this collection, in training only.
 ADAPTER_KEYS = "adapter"
 
