@@ -8,7 +8,7 @@ import re
 from functools import partial
 from typing import Any
 
-from vision_jax.convert.engine import CONV, COPY, LINEAR, Layout, Rule, affine, norm, one
+from vision_jax.convert.engine import CONV, COPY, LINEAR, POINTWISE, Layout, Rule, affine, norm, one
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, count_blocks
 from vision_jax.errors import UserError
 from vision_jax.models.convnext import VARIANTS, ConvNeXt
@@ -16,10 +16,6 @@ from vision_jax.models.layers import RUN_ARGUMENTS
 
 _OTHER = r"_rms|zepto|^test_"  # other norms or activations
 _TORCHVISION = ("tiny", "small", "base", "large")
-# [out, in, 1, 1] of a 1 x 1 convolution, [in, out].
-_POINTWISE = Layout(
-    lambda xs: [x[:, :, 0, 0].T for x in xs], lambda xs: [x.T[:, :, None, None] for x in xs]
-)
 _PER_CHANNEL = Layout(
     lambda xs: [x[:, 0, 0] for x in xs], lambda xs: [x[:, None, None] for x in xs]
 )
@@ -29,7 +25,7 @@ _LAST_AXIS = Layout(
 
 
 def _timm_rules(a: Arguments) -> list[Rule]:
-    mlp = _POINTWISE if a["conv_mlp"] else LINEAR
+    mlp = POINTWISE if a["conv_mlp"] else LINEAR
     rules: list[Rule] = []
     if a["stem_widths"]:
         rules += affine("stem.0", "stem_conv_0", CONV) + affine("stem.1", "stem_conv_1", CONV)

@@ -58,6 +58,8 @@ class Fixed:
 COPY = _each(lambda x: x, lambda x: x)
 LINEAR = _each(lambda x: x.swapaxes(-1, -2), lambda x: x.swapaxes(-1, -2))  # [out, in], [in, out]
 CONV = _each(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW, HWIO
+# [out, in, 1, 1] of a 1 x 1 convolution, [in, out].
+POINTWISE = _each(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
 COUNT = _each(lambda x: x, lambda x: x.astype(np.int64))  # torch counts in 64 bits
 ADD_1 = _each(lambda x: x[None], lambda x: x[0])  # [N, D], [1, N, D]
 ADD_2 = _each(lambda x: x[None, None], lambda x: x[0, 0])  # [D], [1, 1, D]

@@ -270,6 +270,8 @@ TABLES = (
         arguments=_from_transformers,
         rules=_transformers_rules,
         prefixes=("resnet.", ""),
+        # A bare RegNet names alike; its stem is 3 x 3.
+        recognizes=lambda shapes: shapes["embedder.embedder.convolution.weight"][2] == 7,
         holds=partial(_holds, "transformers"),
         config=_transformers_config,
         modules=partial(_modules, "transformers"),

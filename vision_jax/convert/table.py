@@ -137,13 +137,16 @@ class Entry:
         return self.name.partition("/")[0]
 
 
-def count_blocks(shapes: Shapes, pattern: str) -> tuple[int, ...]:
-    """Blocks of each stage, in order, from names that a pattern with (stage, block) matches."""
+def count_blocks(shapes: Shapes, pattern: str, first: int = 0) -> tuple[int, ...]:
+    """Blocks of each stage, in order, from names that a pattern with (stage, block) matches.
+
+    `first` is the number that the file gives to a stage's first block.
+    """
     found: dict[int, int] = {}
     for name in shapes:
         if match := re.fullmatch(pattern, name):
             stage, block = int(match[1]), int(match[2])
-            found[stage] = max(found.get(stage, 0), block + 1)
+            found[stage] = max(found.get(stage, 0), block + 1 - first)
     return tuple(found[stage] for stage in sorted(found))
 
 

@@ -3,13 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vision_jax.convert import convnext, resnet, vit
+from vision_jax.convert import convnext, regnet, resnet, swin, vit
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, without_prefix
 from vision_jax.errors import UserError
 
 # The first that matches is the one, so where one table's anchors contain another's it stands first.
-TABLES: tuple[Table, ...] = (*vit.TABLES, *resnet.TABLES, *convnext.TABLES)
-ZOO: tuple[Entry, ...] = (*resnet.ZOO, *convnext.ZOO)
+TABLES: tuple[Table, ...] = (
+    *vit.TABLES,
+    *resnet.TABLES,
+    *regnet.TABLES,
+    *convnext.TABLES,
+    *swin.TABLES,
+)
+ZOO: tuple[Entry, ...] = (*resnet.ZOO, *regnet.ZOO, *convnext.ZOO, *swin.ZOO)
 
 CANDIDATES = 4  # named by the error for a file that none of the tables knows
 
