@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import numpy as np
@@ -125,14 +126,21 @@ def make_twin(source: str, build: str, arguments: Mapping[str, Any]) -> Twin:
     Args:
       source: "timm", "torchvision", "transformers", or "npz" for a timm model whose weights travel
         in big_vision's files.
-      build: an architecture of timm's, a builder of torchvision's, a class of transformers'.
+      build: an architecture of timm's, a builder of torchvision's or the path of a class of its
+        own ("torchvision.models...", also among the arguments), a class of transformers'.
       arguments: keywords of the builder; for transformers of the config.
     """
     arguments = dict(arguments)
     if source in ("timm", "npz"):
         module = timm.create_model(build, **arguments)
     elif source == "torchvision":
-        module = torchvision.models.get_model(build, weights=None, **arguments)
+        parts = {
+            k: locate(v) if str(v).startswith("torchvision.") else v for k, v in arguments.items()
+        }
+        if build.startswith("torchvision."):
+            module = locate(build)(**parts)  # a class, where no builder has such an architecture
+        else:
+            module = torchvision.models.get_model(build, weights=None, **parts)
     else:
         model_class = getattr(transformers, build)
         config = model_class.config_class(**arguments)
