@@ -352,17 +352,16 @@ def _from_timm_config(config: Mapping[str, Any], version: int, stages: int) -> d
         raise UserError(f"config.json: global_pool {pool!r}: this model has avg")
     if "img_size" in given:
         said["image_size"] = pair(given["img_size"], "img_size")
-    if "window_size" in given:
-        said["windows"] = _stage_windows(given["window_size"], stages)
     if "pretrained_window_sizes" in given:
         said["pretrained_windows"] = _pretrained_windows(given["pretrained_window_sizes"])
     if "act_layer" in given:
         said["activation"] = _activation(given["act_layer"], {name: name for name in _ACTIVATIONS})
-    windows = said.get("windows", ())
-    if len(set(windows)) == 1:  # one for all stages, however many
-        said["windows"] = windows[:1] * stages
-    elif windows and len(windows) != stages:
-        raise UserError(f"config.json: {len(windows)} windows for {stages} stages")
+    if "window_size" in given:
+        said["windows"] = _stage_windows(given["window_size"], stages)
+    elif len(set(said.get("windows", ()))) == 1:  # one for all stages, however many
+        said["windows"] = said["windows"][:1] * stages
+    if "windows" in said and len(said["windows"]) != stages:
+        raise UserError(f"config.json: {len(said['windows'])} windows for {stages} stages")
     return said
 
 
