@@ -76,9 +76,7 @@ def compile_step(loss_fn, trainable, frozen, batch):
     """The compiled step and its abstract state."""
     tx = optax.adamw(1e-3)
     step = steps.make_train_step(loss_fn, tx, seed=0, schedule=lambda step: 1e-3)
-    state = jax.eval_shape(
-        lambda t: steps.make_state(t, {}, tx=tx, ema=False), trainable
-    )
+    state = jax.eval_shape(lambda t: steps.make_state(t, {}, tx=tx, ema=False), trainable)
     return step.lower(state, frozen, batch).compile(), state
 
 

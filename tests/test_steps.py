@@ -23,9 +23,7 @@ def squared_error(trainable, frozen, model_state, batch, key):
 
 def make(loss_fn=squared_error, *, tx=None, ema_decay=0.0, **arguments):
     tx = tx or optax.sgd(0.1)
-    state = steps.make_state(
-        {"w": jnp.asarray([1.0, -2.0, 3.0])}, {}, tx=tx, ema=ema_decay > 0
-    )
+    state = steps.make_state({"w": jnp.asarray([1.0, -2.0, 3.0])}, {}, tx=tx, ema=ema_decay > 0)
     step = steps.make_train_step(
         loss_fn, tx, seed=3, schedule=lambda step: 0.1, ema_decay=ema_decay, **arguments
     )
@@ -138,9 +136,7 @@ def test_model_state_goes_from_one_micro_batch_to_the_next():
         return loss, ({"seen": model_state["seen"] + batch["y"].sum()}, metrics)
 
     tx = optax.sgd(0.1)
-    state = steps.make_state(
-        {"w": jnp.zeros(3)}, {"seen": jnp.zeros(())}, tx=tx, ema=False
-    )
+    state = steps.make_state({"w": jnp.zeros(3)}, {"seen": jnp.zeros(())}, tx=tx, ema=False)
     step = steps.make_train_step(counting, tx, seed=0, schedule=lambda step: 0.1, accumulate=4)
     state, _ = step(state, FROZEN, BATCH)
     np.testing.assert_allclose(state.model_state["seen"], Y.sum(), rtol=1e-5, atol=1e-6)

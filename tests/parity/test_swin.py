@@ -376,6 +376,10 @@ def test_what_cannot_be_known_or_is_another_model_is_an_error(tmp_path):
     complaint(first, named | {"model_args": {"global_pool": "max"}}, "global_pool 'max'")
     complaint(first, named | {"model_args": {"window_size": [7, 7, 7]}}, "3 windows for 4 stages")
     complaint(first, named | {"model_args": {"window_size": "7"}}, "is not one or two sizes")
+    for wrong in (None, 0, [7.5], {"h": 7}):
+        complaint(first, named | {"model_args": {"window_size": wrong}}, "config.json")
+        wrong = {"pretrained_window_sizes": {"h": 7}, "window_size": 7}
+        complaint(shapes, named | {"model_args": wrong}, "not square windows")
     damaged = {key: shape for key, shape in first.items() if "layers.3.blocks.0.mlp.fc2" not in key}
     complaint(damaged, named, "nothing for stage_3/block_0/mlp/fc2/kernel")
     other, _ = meta("swinv2_cr_tiny_224")

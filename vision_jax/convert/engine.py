@@ -52,7 +52,9 @@ class Fixed:
         value = self.make()
         if tensor.shape != value.shape:
             return False
-        return bool(np.array_equal(tensor, value) if self.exact else np.allclose(tensor, value))
+        if self.exact:
+            return bool(np.array_equal(tensor, value))
+        return bool(np.allclose(tensor, value, rtol=0.01, atol=0.01))  # files in half precision
 
 
 COPY = _each(lambda x: x, lambda x: x)

@@ -168,19 +168,22 @@ def _rules(names: Names, library: str, arguments: Arguments) -> Rules:
             rules += affine(name + names.proj, f"{path}/attn/proj")
             for index in (0, 1):
                 rules += affine(name + names.mlp[index], f"{path}/mlp/fc{index + 1}")
-            attention = _attention_v1 if arguments["version"] == 1 else _attention_v2
-            rules += attention(names, library, name, f"{path}/attn")
-            rules += _fixed(names, library, name, stages[s].size, arguments, s)
+            if arguments["version"] == 1:
+                rules += _attention_v1(names, name, f"{path}/attn")
+            else:
+                rules += _attention_v2(names, name, f"{path}/attn", library)
+            prefix = f"{name}{names.attention}."
+            rules += _fixed(prefix, stages[s].size, arguments, s, library == "torchvision")
     return [*rules, *norm(names.norm, "norm"), *affine(names.head, "head")]
 
 
-def _attention_v1(names: Names, library: str, name: str, path: str) -> tuple[Rule, ...]:
+def _attention_v1(names: Names, name: str, path: str) -> tuple[Rule, ...]:
     parts = [name + part for part in names.qkv]
     qkv = fused(parts, f"{path}/qkv") if len(parts) == 3 else affine(parts[0], f"{path}/qkv")
     return (*qkv, *one(name + names.table, f"{path}/relative_position_bias_table"))
 
 
-def _attention_v2(names: Names, library: str, name: str, path: str) -> tuple[Rule, ...]:
+def _attention_v2(names: Names, name: str, path: str, library: str) -> tuple[Rule, ...]:
     parts = [name + part for part in names.qkv]
     cpb = name + names.cpb_mlp
     if len(parts) == 3:
@@ -200,29 +203,23 @@ def _attention_v2(names: Names, library: str, name: str, path: str) -> tuple[Rul
 
 
 def _fixed(
-    names: Names, library: str, name: str, window: Sides, arguments: Arguments, stage: int
+    prefix: str, window: Sides, arguments: Arguments, stage: int, torchvision: bool
 ) -> list[Fixed]:
-    """Indices and offsets, which torchvision's files have, and older ones of the others."""
-    whole = library == "torchvision"
+    """Indices and offsets: torchvision's files have them, of the others' only older ones."""
 
     def index() -> np.ndarray:
         found = position_index(window)
-        return found.reshape(-1) if whole else found
+        return found.reshape(-1) if torchvision else found
 
     def offsets() -> np.ndarray:
-        return position_offsets(window, _pretrained(arguments, stage))[None]
+        given = arguments["pretrained_windows"]
+        return position_offsets(window, given[stage] if given else 0)[None]
 
-    prefix = f"{name}{names.attention}."
-    fixed = [Fixed(f"{prefix}relative_position_index", index, written=whole)]
+    fixed = [Fixed(f"{prefix}relative_position_index", index, written=torchvision)]
     if arguments["version"] == 2:
-        table = f"{prefix}relative_coords_table"
-        fixed.append(Fixed(table, offsets, exact=False, written=whole))
+        name = f"{prefix}relative_coords_table"
+        fixed.append(Fixed(name, offsets, exact=False, written=torchvision))
     return fixed
-
-
-def _pretrained(arguments: Arguments, stage: int) -> int:
-    given = arguments["pretrained_windows"]
-    return given[stage] if given else 0
 
 
 def _plan(arguments: Arguments, library: str | None = None) -> tuple[Windows, ...]:
@@ -252,18 +249,19 @@ def _arguments(names: Names, library: str, shapes: Shapes, metadata: Metadata) -
         "pretrained_windows": (),
     }
     ours = tree_shapes(shapes, fill_prefix(_rules(names, library, sketch), ""))
-    config = metadata.get("config", {})
+    config, stages = metadata.get("config", {}), len(depths)
+    said: dict[str, Any] = {}
     if library == "transformers":
-        said = _from_transformers_config(config)
-    else:
-        said = _from_timm_config(config, version, len(depths)) if library == "timm" else {}
+        said = _from_transformers_config(config, stages)
+    elif library == "timm":
+        said = _from_timm_config(config, stages)
 
     tall, wide, channels, width = _shape(ours, "patch_embed/kernel", 4)
-    if tall != wide:
+    if tall != wide or not tall:
         raise UserError(f"patches of {tall} x {wide} pixels: only squares are known")
     counted = "relative_position_bias_table" if version == 1 else "logit_scale"
-    counts = [_shape(ours, f"stage_{s}/block_0/attn/{counted}", 1) for s in range(len(depths))]
-    hidden = _shape(ours, f"stage_{len(depths) - 1}/block_0/mlp/fc2/kernel", 2)
+    counts = [_shape(ours, f"stage_{s}/block_0/attn/{counted}", 2) for s in range(stages)]
+    hidden = _shape(ours, f"stage_{stages - 1}/block_0/mlp/fc2/kernel", 2)
     found: dict[str, Any] = {
         "num_classes": ours["head/kernel"][1] if "head/kernel" in ours else 0,
         "in_channels": channels,
@@ -278,7 +276,7 @@ def _arguments(names: Names, library: str, shapes: Shapes, metadata: Metadata) -
         "pretrained_windows": said.get("pretrained_windows", ()),
     }
     found |= {name: said[name] for name in ("activation", "layer_norm_eps") if name in said}
-    sides = [_window(names, shapes, s, version) for s in range(len(depths))]
+    sides = [_window(names, shapes, s) for s in range(stages)]
     image_size, windows = _sizes(said, sides, found)
     return {**found, "image_size": image_size, "windows": windows}
 
@@ -291,12 +289,12 @@ def _shape(shapes: Shapes, path: str, ndim: int) -> tuple[int, ...]:
 
 def _ratio(hidden: int, width: int) -> float:
     """A ratio that gives `hidden` when its product with the width is rounded down."""
-    ratio = hidden / width
+    ratio = hidden / max(width, 1)
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _window(names: Names, shapes: Shapes, stage: int, version: int) -> Sides | None:
-    """A stage's window as far as tensors say it: a square one from v1's table, or any in v2."""
+def _window(names: Names, shapes: Shapes, stage: int) -> Sides | None:
+    """A stage's window as far as tensors say it: any from v2's offsets, a square one of v1's."""
     block = names.at(names.block, stage).replace("{p}", "")
     offsets = shapes.get(f"{block}.{names.attention}.relative_coords_table", ())
     if len(offsets) == 4:
@@ -334,7 +332,7 @@ def _sizes(
     return (natural[0], natural[1]), tuple(side for side in sides if side)
 
 
-def _from_timm_config(config: Mapping[str, Any], version: int, stages: int) -> dict[str, Any]:
+def _from_timm_config(config: Mapping[str, Any], stages: int) -> dict[str, Any]:
     name = str(config.get("architecture", "")).split(".")[0]
     named = VARIANTS.get(name, {})
     taken = ("image_size", "windows", "pretrained_windows")
@@ -365,14 +363,14 @@ def _from_timm_config(config: Mapping[str, Any], version: int, stages: int) -> d
     return said
 
 
-def _from_transformers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _from_transformers_config(config: Mapping[str, Any], stages: int) -> dict[str, Any]:
     if config.get("use_absolute_embeddings"):
         raise UserError("config.json: a Swin with absolute position embeddings is not supported")
     said: dict[str, Any] = {}
     if "image_size" in config:
         said["image_size"] = pair(config["image_size"], "image_size")
     if "window_size" in config:
-        said["windows"] = _stage_windows(config["window_size"], len(config.get("depths", ())) or 4)
+        said["windows"] = _stage_windows(config["window_size"], stages)
     if "pretrained_window_sizes" in config:
         said["pretrained_windows"] = _pretrained_windows(config["pretrained_window_sizes"])
     if "layer_norm_eps" in config:
@@ -384,19 +382,19 @@ def _from_transformers_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _activation(name: Any, known: Mapping[str, str]) -> str:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"config.json: activation {name!r} is none of {', '.join(known)}")
     return known[name]
 
 
 def _stage_windows(given: Any, stages: int) -> tuple[Sides, ...]:
     """Each stage's window from one size, one (rows, columns), or one of either for each stage."""
-    single = isinstance(given, int) or (len(given) == 2 and isinstance(given[0], int))
-    return tuple(pair(side, "window_size") for side in ([given] * stages if single else given))
+    staged = isinstance(given, list | tuple) and not (len(given) == 2 and isinstance(given[0], int))
+    return tuple(pair(side, "window_size") for side in (given if staged else [given] * stages))
 
 
 def _pretrained_windows(given: Any) -> tuple[int, ...]:
-    if not all(isinstance(side, int) for side in given):
+    if not isinstance(given, list | tuple) or not all(isinstance(side, int) for side in given):
         raise UserError(f"config.json: pretrained_window_sizes {given!r} are not square windows")
     return tuple(given) if any(given) else ()
 
@@ -554,18 +552,16 @@ def _table(library: str, kind: str, names: Names, *anchors: str, **arguments: An
     )
 
 
-def _transformers_table(kind: str, names: Names, anchor: str, written: int | None) -> Table:
-    """The table of a model type; exports of version `written` are in its naming."""
+def _transformers_table(kind: str, prefix: str, names: Names, anchor: str, version: int) -> Table:
+    """A table of transformers'; exports of a version are in its naming, of 0 none."""
     return _table(
         "transformers",
         kind,
         names,
         f"{names.at(names.block, 0)}.{anchor}",
-        prefixes=(f"{kind}.", ""),
+        prefixes=(prefix, ""),
         dropped=(r"{p}embeddings\.mask_token", r"decoder\..*"),  # of masked image modeling
-        holds=lambda arguments: (
-            arguments["version"] == written and _holds("transformers", arguments)
-        ),
+        holds=lambda a: a["version"] == version and _holds("transformers", a),
         config=_transformers_config,
     )
 
@@ -592,9 +588,9 @@ TABLES = (
         holds=partial(_holds, "torchvision"),
         config=_torchvision_config,
     ),
-    _transformers_table("swin", _TRANSFORMERS, _TRANSFORMERS.table, 1),
-    _transformers_table("swin", _IN_MEMORY, _IN_MEMORY.table, None),
-    _transformers_table("swinv2", _TRANSFORMERS, "attention.self.logit_scale", 2),
+    _transformers_table("swin", "swin.", _TRANSFORMERS, _TRANSFORMERS.table, 1),
+    _transformers_table("swin in memory", "swin.", _IN_MEMORY, _IN_MEMORY.table, 0),
+    _transformers_table("swinv2", "swinv2.", _TRANSFORMERS, "attention.self.logit_scale", 2),
 )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vision_jax.convert import convnext, regnet, resnet, swin, vit
+from vision_jax.convert import convnext, efficientnet, regnet, resnet, swin, vit
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, without_prefix
 from vision_jax.errors import UserError
 
@@ -12,10 +12,11 @@ TABLES: tuple[Table, ...] = (
     *vit.TABLES,
     *resnet.TABLES,
     *regnet.TABLES,
+    *efficientnet.TABLES,
     *convnext.TABLES,
     *swin.TABLES,
 )
-ZOO: tuple[Entry, ...] = (*resnet.ZOO, *regnet.ZOO, *convnext.ZOO, *swin.ZOO)
+ZOO: tuple[Entry, ...] = (*resnet.ZOO, *regnet.ZOO, *efficientnet.ZOO, *convnext.ZOO, *swin.ZOO)
 
 CANDIDATES = 4  # named by the error for a file that none of the tables knows
 

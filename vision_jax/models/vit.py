@@ -41,6 +41,7 @@ SIZES = {
 }
 PATCHES = (8, 14, 16, 32)
 
+
 def variant_arguments(variant: str) -> dict[str, Any]:
     """Arguments of a named variant: "b/16" -> width, depth, num_heads, mlp_width, patch_size.
 
