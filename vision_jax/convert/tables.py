@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vision_jax.convert import convnext, efficientnet, regnet, resnet, swin, vit
+from vision_jax.convert import beit, convnext, efficientnet, regnet, resnet, swin, vit
+from vision_jax.convert.files import Tensors
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, without_prefix
 from vision_jax.errors import UserError
 
 # The first that matches is the one, so where one table's anchors contain another's it stands first.
 TABLES: tuple[Table, ...] = (
+    *beit.TABLES,
     *vit.TABLES,
     *resnet.TABLES,
     *regnet.TABLES,
@@ -16,7 +18,14 @@ TABLES: tuple[Table, ...] = (
     *convnext.TABLES,
     *swin.TABLES,
 )
-ZOO: tuple[Entry, ...] = (*resnet.ZOO, *regnet.ZOO, *efficientnet.ZOO, *convnext.ZOO, *swin.ZOO)
+ZOO: tuple[Entry, ...] = (
+    *beit.ZOO,
+    *resnet.ZOO,
+    *regnet.ZOO,
+    *efficientnet.ZOO,
+    *convnext.ZOO,
+    *swin.ZOO,
+)
 
 CANDIDATES = 4  # named by the error for a file that none of the tables knows
 
@@ -79,7 +88,9 @@ def table_for_export(to: str, family: str, arguments: Arguments) -> Table:
 
 
 def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name."""
+    """Shapes by name; tensors of a file are not read for it."""
+    if isinstance(tensors, Tensors):
+        return tensors.shapes
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

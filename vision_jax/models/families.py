@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from vision_jax.errors import UserError, nearest
-from vision_jax.models import convnext, efficientnet, regnet, resnet, swin, vit
+from vision_jax.models import beit, convnext, efficientnet, regnet, resnet, swin, vit
 from vision_jax.models.layers import RUN_ARGUMENTS as RUN_ARGUMENTS
 
 
@@ -43,6 +43,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "vit": Family(vit.ViT, vit.variant),
+    "beit": Family(beit.Beit, beit.variant),
     "convnext": Family(convnext.ConvNeXt, convnext.variant),
     "efficientnet": Family(efficientnet.EfficientNet, efficientnet.variant),
     "regnet": Family(regnet.RegNet, regnet.variant),
