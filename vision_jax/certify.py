@@ -76,7 +76,7 @@ def certify(entry: Entry, weights: str | None = None, *, seed: int = 0) -> dict[
         "title": entry.title,
         "source": entry.source,
         "build": entry.build,
-        "reduced": {name: value for name, value in reduced.items()},
+        "reduced": reduced,
         "published": entry.published,
         "license": entry.license or twins.license_of(entry),
         "versions": {"vision_jax": vision_jax.__version__, "python": platform.python_version()}
@@ -125,7 +125,7 @@ def certify_twin(
 
         exporting = table_for_export(twin.source, family, arguments)
         channels = arguments["in_channels"]
-        images = np.random.default_rng(seed).random((2, *image_size, channels))
+        images = twins.sample_images(2, image_size, channels, seed + 1)
         errors, agreement = {}, 1.0
         for dtype in BARS:
             theirs = twin.outputs(
@@ -532,7 +532,6 @@ def _check_libraries() -> None:
         import transformers
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'vision_jax[parity]'") from None
-    assert timm and torch and torchvision and transformers
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -138,7 +138,8 @@ def make_twin(source: str, build: str, arguments: Mapping[str, Any]) -> Twin:
             k: locate(v) if str(v).startswith("torchvision.") else v for k, v in arguments.items()
         }
         if build.startswith("torchvision."):
-            module = locate(build)(**parts)  # a class, where no builder has such an architecture
+            # A class, where no builder has such an architecture.
+            module = cast(Any, locate(build))(**parts)
         else:
             module = torchvision.models.get_model(build, weights=None, **parts)
     else:
@@ -282,11 +283,27 @@ def preprocessing(entry: Entry, twin: Twin) -> Reference | None:
     return None
 
 
-def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Every parameter and statistic random, of order one, so that no term hides behind a zero.
+def sample_images(
+    count: int, image_size: tuple[int, int], channels: int, seed: int
+) -> np.ndarray:
+    """Images f64[B, H, W, C] in [0, 1] with noise of all scales, as photos have it.
 
-    BatchNorm's running statistics are those of random activations, disturbed by a third: the
-    network stays well-conditioned at any depth, and each statistic has a value of its own.
+    Of white noise all places look alike to deep layers, and a norm would divide by next to nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scales = (1, 2, 4, 8, 16, 32, 64, 128)
+    total = torch.zeros((count, channels, *image_size), dtype=torch.float64)
+    for cells in scales:
+        noise = torch.randn((count, channels, cells, cells), generator=generator).double()
+        total += torch.nn.functional.interpolate(noise, image_size, mode="bilinear")
+    return torch.sigmoid(total / len(scales) ** 0.5).permute(0, 2, 3, 1).numpy()
+
+
+def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Every parameter random and of order one, so that no term hides behind a zero.
+
+    BatchNorm's are such that most activations are on: a deep random network that centers them is
+    chaotic, in any library (https://arxiv.org/abs/1902.08129), and its float32 is noise.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -304,28 +321,41 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
         else:
             value *= 0.3
         parameter.data = value.to(parameter.dtype)
+    for norm in batch_norms(module):
+        norm.weight.data *= 0.7
+        norm.bias.data = 1 + 0.5 / 0.3 * norm.bias.data
     return module
 
 
+def batch_norms(module: torch.nn.Module) -> list[Any]:
+    """The modules with running statistics."""
+    return [m for m in module.modules() if getattr(m, "running_var", None) is not None]
+
+
 def randomize_statistics(twin: Twin, image_size: tuple[int, int], channels: int, seed: int) -> None:
-    """Random BatchNorm statistics for a randomized twin (see `randomize`)."""
-    norms = [m for m in twin.module.modules() if getattr(m, "running_var", None) is not None]
+    """Random BatchNorm statistics for a randomized twin (see `randomize`).
+
+    One pass over random images sets each norm's from what reaches it, behind norms that are
+    disturbed already; otherwise the disturbances would add up from layer to layer.
+    """
+    norms = batch_norms(twin.module)
     if not norms:
         return
     generator = torch.Generator().manual_seed(seed)
-    for norm in norms:
-        norm.train()
-        norm.momentum = 1.0
-    images = torch.randn((4, channels, *image_size), generator=generator)
-    with torch.no_grad():
-        twin.module(images)
-    for norm in norms:
-        norm.eval()
-        norm.momentum = 0.1
+
+    def disturb(norm: Any, inputs: Any) -> None:
+        var, mean = torch.var_mean(inputs[0], (0, 2, 3))
+        spread = (var + 0.03 * inputs[0].square().mean((0, 2, 3)) + 0.01 * var.mean()).sqrt()
         width = norm.running_var.shape
-        spread = norm.running_var.sqrt() + 1e-3
-        norm.running_mean += 0.3 * spread * torch.randn(width, generator=generator)
-        norm.running_var += 1e-3
-        norm.running_var *= 1 + 0.3 * (2 * torch.rand(width, generator=generator) - 1)
+        norm.running_mean = mean + 0.3 * spread * torch.randn(width, generator=generator)
+        norm.running_var = spread**2 * (1 + 0.3 * (2 * torch.rand(width, generator=generator) - 1))
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.fill_(int(torch.randint(1, 10**6, (), generator=generator)))
+
+    hooks = [norm.register_forward_pre_hook(disturb) for norm in norms]
+    images = 4 * (sample_images(4, image_size, channels, seed) - 0.5)
+    images = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
+    with torch.no_grad():
+        twin.module(images)
+    for hook in hooks:
+        hook.remove()
