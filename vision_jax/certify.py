@@ -113,6 +113,7 @@ def certify_twin(
         folder = Path(directory)
         (folder / "source").mkdir()
         weights = convert.read_weights(twin.save(folder / "source"))
+        sha256 = weights.sha256  # while the file is there
         family, arguments = convert.recognize(weights)
         table = find_table({name: x.shape for name, x in weights.tensors.items()})
         target = _target(family, arguments, image_size)
@@ -169,7 +170,7 @@ def certify_twin(
     return {
         "family": family,
         "arguments": arguments,
-        "sha256": weights.sha256,
+        "sha256": sha256,
         "errors": errors,
         "worst": worst,
         "top1_agreement": agreement,

@@ -20,6 +20,7 @@ TABLES: tuple[Table, ...] = (
 )
 ZOO: tuple[Entry, ...] = (
     *beit.ZOO,
+    *vit.ZOO,
     *resnet.ZOO,
     *regnet.ZOO,
     *efficientnet.ZOO,

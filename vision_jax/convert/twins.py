@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
+from vision_jax.convert.engine import Rule
 from vision_jax.convert.load import recognize, write_safetensors
-from vision_jax.convert.package import read_config, write_package
+from vision_jax.convert.package import NPZ_FILE, read_config, write_package
 from vision_jax.convert.read import read_preprocessing, read_weights, torchvision_preprocessing
 from vision_jax.convert.table import Entry, Table
 from vision_jax.convert.tables import find_table, infer_arguments
@@ -39,7 +40,7 @@ class Twin:
     """A PyTorch model.
 
     Attributes:
-      source: "timm", "torchvision" or "transformers".
+      source: "timm", "torchvision", "transformers" or "npz".
       module: the model, in evaluation mode.
       build: what the source calls it.
       arguments: what it was built with.
@@ -59,6 +60,8 @@ class Twin:
             )
         elif self.source == "transformers":
             self.module.save_pretrained(folder)
+        elif self.source == "npz":
+            return str(_save_npz(self.module, folder))
         else:
             tensors = {k: v.numpy() for k, v in self.module.state_dict().items()}
             write_safetensors(folder / "model.safetensors", tensors)
@@ -88,6 +91,10 @@ class Twin:
             for name, path in modules.items()
         ]
         module = self.module.to(getattr(torch, str(images.dtype)))
+        if isinstance(module, transformers.ViTMAEModel):
+            # It shuffles the patches by the order of the noise: sorted noise leaves them alone.
+            patches = module.embeddings.patch_embeddings.num_patches
+            keywords["noise"] = torch.linspace(0, 1, patches).expand(len(images), -1)
         with torch.no_grad():
             output = module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), **keywords)
         for hook in hooks:
@@ -169,12 +176,22 @@ def rebuild(
     """
     write_package(folder, params, family, arguments, to=table.source, preprocessing=preprocessing)
     if table.source == "npz":
-        raise RuntimeError("only a source")
+        config = table.config(arguments)  # the file says no more than its tensors
+        given = {**config["model_args"], "num_classes": arguments["num_classes"]}
+        given["in_chans"] = arguments["in_channels"]
+        twin = make_twin("npz", config["architecture"], given)
+        load_npz(twin.module, folder / NPZ_FILE)
+        return twin
     config = read_config(folder)
     if table.source == "transformers":
         model_class = getattr(transformers, config["architectures"][0])
+        # These two have a pooler on top unless they are asked not to.
+        bare = model_class in (transformers.ViTModel, transformers.DeiTModel)
         module, report = model_class.from_pretrained(
-            folder, output_loading_info=True, **_attention(model_class)
+            folder,
+            output_loading_info=True,
+            **_attention(model_class),
+            **({"add_pooling_layer": False} if bare else {}),
         )
         wrong = {kind: names for kind, names in report.items() if names}
         if wrong:
@@ -195,11 +212,67 @@ def load_weights(twin: Twin, path: Path) -> None:
     Raises:
       UserError: the file is not this model's.
     """
+    if twin.source == "npz":
+        try:
+            return load_npz(twin.module, path)
+        except RuntimeError as error:
+            raise UserError(f"{path} is not for {twin.build}: {error}") from None
     tensors = {k: torch.from_numpy(v) for k, v in read_weights(str(path)).tensors.items()}
     try:
         twin.module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise UserError(f"{path} is not for {twin.build}: {str(error).splitlines()[-1]}") from None
+
+
+def load_npz(module: torch.nn.Module, path: Path) -> None:
+    """Loads an AugReg or big_vision file by timm's own reader, which is made strict here.
+
+    Raises:
+      RuntimeError: the file leaves a parameter as it was, or has a tensor that none takes.
+    """
+    for parameter in module.parameters():
+        parameter.data.fill_(float("nan"))
+    try:
+        cast(Any, module).load_pretrained(str(path))
+    except KeyError as error:
+        raise RuntimeError(f"timm finds no {error} in the file") from None
+    for name, parameter in module.named_parameters():
+        if parameter.isnan().any():
+            raise RuntimeError(f"the file has nothing for {name}")
+    with np.load(path) as file:
+        count = sum(file[name].size for name in file.files)
+    if count != (own := sum(parameter.numel() for parameter in module.parameters())):
+        raise RuntimeError(f"the file has {count} numbers, the model {own}")
+
+
+def _save_npz(module: torch.nn.Module, folder: Path) -> Path:
+    """Writes a timm model as an npz file, and has timm load that again.
+
+    So the twin computes with what timm understands the file to be.
+    """
+    tensors = {name: value.numpy() for name, value in module.state_dict().items()}
+    vit = cast(Any, module)
+    given = {
+        "num_heads": vit.blocks[0].attn.num_heads,
+        "act_layer": "gelu_tanh",
+        "img_size": list(vit.patch_embed.img_size),
+    }
+    config = {"global_pool": vit.global_pool, "model_args": given}
+    shapes = {name: value.shape for name, value in tensors.items()}
+    table = find_table(shapes)
+    inferred = infer_arguments(table, shapes, {"config": config})
+    arguments = {**FAMILIES[table.family].defaults, **inferred}
+    params = {
+        path: array
+        for rule in table.rules(arguments)
+        if isinstance(rule, Rule) and all(name in tensors for name in rule.names)
+        for path, array in zip(
+            rule.paths, rule.layout.to_tree([tensors[name] for name in rule.names]), strict=True
+        )
+    }
+    write_package(folder, params, table.family, arguments, to="npz")
+    load_npz(module, folder / NPZ_FILE)
+    return folder / NPZ_FILE
 
 
 def license_of(entry: Entry) -> str:
@@ -260,7 +333,7 @@ def preprocessing(entry: Entry, twin: Twin) -> Reference | None:
             lambda image: transform(Image.fromarray(image)).permute(1, 2, 0).numpy(),
         )
     if entry.source == "torchvision":
-        weights = torchvision.models.get_model_weights(entry.build).DEFAULT
+        weights = torchvision.models.get_model_weights(entry.name.partition("/")[2]).DEFAULT
         preset = weights.transforms()
         return Reference(
             f"torchvision {weights}, Pillow",
@@ -283,9 +356,7 @@ def preprocessing(entry: Entry, twin: Twin) -> Reference | None:
     return None
 
 
-def sample_images(
-    count: int, image_size: tuple[int, int], channels: int, seed: int
-) -> np.ndarray:
+def sample_images(count: int, image_size: tuple[int, int], channels: int, seed: int) -> np.ndarray:
     """Images f64[B, H, W, C] in [0, 1] with noise of all scales, as photos have it.
 
     Of white noise all places look alike to deep layers, and a norm would divide by next to nothing.

@@ -8,6 +8,7 @@ from typing import Any
 from vision_jax.convert.engine import Rule, expand, tree_shapes
 from vision_jax.convert.table import Metadata, Shapes, pair
 from vision_jax.errors import UserError
+from vision_jax.models.vit import VARIANTS
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -17,10 +18,14 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "silu": "silu",
     "swish": "silu",
+    "relu": "relu",
+    "relu6": "relu6",
 }
 
 # Models whose heads are not 64 channels wide, by width.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+# Arguments of timm's that change the arithmetic and leave no trace in names and shapes.
+TIMM_SILENT = ("norm_layer", "pool_include_prefix", "embed_norm_layer", "mlp_layer", "attn_layer")
 
 # What the name of a timm architecture says and its tensors don't; every match adds its arguments.
 TIMM_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -67,9 +72,9 @@ def infer_arguments(
         said |= _from_timm_config(config)
     elif source == "transformers":
         said |= _from_transformers_config(config)
-    if "norm_pre/scale" in ours and source == "timm":
+    if "norm_pre/scale" in ours and source == "timm" and not config.get("architecture"):
         said.setdefault("layer_norm_eps", 1e-5)  # CLIP's towers
-    return _from_shapes(ours, depth, said)
+    return from_shapes(ours, depth, said)
 
 
 def _depth(shapes: Shapes, rules: Sequence[Rule]) -> int:
@@ -89,6 +94,9 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for pattern, arguments in TIMM_FAMILIES:
         if re.search(pattern, name):
             said |= arguments
+    if name in VARIANTS:
+        # Of another width the heads are still as many as the name says.
+        said["num_heads"] = VARIANTS[name]["num_heads"]
     if match := re.search(r"_(\d{2,4})$", name):  # holds if the position embeddings agree
         said["image_size"] = pair(int(match[1]), "architecture")
     cfg = config.get("pretrained_cfg")
@@ -96,6 +104,9 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
         said["image_size"] = tuple(cfg["input_size"][-2:])
     given = config.get("model_args")
     given = given if isinstance(given, dict) else {}
+    for key in TIMM_SILENT:
+        if given.get(key):
+            raise UserError(f"config.json: a ViT with {key} {given[key]!r} is not supported")
     pool = given.get("global_pool", config.get("global_pool"))
     if pool in ("token", "avg", "map"):
         said["pool"] = pool
@@ -125,7 +136,12 @@ def _from_transformers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return said
 
 
-def _from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str, Any]:
+def from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `ViT` from its parameters' shapes by path, and what these don't say.
+
+    Raises:
+      UserError: not a ViT, or one that this model cannot be.
+    """
     for path in ("patch_embed/kernel", "block_0/mlp/fc1/kernel", "block_0/mlp/fc2/kernel"):
         if len(shapes.get(path, ())) < 2:
             raise UserError(f"the weights have nothing for {path}: not a ViT, or damaged")

@@ -12,6 +12,7 @@ Exactness, where ports go wrong:
   - `norm` sits before pooling ("token", "map") or after it (`norm_after_pool`, timm's fc_norm).
 """
 
+import re
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -41,6 +42,96 @@ SIZES = {
 }
 PATCHES = (8, 14, 16, 32)
 
+_TIMM_SIZES = {
+    "tiny": SIZES["ti"],
+    "small": SIZES["s"],
+    "medium": (512, 12, 8, 2048),
+    "base": SIZES["b"],
+    "large": SIZES["l"],
+    "so400m": (1152, 27, 16, 4304),
+    "huge": SIZES["h"],
+    "giant": SIZES["g"],
+    "giantopt": (1536, 40, 16, 6144),
+    "gigantic": (1664, 48, 16, 8192),
+}
+_SMALL = ("tiny", "small", "base", "large")
+_TIMM_NAME = re.compile(
+    r"(?P<model>vit|deit|deit3)_(?P<size>[a-z0-9]+)(?P<distilled>_distilled)?_patch(?P<patch>\d+)"
+    r"(?P<kind>_dinov2|_reg4_dinov2|_clip|_clip_quickgelu|_siglip)?(?:_(?P<image>\d+))?"
+)
+_DISTILLED = {"distillation_token": True, "position_prefix": 2}
+_CLIP = {"pre_norm": True, "patch_bias": False, "layer_norm_eps": 1e-5}
+_SIGLIP = {"pool": "map", "class_token": False, "position_prefix": 0}
+_DINOV2 = {"image_size": (518, 518), "layer_scale": 1e-5}
+_KINDS: dict[str, dict[str, Any]] = {
+    "_dinov2": _DINOV2,
+    "_reg4_dinov2": {**_DINOV2, "num_registers": 4, "position_prefix": 0},
+    "_clip": _CLIP,
+    "_clip_quickgelu": {**_CLIP, "activation": "quick_gelu"},
+    "_siglip": _SIGLIP,
+}
+
+
+def _timm_arguments(name: str) -> dict[str, Any]:
+    """Arguments of an architecture of timm's, from its name."""
+    match = _TIMM_NAME.fullmatch(name)
+    assert match, name
+    size, kind = match["size"], match["kind"] or ""
+    width, depth, num_heads, mlp_width = _TIMM_SIZES[size]
+    arguments: dict[str, Any] = {
+        "width": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_width": mlp_width,
+        "patch_size": int(match["patch"]),
+    }
+    if match["image"]:
+        arguments["image_size"] = (int(match["image"]),) * 2
+    if match["model"] == "deit3":
+        arguments |= {"position_prefix": 0, "layer_scale": 1e-6}
+    arguments |= _DISTILLED if match["distilled"] else {}
+    arguments |= _KINDS.get(kind, {})
+    if size == "giant" and kind.endswith("dinov2"):
+        gated = {"gated_mlp": True, "activation": "silu"}
+        arguments |= {"width": 1536, "num_heads": 24, "mlp_width": 4096, **gated}
+    # Of the first SigLIP's sizes, trained with tanh too, timm computes GELU exactly.
+    if kind == "_siglip" and re.search(r"patch32|giantopt|so400m_patch16|large.*512", name):
+        arguments["activation"] = "gelu_tanh"
+    return arguments
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    name: _timm_arguments(name)
+    for name in (
+        *(f"vit_{size}_patch16_{image}" for size in _SMALL for image in (224, 384)),
+        *(f"vit_{size}_patch32_{image}" for size in _SMALL[1:] for image in (224, 384)),
+        *(f"vit_{size}_patch8_224" for size in ("small", "base")),
+        *(f"vit_{size}_patch14_224" for size in ("large", "huge", "giant", "gigantic")),
+        *(f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")),
+        "deit_base_patch16_384",
+        *(f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base")),
+        "deit_base_distilled_patch16_384",
+        *(f"deit3_{size}_patch16_224" for size in ("small", "medium", "base", "large")),
+        *(f"deit3_{size}_patch16_384" for size in ("small", "base", "large")),
+        "deit3_huge_patch14_224",
+        *(
+            f"vit_{size}_patch14_{kind}"
+            for kind in ("dinov2", "reg4_dinov2")
+            for size in ("small", "base", "large", "giant")
+        ),
+        *(f"vit_base_patch{patch}_clip_224" for patch in (16, 32)),
+        *(f"vit_{size}_patch14_clip_224" for size in ("large", "huge", "gigantic")),
+        *(f"vit_base_patch{patch}_clip_quickgelu_224" for patch in (16, 32)),
+        *(f"vit_large_patch14_clip_quickgelu_{image}" for image in (224, 336)),
+        *(f"vit_base_patch16_siglip_{image}" for image in (224, 256, 384, 512)),
+        "vit_base_patch32_siglip_256",
+        *(f"vit_large_patch16_siglip_{image}" for image in (256, 384, 512)),
+        *(f"vit_so400m_patch14_siglip_{image}" for image in (224, 378, 384)),
+        *(f"vit_so400m_patch16_siglip_{image}" for image in (256, 384, 512)),
+        *(f"vit_giantopt_patch16_siglip_{image}" for image in (256, 384)),
+    )
+}
+
 
 def variant_arguments(variant: str) -> dict[str, Any]:
     """Arguments of a named variant: "b/16" -> width, depth, num_heads, mlp_width, patch_size.
@@ -65,7 +156,10 @@ def variant_arguments(variant: str) -> dict[str, Any]:
 
 
 def variant(name: str) -> dict[str, Any] | None:
-    """`variant_arguments`, or None where the name is no ViT's."""
+    """Arguments of "b/16" or of a name of timm's ("vit_base_patch16_224"), or None for others."""
+    known = VARIANTS.get(name.split(".")[0])  # without the tag of pretrained weights
+    if known is not None:
+        return dict(known)
     try:
         return variant_arguments(name)
     except UserError:
@@ -191,7 +285,9 @@ class AttentionPool(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images f32[B, H, W, in_channels] in [0, 1] -> logits f[B, num_classes], normalization included.
+    """Images f32[B, H, W, in_channels] in [0, 1] -> logits f[B, num_classes].
+
+    The normalization by `mean` and `std` is inside.
 
     Attributes:
       num_classes: outputs of the head; 0 leaves the head out and returns the pooled features.
