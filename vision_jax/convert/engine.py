@@ -9,10 +9,12 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from vision_jax.convert.files import Tensor, Tensors
 from vision_jax.errors import UserError
 
 Arrays = Sequence[np.ndarray]
@@ -162,7 +164,8 @@ def import_tensors(
     skip: Collection[str] = (),
     dropped: Sequence[str] = (),
     adapt: Callable[[str, np.ndarray], np.ndarray] = lambda path, array: array,
-) -> dict[str, np.ndarray]:
+    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+) -> dict[str, Any]:
     """Parameters by path from the tensors of a file, all of them or none.
 
     Args:
@@ -173,16 +176,18 @@ def import_tensors(
         consumed whatever their shape.
       dropped: regular expressions of whole tensor names that the model has no use for.
       adapt: (path, array) -> array, for another image size or number of channels.
+      place: (path, array of the target's shape and dtype) -> what the result has of it, a device's
+        array, say. Called array by array, so that never all of them are on the host.
 
     Returns:
-      path -> array of the target's shape and dtype, for each path of `target` not in `skip`. Where
-      no rearrangement was needed the arrays share memory with `tensors`.
+      path -> what `place` made of its array, for each path of `target` not in `skip`. Where no
+      copy was needed the arrays share memory with `tensors`.
 
     Raises:
       UserError: tensors left over, parameters left out, shapes that differ: all listed.
       ValueError: the table writes one parameter twice.
     """
-    filled: dict[str, np.ndarray] = {}
+    filled: dict[str, Any] = {}
     consumed: set[str] = set()
     misfits: list[str] = []
     lacking: list[str] = []
@@ -197,7 +202,8 @@ def import_tensors(
         if not present:
             if rule.default is not None:
                 for path in set(rule.paths) & set(target) - set(skip):
-                    filled[path] = np.full(target[path].shape, rule.default)
+                    value = np.full(target[path].shape, rule.default, target[path].dtype)
+                    filled[path] = place(path, value)
             continue
         wanted = [path for path in rule.paths if path in target and path not in skip]
         if not wanted:
@@ -213,19 +219,21 @@ def import_tensors(
         except (ValueError, IndexError):  # too few axes, or parts that do not fit each other
             shapes = ", ".join(f"{name} {tensors[name].shape}" for name in rule.names)
             misfits.append(f"{shapes} for {rule.paths[0]} {_shape(target, rule.paths[0])}")
-            filled.update(dict.fromkeys(rule.paths))  # type: ignore[arg-type]
+            filled.update(dict.fromkeys(rule.paths))
             continue
         for path, array in zip(rule.paths, arrays, strict=True):
             if path in filled:
                 raise ValueError(f"the table writes {path} twice: again from {rule.names}")
-            filled[path] = array
+            filled[path] = None
             if path in target:
-                filled[path] = array = adapt(path, array)
+                array = adapt(path, array)
             if path not in target or array.shape != tuple(target[path].shape):
                 names = ", ".join(f"{name} {tensors[name].shape}" for name in rule.names)
                 misfits.append(f"{names} for {path} {_shape(target, path)}, not {array.shape}")
             elif _kind(array.dtype) != _kind(target[path].dtype):
                 misfits.append(f"{rule.names[0]} is {array.dtype}, {path} {target[path].dtype}")
+            elif path not in skip:
+                filled[path] = place(path, np.asarray(array, target[path].dtype))
     missing = [path for path in target if path not in filled and path not in skip]
     unexpected = [
         name
@@ -234,11 +242,7 @@ def import_tensors(
     ]
     if missing or unexpected or misfits or lacking:
         raise UserError(_complaint(missing, lacking, unexpected, misfits, rules, target))
-    return {
-        path: np.asarray(array, target[path].dtype)
-        for path, array in filled.items()
-        if path not in skip
-    }
+    return {path: value for path, value in filled.items() if path not in skip}
 
 
 def export_tensors(params: Mapping[str, np.ndarray], rules: Rules) -> dict[str, np.ndarray]:
@@ -262,12 +266,71 @@ def export_tensors(params: Mapping[str, np.ndarray], rules: Rules) -> dict[str, 
                 raise ValueError(f"the table writes tensor {name} twice: again from {rule.paths}")
             tensors[name] = np.asarray(array, order="C")  # keeps a scalar a scalar
         written.update(rule.paths)
-    left = [path for path in params if path not in written]
-    if left:
+    _check_named(params, written)
+    return tensors
+
+
+def import_lazily(
+    tensors: Tensors,
+    rules: Rules,
+    target: Mapping[str, Any],
+    adapt: Callable[[str, np.ndarray], np.ndarray],
+) -> Tensors:
+    """What `import_tensors` gives, where that is known to succeed, computed when asked for."""
+    rule_of: dict[str, Rule] = {}
+    for rule in rules:
+        present = isinstance(rule, Rule) and any(name in tensors for name in rule.names)
+        if isinstance(rule, Rule) and (present or rule.default is not None):
+            rule_of.update({path: rule for path in rule.paths if present or path not in rule_of})
+
+    def read(path: str) -> np.ndarray:
+        rule = rule_of[path]
+        own = {name: tensors[name] for name in rule.names if name in tensors}
+        wanted = {path: target[path] for path in rule.paths}
+        return import_tensors(own, [rule], wanted, adapt=adapt)[path]
+
+    return Tensors(
+        {
+            path: Tensor(tuple(like.shape), np.dtype(like.dtype), partial(read, path))
+            for path, like in target.items()
+        }
+    )
+
+
+def export_lazily(params: Tensors, rules: Rules) -> Tensors:
+    """What `export_tensors` gives, computed tensor by tensor when asked for.
+
+    Raises:
+      UserError: a parameter that the table has no name for.
+    """
+
+    def read(rule: Rule, name: str) -> np.ndarray:
+        return export_tensors({path: params[path] for path in rule.paths}, [rule])[name]
+
+    entries: dict[str, Tensor] = {}
+    named: set[str] = set()
+    for rule in rules:
+        if isinstance(rule, Fixed):
+            if rule.written:
+                value = rule.make()
+                entries[rule.name] = Tensor(value.shape, value.dtype, rule.make)
+        elif all(path in params for path in rule.paths):
+            own = [params.entries[path] for path in rule.paths]
+            stand_ins = [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in own]
+            for name, like in zip(rule.names, rule.layout.to_file(stand_ins), strict=True):
+                if name in entries:
+                    raise ValueError(f"the table writes tensor {name} twice: from {rule.paths}")
+                entries[name] = Tensor(like.shape, like.dtype, partial(read, rule, name))
+            named.update(rule.paths)
+    _check_named(params, named)
+    return Tensors(entries)
+
+
+def _check_named(params: Collection[str], named: Collection[str]) -> None:
+    if left := [path for path in params if path not in named]:
         raise UserError(
             f"this naming has no name for {_some(left)}: export in timm's naming, which has them"
         )
-    return tensors
 
 
 def tree_shapes(

@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import os
 import re
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from vision_jax.convert.engine import export_tensors, import_tensors
+from vision_jax.convert import engine
+from vision_jax.convert.files import Tensors, held
+from vision_jax.convert.files import write_safetensors as write_safetensors
 from vision_jax.convert.read import Weights
 from vision_jax.convert.table import Table
 from vision_jax.convert.tables import find_table, infer_arguments, shapes_of, table_for_export
@@ -46,9 +44,17 @@ def _recognize(weights: Weights) -> tuple[Table, dict[str, Any]]:
     try:
         table = find_table(shapes)
         inferred = infer_arguments(table, shapes, weights.metadata)
-        return table, {**FAMILIES[table.family].defaults, **inferred}
     except UserError as error:
         raise UserError(f"{weights.origin}: {error}") from None
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{weights.origin}: what its config or header says makes no sense ({reason})"
+        ) from None
+    depth = np.sum(inferred.get("depths", inferred.get("depth", 0)))
+    if not depth <= len(shapes):  # before anything is built by it
+        raise UserError(f"{weights.origin}: {depth} blocks of {len(shapes)} tensors are none")
+    return table, {**FAMILIES[table.family].defaults, **inferred}
 
 
 def import_weights(
@@ -58,7 +64,8 @@ def import_weights(
     *,
     reinitialized: Sequence[str] = (),
     dropped: Sequence[str] = (),
-) -> dict[str, np.ndarray]:
+    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+) -> dict[str, Any]:
     """Parameters and BatchNorm statistics by path, all of them, or an error.
 
     Another image size resamples what depends on it, and another number of channels sums or repeats
@@ -71,11 +78,49 @@ def import_weights(
       reinitialized: paths that the caller initializes itself, a head for other classes, say. They
         are not in the result, and the file may have them in any shape or not at all.
       dropped: regular expressions of whole tensor names to leave out on purpose (`pooler\\..*`).
+      place: see engine.import_tensors; numpy arrays without it, which are views into the file
+        wherever they can be.
 
     Raises:
       UserError: the weights and the model differ; lists the tensors on both sides.
     """
     table, own = _recognize(weights)
+    adapt = _adapter(table, own, arguments)
+    try:
+        return engine.import_tensors(
+            weights.tensors,
+            table.rules(own),
+            target,
+            skip=set(reinitialized),
+            dropped=(*table.dropped, *dropped),
+            adapt=adapt,
+            place=place,
+        )
+    except UserError as error:
+        raise UserError(f"{weights.origin} ({table.source}): {error}") from None
+
+
+def import_lazily(
+    weights: Weights, target: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> Tensors:
+    """What `import_weights` gives, checked as a whole, and then computed array by array.
+
+    Raises:
+      UserError: the weights and the model differ; lists the tensors on both sides.
+    """
+    import_weights(weights, target, arguments, place=lambda path, array: None)
+    table, own = _recognize(weights)
+    tensors = weights.tensors
+    if not isinstance(tensors, Tensors):
+        tensors = Tensors({name: held(array) for name, array in tensors.items()})
+    adapt = _adapter(table, own, arguments)
+    return engine.import_lazily(tensors, table.rules(own), target, adapt)
+
+
+def _adapter(
+    table: Table, own: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> Callable[[str, np.ndarray], np.ndarray]:
+    """(path, array) -> array for the image size and channels of the model that is wanted."""
     wanted = {**own, **arguments}
     stem = build_model(table.family, **wanted).stem
 
@@ -84,17 +129,7 @@ def import_weights(
             return adapt_channels(array, wanted["in_channels"])
         return table.adapt(path, array, own, wanted)
 
-    try:
-        return import_tensors(
-            weights.tensors,
-            table.rules(own),
-            target,
-            skip=set(reinitialized),
-            dropped=(*table.dropped, *dropped),
-            adapt=adapt,
-        )
-    except UserError as error:
-        raise UserError(f"{weights.origin} ({table.source}): {error}") from None
+    return adapt
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
@@ -120,11 +155,12 @@ def export_weights(
     to: str = "timm",
     class_names: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
     """Tensors by name and a header for `write_safetensors`; identical to the bit on the way back.
 
     Args:
-      params: plain arrays by path, BatchNorm statistics among them (adapters merged).
+      params: plain arrays by path, BatchNorm statistics among them (adapters merged). Of `Tensors`
+        the result is computed tensor by tensor when it is written.
       family: of the model.
       arguments: all of the model's; they go into the header, so the file loads by itself.
       to: "timm", "torchvision" or "transformers".
@@ -135,7 +171,12 @@ def export_weights(
       UserError: the naming has no place for such a model.
     """
     table = table_for_export(to, family, arguments)
-    tensors = export_tensors(params, table.rules(arguments))
+    rules = table.rules(arguments)
+    tensors: Mapping[str, np.ndarray]
+    if isinstance(params, Tensors):
+        tensors = engine.export_lazily(params, rules)
+    else:
+        tensors = engine.export_tensors(params, rules)
     lasting = {name: value for name, value in arguments.items() if name not in RUN_ARGUMENTS}
     ours = {
         "family": family,
@@ -155,52 +196,16 @@ def arguments_of(model: Any) -> dict[str, Any]:
     }
 
 
-def write_safetensors(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a safetensors file, whole or not at all: a temporary file beside it is renamed.
-
-    Raises:
-      UserError: the disk is full, or the folder cannot be written.
-    """
-    path = Path(path)
-    content = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            temporary = Path(file.name)
-            file.write(_ordered(safetensors.numpy.save(content, dict(metadata or {}))))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: not written ({error.strerror}); nothing was lost") from error
-
-
-def _ordered(data: bytes) -> bytes:
-    """The same file with its metadata sorted: the library writes them in an order of chance.
-
-    The format is 8 bytes of the header's length, the header in JSON, then the tensors.
-    """
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
 def class_names_of(weights: Weights) -> list[str] | None:
-    """Names of the classes where the weights bring them: our header, or transformers' id2label."""
+    """Names of the classes where the weights bring them: our header, or the source's config."""
     ours = weights.metadata.get("vision_jax", {}).get("class_names")
     if isinstance(ours, list):
         return [str(name) for name in ours]
-    labels = weights.metadata.get("config", {}).get("id2label")
+    config = weights.metadata.get("config", {})
+    listed = config.get("class_names") or config.get("label_names")  # of torchvision, of timm
+    if isinstance(listed, list):
+        return [str(name) for name in listed]
+    labels = config.get("id2label")
     if isinstance(labels, dict) and all(re.fullmatch(r"\d+", str(key)) for key in labels):
         return [str(labels[key]) for key in sorted(labels, key=int)]
     return None

@@ -1,4 +1,4 @@
-"""The way back: a folder that timm, torchvision or transformers load, strictly and by themselves."""
+"""The way back: a folder that timm, torchvision or transformers load strictly by themselves."""
 
 import json
 import math
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from vision_jax.convert.engine import Rule
-from vision_jax.convert.load import export_weights, write_safetensors
+from vision_jax.convert.files import Tensors, held, write_safetensors, write_shards
+from vision_jax.convert.load import export_weights
 from vision_jax.convert.npz import write_npz
 from vision_jax.convert.read import CONFIG_FILE, PIL_FILTERS, PREPROCESSOR_FILE, WEIGHTS_FILE
 from vision_jax.convert.table import Arguments, Table
-from vision_jax.convert.tables import table_for_export
+from vision_jax.convert.tables import shapes_of, table_for_export
 from vision_jax.errors import UserError
 
 NPZ_FILE = "model.npz"
@@ -29,6 +30,7 @@ def write_package(
     to: str,
     class_names: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    shard_bytes: int | None = None,
 ) -> list[Path]:
     """Writes weights, config and preprocessing as the library `to` saves them; returns the files.
 
@@ -38,12 +40,14 @@ def write_package(
 
     Args:
       folder: made if it is not there.
-      params: plain arrays by path, BatchNorm statistics among them (adapters merged).
+      params: plain arrays by path, BatchNorm statistics among them (adapters merged). `Tensors`
+        are read and written one at a time.
       family: of the model.
       arguments: all of the model's.
       to: "timm", "torchvision", "transformers" or "npz".
       class_names: by label.
       preprocessing: image_size (height, width), mean, std, crop_pct, crop_mode, interpolation.
+      shard_bytes: of larger models each file holds at most so many; transformers alone reads such.
 
     Raises:
       UserError: the library has no such model or preprocessing, or the folder cannot be written.
@@ -74,10 +78,19 @@ def write_package(
     if to == "npz":
         write_npz(folder / NPZ_FILE, tensors)
         return [folder / NPZ_FILE]
-    write_safetensors(folder / WEIGHTS_FILE, tensors, header)
+    size = sum(math.prod(shape) for shape in shapes_of(tensors).values()) * 4  # nearly all float32
+    if shard_bytes and size > shard_bytes:
+        if to != "transformers":
+            raise UserError(f"{to} reads one file: shards are for --to=transformers")
+        if not isinstance(tensors, Tensors):
+            tensors = Tensors({name: held(array) for name, array in tensors.items()})
+        written = write_shards(folder, tensors, header, shard_bytes)
+    else:
+        write_safetensors(folder / WEIGHTS_FILE, tensors, header)
+        written = [folder / WEIGHTS_FILE]
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    return [folder / WEIGHTS_FILE, *(folder / name for name in files)]
+    return [*written, *(folder / name for name in files)]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

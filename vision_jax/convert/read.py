@@ -1,4 +1,4 @@
-"""Weights from a file, a folder, the package or the hub, as plain numpy arrays.
+"""Weights from a file, a folder, the package, the hub or a library's own, as plain numpy arrays.
 
 Nothing here knows an architecture. Files are hostile until read: safetensors by default, pickles
 only when asked for by name, and then through torch's weights-only reader.
@@ -9,24 +9,24 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlparse
 
-import ml_dtypes
 import numpy as np
-import safetensors
 
-from vision_jax.errors import UserError
+from vision_jax.convert.files import INDEX_FILE, Tensors, open_npz, open_pickle, open_safetensors
+from vision_jax.errors import UserError, nearest
 
 WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+RUN_FILE = "model.json"  # only in the folder of a run of ours
 PREPROCESSOR_FILE = "preprocessor_config.json"
-PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 ALLOW_PICKLE = "--config.model.allow_pickle=True"
 JSON_LIMIT = 64 * 2**20  # bytes; a config is a few kB, the index of a large model a few MB
 PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -37,28 +37,45 @@ class Weights:
     """Tensors and what came with them.
 
     Attributes:
-      tensors: by the file's own names; half precision is widened to float32.
+      tensors: by the file's own names, without what a wrapper puts before all of them; half
+        precision is widened to float32. Of files they are `Tensors`, read when asked for.
       metadata: "config" (config.json's contents) and "vision_jax" (our own header), where there.
       preprocessing: mean, std, image_size (height, width), crop_pct, crop_mode, interpolation; each
         None where unknown. None as a whole if nothing came with the weights.
       origin: where they came from, for people.
-      sha256: of the weight file, or of all shards one after another.
+      files: that they were read from.
     """
 
     tensors: Mapping[str, np.ndarray]
     metadata: dict[str, Any]
     preprocessing: dict[str, Any] | None
     origin: str
-    sha256: str = field(repr=False)
+    files: Sequence[Path] = ()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weight file, or of all shards one after another; computed when asked for."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with open(path, "rb") as file:
+                while chunk := file.read(2**22):
+                    digest.update(chunk)
+        return digest.hexdigest()
 
 
 def read_weights(spec: str, *, allow_pickle: bool = False) -> Weights:
     """Reads weights.
 
     Args:
-      spec: `embedded:NAME` (a file of the package), a path of a `.safetensors`, `.pth`, `.pt` or
-        `.bin` file, a path of a folder in Hugging Face's layout, or `hf://OWNER/NAME[@REVISION]`.
-      allow_pickle: read pickled files too, with torch's weights-only reader.
+      spec: where they are:
+        `embedded:NAME`, a file of the package;
+        a path of a `.safetensors`, `.npz`, `.pth`, `.pt`, `.bin` or `.ckpt` file;
+        a path of a folder in Hugging Face's layout, or of a finished run;
+        `hf://OWNER/NAME[@REVISION]`;
+        `timm://NAME[.TAG]`, timm's published weights of an architecture;
+        `torchvision://BUILDER[@WEIGHTS]`, torchvision's, by default those it recommends.
+      allow_pickle: read pickled files too, with torch's weights-only reader. The files that timm
+        and torchvision themselves name are read so in any case.
 
     Raises:
       UserError: nothing there, damaged, or not weights.
@@ -67,13 +84,18 @@ def read_weights(spec: str, *, allow_pickle: bool = False) -> Weights:
         return _read_embedded(spec.removeprefix("embedded:"))
     if spec.startswith("hf://"):
         return _read_folder(_download(spec, allow_pickle), allow_pickle, spec)
+    if spec.startswith("timm://"):
+        return _read_timm(spec)
+    if spec.startswith("torchvision://"):
+        return _read_torchvision(spec)
     path = Path(spec).expanduser()
     if path.is_dir():
         return _read_folder(path, allow_pickle, str(path))
     if not path.is_file():
         raise UserError(
-            f"{spec}: no such file or folder; weights are embedded:NAME, a .safetensors, .pth or "
-            ".bin file, a folder with config.json and model.safetensors, or hf://owner/name"
+            f"{spec}: no such file or folder; weights are embedded:NAME, a .safetensors, .npz, "
+            ".pth or .bin file, a folder with config.json and model.safetensors, hf://owner/name, "
+            "timm://name or torchvision://builder"
         )
     return _assemble([path], allow_pickle, str(path), _read_config(path.parent, beside=path))
 
@@ -84,12 +106,18 @@ def _read_embedded(name: str) -> Weights:
     for candidate in (name, f"{name}.safetensors"):
         if candidate in names:
             with resources.as_file(assets.joinpath(candidate)) as path:
-                return _assemble([path], False, f"embedded:{name}", {})
+                weights = _assemble([path], False, f"embedded:{name}", {})
+                assert weights.sha256  # while the file is there: it may be out of a zip
+                return weights
     raise UserError(f"embedded:{name}: the package has no such weights, only {', '.join(names)}")
 
 
-def _read_folder(folder: Path, allow_pickle: bool, origin: str) -> Weights:
-    config = _read_config(folder)
+def _read_folder(
+    folder: Path, allow_pickle: bool, origin: str, default: Mapping[str, Any] | None = None
+) -> Weights:
+    """`default` is the config of a folder that has none."""
+    # The config.json of a finished run is the run's own; what is the model's is in the header.
+    config = {} if (folder / RUN_FILE).is_file() else dict(default or {}) | _read_config(folder)
     if (folder / WEIGHTS_FILE).is_file():
         return _assemble([folder / WEIGHTS_FILE], allow_pickle, origin, config)
     if (folder / INDEX_FILE).is_file():
@@ -97,8 +125,8 @@ def _read_folder(folder: Path, allow_pickle: bool, origin: str) -> Weights:
     if (folder / PICKLE_FILE).is_file():
         return _assemble([folder / PICKLE_FILE], allow_pickle, origin, config)
     raise UserError(
-        f"{origin}: the folder has no {WEIGHTS_FILE}, {INDEX_FILE} or {PICKLE_FILE}; name the "
-        "weight file itself if it is called otherwise"
+        f"{origin}: the folder has no {WEIGHTS_FILE}, {INDEX_FILE} or {PICKLE_FILE} (which needs "
+        f"{ALLOW_PICKLE}); name the weight file itself if it is called otherwise"
     )
 
 
@@ -118,88 +146,125 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _assemble(
-    paths: Sequence[Path], allow_pickle: bool, origin: str, config: dict[str, Any]
+    paths: Sequence[Path],
+    allow_pickle: bool,
+    origin: str,
+    config: dict[str, Any],
+    preprocessing: dict[str, Any] | None = None,
 ) -> Weights:
-    tensors: dict[str, np.ndarray] = {}
+    tensors = Tensors({})
     header: dict[str, str] = {}
-    digest = hashlib.sha256()
     for path in paths:
-        if path.suffix in PICKLES:
-            part = _read_pickle(path, allow_pickle)
+        if path.name.endswith(PICKLES):
+            if not allow_pickle:
+                raise UserError(
+                    f"{path} is a pickle, which can run code when it is read: take a .safetensors "
+                    f"file, or set {ALLOW_PICKLE} if you trust where it came from (--allow-pickle "
+                    "for the converter)"
+                )
+            part = open_pickle(path)
+        elif path.suffix == ".npz":
+            part = open_npz(path)
         else:
-            part, metadata = _read_safetensors(path)
+            part, metadata = open_safetensors(path)
             header.update(metadata)
         if repeated := sorted(set(part) & set(tensors)):
             raise UserError(f"{path}: tensor {repeated[0]} is in another shard too")
-        tensors.update(part)
-        with open(path, "rb") as file:
-            while chunk := file.read(2**22):
-                digest.update(chunk)
+        tensors = Tensors({**tensors.entries, **part.entries})
     ours = _header_json(header, paths[0])
     metadata = dict(config, **({"vision_jax": ours} if ours else {}))
-    return Weights(tensors, metadata, read_preprocessing(metadata), origin, digest.hexdigest())
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
-        with safetensors.safe_open(path, "numpy") as file:
-            tensors = {name: _widen(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no dict)
-            return tensors, file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: damaged or no safetensors file ({reason}); copy or download it again"
-        ) from None
+        preprocessing = preprocessing or read_preprocessing(metadata)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{origin}: its preprocessing makes no sense ({reason})") from None
+    return Weights(tensors.without_prefixes(), metadata, preprocessing, origin, tuple(paths))
 
 
-def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, np.ndarray]:
-    if not allow_pickle:
-        raise UserError(
-            f"{path} is a pickle, which can run code when it is read: take a .safetensors file, or "
-            f"set {ALLOW_PICKLE} if you trust where it came from"
-        )
+# Published weights -------------------------------------------------------------------------------
+
+
+def _read_timm(spec: str) -> Weights:
+    name = spec.removeprefix("timm://")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"{spec}: write timm://NAME or timm://NAME.TAG, as timm.list_pretrained()")
     try:
-        import torch
+        import timm
     except ImportError:
-        raise UserError(f"{path} needs torch: pip install 'vision_jax[torch]'") from None
-    version = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
-    if version < (2, 10):
+        if "." in name:  # where timm publishes them under this very name
+            return _read_folder(_download(f"hf://timm/{name}", True), True, spec)
         raise UserError(
-            f"torch {torch.__version__} can be made to run code by a pickle: pip install "
-            "'torch>=2.10'"
-        )
+            f"{spec}: which of its weights is known to timm only: pip install timm, or add the tag "
+            "as in timm://resnet50.a1_in1k"
+        ) from None
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    tagged = "." not in name or name in timm.list_pretrained(f"{name.partition('.')[0]}*")
+    if cfg is None or not cfg.has_weights or not tagged:
+        hint = nearest(name, timm.list_pretrained())
+        raise UserError(f"{spec}: timm {timm.__version__} has no such weights{hint}")
+    # What timm writes into the config.json of its own repositories.
+    content = json.loads(json.dumps(cfg.to_dict(remove_source=True), default=str))
+    config = {"config": {"architecture": name.partition(".")[0], "pretrained_cfg": content}}
+    if cfg.hf_hub_id:
+        folder = _download(f"hf://{cfg.hf_hub_id}", True, cfg.hf_hub_filename)
+        if cfg.hf_hub_filename:
+            return _assemble([folder / cfg.hf_hub_filename], True, spec, config)
+        return _read_folder(folder, True, spec, config)
+    if not isinstance(cfg.url, str):
+        raise UserError(f"{spec}: timm reads these from {cfg.file}: give that path")
+    return _assemble([_fetch(cfg.url, spec)], True, spec, config)
+
+
+def _read_torchvision(spec: str) -> Weights:
+    name, _, choice = spec.removeprefix("torchvision://").partition("@")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling a hostile or damaged file raises anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a file of weights alone ({reason})") from None
-    for wrapper in ("state_dict", "model", "model_ema"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a {type(content).__name__} and not a dict of tensors by name")
-    tensors = {
-        str(name).removeprefix("module."): value
-        for name, value in content.items()
-        if isinstance(value, torch.Tensor)
-    }
-    if not tensors:
-        raise UserError(f"{path}: a dict without any tensor; keys: {sorted(map(str, content))[:5]}")
-    halves = (torch.bfloat16, torch.float16)
-    return {
-        name: (value.float() if value.dtype in halves else value).detach().numpy()
-        for name, value in tensors.items()
-    }
+        from torchvision import models
+    except ImportError:
+        raise UserError(f"{spec} needs torchvision: pip install torchvision") from None
+    if name not in models.list_models():
+        hint = nearest(name, models.list_models())
+        raise UserError(f"{spec}: torchvision has no builder of that name{hint}")
+    published = models.get_model_weights(name)
+    choice = choice.rpartition(".")[2] or "DEFAULT"  # also ResNet50_Weights.IMAGENET1K_V2
+    if choice not in published.__members__:
+        known = ", ".join(published.__members__) or "none"
+        raise UserError(f"{spec}: torchvision's weights of {name} are {known}")
+    entry = published[choice]
+    config = {"library": "torchvision", "model": name, "kwargs": {}}
+    config["class_names"] = entry.meta.get("categories")
+    preset = entry.transforms()
+    preprocessing = torchvision_preprocessing(preset) if hasattr(preset, "crop_size") else None
+    path = _fetch(entry.url, spec)
+    return _assemble([path], True, spec, {"config": config}, preprocessing)
 
 
-def _widen(array: np.ndarray) -> np.ndarray:
-    """bfloat16 and float16 as float32; anything else as it is."""
-    return array.astype(np.float32) if array.dtype in (ml_dtypes.bfloat16, np.float16) else array
+def _fetch(url: str, spec: str) -> Path:
+    """The file of an address, in torch's own cache, downloaded first if it is not there."""
+    from torch import hub
+
+    name = PurePosixPath(urlparse(url).path).name
+    path = Path(hub.get_dir()) / "checkpoints" / name
+    if not path.is_file():
+        digest = re.search(r"-([a-f0-9]{6,})\.", name)  # torch's files carry their hash's start
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            hub.download_url_to_file(url, str(path), digest and digest[1], progress=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{spec}: {url} is not to be had ({reason}); connect once, or put the file into "
+                f"{path.parent}"
+            ) from None
+    return path
 
 
-def _download(spec: str, allow_pickle: bool) -> Path:
-    """Folder of a hub repository in the local cache, downloaded first where it can be."""
+def _download(spec: str, allow_pickle: bool, file: str | None = None) -> Path:
+    """Folder of a hub repository in the local cache, downloaded first where it can be.
+
+    `file` is one that has a name of its own, and is then the only one.
+    """
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", spec)
     if not match:
         raise UserError(f"{spec}: write hf://owner/name or hf://owner/name@revision")
@@ -210,6 +275,8 @@ def _download(spec: str, allow_pickle: bool) -> Path:
     patterns = [CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors"]
     if allow_pickle:
         patterns.append(PICKLE_FILE)
+    if file is not None:
+        patterns = [file]
     fetch = partial(
         huggingface_hub.snapshot_download, repository, revision=revision, allow_patterns=patterns
     )
@@ -290,6 +357,8 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
             "crop_mode": cfg.get("crop_mode"),
             "interpolation": cfg.get("interpolation"),
         }
+    elif isinstance(preprocessor, dict) and config.get("library") == "torchvision":
+        found = _from_torchvision(preprocessor)
     elif isinstance(preprocessor, dict):
         found = _from_preprocessor(preprocessor)
     else:
@@ -302,6 +371,14 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         "crop_mode": found.get("crop_mode"),
         "interpolation": found.get("interpolation"),
     }
+
+
+def _from_torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What package.py writes: the arguments of torchvision's ImageClassification."""
+    crop, resized = config["crop_size"], config["resize_size"]
+    kept = {name: config.get(name) for name in ("mean", "std", "interpolation")}
+    share = crop_share(crop, resized)
+    return {**kept, "image_size": (crop, crop), "crop_pct": share, "crop_mode": "center"}
 
 
 def _from_preprocessor(config: Mapping[str, Any]) -> dict[str, Any]:
