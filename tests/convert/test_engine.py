@@ -5,11 +5,19 @@ import numpy as np
 import pytest
 
 from vision_jax.convert import engine
-from vision_jax.convert.engine import Rule, affine, export_tensors, fused, import_tensors, norm
+from vision_jax.convert.engine import (
+    Fixed,
+    Rule,
+    affine,
+    export_tensors,
+    fused,
+    import_tensors,
+    norm,
+)
 from vision_jax.errors import UserError
 
 RNG = np.random.default_rng()
-RULES = (
+TABLE = (
     *affine("stem", "stem", engine.CONV),
     Rule(("class",), ("cls_token",), engine.ADD_2),
     Rule(("positions",), ("pos_embed",), engine.ADD_1),
@@ -19,6 +27,7 @@ RULES = (
     Rule(("pool.in_bias",), ("pool/q/bias", "pool/kv/bias"), engine.SPLIT_BIAS),
     *affine("head", "head"),
 )
+RULES = engine.expand(TABLE, depth=2)
 
 
 def draw(*shape):
@@ -152,3 +161,37 @@ def test_a_parameter_without_a_name_is_not_lost_in_an_export():
     params = import_tensors(checkpoint(), RULES, target()) | {"extra": draw(2)}
     with pytest.raises(UserError, match="no name for extra"):
         export_tensors(params, RULES)
+
+
+def test_what_an_architecture_determines_is_checked_and_written():
+    fixed = Fixed("index", lambda: np.arange(4))
+    rules = [*RULES, fixed, Fixed("scale", lambda: np.ones(2, np.float32), exact=False)]
+    tensors = checkpoint() | {"index": np.arange(4), "scale": np.float32([1.001, 0.999])}
+    back = export_tensors(import_tensors(tensors, rules, target()), rules)
+    np.testing.assert_array_equal(back["index"], np.arange(4))
+    assert set(back) == set(tensors)
+    import_tensors(checkpoint(), rules, target())  # older files lack them
+    for wrong in ({"index": np.arange(5)}, {"index": np.arange(4)[::-1]}, {"scale": np.ones(3)}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} has not the values"):
+            import_tensors(tensors | wrong, rules, target())
+
+
+def test_statistics_come_with_their_count_or_without():
+    """torch before 0.4.1 counted no updates; what it counts in 64 bits we count in 32."""
+    rules = engine.batch_norm("bn", "bn")
+    like = {f"bn/{name}": jax.ShapeDtypeStruct((3,), np.float32) for name in ("mean", "var")}
+    like |= {f"bn/{name}": jax.ShapeDtypeStruct((3,), np.float32) for name in ("scale", "bias")}
+    like["bn/count"] = jax.ShapeDtypeStruct((), np.int32)
+    names = ("weight", "bias", "running_mean", "running_var")
+    old = {f"bn.{name}": draw(3) for name in names}
+    filled = import_tensors(old, rules, like)
+    assert filled["bn/count"].dtype == np.int32
+    assert (filled["bn/count"].shape, int(filled["bn/count"])) == ((), 0)
+    new = old | {"bn.num_batches_tracked": np.asarray(7)}
+    back = export_tensors(import_tensors(new, rules, like), rules)
+    assert (int(back["bn.num_batches_tracked"]), back["bn.num_batches_tracked"].dtype) == (7, "i8")
+    with pytest.raises(UserError, match="bn/count"):
+        import_tensors(new | {"bn.num_batches_tracked": draw(1)[0]}, rules, like)
+    headless = {path: leaf for path, leaf in like.items() if path != "bn/count"}
+    with pytest.raises(UserError, match=r"no place: bn\.num_batches_tracked"):
+        import_tensors(new, rules, headless)
