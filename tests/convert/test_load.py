@@ -13,15 +13,15 @@ import safetensors.numpy
 
 from vision_jax.convert import (
     Weights,
+    arguments_of,
     class_names_of,
-    export_vit,
-    import_vit,
-    infer_vit_arguments,
+    export_weights,
+    import_weights,
     read_weights,
+    recognize,
     write_safetensors,
 )
-from vision_jax.convert.arguments import infer_arguments
-from vision_jax.convert.vit import find_table
+from vision_jax.convert.tables import find_table, infer_arguments, shapes_of
 from vision_jax.errors import UserError
 from vision_jax.models.vit import build_vit
 from vision_jax.ops.position_embedding import resample_positions
@@ -43,6 +43,20 @@ def random_params(model):
     return jax.tree.map(draw, abstract(model))
 
 
+def import_vit(weights, model, reinitialized=(), dropped=()):
+    return import_weights(
+        weights,
+        flatten(abstract(model)),
+        arguments_of(model),
+        reinitialized=reinitialized,
+        dropped=dropped,
+    )
+
+
+def export_vit(params, model, **options):
+    return export_weights(flatten(params), "vit", arguments_of(model), **options)
+
+
 def small(**arguments):
     defaults = {
         "num_classes": 3,
@@ -59,10 +73,11 @@ def small(**arguments):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_written_in_timms_naming_loads_by_itself(name, tmp_path):
     weights = read_weights(str(GOLDEN / name))
-    arguments = infer_vit_arguments(weights)
+    family, arguments = recognize(weights)
+    assert family == "vit"
     model = build_vit(**arguments)
     like = abstract(model)
-    flat = import_vit(weights, like, reinitialized=(), model=model)
+    flat = import_vit(weights, model)
     preprocessing = {"mean": [0.1] * 3, "std": [0.2] * 3, "image_size": [12, 12], "crop_pct": 0.9}
     tensors, header = export_vit(
         unflatten(like, flat), model, class_names=["a", "b"], preprocessing=preprocessing
@@ -70,52 +85,63 @@ def test_the_file_written_in_timms_naming_loads_by_itself(name, tmp_path):
     write_safetensors(tmp_path / "out.safetensors", tensors, header)
 
     again = read_weights(str(tmp_path / "out.safetensors"))
-    assert infer_vit_arguments(again) == {
-        **arguments,
-        "mean": (0.1, 0.1, 0.1),
-        "std": (0.2, 0.2, 0.2),
-    }
+    expected = {**arguments, "mean": (0.1, 0.1, 0.1), "std": (0.2, 0.2, 0.2)}
+    assert recognize(again) == ("vit", expected)
     assert class_names_of(again) == ["a", "b"]
     assert again.preprocessing["image_size"] == (12, 12)
     assert again.preprocessing["interpolation"] is None
-    assert find_table(again.tensors).source == "timm"
-    flat_again = import_vit(again, like, reinitialized=(), model=model)
+    assert find_table(shapes_of(again.tensors)).source == "timm"
+    flat_again = import_vit(again, model)
     assert set(flat_again) == set(flat)
     assert all(np.array_equal(flat_again[path], flat[path]) for path in flat)
 
 
+SQUARE = {"image_size": (8, 8)}  # as torchvision and the towers of transformers have it
 VARIANTS = {
     "timm norm": ("timm", {}),
     "timm fc_norm": ("timm", {"pool": "avg", "norm_after_pool": True}),
-    "timm everything": (
+    "timm registers, gated": (
         "timm",
         {
-            "distillation_token": True,
             "num_registers": 2,
             "position_prefix": 0,
             "layer_scale": 0.1,
-            "pre_norm": True,
             "qk_norm": True,
             "gated_mlp": True,
+            "activation": "silu",
             "qkv_bias": False,
         },
     ),
+    "timm distilled": ("timm", {"distillation_token": True, "position_prefix": 2}),
+    "timm norm in front": (
+        "timm",
+        {"pre_norm": True, "patch_bias": False, "layer_norm_eps": 1e-5},
+    ),
     "timm map": ("timm", {"pool": "map", "class_token": False, "position_prefix": 0}),
-    "torchvision": ("torchvision", {}),
+    "torchvision": ("torchvision", SQUARE),
     "transformers vit": ("transformers", {}),
     "transformers deit": ("transformers", {"distillation_token": True, "position_prefix": 2}),
     "transformers dinov2": (
         "transformers",
         {"layer_scale": 0.1, "num_registers": 4, "pool": "token_avg"},
     ),
-    "transformers dinov2 giant": ("transformers", {"layer_scale": 0.1, "gated_mlp": True}),
+    "transformers dinov2 giant": (
+        "transformers",
+        {
+            "layer_scale": 0.1,
+            "gated_mlp": True,
+            "activation": "silu",
+            "mlp_width": 24,
+            "pool": "token_avg",
+        },
+    ),
     "transformers clip": (
         "transformers",
-        {"pre_norm": True, "patch_bias": False, "head_bias": False},
+        {"pre_norm": True, "patch_bias": False, "head_bias": False, **SQUARE},
     ),
     "transformers siglip": (
         "transformers",
-        {"pool": "map", "class_token": False, "num_classes": 0, "position_prefix": 0},
+        {"pool": "map", "class_token": False, "num_classes": 0, "position_prefix": 0, **SQUARE},
     ),
 }
 
@@ -126,20 +152,23 @@ def test_round_trip_is_identical_to_the_bit(name):
     model = small(**arguments)
     params = random_params(model)
     tensors, header = export_vit(params, model, to=to)
-    assert find_table(tensors).source == to
+    assert find_table(shapes_of(tensors)).source == to
     weights = Weights(tensors, {"vision_jax": json.loads(header["vision_jax"])}, None, "x", "")
-    back = import_vit(weights, abstract(model), reinitialized=(), model=model)
+    back = import_vit(weights, model)
     flat = flatten(params)
     assert set(back) == set(flat)
     assert all(back[path].tobytes() == flat[path].tobytes() for path in flat)
 
 
 def test_what_a_naming_cannot_hold_raises():
-    model = small(num_registers=2)
-    with pytest.raises(UserError, match="no name for reg_token"):
+    model = small(num_registers=2, position_prefix=0)
+    with pytest.raises(UserError, match=r"torchvision has no vit .* it can go to timm"):
         export_vit(random_params(model), model, to="torchvision")
-    with pytest.raises(UserError, match="no naming 'keras'"):
+    with pytest.raises(UserError, match="keras has no vit"):
         export_vit(random_params(model), model, to="keras")
+    params = flatten(random_params(model)) | {"adapter": np.zeros(2, np.float32)}
+    with pytest.raises(UserError, match="no name for adapter"):
+        export_weights(params, "vit", arguments_of(model), to="timm")
 
 
 def exported(model, params):
@@ -152,8 +181,8 @@ def test_another_number_of_classes_needs_the_head_named():
     weights = exported(model, random_params(model))
     other = small(num_classes=9)
     with pytest.raises(UserError, match=r"head\.weight \(3, 8\) for head/kernel \(8, 9\)"):
-        import_vit(weights, abstract(other), reinitialized=(), model=other)
-    flat = import_vit(weights, abstract(other), reinitialized=HEAD, model=other)
+        import_vit(weights, other)
+    flat = import_vit(weights, other, reinitialized=HEAD)
     assert set(flatten(abstract(other))) - set(flat) == set(HEAD)
 
 
@@ -161,12 +190,12 @@ def test_another_image_size_resamples_the_positions_of_a_grid_that_is_not_square
     model = small(num_registers=1, position_prefix=2)
     params = random_params(model)
     other = small(num_registers=1, position_prefix=2, image_size=(20, 16))
-    flat = import_vit(exported(model, params), abstract(other), reinitialized=(), model=other)
+    flat = import_vit(exported(model, params), other)
     expected = resample_positions(params["pos_embed"], (3, 2), (5, 4), 2)
     np.testing.assert_array_equal(flat["pos_embed"], expected)
     # The same number of patches in another arrangement is another grid.
     turned = small(num_registers=1, position_prefix=2, image_size=(8, 12))
-    flat = import_vit(exported(model, params), abstract(turned), reinitialized=(), model=turned)
+    flat = import_vit(exported(model, params), turned)
     expected = resample_positions(params["pos_embed"], (3, 2), (2, 3), 2)
     np.testing.assert_array_equal(flat["pos_embed"], expected)
 
@@ -175,7 +204,7 @@ def test_a_wrong_architecture_lists_both_sides():
     model, other = small(), small(depth=3, layer_scale=0.1)
     weights = exported(model, random_params(model))
     with pytest.raises(UserError) as caught:
-        import_vit(weights, abstract(other), reinitialized=(), model=other)
+        import_vit(weights, other)
     assert "block_2/" in str(caught.value)
     assert "layer_scale" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -186,10 +215,10 @@ def test_a_pooler_is_dropped_only_when_asked():
     tensors, _ = export_vit(random_params(model), model, to="transformers")
     tensors["vit.pooler.dense.weight"] = np.zeros((8, 8), np.float32)
     weights = Weights(tensors, {"config": {"image_size": [12, 8]}}, None, "file", "")
-    assert infer_vit_arguments(weights)["image_size"] == (12, 8)
+    assert recognize(weights)[1]["image_size"] == (12, 8)
     with pytest.raises(UserError, match="pooler"):
-        import_vit(weights, abstract(model), reinitialized=(), model=model)
-    import_vit(weights, abstract(model), reinitialized=(), model=model, dropped=(r".*pooler\..*",))
+        import_vit(weights, model)
+    import_vit(weights, model, dropped=(r".*pooler\..*",))
 
 
 def test_no_vit_says_what_was_looked_for_and_what_is_there():
@@ -199,9 +228,10 @@ def test_no_vit_says_what_was_looked_for_and_what_is_there():
         assert word in str(caught.value)
 
 
-def shapes_of(model):
-    tensors, _ = export_vit(random_params(model), model)
-    return tensors
+def arguments_from(model, metadata):
+    """What our tables infer from a file of timm's without our header."""
+    shapes = shapes_of(export_vit(random_params(model), model)[0])
+    return infer_arguments(find_table(shapes), shapes, metadata)
 
 
 TIMM = {
@@ -215,7 +245,7 @@ TIMM = {
 @pytest.mark.parametrize("architecture", TIMM)
 def test_a_timm_name_says_what_shapes_do_not(architecture):
     metadata = {"config": {"architecture": architecture}}
-    arguments = infer_arguments(shapes_of(small(image_size=(16, 16))), metadata)
+    arguments = arguments_from(small(image_size=(16, 16)), metadata)
     assert {key: arguments[key] for key in TIMM[architecture]} == TIMM[architecture]
     assert arguments["image_size"] == (16, 16)
 
@@ -226,27 +256,26 @@ def test_a_timm_config_overrides_the_name():
         "pretrained_cfg": {"input_size": [3, 12, 8]},
         "model_args": {"num_heads": 2, "global_pool": "avg", "act_layer": "silu"},
     }
-    arguments = infer_arguments(shapes_of(small()), {"config": config})
+    arguments = arguments_from(small(), {"config": config})
     assert arguments["image_size"] == (12, 8)
     assert (arguments["num_heads"], arguments["pool"]) == (2, "avg")
     assert arguments["activation"] == "silu"
 
 
 def test_arguments_that_no_vit_has_raise():
-    tensors = shapes_of(small())
     cases = [
         ({"config": {"architecture": "vit_base_patch16_rpn_224"}}, "computes otherwise"),
-        ({"config": {"model_args": {"act_layer": "relu6"}}}, "relu6"),
+        ({"config": {"model_args": {"act_layer": "elu", "img_size": [12, 8]}}}, "elu"),
         ({"config": {"global_pool": "prr"}}, "prr"),
         ({"config": {"model_args": {"img_size": -3}}}, "img_size"),
         ({}, "no square grid"),
     ]
     for metadata, words in cases:
         with pytest.raises(UserError, match=words):
-            infer_arguments(tensors, metadata)
+            arguments_from(small(), metadata)
     header = {"vision_jax": {"arguments": {"wings": 2}}}
     with pytest.raises(UserError, match="wings"):
-        infer_vit_arguments(Weights(tensors, header, None, "file", ""))
+        recognize(Weights(export_vit(random_params(small()), small())[0], header, None, "file", ""))
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
