@@ -198,6 +198,7 @@ class Trained:
     outputs_fn: Callable[..., Mapping[str, jax.Array]]
     state: steps.TrainState
     frozen: dict[str, jax.Array]
+    assemble: Callable[[Mapping[str, Any]], Any]  # arrays by path -> the parameter tree
 
     @property
     def arguments(self) -> tuple[Any, Any, Any]:
@@ -234,7 +235,7 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> Trained:
         state = checkpoints.restore(step, abstract)
         frozen = checkpoints.restore_frozen(abstract_frozen)
     outputs_fn = classification.make_outputs(setup.make_apply(model), plan.assemble)
-    return Trained(mesh, description, outputs_fn, state, frozen)
+    return Trained(mesh, description, outputs_fn, state, frozen, plan.assemble)
 
 
 def evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:

@@ -39,6 +39,15 @@ def recognize(weights: Weights) -> tuple[str, dict[str, Any]]:
     return table.family, arguments
 
 
+def table_of(weights: Weights) -> Table:
+    """The table that the weights are named by.
+
+    Raises:
+      UserError: none.
+    """
+    return _recognize(weights)[0]
+
+
 def _recognize(weights: Weights) -> tuple[Table, dict[str, Any]]:
     shapes = shapes_of(weights.tensors)
     try:
