@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from vision_jax.convert import import_vit, infer_vit_arguments, read_weights
+from vision_jax import convert
 from vision_jax.errors import UserError
-from vision_jax.models.vit import build_vit, layer_of, variant_arguments
+from vision_jax.models.families import build_model, find_variant
+from vision_jax.models.vit import VARIANTS, build_vit, variant_arguments
 from vision_jax.trees.paths import flatten, unflatten
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -31,7 +32,7 @@ def small(**arguments):
 
 
 def abstract(model):
-    images = jnp.zeros((1, *model.image_size, 3))
+    images = jnp.zeros((1, *model.image_size, model.in_channels))
     return jax.eval_shape(lambda key: model.init(key, images)["params"], jax.random.key(0))
 
 
@@ -43,7 +44,7 @@ def random_params(model, seed=0):
 
 
 def random_images(model, seed=1, count=4):
-    size = (count, *model.image_size, 3)
+    size = (count, *model.image_size, model.in_channels)
     return jnp.asarray(np.random.default_rng(seed).random(size), jnp.float32)
 
 
@@ -55,11 +56,12 @@ def relative(ours, theirs):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir()))
 def test_blocks_and_logits_equal_the_golden_outputs(name):
-    weights = read_weights(str(GOLDEN / name))
+    weights = convert.read_weights(str(GOLDEN / name))
     golden = safetensors.numpy.load_file(GOLDEN / name / "outputs.safetensors")
-    model = build_vit(**infer_vit_arguments(weights))
+    family, arguments = convert.recognize(weights)
+    model = build_model(family, **arguments)
     like = abstract(model)
-    params = unflatten(like, import_vit(weights, like, reinitialized=(), model=model))
+    params = unflatten(like, convert.import_weights(weights, flatten(like), arguments))
     logits, features = jax.jit(
         lambda params, images: model.apply({"params": params}, images, return_features=True)
     )(params, golden["images"])
@@ -279,8 +281,9 @@ def test_drop_path_drops_whole_branches_of_single_images_and_rescales():
 
 
 def test_layers_for_rate_decay():
-    paths = flatten(abstract(small(pre_norm=True, num_registers=1)))
-    layers = {path: layer_of(path, 2) for path in paths}
+    model = small(pre_norm=True, num_registers=1)
+    layers = {path: model.layer_of(path) for path in flatten(abstract(model))}
+    assert max(layers.values()) == model.num_layers - 1
     assert {layers[name] for name in ("pos_embed", "cls_token", "norm_pre/scale")} == {0}
     assert layers["block_1/mlp/fc1/kernel"] == 2
     assert layers["norm/scale"] == layers["head/kernel"] == 3
@@ -290,6 +293,28 @@ def test_layers_for_rate_decay():
 def test_unknown_variants_name_the_known(variant):
     with pytest.raises(UserError, match="for example 'b/16'"):
         variant_arguments(variant)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_timms_names_are_variants(name):
+    family, arguments = find_variant(f"{name}.some_tag")
+    assert (family, arguments) == ("vit", VARIANTS[name])
+    arguments |= {"depth": 1, "num_classes": 1, "image_size": (arguments["patch_size"],) * 2}
+    shapes = flatten(abstract(build_vit(**arguments)))
+    assert shapes["patch_embed/kernel"].shape[-1] == arguments["width"]
+
+
+def test_a_variants_arguments_are_the_callers_to_change():
+    find_variant("vit_base_patch16_224")[1]["depth"] = 1
+    assert find_variant("vit_base_patch16_224")[1]["depth"] == 12
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_channels(channels):
+    model = small(in_channels=channels, mean=(0.5,) * channels, std=(0.2,) * channels)
+    params, images = random_params(model), random_images(model)
+    assert params["patch_embed"]["kernel"].shape == (4, 4, channels, 16)
+    assert jax.jit(model.apply)({"params": params}, images).shape == (4, 3)
 
 
 def test_an_unknown_pooling_is_named():
