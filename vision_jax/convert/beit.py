@@ -205,11 +205,10 @@ def _arguments(names: Names, source: str, shapes: Shapes, metadata: Metadata) ->
             "a BEiT without relative positions has the tensors of timm's EVA, which computes "
             "otherwise: config.json beside the weights must name its architecture (beit_...)"
         )
-    named = {key: said[key] for key in ("activation", "layer_norm_eps", "pool") if key in said}
     heads = table[-1] if table else said.get("num_heads", max(width // 64, 1))
     scaled = "block_0/layer_scale1" in ours
     positions = ours.get("pos_embed")
-    return {
+    found: dict[str, Any] = {
         "num_classes": ours["head/kernel"][1] if "head/kernel" in ours else 0,
         "image_size": _image_size(said.get("image_size"), tall, table, positions, source),
         "patch_size": tall,
@@ -226,8 +225,9 @@ def _arguments(names: Names, source: str, shapes: Shapes, metadata: Metadata) ->
         "qkv_bias": "block_0/attn/q_bias" in ours,
         "layer_scale": (said.get("layer_scale") or 1e-5) if scaled else None,
         "layer_norm_eps": TIMM_EPSILON if source == "timm" else 1e-12,
-        **named,
     }
+    taken = ("activation", "layer_norm_eps", "pool")
+    return found | {name: said[name] for name in taken if name in said}
 
 
 def _image_size(
@@ -274,9 +274,7 @@ def _image_size(
 def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("architecture", "")).split(".")[0]
     said: dict[str, Any] = {}
-    if name:
-        if not name.startswith("beit"):
-            raise UserError(f"timm's {name} computes otherwise than a BEiT; it is not supported")
+    if re.match(r"beit(v2)?_", name):
         said["known"] = True
     if named := VARIANTS.get(name):
         said |= {key: named[key] for key in ("image_size", "num_heads", "layer_scale")}

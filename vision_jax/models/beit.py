@@ -53,7 +53,7 @@ def variant(name: str) -> dict[str, Any] | None:
 
 
 def relative_index(grid: tuple[int, int]) -> np.ndarray:
-    """i64[1 + h·w, 1 + h·w]: the table's row for each pair of tokens (query, key); the class token first.
+    """i64[1 + h·w, 1 + h·w]: row of a table for each pair (query, key), class token first.
 
     >>> relative_index((1, 2))
     array([[5, 3, 3],
