@@ -344,11 +344,15 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     config, preprocessor = metadata.get("config", {}), metadata.get("preprocessor")
     cfg = config.get("pretrained_cfg")
+    channels = 3
     found: dict[str, Any]
     if isinstance(metadata.get("vision_jax", {}).get("preprocessing"), dict):
         found = metadata["vision_jax"]["preprocessing"]
+        channels = len(found["mean"]) if isinstance(found.get("mean"), list) else 3
     elif isinstance(cfg, dict):
         size = cfg.get("input_size")
+        if isinstance(size, list) and len(size) == 3 and isinstance(size[0], int):
+            channels = size[0]
         found = {
             "mean": cfg.get("mean"),
             "std": cfg.get("std"),
@@ -364,8 +368,8 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     else:
         return None
     return {
-        "mean": _numbers(found.get("mean"), 3, "mean"),
-        "std": _numbers(found.get("std"), 3, "std"),
+        "mean": _numbers(found.get("mean"), channels, "mean"),
+        "std": _numbers(found.get("std"), channels, "std"),
         "image_size": _numbers(found.get("image_size"), 2, "image_size", int),
         "crop_pct": None if found.get("crop_pct") is None else float(found["crop_pct"]),
         "crop_mode": found.get("crop_mode"),
