@@ -8,7 +8,7 @@ file is consumed, each parameter is filled, or the error lists both sides.
 import difflib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -104,7 +104,8 @@ def expand(rules: Sequence[Rule], depth: int) -> list[Rule]:
 
     def fill(rule: Rule, i: int) -> Rule:
         names = tuple(name.replace("{i}", str(i)) for name in rule.names)
-        return replace(rule, names=names, paths=tuple(p.replace("{i}", str(i)) for p in rule.paths))
+        paths = tuple(path.replace("{i}", str(i)) for path in rule.paths)
+        return Rule(names, paths, rule.layout, rule.default)  # `replace` takes ten times as long
 
     return [
         expanded

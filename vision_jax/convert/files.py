@@ -132,13 +132,14 @@ def _mapped(mapped: mmap.mmap, start: int, name: str, entry: Mapping[str, Any]) 
     shape, dtype = tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]])
     first, last = (start + offset for offset in entry["data_offsets"])
     # Kept weakly: who asks twice gets one array, and its pages are given back with the last holder.
-    arrays: weakref.WeakValueDictionary[str, np.ndarray] = weakref.WeakValueDictionary()
+    kept: Callable[[], np.ndarray | None] | None = None
 
     def read() -> np.ndarray:
-        array = arrays.get(name)
+        nonlocal kept
+        array = kept() if kept else None
         if array is None:
             array = np.ndarray(shape, dtype, buffer=mapped, offset=first)
-            arrays[name] = array
+            kept = weakref.ref(array)
             weakref.finalize(array, _give_back, mapped, first, last).atexit = False
         return array
 

@@ -94,12 +94,15 @@ class Table:
 
 def fill_prefix(rules: Rules, prefix: str) -> list[Rule | Fixed]:
     """The rules with `{p}` filled in."""
-    return [
-        replace(rule, name=rule.name.replace("{p}", prefix))
-        if isinstance(rule, Fixed)
-        else replace(rule, names=tuple(name.replace("{p}", prefix) for name in rule.names))
-        for rule in rules
-    ]
+
+    def fill(rule: Rule | Fixed) -> Rule | Fixed:
+        if isinstance(rule, Fixed):
+            return replace(rule, name=rule.name.replace("{p}", prefix))
+        names = tuple(name.replace("{p}", prefix) for name in rule.names)
+        # Made anew only where needed: a model has many hundred rules.
+        return rule if names == rule.names else Rule(names, rule.paths, rule.layout, rule.default)
+
+    return [fill(rule) for rule in rules]
 
 
 def without_prefix(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
