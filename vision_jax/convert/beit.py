@@ -350,16 +350,35 @@ def _holds(source: str, arguments: Arguments) -> bool:
     return a["qkv_bias"] and pooled and (square or not positions)
 
 
+# What timm's variants have in common.
+_USUAL = (
+    "pool",
+    "norm_after_pool",
+    "absolute_positions",
+    "relative_bias",
+    "shared_relative_bias",
+    "qkv_bias",
+)
+
+
+def _named(arguments: Arguments) -> str | None:
+    """timm's architecture that this is; only the images' mean tells a large v2 from a large v1."""
+    usual = {name: getattr(Beit, name) for name in _USUAL}
+    found = []
+    for name, known in VARIANTS.items():
+        computed = {key: known[key] for key in known if key not in ("mean", "std")}
+        if all(arguments[key] == value for key, value in {**usual, **computed}.items()):
+            found.append((arguments["mean"] != known.get("mean", Beit.mean), name))
+    return min(found)[1] if found else None
+
+
 def _timm_config(arguments: Arguments) -> dict[str, Any]:
     a = arguments
     ratio = a["mlp_width"] / a["width"]
     if int(a["width"] * ratio) != a["mlp_width"]:  # timm rounds the product down
         ratio = math.nextafter(ratio, math.inf)
-    usual = {name: getattr(Beit, name) for name in _USUAL}
-    for name, known in VARIANTS.items():
-        known = {key: known[key] for key in known if key not in ("mean", "std")}
-        if all(a[key] == value for key, value in {**usual, **known}.items()):
-            return {"architecture": name, "model_args": {}}
+    if name := _named(a):
+        return {"architecture": name, "model_args": {}}
     given = {
         "img_size": list(a["image_size"]),
         "patch_size": a["patch_size"],
@@ -376,17 +395,6 @@ def _timm_config(arguments: Arguments) -> dict[str, Any]:
         "use_fc_norm": a["norm_after_pool"],
     }
     return {"architecture": "beit_base_patch16_224", "model_args": given}
-
-
-# What timm's variants have in common.
-_USUAL = (
-    "pool",
-    "norm_after_pool",
-    "absolute_positions",
-    "relative_bias",
-    "shared_relative_bias",
-    "qkv_bias",
-)
 
 
 def _transformers_config(arguments: Arguments) -> dict[str, Any]:
