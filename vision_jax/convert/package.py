@@ -189,9 +189,13 @@ def _processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         "image_std": list(preprocessing["std"]),
         "resample": RESAMPLE[preprocessing["interpolation"]],
     }
-    if preprocessing["crop_mode"] == "squash" and preprocessing["crop_pct"] == 1:
-        size = {"height": height, "width": width}
-        return {"image_processor_type": "ViTImageProcessor", **config, "size": size}
+    if preprocessing["crop_mode"] == "squash":
+        share, crop = preprocessing["crop_pct"], {"height": height, "width": width}
+        if share == 1:
+            return {"image_processor_type": "ViTImageProcessor", **config, "size": crop}
+        resized = {side: math.floor(pixels / share) for side, pixels in crop.items()}
+        cut = {"size": resized, "do_center_crop": True, "crop_size": crop}
+        return {"image_processor_type": "DeiTImageProcessor", **config, **cut}
     if preprocessing["crop_mode"] == "center" and height == width:
         return {
             "image_processor_type": "BitImageProcessor",
