@@ -1,252 +1,134 @@
-"""PyTorch twins of the ViT family, small, with every statistic random, as files on the disk."""
+"""Twins of the ViT family, small: (twin, image size in pixels) by what is special about them."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm
-import torch
-import torchvision
-import transformers
-from timm.models import save_for_hf
-
-from vision_jax.convert import write_safetensors
+from vision_jax.convert.twins import Twin, make_twin
 
 CLASSES = 7
-transformers.utils.logging.disable_progress_bar()
+Made = tuple[Twin, tuple[int, int]]
 
 
-def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Every parameter random and of order one, so that no term hides behind an initial zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim >= 2 and "emb" not in name and "token" not in name:
-            noise *= parameter[0].numel() ** -0.5
-        elif name.endswith((".weight", "gamma", "lambda1")) and parameter.ndim == 1:
-            noise = 1 + 0.3 * noise
-        else:
-            noise *= 0.3
-        parameter.data = noise.to(parameter.dtype)
-    return model.eval()
+def timm_twin(name: str, size: int | tuple[int, int], **arguments: Any) -> Made:
+    given = {"num_classes": CLASSES, "depth": 2, "img_size": size, **arguments}
+    return make_twin("timm", name, given), _pair(size)
 
 
-def timm_twin(name: str, **arguments: Any) -> Callable[[], "Twin"]:
-    arguments = {"num_classes": CLASSES, "depth": 2, **arguments}
-
-    def build() -> Twin:
-        model = timm.create_model(name, **arguments)
-
-        def save(model: torch.nn.Module, folder: Path) -> str:
-            keys = ("img_size", "num_heads", "global_pool", "act_layer")
-            given = {key: arguments[key] for key in keys if key in arguments}
-            save_for_hf(model, folder, model_config={"model_args": given}, safe_serialization=True)
-            return str(folder)
-
-        return Twin(model, lambda model: model.blocks, lambda model, x: model(x), save)
-
-    return build
+def npz_twin(name: str, size: int, **arguments: Any) -> Made:
+    given = {"num_classes": CLASSES, "depth": 2, "img_size": size, "act_layer": "gelu_tanh"}
+    return make_twin("npz", name, {**given, **arguments}), _pair(size)
 
 
-def torchvision_twin(patch: int, width: int, size: int) -> Callable[[], "Twin"]:
-    def build() -> Twin:
-        model = torchvision.models.VisionTransformer(
-            size, patch, 2, width // 64, width, 2 * width, num_classes=CLASSES
-        )
-
-        def save(model: torch.nn.Module, folder: Path) -> str:
-            path = folder / "vit.safetensors"
-            tensors = {name: value.numpy() for name, value in model.state_dict().items()}
-            write_safetensors(path, tensors)
-            return str(path)
-
-        return Twin(model, lambda model: model.encoder.layers, lambda model, x: model(x), save)
-
-    return build
+def torchvision_twin(patch: int, width: int, size: int) -> Made:
+    given = {
+        "image_size": size,
+        "patch_size": patch,
+        "num_layers": 2,
+        "num_heads": width // 64,
+        "hidden_dim": width,
+        "mlp_dim": 2 * width + 6,
+        "num_classes": CLASSES,
+    }
+    return make_twin("torchvision", "torchvision.models.VisionTransformer", given), _pair(size)
 
 
-def transformers_twin(
-    model_class: str, config_class: str, run: Callable[..., Any], **arguments: Any
-) -> Callable[[], "Twin"]:
-    size = {
+def transformers_twin(build: str, size: int | tuple[int, int] = 48, **arguments: Any) -> Made:
+    given = {
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "image_size": 48,
+        "image_size": size,
         "patch_size": 16,
     }
-
-    def build() -> Twin:
-        config = getattr(transformers, config_class)(**{**size, **arguments})
-        model = getattr(transformers, model_class)._from_config(config, attn_implementation="sdpa")
-
-        def save(model: torch.nn.Module, folder: Path) -> str:
-            model.save_pretrained(folder)
-            return str(folder)
-
-        def blocks(model: torch.nn.Module) -> Any:
-            lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-            return next(m for m in lists if len(m) == config.num_hidden_layers)
-
-        return Twin(model, blocks, run, save)
-
-    return build
+    if "Dinov2" not in build:
+        given["intermediate_size"] = 96
+    if build.endswith(("ImageClassification", "WithTeacher")):
+        given["num_labels"] = CLASSES
+    if build == "SiglipForImageClassification":
+        del given["num_labels"]
+        text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text |= {"intermediate_size": 16, "vocab_size": 11}
+        given = {"vision_config": given, "text_config": text, "num_labels": CLASSES}
+    return make_twin("transformers", build, {**given, **arguments}), _pair(size)
 
 
-class Twin:
-    """A PyTorch model, where its blocks are, how it runs, and how it is saved."""
-
-    def __init__(self, model: torch.nn.Module, blocks: Any, run: Any, save: Any) -> None:
-        self.model, self._blocks, self._run, self.save = model, blocks, run, save
-
-    def outputs(self, images: np.ndarray, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
-        """block_0, block_1 ... and logits for images f[B, H, W, 3] in [0, 1]."""
-        seen: dict[str, np.ndarray] = {}
-
-        def keep(index: int) -> Callable[..., None]:
-            def hook(module: Any, inputs: Any, output: Any) -> None:
-                output = output[0] if isinstance(output, tuple) else output
-                seen[f"block_{index}"] = output.numpy()
-
-            return hook
-
-        hooks = [
-            block.register_forward_hook(keep(index))
-            for index, block in enumerate(self._blocks(self.model))
-        ]
-        mean, std = (np.asarray(arguments.get(key, (0.5,) * 3)) for key in ("mean", "std"))
-        dtype = next(self.model.parameters()).dtype
-        normalized = torch.from_numpy((images - mean) / std).to(dtype).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            seen["logits"] = self._run(self.model, normalized).numpy()
-        for hook in hooks:
-            hook.remove()
-        return seen
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
-def logits(model, x):
-    return model(x).logits
+# Where the architecture's own width would be slow.
+GIANT = {"embed_dim": 96, "num_heads": 4}
 
-
-def pooled(model, x):
-    return model(x).pooler_output
-
-
-def class_token(model, x):
-    return model(x).last_hidden_state[:, 0]
-
-
-def unmasked(model, x):
-    # Shuffles the patches by the order of the noise: sorted noise leaves them where they are.
-    patches = (x.shape[2] // 16) * (x.shape[3] // 16)
-    noise = torch.linspace(0, 1, patches).expand(x.shape[0], -1)
-    return model(x, noise=noise).last_hidden_state[:, 0]
-
-
-TWINS: dict[str, Callable[[], Twin]] = {
-    "timm ti/16": timm_twin("vit_tiny_patch16_224", img_size=48),
-    "timm s/32": timm_twin("vit_small_patch32_224", img_size=96),
-    "timm b/16": timm_twin("vit_base_patch16_224", img_size=32),
-    "timm s/8": timm_twin("vit_small_patch8_224", img_size=32),
-    "timm ti/16 not square": timm_twin("vit_tiny_patch16_224", img_size=(32, 80)),
-    "timm s/16 without biases in qkv": timm_twin(
-        "vit_small_patch16_224", img_size=48, qkv_bias=False
+TWINS: dict[str, Callable[[], Made]] = {
+    "timm ti/16": lambda: timm_twin("vit_tiny_patch16_224", 48),
+    "timm s/32": lambda: timm_twin("vit_small_patch32_224", 96),
+    "timm s/8": lambda: timm_twin("vit_small_patch8_224", 32),
+    "timm not square": lambda: timm_twin("vit_tiny_patch16_224", (32, 80)),
+    "timm other sizes": lambda: timm_twin(
+        "vit_tiny_patch16_224", (29, 41), embed_dim=60, num_heads=5, patch_size=7, mlp_ratio=3.3
     ),
-    "timm s/16 with qk_norm": timm_twin("vit_small_patch16_224", img_size=48, qk_norm=True),
-    "timm deit distilled": timm_twin("deit_tiny_distilled_patch16_224", img_size=48),
-    "timm deit3": timm_twin("deit3_small_patch16_224", img_size=48),
-    "timm dinov2": timm_twin("vit_small_patch14_dinov2", img_size=42),
-    "timm dinov2 with registers": timm_twin("vit_small_patch14_reg4_dinov2", img_size=42),
-    "timm dinov2 giant": timm_twin(
-        "vit_giant_patch14_reg4_dinov2", img_size=28, embed_dim=96, num_heads=4
+    "timm one channel": lambda: timm_twin("vit_tiny_patch16_224", 32, in_chans=1),
+    "timm five channels": lambda: timm_twin("vit_tiny_patch16_224", 32, in_chans=5, depth=1),
+    "timm no head": lambda: timm_twin("vit_tiny_patch16_224", 32, num_classes=0),
+    "timm without biases in qkv": lambda: timm_twin("vit_small_patch16_224", 48, qkv_bias=False),
+    "timm with qk_norm": lambda: timm_twin("vit_small_patch16_224", 48, qk_norm=True),
+    "timm with pre_norm": lambda: timm_twin("vit_tiny_patch16_224", 48, pre_norm=True),
+    "timm with registers": lambda: timm_twin("vit_tiny_patch16_224", 48, reg_tokens=3),
+    "timm deit": lambda: timm_twin("deit_tiny_patch16_224", 48),
+    "timm deit distilled": lambda: timm_twin("deit_tiny_distilled_patch16_224", 48),
+    "timm deit3": lambda: timm_twin("deit3_small_patch16_224", 48),
+    "timm dinov2": lambda: timm_twin("vit_small_patch14_dinov2", 42),
+    "timm dinov2 with registers": lambda: timm_twin("vit_small_patch14_reg4_dinov2", 42),
+    "timm dinov2 giant": lambda: timm_twin("vit_giant_patch14_reg4_dinov2", 28, **GIANT),
+    "timm mae": lambda: timm_twin("vit_tiny_patch16_224", 32, global_pool="avg"),
+    "timm mae, normalized before": lambda: timm_twin(
+        "vit_tiny_patch16_224", 32, global_pool="avg", fc_norm=False
     ),
-    "timm mae": timm_twin("vit_base_patch16_224", img_size=32, global_pool="avg"),
-    "timm clip quickgelu": timm_twin("vit_base_patch16_clip_quickgelu_224", img_size=32),
-    "timm clip": timm_twin("vit_xsmall_patch16_clip_224", img_size=48),
-    "timm siglip": timm_twin("vit_base_patch16_siglip_224", img_size=32),
-    "timm siglip2 giantopt": timm_twin(
-        "vit_giantopt_patch16_siglip_256", img_size=32, embed_dim=128, num_heads=4
+    "timm clip": lambda: timm_twin("vit_xsmall_patch16_clip_224", 48),
+    "timm clip quickgelu": lambda: timm_twin("vit_base_patch16_clip_quickgelu_224", 32, **GIANT),
+    "timm siglip": lambda: timm_twin("vit_base_patch16_siglip_224", 32, **GIANT),
+    "timm siglip2 giantopt": lambda: timm_twin("vit_giantopt_patch16_siglip_256", 32, **GIANT),
+    "timm so400m gap": lambda: timm_twin("vit_so400m_patch14_siglip_gap_224", (45, 31), **GIANT),
+    "timm registers and map": lambda: timm_twin(
+        "vit_so150m_patch16_reg4_map_256", 32, embed_dim=128, num_heads=2
     ),
-    "timm so400m gap": timm_twin(
-        "vit_so400m_patch14_siglip_gap_224", img_size=(45, 31), embed_dim=144, num_heads=2
+    "timm registers and gap": lambda: timm_twin("vit_wee_patch16_reg1_gap_256", 48),
+    "torchvision b/16": lambda: torchvision_twin(16, 128, 48),
+    "torchvision b/32": lambda: torchvision_twin(32, 192, 96),
+    "transformers vit": lambda: transformers_twin(
+        "ViTForImageClassification", hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-3
     ),
-    "timm registers and map": timm_twin(
-        "vit_so150m_patch16_reg4_map_256", img_size=32, embed_dim=128, num_heads=2
+    "transformers vit, not square": lambda: transformers_twin(
+        "ViTForImageClassification", (48, 35), qkv_bias=False
     ),
-    "timm registers and gap": timm_twin("vit_wee_patch16_reg1_gap_256", img_size=48),
-    "torchvision b/16": torchvision_twin(16, 128, 48),
-    "torchvision b/32": torchvision_twin(32, 192, 96),
-    "transformers vit": transformers_twin(
-        "ViTForImageClassification",
-        "ViTConfig",
-        logits,
-        num_labels=CLASSES,
-        intermediate_size=96,
-        hidden_act="gelu_pytorch_tanh",
+    "transformers vit, one channel": lambda: transformers_twin(
+        "ViTForImageClassification", num_channels=1
     ),
-    "transformers deit distilled": transformers_twin(
-        "DeiTForImageClassificationWithTeacher",
-        "DeiTConfig",
-        logits,
-        num_labels=CLASSES,
-        intermediate_size=96,
+    "transformers deit distilled": lambda: transformers_twin(
+        "DeiTForImageClassificationWithTeacher"
     ),
-    "transformers deit": transformers_twin(
-        "DeiTForImageClassification",
-        "DeiTConfig",
-        logits,
-        num_labels=CLASSES,
-        intermediate_size=96,
+    "transformers deit": lambda: transformers_twin("DeiTForImageClassification"),
+    "transformers mae": lambda: transformers_twin("ViTMAEModel", mask_ratio=0.0),
+    "transformers dinov2": lambda: transformers_twin("Dinov2ForImageClassification"),
+    "transformers dinov2 giant": lambda: transformers_twin("Dinov2Model", use_swiglu_ffn=True),
+    "transformers dinov2 with registers": lambda: transformers_twin(
+        "Dinov2WithRegistersForImageClassification", (35, 48)
     ),
-    "transformers mae": transformers_twin(
-        "ViTMAEModel", "ViTMAEConfig", unmasked, mask_ratio=0.0, intermediate_size=96
+    "transformers dinov2 giant with registers": lambda: transformers_twin(
+        "Dinov2WithRegistersForImageClassification", mlp_ratio=3, use_swiglu_ffn=True
     ),
-    "transformers dinov2": transformers_twin(
-        "Dinov2ForImageClassification", "Dinov2Config", logits, num_labels=CLASSES
+    "transformers clip": lambda: transformers_twin("CLIPVisionModel"),
+    "transformers clip projected": lambda: transformers_twin(
+        "CLIPVisionModelWithProjection", 50, projection_dim=CLASSES, hidden_act="gelu"
     ),
-    "transformers dinov2 giant": transformers_twin(
-        "Dinov2Model", "Dinov2Config", class_token, use_swiglu_ffn=True
+    "transformers siglip": lambda: transformers_twin("SiglipVisionModel"),
+    "transformers siglip classifier": lambda: transformers_twin("SiglipForImageClassification"),
+    "npz augreg": lambda: npz_twin("vit_tiny_patch16_224", 48),
+    "npz augreg, other sizes": lambda: npz_twin(
+        "vit_tiny_patch16_224", 28, embed_dim=60, num_heads=5, patch_size=7, mlp_ratio=2.4
     ),
-    "transformers dinov2 with registers": transformers_twin(
-        "Dinov2WithRegistersForImageClassification",
-        "Dinov2WithRegistersConfig",
-        logits,
-        num_labels=CLASSES,
-    ),
-    "transformers clip": transformers_twin(
-        "CLIPVisionModel", "CLIPVisionConfig", pooled, intermediate_size=96
-    ),
-    "transformers clip projected": transformers_twin(
-        "CLIPVisionModelWithProjection",
-        "CLIPVisionConfig",
-        lambda model, x: model(x).image_embeds,
-        intermediate_size=96,
-        projection_dim=CLASSES,
-    ),
-    "transformers siglip": transformers_twin(
-        "SiglipVisionModel", "SiglipVisionConfig", pooled, intermediate_size=96
-    ),
-    "transformers siglip classifier": transformers_twin(
-        "SiglipForImageClassification",
-        "SiglipConfig",
-        logits,
-        num_labels=CLASSES,
-        num_hidden_layers=2,
-        vision_config={
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 48,
-            "patch_size": 16,
-            "intermediate_size": 96,
-        },
-        text_config={
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 16,
-            "vocab_size": 11,
-        },
-    ),
+    "npz augreg, no head": lambda: npz_twin("vit_tiny_patch16_224", 32, num_classes=0),
+    "npz big_vision": lambda: npz_twin("vit_tiny_patch16_224", 32, no_embed_class=True),
+    "npz gap": lambda: npz_twin("vit_base_patch16_siglip_gap_224", 32, **GIANT),
+    "npz siglip": lambda: npz_twin("vit_base_patch16_siglip_224", 32, num_classes=0, **GIANT),
 }
