@@ -60,9 +60,14 @@ def _recognize(weights: Weights) -> tuple[Table, dict[str, Any]]:
         raise UserError(
             f"{weights.origin}: what its config or header says makes no sense ({reason})"
         ) from None
-    depth = np.sum(inferred.get("depths", inferred.get("depth", 0)))
-    if not depth <= len(shapes):  # before anything is built by it
-        raise UserError(f"{weights.origin}: {depth} blocks of {len(shapes)} tensors are none")
+    stages = inferred.get("depths", inferred.get("depth", 0))
+    counts = stages if isinstance(stages, tuple) else (stages,)
+    # Before anything is built by it: a block has at least a tensor.
+    if not all(isinstance(n, int) and 0 <= n <= len(shapes) for n in counts):
+        raise UserError(
+            f"{weights.origin}: its header or config says {stages!r} blocks, of {len(shapes)} "
+            "tensors in all; download it again"
+        )
     return table, {**FAMILIES[table.family].defaults, **inferred}
 
 
