@@ -506,7 +506,7 @@ def _transformers_entry(name: str) -> Entry:
         f"transformers/{published}",
         "BEiT",
         build,
-        tuple(config.items()),
+        (*config.items(), ("num_labels", 1000)),
         reduced=_REDUCED_TRANSFORMERS if "large" in name else (),
         image_size=VARIANTS[name]["image_size"][0],
         published=f"hf://microsoft/{published}",

@@ -598,6 +598,7 @@ def _transformers_entry(name: str, published: str) -> Entry:
     arguments: dict[str, Any] = {name: getattr(Swin, name, None) for name in Swin.__annotations__}
     config = _transformers_config({**arguments, **VARIANTS[name], "num_classes": 1})
     (build,) = config.pop("architectures")
+    config["num_labels"] = 1000
     del config["model_type"]
     return Entry(
         f"transformers/{published}",
