@@ -21,8 +21,10 @@ def fails(path: Path, *words: str) -> None:
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_ema"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "wrapper", [None, "state_dict", "model", "model_ema", "ema", "net", "params_ema", "teacher"]
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "module.model.", "_orig_mod.", "backbone."])
 def test_wrappers_and_prefixes_come_off(wrapper, prefix, tmp_path):
     tensors = {f"{prefix}{name}": value for name, value in TENSORS.items()}
     content = {wrapper: tensors, "epoch": 3} if wrapper else tensors
@@ -31,6 +33,35 @@ def test_wrappers_and_prefixes_come_off(wrapper, prefix, tmp_path):
     assert set(weights.tensors) == set(TENSORS)
     for name, value in TENSORS.items():
         np.testing.assert_array_equal(weights.tensors[name], value.numpy())
+
+
+def test_wrappers_inside_wrappers_beside_a_programs_other_things(tmp_path):
+    moments = {"state": {0: {"exp_avg": torch.randn(3)}}, "param_groups": [{"lr": 0.1}]}
+    content = {"epoch": 3, "optimizer": moments, "ema": {"decay": 0.9, "module": TENSORS}}
+    others = {name: -value for name, value in TENSORS.items()}
+    torch.save(content | {"model": others}, tmp_path / "x.pth.tar")
+    weights = read_weights(str(tmp_path / "x.pth.tar"), allow_pickle=True)
+    assert set(weights.tensors) == set(TENSORS)  # the averaged ones, as timm takes them
+    np.testing.assert_array_equal(weights.tensors["a.bias"], TENSORS["a.bias"].numpy())
+
+
+def test_a_prefix_of_some_tensors_is_part_of_their_names(tmp_path):
+    torch.save({"module.a": TENSORS["a.bias"], "b": TENSORS["a.bias"]}, tmp_path / "x.pt")
+    weights = read_weights(str(tmp_path / "x.pt"), allow_pickle=True)
+    assert set(weights.tensors) == {"module.a", "b"}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_both_formats_of_torch(zipped, tmp_path):
+    torch.save(TENSORS, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    weights = read_weights(str(tmp_path / "x.pt"), allow_pickle=True)
+    np.testing.assert_array_equal(weights.tensors["a.weight"], TENSORS["a.weight"].numpy())
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3, 3).to_sparse(), torch.ones(2).cfloat()], ids=str)
+def test_tensors_that_no_model_has(tensor, tmp_path):
+    torch.save({"odd.one": tensor}, tmp_path / "x.pt")
+    fails(tmp_path / "x.pt", "odd.one")
 
 
 def test_half_precision_becomes_float32(tmp_path):
