@@ -151,7 +151,7 @@ def test_timm_by_name_from_the_hub(tmp_path, monkeypatch):
 def test_timm_by_name_from_an_address(cache, monkeypatch):
     cfg = timm.get_pretrained_cfg("resnet18.a1_in1k")
     plain = timm.models.PretrainedCfg(url="https://example.org/r18-0123abcd.pth", crop_pct=0.9)
-    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: plain)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda *name, **keywords: plain)
     assert cfg.hf_hub_id
     with pytest.raises(UserError, match="not to be had"):
         convert.read_weights("timm://resnet18.a1_in1k")

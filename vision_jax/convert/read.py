@@ -199,9 +199,11 @@ def _read_timm(spec: str) -> Weights:
             f"{spec}: which of its weights is known to timm only: pip install timm, or add the tag "
             "as in timm://resnet50.a1_in1k"
         ) from None
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    tagged = "." not in name or name in timm.list_pretrained(f"{name.partition('.')[0]}*")
-    if cfg is None or not cfg.has_weights or not tagged:
+    try:
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:  # no such architecture or tag
+        cfg = None
+    if cfg is None or not cfg.has_weights:
         hint = nearest(name, timm.list_pretrained())
         raise UserError(f"{spec}: timm {timm.__version__} has no such weights{hint}")
     # What timm writes into the config.json of its own repositories.
