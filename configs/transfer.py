@@ -5,7 +5,8 @@ Command:   python -m vision_jax.main --config=configs/transfer.py:timm/convnext_
 Hardware:  one GPU or TPU for the larger ones; docs/zoo.md has each one's size and GFLOPs
 Expected:  depends on the data; first ask what the frozen features are worth:
 
-    python -m vision_jax.main --mode=frozen --config=configs/transfer.py:timm/convnext_tiny.fb_in22k \\
+    python -m vision_jax.main --mode=frozen \\
+        --config=configs/transfer.py:timm/convnext_tiny.fb_in22k \\
         --config.data.train=path/to/folder_of_class_folders
 
 The name after the colon is one of docs/zoo.md, with or without timm's tag: timm/NAME[.TAG],
@@ -76,9 +77,8 @@ def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     model.std = ()
     model.dtype = "float32"  # compute dtype; parameters are float32. bfloat16 on GPU and TPU
     model.dropout = 0.0
-    model.drop_path = (
-        settings.drop_path
-    )  # stochastic depth of the last block; grows linearly up to it
+    # Stochastic depth of the last block; grows linearly up to it.
+    model.drop_path = settings.drop_path
     model.freeze_norm = False  # BatchNorm keeps its running statistics in training
     model.remat = False  # recompute activations in the backward pass: less memory, more time
     model.scan = False  # one compiled block in a loop: quicker to compile, slightly slower to run
@@ -98,16 +98,14 @@ def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     optim.lr = settings.lr  # at batch 64
     optim.schedule = "cosine"  # cosine, linear, constant; after the warm-up
     optim.warmup_steps = 100
-    optim.weight_decay = (
-        settings.weight_decay
-    )  # on kernels and adapters, not on biases, norms and embeddings
+    # On kernels and adapters, not on biases, norms and embeddings.
+    optim.weight_decay = settings.weight_decay
     optim.b1 = 0.9
     optim.b2 = 0.999
     optim.momentum = 0.9  # sgd, lars, muon
     optim.clip_norm = 1.0  # largest global gradient norm; 0 turns clipping off
-    optim.layer_decay = (
-        settings.layer_decay
-    )  # each earlier layer's rate is this times the next one's
+    # Each earlier layer's rate is this times the next one's.
+    optim.layer_decay = settings.layer_decay
     optim.accumulate = 1  # micro-batches per update
     optim.ema_decay = 0.0  # moving average of what trains, used by evaluation; 0 for none
 

@@ -14,6 +14,7 @@ import argparse
 import difflib
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import re
@@ -413,8 +414,8 @@ def render(folder: Path) -> str:
         f"{len(records)} variants over {len(titles)} families and {len(sources)} sources "
         f"({', '.join(sources)}); {passed} certificates pass.",
         "",
-        "Errors are the worst over all named intermediates and the logits, relative to the scale of "
-        "each, on random weights with every statistic randomized. Preprocessing is the largest "
+        "Errors are the worst over all named intermediates and the logits, relative to the scale "
+        "of each, on random weights with every statistic randomized. Preprocessing is the largest "
         "difference from the source's own, in steps of 1/255. GFLOPs count two for a multiply and "
         "add. What the columns prove: [certificates.md](certificates.md).",
     ]
@@ -526,13 +527,9 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _check_libraries() -> None:
-    try:
-        import timm
-        import torch
-        import torchvision
-        import transformers
-    except ImportError as error:
-        raise UserError(f"{error.name} is missing: pip install 'vision_jax[parity]'") from None
+    for name in ("timm", "torch", "torchvision", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is missing: pip install 'vision_jax[parity]'")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ models/mobilenetv2.py; transformers 5.23 models/mobilenet_v2; efficientnet_lite_
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from vision_jax.convert.engine import CONV, POINTWISE, Rule, affine, batch_norm, one
@@ -36,6 +37,7 @@ _DEFAULTS = {
     for name, field in EfficientNet.__dataclass_fields__.items()
     if name in _STRUCTURE
 }
+_KNOWN_DEPTHS = {sum(sizes["depths"]): sizes["depths"] for sizes in VARIANTS.values()}
 _TV_WIDTHS = tuple(percent / 100 for percent in range(10, 301, 5))
 
 
@@ -152,40 +154,36 @@ def _package_rules(a: Arguments) -> list[Rule]:
     )
 
 
-def _from_blocks(
-    shapes: Shapes, blocks: list[dict[str, tuple[int, ...]]], stem: str, last: str, head: str
+def _from_stages(
+    shapes: Shapes, stages: list[list[dict[str, tuple[int, ...]]]], stem: str, last: str, head: str
 ) -> dict[str, Any]:
-    """From the shapes of each block's parts, counted through; stages begin where widths change.
-
-    Two stages of one width, as neither MobileNetV2 nor EfficientNet has, would be taken for one.
-    """
-    depths: list[int] = []
-    widths, kernels, expansions = [], [], []
-    before = shapes[f"{stem}.weight"][0]
-    ratios = []
-    for block in blocks:
-        width, mid = block["project"][:2]
-        if "squeeze" in block:
-            ratios.append((before, block["squeeze"][0]))
-        if not widths or width != widths[-1]:
-            depths.append(0)
-            widths.append(width)
-            kernels.append(block["depthwise"][2])
-            expansions.append(_expansion(before, mid) if "expand" in block else 1)
-        depths[-1] += 1
-        before = width
-    ratio = 0.0
-    if ratios:
-        ratio = 0.25 if all(round(i / 4) == s for i, s in ratios) else ratios[-1][1] / ratios[-1][0]
-    if len(depths) != len(EfficientNet.strides):
+    """From the shapes of each block's parts, stage by stage."""
+    if len(stages) != len(EfficientNet.strides):
         raise UserError(
-            f"{len(depths)} stages: the strides of other nets than MobileNetV2 and EfficientNet, "
+            f"{len(stages)} stages: the strides of other nets than MobileNetV2 and EfficientNet, "
             "which have 7, are not in their weights"
         )
+    widths: list[int] = []
+    kernels: list[int] = []
+    expansions: list[float] = []
+    squeezed: list[tuple[int, int]] = []  # (a block's inputs, its squeeze-excitation's width)
+    before = shapes[f"{stem}.weight"][0]
+    for stage in stages:
+        first = stage[0]
+        kernels.append(first["depthwise"][2])
+        expansions.append(_expansion(before, first["project"][1]) if "expand" in first else 1)
+        for block in stage:
+            squeezed += [(before, block["squeeze"][0])] if "squeeze" in block else []
+            before = block["project"][0]
+        widths.append(before)
+    ratio = 0.0
+    if squeezed:
+        inputs, width = squeezed[-1]
+        ratio = 0.25 if all(round(i / 4) == w for i, w in squeezed) else width / inputs
     return {
         "num_classes": shapes.get(f"{head}.weight", (0,))[0],
         "in_channels": shapes[f"{stem}.weight"][1],
-        "depths": tuple(depths),
+        "depths": tuple(map(len, stages)),
         "widths": tuple(widths),
         "kernels": tuple(kernels),
         "expansions": tuple(expansions),
@@ -194,6 +192,18 @@ def _from_blocks(
         "se_ratio": ratio,
         "activation": "silu" if ratio else "relu6",
     }
+
+
+def _staged(blocks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Blocks counted through, by stage: those of a known net of as many, else by their widths."""
+    depths = _KNOWN_DEPTHS.get(len(blocks), ())
+    stages, start = [], 0
+    for depth in depths:
+        stages.append(blocks[start : start + depth])
+        start += depth
+    if stages and all(len({block["project"][0] for block in stage}) == 1 for stage in stages):
+        return stages
+    return [list(stage) for _, stage in groupby(blocks, key=lambda block: block["project"][0])]
 
 
 def _expansion(inputs: int, mid: int) -> float:
@@ -230,20 +240,18 @@ def _from_timm(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     plain = {"depthwise": "conv_dw", "project": "conv_pw"}
     squeeze = {"squeeze": "se.conv_reduce"}
     depths = count_blocks(shapes, r"blocks\.(\d+)\.(\d+)\.conv_dw\.weight")
-    names = [
-        (
-            f"blocks.{s}.{b}.",
-            (parts if f"blocks.{s}.{b}.conv_pwl.weight" in shapes else plain) | squeeze,
-        )
-        for s, depth in enumerate(depths)
-        for b in range(depth)
-    ]
-    found = _from_blocks(shapes, _blocks(shapes, names), "conv_stem", "conv_head", "classifier")
+    stages = []
+    for stage, depth in enumerate(depths):
+        names = [f"blocks.{stage}.{block}." for block in range(depth)]
+        kinds = [parts if f"{name}conv_pwl.weight" in shapes else plain for name in names]
+        of_block = [(name, kind | squeeze) for name, kind in zip(names, kinds, strict=True)]
+        stages.append(_blocks(shapes, of_block))
+    found = _from_stages(shapes, stages, "conv_stem", "conv_head", "classifier")
     mobile = set(found["kernels"]) == {3}
     if not (architecture or mobile):
         raise UserError(
-            "whether an EfficientNet pads as TensorFlow does is not in its weights: put config.json "
-            'with {"architecture": "tf_efficientnet_lite0"}, say, beside model.safetensors'
+            "whether an EfficientNet pads as TensorFlow does is not in its weights: put config.json"
+            ' with {"architecture": "tf_efficientnet_lite0"}, say, beside model.safetensors'
         )
     tf = architecture.startswith("tf_")
     return found | {"same_padding": tf, "batch_norm_eps": 1e-3 if tf else 1e-5}
@@ -259,7 +267,9 @@ def _from_torchvision(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
             parts = {"depthwise": "0.0", "project": "1"}
         names.append((f"features.{number}.conv.", parts))
     last = f"features.{end - 1}.0"
-    return _from_blocks(shapes, _blocks(shapes, names), "features.0.0", last, "classifier.1")
+    return _from_stages(
+        shapes, _staged(_blocks(shapes, names)), "features.0.0", last, "classifier.1"
+    )
 
 
 def _from_transformers(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
@@ -277,7 +287,7 @@ def _from_transformers(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     }
     names = [("conv_stem.", parts), *((f"layer.{i}.", parts) for i in range(layers))]
     stem, last = "conv_stem.first_conv.convolution", "conv_1x1.convolution"
-    found = _from_blocks(shapes, _blocks(shapes, names), stem, last, "classifier")
+    found = _from_stages(shapes, _staged(_blocks(shapes, names)), stem, last, "classifier")
     return found | {
         "same_padding": bool(config.get("tf_padding", True)),
         "batch_norm_eps": float(config.get("layer_norm_eps", 1e-3)),
@@ -293,8 +303,11 @@ def _from_package(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     }
     count = _count(shapes, r"_blocks\.(\d+)\._depthwise_conv\.weight")
     names = [(f"_blocks.{i}.", parts) for i in range(count)]
-    found = _from_blocks(shapes, _blocks(shapes, names), "_conv_stem", "_conv_head", "_fc")
-    own = {"same_padding": True, "batch_norm_eps": 1e-3}  # the weights come from TensorFlow
+    found = _from_stages(shapes, _staged(_blocks(shapes, names)), "_conv_stem", "_conv_head", "_fc")
+    own: dict[str, Any] = {
+        "same_padding": True,
+        "batch_norm_eps": 1e-3,
+    }  # the weights come from TensorFlow
     if not found["se_ratio"]:  # the Lite nets normalize to [-1, 1]
         own |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     return found | own

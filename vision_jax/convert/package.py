@@ -1,4 +1,4 @@
-"""The way back: a folder that timm, torchvision or transformers load strictly by themselves."""
+"""The way back: a folder that timm, torchvision or transformers load, strictly, by themselves."""
 
 import json
 import math

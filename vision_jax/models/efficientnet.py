@@ -1,8 +1,8 @@
-"""MobileNetV2 (Sandler et al. 2018, https://arxiv.org/abs/1801.04381), EfficientNet (Tan and Le 2019,
-https://arxiv.org/abs/1905.11946) and EfficientNet-Lite.
+"""MobileNetV2 (https://arxiv.org/abs/1801.04381), EfficientNet (https://arxiv.org/abs/1905.11946)
+and EfficientNet-Lite.
 
 One module, as in timm 1.0 (timm/models/efficientnet.py): stages of inverted residuals. MobileNetV2
-and the Lite nets have ReLU6 and no squeeze-excitation, EfficientNet has SiLU and squeeze-excitation.
+and the Lite nets have ReLU6, EfficientNet has SiLU and squeeze-excitation.
 
 Exactness, where ports go wrong:
   - `same_padding` is TensorFlow's: what a stride leaves over is padded, the odd pixel at the bottom
@@ -41,7 +41,7 @@ def round_channels(width: float) -> int:
 
 
 def _scaled(base: dict[str, Any], width: float, depth: float, fixed_ends: bool) -> dict[str, Any]:
-    """The network at another width and depth; `fixed_ends` leaves stem, head, outer depths alone."""
+    """Another width and depth; `fixed_ends` leaves stem, head and outer depths alone."""
     ends = (0, len(base["depths"]) - 1)
     return {
         **base,
@@ -55,8 +55,11 @@ def _scaled(base: dict[str, Any], width: float, depth: float, fixed_ends: bool) 
     }
 
 
-_SCALES = ((1.0, 1.0), (1.0, 1.1), (1.1, 1.2), (1.2, 1.4), (1.4, 1.8), (1.6, 2.2), (1.8, 2.6))
-_SCALES += ((2.0, 3.1),)
+# Width and depth of b0 to b7.
+_SCALES: tuple[tuple[float, float], ...] = (
+    *((1.0, 1.0), (1.0, 1.1), (1.1, 1.2), (1.2, 1.4)),
+    *((1.4, 1.8), (1.6, 2.2), (1.8, 2.6), (2.0, 3.1)),
+)
 _TF = {"same_padding": True, "batch_norm_eps": 1e-3}
 _SE = {"se_ratio": 0.25, "activation": "silu"}
 VARIANTS: dict[str, dict[str, Any]] = {
