@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from vision_jax import convert, optim, sharding, steps
 from vision_jax.config import read_json, write_json
-from vision_jax.convert import peft
+from vision_jax.convert import load, peft
 from vision_jax.data.sources import Source, read_source, split_source, subset
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, nearest
@@ -520,6 +520,4 @@ def _per_channel(field: str, values: tuple[float, ...], channels: int) -> tuple[
         return values
     if len(values) != 3:
         raise UserError(f"{field}: {len(values)} numbers for images of {channels} channels")
-    if channels == 1:
-        return (sum(values) / 3,)
-    return tuple(values[index % 3] for index in range(channels))
+    return load.adapt_values(values, channels)

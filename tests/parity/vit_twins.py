@@ -112,7 +112,7 @@ TWINS: dict[str, Callable[[], Made]] = {
     "transformers dinov2": lambda: transformers_twin("Dinov2ForImageClassification"),
     "transformers dinov2 giant": lambda: transformers_twin("Dinov2Model", use_swiglu_ffn=True),
     "transformers dinov2 with registers": lambda: transformers_twin(
-        "Dinov2WithRegistersForImageClassification", (35, 48)
+        "Dinov2WithRegistersForImageClassification", 35
     ),
     "transformers dinov2 giant with registers": lambda: transformers_twin(
         "Dinov2WithRegistersForImageClassification", mlp_ratio=3, use_swiglu_ffn=True

@@ -13,7 +13,7 @@ from vision_jax.convert.files import Tensors, held
 from vision_jax.convert.files import write_safetensors as write_safetensors
 from vision_jax.convert.read import Weights
 from vision_jax.convert.table import Table
-from vision_jax.convert.tables import find_table, infer_arguments, shapes_of, table_for_export
+from vision_jax.convert.tables import find_table, infer_arguments, naming_for_export, shapes_of
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, build_model
 
@@ -36,6 +36,8 @@ def recognize(weights: Weights) -> tuple[str, dict[str, Any]]:
         )
     preprocessing = weights.preprocessing or {}
     arguments |= {name: preprocessing[name] for name in ("mean", "std") if preprocessing.get(name)}
+    for name in ("mean", "std"):
+        arguments[name] = adapt_values(arguments[name], arguments["in_channels"])
     return table.family, arguments
 
 
@@ -161,6 +163,15 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     return repeated * kernel.dtype.type(old / channels)
 
 
+def adapt_values(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A mean or std of three channels for another number: their mean for one, else in turn."""
+    if len(values) != 3:
+        return tuple(values)
+    if channels == 1:
+        return (sum(values) / 3,)
+    return tuple(values[index % 3] for index in range(channels))
+
+
 def export_weights(
     params: Mapping[str, Any],
     family: str,
@@ -184,7 +195,7 @@ def export_weights(
     Raises:
       UserError: the naming has no place for such a model.
     """
-    table = table_for_export(to, family, arguments)
+    table = naming_for_export(to, family, arguments)
     rules = table.rules(arguments)
     tensors: Mapping[str, np.ndarray]
     if isinstance(params, Tensors):

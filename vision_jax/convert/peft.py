@@ -40,7 +40,7 @@ from vision_jax.convert.engine import (
 from vision_jax.convert.load import write_safetensors
 from vision_jax.convert.read import read_weights
 from vision_jax.convert.table import Arguments, Table
-from vision_jax.convert.tables import TABLES, table_for_export
+from vision_jax.convert.tables import TABLES, naming_for_export
 from vision_jax.errors import UserError
 from vision_jax.trees import lora, paths
 from vision_jax.trees.leaves import LowRank, merge_leaf, output_norm
@@ -124,7 +124,7 @@ def write_adapter(
     if not adapters:
         raise UserError(f"{directory}: no adapter to write; set lora.rules to attach some")
     arrays = paths.flatten(base)
-    table = table_for_export(naming, family, arguments)
+    table = naming_for_export(naming, family, arguments)
     rules = _rules(table, arguments, arrays, in_memory=True)
     modules = _modules(rules)
 

@@ -1,5 +1,6 @@
 """All tables, and which of them a file is."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from vision_jax.convert import beit, convnext, efficientnet, regnet, resnet, swi
 from vision_jax.convert.files import Tensors
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, without_prefix
 from vision_jax.errors import UserError
+from vision_jax.models.families import FAMILIES
 
 # The first that matches is the one, so where one table's anchors contain another's it stands first.
 TABLES: tuple[Table, ...] = (
@@ -18,15 +20,11 @@ TABLES: tuple[Table, ...] = (
     *convnext.TABLES,
     *swin.TABLES,
 )
-ZOO: tuple[Entry, ...] = (
-    *beit.ZOO,
-    *vit.ZOO,
-    *resnet.ZOO,
-    *regnet.ZOO,
-    *efficientnet.ZOO,
-    *convnext.ZOO,
-    *swin.ZOO,
+_ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
+    (module.TABLES[0].family, module.ZOO)
+    for module in (beit, vit, resnet, regnet, efficientnet, convnext, swin)
 )
+ZOO: tuple[Entry, ...] = tuple(entry for _, entries in _ZOOS for entry in entries)
 
 CANDIDATES = 4  # named by the error for a file that none of the tables knows
 
@@ -86,6 +84,54 @@ def table_for_export(to: str, family: str, arguments: Arguments) -> Table:
     raise UserError(
         f"{to} has no {family} that is such a model: it can go to {', '.join(able) or 'none'}"
     )
+
+
+def naming_for_export(to: str, family: str, arguments: Arguments) -> Table:
+    """`table_for_export`, but timm's names take any model of a family.
+
+    They have a word for all parameters, also of a model that timm's config has none for (another
+    epsilon, another pooling), and the header of a run's own file says what the config cannot.
+
+    Raises:
+      UserError: no such naming, or it has no place for this model.
+    """
+    try:
+        return table_for_export(to, family, arguments)
+    except UserError:
+        named = [t for t in TABLES if (t.source, t.family) == (to, family)]
+        if to != "timm" or not named:
+            raise
+        return named[-1].with_prefix(named[-1].prefixes[0])
+
+
+def published(name: str) -> tuple[str, str]:
+    """(family, weights for `read_weights`) of a name of the zoo or another variant of timm's.
+
+    Args:
+      name: "timm/NAME", with or without the tag of one of its weights ("timm/NAME.TAG"),
+        "torchvision/NAME" or "transformers/NAME".
+
+    Raises:
+      UserError: no such name, or nobody publishes weights of it; with the nearest names.
+    """
+    source, _, build = name.partition("/")
+    bare = name if source != "timm" else name.partition(".")[0]
+    for family, zoo in _ZOOS:
+        entry = next((entry for entry in zoo if entry.name == bare), None)
+        if entry is None:
+            continue
+        if source == "timm":
+            return family, f"timm://{build}"
+        if not entry.published:
+            raise UserError(f"{name}: no published weights are known: give config.model.weights")
+        return family, entry.published
+    if source == "timm":
+        for family, architecture in FAMILIES.items():
+            if "_" in build and architecture.variant(build.partition(".")[0]) is not None:
+                return family, f"timm://{build}"
+    near = difflib.get_close_matches(bare, [entry.name for entry in ZOO], n=3)
+    hint = f": did you mean {', '.join(near)}?" if near else ""
+    raise UserError(f"{name} is not in the zoo{hint}; docs/zoo.md lists it")
 
 
 def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

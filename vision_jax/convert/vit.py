@@ -293,7 +293,8 @@ def _holds_transformers(kind: str, a: Arguments) -> bool:
             ratio: Any = _swiglu_ratio(a)
         else:
             ratio = a["mlp_width"] % a["width"] == 0
-        registers = ("registers" in kind) == bool(a["num_registers"])
+        # The one for another image size, which it takes any but a square for, wants a square grid.
+        registers = ("registers" in kind) == bool(a["num_registers"]) and _square(a)
         return bool(ratio) and registers and not _differs(a, **wanted) - free - {"num_registers"}
     if kind in ("vit", "deit"):
         register = {"num_registers": 1, "position_prefix": 2} if kind == "deit" else {}
