@@ -96,7 +96,7 @@ def test_the_file_written_in_timms_naming_loads_by_itself(name, tmp_path):
     assert all(np.array_equal(flat_again[path], flat[path]) for path in flat)
 
 
-SQUARE = {"image_size": (8, 8)}  # as torchvision and the towers of transformers have it
+SQUARE = {"image_size": (8, 8)}  # as torchvision, and transformers' towers and DINOv2 have it
 VARIANTS = {
     "timm norm": ("timm", {}),
     "timm fc_norm": ("timm", {"pool": "avg", "norm_after_pool": True}),
@@ -123,7 +123,7 @@ VARIANTS = {
     "transformers deit": ("transformers", {"distillation_token": True, "position_prefix": 2}),
     "transformers dinov2": (
         "transformers",
-        {"layer_scale": 0.1, "num_registers": 4, "pool": "token_avg"},
+        {"layer_scale": 0.1, "num_registers": 4, "pool": "token_avg", **SQUARE},
     ),
     "transformers dinov2 giant": (
         "transformers",
@@ -133,6 +133,7 @@ VARIANTS = {
             "activation": "silu",
             "mlp_width": 24,
             "pool": "token_avg",
+            **SQUARE,
         },
     ),
     "transformers clip": (
