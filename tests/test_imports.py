@@ -14,8 +14,13 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(runs.ROOT / "configs").glob("*.py")])
 
 def imported(path: Path) -> set[str]:
     """The top packages that a file imports, anywhere in it."""
+    return imported_by(ast.parse(path.read_text()))
+
+
+def imported_by(tree: ast.AST) -> set[str]:
+    """The top packages that a piece of source imports."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -28,11 +33,23 @@ def test_flax_is_imported_by_models_alone():
     assert users == {"models"}
 
 
-def test_torch_is_imported_where_pickles_are_read_and_tensorflow_nowhere():
-    users = {path.name for path in FILES if "torch" in imported(path)}
-    assert users == {"read.py"}
+def test_torch_and_its_libraries_are_imported_where_their_files_are_read_or_certified():
+    """At the top of twins.py alone; elsewhere in the function that needs them."""
+    libraries = {"torch", "torchvision", "timm", "transformers"}
+    users = {path.name for path in FILES if libraries & imported(path)}
+    assert users == {"files.py", "read.py", "twins.py", "certify.py"}
     for path in FILES:
-        assert not imported(path) & {"tensorflow", "torchvision", "timm", "transformers", "peft"}
+        assert not imported(path) & {"tensorflow", "peft"}
+        if path.name != "twins.py":
+            top = ast.Module(
+                [
+                    node
+                    for node in ast.parse(path.read_text()).body
+                    if isinstance(node, ast.Import | ast.ImportFrom)
+                ],
+                [],
+            )
+            assert not imported_by(top) & libraries, path
 
 
 def test_no_config_below_the_setup():
