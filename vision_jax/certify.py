@@ -293,7 +293,7 @@ def _full_size(entry: Entry, family: str, arguments: Mapping[str, Any]) -> dict[
     size = (entry.image_size,) * 2
     images = jnp.zeros((1, *size, arguments["in_channels"]))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    cost = jax.jit(model.apply).lower(shapes, images).cost_analysis()
+    cost = jax.jit(model.apply).lower(shapes, images).cost_analysis() or {}
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])),
         "gflops": round(float(cost["flops"]) / 1e9, 3),
