@@ -123,9 +123,11 @@ def _timm_config(
         "std": list(arguments["std"]),
         "custom_load": False,
     }
+    size = preprocessing["image_size"] if preprocessing else arguments.get("image_size")
+    if size:
+        pretrained["input_size"] = [arguments["in_channels"], *size]
     if preprocessing:
         pretrained |= {
-            "input_size": [arguments["in_channels"], *preprocessing["image_size"]],
             "crop_pct": preprocessing["crop_pct"],
             "crop_mode": preprocessing["crop_mode"],
             "interpolation": preprocessing["interpolation"],
