@@ -1,0 +1,105 @@
+"""Which table a file is of, and which a model goes to: what the errors say."""
+
+import re
+
+import pytest
+
+from vision_jax.convert.tables import TABLES, ZOO, find_table, infer_arguments, table_for_export
+from vision_jax.errors import UserError
+from vision_jax.models.families import FAMILIES, find_variant
+
+
+def arguments_of(name, **more):
+    family, given = find_variant(name)
+    return family, {**FAMILIES[family].defaults, "num_classes": 3, **given, **more}
+
+
+def written(name, to, **more):
+    """Shapes by name, one number each, of a file in another library's naming."""
+    family, arguments = arguments_of(name, **more)
+    table = table_for_export(to, family, arguments)
+    names = (
+        rule.names if hasattr(rule, "names") else (rule.name,) for rule in table.rules(arguments)
+    )
+    return table, {name: (1,) for group in names for name in group}
+
+
+def test_an_unknown_file_is_told_its_nearest_candidates():
+    shapes = {"bn1.running_mean": (4,), "layer1.0.conv1.weight": (4, 4, 3, 3), "other": (2,)}
+    with pytest.raises(UserError) as caught:
+        find_table(shapes)
+    message = str(caught.value)
+    assert "\n" not in message
+    for family in FAMILIES:
+        assert family in message
+    assert "timm resnet (timm) needs layer1.0.bn2.running_var" in message
+    assert message.index("timm resnet") < message.index("the file has 3 tensors")
+    assert "bn1.running_mean, layer1.0.conv1.weight, other" in message
+
+
+def test_an_empty_file_and_a_foreign_one():
+    for shapes in ({}, {f"bert.layer.{i}.weight": (2, 2) for i in range(40)}):
+        with pytest.raises(UserError, match=f"the file has {len(shapes)} tensors") as caught:
+            find_table(shapes)
+        assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("name", "sources"),
+    [
+        ("resnet50", {"timm", "torchvision", "transformers"}),
+        ("resnet50d", {"timm"}),
+        ("resnext50_32x4d", {"timm", "torchvision"}),
+        ("regnety_004", {"timm", "torchvision", "transformers"}),
+        ("regnetx_004_tv", {"timm", "torchvision", "transformers"}),
+        ("convnext_tiny", {"timm", "torchvision", "transformers"}),
+        ("convnext_atto", {"timm", "transformers"}),
+        ("convnextv2_tiny", {"timm", "transformers"}),
+        ("convnext_atto_ols", {"timm"}),
+    ],
+)
+def test_a_model_goes_to_the_libraries_that_have_it(name, sources):
+    family, arguments = arguments_of(name)
+    for to in ("timm", "torchvision", "transformers", "npz"):
+        if to in sources:
+            table = table_for_export(to, family, arguments)
+            assert (table.source, table.family, len(table.prefixes)) == (to, family, 1)
+        else:
+            listed = re.escape(", ".join(sorted(sources)))
+            message = f"^{to} has no {family} that is such a model: it can go to {listed}$"
+            with pytest.raises(UserError, match=message):
+                table_for_export(to, family, arguments)
+
+
+def test_what_no_library_has_can_go_nowhere():
+    family, arguments = arguments_of("resnet50", stem_pool=False)
+    with pytest.raises(UserError, match="it can go to none"):
+        table_for_export("timm", family, arguments)
+    with pytest.raises(UserError, match="keras has no resnet"):
+        table_for_export("keras", family, arguments)
+
+
+def test_a_model_without_a_head_is_written_bare():
+    for classes, prefix in ((3, "resnet."), (0, "")):
+        table, shapes = written("resnet50", "transformers", num_classes=classes)
+        assert table.prefixes == (prefix,)
+        assert f"{prefix}embedder.embedder.convolution.weight" in shapes
+
+
+def test_a_header_of_ours_is_the_best_witness():
+    table, shapes = written("resnet50", "timm")
+    header = {"vision_jax": {"arguments": {"depths": [3, 4], "mean": [0.5]}}}
+    assert infer_arguments(table, shapes, header) == {"depths": (3, 4), "mean": (0.5,)}
+
+
+def test_the_zoos_names_are_unique_and_say_their_source():
+    names = [entry.name for entry in ZOO]
+    assert len(names) == len(set(names)) >= 120
+    assert {entry.source for entry in ZOO} == {"timm", "torchvision", "transformers", "npz"}
+    assert {table.family for table in TABLES} == set(FAMILIES)
+    kinds = [(table.source, table.family, table.kind) for table in TABLES]
+    assert len(kinds) == len(set(kinds))
+    assert all(entry.image_size > 0 for entry in ZOO)
+    # timm's own metadata say the license; OpenAI's pages of CLIP name none.
+    unlicensed = [e.name for e in ZOO if e.source != "timm" and e.published and not e.license]
+    assert all(name.startswith("transformers/clip-") for name in unlicensed), unlicensed
