@@ -1,4 +1,4 @@
-"""Real ImageNet weights on real photos: our top-5 beside those of PyTorch, each by its own views."""
+"""Real ImageNet weights on real photos: our top-5 beside those of PyTorch."""
 
 import importlib.util
 import sys

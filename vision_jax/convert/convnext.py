@@ -212,12 +212,14 @@ def _timm_config(a: Arguments) -> dict[str, Any]:
         "stem_type": stem,
         "conv_mlp": a["conv_mlp"],
         "use_grn": a["grn"],
-        "ls_init_value": a["layer_scale"],
         "head_norm_first": a["norm_before_pool"],
         "norm_eps": a["layer_norm_eps"],
     }
     if a["head_hidden"]:
         given["head_hidden_size"] = a["head_hidden"]
+    if a["layer_scale"] is None:  # which timm takes from V2 alone: it ignores a None of ours
+        return {"architecture": "convnextv2_tiny", "model_args": given}
+    given["ls_init_value"] = a["layer_scale"]
     return {"architecture": "convnext_tiny", "model_args": given}
 
 
