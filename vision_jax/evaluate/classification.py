@@ -66,7 +66,7 @@ def summarize(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
         "ece": _expected_calibration_error(confidence, correct),
         "per_class": {
             name: float(hit / total) if total else None
-            for name, hit, total in zip(_distinct(class_names), hits, examples, strict=True)
+            for name, hit, total in zip(distinct_names(class_names), hits, examples, strict=True)
         },
         "count": count,
     }
@@ -121,7 +121,12 @@ def _expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> 
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def _distinct(class_names: Sequence[str]) -> list[str]:
+def distinct_names(class_names: Sequence[str]) -> list[str]:
+    """The names, those that occur twice with their index: keys of a dict.
+
+    >>> distinct_names(["crane", "heron", "crane"])
+    ['crane (0)', 'heron', 'crane (2)']
+    """
     occurrences = Counter(class_names)
     return [
         name if occurrences[name] == 1 else f"{name} ({index})"

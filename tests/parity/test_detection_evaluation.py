@@ -1,0 +1,111 @@
+"""AP and AR against pycocotools, by way of the files that are written for it."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detection_cases import TruthArrays, make_detections, make_truth, random_case
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from vision_jax.evaluate import detection
+from vision_jax.evaluate.detection import Detections
+
+NAMES = (
+    "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+    "ar_1", "ar_10", "ar_100", "ar_small", "ar_medium", "ar_large",
+)  # fmt: skip
+
+
+def _pycocotools(truth: Path, results: Path) -> COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(truth)
+        if json.loads(results.read_text()):
+            found = coco.loadRes(str(results))
+        else:  # loadRes fails on an empty list
+            found = COCO()
+            found.dataset = {**coco.dataset, "annotations": []}
+            found.createIndex()
+        evaluator = COCOeval(coco, found, "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return evaluator
+
+
+def _assert_equal(detections: Detections, source: TruthArrays, folder: Path) -> None:
+    theirs = _pycocotools(
+        detection.write_coco(folder / "truth.json", source),
+        detection.write_results(folder / "results.json", detections, source),
+    )
+    order = np.argsort(np.array(source.category_ids))  # pycocotools ranks classes by id
+    precision, recall = detection.coco_curves(detections, source)
+    np.testing.assert_allclose(precision[:, :, order], theirs.eval["precision"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(recall[:, order], theirs.eval["recall"], rtol=0, atol=1e-12)
+    ours = detection.summarize(detections, source)
+    stats = [-1 if ours[name] is None else ours[name] for name in NAMES]
+    np.testing.assert_allclose(stats, theirs.stats, rtol=0, atol=1e-12)
+    for position, label in enumerate(order):
+        curve = theirs.eval["precision"][:, :, position, 0, 2]
+        ap = ours["per_class"][source.class_names[label]]
+        if (curve > -1).any():
+            assert ap == pytest.approx(curve[curve > -1].mean(), rel=0, abs=1e-12)
+        else:
+            assert ap is None
+
+
+def test_random_cases_equal_pycocotools(tmp_path: Path) -> None:
+    seen = {"crowd": 0, "none": 0, "no class": 0, "over 100": 0, "ap": 0, "empty": 0}
+    for seed in range(120):
+        detections, source = random_case(seed)
+        _assert_equal(detections, source, tmp_path)
+        seen["crowd"] += any(crowd.any() for crowd in source.crowd)
+        seen["none"] += not len(detections)
+        seen["empty"] += any(not len(label) for label in source.label)
+        figures = detection.summarize(detections, source)
+        seen["no class"] += None in figures["per_class"].values()
+        seen["ap"] += bool(figures["ap"])
+        cells = np.stack([detections.index, detections.label], axis=1)
+        _, counts = np.unique(cells, axis=0, return_counts=True)
+        seen["over 100"] += bool((counts > 100).any())
+    assert min(seen.values()) >= 10, seen  # each kind did occur
+
+
+def test_a_class_has_more_than_100_detections_in_an_image(tmp_path: Path) -> None:
+    """The right box is the 101st: COCO doesn't count it."""
+    _, source = next(case for seed in range(99) if len((case := random_case(seed))[1].label[0]) > 1)
+    true = source.boxes_xyxy_px[0][0].tolist()
+    rows = [(0, int(source.label[0][0]), 0.9 - 0.001 * d, [0, 0, 1, 1]) for d in range(100)]
+    for last in (0.95, 0.1):
+        detections = make_detections([*rows, (0, int(source.label[0][0]), last, true)])
+        _assert_equal(detections, source, tmp_path)
+
+
+def test_ties_across_images_rank_by_the_files_id(tmp_path: Path) -> None:
+    """AP depends on the order of tied images; ours is pycocotools' whatever the source's order."""
+    values = set()
+    for ids in ((1, 2), (2, 1), ("b", "a")):
+        boxes = [np.array([[0.0, 0, 10, 10]])] * 2
+        one = [np.zeros(1, int)] * 2
+        source = TruthArrays(
+            boxes, one, [np.zeros(1, bool)] * 2, [np.full(1, 100.0)] * 2,
+            np.full((2, 2), 50), ("a",), (7,), ids, ("0.jpg", "1.jpg"),
+        )  # fmt: skip
+        detections = make_detections([(0, 0, 0.5, [0, 0, 10, 10]), (1, 0, 0.5, [30, 30, 40, 40])])
+        _assert_equal(detections, source, tmp_path)
+        values.add(detection.summarize(detections, source)["ap"])
+    assert len(values) == 2
+
+
+def test_annotation_id_0_is_unmatched_in_pycocotools_so_files_start_at_1(tmp_path: Path) -> None:
+    source = make_truth([[[0, 0, 10, 10]]], [[0]])
+    detections = make_detections([(0, 0, 0.5, [0, 0, 10, 10])])
+    _assert_equal(detections, source, tmp_path)
+    assert detection.summarize(detections, source)["ap"] == pytest.approx(1)
+    content = json.loads((tmp_path / "truth.json").read_text())
+    content["annotations"][0]["id"] = 0
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    assert _pycocotools(tmp_path / "truth.json", tmp_path / "results.json").stats[0] == 0
