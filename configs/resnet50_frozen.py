@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Every field there is; set one on the command line with --config.FIELD=VALUE."""
     config = ConfigDict()
+    config.task = "classification"
     config.seed = 0  # of initialization, data order, augmentation and dropout
     config.batch_size = 256  # images per update, over all devices
     config.total_steps = 1_000  # updates
@@ -101,7 +102,7 @@ def get_config() -> ConfigDict:
     augment.label_smoothing = 0.0
 
     config.evaluate = evaluate = ConfigDict()
-    evaluate.every = 100  # updates; the end of training always evaluates
+    evaluate.every = 100  # updates, 0 for once an epoch; the end of training always evaluates
     evaluate.batch_size = 100
     evaluate.neighbors = (1, 20)  # of --mode=frozen: the k of nearest neighbours
     evaluate.shots = (1, 5, 10)  # and training images of each class

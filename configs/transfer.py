@@ -55,6 +55,7 @@ def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     family, weights = published(name)
     settings = SETTINGS[family]
     config = ConfigDict()
+    config.task = "classification"
     config.seed = 0  # of initialization, data order, augmentation and dropout
     config.batch_size = 64  # images per update, over all devices
     config.total_steps = 2_000  # updates
@@ -135,7 +136,7 @@ def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     augment.label_smoothing = 0.1
 
     config.evaluate = evaluate = ConfigDict()
-    evaluate.every = 100  # updates; the end of training always evaluates
+    evaluate.every = 100  # updates, 0 for once an epoch; the end of training always evaluates
     evaluate.batch_size = 100
     evaluate.neighbors = (1, 20)  # of --mode=frozen: the k of nearest neighbours
     evaluate.shots = (1, 5, 10)  # and training images of each class

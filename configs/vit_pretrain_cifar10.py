@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Every field there is; set one on the command line with --config.FIELD=VALUE."""
     config = ConfigDict()
+    config.task = "classification"
     config.seed = 0  # of initialization, data order, augmentation and dropout
     config.batch_size = 128  # images per update, over all devices
     config.total_steps = 3000  # updates
@@ -100,7 +101,7 @@ def get_config() -> ConfigDict:
     augment.label_smoothing = 0.1
 
     config.evaluate = evaluate = ConfigDict()
-    evaluate.every = 500  # updates; the end of training always evaluates
+    evaluate.every = 500  # updates, 0 for once an epoch; the end of training always evaluates
     evaluate.batch_size = 500
     evaluate.neighbors = (1, 20)  # of --mode=frozen: the k of nearest neighbours
     evaluate.shots = (1, 5, 10)  # and training images of each class

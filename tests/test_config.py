@@ -131,7 +131,7 @@ def test_nearest():
         ("seed", -1),
         ("log_every", 0),
         ("checkpoint_every", 0),
-        ("evaluate.every", 0),
+        ("evaluate.every", -1),
         ("evaluate.batch_size", 0),
         ("optim.accumulate", 0),
         ("optim.ema_decay", 1.0),

@@ -79,7 +79,7 @@ def dotted(node: ast.AST, parts: dict[str, str]) -> str:
 
 def test_every_field_is_read():
     found: set[str] = set()
-    for name in ("setup.py", "train.py", "modes.py"):
+    for name in ("setup.py", "train.py", "modes.py", "classify.py"):
         found |= reads(runs.ROOT / "vision_jax" / name)
     declared = set(fields(load_config(str(CONFIGS[0]), {})))
     dead = {n for n in declared if n not in found and n.split(".")[0] != "mesh"}  # **config.mesh

@@ -11,7 +11,7 @@ import runs
 from PIL import Image
 from safetensors.numpy import load_file
 
-from vision_jax import convert, modes, setup, steps
+from vision_jax import classify, convert, modes, steps
 from vision_jax.data.sources import read_source
 from vision_jax.data.transforms import eval_transform
 from vision_jax.errors import UserError
@@ -50,13 +50,12 @@ def test_evaluate_reprints_the_numbers_of_training(capsys, batch_size):
 
 
 def test_evaluate_is_exact_to_the_last_digit(trained):
-    evaluate = modes.make_evaluate(
+    evaluate = classify.make_evaluate(
+        runs.full_config(),
         trained.outputs_fn,
         trained.mesh,
-        setup.read_eval_source(runs.full_config(), runs.CLASSES),
-        preprocessing=trained.description.preprocessing,
-        batch_size=8,
-        num_threads=1,
+        classify.read_eval_source(runs.full_config(), runs.CLASSES),
+        trained.description.preprocessing,
     )
     summary = evaluate(*trained.arguments).summary
     for name in ("top1", "top5", "loss", "ece"):
@@ -166,13 +165,12 @@ def test_damaged_images_are_left_out_of_the_evaluation_and_named(trained, pictur
     source = dataclasses.replace(
         read_source(str(pictures.parent / "data")), class_names=runs.CLASSES
     )
-    evaluate = modes.make_evaluate(
+    evaluate = classify.make_evaluate(
+        runs.full_config(),
         trained.outputs_fn,
         trained.mesh,
         source,
-        preprocessing=trained.description.preprocessing,
-        batch_size=8,
-        num_threads=1,
+        trained.description.preprocessing,
     )
     result = evaluate(*trained.arguments)
     assert result.summary["count"] == len(source) - 1
@@ -196,4 +194,4 @@ def test_workdirs_without_a_run_are_one_line(tmp_path):
 
 def test_softmax():
     logits = np.array([[1000.0, 1000.0], [0.0, np.log(3)]])
-    np.testing.assert_allclose(modes.softmax(logits), [[0.5, 0.5], [0.25, 0.75]], rtol=1e-12)
+    np.testing.assert_allclose(classify.softmax(logits), [[0.5, 0.5], [0.25, 0.75]], rtol=1e-12)

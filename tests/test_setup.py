@@ -7,7 +7,7 @@ import runs
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from vision_jax import modes, setup, sharding, steps, train
+from vision_jax import classify, modes, setup, sharding, steps, train
 from vision_jax.data.sources import read_source
 from vision_jax.logging import read_metrics
 from vision_jax.tasks import classification
@@ -204,11 +204,11 @@ def test_a_run_starts_from_an_adapter_and_its_head(tmp_path, monkeypatch):
 
 def test_a_held_out_share_has_the_classes_of_the_rest():
     config = runs.tiny_config(data__eval="", data__holdout=0.25)
-    held_in, held_out = setup.read_sources(config)
+    held_in, held_out = classify.read_sources(config)
     assert (len(held_in), len(held_out)) == (36, 12)
     assert held_in.class_names == held_out.class_names == runs.CLASSES
     assert not set(held_in.rows) & set(held_out.rows)
-    again = setup.read_eval_source(config, runs.CLASSES)
+    again = classify.read_eval_source(config, runs.CLASSES)
     np.testing.assert_array_equal(again.rows, held_out.rows)
 
 
@@ -217,7 +217,7 @@ def test_evaluation_data_with_fewer_classes_keep_the_labels_of_training(tmp_path
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(b"")
     config = runs.tiny_config(data__eval=str(tmp_path))
-    _, evaluation = setup.read_sources(config)
+    _, evaluation = classify.read_sources(config)
     assert evaluation.class_names == runs.CLASSES
     assert evaluation.labels.tolist() == [1, 3]
 

@@ -14,7 +14,7 @@ import runs
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from vision_jax import modes, setup, sharding, steps, train
+from vision_jax import classify, modes, setup, sharding, steps, train
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.tasks import classification
@@ -151,7 +151,7 @@ def test_a_run_that_moves_to_another_mesh_is_the_same_run(tmp_path, monkeypatch)
 
     config = runs.full_config(mesh__data=1, mesh__fsdp=8)
     with monkeypatch.context() as patch:
-        patch.setattr(modes.Evaluation, "line", interrupt)  # at step 3, after checkpoint 2
+        patch.setattr(classify.Evaluation, "line", interrupt)  # at step 3, after checkpoint 2
         with pytest.raises(Interrupted):
             train.run(config, tmp_path)
     trained = modes.restore(config, tmp_path, "last")

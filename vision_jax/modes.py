@@ -13,126 +13,18 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vision_jax import convert, setup, sharding, steps
+from vision_jax import classify, convert, setup, sharding, steps
 from vision_jax.checkpoints import Checkpoints, last_complete_step
 from vision_jax.config import write_json
 from vision_jax.convert import peft
-from vision_jax.data.decode import DamagedImageError
-from vision_jax.data.pipeline import DamageLog, make_eval_batches
-from vision_jax.data.sources import IMAGE_SUFFIXES, FileReader, Source
-from vision_jax.data.transforms import Preprocessing, eval_transform
+from vision_jax.data.sources import IMAGE_SUFFIXES
 from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
-from vision_jax.evaluate.classification import confusion_matrix, summarize
 from vision_jax.evaluate.frozen import few_shot_predict, knn_predict
+from vision_jax.evaluate.run import make_run_over
 from vision_jax.logging import RunLog, read_metrics
 from vision_jax.tasks import classification
 from vision_jax.trees import lora, paths
-
-GRID = 40  # pictures in predictions.png
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Logits over a whole dataset, in its order, and their summary.
-
-    Attributes:
-      logits: f32[N, C].
-      labels: i32[N].
-      index: i32[N], rows in the source.
-      summary: see evaluate.classification.summarize.
-      damaged: names of images that could not be read and are not among the N.
-    """
-
-    logits: np.ndarray
-    labels: np.ndarray
-    index: np.ndarray
-    summary: dict[str, Any]
-    damaged: tuple[str, ...]
-
-    def line(self) -> str:
-        """The summary for the screen."""
-        text = "  ".join(
-            f"{name} {self.summary[name]:.4f}" for name in ("top1", "top5", "loss", "ece")
-        )
-        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
-        return f"evaluation on {self.summary['count']} images: {text}{skipped}"
-
-
-def make_evaluate(
-    outputs_fn: Callable[..., Mapping[str, jax.Array]],
-    mesh: Mesh,
-    source: Source,
-    *,
-    preprocessing: Preprocessing,
-    batch_size: int,
-    num_threads: int,
-) -> Callable[..., Evaluation]:
-    """A function (trainable, frozen, model_state) -> Evaluation over the whole source.
-
-    The batch is rounded up to what the devices divide; padding rows are dropped by their mask, so
-    each image counts once and the result does not depend on the batch size.
-    """
-    run_over = make_run_over(
-        outputs_fn,
-        mesh,
-        preprocessing=preprocessing,
-        batch_size=batch_size,
-        num_threads=num_threads,
-    )
-
-    def evaluate(trainable, frozen, model_state) -> Evaluation:
-        found, damaged = run_over(source, trainable, frozen, model_state)
-        summary = summarize(found["logits"], found["label"], source.class_names)
-        return Evaluation(found["logits"], found["label"], found["index"], summary, damaged)
-
-    return evaluate
-
-
-def make_run_over(
-    outputs_fn: Callable[..., Mapping[str, jax.Array]],
-    mesh: Mesh,
-    *,
-    preprocessing: Preprocessing,
-    batch_size: int,
-    num_threads: int,
-) -> Callable[..., tuple[dict[str, np.ndarray], tuple[str, ...]]]:
-    """A function (source, trainable, frozen, model_state) -> (outputs, names of damaged images).
-
-    Outputs are those of `outputs_fn` for each image that can be read, in the source's order.
-    """
-    devices = jax.device_count()
-    batch_size = -(-batch_size // devices) * devices
-    eval_step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
-    place = sharding.make_batch_placer(mesh)
-
-    def run_over(source: Source, trainable, frozen, model_state):
-        damage = DamageLog()
-        batches = make_eval_batches(
-            source,
-            batch_size=batch_size // jax.process_count(),
-            preprocessing=preprocessing,
-            num_threads=num_threads,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            damage_log=damage,
-        )
-        outputs: list[dict[str, np.ndarray]] = []
-        pending = None  # computed while the next batch is decoded
-        for batch in batches:
-            computed = eval_step(trainable, frozen, model_state, place(batch))
-            if pending is not None:
-                outputs.append(jax.device_get(pending))
-            pending = computed
-        outputs.append(jax.device_get(pending))
-        whole = {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
-        kept = whole["mask"]
-        if not kept.any():
-            raise UserError(f"{source.name}: not one of its {len(source)} images could be read")
-        order = np.argsort(whole["index"][kept], kind="stable")
-        return {name: array[kept][order] for name, array in whole.items()}, damage.names
-
-    return run_over
 
 
 def write_results(
@@ -142,13 +34,14 @@ def write_results(
     description: setup.Description,
     params: Any,
     model_state: Any,
-    result: Evaluation,
+    result: setup.Evaluation,
     *,
+    config: ConfigDict,
     mesh: Mesh,
     plan: setup.Parameters,
-    eval_source: Source,
+    eval_source: Any,
 ) -> None:
-    """Figures, the adapter in PEFT's layout, and the merged model in timm's naming."""
+    """Figures, the adapter in PEFT's layout, and the merged model in its source's naming."""
     # Every process gathers, the first one writes.
     gather = jax.jit(lambda *trees: trees, out_shardings=sharding.replicated(mesh))
     whole = gather(params, model_state)
@@ -156,14 +49,14 @@ def write_results(
         return
     host, statistics = jax.device_get(whole)
     arguments = convert.arguments_of(model)
+    naming = convert.own_naming(description.family)
 
     figures.draw_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
     log.wrote(workdir / "curves.png", "loss, learning rate and evaluation by step")
-    _draw_predictions(workdir / "predictions.png", description, result, eval_source)
-    log.wrote(workdir / "predictions.png", "images with true and predicted class and probability")
-    matrix = confusion_matrix(result.logits.argmax(-1), result.labels, len(description.class_names))
-    figures.draw_confusion(matrix, description.class_names, workdir / "confusion.png")
-    log.wrote(workdir / "confusion.png", "counts by true and predicted class")
+    task = setup.find_task(config)
+    files = task.write_results(config, workdir, result, eval_source, description.preprocessing)
+    for name, what in files.items():
+        log.wrote(workdir / name, what)
 
     if any(lora.is_adapter_path(path) for path in plan.trainable):
         whole_leaves = {path for path in plan.trainable if not lora.is_adapter_path(path)}
@@ -173,7 +66,7 @@ def write_results(
             base_model_name=description.weights,
             family=description.family,
             arguments=arguments,
-            naming="timm",
+            naming=naming,
             modules_to_save=whole_leaves,
         )
         log.wrote(workdir / "adapter", "the adapter, for peft.PeftModel.from_pretrained")
@@ -181,12 +74,12 @@ def write_results(
         {**paths.flatten(lora.merge(host)), **paths.flatten(statistics)},
         description.family,
         arguments,
-        to="timm",
+        to=naming,
         class_names=description.class_names,
         preprocessing=dataclasses.asdict(description.preprocessing),
     )
     convert.write_safetensors(workdir / "model.safetensors", tensors, metadata)
-    log.wrote(workdir / "model.safetensors", "the merged model, in timm's naming")
+    log.wrote(workdir / "model.safetensors", f"the merged model, in {naming}'s naming")
 
 
 @dataclass(frozen=True)
@@ -228,95 +121,56 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> Trained:
     abstract, _ = setup.abstract_state(config, tx, plan, mesh)
     if last_complete_step(workdir) is None:
         raise UserError(f"{workdir} has no complete checkpoint yet: train first")
-    with closing(Checkpoints(workdir, setup.BEST_METRIC, read_only=True)) as checkpoints:
+    with closing(
+        Checkpoints(workdir, setup.find_task(config).best_metric, read_only=True)
+    ) as checkpoints:
         step = checkpoints.last_step() if checkpoint == "last" else checkpoints.best_step()
         if step is None:
             raise UserError(f"{workdir} has no evaluation yet, and so no best checkpoint")
         state = checkpoints.restore(step, abstract)
         frozen = checkpoints.restore_frozen(abstract_frozen)
-    outputs_fn = classification.make_outputs(setup.make_apply(model), plan.assemble)
+    task = setup.find_task(config)
+    outputs_fn = task.make_outputs(config, model, setup.make_apply(model), plan.assemble)
     return Trained(mesh, description, outputs_fn, state, frozen, plan.assemble)
 
 
 def evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     """--mode=evaluate: the numbers of a finished run's checkpoint, computed again."""
     trained = restore(config, workdir, checkpoint)
-    source = setup.read_eval_source(config, trained.description.class_names)
-    result = make_evaluate(
-        trained.outputs_fn,
-        trained.mesh,
-        source,
-        preprocessing=trained.description.preprocessing,
-        batch_size=config.evaluate.batch_size,
-        num_threads=config.data.threads,
+    task = setup.find_task(config)
+    source = task.read_eval_source(config, trained.description.class_names)
+    result = task.make_evaluate(
+        config, trained.outputs_fn, trained.mesh, source, trained.description.preprocessing
     )(*trained.arguments)
     if jax.process_index() == 0:
         print(f"step {int(trained.state.step)}: {result.line()}")
         for name in result.damaged:
             print(f"skipped a damaged image: {name}")
-        rows = result.summary["per_class"].items()
-        width = max(len(name) for name, _ in rows)
-        for name, accuracy in rows:
-            print(f"  {name:{width}}  {'no images' if accuracy is None else f'{accuracy:.4f}'}")
+        for line in result.lines():
+            print(line)
     return 0
 
 
 def predict(
     config: ConfigDict, workdir: Path, checkpoint: str, images: Sequence[str], out: Path | None
 ) -> int:
-    """--mode=predict: a table of the most probable classes of each file, and a grid of pictures.
+    """--mode=predict: what the model says of each file, as text and as pictures.
 
     Raises:
       UserError: no images given, or none that can be read.
     """
     names = _image_files(images)
     trained = restore(config, workdir, checkpoint)
-    preprocessing = trained.description.preprocessing
-    reader = FileReader(Path(), tuple(names))
-    views, kept, damaged = [], [], []
-    for row, name in enumerate(names):
-        try:
-            views.append(eval_transform(reader.read(row), preprocessing))
-            kept.append(name)
-        except DamagedImageError as error:
-            damaged.append(str(error))
-    if not kept:
-        raise UserError(f"--images: not one of {len(names)} files could be read: {damaged[0]}")
-
-    size = -(-min(len(views), config.evaluate.batch_size) // jax.device_count())
-    size *= jax.device_count()
-    place = sharding.make_batch_placer(trained.mesh)
-    step = steps.make_eval_step(trained.outputs_fn, shardings=sharding.replicated(trained.mesh))
-    logits = []
-    for start in range(0, len(views), size):
-        part = np.stack(views[start : start + size])
-        images_padded = np.zeros((size, *part.shape[1:]), np.uint8)
-        images_padded[: len(part)] = part
-        batch = {
-            "image": images_padded,
-            "label": np.zeros(size, np.int32),
-            "index": np.arange(size, dtype=np.int32),
-            "mask": np.arange(size) < len(part),
-        }
-        local = slice(*(size // jax.process_count() * (jax.process_index() + i) for i in (0, 1)))
-        placed = place({name: array[local] for name, array in batch.items()})
-        logits.append(jax.device_get(step(*trained.arguments, placed))["logits"][: len(part)])
-    probabilities = softmax(np.concatenate(logits))
-
-    if jax.process_index():
-        return 0
-    class_names = trained.description.class_names
-    width = max(len(name) for name in kept)
-    for name, row in zip(kept, probabilities, strict=True):
-        best = np.argsort(-row, kind="stable")[:3]
-        text = "  ".join(f"{class_names[index]} {row[index]:.3f}" for index in best)
-        print(f"{name:{width}}  {text}")
-    for reason in damaged:
-        print(f"skipped: {reason}")
-    path = (out or workdir) / "predict.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figures.draw_predictions(np.stack(views[:GRID]), None, probabilities[:GRID], class_names, path)
-    print(f"wrote {path}")
+    setup.find_task(config).predict(
+        config,
+        names,
+        trained.outputs_fn,
+        trained.arguments,
+        trained.mesh,
+        trained.description.preprocessing,
+        trained.description.class_names,
+        out or workdir,
+    )
     return 0
 
 
@@ -331,7 +185,11 @@ def frozen(config: ConfigDict, workdir: Path) -> int:
     weights = setup.read_weights(config)
     if weights is None:
         raise UserError("--mode=frozen: set config.model.weights to the weights to evaluate")
-    train, held_out = setup.read_sources(config)
+    if config.task != "classification":
+        raise UserError(
+            f"--mode=frozen is for classification, and this config's task is {config.task}"
+        )
+    train, held_out = classify.read_sources(config)
     description = setup.describe(config, weights, train.class_names, headless=True)
     model = setup.build_model(config, description)
     mesh = sharding.make_mesh(**config.mesh)
@@ -340,9 +198,8 @@ def frozen(config: ConfigDict, workdir: Path) -> int:
     run_over = make_run_over(
         classification.make_outputs(setup.make_apply(model), lambda params: params),
         mesh,
-        preprocessing=description.preprocessing,
+        classify.make_batches(config, description.preprocessing),
         batch_size=config.evaluate.batch_size,
-        num_threads=config.data.threads,
     )
     print(f"features: {weights.origin} on {len(train)} + {len(held_out)} images of {train.name}")
     (found, _), (test, damaged) = (
@@ -381,12 +238,6 @@ def frozen(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities f64[N, C] of logits f[N, C]."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
 def _image_files(given: Sequence[str]) -> list[str]:
     """The files given, and the images in the folders given, in order."""
     if not given:
@@ -404,21 +255,3 @@ def _image_files(given: Sequence[str]) -> list[str]:
     if not names:
         raise UserError(f"--images: no images in {', '.join(given)}")
     return names
-
-
-def _draw_predictions(
-    path: Path, description: setup.Description, result: Evaluation, source: Source
-) -> None:
-    """A grid of evenly spread examples of the evaluation data, as the model sees them."""
-    rows = np.unique(np.linspace(0, len(result.labels) - 1, GRID).astype(int))
-    views = [
-        eval_transform(source[int(result.index[row])]["image"], description.preprocessing)
-        for row in rows
-    ]
-    figures.draw_predictions(
-        np.stack(views),
-        result.labels[rows],
-        softmax(result.logits[rows]),
-        description.class_names,
-        path,
-    )

@@ -7,11 +7,11 @@ strictly, the rest initialized where it will live, adapters attached, then train
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from vision_jax import convert, optim, sharding, steps
+from vision_jax import classify, convert, optim, sharding, steps
 from vision_jax.config import read_json, write_json
 from vision_jax.convert import load, peft
-from vision_jax.data.sources import Source, read_source, split_source, subset
-from vision_jax.data.transforms import Preprocessing
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError, nearest
 from vision_jax.models import families
 from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, find_variant
@@ -32,7 +31,6 @@ from vision_jax.trees import lora, paths
 Flat = dict[str, Any]
 
 ADAPTER_COPY = "initial_adapter"  # in the workdir
-BEST_METRIC = "top1"  # what the best checkpoint is best at
 HEADS = tuple(f"{name}/{leaf}" for name in ("head", "head_dist") for leaf in ("kernel", "bias"))
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -42,6 +40,7 @@ class Description:
     """What a workdir must remember to rebuild its model without the weights: WORKDIR/model.json.
 
     Attributes:
+      task: a key of TASKS.
       family: the architecture's name in models.families.FAMILIES.
       arguments: of the model, without RUN_ARGUMENTS.
       preprocessing: of the images.
@@ -50,9 +49,10 @@ class Description:
       sha256: of the weights' file or files, "" without.
     """
 
+    task: str
     family: str
     arguments: dict[str, Any]
-    preprocessing: Preprocessing
+    preprocessing: Any
     class_names: tuple[str, ...]
     weights: str
     sha256: str
@@ -87,29 +87,75 @@ class Parameters:
         return paths.partition(flat, set(self.trainable))
 
 
-# Data -------------------------------------------------------------------------------------------
+# Task -------------------------------------------------------------------------------------------
 
 
-def read_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """The training and the evaluation data, with the same class names."""
-    train = read_source(config.data.train)
-    if config.data.eval:
-        train = _subset(config, train)
-        return train, read_source(config.data.eval, class_names=train.class_names)
-    train, held_out = split_source(train, config.data.holdout, config.seed)
-    return _subset(config, train), held_out
+class Evaluation(Protocol):
+    """What a task finds out over a dataset."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Figures by name, for JSON."""
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """Names of images that could not be read."""
+
+    def line(self) -> str:
+        """The summary for the screen."""
+
+    def lines(self) -> list[str]:
+        """The details for the screen, class by class."""
+
+    def warnings(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What the user should know; `history` are the earlier records of metrics.jsonl."""
 
 
-def _subset(config: ConfigDict, train: Source) -> Source:
-    return subset(train, config.data.subset, config.seed) if config.data.subset else train
+class Task(Protocol):
+    """What a module must offer to be a task of the loop: classify.py explains each by doing it."""
+
+    @property
+    def best_metric(self) -> str: ...
+    @property
+    def reported(self) -> tuple[str, ...]: ...
+    def read_sources(self, config: ConfigDict) -> tuple[Any, Any]: ...
+    def read_eval_source(self, config: ConfigDict, class_names: tuple[str, ...]) -> Any: ...
+    def make_preprocessing(
+        self, config: ConfigDict, own: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> Any: ...
+    def load_preprocessing(self, record: Mapping[str, Any]) -> Any: ...
+    def training_data(
+        self, config: ConfigDict, source: Any, preprocessing: Any, damage: DamageLog
+    ) -> Any: ...
+    def make_loss(self, config: ConfigDict, model: Any, apply: Any, assemble: Any) -> Any: ...
+    def make_outputs(self, config: ConfigDict, model: Any, apply: Any, assemble: Any) -> Any: ...
+    def make_evaluate(
+        self, config: ConfigDict, outputs_fn: Any, mesh: Mesh, source: Any, preprocessing: Any
+    ) -> Callable[..., Evaluation]: ...
+    def write_results(
+        self, config: ConfigDict, workdir: Path, result: Any, source: Any, preprocessing: Any
+    ) -> dict[str, str]: ...
+    def predict(
+        self,
+        config: ConfigDict,
+        names: Sequence[str],
+        outputs_fn: Any,
+        arguments: tuple[Any, Any, Any],
+        mesh: Mesh,
+        preprocessing: Any,
+        class_names: Sequence[str],
+        out: Path,
+    ) -> None: ...
 
 
-def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
-    """The evaluation data alone, for a finished run."""
-    if config.data.eval:
-        return read_source(config.data.eval, class_names=class_names)
-    train = read_source(config.data.train, class_names=class_names)
-    return split_source(train, config.data.holdout, config.seed)[1]
+TASKS: dict[str, Task] = {"classification": classify}
+
+
+def find_task(config: ConfigDict) -> Task:
+    """The module of the config's task."""
+    if config.task not in TASKS:
+        raise UserError(f"config.task: {config.task!r} is none of {', '.join(TASKS)}")
+    return TASKS[config.task]
 
 
 # Model ------------------------------------------------------------------------------------------
@@ -158,35 +204,29 @@ def describe(
     known = FAMILIES[family]
     arguments |= _checked_arguments(model.arguments, known.arguments)
     own = (weights.preprocessing if weights is not None else None) or {}
-    size = (model.image_size,) * 2 if model.image_size else arguments.get("image_size")
-    size = size or own.get("image_size")
-    missing = [name for name in known.required if name not in arguments]
-    if size is None or set(missing) - {"num_classes", "image_size"}:
-        lacks = sorted({*missing, "image_size"} - {"num_classes"} if size is None else missing)
-        raise UserError(
-            f"the architecture is not complete ({', '.join(lacks)}): set config.model.image_size, "
-            "config.model.variant or config.model.arguments, or take weights that carry them"
-        )
-    if "image_size" in known.arguments:
-        arguments["image_size"] = tuple(size)
     if "in_channels" not in arguments:
         arguments["in_channels"] = known.defaults["in_channels"]
     for name, given in (("mean", model.mean), ("std", model.std)):
         values = tuple(given or own.get(name) or arguments.get(name) or known.defaults[name])
         arguments[name] = _per_channel(f"config.model.{name}", values, arguments["in_channels"])
+    preprocessing = find_task(config).make_preprocessing(config, own, arguments)
+    missing = [name for name in known.required if name not in arguments]
+    if preprocessing is None or set(missing) - {"num_classes", "image_size"}:
+        lacks = sorted(
+            {*missing, "image_size"} - {"num_classes"} if preprocessing is None else missing
+        )
+        raise UserError(
+            f"the architecture is not complete ({', '.join(lacks)}): set config.model.image_size, "
+            "config.model.variant or config.model.arguments, or take weights that carry them"
+        )
+    if "image_size" in known.arguments:
+        arguments["image_size"] = preprocessing.image_size
     if not headless:
         _check_head(model.reinitialize, arguments.get("num_classes"), len(class_names))
     arguments["num_classes"] = 0 if headless else len(class_names)
-    preprocessing = Preprocessing(
-        image_size=tuple(size),
-        mean=arguments["mean"],
-        std=arguments["std"],
-        crop_pct=config.data.crop_pct or own.get("crop_pct") or 0.875,
-        interpolation=config.data.interpolation or own.get("interpolation") or "bicubic",
-        crop_mode=own.get("crop_mode") or "center",
-    )
     arguments = {name: value for name, value in arguments.items() if name not in RUN_ARGUMENTS}
     return Description(
+        config.task,
         family,
         arguments,
         preprocessing,
@@ -221,18 +261,21 @@ def build_model(config: ConfigDict, description: Description) -> Any:
 
 
 def make_apply(model: Any) -> Callable[..., tuple[jax.Array, Any]]:
-    """The model as tasks call it (see tasks.classification.Apply)."""
+    """The model as tasks call it (see tasks.classification.Apply).
 
-    def apply(params, model_state, images, *, train, keys):
+    `inputs` are the images, and in detection the mask of their valid pixels.
+    """
+
+    def apply(params, model_state, *inputs, train, keys):
         variables = {"params": params}
         if model_state:
             variables["batch_stats"] = model_state
         if not (train and model_state):
-            return model.apply(variables, images, train=train, rngs=keys), model_state
-        logits, changed = model.apply(
-            variables, images, train=True, rngs=keys, mutable=["batch_stats"]
+            return model.apply(variables, *inputs, train=train, rngs=keys), model_state
+        outputs, changed = model.apply(
+            variables, *inputs, train=True, rngs=keys, mutable=["batch_stats"]
         )
-        return logits, changed["batch_stats"]
+        return outputs, changed["batch_stats"]
 
     return apply
 
@@ -248,7 +291,7 @@ def load_description(path: Path) -> Description:
         raise UserError(f"{path.parent} holds no run: there is no {path.name} in it")
     record = read_json(path)
     try:
-        preprocessing = Preprocessing(**record.pop("preprocessing"))
+        preprocessing = TASKS[record["task"]].load_preprocessing(record.pop("preprocessing"))
         return Description(**record, preprocessing=preprocessing)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, or of another version: {error}") from error

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,8 +24,7 @@ from vision_jax import modes, setup, sharding, steps
 from vision_jax.checkpoints import Checkpoints, last_complete_step
 from vision_jax.config import check_ranges, differences, load_config, save_config
 from vision_jax.convert import Weights
-from vision_jax.data.pipeline import DamageLog, make_train_iterator
-from vision_jax.data.sources import Source
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.logging import (
     PARAMETER_COLUMNS,
@@ -32,11 +32,10 @@ from vision_jax.logging import (
     RunLog,
     explain_write_errors,
     open_log,
+    read_metrics,
     summarize_parameters,
 )
-from vision_jax.tasks import classification
 
-REPORTED = ("top1", "top5", "loss", "ece")  # of an evaluation, in metrics.jsonl
 # Fields that may differ between the run that a workdir holds and the one that continues it.
 FREE_FIELDS = ("mesh.", "sharding_rules", "data.threads", "log_every", "model.remat", "model.scan")
 STEPS_BETWEEN_AGREEMENTS = 8  # of several processes on whether to stop: they wait for each other
@@ -54,6 +53,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
 
 def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     first = jax.process_index() == 0
+    task = setup.find_task(config)
     check_ranges(config)
     mesh = sharding.make_mesh(**config.mesh)
     if config.batch_size % (jax.device_count() * config.optim.accumulate):
@@ -66,7 +66,7 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     resuming = (workdir / "config.json").is_file()
     last = last_complete_step(workdir)
     _check_workdir(config, workdir, resuming, last)
-    train_source, eval_source = setup.read_sources(config)
+    train_source, eval_source = task.read_sources(config)
     weights = setup.read_weights(config) if last is None else None
     if resuming:
         description = setup.load_description(workdir / "model.json")
@@ -76,12 +76,6 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     else:
         description = setup.describe(config, weights, train_source.class_names)
         adapter = setup.find_adapter(config)
-    channels = len(description.preprocessing.mean)
-    if config.augment.policy != "none" and channels != 3:
-        raise UserError(
-            f"config.augment.policy: {config.augment.policy} changes colors, and the model takes "
-            f"{channels} channels: set it to none"
-        )
     model = setup.build_model(config, description)
     image_size = description.preprocessing.image_size
     plan = setup.plan_parameters(config, model, image_size, mesh, adapter)
@@ -91,21 +85,7 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     abstract_state, shardings = setup.abstract_state(config, tx, plan, mesh)
 
     damage = DamageLog()
-    data = make_train_iterator(
-        train_source,
-        batch_size=config.batch_size // jax.process_count(),
-        preprocessing=description.preprocessing,
-        crop=config.data.crop,
-        crop_scale=config.data.crop_scale,
-        flip=config.data.flip,
-        seed=config.seed,
-        num_threads=config.data.threads,
-        num_workers=config.data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        max_damaged=config.data.max_damaged,
-        damage_log=damage,
-    )
+    data = task.training_data(config, train_source, description.preprocessing, damage)
     if last is None:
         trainable, frozen, model_state, fresh = setup.make_parameters(
             config, model, image_size, plan, mesh, weights, adapter
@@ -115,7 +95,7 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     # From here on the workdir is written to.
     with explain_write_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = resources.enter_context(closing(Checkpoints(workdir, setup.BEST_METRIC)))
+    checkpoints = resources.enter_context(closing(Checkpoints(workdir, task.best_metric)))
     if last is None:
         checkpoints.save_frozen(frozen)
         if first and adapter is not None and not resuming:
@@ -152,18 +132,7 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
 
     # The step.
     apply = setup.make_apply(model)
-    loss_fn = classification.make_loss(
-        apply,
-        plan.assemble,
-        num_classes=len(description.class_names),
-        label_smoothing=config.augment.label_smoothing,
-        policy=config.augment.policy,
-        policy_ops=config.augment.ops,
-        policy_magnitude=config.augment.magnitude,
-        mixup=config.augment.mixup,
-        cutmix=config.augment.cutmix,
-        erasing=config.augment.erasing,
-    )
+    loss_fn = task.make_loss(config, model, apply, plan.assemble)
     train_step = steps.make_train_step(
         loss_fn,
         tx,
@@ -173,14 +142,10 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         ema_decay=config.optim.ema_decay,
         shardings=shardings,
     )
-    evaluate = modes.make_evaluate(
-        classification.make_outputs(apply, plan.assemble),
-        mesh,
-        eval_source,
-        preprocessing=description.preprocessing,
-        batch_size=config.evaluate.batch_size,
-        num_threads=config.data.threads,
-    )
+    outputs_fn = task.make_outputs(config, model, apply, plan.assemble)
+    preprocessing = description.preprocessing
+    evaluate = task.make_evaluate(config, outputs_fn, mesh, eval_source, preprocessing)
+    evaluate_every = config.evaluate.every or -(-len(train_source) // config.batch_size)
     place = sharding.make_batch_placer(mesh)
 
     # The loop.
@@ -201,15 +166,19 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
             finished = step == config.total_steps
             stopping = step % stop.every == 0 and stop.requested()
             # Also before stopping: the resumed run would not know this step's result.
-            evaluating = finished or step % config.evaluate.every == 0
+            evaluating = finished or step % evaluate_every == 0
             if stopping or evaluating or step % config.checkpoint_every == 0:
                 report(*pending)  # a state that is not finite is never saved
                 pending, measured = None, None
                 if evaluating:
                     result = evaluate(steps.averaged(state), frozen, state.model_state)
-                    measured = {setup.BEST_METRIC: result.summary[setup.BEST_METRIC]}
-                    log.scalars(step, {f"eval/{name}": result.summary[name] for name in REPORTED})
+                    measured = {task.best_metric: result.summary[task.best_metric]}
+                    history = read_metrics(workdir / "metrics.jsonl") if first else []
+                    figures = {name: result.summary[name] for name in task.reported}
+                    log.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
                     log.say(f"step {step}: {result.line()}")
+                    for warning in result.warnings(history):
+                        log.say(f"warning: {warning}")
                 checkpoints.save(step, state, data, measured)
                 report.restart_clock()
             if stopping:
@@ -242,6 +211,7 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         params,
         state.model_state,
         result,
+        config=config,
         mesh=mesh,
         plan=plan,
         eval_source=eval_source,
@@ -267,7 +237,7 @@ def _check_workdir(config: ConfigDict, workdir: Path, resuming: bool, last: int 
         )
 
 
-def _check_same_data(source: Source, description: setup.Description) -> None:
+def _check_same_data(source: Any, description: setup.Description) -> None:
     if source.class_names != description.class_names:
         raise UserError(
             f"the classes of {source.name} have changed since this run began: start in another "

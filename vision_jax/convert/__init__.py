@@ -9,6 +9,7 @@ from vision_jax.convert.load import (
     write_safetensors,
 )
 from vision_jax.convert.read import Weights, read_weights
+from vision_jax.convert.tables import own_naming
 
 __all__ = [
     "Weights",
@@ -16,6 +17,7 @@ __all__ = [
     "class_names_of",
     "export_weights",
     "import_weights",
+    "own_naming",
     "read_weights",
     "recognize",
     "write_safetensors",

@@ -104,6 +104,12 @@ def naming_for_export(to: str, family: str, arguments: Arguments) -> Table:
         return named[-1].with_prefix(named[-1].prefixes[0])
 
 
+def own_naming(family: str) -> str:
+    """Whose naming a run's own files take: timm's where it has the family, else transformers'."""
+    sources = {table.source for table in TABLES if table.family == family}
+    return "timm" if "timm" in sources else "transformers"
+
+
 def published(name: str) -> tuple[str, str]:
     """(family, weights for `read_weights`) of a name of the zoo or another variant of timm's.
 

@@ -1,0 +1,322 @@
+"""Classification as a run's task: from what its config says to data, loss, evaluation and pictures.
+
+detect.py answers the same calls for detection (setup.Task); the loop knows no difference.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vision_jax import sharding, steps
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
+from vision_jax.data.sources import FileReader, Source, read_source, split_source, subset
+from vision_jax.data.transforms import Preprocessing, eval_transform
+from vision_jax.errors import UserError
+from vision_jax.evaluate import figures
+from vision_jax.evaluate.classification import confusion_matrix, summarize
+from vision_jax.evaluate.run import make_run_over
+from vision_jax.tasks import classification
+
+best_metric = "top1"  # what the best checkpoint is best at
+reported = ("top1", "top5", "loss", "ece")  # of an evaluation, in metrics.jsonl
+
+GRID = 40  # pictures in predictions.png
+
+
+# Data -------------------------------------------------------------------------------------------
+
+
+def read_sources(config: ConfigDict) -> tuple[Source, Source]:
+    """The training and the evaluation data, with the same class names."""
+    train = read_source(config.data.train)
+    if config.data.eval:
+        train = _subset(config, train)
+        return train, read_source(config.data.eval, class_names=train.class_names)
+    train, held_out = split_source(train, config.data.holdout, config.seed)
+    return _subset(config, train), held_out
+
+
+def _subset(config: ConfigDict, train: Source) -> Source:
+    return subset(train, config.data.subset, config.seed) if config.data.subset else train
+
+
+def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
+    """The evaluation data alone, for a finished run."""
+    if config.data.eval:
+        return read_source(config.data.eval, class_names=class_names)
+    train = read_source(config.data.train, class_names=class_names)
+    return split_source(train, config.data.holdout, config.seed)[1]
+
+
+def make_preprocessing(
+    config: ConfigDict, own: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> Preprocessing | None:
+    """How images are prepared: as the config says, else as the weights (`own`) were used to.
+
+    None without a size: the architecture takes any, and nobody has said one.
+    """
+    size = (config.model.image_size,) * 2 if config.model.image_size else None
+    size = size or arguments.get("image_size") or own.get("image_size")
+    return size and Preprocessing(
+        image_size=tuple(size),
+        mean=arguments["mean"],
+        std=arguments["std"],
+        crop_pct=config.data.crop_pct or own.get("crop_pct") or 0.875,
+        interpolation=config.data.interpolation or own.get("interpolation") or "bicubic",
+        crop_mode=own.get("crop_mode") or "center",
+    )
+
+
+def load_preprocessing(record: Mapping[str, Any]) -> Preprocessing:
+    """From its fields in model.json."""
+    return Preprocessing(**record)
+
+
+def training_data(
+    config: ConfigDict, source: Source, preprocessing: Preprocessing, damage: DamageLog
+) -> grain.DatasetIterator:
+    """Endless batches of this process."""
+    channels = len(preprocessing.mean)
+    if config.augment.policy != "none" and channels != 3:
+        raise UserError(
+            f"config.augment.policy: {config.augment.policy} changes colors, and the model takes "
+            f"{channels} channels: set it to none"
+        )
+    return make_train_iterator(
+        source,
+        batch_size=config.batch_size // jax.process_count(),
+        preprocessing=preprocessing,
+        crop=config.data.crop,
+        crop_scale=config.data.crop_scale,
+        flip=config.data.flip,
+        seed=config.seed,
+        num_threads=config.data.threads,
+        num_workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_damaged=config.data.max_damaged,
+        damage_log=damage,
+    )
+
+
+# Loss and evaluation ----------------------------------------------------------------------------
+
+
+def make_loss(
+    config: ConfigDict, model: Any, apply: classification.Apply, assemble: Callable[..., Any]
+) -> steps.LossFn:
+    """The loss of a training step."""
+    augment = config.augment
+    return classification.make_loss(
+        apply,
+        assemble,
+        num_classes=model.num_classes,
+        label_smoothing=augment.label_smoothing,
+        policy=augment.policy,
+        policy_ops=augment.ops,
+        policy_magnitude=augment.magnitude,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        erasing=augment.erasing,
+    )
+
+
+def make_outputs(
+    config: ConfigDict, model: Any, apply: classification.Apply, assemble: Callable[..., Any]
+) -> Callable[..., Mapping[str, jax.Array]]:
+    """What evaluation needs of a batch."""
+    del config, model
+    return classification.make_outputs(apply, assemble)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Logits over a whole dataset, in its order, and their summary.
+
+    Attributes:
+      logits: f32[N, C].
+      labels: i32[N].
+      index: i32[N], rows in the source.
+      summary: see evaluate.classification.summarize.
+      damaged: names of images that could not be read and are not among the N.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    summary: dict[str, Any]
+    damaged: tuple[str, ...]
+
+    def line(self) -> str:
+        """The summary for the screen."""
+        text = "  ".join(f"{name} {self.summary[name]:.4f}" for name in reported)
+        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
+        return f"evaluation on {self.summary['count']} images: {text}{skipped}"
+
+    def lines(self) -> list[str]:
+        """The accuracy of each class."""
+        rows = self.summary["per_class"].items()
+        width = max(len(name) for name, _ in rows)
+        return [
+            f"  {name:{width}}  {'no images' if accuracy is None else f'{accuracy:.4f}'}"
+            for name, accuracy in rows
+        ]
+
+    def warnings(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What a user should be told about the run: nothing."""
+        del history
+        return []
+
+
+def make_batches(config: ConfigDict, preprocessing: Preprocessing) -> Callable[..., Iterator[Any]]:
+    """Of evaluation (see evaluate.run.MakeBatches)."""
+    return partial(make_eval_batches, preprocessing=preprocessing, num_threads=config.data.threads)
+
+
+def make_evaluate(
+    config: ConfigDict,
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    source: Source,
+    preprocessing: Preprocessing,
+) -> Callable[..., Evaluation]:
+    """A function (trainable, frozen, model_state) -> Evaluation over the whole source.
+
+    Padding rows are dropped by their mask, so each image counts once and the result does not depend
+    on the batch size.
+    """
+    run_over = make_run_over(
+        outputs_fn,
+        mesh,
+        make_batches(config, preprocessing),
+        batch_size=config.evaluate.batch_size,
+    )
+
+    def evaluate(trainable, frozen, model_state) -> Evaluation:
+        found, damaged = run_over(source, trainable, frozen, model_state)
+        summary = summarize(found["logits"], found["label"], source.class_names)
+        return Evaluation(found["logits"], found["label"], found["index"], summary, damaged)
+
+    return evaluate
+
+
+# Results ----------------------------------------------------------------------------------------
+
+
+def write_results(
+    config: ConfigDict,
+    workdir: Path,
+    result: Evaluation,
+    source: Source,
+    preprocessing: Preprocessing,
+) -> dict[str, str]:
+    """Pictures of an evaluation; returns {file: what it is}."""
+    del config
+    _draw_predictions(workdir / "predictions.png", preprocessing, result, source)
+    matrix = confusion_matrix(result.logits.argmax(-1), result.labels, len(source.class_names))
+    figures.draw_confusion(matrix, source.class_names, workdir / "confusion.png")
+    return {
+        "predictions.png": "images with true and predicted class and probability",
+        "confusion.png": "counts by true and predicted class",
+    }
+
+
+def _draw_predictions(
+    path: Path, preprocessing: Preprocessing, result: Evaluation, source: Source
+) -> None:
+    """A grid of evenly spread examples of the evaluation data, as the model sees them."""
+    rows = np.unique(np.linspace(0, len(result.labels) - 1, GRID).astype(int))
+    views = [eval_transform(source[int(result.index[row])]["image"], preprocessing) for row in rows]
+    figures.draw_predictions(
+        np.stack(views),
+        result.labels[rows],
+        softmax(result.logits[rows]),
+        source.class_names,
+        path,
+    )
+
+
+def predict(
+    config: ConfigDict,
+    names: Sequence[str],
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    arguments: tuple[Any, Any, Any],
+    mesh: Mesh,
+    preprocessing: Preprocessing,
+    class_names: Sequence[str],
+    out: Path,
+) -> None:
+    """A table of the most probable classes of each file, and a grid of pictures.
+
+    Args:
+      config: the run's.
+      names: of image files.
+      outputs_fn: the model (see `make_outputs`).
+      arguments: what `outputs_fn` takes before the batch.
+      mesh: of the devices.
+      preprocessing: of the images.
+      class_names: by label.
+      out: folder for predict.png.
+
+    Raises:
+      UserError: none of the files can be read.
+    """
+    reader = FileReader(Path(), tuple(names))
+    views, kept, damaged = [], [], []
+    for row, name in enumerate(names):
+        try:
+            views.append(eval_transform(reader.read(row), preprocessing))
+            kept.append(name)
+        except DamagedImageError as error:
+            damaged.append(str(error))
+    if not kept:
+        raise UserError(f"--images: not one of {len(names)} files could be read: {damaged[0]}")
+
+    size = -(-min(len(views), config.evaluate.batch_size) // jax.device_count())
+    size *= jax.device_count()
+    place = sharding.make_batch_placer(mesh)
+    step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
+    logits = []
+    for start in range(0, len(views), size):
+        part = np.stack(views[start : start + size])
+        images_padded = np.zeros((size, *part.shape[1:]), np.uint8)
+        images_padded[: len(part)] = part
+        batch = {
+            "image": images_padded,
+            "label": np.zeros(size, np.int32),
+            "index": np.arange(size, dtype=np.int32),
+            "mask": np.arange(size) < len(part),
+        }
+        local = slice(*(size // jax.process_count() * (jax.process_index() + i) for i in (0, 1)))
+        placed = place({name: array[local] for name, array in batch.items()})
+        logits.append(jax.device_get(step(*arguments, placed))["logits"][: len(part)])
+    probabilities = softmax(np.concatenate(logits))
+
+    if jax.process_index():
+        return
+    width = max(len(name) for name in kept)
+    for name, row in zip(kept, probabilities, strict=True):
+        best = np.argsort(-row, kind="stable")[:3]
+        text = "  ".join(f"{class_names[index]} {row[index]:.3f}" for index in best)
+        print(f"{name:{width}}  {text}")
+    for reason in damaged:
+        print(f"skipped: {reason}")
+    path = out / "predict.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures.draw_predictions(np.stack(views[:GRID]), None, probabilities[:GRID], class_names, path)
+    print(f"wrote {path}")
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities f64[N, C] of logits f[N, C]."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
