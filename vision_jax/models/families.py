@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from vision_jax.errors import UserError, nearest
-from vision_jax.models import beit, convnext, efficientnet, regnet, resnet, swin, vit
+from vision_jax.models import beit, convnext, detr, efficientnet, regnet, resnet, swin, vit
 from vision_jax.models.layers import RUN_ARGUMENTS as RUN_ARGUMENTS
 
 
@@ -19,10 +19,13 @@ class Family:
         `layer_of(path)` with the property `num_layers` for layer-wise rate decay, and the property
         `pyramid`: ((named feature, stride in pixels), ...) from fine to coarse, () without one.
       variant: arguments of a named variant, or None if the name is not one of this family's.
+      task: what its head is for. A detector's head is `class_head` and not `head`, it takes a
+        `pixel_mask` beside the images, and it returns a dict of logits and boxes.
     """
 
     model: Callable[..., Any]
     variant: Callable[[str], dict[str, Any] | None]
+    task: Literal["classification", "detection"] = "classification"
 
     @property
     def arguments(self) -> list[str]:
@@ -45,6 +48,7 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(vit.ViT, vit.variant),
     "beit": Family(beit.Beit, beit.variant),
     "convnext": Family(convnext.ConvNeXt, convnext.variant),
+    "detr": Family(detr.Detr, detr.variant, task="detection"),
     "efficientnet": Family(efficientnet.EfficientNet, efficientnet.variant),
     "regnet": Family(regnet.RegNet, regnet.variant),
     "resnet": Family(resnet.ResNet, resnet.variant),

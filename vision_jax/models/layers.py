@@ -64,6 +64,7 @@ class Conv(nn.Module):
     strides: Sequence[int] = (1, 1)
     padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0))
     groups: int = 1
+    dilation: int = 1
     use_bias: bool = True
     dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
@@ -88,7 +89,9 @@ class Conv(nn.Module):
             x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // h, width // w, -1)
             x = leaves.dot(x, kernel.reshape(-1, self.features))  # [B, H/h, W/w, out]
         else:
-            x = leaves.convolve(x, kernel, self.strides, self.padding, self.groups, key)
+            x = leaves.convolve(
+                x, kernel, self.strides, self.padding, self.groups, key, self.dilation
+            )
         if self.use_bias:
             x = add_bias(x, self.param("bias", nn.initializers.zeros, (self.features,)))
         return x

@@ -73,6 +73,21 @@ def variant(name: str) -> dict[str, Any] | None:
     return VARIANTS.get(name)
 
 
+def masked(x, mask):
+    """x[B, h, w, C] with zeros where mask[B, h, w] is False; x itself without a mask."""
+    return x if mask is None else jnp.where(mask[..., None], x, 0)
+
+
+def relu(x, mask):
+    """relu(x[B, h, w, C]), zero outside the mask."""
+    return masked(nn.relu(x), mask)
+
+
+def stride_mask(mask, strides):
+    """The mask after a convolution: an output is valid where its center is."""
+    return mask if mask is None else mask[:, ::strides, ::strides]
+
+
 class Block(nn.Module):
     """relu(x + branch(x)): two 3 x 3 convolutions, or 1 x 1, 3 x 3 in groups, 1 x 1.
 
@@ -81,6 +96,7 @@ class Block(nn.Module):
       out: channels that leave.
       strides: of the whole block.
       project: the shortcut has a convolution of its own.
+      dilations: of the first and of the second 3 x 3; a bottleneck has the first alone.
       stride_first: a bottleneck's stride sits on its first convolution.
     """
 
@@ -89,6 +105,7 @@ class Block(nn.Module):
     out: int
     strides: int
     project: bool
+    dilations: tuple[int, int] = (1, 1)
     groups: int = 1
     pooled_shortcut: bool = False
     stride_first: bool = False
@@ -96,15 +113,16 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, rate, train: bool):
-        def conv_norm(x, index, features, size, strides=1, groups=1, last=False):
-            pad = (size // 2, size // 2)
+    def __call__(self, x, rate, train: bool, mask=None):
+        def conv_norm(x, index, features, size, strides=1, groups=1, dilation=1, last=False):
+            pad = (dilation * (size // 2),) * 2
             x = Conv(
                 features,
                 (size, size),
                 (strides, strides),
                 (pad, pad),
                 groups=groups,
+                dilation=dilation,
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=_he_normal,
@@ -114,17 +132,19 @@ class Block(nn.Module):
             init = nn.initializers.zeros if last else nn.initializers.ones
             return self._norm(f"bn{index}", init)(x, train)
 
+        dilation, second_dilation = self.dilations
+        after = stride_mask(mask, self.strides)
         if self.kind == BASIC:
-            y = nn.relu(conv_norm(x, 1, self.mid, 3, self.strides))
-            y = conv_norm(y, 2, self.out, 3, last=True)
+            y = relu(conv_norm(x, 1, self.mid, 3, self.strides, dilation=dilation), after)
+            y = conv_norm(y, 2, self.out, 3, dilation=second_dilation, last=True)
         else:
             first, second = (self.strides, 1) if self.stride_first else (1, self.strides)
-            y = nn.relu(conv_norm(x, 1, self.mid, 1, first))
-            y = nn.relu(conv_norm(y, 2, self.mid, 3, second, self.groups))
+            y = relu(conv_norm(x, 1, self.mid, 1, first), stride_mask(mask, first))
+            y = relu(conv_norm(y, 2, self.mid, 3, second, self.groups, dilation), after)
             y = conv_norm(y, 3, self.out, 1, last=True)
         if train and rate is not None:
             y = drop_path(y, rate, self.make_rng("dropout"))
-        return nn.relu(self._shortcut(x, train) + y)
+        return relu(self._shortcut(x, train) + y, after)
 
     def _shortcut(self, x, train):
         if not self.project:
@@ -158,23 +178,30 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """The blocks of one stage; the first one changes width and stride.
 
-    `arguments` are `Block`'s that all blocks share; `rates` of drop_path, one a block.
+    `arguments` are `Block`'s that all blocks share; `rates` of drop_path, one a block. A dilated
+    stage dilates all its 3 x 3 convolutions but the very first, as torchvision and timm do.
     """
 
     arguments: dict[str, Any]
     strides: int
     rates: tuple[float, ...]
     remat: bool
+    dilation: int = 1
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x, train: bool, mask=None):
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         for index, rate in enumerate(self.rates):
             strides = 1 if index else self.strides
             project = strides > 1 or x.shape[-1] != self.arguments["out"]
-            x = block(**self.arguments, strides=strides, project=project, name=f"block_{index}")(
-                x, rate if rate else None, train
-            )
+            x = block(
+                **self.arguments,
+                strides=strides,
+                project=project,
+                dilations=(self.dilation if index else 1, self.dilation),
+                name=f"block_{index}",
+            )(x, rate if rate else None, train, mask)
+            mask = stride_mask(mask, strides)
         return x
 
 
@@ -194,6 +221,7 @@ class ResNet(nn.Module):
         downsample_in_bottleneck).
       first_stride: stride of the first stage (transformers' downsample_in_first_stage is 2).
       stem_pool: a max pool follows the stem.
+      dilation: the last stage keeps the grid of the one before and dilates its convolutions (DC5).
       in_channels: of the images; `mean` and `std` have as many entries.
       mean, std: per-channel normalization of the images.
       dropout, drop_path: rates in training; drop_path grows linearly with depth up to its value.
@@ -214,6 +242,7 @@ class ResNet(nn.Module):
     stride_first: bool = False
     first_stride: int = 1
     stem_pool: bool = True
+    dilation: bool = False
     in_channels: int = 3
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -232,7 +261,11 @@ class ResNet(nn.Module):
     def pyramid(self) -> tuple[tuple[str, int], ...]:
         """Named features and their stride in pixels, from fine to coarse."""
         stride = (4 if self.stem_pool else 2) * self.first_stride
-        return tuple((f"stage_{i}", stride * 2**i) for i in range(len(self.depths)))
+        last = len(self.depths) - 1
+        return tuple(
+            (f"stage_{i}", stride * 2 ** (i - (self.dilation and i == last)))
+            for i in range(len(self.depths))
+        )
 
     @property
     def num_layers(self) -> int:
@@ -248,11 +281,15 @@ class ResNet(nn.Module):
         return sum(self.depths) + 1 if top == "head" else 0
 
     @nn.compact
-    def __call__(self, images, *, train: bool = False, return_features: bool = False):
+    def __call__(self, images, *, mask=None, train: bool = False, return_features: bool = False):
         """Applies the model.
 
         Args:
           images: f32[B, H, W, in_channels] in [0, 1], of any size.
+          mask: bool[B, H, W] of the pixels that are the image, or None for all. The others are zero
+            from the normalized image on and after each ReLU, as the padding of a convolution is, so
+            the features inside are those of the image alone, on any canvas that is padded at the
+            bottom and the right. Not with `pooled_shortcut`, whose average would count them.
           train: BatchNorm takes the batch's statistics and updates its own (collection
             "batch_stats") unless frozen; dropout and drop_path act, with keys from "dropout".
           return_features: also return a dict of named intermediates: "stem" and "stage_0" ... as
@@ -261,12 +298,17 @@ class ResNet(nn.Module):
         Returns:
           logits f32[B, num_classes], or (logits, features).
         """
-        x = self._stem(normalize(images, self.mean, self.std), train)
+        x, mask = self._stem(masked(normalize(images, self.mean, self.std), mask), train, mask)
         features = {"stem": x}
         for index in range(len(self.depths)):
-            x = self._stage(index)(x, train)
+            stage = self._stage(index)
+            x = stage(x, train, mask)
+            mask = stride_mask(mask, stage.strides)
             features[f"stage_{index}"] = x
-        pooled = x.mean((1, 2))  # [B, D]
+        if mask is None:
+            pooled = x.mean((1, 2))  # [B, D]
+        else:
+            pooled = x.sum((1, 2)) / jnp.maximum(mask.sum((1, 2)), 1)[:, None].astype(x.dtype)
         features["pooled"] = pooled
         if self.num_classes:
             if train and self.dropout:
@@ -278,6 +320,8 @@ class ResNet(nn.Module):
 
     def _stage(self, index):
         width, bottleneck = self.widths[index], self.block == BOTTLENECK
+        dilated = self.dilation and index == len(self.depths) - 1
+        strides = 2 if index else self.first_stride
         before, last = sum(self.depths[:index]), max(sum(self.depths) - 1, 1)
         return Stage(
             {
@@ -290,13 +334,14 @@ class ResNet(nn.Module):
                 "freeze_norm": self.freeze_norm,
                 "dtype": self.dtype,
             },
-            strides=2 if index else self.first_stride,
+            strides=1 if dilated else strides,
             rates=tuple(self.drop_path * (before + i) / last for i in range(self.depths[index])),
             remat=self.remat,
+            dilation=strides if dilated else 1,
             name=f"stage_{index}",
         )
 
-    def _stem(self, x, train):
+    def _stem(self, x, train, mask):
         def conv(x, name, features, size, strides):
             pad = (size // 2, size // 2)
             return Conv(
@@ -311,10 +356,10 @@ class ResNet(nn.Module):
             )(x)
 
         def norm(x, name):
-            return nn.relu(
-                BatchNorm(frozen=self.freeze_norm, dtype=self.dtype, name=name)(x, train)
-            )
+            x = BatchNorm(frozen=self.freeze_norm, dtype=self.dtype, name=name)(x, train)
+            return relu(x, mask)
 
+        mask = stride_mask(mask, 2)
         if self.stem_widths:
             for index, width in enumerate(self.stem_widths):
                 x = norm(conv(x, f"conv1_{index}", width, 3, 2 - (index > 0)), f"bn1_{index}")
@@ -322,4 +367,4 @@ class ResNet(nn.Module):
         else:
             x = conv(x, "conv1", self.stem_width, 7, 2)
         x = norm(x, "bn1")
-        return max_pool(x, 3, 2, 1) if self.stem_pool else x
+        return (max_pool(x, 3, 2, 1), stride_mask(mask, 2)) if self.stem_pool else (x, mask)

@@ -1,5 +1,10 @@
-"""Learned position embeddings, absolute and relative, on another grid of patches."""
+"""Position embeddings: learned ones on another grid of patches, and sines of the place."""
 
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 CUBIC = -0.5  # Keys' coefficient with antialiasing, in torch and in Pillow
@@ -95,3 +100,36 @@ def _offset_weights(old: int, new: int) -> np.ndarray:
     places = np.concatenate([-distances[::-1], [0.0], distances])  # of the old offsets
     wanted = np.arange(1.0 - new, new)
     return np.stack([np.interp(wanted, places, unit) for unit in np.eye(2 * old - 1)], axis=1)
+
+
+def sine_positions(mask: jax.Array, width: int, dtype: Any = jnp.float32) -> jax.Array:
+    """Sines and cosines of the row and of the column, as fractions of the image's valid part.
+
+    DETR (https://arxiv.org/abs/2005.12872), models/position_encoding.py of the original code: rows
+    and columns count from 1 over the valid cells, the last is 2π, and the frequencies fall
+    geometrically to 1/10000.
+
+    Args:
+      mask: bool[B, h, w], True where the image is.
+      width: D, a multiple of 4: half of the channels are the row's, half the column's, and sine and
+        cosine of a frequency stand side by side.
+      dtype: to compute in.
+
+    Returns:
+      f[B, h, w, D].
+
+    >>> angles = sine_positions(jnp.ones((1, 2, 1), bool), 4)[0, :, 0]
+    >>> [[round(float(x), 3) + 0.0 for x in row] for row in angles]
+    [[0.0, -1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]]
+    """
+    half = width // 2
+    frequencies = 10000.0 ** (-2 * (np.arange(half) // 2) / half)  # [D/2]
+    parts = []
+    for axis in (1, 2):
+        count = jnp.cumsum(mask.astype(dtype), axis)  # [B, h, w]
+        last = jax.lax.slice_in_dim(count, mask.shape[axis] - 1, None, axis=axis)
+        angle = count / (last + 1e-6) * (2 * math.pi)
+        angle = angle[..., None] * jnp.asarray(frequencies, dtype).reshape(1, 1, 1, -1)
+        both = jnp.stack([jnp.sin(angle[..., ::2]), jnp.cos(angle[..., 1::2])], axis=-1)
+        parts.append(both.reshape(*mask.shape, half))  # [B, h, w, D/2]
+    return jnp.concatenate(parts, axis=-1)

@@ -125,10 +125,11 @@ def convolve(
     padding: Sequence[tuple[int, int]],
     groups: int = 1,
     dropout_key: Array | None = None,
+    dilation: int = 1,
 ) -> Array:
     """Convolution of x[B, H, W, in] with kernel[h, w, in / groups, out], in x's dtype."""
     sides = tuple((low, high) for low, high in padding)
-    product = partial(_convolution, tuple(strides), sides, groups)
+    product = partial(_convolution, tuple(strides), sides, groups, dilation)
     return _multiply(product, x, kernel, dropout_key)
 
 
@@ -176,6 +177,7 @@ def _convolution(
     strides: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],
     groups: int,
+    dilation: int,
     x: Array,
     kernel: Array,
 ) -> Array:
@@ -184,6 +186,7 @@ def _convolution(
         kernel.astype(x.dtype),
         strides,
         padding,
+        rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )

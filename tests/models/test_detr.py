@@ -1,0 +1,337 @@
+"""DETR without torch: names, counts, canvases, masks, dropout, remat, adapters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vision_jax.models.detr import VARIANTS, Detr, variant
+from vision_jax.models.families import FAMILIES
+from vision_jax.ops.position_embedding import sine_positions
+from vision_jax.trees import lora
+from vision_jax.trees.paths import flatten
+
+SMALL = {
+    "num_classes": 3,
+    "depths": (1, 1, 2, 2),
+    "widths": (4, 4, 8, 8),
+    "stem_width": 8,
+    "num_queries": 7,
+    "width": 32,
+    "num_heads": 4,
+    "mlp_width": 48,
+    "encoder_depth": 2,
+    "decoder_depth": 2,
+}
+FORMS = {"bottleneck": {}, "basic": {"block": "basic"}, "dc5": {"dilation": True}}
+
+
+def small(**arguments):
+    return Detr(**{**SMALL, **arguments})
+
+
+def abstract(model):
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, model.in_channels)))
+
+
+def random_variables(model, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        noise = rng.normal(size=leaf.shape)
+        if leaf.ndim == 0:
+            value = noise * 0
+        elif leaf.ndim == 1:
+            value = 1 + 0.1 * np.abs(noise)
+        else:
+            value = noise / noise[..., 0].size ** 0.5
+        return jnp.asarray(value, leaf.dtype)
+
+    return jax.tree.map(draw, abstract(model))
+
+
+def random_images(size, count=2, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).random((count, *size, 3)), jnp.float32)
+
+
+def on_canvas(images, size, fill=0.7):
+    """(images padded with some color to a canvas, their pixel mask)."""
+    count, height, width, _ = images.shape
+    canvas = jnp.full((count, *size, 3), fill).at[:, :height, :width].set(images)
+    return canvas, jnp.zeros((count, *size), bool).at[:, :height, :width].set(True)
+
+
+def difference(ours, theirs):
+    """Largest difference relative to the largest value, over all leaves."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
+
+
+LAYER = """
+cross_attn/k/bias (32,)
+cross_attn/k/kernel (32, 32)
+cross_attn/out/bias (32,)
+cross_attn/out/kernel (32, 32)
+cross_attn/q/bias (32,)
+cross_attn/q/kernel (32, 32)
+cross_attn/v/bias (32,)
+cross_attn/v/kernel (32, 32)
+fc1/bias (48,)
+fc1/kernel (32, 48)
+fc2/bias (32,)
+fc2/kernel (48, 32)
+norm1/bias (32,)
+norm1/scale (32,)
+norm2/bias (32,)
+norm2/scale (32,)
+norm3/bias (32,)
+norm3/scale (32,)
+self_attn/k/bias (32,)
+self_attn/k/kernel (32, 32)
+self_attn/out/bias (32,)
+self_attn/out/kernel (32, 32)
+self_attn/q/bias (32,)
+self_attn/q/kernel (32, 32)
+self_attn/v/bias (32,)
+self_attn/v/kernel (32, 32)
+"""
+HEADS = """
+box_head/fc1/bias (32,)
+box_head/fc1/kernel (32, 32)
+box_head/fc2/bias (32,)
+box_head/fc2/kernel (32, 32)
+box_head/fc3/bias (4,)
+box_head/fc3/kernel (32, 4)
+class_head/bias (4,)
+class_head/kernel (32, 4)
+decoder_norm/bias (32,)
+decoder_norm/scale (32,)
+input_proj/bias (32,)
+input_proj/kernel (1, 1, 32, 32)
+query_embed (7, 32)
+"""
+
+
+def test_parameter_names_are_public_and_pinned():
+    """Renaming one breaks every checkpoint: change these lists only with a migration."""
+    params = abstract(small())["params"]
+
+    def listed(tree):
+        return [f"{path} {x.shape}" for path, x in sorted(flatten(tree).items())]
+
+    decoder = LAYER.split("\n")[1:-1]
+    assert listed(params["decoder_1"]) == decoder
+    encoder = [x for x in decoder if not x.startswith(("cross_attn", "norm3"))]
+    assert listed(params["encoder_1"]) == encoder
+    layers = {f"{part}_{i}" for part in ("encoder", "decoder") for i in range(2)}
+    rest = {name: tree for name, tree in params.items() if name not in {*layers, "backbone"}}
+    assert listed(rest) == HEADS.split("\n")[1:-1]
+    assert set(params) == {"backbone", *layers, *rest}
+    assert {"conv1", "bn1", "stage_0", "stage_3"} <= set(params["backbone"])
+
+
+# The original's counts with 91 classes, where BatchNorm's scales and biases are no parameters.
+COUNTS = {
+    "detr_resnet50": (41_524_768, 53_120),
+    "detr_resnet101": (60_464_672, 105_344),
+    "detr_resnet50_dc5": (41_524_768, 53_120),
+    "detr_resnet101_dc5": (60_464_672, 105_344),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+    params = flatten(abstract(Detr(num_classes=91, **variant(name)))["params"])
+    norms = sum(x.size for path, x in params.items() if "/bn" in path or "_bn/" in path)
+    assert (sum(x.size for x in params.values()) - norms, norms) == COUNTS[name]
+    assert set(VARIANTS) == set(COUNTS)
+    assert FAMILIES["detr"].task == "detection"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_features_and_strides(form):
+    model, images = small(**FORMS[form]), jnp.zeros((2, 70, 50, 3))
+    outputs, features = jax.eval_shape(
+        lambda key: model.init_with_output(key, images, return_features=True)[0], jax.random.key(0)
+    )
+    assert outputs["logits"].shape == (2, 2, 7, 4)
+    assert outputs["boxes_cxcywh_01"].shape == (2, 2, 7, 4)
+    layers = {f"{part}_{i}" for part in ("encoder", "decoder") for i in range(2)}
+    assert set(features) == {"stem", "input_proj", *layers, *(f"stage_{i}" for i in range(4))}
+    assert model.pyramid[-1] == ("stage_3", 16 if form == "dc5" else 32)
+    for name, stride in model.pyramid:
+        assert features[name].shape[1:3] == (-(-70 // stride), -(-50 // stride)), name
+    tokens = features["input_proj"].shape[1] * features["input_proj"].shape[2]
+    assert features["encoder_1"].shape == (2, tokens, 32)
+    assert features["decoder_1"].shape == (2, 7, 32)
+
+
+def test_layers_cover_every_parameter_in_order():
+    model = small()
+    layers = {path: model.layer_of(path) for path in flatten(abstract(model)["params"])}
+    assert set(layers.values()) == set(range(model.num_layers)) == set(range(12))
+    assert layers[model.stem] == 0
+    assert layers["backbone/stage_3/block_1/conv1/kernel"] == 6
+    assert layers["input_proj/kernel"] == layers["encoder_0/fc1/kernel"] == 7
+    assert layers["query_embed"] == layers["decoder_0/norm1/scale"] == 9
+    assert layers["decoder_norm/scale"] == layers["box_head/fc1/bias"] == 11
+
+
+def on_canvases(form, dtype, canvases):
+    """Outputs and maps of two images alone, and of the same images on each canvas."""
+    model = small(**FORMS[form], dtype=dtype, encoder_depth=1, decoder_depth=1)
+    variables = jax.tree.map(
+        lambda x: x.astype(dtype) if x.ndim else x, random_variables(model, seed=2)
+    )
+    images = random_images((70, 50)).astype(dtype)
+    apply = jax.jit(lambda *args: model.apply(*args, return_features=True))
+    results = [apply(variables, images)]
+    for size in canvases:
+        outputs, features = apply(variables, *on_canvas(images, size))
+        maps = {
+            name: x[:, : like.shape[1], : like.shape[2]]
+            for name, x in features.items()
+            if (like := results[0][1][name]).ndim == 4
+        }
+        results.append((outputs, maps))
+    return [(outputs, {name: maps[name] for name in results[1][1]}) for outputs, maps in results]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_computed_of_an_image_does_not_depend_on_its_canvas(form):
+    """Up to the order of sums: of other lengths in attention, and as the CPU's products block.
+
+    In float64 nothing but rounding is left, where a single padded pixel would show.
+    """
+    with jax.enable_x64(True):
+        alone, *others = on_canvases(
+            form, jnp.float64, ((128, 96), (81, 50))[: 1 + (form == "dc5")]
+        )
+        for other in others:
+            assert difference(other, alone) <= 1e-14
+    if form == "bottleneck":
+        (outputs, maps), (padded, padded_maps) = on_canvases(form, jnp.float32, ((128, 96),))
+        assert difference(padded, outputs) <= 1e-6
+        assert difference(padded_maps, maps) <= 1e-6
+        for name in ("stem", "stage_0"):
+            np.testing.assert_array_equal(padded_maps[name], maps[name])
+
+
+def test_what_is_computed_of_an_image_does_not_depend_on_its_batch():
+    """To the bit: neither the padding's content nor other images, one all padding, matter."""
+    model = small()
+    variables, images = random_variables(model), random_images((70, 50), 3)
+    canvas, mask = on_canvas(images, (96, 64))
+    apply = jax.jit(model.apply)
+    outputs = apply(variables, canvas, mask)
+    noise = jnp.where(mask[..., None], canvas, random_images((96, 64), 3, 5) * 1e3)
+    jax.tree.map(np.testing.assert_array_equal, apply(variables, noise, mask), outputs)
+    changed = apply(variables, canvas.at[2].set(0.3), mask.at[1].set(False).at[2, 40:].set(False))
+    first = [jax.tree.map(lambda x: x[:, 0], tree) for tree in (changed, outputs)]
+    jax.tree.map(np.testing.assert_array_equal, *first)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(changed))
+
+
+def test_the_references_way_lets_padding_in():
+    model = small(mask_padding=False)
+    variables, images = random_variables(model), random_images((70, 50))
+    alone = jax.jit(model.apply)(variables, images)
+    padded = jax.jit(model.apply)(variables, *on_canvas(images, (128, 96)))
+    assert difference(padded, alone) > 1e-3
+    # But the padding's color does not matter: it is zero after the normalization.
+    again = jax.jit(model.apply)(variables, *on_canvas(images, (128, 96), 0.2))
+    jax.tree.map(np.testing.assert_array_equal, again, padded)
+
+
+def test_training_gradients_are_finite_and_remat_changes_nothing():
+    images, mask = on_canvas(random_images((40, 64), 3), (64, 96))
+    mask = mask.at[2].set(False)  # nothing but padding
+
+    def results(**form):
+        model = small(dropout=0.2, depths=(1, 1), widths=(4, 8), **form)
+        variables = random_variables(model)
+        keys = {"dropout": jax.random.key(3)}
+
+        def loss(params):
+            state = {**variables, "params": params}
+            outputs, changed = model.apply(
+                state, images, mask, train=True, rngs=keys, mutable=["batch_stats"]
+            )
+            return sum(jnp.sin(x).sum() for x in outputs.values()), changed["batch_stats"]
+
+        step = jax.jit(jax.grad(loss, has_aux=True))
+        gradients, statistics = step(variables["params"])
+        jax.tree.map(np.testing.assert_array_equal, statistics, variables["batch_stats"])
+        return flatten(gradients)
+
+    gradients, again = results(), results(remat=True)
+    for path, gradient in gradients.items():
+        assert np.isfinite(gradient).all(), path
+        if not path.startswith("decoder_0/self_attn/"):  # of zeros: all queries see the same
+            assert np.abs(gradient).max() > 0, path
+        np.testing.assert_allclose(again[path], gradient, rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def test_dropout_acts_in_training_only():
+    model, images = small(dropout=0.2, depths=(1, 1)), random_images((64, 64))
+    variables = random_variables(model)
+    plain = jax.jit(model.apply)(variables, images)
+    assert difference(jax.jit(small(depths=(1, 1)).apply)(variables, images), plain) == 0
+
+    def train(seed):
+        keys = {"dropout": jax.random.key(seed)}
+        return model.apply(variables, images, train=True, rngs=keys, mutable=["batch_stats"])[0]
+
+    train = jax.jit(train)
+    jax.tree.map(np.testing.assert_array_equal, train(1), train(1))
+    assert difference(train(1), train(2)) > 1e-3
+    assert difference(train(1), plain) > 1e-3
+
+
+def test_one_compile_for_all_masks_of_a_canvas():
+    model = small()
+    variables = random_variables(model)
+    apply = jax.jit(model.apply)
+    for height, width in ((64, 64), (40, 31), (1, 1)):
+        apply(variables, *on_canvas(random_images((height, width)), (64, 64)))
+    assert apply._cache_size() == 1
+
+
+def test_half_precision_keeps_wide_heads():
+    outputs = jax.eval_shape(
+        small(dtype=jnp.bfloat16).apply, abstract(small()), jnp.zeros((1, 64, 64, 3))
+    )
+    assert {x.dtype for x in outputs.values()} == {jnp.dtype(jnp.float32)}
+
+
+def test_adapters_fit_attention_and_convolutions():
+    model, images = small(), random_images((64, 64))
+    variables = random_variables(model)
+    rules = (r".*attn/(q|v)/kernel", r"backbone/stage_3/.*conv\d/kernel", "input_proj/kernel")
+    attached = lora.attach(variables["params"], rules, key=jax.random.key(0), rank=2, alpha=4.0)
+    base, adapters = lora.detach(attached)
+    assert len(adapters) == 2 * 2 + 2 * 4 + 6 + 1
+    trained = {
+        path: jax.tree.map(lambda x: x + 0.05, adapter) for path, adapter in adapters.items()
+    }
+    attached = lora.apply_adapters(base, trained)
+    apply = jax.jit(lambda params: model.apply({**variables, "params": params}, images))
+    merged = apply(lora.merge(attached))
+    assert difference(apply(attached), merged) <= 1e-5
+    assert difference(merged, apply(base)) > 1e-3
+
+
+def test_sine_positions_count_the_valid_cells():
+    """The definition, cell by cell in float64."""
+    mask = np.zeros((2, 5, 7), bool)
+    mask[0, :3, :5], mask[1] = True, True
+    found = np.asarray(sine_positions(jnp.asarray(mask), 16))
+    for image, (height, width) in enumerate(((3, 5), (5, 7))):
+        for row in range(height):
+            for column in range(width):
+                expected = []
+                for place, count in ((row, height), (column, width)):
+                    angle = (place + 1) / (count + 1e-6) * 2 * np.pi
+                    for frequency in 10000.0 ** (-np.arange(4) / 4):
+                        expected += [np.sin(angle * frequency), np.cos(angle * frequency)]
+                np.testing.assert_allclose(found[image, row, column], expected, atol=2e-6)

@@ -1,0 +1,282 @@
+"""DETR (Carion et al. 2020, https://arxiv.org/abs/2005.12872): objects as a set of queries.
+
+A ResNet, a transformer over its last map, and one class and one box of each query. The structure is
+that of the original code (https://github.com/facebookresearch/detr) and of transformers 5.24
+(models/detr/modeling_detr.py).
+
+Exactness, where ports go wrong:
+  - norms follow the branches; epsilon 1e-5; the encoder has no norm at its end, and the decoder's
+    acts on the output of every layer on its way to the heads, but not on the way to the next layer
+    (transformers with auxiliary_loss normalizes that too);
+  - positions are added to queries and keys, not to values; the decoder starts from zeros;
+  - sine positions count the valid cells from 1, rows before columns, see ops/position_embedding.py;
+  - the dilated C5 (DC5) dilates all 3 x 3 convolutions of the last stage but its first;
+  - the references let padded pixels into the image's features: only the attention is masked. Here
+    `mask_padding=True` is the network of the image alone, whatever canvas it came on. They
+    also pick each cell's mask at floor(i · H / h), which is not the cell's own center.
+"""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vision_jax.models.attention import attend
+from vision_jax.models.layers import Conv, Dense, layer_norm
+from vision_jax.models.resnet import ResNet
+from vision_jax.models.resnet import VARIANTS as RESNETS
+from vision_jax.ops.position_embedding import sine_positions
+
+EPSILON = 1e-5
+VARIANTS: dict[str, dict[str, Any]] = {
+    f"detr_resnet{n}{suffix}": {**RESNETS[f"resnet{n}"], "dilation": dilation}
+    for n in (50, 101)
+    for suffix, dilation in (("", False), ("_dc5", True))
+}
+
+# Query, key and value as one matrix of the original's, [3·D, D] by Xavier; and torch's own start of
+# a linear layer, uniform in ±1 / √inputs.
+_packed_xavier = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def variant(name: str) -> dict[str, Any] | None:
+    """Arguments of a named variant ("detr_resnet50", "detr_resnet101_dc5"), or None."""
+    return VARIANTS.get(name)
+
+
+class Attention(nn.Module):
+    """Attention of q[B, N, D] to k, v[B, M, D]; bias f[B, 1, 1, M] or None."""
+
+    num_heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, q, k, v, bias=None):
+        width = q.shape[-1]
+
+        def project(x, name):
+            x = Dense(width, dtype=self.dtype, kernel_init=_packed_xavier, name=name)(x)
+            return x.reshape(*x.shape[:2], self.num_heads, -1)  # [B, N, K, d]
+
+        x = attend(project(q, "q"), project(k, "k"), project(v, "v"), bias=bias)
+        return Dense(width, dtype=self.dtype, name="out")(x.reshape(*q.shape))
+
+
+class Layer(nn.Module):
+    """A layer of the encoder, or of the decoder where there is a memory: norm(x + branch(x))."""
+
+    num_heads: int
+    mlp_width: int
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, positions, train: bool, bias=None, memory=None, memory_positions=None):
+        norms = 0
+
+        def drop(y):
+            return nn.Dropout(self.dropout, deterministic=not train)(y)
+
+        def add(x, y):
+            nonlocal norms
+            norms += 1
+            return layer_norm(f"norm{norms}", EPSILON, self.dtype)(x + drop(y))
+
+        def attention(name):
+            return Attention(self.num_heads, self.dtype, name=name)
+
+        placed = x + positions
+        if memory is None:
+            x = add(x, attention("self_attn")(placed, placed, x, bias))
+        else:
+            x = add(x, attention("self_attn")(placed, placed, x))
+            keys = memory + memory_positions
+            x = add(x, attention("cross_attn")(x + positions, keys, memory, bias))
+        y = nn.relu(Dense(self.mlp_width, dtype=self.dtype, name="fc1")(x))
+        return add(x, Dense(x.shape[-1], dtype=self.dtype, name="fc2")(drop(y)))
+
+
+class Detr(nn.Module):
+    """Images f32[B, H, W, in_channels] in [0, 1] -> logits and boxes of each query.
+
+    Attributes:
+      num_classes: K; each query has K + 1 logits, the last for "no object".
+      depths, block, widths, stem_width: of the ResNet, as there.
+      dilation: the ResNet's last stage keeps the grid of the one before (DC5).
+      num_queries: Q, the most objects that an image can have.
+      width: of the transformer, a multiple of 4 and of `num_heads`.
+      num_heads, mlp_width, encoder_depth, decoder_depth: of the transformer.
+      in_channels: of the images; `mean` and `std` have as many entries.
+      mean, std: per-channel normalization of the images.
+      mask_padding: padding does not change what is computed of the image. False computes what the
+        references do.
+      dropout: rate in training, after each branch and inside the MLPs. The original also drops
+        attention weights, which transformers and fused kernels do not.
+      freeze_norm: BatchNorm keeps its running statistics in training, as in the paper.
+      dtype: compute dtype; parameters stay float32. The heads compute in float32.
+      remat: recompute each block and layer in the backward pass instead of keeping its activations.
+    """
+
+    num_classes: int
+    depths: tuple[int, ...]
+    block: Literal["basic", "bottleneck"] = "bottleneck"
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    stem_width: int = 64
+    dilation: bool = False
+    num_queries: int = 100
+    width: int = 256
+    num_heads: int = 8
+    mlp_width: int = 2048
+    encoder_depth: int = 6
+    decoder_depth: int = 6
+    in_channels: int = 3
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mask_padding: bool = True
+    dropout: float = 0.0
+    freeze_norm: bool = True
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @property
+    def stem(self) -> str:
+        """Path of the first convolution's kernel."""
+        return "backbone/conv1/kernel"
+
+    @property
+    def pyramid(self) -> tuple[tuple[str, int], ...]:
+        """Named features and their stride in pixels, from fine to coarse."""
+        return self._resnet(parent=None).pyramid
+
+    @property
+    def num_layers(self) -> int:
+        """Layers for layer-wise rate decay."""
+        return sum(self.depths) + self.encoder_depth + self.decoder_depth + 2
+
+    def layer_of(self, path: str) -> int:
+        """Depth of a parameter: the ResNet's, then layer by layer, the heads last.
+
+        The projection counts with the encoder's first layer, the queries with the decoder's.
+        """
+        top, _, rest = path.partition("/")
+        if top == "backbone":
+            return self._resnet(parent=None).layer_of(rest)
+        before = sum(self.depths) + 1
+        if top == "input_proj":
+            return before
+        if top == "query_embed":
+            return before + self.encoder_depth
+        for part, first in (("encoder_", before), ("decoder_", before + self.encoder_depth)):
+            index = top.removeprefix(part)
+            if top != index and index.isdigit():
+                return first + int(index)
+        return self.num_layers - 1
+
+    @nn.compact
+    def __call__(
+        self, images, pixel_mask=None, *, train: bool = False, return_features: bool = False
+    ):
+        """Applies the model.
+
+        Args:
+          images: f32[B, H, W, in_channels] in [0, 1], of any size, padded at the bottom and right.
+          pixel_mask: bool[B, H, W], True where the image is; None if nothing is padded.
+          train: dropout acts, with keys from "dropout"; BatchNorm updates unless frozen.
+          return_features: also return a dict of named intermediates: "stem", "stage_0" ... and
+            "input_proj" as f[B, h, w, C], "encoder_0" ... as f[B, h·w, D], "decoder_0" ... (before
+            the norm) as f[B, Q, D].
+
+        Returns:
+          {"logits": f32[L, B, Q, K + 1], "boxes_cxcywh_01": f32[L, B, Q, 4]} of the L layers of the
+          decoder, the last of which is the prediction; boxes are relative to the image without
+          its padding. Or (that, features).
+        """
+        if pixel_mask is None:
+            pixel_mask = jnp.ones(images.shape[:3], bool)
+            mask = None
+        else:
+            mask = pixel_mask
+        backbone = self._resnet(name="backbone")
+        if mask is not None and not self.mask_padding:
+            # Zero after the normalization, as the references pad.
+            mean = jnp.asarray(self.mean, images.dtype).reshape(1, 1, 1, -1)
+            images, mask = jnp.where(mask[..., None], images, mean), None
+        _, features = backbone(images, mask=mask, train=train, return_features=True)
+        del features["pooled"]
+        x = features[f"stage_{len(self.depths) - 1}"]
+        x = Conv(self.width, (1, 1), dtype=self.dtype, kernel_init=_uniform, name="input_proj")(x)
+        features["input_proj"] = x
+        batch, height, width, _ = x.shape
+        valid = self._cells(pixel_mask, (height, width))  # [B, h, w]
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        positions = sine_positions(valid, self.width, wide).astype(self.dtype)
+        x, positions = (y.reshape(batch, height * width, self.width) for y in (x, positions))
+        # Not minus infinity: an image that is nothing but padding would have no gradient.
+        bias = jnp.where(valid.reshape(batch, 1, 1, -1), 0, jnp.finfo(wide).min / 2)
+
+        layer_of = nn.remat(Layer, static_argnums=(3,)) if self.remat else Layer
+        shared = (self.num_heads, self.mlp_width, self.dropout, self.dtype)
+        for index in range(self.encoder_depth):
+            x = layer_of(*shared, name=f"encoder_{index}")(x, positions, train, bias)
+            features[f"encoder_{index}"] = x
+        shape = (self.num_queries, self.width)
+        queries = self.param("query_embed", nn.initializers.normal(1.0), shape)
+        queries = jnp.broadcast_to(queries.astype(self.dtype)[None], (batch, *shape))
+        y, outputs = jnp.zeros_like(queries), []
+        for index in range(self.decoder_depth):
+            layer = layer_of(*shared, name=f"decoder_{index}")
+            y = layer(y, queries, train, bias, x, positions)
+            features[f"decoder_{index}"] = y
+            outputs.append(y)
+        y = layer_norm("decoder_norm", EPSILON, self.dtype)(jnp.stack(outputs))  # [L, B, Q, D]
+        predictions = {
+            "logits": Dense(
+                self.num_classes + 1, dtype=wide, kernel_init=_uniform, name="class_head"
+            )(y),
+            "boxes_cxcywh_01": nn.sigmoid(BoxHead(self.width, wide, name="box_head")(y)),
+        }
+        return (predictions, features) if return_features else predictions
+
+    def _resnet(self, **place):
+        return ResNet(
+            num_classes=0,
+            depths=self.depths,
+            block=self.block,
+            widths=self.widths,
+            stem_width=self.stem_width,
+            dilation=self.dilation,
+            in_channels=self.in_channels,
+            mean=self.mean,
+            std=self.std,
+            freeze_norm=self.freeze_norm,
+            dtype=self.dtype,
+            remat=self.remat,
+            **place,
+        )
+
+    def _cells(self, pixel_mask, grid):
+        """bool[B, h, w]: the cells of the last map that are the image."""
+        rows, columns = (
+            # The cell's center, or what torch's interpolation takes, in its float32.
+            np.arange(cells) * self.pyramid[-1][1]
+            if self.mask_padding
+            else (np.arange(cells, dtype=np.float32) * np.float32(side / cells)).astype(int)
+            for side, cells in zip(pixel_mask.shape[1:], grid, strict=True)
+        )
+        return pixel_mask[:, rows][:, :, columns]
+
+
+class BoxHead(nn.Module):
+    """Three linear layers to the logits of a box."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        for index, features in enumerate((self.width, self.width, 4), 1):
+            x = Dense(features, dtype=self.dtype, kernel_init=_uniform, name=f"fc{index}")(x)
+            x = nn.relu(x) if index < 3 else x
+        return x
