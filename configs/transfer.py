@@ -97,8 +97,9 @@ def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     config.optim = optim = ConfigDict()
     optim.name = settings.optimizer  # adamw, sgd, lars, lamb, lion, muon
     optim.lr = settings.lr  # at batch 64
-    optim.schedule = "cosine"  # cosine, linear, constant; after the warm-up
+    optim.schedule = "cosine"  # cosine, linear, constant, step; after the warm-up
     optim.warmup_steps = 100
+    optim.drop_at = 2 / 3  # share of the updates after which step falls to a tenth
     # On kernels and adapters, not on biases, norms and embeddings.
     optim.weight_decay = settings.weight_decay
     optim.b1 = 0.9
@@ -107,6 +108,7 @@ def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     optim.clip_norm = 1.0  # largest global gradient norm; 0 turns clipping off
     # Each earlier layer's rate is this times the next one's.
     optim.layer_decay = settings.layer_decay
+    optim.rates = ()  # (path regex, factor of the rate); the first that matches counts
     optim.accumulate = 1  # micro-batches per update
     optim.ema_decay = 0.0  # moving average of what trains, used by evaluation; 0 for none
 

@@ -67,14 +67,16 @@ def get_config() -> ConfigDict:
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # adamw, sgd, lars, lamb, lion, muon
     optim.lr = 5e-3
-    optim.schedule = "cosine"  # cosine, linear, constant; after the warm-up
+    optim.schedule = "cosine"  # cosine, linear, constant, step; after the warm-up
     optim.warmup_steps = 20
+    optim.drop_at = 2 / 3  # share of the updates after which step falls to a tenth
     optim.weight_decay = 0.01  # on kernels and adapters, not on biases, norms and embeddings
     optim.b1 = 0.9
     optim.b2 = 0.999
     optim.momentum = 0.9  # sgd, lars, muon
     optim.clip_norm = 1.0  # largest global gradient norm; 0 turns clipping off
     optim.layer_decay = 1.0  # each earlier layer's rate is this times the next one's
+    optim.rates = ()  # (path regex, factor of the rate); the first that matches counts
     optim.accumulate = 1  # micro-batches per update
     optim.ema_decay = 0.0  # moving average of what trains, used by evaluation; 0 for none
 

@@ -88,7 +88,9 @@ def test_schedule_is_its_formula(name, warmup):
         else:
             done = (step - warmup) / (total - warmup) if total > warmup else 0.0
             shape = {"cosine": (1 + np.cos(np.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
-            expected = peak * (final + (1 - final) * shape[name])
+            expected = peak * (final + (1 - final) * shape.get(name, 0))
+            if name == "step":
+                expected = peak / 10 if step >= 34 else peak  # 2/3 of 50 is 33.3
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
 
 
@@ -106,6 +108,7 @@ def test_schedule_stays_at_its_end():
         ({"total_steps": 0}, "total_steps"),
         ({"peak": float("nan")}, "peak"),
         ({"final_fraction": 1.5}, "final_fraction"),
+        ({"drop_at": 0.0}, "drop_at"),
     ],
 )
 def test_impossible_schedule_is_a_user_error(changed, message):
@@ -234,6 +237,21 @@ def test_layer_decay_multiplies_update_and_decay(name):
         np.testing.assert_array_equal(scaled[path], factor * plain[path])
 
 
+def test_rates_multiply_on_top_of_layers_and_the_first_that_matches_counts():
+    params, gradient = to_float32(random_tree()), to_float32(random_tree())
+
+    def first_update(**more):
+        tx = make("adamw", params, **more)
+        return tx.update(gradient, tx.init(params), params)[0]
+
+    layers = {"layer_of": layer_of, "num_layers": 3, "layer_decay": 0.5}
+    plain = first_update(**layers)
+    scaled = first_update(**layers, rates=(("head/.*", 0.25), (".*kernel", 4.0)))
+    for path in params:
+        factor = 0.25 if path.startswith("head") else 4.0 if path.endswith("kernel") else 1.0
+        np.testing.assert_array_equal(scaled[path], factor * plain[path])
+
+
 # --- State ----------------------------------------------------------------------------------------
 
 
@@ -304,6 +322,7 @@ def test_average_follows_the_weights_with_a_warmed_up_decay():
         ("adamw", {"layer_decay": 0.0}, "layer_decay"),
         ("adamw", {"layer_decay": 0.9}, "needs layer_of"),
         ("adamw", {"layer_decay": 0.9, "layer_of": lambda path: 5, "num_layers": 3}, "in layer 5"),
+        ("adamw", {"rates": (("bakbone/.*", 0.1),)}, "optim.rates: rule"),
     ],
 )
 def test_impossible_optimizer_is_a_user_error(name, changed, message):

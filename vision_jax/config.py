@@ -29,6 +29,7 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
         lambda value: value >= 1,
         "at least 1",
     ),
+    ("optim.drop_at", lambda value: 0 < value <= 1, "above 0 and at most 1"),
     ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     (
         "data.workers data.subset model.image_size augment.ops augment.mixup augment.cutmix "
@@ -73,7 +74,7 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
         "a tuple of regular expressions",
     ),
     (
-        "model.arguments sharding_rules",
+        "model.arguments sharding_rules optim.rates",
         lambda value: all(isinstance(pair, tuple) and len(pair) == 2 for pair in value),
         "a tuple of pairs",
     ),

@@ -7,6 +7,7 @@ optimizer's rule with weight decay and the learning rate, and the factor of its 
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,23 +17,31 @@ import optax
 from optax import contrib
 
 from vision_jax.errors import UserError
+from vision_jax.trees import paths
 
 Array = jax.Array
 Schedule = Callable[[jax.typing.ArrayLike], Array]
 
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "step")
 OPTIMIZERS = ("adamw", "sgd", "lars", "lamb", "lion", "muon")
 
 
 def make_schedule(
-    name: str, *, peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.0
+    name: str,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    final_fraction: float = 0.0,
+    drop_at: float = 2 / 3,
 ) -> Schedule:
     """The learning rate as a function of the 0-based index of the update.
 
     The rate rises linearly from 0 at update 0 to `peak` at update `warmup_steps`, then falls along
     half a cosine or a line and would reach `peak · final_fraction` at update `total_steps`; the
     last update has index `total_steps - 1` and is one step above that. "constant" stays at `peak`
-    and ignores `final_fraction`. Past `total_steps` the rate stays at its end.
+    and ignores `final_fraction`. "step" falls to a tenth once, at update `drop_at · total_steps`,
+    as detectors' schedules do (DETR: 200 of 300 epochs), and ignores it too. Past `total_steps` the rate stays at its end.
 
     >>> rate = make_schedule("linear", peak=0.5, total_steps=6, warmup_steps=2)
     >>> [round(float(rate(step)), 3) for step in range(7)]
@@ -53,19 +62,24 @@ def make_schedule(
         raise UserError(f"the peak learning rate must be finite and not negative, not {peak}")
     if not 0 <= final_fraction <= 1:
         raise UserError(f"final_fraction must lie between 0 and 1, not {final_fraction}")
-    decay_steps = max(total_steps - warmup_steps, 1)
+    if not 0 < drop_at <= 1:
+        raise UserError(f"drop_at must be above 0 and at most 1, not {drop_at}")
+    decay_steps, drop = max(total_steps - warmup_steps, 1), drop_at * total_steps
 
     def schedule(step: jax.typing.ArrayLike) -> Array:
         step = jnp.asarray(step)
         progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+        warming = peak * step / max(warmup_steps, 1)
         if name == "cosine":
             remaining = (1 + jnp.cos(jnp.pi * progress)) / 2
         elif name == "linear":
             remaining = 1 - progress
+        elif name == "step":
+            return jnp.where(step < warmup_steps, warming, jnp.where(step < drop, peak, peak / 10))
         else:
             remaining = jnp.ones_like(progress)
         rate = peak * (final_fraction + (1 - final_fraction) * remaining)
-        return jnp.where(step < warmup_steps, peak * step / max(warmup_steps, 1), rate)
+        return jnp.where(step < warmup_steps, warming, rate)
 
     return schedule
 
@@ -84,6 +98,7 @@ def make_optimizer(
     layer_of: Callable[[str], int] | None = None,
     num_layers: int = 1,
     layer_decay: float = 1.0,
+    rates: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
     """The whole chain from a gradient to the number that is added to each parameter.
 
@@ -114,6 +129,8 @@ def make_optimizer(
       num_layers: how many layers `layer_of` counts.
       layer_decay: update and decay of layer l are multiplied by layer_decay^(num_layers - 1 - l),
         as timm's lr_scale does; 1 is off.
+      rates: (regex over whole paths, factor of update and decay); the first that matches counts, a
+        rule that matches nothing is an error. A detector's backbone: (("backbone/.*", 0.1),).
 
     Raises:
       UserError: an unknown name, a number out of range, or a layer out of range.
@@ -148,13 +165,19 @@ def make_optimizer(
         rule = [_muon_or_adam(params, momentum, adam), decay, descend]
 
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
-    layers = []
+    factors: dict[str, float] = {}
     if layer_decay < 1:
         if layer_of is None:
             raise UserError(f"layer_decay = {layer_decay} needs layer_of, which counts the layers")
         depths = {path: layer_of(path) for path in params}
-        layers = [_scale_layers(depths, num_layers, layer_decay)]
-    return optax.chain(*clip, *rule, *layers)
+        factors = _layer_factors(depths, num_layers, layer_decay)
+    if rates:
+        paths.select(params, [pattern for pattern, _ in rates], field="config.optim.rates")
+        for path in params:
+            chosen = (factor for pattern, factor in rates if re.fullmatch(pattern, path))
+            factors[path] = factors.get(path, 1.0) * next(chosen, 1.0)
+    scale = [_scale_paths(factors)] if factors else []
+    return optax.chain(*clip, *rule, *scale)
 
 
 def is_decayed(path: str, array: Array) -> bool:
@@ -233,14 +256,18 @@ def _input_axes(kernel: Array) -> tuple[int, ...]:
     return (0, 1, 2) if kernel.ndim == 4 else (kernel.ndim - 2,)
 
 
-def _scale_layers(
+def _layer_factors(
     depths: Mapping[str, int], num_layers: int, layer_decay: float
-) -> optax.GradientTransformation:
-    """Multiplies each path's update by layer_decay^(layers between its own and the last)."""
+) -> dict[str, float]:
+    """layer_decay^(layers between a path's own and the last) by path."""
     for path, depth in depths.items():
         if not 0 <= depth < num_layers:
             raise UserError(f"layer_of: {path} is in layer {depth}, outside 0 to {num_layers - 1}")
-    factors = {path: layer_decay ** (num_layers - 1 - depth) for path, depth in depths.items()}
+    return {path: layer_decay ** (num_layers - 1 - depth) for path, depth in depths.items()}
+
+
+def _scale_paths(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies each path's update by its factor."""
 
     def scale(updates: dict[str, Array], params: object) -> dict[str, Array]:
         del params

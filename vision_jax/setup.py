@@ -443,6 +443,7 @@ def make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any
         peak=settings.lr,
         total_steps=config.total_steps,
         warmup_steps=settings.warmup_steps,
+        drop_at=settings.drop_at,
     )
     tx = optim.make_optimizer(
         settings.name,
@@ -456,6 +457,7 @@ def make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any
         layer_of=model.layer_of,
         num_layers=model.num_layers,
         layer_decay=settings.layer_decay,
+        rates=settings.rates,
     )
     return schedule, tx
 
