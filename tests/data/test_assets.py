@@ -1,0 +1,41 @@
+import hashlib
+import json
+from collections import Counter
+
+import numpy as np
+
+from vision_jax.data.decode import decode_image
+from vision_jax.data.sources import ASSETS
+
+AERIAL = ASSETS / "aerial"
+
+
+def test_aerial_tiles_are_the_ones_described():
+    files = sorted(AERIAL.iterdir())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    assert digest in (ASSETS / "README.md").read_text()
+    listed = []
+    for split, tiles, boxes in (("train", 98, 827), ("test", 20, 307)):
+        content = json.loads((AERIAL / f"{split}.json").read_text())
+        assert (len(content["images"]), len(content["annotations"])) == (tiles, boxes)
+        listed += [entry["file_name"] for entry in content["images"]]
+        images = {entry["id"] for entry in content["images"]}
+        assert {a["image_id"] for a in content["annotations"]} <= images
+        bbox = np.array([a["bbox"] for a in content["annotations"]])
+        assert (bbox[:, :2] >= 0).all()
+        assert (bbox[:, 2:] >= 4).all()
+        assert (bbox[:, :2] + bbox[:, 2:] <= 256).all()
+    assert sorted(listed) == [path.name for path in files if path.suffix == ".jpg"]
+    for name in listed:
+        assert decode_image((AERIAL / name).read_bytes(), name=name).shape == (256, 256, 3)
+
+
+def test_aerial_splits_share_no_photo():
+    photos = {}
+    for split in ("train", "test"):
+        content = json.loads((AERIAL / f"{split}.json").read_text())
+        # PHOTO_TOP_LEFT.jpg
+        photos[split] = Counter(e["file_name"].rsplit("_", 2)[0] for e in content["images"])
+    assert sorted(photos["train"].values()) == [4, 4, 90]
+    assert sorted(photos["test"].values()) == [20]
+    assert not photos["train"].keys() & photos["test"].keys()

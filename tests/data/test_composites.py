@@ -1,0 +1,123 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vision_jax.data import composites
+from vision_jax.data.composites import (
+    CLASS_NAMES,
+    MAX_OBJECTS,
+    check,
+    make_composite,
+    read_pieces,
+    write_composites,
+)
+from vision_jax.errors import UserError
+
+
+def test_an_image_is_a_function_of_split_seed_and_index():
+    first = make_composite("train", 3, 7, size=96)
+    make_composite("train", 3, 8, size=96)
+    again = make_composite("train", 3, 7, size=96)
+    assert first.image.shape == (96, 96, 3)
+    assert first.image.dtype == np.uint8
+    np.testing.assert_array_equal(first.image, again.image)
+    np.testing.assert_array_equal(first.boxes_xyxy_px, again.boxes_xyxy_px)
+    others = [("test", 3, 7), ("train", 4, 7), ("train", 3, 8)]
+    assert all((make_composite(*other, size=96).image != first.image).any() for other in others)
+
+
+def test_the_splits_share_no_piece():
+    train, test = read_pieces("train"), read_pieces("test")
+    assert np.bincount(train.labels).tolist() == [400] * len(CLASS_NAMES)
+    assert np.bincount(test.labels).tolist() == [100] * len(CLASS_NAMES)
+    for a, b in ((train.garments, test.garments), (train.grounds, test.grounds)):
+        assert not {one.tobytes() for one in a} & {one.tobytes() for one in b}
+
+
+def test_a_box_is_the_extent_of_what_was_pasted():
+    for index in range(60):
+        composite = make_composite("train", 0, index, size=128, max_objects=1)
+        rng = np.random.default_rng((0, 0, index))
+        ground = composites._ground(read_pieces("train"), rng, 128)
+        rows, columns = np.nonzero((composite.image != ground).any(axis=-1))
+        extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert composite.boxes_xyxy_px.tolist() == [extent]
+
+
+def test_objects_of_all_classes_lie_inside_and_apart():
+    labels, counts = set(), set()
+    for index in range(60):
+        composite = make_composite("test", 0, index, size=64)
+        boxes = composite.boxes_xyxy_px
+        assert boxes.dtype == composite.labels.dtype == np.int32
+        assert (boxes >= 0).all()
+        assert (boxes <= 64).all()
+        longest = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+        assert (longest >= 0.18 * 64).all()
+        assert (longest <= 0.6 * 64).all()  # 0.45, and turned by 20 degrees
+        for i, box in enumerate(boxes):
+            for other in boxes[:i]:
+                sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
+                areas = np.prod(box[2:] - box[:2]), np.prod(other[2:] - other[:2])
+                assert np.prod(np.maximum(sides, 0)) <= 0.1 * min(areas)
+        labels |= set(composite.labels.tolist())
+        counts.add(len(boxes))
+    assert labels == set(range(len(CLASS_NAMES)))
+    assert counts == set(range(1, MAX_OBJECTS + 1))
+
+
+def test_coco_files_hold_the_composites(tmp_path):
+    path = write_composites(tmp_path, "test", count=5, seed=2, size=64)
+    content = json.loads(path.read_text())
+    assert [c["name"] for c in content["categories"]] == list(CLASS_NAMES)
+    for index, entry in enumerate(content["images"]):
+        composite = make_composite("test", 2, index, size=64)
+        assert (entry["height"], entry["width"]) == (64, 64)
+        pixels = np.asarray(Image.open(tmp_path / entry["file_name"]))
+        np.testing.assert_array_equal(pixels, composite.image)
+        own = [a for a in content["annotations"] if a["image_id"] == entry["id"]]
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in own)]
+        assert boxes == composite.boxes_xyxy_px.tolist()
+        assert [a["category_id"] - 1 for a in own] == composite.labels.tolist()
+        assert [a["area"] for a in own] == [a["bbox"][2] * a["bbox"][3] for a in own]
+
+
+def test_plain_files_hold_one_box_an_image_in_its_entry(tmp_path):
+    path = write_composites(tmp_path, "train", count=4, seed=0, size=64, plain=True)
+    content = json.loads(path.read_text())
+    assert content["categories"] == [{"id": 1, "name": "garment"}]
+    assert len({entry["file_name"] for entry in content["images"]}) == 4
+    for index, entry in enumerate(content["images"]):
+        composite = make_composite("train", 0, index, size=64, max_objects=1)
+        corners = [entry[side] for side in ("xmin", "ymin", "xmax", "ymax")]
+        assert [corners] == composite.boxes_xyxy_px.tolist()
+        assert entry["category_id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "seed", "size", "message"),
+    [
+        (1, 0, 32, "size 32: use 64 to 256"),
+        (1, 0, 300, "size 300"),
+        (0, 0, 128, "0 images: use 1 to 81380"),
+        (10**7, 0, 128, "images: use 1 to 81380"),
+        (1, -1, 128, "seed -1"),
+    ],
+)
+def test_what_cannot_be_is_refused(count, seed, size, message):
+    with pytest.raises(UserError, match=message):
+        check(count, seed, size, "composites:x")
+
+
+def test_the_command_writes_or_says_why_not(tmp_path):
+    command = [sys.executable, "-m", "vision_jax.data.composites", f"--out={tmp_path}"]
+    done = subprocess.run([*command, "--count=2", "--size=64"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "train" / "000001.png").is_file()
+    done = subprocess.run([*command, "--count=2", "--size=9"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: composites: size 9: use 64 to 256 pixels\n"
