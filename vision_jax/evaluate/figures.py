@@ -51,7 +51,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     rate.set_ylim(bottom=0)
     _dress(rate, "Learning rate", "")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_predictions(
@@ -86,20 +86,22 @@ def draw_predictions(
         tiny = min(image.shape[:2]) < 100  # pixels of such images are shown as squares
         cell.imshow(image, interpolation="nearest" if tiny else "antialiased")
         predicted = int(np.argmax(probabilities[index]))
-        text = f"{_short(class_names[predicted])}  {probabilities[index, predicted]:.0%}"
+        text = f"{shorten(class_names[predicted])}  {probabilities[index, predicted]:.0%}"
         color = BLUE
         if labels is not None:
             true = int(labels[index])
             color = GREEN if predicted == true else RED
-            text += f"\ntrue: {_short(class_names[true])}"
+            text += f"\ntrue: {shorten(class_names[true])}"
         cell.set_title(text, fontsize=8, color=color, parse_math=False, linespacing=1.3, pad=4)
         cell.set(xticks=[], yticks=[])
         for spine in cell.spines.values():
             spine.set(color=color, linewidth=2)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], path: str | Path) -> Path:
+def draw_confusion(
+    matrix: np.ndarray, class_names: Sequence[str], path: str | Path, *, title: str | None = None
+) -> Path:
     """A confusion matrix as a PNG: counts, colored by their share of the true class.
 
     Counts are written in up to 20 classes, and names up to 60; beyond, the axes count classes.
@@ -107,6 +109,7 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], path: str | P
     Args:
       matrix: int[C, C], row = true class, column = predicted class.
       class_names: C names.
+      title: by default the number of images and the share that is right.
     """
     classes = len(matrix)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)  # [C, C], 0 in absent rows
@@ -124,7 +127,7 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], path: str | P
                 text = f"{matrix[row, column]:,}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
     if classes <= MOST_NAMES:
-        names = [_short(name) for name in class_names]
+        names = [shorten(name) for name in class_names]
         size = 9 if classes <= MOST_COUNTS else 6
         axes.set_xticks(
             range(classes), names, rotation=45, ha="right", rotation_mode="anchor",
@@ -135,9 +138,10 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], path: str | P
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     correct = np.trace(matrix) / max(int(matrix.sum()), 1)
-    axes.set_title(f"{int(matrix.sum()):,} images, {correct:.2%} right", fontsize=11, color=INK)
+    title = title or f"{int(matrix.sum()):,} images, {correct:.2%} right"
+    axes.set_title(title, fontsize=11, color=INK)
     axes.spines[:].set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -179,11 +183,13 @@ def _dress(axes: Axes, title: str, unit: str) -> None:
         axes.legend(frameon=False, fontsize=9)
 
 
-def _short(name: str, most: int = 20) -> str:
+def shorten(name: str, most: int = 20) -> str:
+    """The name, cut with an ellipsis where it is too long for a figure."""
     return name if len(name) <= most else name[: most - 1].rstrip() + "…"
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Writes a PNG on white."""
     path = Path(path)
     figure.savefig(path, format="png", facecolor="white")
     return path

@@ -1,0 +1,307 @@
+"""The pictures of a detector: precision over recall, confusion, and boxes on images.
+
+A class has the same color in every picture: by its label, from a palette that can be told apart
+with any color vision (Okabe and Ito 2008, https://jfly.uni-koeln.de/color/); its name is always
+written beside it, since colors repeat from the eighth class on.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from vision_jax.evaluate.detection import CONFIDENT, IOU_THRESHOLDS, Detections, Truth
+from vision_jax.evaluate.figures import INK, draw_confusion, save_figure, shorten
+
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+MOST_PICTURES = 16
+MOST_CURVES = 8  # classes up to which each has its own labeled curve
+CELL, GAP = 400, 12  # pixels
+
+
+class PicturedTruth(Truth, Protocol):
+    """A source whose images are read as well: source[i]["image"] is u8[H, W, 3]."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def class_color(label: int) -> str:
+    """The color of a class in every picture, as #rrggbb."""
+    return PALETTE[label % len(PALETTE)]
+
+
+def draw_precision_recall(
+    precision: np.ndarray, class_names: Sequence[str], path: str | Path
+) -> Path:
+    """Precision over recall at IoU 0.5 and 0.75, each class and their mean, as a PNG.
+
+    Of more than 8 classes the three with the best and the three with the worst AP are named.
+
+    Args:
+      precision: f64[10, 101, K, 4, 3] of `detection.coco_curves`.
+      class_names: K names.
+    """
+    figure = Figure(figsize=(13, 5.2), dpi=120, layout="constrained")
+    for axes, threshold in zip(figure.subplots(1, 2, sharey=True), (0, 5), strict=True):
+        curves = precision[threshold, :, :, 0, 2].T  # [K, 101]
+        title = f"IoU ≥ {IOU_THRESHOLDS[threshold]:g}"
+        _plot_curves(axes, curves, class_names)
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+        axes.set_xlabel("recall: share of the true boxes that are found")
+        axes.set(xlim=(0, 1), ylim=(0, 1.03))
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("precision: share of the found boxes that are right")
+    return save_figure(figure, path)
+
+
+def draw_detection_confusion(
+    matrix: np.ndarray,
+    class_names: Sequence[str],
+    path: str | Path,
+    *,
+    score: float = CONFIDENT,
+    iou: float = 0.5,
+) -> Path:
+    """The confusion matrix of boxes as a PNG; the last row and column are background.
+
+    Args:
+      matrix: int[K + 1, K + 1] of `detection.confusion_matrix`, made with the same score and iou.
+      class_names: K names.
+    """
+    boxes, false = int(matrix[:-1].sum()), int(matrix[-1].sum())
+    right = np.trace(matrix) / max(boxes, 1)
+    title = (
+        f"{boxes:,} true boxes, {right:.1%} found and named right; {false:,} false alarms\n"
+        f"(score ≥ {score:g}, IoU ≥ {iou:g})"
+    )
+    return draw_confusion(matrix, [*class_names, "(background)"], path, title=title)
+
+
+def draw_detections(
+    image: np.ndarray,
+    boxes_xyxy_px: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray | None,
+    class_names: Sequence[str],
+) -> np.ndarray:
+    """The image with boxes, names and scores drawn on it.
+
+    Lines and letters grow with the image. An image whose longer side has less than 480 pixels is
+    enlarged by a whole factor first, so that its names can be read.
+
+    Args:
+      image: u8[H, W, 3] or u8[H, W, 1].
+      boxes_xyxy_px: f32[D, 4], in pixels of the image.
+      labels: int[D].
+      scores: f32[D], or None to write the names alone.
+      class_names: K names.
+
+    Returns:
+      u8[f · H, f · W, 3], f the whole factor.
+    """
+    factor = math.ceil(480 / max(image.shape[:2]))
+    picture = _picture(image)
+    if factor > 1:
+        picture = picture.resize(
+            (factor * picture.width, factor * picture.height), Image.Resampling.BICUBIC
+        )
+    if scores is None:
+        texts = [class_names[label] for label in labels]
+    else:
+        texts = [f"{class_names[k]} {s:.2f}" for k, s in zip(labels, scores, strict=True)]
+    _annotate(picture, factor * np.asarray(boxes_xyxy_px), labels, texts, scores)
+    return np.asarray(picture)
+
+
+def draw_detection_grid(
+    source: PicturedTruth,
+    detections: Detections,
+    path: str | Path,
+    *,
+    rows: Sequence[int] | None = None,
+    score: float = CONFIDENT,
+) -> Path:
+    """Pictures in pairs as a PNG: the true boxes on the left, the predicted beside them.
+
+    Args:
+      source: its images are decoded, those of `rows` alone.
+      rows: images to draw; by default, evenly over the source. At most 16 are drawn.
+      score: predictions below it are left out.
+    """
+    if rows is None:
+        count = min(len(source), MOST_PICTURES)
+        rows = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()
+    pairs = []
+    for row in rows[:MOST_PICTURES]:
+        image = source[row]["image"]
+        found = detections[(detections.index == row) & (detections.score >= score)]
+        names = [source.class_names[label] for label in source.label[row]]
+        truth = [n + " (crowd)" * bool(c) for n, c in zip(names, source.crowd[row], strict=True)]
+        predicted = [
+            f"{source.class_names[k]} {s:.2f}"
+            for k, s in zip(found.label, found.score, strict=True)
+        ]
+        name = shorten(Path(source.paths[row]).name, 34)
+        pairs.append(
+            (
+                _cell(image, source.boxes_xyxy_px[row], source.label[row], truth, None),
+                f"{name}: {len(truth)} true",
+                _cell(image, found.boxes_xyxy_px, found.label, predicted, found.score),
+                f"{len(found)} predicted, score ≥ {score:g}",
+            )
+        )
+    return _save_pairs(pairs, Path(path))
+
+
+def _plot_curves(axes: Axes, curves: np.ndarray, class_names: Sequence[str]) -> None:
+    present = np.flatnonzero((curves > -1).all(axis=1))  # classes that have true boxes
+    if not len(present):
+        axes.text(0.5, 0.5, "no true boxes", ha="center", color=INK, transform=axes.transAxes)
+        return
+    recall = np.linspace(0, 1, curves.shape[1])
+    ap = curves.mean(axis=1)
+    ranked = present[np.argsort(-ap[present], kind="stable")]
+    named = ranked if len(ranked) <= MOST_CURVES else np.concatenate([ranked[:3], ranked[-3:]])
+    for label in ranked:
+        if label not in named:
+            axes.plot(recall, curves[label], color="#bbbbbb", linewidth=0.8)
+    for order, label in enumerate(named):
+        text = f"{ap[label]:.3f}  {shorten(class_names[label])}"
+        style = "-" if int(label) < len(PALETTE) else ("--", "-.", ":")[order % 3]
+        color = class_color(int(label))
+        axes.plot(recall, curves[label], style, color=color, linewidth=1.8, label=text)
+    if len(present) > 1:
+        text = f"{ap[present].mean():.3f}  mean of {len(present)} classes"
+        axes.plot(recall, curves[present].mean(axis=0), color=INK, linewidth=3, label=text)
+    legend = axes.legend(title="AP", frameon=True, fontsize=9, loc="lower left", framealpha=0.9)
+    for entry in legend.get_texts():
+        entry.set_parse_math(False)
+
+
+def _cell(
+    image: np.ndarray,
+    boxes_xyxy_px: np.ndarray,
+    labels: np.ndarray,
+    texts: Sequence[str],
+    scores: np.ndarray | None,
+) -> Image.Image:
+    picture = _picture(image)
+    factor = CELL / max(picture.size)
+    size = max(1, round(factor * picture.width)), max(1, round(factor * picture.height))
+    scale = np.tile(np.array(size) / picture.size, 2)
+    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    _annotate(picture, boxes_xyxy_px * scale, labels, texts, scores)
+    return picture
+
+
+def _annotate(
+    picture: Image.Image,
+    boxes_xyxy_px: np.ndarray,
+    labels: np.ndarray,
+    texts: Sequence[str],
+    scores: np.ndarray | None,
+) -> None:
+    """Draws boxes, the best on top, and a tag at each where it covers no other tag if it can."""
+    draw = ImageDraw.Draw(picture)
+    letters = max(13, round(max(picture.size) / 60))
+    line = max(2, round(letters / 6))
+    order = np.argsort(-scores, kind="stable") if scores is not None else np.arange(len(labels))
+    boxes = np.clip(boxes_xyxy_px, 0, np.tile(np.array(picture.size) - 1, 2)).round().astype(int)
+    for row in order[::-1]:
+        x0, y0, x1, y1 = boxes[row].tolist()
+        corners = (x0, y0, max(x0, x1), max(y0, y1))
+        for width, color in ((line + 2, "white"), (line, class_color(int(labels[row])))):
+            draw.rectangle(corners, outline=color, width=width)
+    tags: list[tuple[int, int, int, int]] = []
+    font = _font(letters)
+    for row in order:
+        text = shorten(texts[row], 32)
+        width, height = math.ceil(draw.textlength(text, font)) + 6, letters + 5
+        tags.append(_place(boxes[row].tolist(), width, height, picture.size, tags))
+    for row, tag in reversed(list(zip(order, tags, strict=True))):
+        color = class_color(int(labels[row]))
+        draw.rectangle(tag, fill=color)
+        ink = "black" if _luminance(color) > 0.3 else "white"
+        draw.text((tag[0] + 3, tag[1] + 1), shorten(texts[row], 32), fill=ink, font=font)
+
+
+def _place(
+    box: list[int],
+    width: int,
+    height: int,
+    size: tuple[int, int],
+    taken: Sequence[tuple[int, int, int, int]],
+) -> tuple[int, int, int, int]:
+    """Corners of a tag: above the box, inside it, below it; left or right; else where it fits."""
+    x0, y0, x1, y1 = box
+    lefts = (x0, x1 - width)
+    tops = (y0 - height, y0 + 1, y1 + 1, y1 - height)
+    places = [
+        (
+            min(max(left, 0), max(size[0] - width - 1, 0)),
+            min(max(top, 0), max(size[1] - height - 1, 0)),
+        )
+        for top in tops
+        for left in lefts
+    ]
+
+    def covered(place: tuple[int, int]) -> int:
+        """Pixels of other tags that a tag there covers."""
+        return sum(
+            max(0, min(place[0] + width, x1) - max(place[0], x0))
+            * max(0, min(place[1] + height, y1) - max(place[1], y0))
+            for x0, y0, x1, y1 in taken
+        )
+
+    left, top = min(places, key=covered)  # the first of the best
+    return left, top, left + width, top + height
+
+
+def _save_pairs(
+    pairs: Sequence[tuple[Image.Image, str, Image.Image, str]], path: Path
+) -> Path:  # fmt: skip
+    """Pairs under their captions, two pairs a row where there are many."""
+    across = 2 if len(pairs) > 2 else 1
+    font, caption = _font(14), 24
+    lines = [pairs[start : start + across] for start in range(0, len(pairs), across)]
+    heights = [max(pair[0].height for pair in line) + caption + GAP for line in lines]
+    width = across * (2 * CELL + GAP // 3 + 2 * GAP) + GAP
+    canvas = Image.new("RGB", (width, sum(heights) + GAP), "white")
+    draw, top = ImageDraw.Draw(canvas), GAP
+    for line, height in zip(lines, heights, strict=True):
+        for column, (truth, truth_text, found, found_text) in enumerate(line):
+            left = GAP + column * (2 * CELL + GAP // 3 + 2 * GAP)
+            for picture, text in ((truth, truth_text), (found, found_text)):
+                draw.text((left, top), text, fill=INK, font=font)
+                canvas.paste(picture, (left, top + caption))
+                left += CELL + GAP // 3
+        top += height
+    canvas.save(path, format="PNG")
+    return path
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image)
+
+
+def _luminance(color: str) -> float:
+    """Relative luminance of #rrggbb in [0, 1] (WCAG 2.2)."""
+    red, green, blue = (
+        (value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4)
+        for value in (int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as it comes with matplotlib: Latin, Greek, Cyrillic, Arabic and more."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
