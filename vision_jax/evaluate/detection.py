@@ -336,7 +336,8 @@ def _wrong_classes(best: Detections, source: Truth, true_boxes: int) -> list[str
 
 def _sameness(boxes: Sequence[np.ndarray], sizes: np.ndarray) -> float:
     """Mean IoU, in relative units, of each box with the nearest of the next image that has any."""
-    rows = [row for row, some in enumerate(boxes) if len(some)][:100]
+    known = np.all(sizes > 0, axis=1)  # an image that can't be read may have no size
+    rows = [row for row, some in enumerate(boxes) if len(some) and known[row]][:100]
     nearest = [
         _iou(boxes[a] / sizes[a], boxes[b] / sizes[b]).max(axis=1) for a, b in pairwise(rows)
     ]

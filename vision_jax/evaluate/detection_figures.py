@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from vision_jax.data.decode import DamagedImageError
 from vision_jax.evaluate.detection import CONFIDENT, IOU_THRESHOLDS, Detections, Truth
 from vision_jax.evaluate.figures import INK, draw_confusion, save_figure, shorten
 
@@ -27,7 +28,7 @@ CELL, GAP = 400, 12  # pixels
 
 
 class PicturedTruth(Truth, Protocol):
-    """A source whose images are read as well: source[i]["image"] is u8[H, W, 3]."""
+    """A source whose images are read as well: source[i]["image"] is u8[H, W, C]."""
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
@@ -48,7 +49,7 @@ def draw_precision_recall(
       precision: f64[10, 101, K, 4, 3] of `detection.coco_curves`.
       class_names: K names.
     """
-    figure = Figure(figsize=(13, 5.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(15, 4.8), dpi=120, layout="constrained")
     for axes, threshold in zip(figure.subplots(1, 2, sharey=True), (0, 5), strict=True):
         curves = precision[threshold, :, :, 0, 2].T  # [K, 101]
         title = f"IoU ≥ {IOU_THRESHOLDS[threshold]:g}"
@@ -98,7 +99,7 @@ def draw_detections(
     enlarged by a whole factor first, so that its names can be read.
 
     Args:
-      image: u8[H, W, 3] or u8[H, W, 1].
+      image: u8[H, W, C].
       boxes_xyxy_px: f32[D, 4], in pixels of the image.
       labels: int[D].
       scores: f32[D], or None to write the names alone.
@@ -133,7 +134,8 @@ def draw_detection_grid(
 
     Args:
       source: its images are decoded, those of `rows` alone.
-      rows: images to draw; by default, evenly over the source. At most 16 are drawn.
+      rows: images to draw, the first 16 of them; by default 16 evenly over the source. Those
+        that can't be read are left out.
       score: predictions below it are left out.
     """
     if rows is None:
@@ -141,7 +143,10 @@ def draw_detection_grid(
         rows = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()
     pairs = []
     for row in rows[:MOST_PICTURES]:
-        image = source[row]["image"]
+        try:
+            image = source[row]["image"]
+        except DamagedImageError:
+            continue  # the run's log has named it
         found = detections[(detections.index == row) & (detections.score >= score)]
         names = [source.class_names[label] for label in source.label[row]]
         truth = [n + " (crowd)" * bool(c) for n, c in zip(names, source.crowd[row], strict=True)]
@@ -172,16 +177,19 @@ def _plot_curves(axes: Axes, curves: np.ndarray, class_names: Sequence[str]) -> 
     named = ranked if len(ranked) <= MOST_CURVES else np.concatenate([ranked[:3], ranked[-3:]])
     for label in ranked:
         if label not in named:
-            axes.plot(recall, curves[label], color="#bbbbbb", linewidth=0.8)
-    for order, label in enumerate(named):
+            axes.plot(recall, curves[label], color="#bbbbbb", linewidth=1.2)
+    for label in named:
         text = f"{ap[label]:.3f}  {shorten(class_names[label])}"
-        style = "-" if int(label) < len(PALETTE) else ("--", "-.", ":")[order % 3]
+        style = ("-", "--", "-.", ":")[int(label) // len(PALETTE) % 4]
         color = class_color(int(label))
         axes.plot(recall, curves[label], style, color=color, linewidth=1.8, label=text)
     if len(present) > 1:
         text = f"{ap[present].mean():.3f}  mean of {len(present)} classes"
         axes.plot(recall, curves[present].mean(axis=0), color=INK, linewidth=3, label=text)
-    legend = axes.legend(title="AP", frameon=True, fontsize=9, loc="lower left", framealpha=0.9)
+    legend = axes.legend(
+        title="AP", frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1),
+        alignment="left",
+    )  # fmt: skip
     for entry in legend.get_texts():
         entry.set_parse_math(False)
 
@@ -212,14 +220,15 @@ def _annotate(
     """Draws boxes, the best on top, and a tag at each where it covers no other tag if it can."""
     draw = ImageDraw.Draw(picture)
     letters = max(13, round(max(picture.size) / 60))
-    line = max(2, round(letters / 6))
+    line = max(3, round(letters / 6))
     order = np.argsort(-scores, kind="stable") if scores is not None else np.arange(len(labels))
     boxes = np.clip(boxes_xyxy_px, 0, np.tile(np.array(picture.size) - 1, 2)).round().astype(int)
     for row in order[::-1]:
         x0, y0, x1, y1 = boxes[row].tolist()
         corners = (x0, y0, max(x0, x1), max(y0, y1))
-        for width, color in ((line + 2, "white"), (line, class_color(int(labels[row])))):
-            draw.rectangle(corners, outline=color, width=width)
+        around = (corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1)
+        draw.rectangle(around, outline="white", width=line + 2)  # seen on ground of any color
+        draw.rectangle(corners, outline=class_color(int(labels[row])), width=line)
     tags: list[tuple[int, int, int, int]] = []
     font = _font(letters)
     for row in order:
@@ -229,7 +238,7 @@ def _annotate(
     for row, tag in reversed(list(zip(order, tags, strict=True))):
         color = class_color(int(labels[row]))
         draw.rectangle(tag, fill=color)
-        ink = "black" if _luminance(color) > 0.3 else "white"
+        ink = "black" if _luminance(color) > 0.18 else "white"
         draw.text((tag[0] + 3, tag[1] + 1), shorten(texts[row], 32), fill=ink, font=font)
 
 
@@ -289,7 +298,9 @@ def _save_pairs(
 
 
 def _picture(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image)
+    """In color: grey repeated, or the first three of more channels."""
+    channels = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2)
+    return Image.fromarray(channels)
 
 
 def _luminance(color: str) -> float:
