@@ -26,6 +26,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED = (5, 6, 7, 8)  # these swap height and width
 
 
 class DamagedImageError(UserError):
@@ -33,13 +34,18 @@ class DamagedImageError(UserError):
 
 
 def decode_image(
-    data: bytes, *, name: str, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+    data: bytes,
+    *,
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    upright: bool = True,
 ) -> np.ndarray:
     """Decode the bytes of a JPEG, PNG, WEBP, BMP, GIF (first frame) or TIFF (first page).
 
     `name` is what errors call the image. The size is read from the header and checked before any
     pixel is decoded, so a small file that claims a huge image costs nothing. Transparent pixels are
-    composited on white.
+    composited on white. With `upright` False the EXIF orientation is ignored.
 
     Returns uint8[H, W, 3], RGB. Raises DamagedImageError if the image is truncated, damaged, larger
     than `max_pixels` or `max_bytes`, of another format, or of a depth without a defined range.
@@ -54,11 +60,29 @@ def decode_image(
                     f"{name}: {width} × {height} pixels, over the limit of {max_pixels}: shrink it"
                 )
             image.load()  # also reads what follows the pixels: a PNG's EXIF may stand there
-            return np.asarray(_upright(_to_rgb(image, name), image))
+            rgb = _to_rgb(image, name)
+            return np.asarray(_upright(rgb, image) if upright else rgb)
     except DamagedImageError:
         raise
     except Exception as error:  # Pillow's parsers raise nearly every type on damaged files
         raise DamagedImageError(f"{name}: not a readable image ({error})") from error
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """(height, width) of an image file as `decode_image` or `decode_array` gives it, by its header.
+
+    Raises DamagedImageError if there is no readable header.
+    """
+    try:
+        if path.endswith(".npy"):
+            height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
+            return height, width
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            turned = image.getexif().get(_EXIF_ORIENTATION) in _TURNED and image.format != "TIFF"
+            return (width, height) if turned else (height, width)
+    except Exception as error:  # as above
+        raise DamagedImageError(f"{path}: not a readable image ({error})") from error
 
 
 def decode_array(data: bytes, *, name: str) -> np.ndarray:

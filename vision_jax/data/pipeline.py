@@ -129,7 +129,7 @@ def _collate(
 
 
 @dataclass(frozen=True)
-class _CountDamaged:
+class CountDamaged:
     """Note the damaged images and hand on the batch; raises UserError at one too many.
 
     The limit is a share of the whole data set, so the first of many is no alarm. Each process
@@ -200,17 +200,23 @@ def make_train_iterator(
         .random_map(load)  # before the slice, so that its draws don't depend on process_count
         .slice(slice(process_index, None, process_count))
         .batch(batch_size, drop_remainder=True, batch_fn=_collate)
-        # A thread makes a whole batch: handing over single examples cost more than small images.
-        .to_iter_dataset(
-            grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
-        )
     )
+    count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
+    return iterate(batches, count, num_threads, num_workers)
+
+
+def iterate(
+    batches: grain.MapDataset, count_damaged: CountDamaged, num_threads: int, num_workers: int
+) -> grain.DatasetIterator:
+    """Make the batches (each with the damaged images met) ahead in threads, and workers if any."""
+    # A thread makes a whole batch: handing over single examples cost more than small images.
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
+    ahead = batches.to_iter_dataset(options)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # grain's workers read flags; a library has none to parse
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    log = damage_log or DamageLog()
-    return iter(batches.map(_CountDamaged(log, len(source), max_damaged)))
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return iter(ahead.map(count_damaged))
 
 
 @dataclass(frozen=True)

@@ -121,15 +121,20 @@ def subset(source: Source, count: int, seed: int) -> Source:
     """
     if not 0 < count <= len(source):
         raise UserError(f"{source.name}: a subset of {count}: use 1 to {len(source)}")
-    order = np.random.default_rng(seed).permutation(len(source))
-    rank_in_class = np.empty(len(source), np.int64)  # how many of its class come earlier in `order`
-    for label in np.unique(source.labels):
-        members = order[source.labels[order] == label]
+    return _part(source, balanced_subset(source.labels, count, seed))
+
+
+def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """bool[N]: `count` random places, the labels in equal parts as far as possible, nested."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank_in_class = np.empty(len(labels), np.int64)  # how many of its class come earlier in `order`
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
         rank_in_class[members] = np.arange(len(members))
     by_rank = order[np.argsort(rank_in_class[order], kind="stable")]
-    kept = np.zeros(len(source), bool)
+    kept = np.zeros(len(labels), bool)
     kept[by_rank[:count]] = True
-    return _part(source, kept)
+    return kept
 
 
 def _part(source: Source, kept: np.ndarray) -> Source:
@@ -188,14 +193,17 @@ class FileReader:
     folder: Path
     paths: tuple[str, ...]
 
-    def read(self, row: int) -> np.ndarray:
+    def read(self, row: int, *, upright: bool = True) -> np.ndarray:
+        """`upright` False leaves a photo as it is stored, whatever its EXIF orientation says."""
         name = self.example_name(row)
         try:
             with open(name, "rb") as file:
                 data = file.read(MAX_BYTES + 1)
         except OSError as error:
             raise DamagedImageError(f"{name}: can't be read ({error.strerror})") from error
-        return (decode_array if name.endswith(".npy") else decode_image)(data, name=name)
+        if name.endswith(".npy"):
+            return decode_array(data, name=name)
+        return decode_image(data, name=name, upright=upright)
 
     def example_name(self, row: int) -> str:
         return str(self.folder / self.paths[row])

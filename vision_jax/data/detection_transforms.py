@@ -1,0 +1,292 @@
+"""Image geometry with boxes on the host: sizes, canvases, and augmentations that boxes follow.
+
+Boxes are f64[T, 4] corners x, y, x, y in pixels. Each function is pure; the random ones draw from
+the generator they are given. Resampling is Pillow's, as in data/transforms.py.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from vision_jax.data.transforms import INTERPOLATIONS, resize, to_channels
+from vision_jax.errors import UserError
+
+STRIDE = 32  # of default canvases: what detectors divide their input by
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2
+
+
+@dataclass(frozen=True)
+class DetectionPreprocessing:
+    """What a detector expects of its images; it travels with the weights.
+
+    The short side becomes `short`, unless the long side would exceed `longest` then: DETR's rule,
+    see `resized_size`. With `square` both sides become `short`, whatever the aspect ratio. `mean`
+    and `std` are per channel, for images in [0, 1]; the model applies them, the host doesn't.
+    `buckets` are the canvases, (height, width), that images are padded to at the bottom and at the
+    right: one compilation each.
+    """
+
+    short: int
+    longest: int
+    square: bool
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    buckets: tuple[tuple[int, int], ...]
+
+    def __post_init__(self):
+        if self.interpolation not in INTERPOLATIONS:
+            raise UserError(
+                f"preprocessing interpolation {self.interpolation!r}: use one of"
+                f" {', '.join(INTERPOLATIONS)}"
+            )
+        if not 0 < self.short <= self.longest:
+            raise UserError(
+                f"preprocessing short {self.short}, longest {self.longest}: use 0 < short ≤ longest"
+            )
+        if not self.buckets or min(min(bucket) for bucket in self.buckets) < 1:
+            raise UserError(f"preprocessing buckets {self.buckets}: use pairs (height, width)")
+        if self.square and (self.short, self.short) not in self.buckets:
+            raise UserError(
+                f"preprocessing buckets {self.buckets}: square images of {self.short} need the"
+                f" bucket ({self.short}, {self.short})"
+            )
+
+
+@dataclass(frozen=True)
+class DetectionAugmentation:
+    """Random changes of training images.
+
+    `shorts`: short sides, one of which is drawn for each batch; () is the preprocessing's. `flip`:
+    mirror half of the images. `crop`: the share of images of which a window is cut out. For its
+    size the image is imagined at a short side that is drawn from `crop_resize`; the window's sides
+    are drawn, each on its own, from `crop_size` there, as far as the image reaches. Both are
+    relative to the preprocessing's `short`; the defaults are DETR's 400, 500, 600 and 384–600 at
+    800. `brightness`, `contrast`, `saturation`: factors are drawn from 1 ± these.
+    """
+
+    shorts: tuple[int, ...] = ()
+    flip: bool = True
+    crop: float = 0.0
+    crop_resize: tuple[float, ...] = (0.5, 0.625, 0.75)
+    crop_size: tuple[float, float] = (0.48, 0.75)
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+
+    def __post_init__(self):
+        if self.shorts and min(self.shorts) < 1:
+            raise UserError(f"augmentation shorts {self.shorts}: use numbers of pixels")
+        if not 0 <= self.crop <= 1:
+            raise UserError(f"augmentation crop {self.crop}: use a share of the images, 0 to 1")
+        if not self.crop_resize or min(self.crop_resize) <= 0:
+            raise UserError(f"augmentation crop_resize {self.crop_resize}: use positive numbers")
+        if not 0 < self.crop_size[0] <= self.crop_size[1]:
+            raise UserError(f"augmentation crop_size {self.crop_size}: use 0 < least ≤ most")
+        for field in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise UserError(f"augmentation {field} {getattr(self, field)}: use 0 to 1")
+
+
+# --- sizes --------------------------------------------------------------------------------------
+
+
+def resized_size(
+    size: tuple[int, int], preprocessing: DetectionPreprocessing, short: int | None = None
+) -> tuple[int, int]:
+    """(height, width) of an image of `size` after the resize; `short` replaces preprocessing.short.
+
+    The short side becomes `short` and the long side is rounded down; if the long side would exceed
+    `longest`, it becomes that, rounded down, and the short side is rounded. An image whose short
+    side is right already is left alone, even if its long side is not: so a strip of more than 20
+    to 1 may stay longer than `longest`. Equal to transformers 5.23, DetrImageProcessor, except that
+    no side is less than 1.
+    """
+    height, width = size
+    side = preprocessing.short if short is None else short
+    if preprocessing.square:
+        return side, side
+    least, most = min(size), max(size)
+    exact: float = side
+    if most / least * side > preprocessing.longest:
+        exact = preprocessing.longest * least / most
+        side = round(exact)
+    if least == side:
+        return size
+    side = max(side, 1)
+    if width < height:
+        return max(int(exact * height / width), 1), side
+    return side, max(int(exact * width / height), 1)
+
+
+def default_buckets(short: int, longest: int, count: int) -> tuple[tuple[int, int], ...]:
+    """`count` canvases, multiples of 32, that hold every image resized to (short, longest).
+
+    Landscape ones of evenly spaced widths, their portrait twins, and a square of the short side if
+    `count` is odd; 1 is a square of the long side. Sides may coincide; there are fewer canvases
+    then. (Strips of more than 20 to 1 don't fit: see `resized_size`.)
+    """
+    if count < 1 or not 0 < short <= longest:
+        raise UserError(f"{count} buckets for {short} to {longest}: use 1 or more, short ≤ longest")
+
+    def ceil(side: float) -> int:
+        return math.ceil(side / STRIDE) * STRIDE
+
+    if count == 1:
+        return ((ceil(longest), ceil(longest)),)
+    steps = count // 2
+    sides = [ceil(short + (longest - short) * step / steps) for step in range(1, steps + 1)]
+    buckets = [bucket for side in sides for bucket in ((ceil(short), side), (side, ceil(short)))]
+    return tuple(dict.fromkeys([(ceil(short), ceil(short))] * (count % 2) + buckets))
+
+
+def choose_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
+    """Which canvas an image of `size` goes to: the smallest that holds it.
+
+    If none does, the one that it has to shrink least for.
+    """
+    height, width = size
+
+    def badness(bucket: int) -> tuple[float, int]:
+        h, w = buckets[bucket]
+        return max(height / h, width / w, 1.0), h * w
+
+    return min(range(len(buckets)), key=badness)
+
+
+def fit(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """`size`, shrunk if necessary so that the canvas holds it; no side is less than 1."""
+    excess = max(size[0] / canvas[0], size[1] / canvas[1])
+    if excess <= 1:
+        return size
+    height, width = (
+        min(max(round(side / excess), 1), limit) for side, limit in zip(size, canvas, strict=True)
+    )
+    return height, width
+
+
+# --- boxes --------------------------------------------------------------------------------------
+
+
+def to_cxcywh_01(boxes_xyxy_px: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Corners in pixels → center, width, height in shares of `size` (height, width): f32[T, 4]."""
+    first, last = boxes_xyxy_px[:, :2], boxes_xyxy_px[:, 2:]
+    scale = np.array([size[1], size[0]], np.float64)
+    shares = [(first + last) / 2 / scale, (last - first) / scale]
+    return np.concatenate(shares, axis=1).astype(np.float32)
+
+
+def crop_boxes(
+    boxes: np.ndarray, window: tuple[int, int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(boxes clipped to the window and relative to it, bool[T]: which have an area there).
+
+    `window` is (top, left, height, width).
+    """
+    top, left, height, width = window
+    moved = np.clip(boxes - [left, top, left, top], 0, [width, height, width, height])
+    kept = (moved[:, 2:] > moved[:, :2]).all(1)
+    return moved[kept], kept
+
+
+def flip_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
+    """Mirrored left to right in an image of `width`."""
+    return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+
+
+def scale_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+    """As the image of size `old` (height, width) is resized to `new`."""
+    return boxes * np.tile([new[1] / old[1], new[0] / old[0]], 2)
+
+
+# --- images with boxes --------------------------------------------------------------------------
+
+
+def detection_eval_transform(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    preprocessing: DetectionPreprocessing,
+    canvas: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8[H, W, C], f64[T, 4] → uint8[h, w, len(mean)], f64[T, 4]: resized, within the canvas.
+
+    Equal to transformers' DetrImageProcessor, PIL backend, to the byte, before normalization.
+    """
+    image = to_channels(image, len(preprocessing.mean))
+    size = image.shape[0], image.shape[1]
+    new = fit(resized_size(size, preprocessing), canvas)
+    return resize(image, new, preprocessing.interpolation), scale_boxes(boxes, size, new)
+
+
+def detection_train_transform(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    preprocessing: DetectionPreprocessing,
+    augmentation: DetectionAugmentation,
+    short: int,
+    canvas: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Crop, resize, flip, color: (uint8[h, w, C], f64[T', 4], bool[T] which boxes are left).
+
+    The crop is cut from the original pixels, so that the image is resampled once. What doesn't fit
+    the canvas shrinks. The draws are those of the augmentation alone: they don't depend on boxes.
+    """
+    image = to_channels(image, len(preprocessing.mean))
+    kept = np.ones(len(boxes), bool)
+    if augmentation.crop and rng.random() < augmentation.crop:
+        size = image.shape[0], image.shape[1]
+        top, left, height, width = window = random_window(
+            size, rng, augmentation, preprocessing.short
+        )
+        image = image[top : top + height, left : left + width]
+        boxes, kept = crop_boxes(boxes, window)
+    old = image.shape[0], image.shape[1]
+    new = fit(resized_size(old, preprocessing, short), canvas)
+    image, boxes = resize(image, new, preprocessing.interpolation), scale_boxes(boxes, old, new)
+    if augmentation.flip and rng.random() < 0.5:
+        image, boxes = image[:, ::-1], flip_boxes(boxes, new[1])
+    return color_jitter(image, rng, augmentation), boxes, kept
+
+
+def random_window(
+    size: tuple[int, int], rng: np.random.Generator, augmentation: DetectionAugmentation, short: int
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of DETR's random crop in an image of `size`, in whole pixels.
+
+    Source: DETR, datasets/transforms.py, RandomResize and RandomSizeCrop, without the resampling.
+    """
+    scale = rng.choice(augmentation.crop_resize) * short / min(size)  # of the imagined image
+    least, most = (share * short for share in augmentation.crop_size)
+    sides = []
+    for side in size:
+        longest = min(most, side * scale)
+        drawn = rng.uniform(min(least, longest), longest) / scale
+        sides.append(min(max(round(drawn), 1), side))
+    top, left = (int(rng.integers(side - cut + 1)) for side, cut in zip(size, sides, strict=True))
+    return top, left, sides[0], sides[1]
+
+
+def color_jitter(
+    image: np.ndarray, rng: np.random.Generator, augmentation: DetectionAugmentation
+) -> np.ndarray:
+    """Random brightness, contrast and saturation of uint8[H, W, 3], in one pass over the pixels.
+
+    Brightness scales the pixels, contrast their distance from the image's mean luma, saturation
+    the distance from their own luma; rounded and clipped once, at the end. Images of other numbers
+    of channels are left alone.
+    """
+    limits = np.array([augmentation.brightness, augmentation.contrast, augmentation.saturation])
+    if not limits.any() or image.shape[2] != 3:
+        return image
+    brightness, contrast, saturation = 1 + limits * rng.uniform(-1, 1, 3)
+    picture = Image.fromarray(image)
+    mean = float(LUMA @ image.reshape(-1, 3).mean(0))
+    matrix = saturation * np.eye(3) + (1 - saturation) * LUMA  # rows: R, G, B
+    offset = np.full((3, 1), brightness * (1 - contrast) * mean)
+    rows = np.concatenate([brightness * contrast * matrix, offset], axis=1)
+    return np.asarray(picture.convert("RGB", tuple(rows.ravel().tolist())))
