@@ -55,7 +55,9 @@ def test_mean_ious() -> None:
     """Top-1 has one box an image and no class; matched has classes, a score limit, and misses."""
     box, half = [0, 0, 10, 10], [0, 0, 5, 10]
     source = make_truth(
-        [[box], [box], [box], [box, [50, 50, 60, 60]], []], [[0], [0], [0], [0, 0], []]
+        [[box], [box], [box], [box, [50, 50, 60, 60]], [], [box, box]],
+        [[0], [0], [0], [0, 0], [], [0, 0]],
+        crowds=[[False], [False], [False], [False, False], [], [False, True]],
     )
     rows = [
         (0, 1, 0.9, half), (0, 0, 0.8, box),  # top-1: 0.5 of the wrong class; matched 1
@@ -63,10 +65,11 @@ def test_mean_ious() -> None:
         # image 2: nothing, 0 in both
         (3, 0, 0.9, half), (3, 0, 0.4, box), (3, 0, 0.8, [50, 50, 60, 55]),  # matched: 1 and 0.5
         (4, 0, 0.9, box),
+        (5, 0, 0.9, box),  # beside a crowd: no one-box image; matched 1
     ]  # fmt: skip
     figures = detection.summarize(make_detections(rows), source)
     assert figures["mean_iou_top1"] == pytest.approx((0.5 + 1 + 0) / 3, abs=1e-12)
-    assert figures["mean_iou_matched"] == pytest.approx((1 + 0 + 0 + 1 + 0.5) / 5, abs=1e-12)
+    assert figures["mean_iou_matched"] == pytest.approx((1 + 0 + 0 + 1 + 0.5 + 1) / 6, abs=1e-12)
 
 
 def test_no_truth_and_no_detections() -> None:
@@ -213,6 +216,10 @@ def test_healthy_predictions_raise_no_alarm(classes: int, seed: int) -> None:
 def test_truth_that_never_moves_or_has_almost_one_class_is_no_alarm() -> None:
     fixed = make_truth([[[10, 10, 50, 50]]] * 12, [[0]] * 12)
     assert diagnose(_predict(fixed, noise=0.1), fixed) == []
+    random = np.random.default_rng(0)
+    centered = random.normal([30, 30, 70, 70], 5, (12, 1, 4))  # IoU 0.5 to 0.8 with each other
+    centered = make_truth(centered.tolist(), [[0]] * 12)
+    assert diagnose(_predict(centered), centered) == []
     lone = make_truth([[[i, i, i + 30, i + 40]] for i in range(30)], [[0]] * 28 + [[1]] * 2)
     predicted = _predict(lone)
     assert diagnose(replace(predicted, label=np.zeros_like(predicted.label)), lone) == []
@@ -272,7 +279,7 @@ def test_constant_predictions_in_images_of_different_sizes() -> None:
 def test_a_single_class() -> None:
     source = _dataset()
     right = _predict(source)
-    one = replace(right, label=np.full_like(right.label, 2))
+    one = replace(right, label=np.where(right.score > 0.25, 2, right.label))  # others score less
     text = _only(diagnose(one, source), "one class only")
     assert "`class 2`" in text
     assert "re-initialized" in text
