@@ -14,53 +14,49 @@ import contextlib
 import io
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from vision_jax.data.detection import DetectionSource, Ragged
+from vision_jax.data.sources import ArrayReader
 from vision_jax.evaluate.detection import Detections, coco_curves, summarize
 
 CLASSES = 80
 
 
-class Generated(SimpleNamespace):
-    """What evaluation reads of a detection source."""
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-
-def generate(images: int, found: int, seed: int) -> tuple[Detections, Any]:
+def generate(images: int, found: int, seed: int) -> tuple[Detections, DetectionSource]:
     """Detections, `found` an image, and a source without images."""
     random = np.random.default_rng(seed)
     counts = random.poisson(7, images)
     corner = random.uniform(0, 500, (counts.sum(), 2))
     side = np.exp(random.uniform(2, 5.5, (counts.sum(), 2)))
-    boxes = np.concatenate([corner, corner + side], axis=1).astype(np.float32)
+    boxes = np.concatenate([corner, corner + side], axis=1).astype(np.float32).astype(np.float64)
     label = random.integers(0, CLASSES, len(boxes)).astype(np.int32)
-    split = np.cumsum(counts)[:-1]
-    source = Generated(
-        boxes_xyxy_px=np.split(boxes, split),
-        label=np.split(label, split),
-        crowd=np.split(random.random(len(boxes)) < 0.01, split),
-        area=np.split(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), split),
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    source = DetectionSource(
+        name="generated",
+        class_names=tuple(f"class {k}" for k in range(CLASSES)),
+        category_ids=tuple(range(CLASSES)),
+        image_ids=tuple(range(images)),
+        paths=tuple(f"{row}.jpg" for row in range(images)),
         sizes=np.tile(np.array([[480, 640]], np.int32), (images, 1)),
-        class_names=[f"class {k}" for k in range(CLASSES)],
-        category_ids=list(range(1, CLASSES + 1)),
-        image_ids=list(range(images)),
-        paths=[f"{row}.jpg" for row in range(images)],
+        boxes_xyxy_px=Ragged(boxes, offsets),
+        label=Ragged(label, offsets),
+        crowd=Ragged(random.random(len(boxes)) < 0.01, offsets),
+        area=Ragged(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), offsets),
+        rows=np.arange(images),
+        reader=ArrayReader("generated", np.zeros((0, 1, 1), np.uint8)),  # nothing is decoded
     )
 
     index = np.repeat(np.arange(images, dtype=np.int32), found)
     corner = random.uniform(0, 500, (len(index), 2))
     guess = np.concatenate([corner, corner + np.exp(random.uniform(2, 5.5, corner.shape))], axis=1)
     guessed = random.integers(0, CLASSES, len(index)).astype(np.int32)
-    start = np.cumsum(counts) - counts
     near = (random.random(len(index)) < 0.2) & (counts[index] > 0)
-    true = (start[index] + random.integers(0, np.maximum(counts[index], 1)))[near]
+    true = (offsets[index] + random.integers(0, np.maximum(counts[index], 1)))[near]
     scale = np.tile(boxes[true, 2:] - boxes[true, :2], 2)
     guess[near] = boxes[true] + 0.1 * scale * random.normal(size=(len(true), 4))
     guess[:, 2:] = np.maximum(guess[:, 2:], guess[:, :2])
@@ -77,7 +73,9 @@ def timed(function: Callable[[], Any]) -> tuple[float, float, Any]:
     return time.process_time() - cpu, time.perf_counter() - wall, result
 
 
-def dicts(detections: Detections, source: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def dicts(
+    detections: Detections, source: DetectionSource
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The same as pycocotools takes it; category ids are labels, and so rank alike."""
 
     def xywh(box: np.ndarray) -> list[float]:

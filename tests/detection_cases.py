@@ -1,50 +1,66 @@
 """Truth and detections made from a seed, with all that COCO evaluation can stumble over."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.detection import DetectionSource, Ragged
 from vision_jax.evaluate.detection import Detections
 
 
-@dataclass(frozen=True)
-class TruthArrays:
-    """The truth of a detection source, without its images."""
+class GreyReader:
+    """Images of one grey, all of one size; those of `damaged` can't be read."""
 
-    boxes_xyxy_px: list[np.ndarray]
-    label: list[np.ndarray]
-    crowd: list[np.ndarray]
-    area: list[np.ndarray]
-    sizes: np.ndarray
-    class_names: tuple[str, ...]
-    category_ids: tuple[int | str, ...]
-    image_ids: tuple[int | str, ...]
-    paths: tuple[str, ...]
+    def __init__(self, size: tuple[int, int], damaged: tuple[int, ...] = ()) -> None:
+        self.size, self.damaged = size, damaged
 
-    def __len__(self) -> int:
-        return len(self.image_ids)
+    def read(self, row: int) -> np.ndarray:
+        if row in self.damaged:
+            raise DamagedImageError(f"{self.example_name(row)} is damaged")
+        return np.full((*self.size, 3), 128, np.uint8)
+
+    def example_name(self, row: int) -> str:
+        return f"{row}.jpg"
 
 
 def make_truth(
-    boxes: list[list[list[float]]],
-    labels: list[list[int]],
+    boxes: Sequence[Any],
+    labels: Sequence[Any],
     class_names: tuple[str, ...] = ("cat", "dog"),
-    crowds: list[list[bool]] | None = None,
+    *,
+    crowds: Sequence[Any] | None = None,
     size: tuple[int, int] = (100, 200),
-) -> TruthArrays:
+    damaged: tuple[int, ...] = (),
+    **changes: Any,
+) -> DetectionSource:
     """A source from nested lists: of each image its boxes (x0, y0, x1, y1) and labels."""
-    arrays = [np.array(some, np.float32).reshape(-1, 4) for some in boxes]
-    return TruthArrays(
-        boxes_xyxy_px=arrays,
-        label=[np.array(some, np.int32) for some in labels],
-        crowd=[np.array(some, bool) for some in crowds or [[False] * len(k) for k in labels]],
-        area=[(some[:, 2] - some[:, 0]) * (some[:, 3] - some[:, 1]) for some in arrays],
-        sizes=np.tile(np.array(size, np.int32), (len(boxes), 1)),
+    offsets = np.concatenate([[0], np.cumsum([len(some) for some in labels], dtype=np.int64)])
+
+    def ragged(rows: Sequence[Any], like: np.ndarray) -> Ragged:
+        arrays = [np.asarray(some, like.dtype).reshape(-1, *like.shape[1:]) for some in rows]
+        return Ragged(np.concatenate([like, *arrays]), offsets)
+
+    corners = ragged(boxes, np.zeros((0, 4)))
+    area = np.prod(corners.values[:, 2:] - corners.values[:, :2], axis=1)
+    crowd = [[False] * len(some) for some in labels] if crowds is None else crowds
+    source = DetectionSource(
+        name="made",
         class_names=class_names,
         category_ids=tuple(range(1, len(class_names) + 1)),
-        image_ids=tuple(range(len(boxes))),
-        paths=tuple(f"{row}.jpg" for row in range(len(boxes))),
+        image_ids=tuple(range(len(labels))),
+        paths=tuple(f"{row}.jpg" for row in range(len(labels))),
+        sizes=np.tile(np.array(size, np.int32), (len(labels), 1)),
+        boxes_xyxy_px=corners,
+        label=ragged(labels, np.zeros(0, np.int32)),
+        crowd=ragged(crowd, np.zeros(0, bool)),
+        area=Ragged(area, offsets),
+        rows=np.arange(len(labels)),
+        reader=GreyReader(size, damaged),
     )
+    return replace(source, **changes)
 
 
 def make_detections(rows: list[tuple[int, int, float, list[float]]]) -> Detections:
@@ -57,7 +73,7 @@ def make_detections(rows: list[tuple[int, int, float, list[float]]]) -> Detectio
     )
 
 
-def random_case(seed: int) -> tuple[Detections, TruthArrays]:
+def random_case(seed: int) -> tuple[Detections, DetectionSource]:
     """Crowds, tied scores, empty images, areas on COCO's bounds, up to 300 detections an image,
     classes without truth, huge boxes and boxes without area, ids with gaps and out of order."""
     random = np.random.default_rng(seed)
@@ -104,11 +120,13 @@ def random_case(seed: int) -> tuple[Detections, TruthArrays]:
         rows += [(image, int(guessed[d]), float(score[d]), guess[d].tolist()) for d in range(found)]
     ids = [int(key) for key in random.permutation(10 * images)[:images]]
     detections = make_detections(rows)
-    return detections[random.permutation(len(detections))], TruthArrays(
-        truth["boxes"], truth["label"], truth["crowd"], truth["area"],
-        sizes=np.full((images, 2), round(scale)),
-        class_names=tuple(f"class {label}" for label in range(classes)),
+    source = make_truth(
+        truth["boxes"],
+        truth["label"],
+        tuple(f"class {label}" for label in range(classes)),
+        crowds=truth["crowd"],
         category_ids=tuple(int(key) for key in random.permutation(90)[:classes]),
         image_ids=tuple(str(key) for key in ids) if seed % 5 == 4 else tuple(ids),
-        paths=tuple(f"{row}.jpg" for row in range(images)),
-    )  # fmt: skip
+    )
+    area = replace(source.area, values=np.concatenate([np.zeros(0), *truth["area"]]))
+    return detections[random.permutation(len(detections))], replace(source, area=area)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detection_cases import TruthArrays, make_detections, make_truth, random_case
+from detection_cases import make_detections, make_truth, random_case
 
+from vision_jax.data.detection import DetectionSource, Ragged
 from vision_jax.errors import UserError
 from vision_jax.evaluate import classification, detection
 from vision_jax.evaluate.detection import Detections, diagnose
@@ -178,7 +179,7 @@ def test_collected_rows_leave_out_padding() -> None:
 # The guard
 
 
-def _dataset(classes: int = 4, images: int = 12, seed: int = 0) -> TruthArrays:
+def _dataset(classes: int = 4, images: int = 12, seed: int = 0) -> DetectionSource:
     random = np.random.default_rng(seed)
     corner = random.uniform(0, 60, (images, 2, 2))
     boxes = np.concatenate([corner, corner + random.uniform(10, 40, (images, 2, 2))], axis=2)
@@ -187,7 +188,7 @@ def _dataset(classes: int = 4, images: int = 12, seed: int = 0) -> TruthArrays:
     return make_truth(boxes.tolist(), labels.tolist(), names)
 
 
-def _predict(source: TruthArrays, *, noise: float = 2.0, shift: int = 0) -> Detections:
+def _predict(source: DetectionSource, *, noise: float = 2.0, shift: int = 0) -> Detections:
     """Twenty boxes an image as a detector gives them: near the truth, and low-scoring others."""
     random = np.random.default_rng(1)
     classes = len(source.class_names)
@@ -209,7 +210,7 @@ def test_healthy_predictions_raise_no_alarm(classes: int, seed: int) -> None:
     source = _dataset(classes, seed=seed)
     assert diagnose(_predict(source), source, iou_history=(0.1, 0.5, 0.52)) == []
     assert diagnose(_predict(source, noise=8), source, iou_history=(0.72, 0.721, 0.722)) == []
-    few = make_truth(source.boxes_xyxy_px[:1], source.label[:1], source.class_names)  # type: ignore
+    few = make_truth([source.boxes_xyxy_px[0]], [source.label[0]], source.class_names)
     assert diagnose(_predict(few), few) == []
 
 
@@ -266,7 +267,9 @@ def test_constant_predictions_in_images_of_different_sizes() -> None:
     source = _dataset()
     sizes = np.random.default_rng(0).integers(100, 1000, (len(source), 2)).astype(np.int32)
     scale = sizes[:, [1, 0, 1, 0]] / [200, 100, 200, 100]
-    boxes = [b * s for b, s in zip(source.boxes_xyxy_px, scale, strict=True)]
+    boxes = Ragged(
+        source.boxes_xyxy_px.values * scale.repeat(2, axis=0), source.boxes_xyxy_px.offsets
+    )
     source = replace(source, sizes=sizes, boxes_xyxy_px=boxes)
     rows = [
         (i, label, 0.9, np.array([0.1, 0.1, 0.5, 0.5]) * sizes[i][[1, 0, 1, 0]])

@@ -1,28 +1,15 @@
 """The pictures open, and show the colors of the classes where the boxes are and nowhere else."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from detection_cases import TruthArrays, make_detections, make_truth, random_case
+from detection_cases import make_detections, make_truth, random_case
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from vision_jax.data.decode import DamagedImageError
 from vision_jax.evaluate import detection, figures
 from vision_jax.evaluate import detection_figures as drawing
-
-
-@dataclass(frozen=True)
-class Pictured(TruthArrays):
-    """Grey images; the one of row 1 can't be read."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index == 1:
-            raise DamagedImageError("1.jpg is damaged")
-        return {"image": np.full((*self.sizes[index], 3), 128, np.uint8)}
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -92,8 +79,7 @@ def test_nothing_is_drawn_without_boxes() -> None:
 
 
 def test_grid_has_truth_on_the_left_and_predictions_on_the_right(tmp_path: Path) -> None:
-    source = make_truth([[[20, 20, 60, 60]]] * 3, [[0], [0], [1]])
-    source = Pictured(**vars(source))
+    source = make_truth([[[20, 20, 60, 60]]] * 3, [[0], [0], [1]], damaged=(1,))
     detections = make_detections([
         (0, 1, 0.9, [20, 20, 60, 60]),
         (0, 0, 0.29, [0, 0, 9, 9]),  # too low a score

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detection_cases import TruthArrays, make_detections, make_truth, random_case
+from detection_cases import make_detections, make_truth, random_case
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from vision_jax.data.detection import DetectionSource
 from vision_jax.evaluate import detection
 from vision_jax.evaluate.detection import Detections
 
@@ -36,7 +37,7 @@ def _pycocotools(truth: Path, results: Path) -> COCOeval:
     return evaluator
 
 
-def _assert_equal(detections: Detections, source: TruthArrays, folder: Path) -> None:
+def _assert_equal(detections: Detections, source: DetectionSource, folder: Path) -> None:
     theirs = _pycocotools(
         detection.write_coco(folder / "truth.json", source),
         detection.write_results(folder / "results.json", detections, source),
@@ -88,12 +89,7 @@ def test_ties_across_images_rank_by_the_files_id(tmp_path: Path) -> None:
     """AP depends on the order of tied images; ours is pycocotools' whatever the source's order."""
     values = set()
     for ids in ((1, 2), (2, 1), ("b", "a")):
-        boxes = [np.array([[0.0, 0, 10, 10]])] * 2
-        one = [np.zeros(1, int)] * 2
-        source = TruthArrays(
-            boxes, one, [np.zeros(1, bool)] * 2, [np.full(1, 100.0)] * 2,
-            np.full((2, 2), 50), ("a",), (7,), ids, ("0.jpg", "1.jpg"),
-        )  # fmt: skip
+        source = make_truth([[[0, 0, 10, 10]]] * 2, [[0]] * 2, image_ids=ids)
         detections = make_detections([(0, 0, 0.5, [0, 0, 10, 10]), (1, 0, 0.5, [30, 30, 40, 40])])
         _assert_equal(detections, source, tmp_path)
         values.add(detection.summarize(detections, source)["ap"])

@@ -1,7 +1,8 @@
 """COCO numbers of a detector over a dataset, its results file, and why its AP may be 0.
 
-Everything here is numpy on the host. AP and AR are hotcoco's, which equal pycocotools' to the bit
-(tests/parity/test_detection_evaluation.py); IoU alone is what the simplest tutorials report.
+Everything here is numpy on the host, and decodes no image. AP and AR are hotcoco's, which equal
+pycocotools' to the bit (tests/parity/test_detection_evaluation.py); IoU alone is what the simplest
+tutorials report.
 """
 
 import json
@@ -9,11 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import hotcoco
 import numpy as np
 
+from vision_jax.data.detection import DetectionSource
 from vision_jax.errors import UserError
 from vision_jax.evaluate.classification import distinct_names
 
@@ -45,33 +47,6 @@ class Detections:
         )
 
 
-class Truth(Protocol):
-    """What is read of a source here: no image is decoded. `data.detection.DetectionSource` is one.
-
-    Of image i: boxes_xyxy_px[i] f32[T, 4], label[i] i32[T], crowd[i] bool[T], area[i] f32[T].
-    """
-
-    @property
-    def boxes_xyxy_px(self) -> Sequence[np.ndarray]: ...
-    @property
-    def label(self) -> Sequence[np.ndarray]: ...
-    @property
-    def crowd(self) -> Sequence[np.ndarray]: ...
-    @property
-    def area(self) -> Sequence[np.ndarray]: ...
-    @property
-    def sizes(self) -> np.ndarray: ...  # i32[N, 2], (height, width)
-    @property
-    def class_names(self) -> Sequence[str]: ...
-    @property
-    def category_ids(self) -> Sequence[int | str]: ...  # of the file, by label
-    @property
-    def image_ids(self) -> Sequence[int | str]: ...
-    @property
-    def paths(self) -> Sequence[str]: ...
-    def __len__(self) -> int: ...
-
-
 def collect_detections(batches: Iterable[Mapping[str, Any]]) -> Detections:
     """The rows of fixed-shape batches, without padding images and without boxes of no score.
 
@@ -94,7 +69,7 @@ def collect_detections(batches: Iterable[Mapping[str, Any]]) -> Detections:
 
 
 def coco_curves(
-    detections: Detections, source: Truth
+    detections: Detections, source: DetectionSource
 ) -> tuple[np.ndarray, np.ndarray]:  # f64[10, 101, K, 4, 3], f64[10, K, 4, 3]
     """Precision at each recall in 0, 0.01 ... 1, and the highest recall, of every class.
 
@@ -132,7 +107,7 @@ def coco_curves(
     return curves["precision"], curves["recall"]
 
 
-def summarize(detections: Detections, source: Truth) -> dict[str, Any]:
+def summarize(detections: Detections, source: DetectionSource) -> dict[str, Any]:
     """The figures that are reported for a dataset, as plain numbers that JSON can hold.
 
     A figure that has nothing to be measured on (COCO's -1) is None.
@@ -178,7 +153,7 @@ def summarize(detections: Detections, source: Truth) -> dict[str, Any]:
 
 
 def confusion_matrix(
-    detections: Detections, source: Truth, *, score: float = CONFIDENT, iou: float = 0.5
+    detections: Detections, source: DetectionSource, *, score: float = CONFIDENT, iou: float = 0.5
 ) -> np.ndarray:  # i64[K + 1, K + 1]
     """How often each class was found, missed, and taken for each other or for background.
 
@@ -206,7 +181,7 @@ def confusion_matrix(
     return matrix
 
 
-def write_results(path: str | Path, detections: Detections, source: Truth) -> Path:
+def write_results(path: str | Path, detections: Detections, source: DetectionSource) -> Path:
     """A COCO results file: a JSON list of image_id, category_id, bbox (x, y, w, h) and score.
 
     Ids are those of the annotation file. Numbers are exact: evaluating the file anywhere gives what
@@ -231,7 +206,7 @@ def write_results(path: str | Path, detections: Detections, source: Truth) -> Pa
     return _write_list(Path(path), "[\n", rows, "\n]\n")
 
 
-def write_coco(path: str | Path, source: Truth) -> Path:
+def write_coco(path: str | Path, source: DetectionSource) -> Path:
     """The truth of any source as a COCO annotation file; annotations are numbered from 1."""
     image, label, boxes, crowd, area = _true_boxes(source)
     head = {
@@ -261,7 +236,7 @@ def write_coco(path: str | Path, source: Truth) -> Path:
 
 
 def diagnose(
-    detections: Detections, source: Truth, *, iou_history: Sequence[float | None] = ()
+    detections: Detections, source: DetectionSource, *, iou_history: Sequence[float | None] = ()
 ) -> list[str]:
     """What is wrong with predictions whose AP stays near 0: one line each, causes named.
 
@@ -316,7 +291,7 @@ def diagnose(
     return messages
 
 
-def _wrong_classes(best: Detections, source: Truth, true_boxes: int) -> list[str]:
+def _wrong_classes(best: Detections, source: DetectionSource, true_boxes: int) -> list[str]:
     """Boxes that are right while their classes are wrong: a broken map, not a broken model."""
     pairs = []
     for row, found in enumerate(_rows_by_image(best, len(source))):
@@ -344,7 +319,7 @@ def _sameness(boxes: Sequence[np.ndarray], sizes: np.ndarray) -> float:
     return float(np.mean(np.concatenate(nearest))) if nearest else 0.0
 
 
-def _best(detections: Detections, source: Truth) -> Detections:
+def _best(detections: Detections, source: DetectionSource) -> Detections:
     """Of each image as many of the best-scoring rows as it has true boxes, 1 to 5."""
     keep = [
         rows[np.argsort(-detections.score[rows], kind="stable")][: np.clip(len(label), 1, 5)]
@@ -355,7 +330,9 @@ def _best(detections: Detections, source: Truth) -> Detections:
     return detections[np.concatenate(keep)]
 
 
-def _mean_ious(detections: Detections, source: Truth) -> tuple[float | None, float | None]:
+def _mean_ious(
+    detections: Detections, source: DetectionSource
+) -> tuple[float | None, float | None]:
     """mean_iou_top1 and mean_iou_matched of `summarize`."""
     top1: list[float] = []
     matched, total = 0.0, 0
@@ -389,7 +366,7 @@ def _match(overlap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # i64[P], i64
 
 
 def _overlaps(
-    boxes_xyxy_px: np.ndarray, source: Truth, row: int
+    boxes_xyxy_px: np.ndarray, source: DetectionSource, row: int
 ) -> tuple[np.ndarray, np.ndarray]:  # f64[D, T], f64[D]
     """IoU with the true boxes of an image, and the largest share that lies in one of its crowds."""
     crowd = source.crowd[row]
@@ -408,7 +385,7 @@ def _xywh(boxes_xyxy: np.ndarray) -> np.ndarray:  # f64[N, 4]
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def _true_boxes(source: Truth) -> tuple[np.ndarray, ...]:
+def _true_boxes(source: DetectionSource) -> tuple[np.ndarray, ...]:
     """image i64[M], label i64[M], boxes_xyxy_px f64[M, 4], crowd bool[M], area f64[M]."""
     lengths = [len(label) for label in source.label]
     columns = (source.label, np.int64), (source.crowd, bool), (source.area, np.float64)
@@ -431,7 +408,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(present.mean()) if present.size else None
 
 
-def _check(detections: Detections, source: Truth) -> None:
+def _check(detections: Detections, source: DetectionSource) -> None:
     shapes = [np.shape(column) for column in (detections.index, detections.label, detections.score)]
     if set(shapes) != {(len(detections),)} or (
         np.shape(detections.boxes_xyxy_px) != (len(detections), 4)

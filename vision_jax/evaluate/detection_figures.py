@@ -9,7 +9,6 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import matplotlib
 import numpy as np
@@ -18,19 +17,14 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from vision_jax.data.decode import DamagedImageError
-from vision_jax.evaluate.detection import CONFIDENT, IOU_THRESHOLDS, Detections, Truth
+from vision_jax.data.detection import DetectionSource
+from vision_jax.evaluate.detection import CONFIDENT, IOU_THRESHOLDS, Detections
 from vision_jax.evaluate.figures import INK, draw_confusion, save_figure, shorten
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 MOST_PICTURES = 16
 MOST_CURVES = 8  # classes up to which each has its own labeled curve
 CELL, GAP = 400, 12  # pixels
-
-
-class PicturedTruth(Truth, Protocol):
-    """A source whose images are read as well: source[i]["image"] is u8[H, W, C]."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 def class_color(label: int) -> str:
@@ -123,7 +117,7 @@ def draw_detections(
 
 
 def draw_detection_grid(
-    source: PicturedTruth,
+    source: DetectionSource,
     detections: Detections,
     path: str | Path,
     *,
