@@ -84,11 +84,11 @@ def coco_curves(
     ids = np.asarray(source.image_ids)
     rank = np.empty(len(ids), np.int64)
     rank[np.argsort(ids, kind="stable")] = np.arange(len(ids))
-    image, label, boxes, crowd, area = _true_boxes(source)
     truth = hotcoco.COCO.from_arrays(
         [{"id": row} for row in range(len(ids))],
         [{"id": row, "name": name} for row, name in enumerate(source.class_names)],
-        rank[image], label, _xywh(boxes), area=area, iscrowd=crowd,
+        rank[_image_of_box(source)], source.label.values, _xywh(source.boxes_xyxy_px.values),
+        area=source.area.values, iscrowd=source.crowd.values,
     )  # fmt: skip
     rows = np.concatenate(
         [
@@ -134,7 +134,7 @@ def summarize(detections: Detections, source: DetectionSource) -> dict[str, Any]
     precision, recall = coco_curves(detections, source)
     per_class = [_mean(precision[:, :, label, 0, 2]) for label in range(precision.shape[2])]
     top1, matched = _mean_ious(detections, source)
-    crowds = sum(int(crowd.sum()) for crowd in source.crowd)
+    crowds = int(source.crowd.values.sum())
     return {
         "ap": _mean(precision[..., 0, 2]),
         "ap50": _mean(precision[0, ..., 0, 2]),
@@ -146,7 +146,7 @@ def summarize(detections: Detections, source: DetectionSource) -> dict[str, Any]
         "mean_iou_top1": top1,
         "mean_iou_matched": matched,
         "count": len(source),
-        "true_boxes": sum(len(label) for label in source.label) - crowds,
+        "true_boxes": len(source.label.values) - crowds,
         "crowds": crowds,
         "detections": len(detections),
     }
@@ -208,7 +208,6 @@ def write_results(path: str | Path, detections: Detections, source: DetectionSou
 
 def write_coco(path: str | Path, source: DetectionSource) -> Path:
     """The truth of any source as a COCO annotation file; annotations are numbered from 1."""
-    image, label, boxes, crowd, area = _true_boxes(source)
     head = {
         "images": [
             {"id": _plain(key), "file_name": str(name), "height": int(h), "width": int(w)}
@@ -219,7 +218,13 @@ def write_coco(path: str | Path, source: DetectionSource) -> Path:
             for key, name in zip(source.category_ids, source.class_names, strict=True)
         ],
     }
-    columns = image.tolist(), label.tolist(), _xywh(boxes).tolist(), area.tolist(), crowd.tolist()
+    columns = (
+        _image_of_box(source).tolist(),
+        source.label.values.tolist(),
+        _xywh(source.boxes_xyxy_px.values).tolist(),
+        source.area.values.tolist(),
+        source.crowd.values.tolist(),
+    )
     rows = (
         {
             "id": number,
@@ -247,8 +252,8 @@ def diagnose(
       iou_history: `mean_iou_matched` of the evaluations so far, this one last.
     """
     _check(detections, source)
-    true_boxes = sum(int((~crowd).sum()) for crowd in source.crowd)
-    if not true_boxes:
+    labels = source.label.values[~source.crowd.values]
+    if not len(labels):
         return [
             f"no true boxes in {len(source):,} images: check the annotation file, the split and "
             "the category map; is the training data empty too?"
@@ -270,7 +275,6 @@ def diagnose(
             "next); likely a learning rate that is too high, too few steps, a frozen backbone with "
             "random weights, or wrong normalization"
         )
-    labels = np.concatenate([k[~c] for k, c in zip(source.label, source.crowd, strict=True)])
     only = int(best.label[0])
     others = int(np.sum(labels != only))
     if (best.label == only).all() and others >= max(5, 0.1 * len(labels)):
@@ -280,7 +284,7 @@ def diagnose(
             "re-initialized for these classes, labels off by one, too few steps, or a learning "
             "rate that is too high"
         )
-    messages += _wrong_classes(best, source, true_boxes)
+    messages += _wrong_classes(best, source)
     values = [value for value in iou_history if value is not None]
     if len(values) >= 3 and max(values) - min(values) < 0.01 and max(values) < 0.3:
         messages.append(
@@ -291,7 +295,7 @@ def diagnose(
     return messages
 
 
-def _wrong_classes(best: Detections, source: DetectionSource, true_boxes: int) -> list[str]:
+def _wrong_classes(best: Detections, source: DetectionSource) -> list[str]:
     """Boxes that are right while their classes are wrong: a broken map, not a broken model."""
     pairs = []
     for row, found in enumerate(_rows_by_image(best, len(source))):
@@ -300,7 +304,7 @@ def _wrong_classes(best: Detections, source: DetectionSource, true_boxes: int) -
         true = source.label[row][~source.crowd[row]]
         pairs.append(np.stack([best.label[found][d], true[t]], axis=1))
     predicted, true = np.concatenate(pairs).T
-    if len(true) < max(10, 0.3 * true_boxes) or np.mean(predicted == true) > 0.1:
+    if len(true) < max(10, 0.3 * len(source.label.values)) or np.mean(predicted == true) > 0.1:
         return []
     shifts, counts = np.unique(predicted.astype(int) - true, return_counts=True)
     text = f"right boxes, wrong classes: {np.mean(predicted == true):.0%} of {len(true):,} agree"
@@ -385,15 +389,8 @@ def _xywh(boxes_xyxy: np.ndarray) -> np.ndarray:  # f64[N, 4]
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def _true_boxes(source: DetectionSource) -> tuple[np.ndarray, ...]:
-    """image i64[M], label i64[M], boxes_xyxy_px f64[M, 4], crowd bool[M], area f64[M]."""
-    lengths = [len(label) for label in source.label]
-    columns = (source.label, np.int64), (source.crowd, bool), (source.area, np.float64)
-    label, crowd, area = (
-        np.concatenate([np.zeros(0), *column]).astype(kind) for column, kind in columns
-    )
-    boxes = np.concatenate([np.zeros((0, 4)), *source.boxes_xyxy_px])
-    return np.repeat(np.arange(len(lengths)), lengths), label, boxes, crowd, area
+def _image_of_box(source: DetectionSource) -> np.ndarray:  # i64[M]
+    return np.repeat(np.arange(len(source)), np.diff(source.label.offsets))
 
 
 def _rows_by_image(detections: Detections, images: int) -> Iterator[np.ndarray]:
