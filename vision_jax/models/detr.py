@@ -24,8 +24,8 @@ from flax import linen as nn
 
 from vision_jax.models.attention import attend
 from vision_jax.models.layers import Conv, Dense, layer_norm
-from vision_jax.models.resnet import ResNet
 from vision_jax.models.resnet import VARIANTS as RESNETS
+from vision_jax.models.resnet import ResNet
 from vision_jax.ops.position_embedding import sine_positions
 
 EPSILON = 1e-5
