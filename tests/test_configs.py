@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import runs
 
-from vision_jax import modes, train
+from vision_jax import modes, setup, train
 from vision_jax.config import fields, load_config
 from vision_jax.logging import read_metrics
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
+LOADED = [load_config(str(path), {}) for path in CONFIGS]
 SMALLER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 8}
 
 
@@ -42,9 +43,10 @@ def test_a_config_trains_at_small_size(path, tmp_path, monkeypatch):
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_all_configs_have_the_same_fields():
-    every = [set(fields(load_config(str(path), {}))) for path in CONFIGS]
-    assert all(one == every[0] for one in every)
+def test_all_configs_of_a_task_have_the_same_fields():
+    for task in setup.TASKS:
+        every = [set(fields(config)) for config in LOADED if config.task == task]
+        assert all(one == every[0] for one in every)
 
 
 def reads(path: Path) -> set[str]:
@@ -79,9 +81,9 @@ def dotted(node: ast.AST, parts: dict[str, str]) -> str:
 
 def test_every_field_is_read():
     found: set[str] = set()
-    for name in ("setup.py", "train.py", "modes.py", "classify.py"):
+    for name in ("setup.py", "train.py", "modes.py", "classify.py", "detect.py"):
         found |= reads(runs.ROOT / "vision_jax" / name)
-    declared = set(fields(load_config(str(CONFIGS[0]), {})))
+    declared = set().union(*(fields(config) for config in LOADED))
     dead = {n for n in declared if n not in found and n.split(".")[0] != "mesh"}  # **config.mesh
     assert "mesh" in found
     assert dead == set()

@@ -24,10 +24,13 @@ from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
 from vision_jax.evaluate.classification import confusion_matrix, summarize
 from vision_jax.evaluate.run import make_run_over
+from vision_jax.logging import RunLog
 from vision_jax.tasks import classification
 
 best_metric = "top1"  # what the best checkpoint is best at
 reported = ("top1", "top5", "loss", "ece")  # of an evaluation, in metrics.jsonl
+
+curves = ("top1",)  # of the former, in curves.png
 
 GRID = 40  # pictures in predictions.png
 
@@ -55,6 +58,11 @@ def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source
         return read_source(config.data.eval, class_names=class_names)
     train = read_source(config.data.train, class_names=class_names)
     return split_source(train, config.data.holdout, config.seed)[1]
+
+
+def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> None:
+    """Nothing more than the numbers of images and classes, which the loop tells."""
+    del log, workdir, train, held_out
 
 
 def make_preprocessing(
@@ -171,9 +179,9 @@ class Evaluation:
             for name, accuracy in rows
         ]
 
-    def warnings(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+    def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
         """What a user should be told about the run: nothing."""
-        del history
+        del step, history
         return []
 
 

@@ -51,9 +51,10 @@ def write_results(
     arguments = convert.arguments_of(model)
     naming = convert.own_naming(description.family)
 
-    figures.draw_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
-    log.wrote(workdir / "curves.png", "loss, learning rate and evaluation by step")
     task = setup.find_task(config)
+    records = read_metrics(workdir / "metrics.jsonl")
+    figures.draw_curves(records, workdir / "curves.png", task.curves)
+    log.wrote(workdir / "curves.png", "loss, learning rate and evaluation by step")
     files = task.write_results(config, workdir, result, eval_source, description.preprocessing)
     for name, what in files.items():
         log.wrote(workdir / name, what)

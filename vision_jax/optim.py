@@ -41,7 +41,8 @@ def make_schedule(
     half a cosine or a line and would reach `peak · final_fraction` at update `total_steps`; the
     last update has index `total_steps - 1` and is one step above that. "constant" stays at `peak`
     and ignores `final_fraction`. "step" falls to a tenth once, at update `drop_at · total_steps`,
-    as detectors' schedules do (DETR: 200 of 300 epochs), and ignores it too. Past `total_steps` the rate stays at its end.
+    as detectors' schedules do (DETR: 200 of 300 epochs), and ignores it too. Past `total_steps` the
+    rate stays at its end.
 
     >>> rate = make_schedule("linear", peak=0.5, total_steps=6, warmup_steps=2)
     >>> [round(float(rate(step)), 3) for step in range(7)]

@@ -19,11 +19,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from vision_jax import classify, convert, optim, sharding, steps
+from vision_jax import classify, convert, detect, optim, sharding, steps
 from vision_jax.config import read_json, write_json
 from vision_jax.convert import load, peft
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError, nearest
+from vision_jax.logging import RunLog
 from vision_jax.models import families
 from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, find_variant
 from vision_jax.trees import lora, paths
@@ -107,8 +108,8 @@ class Evaluation(Protocol):
     def lines(self) -> list[str]:
         """The details for the screen, class by class."""
 
-    def warnings(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What the user should know; `history` are the earlier records of metrics.jsonl."""
+    def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What the user should know; `history` are the records of metrics.jsonl up to `step`."""
 
 
 class Task(Protocol):
@@ -118,8 +119,11 @@ class Task(Protocol):
     def best_metric(self) -> str: ...
     @property
     def reported(self) -> tuple[str, ...]: ...
+    @property
+    def curves(self) -> tuple[str, ...]: ...
     def read_sources(self, config: ConfigDict) -> tuple[Any, Any]: ...
     def read_eval_source(self, config: ConfigDict, class_names: tuple[str, ...]) -> Any: ...
+    def announce(self, log: RunLog, workdir: Path, train: Any, held_out: Any) -> None: ...
     def make_preprocessing(
         self, config: ConfigDict, own: Mapping[str, Any], arguments: Mapping[str, Any]
     ) -> Any: ...
@@ -148,7 +152,7 @@ class Task(Protocol):
     ) -> None: ...
 
 
-TASKS: dict[str, Task] = {"classification": classify}
+TASKS: dict[str, Task] = {"classification": classify, "detection": detect}
 
 
 def find_task(config: ConfigDict) -> Task:

@@ -127,6 +127,8 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     if abstract_frozen:
         log.wrote(workdir / "frozen", "the frozen parameters")
     log.wrote(workdir / "checkpoints", "the last and the best state, with the data's position")
+    if first:
+        task.announce(log, workdir, train_source, eval_source)
     rows = summarize_parameters(abstract_trainable, abstract_frozen)
     log.table("Parameters", PARAMETER_COLUMNS, rows)
 
@@ -172,12 +174,13 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
                 pending, measured = None, None
                 if evaluating:
                     result = evaluate(steps.averaged(state), frozen, state.model_state)
-                    measured = {task.best_metric: result.summary[task.best_metric]}
+                    best = result.summary[task.best_metric]
+                    measured = None if best is None else {task.best_metric: best}
                     history = read_metrics(workdir / "metrics.jsonl") if first else []
-                    figures = {name: result.summary[name] for name in task.reported}
-                    log.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
+                    values = ((name, result.summary[name]) for name in task.reported)
+                    log.scalars(step, {f"eval/{n}": v for n, v in values if v is not None})
                     log.say(f"step {step}: {result.line()}")
-                    for warning in result.warnings(history):
+                    for warning in result.warnings(step, history):
                         log.say(f"warning: {warning}")
                 checkpoints.save(step, state, data, measured)
                 report.restart_clock()

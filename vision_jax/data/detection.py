@@ -189,6 +189,26 @@ def make_detection_source(
     )
 
 
+def images_alone(names: Sequence[str], class_names: Sequence[str]) -> DetectionSource:
+    """Image files without boxes, to predict; `names` are paths. None of them is read yet."""
+    none = Ragged(np.zeros(0, np.int32), np.zeros(len(names) + 1, np.int64))
+    reader = FileReader(Path(), tuple(names))
+    return DetectionSource(
+        "--images",
+        tuple(class_names),
+        tuple(class_names),
+        tuple(names),
+        tuple(names),
+        _known_sizes(np.zeros((len(names), 2)), reader),
+        replace(none, values=np.zeros((0, 4))),
+        none,
+        replace(none, values=np.zeros(0, bool)),
+        replace(none, values=np.zeros(0)),
+        np.arange(len(names)),
+        reader,
+    )
+
+
 def split_detection_source(
     source: DetectionSource, holdout: float, seed: int
 ) -> tuple[DetectionSource, DetectionSource]:
@@ -210,7 +230,7 @@ def split_detection_source(
     at = np.floor(share * np.arange(total + 1) + rng.random()).astype(np.int64)
     held_out = np.zeros(total, bool)
     held_out[by_group[np.diff(at) > 0]] = True
-    return _part(source, ~held_out), _part(source, held_out)
+    return part_of(source, ~held_out), part_of(source, held_out)
 
 
 def detection_subset(source: DetectionSource, count: int, seed: int) -> DetectionSource:
@@ -221,10 +241,11 @@ def detection_subset(source: DetectionSource, count: int, seed: int) -> Detectio
     """
     if not 0 < count <= len(source):
         raise UserError(f"{source.name}: a subset of {count}: use 1 to {len(source)}")
-    return _part(source, balanced_subset(_rarest_class(source), count, seed))
+    return part_of(source, balanced_subset(_rarest_class(source), count, seed))
 
 
-def _part(source: DetectionSource, kept: np.ndarray) -> DetectionSource:
+def part_of(source: DetectionSource, kept: np.ndarray) -> DetectionSource:
+    """The images for which `kept` bool[N] is true, in their order."""
     places = np.flatnonzero(kept)
     counts = np.diff(source.label.offsets)
     offsets, of_box = _offsets(counts[kept]), np.repeat(kept, counts)

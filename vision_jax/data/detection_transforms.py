@@ -55,6 +55,11 @@ class DetectionPreprocessing:
                 f" bucket ({self.short}, {self.short})"
             )
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the smallest canvas, with which a model of any size is planned."""
+        return min(self.buckets, key=lambda bucket: bucket[0] * bucket[1])
+
 
 @dataclass(frozen=True)
 class DetectionAugmentation:

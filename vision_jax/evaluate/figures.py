@@ -20,32 +20,36 @@ MOST_COUNTS = 20  # classes up to which the confusion matrix has its counts writ
 MOST_NAMES = 60  # classes up to which it has their names at its sides
 
 
-def draw_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Loss, accuracy and learning rate over the steps, as a PNG.
+def draw_curves(
+    records: Sequence[Mapping[str, Any]], path: str | Path, metrics: Sequence[str] = ("top1",)
+) -> Path:
+    """Loss, metrics of the evaluations and learning rate over the steps, as a PNG.
 
     Args:
       records: as `logging.read_metrics` gives them. Drawn are `train/loss`, `eval/loss`,
-        `eval/top1` and `train/learning_rate`, as far as there are any; values that are not finite
-        are left out.
+        `eval/NAME` of each metric and `train/learning_rate`, as far as there are any; values that
+        are not finite are left out.
+      metrics: shares in [0, 1]; the first one's best is written above.
     """
     figure = Figure(figsize=(13, 3.8), dpi=120, layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3, sharex=True)
+    loss, shares, rate = figure.subplots(1, 3, sharex=True)
 
     steps, values = _series(records, "train/loss")
     if len(steps):
         loss.plot(steps, values, color=BLUE, alpha=0.25, linewidth=1)
         loss.plot(steps, _smooth(values), color=BLUE, linewidth=2, label="training, smoothed")
     _plot_points(loss, *_series(records, "eval/loss"), label="evaluation")
-    _dress(loss, "Loss", "nats per image")
+    _dress(loss, "Loss", "nats per image" if metrics == ("top1",) else "")
 
-    steps, values = _series(records, "eval/top1")
-    _plot_points(accuracy, steps, 100 * values, label="evaluation")
-    if len(steps):
-        best = int(np.argmax(values))
-        accuracy.set_title(
-            f"best {values[best]:.2%} at step {steps[best]:,}", loc="right", fontsize=9, color=INK
-        )
-    _dress(accuracy, "Top-1 accuracy", "%")
+    for name, color in zip(metrics, (ORANGE, BLUE, GREEN), strict=False):
+        steps, values = _series(records, f"eval/{name}")
+        label = name.replace("_", " ")
+        _plot_points(shares, steps, 100 * values, label=label, color=color)
+        if len(steps) and name == metrics[0]:
+            best = int(np.argmax(values))
+            text = f"best {label} {values[best]:.2%} at step {steps[best]:,}"
+            shares.set_title(text, loc="right", fontsize=9, color=INK)
+    _dress(shares, "Evaluation", "%")
 
     rate.plot(*_series(records, "train/learning_rate"), color=GREEN, linewidth=2)
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
@@ -165,9 +169,11 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array(smoothed)
 
 
-def _plot_points(axes: Axes, steps: np.ndarray, values: np.ndarray, *, label: str) -> None:
+def _plot_points(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, *, label: str, color: str = ORANGE
+) -> None:
     if len(steps):
-        axes.plot(steps, values, color=ORANGE, marker="o", markersize=5, linewidth=1.5, label=label)
+        axes.plot(steps, values, color=color, marker="o", markersize=5, linewidth=1.5, label=label)
 
 
 def _dress(axes: Axes, title: str, unit: str) -> None:

@@ -1,0 +1,400 @@
+"""Detection as a run's task: from what its config says to data, loss, evaluation and pictures.
+
+classify.py answers the same calls for classification (setup.Task).
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vision_jax import steps
+from vision_jax.config import write_json
+from vision_jax.data.detection import (
+    DetectionSource,
+    detection_subset,
+    images_alone,
+    part_of,
+    read_detection_source,
+    split_detection_source,
+)
+from vision_jax.data.detection_pipeline import (
+    make_detection_eval_batches,
+    make_detection_train_iterator,
+)
+from vision_jax.data.detection_transforms import (
+    DetectionAugmentation,
+    DetectionPreprocessing,
+    default_buckets,
+)
+from vision_jax.data.pipeline import DamageLog
+from vision_jax.errors import UserError
+from vision_jax.evaluate import detection as evaluation
+from vision_jax.evaluate import detection_figures as figures
+from vision_jax.evaluate.detection import Detections
+from vision_jax.evaluate.run import make_run_over
+from vision_jax.logging import RunLog
+from vision_jax.models.families import family_of
+from vision_jax.ops import detection_losses
+from vision_jax.ops.detection_outputs import sigmoid_detections, softmax_detections
+from vision_jax.tasks import classification, detection
+
+best_metric = "ap"  # what the best checkpoint is best at
+# Of an evaluation, in metrics.jsonl.
+reported = ("ap", "ap50", "ap75", "ar_100", "mean_iou_top1", "mean_iou_matched")
+
+curves = ("ap", "ap50", "mean_iou_matched")  # of the former, in curves.png
+
+SHORT, LONGEST = 800, 1333  # DETR's sides in pixels
+PICTURES = 12  # in predictions.png
+
+
+# Data -------------------------------------------------------------------------------------------
+
+
+def read_sources(config: ConfigDict) -> tuple[DetectionSource, DetectionSource]:
+    """The training and the evaluation data, with the same classes."""
+    data = config.data
+    train = read_detection_source(data.train, data.images)
+    if data.eval:
+        train = _subset(config, train)
+        return train, read_eval_source(config, train.class_names)
+    train, held_out = split_detection_source(train, data.holdout, config.seed)
+    return _subset(config, train), held_out
+
+
+def _subset(config: ConfigDict, train: DetectionSource) -> DetectionSource:
+    count = config.data.subset
+    return detection_subset(train, count, config.seed) if count else train
+
+
+def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> DetectionSource:
+    """The evaluation data alone, for a finished run."""
+    data = config.data
+    if data.eval:
+        images = data.eval_images or data.images
+        return read_detection_source(data.eval, images, class_names=class_names)
+    train = read_detection_source(data.train, data.images, class_names=class_names)
+    return split_detection_source(train, data.holdout, config.seed)[1]
+
+
+def announce(log: RunLog, workdir: Path, train: DetectionSource, held_out: DetectionSource) -> None:
+    """Shows the map from the file's category ids to labels, and keeps it in categories.json."""
+    counts = [
+        np.bincount(source.label.values, minlength=len(train.class_names))
+        for source in (train, held_out)
+    ]
+    rows = [
+        (str(label), str(key), name, f"{counts[0][label]:,}", f"{counts[1][label]:,}")
+        for label, (key, name) in enumerate(zip(train.category_ids, train.class_names, strict=True))
+    ]
+    columns = ("label", "category_id", "name", "boxes to train", "to evaluate")
+    log.table("Classes", columns, rows)
+    classes = zip(train.category_ids, train.class_names, strict=True)
+    write_json(
+        {
+            "categories": [
+                {"label": label, "category_id": key, "name": name}
+                for label, (key, name) in enumerate(classes)
+            ]
+        },
+        workdir / "categories.json",
+    )
+    log.wrote(workdir / "categories.json", "labels, the file's category ids, and names")
+
+
+def make_preprocessing(
+    config: ConfigDict, own: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> DetectionPreprocessing:
+    """How images are prepared: as the config says, else as the weights (`own`) were used to.
+
+    Square where the model has an image size, which is config.model.image_size or its own.
+    """
+    data = config.data
+    side = (config.model.image_size,) * 2 if config.model.image_size else None
+    side = side or arguments.get("image_size")
+    if side:
+        short = longest = int(side[0])
+        buckets: tuple[tuple[int, int], ...] = ((short, short),)
+    else:
+        short = data.short or own.get("short") or SHORT
+        longest = data.longest or own.get("longest") or LONGEST
+        buckets = default_buckets(short, longest, data.buckets)
+    return DetectionPreprocessing(
+        short=short,
+        longest=longest,
+        square=bool(side),
+        interpolation=data.interpolation or own.get("interpolation") or "bilinear",
+        mean=arguments["mean"],
+        std=arguments["std"],
+        buckets=buckets,
+    )
+
+
+def load_preprocessing(record: Mapping[str, Any]) -> DetectionPreprocessing:
+    """From its fields in model.json."""
+    return DetectionPreprocessing(**record)
+
+
+def training_data(
+    config: ConfigDict,
+    source: DetectionSource,
+    preprocessing: DetectionPreprocessing,
+    damage: DamageLog,
+) -> grain.DatasetIterator:
+    """Endless batches of this process."""
+    if not len(source.label.values):
+        raise UserError(f"{source.name}: not one box in {len(source)} images: nothing to learn")
+    data = config.data
+    return make_detection_train_iterator(
+        source,
+        batch_size=config.batch_size // jax.process_count(),
+        preprocessing=preprocessing,
+        augmentation=DetectionAugmentation(
+            shorts=() if preprocessing.square else data.shorts,
+            flip=data.flip,
+            crop=data.crop,
+            brightness=data.brightness,
+            contrast=data.contrast,
+            saturation=data.saturation,
+        ),
+        max_boxes=data.max_boxes,
+        seed=config.seed,
+        num_threads=data.threads,
+        num_workers=data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_damaged=data.max_damaged,
+        damage_log=damage,
+    )
+
+
+# Loss and evaluation ----------------------------------------------------------------------------
+
+
+def make_loss(
+    config: ConfigDict, model: Any, apply: classification.Apply, assemble: Callable[..., Any]
+) -> steps.LossFn:
+    """The loss of a training step: the set loss that the model's head is made for."""
+    loss = config.loss
+    weights = {
+        "class_cost": loss.class_cost,
+        "l1_cost": loss.l1_cost,
+        "giou_cost": loss.giou_cost,
+        "class_weight": loss.class_weight,
+        "l1_weight": loss.l1_weight,
+        "giou_weight": loss.giou_weight,
+    }
+    if config.data.max_boxes > model.num_queries:
+        raise UserError(
+            f"config.data.max_boxes {config.data.max_boxes}: the model has {model.num_queries} "
+            "queries, and each finds one box at most: lower it"
+        )
+
+    def set_loss(outputs, batch):
+        targets = (batch["label"], batch["boxes_cxcywh_01"], batch["target_mask"], batch["mask"])
+        predicted = (outputs["logits"], outputs["boxes_cxcywh_01"])
+        if family_of(model) == "detr":
+            return detection_losses.detr_loss(
+                *predicted, *targets, **weights, no_object_weight=loss.no_object_weight
+            )
+        return detection_losses.sigmoid_detr_loss(
+            *predicted,
+            *targets,
+            **weights,
+            encoder_logits=outputs["encoder_logits"],
+            encoder_boxes_cxcywh_01=outputs["encoder_boxes_cxcywh_01"],
+            groups=model.groups,
+        )
+
+    return detection.make_loss(apply, assemble, set_loss=set_loss)
+
+
+def make_outputs(
+    config: ConfigDict, model: Any, apply: classification.Apply, assemble: Callable[..., Any]
+) -> Callable[..., Mapping[str, jax.Array]]:
+    """What evaluation needs of a batch."""
+    del config
+    find = softmax_detections if family_of(model) == "detr" else sigmoid_detections
+    return detection.make_outputs(apply, assemble, find=find)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found in a whole dataset, and its summary.
+
+    Attributes:
+      detections: in pixels of the original images.
+      source: the images that could be read.
+      summary: see evaluate.detection.summarize.
+      damaged: names of images that could not be read and are not in `source`.
+      patience: updates after which predictions must have become something.
+    """
+
+    detections: Detections
+    source: DetectionSource
+    summary: dict[str, Any]
+    damaged: tuple[str, ...]
+    patience: int
+
+    def line(self) -> str:
+        """The summary for the screen."""
+        text = "  ".join(f"{name} {_number(self.summary[name])}" for name in reported)
+        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
+        return f"evaluation on {self.summary['count']} images: {text}{skipped}"
+
+    def lines(self) -> list[str]:
+        """The rest of COCO's twelve numbers, and AP of each class."""
+        areas = [f"{what}_{area}" for what in ("ap", "ar") for area in evaluation.AREAS[1:]]
+        rows = [(name, self.summary[name]) for name in ("ar_1", "ar_10", *areas)]
+        rows += [(f"ap of {name}", value) for name, value in self.summary["per_class"].items()]
+        width = max(len(name) for name, _ in rows)
+        return [f"  {name:{width}}  {_number(value)}" for name, value in rows]
+
+    def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Why AP may stay at 0, once there was time to learn."""
+        if step < self.patience:
+            return []
+        name = "eval/mean_iou_matched"
+        ious = [record[name] for record in history if name in record and record["step"] < step]
+        ious.append(self.summary["mean_iou_matched"])
+        return evaluation.diagnose(self.detections, self.source, iou_history=ious)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def make_evaluate(
+    config: ConfigDict,
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    source: DetectionSource,
+    preprocessing: DetectionPreprocessing,
+) -> Callable[..., Evaluation]:
+    """A function (trainable, frozen, model_state) -> Evaluation over the whole source."""
+    run_over = _make_run_over(config, outputs_fn, mesh, preprocessing)
+
+    def evaluate(trainable, frozen, model_state) -> Evaluation:
+        found, damaged = run_over(source, trainable, frozen, model_state)
+        read = np.zeros(len(source), bool)
+        read[found["index"]] = True
+        seen = source if read.all() else part_of(source, read)
+        found["index"] = np.cumsum(read)[found["index"]].astype(np.int32) - 1  # rows of `seen`
+        detections = evaluation.collect_detections([found])
+        summary = evaluation.summarize(detections, seen)
+        return Evaluation(detections, seen, summary, damaged, config.evaluate.patience)
+
+    return evaluate
+
+
+def _make_run_over(config, outputs_fn, mesh, preprocessing):
+    make_batches = partial(
+        make_detection_eval_batches,
+        preprocessing=preprocessing,
+        max_boxes=config.data.max_boxes,
+        num_threads=config.data.threads,
+    )
+    return make_run_over(outputs_fn, mesh, make_batches, batch_size=config.evaluate.batch_size)
+
+
+# Results ----------------------------------------------------------------------------------------
+
+
+def write_results(
+    config: ConfigDict,
+    workdir: Path,
+    result: Evaluation,
+    source: DetectionSource,
+    preprocessing: DetectionPreprocessing,
+) -> dict[str, str]:
+    """Numbers, COCO results and pictures of an evaluation; returns {file: what it is}."""
+    del source, preprocessing
+    detections, seen, score = result.detections, result.source, config.evaluate.score
+    names = seen.class_names
+    write_json(result.summary, workdir / "evaluation.json")
+    evaluation.write_results(workdir / "results.json", detections, seen)
+    precision, _ = evaluation.coco_curves(detections, seen)
+    figures.draw_precision_recall(precision, names, workdir / "precision_recall.png")
+    matrix = evaluation.confusion_matrix(detections, seen, score=score)
+    figures.draw_detection_confusion(matrix, names, workdir / "confusion.png", score=score)
+    rows = np.unique(np.linspace(0, len(seen) - 1, PICTURES).astype(int))
+    figures.draw_detection_grid(
+        seen, detections, workdir / "predictions.png", rows=rows.tolist(), score=score
+    )
+    return {
+        "evaluation.json": "all numbers of the last evaluation",
+        "results.json": "its boxes as a COCO results file",
+        "precision_recall.png": "precision by recall of each class",
+        "confusion.png": "found, missed and mistaken, by class",
+        "predictions.png": "images with predicted and true boxes",
+    }
+
+
+def predict(
+    config: ConfigDict,
+    names: Sequence[str],
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    arguments: tuple[Any, Any, Any],
+    mesh: Mesh,
+    preprocessing: DetectionPreprocessing,
+    class_names: Sequence[str],
+    out: Path,
+) -> None:
+    """Boxes of each file: drawn into OUT/predictions/NAME.png, and all in OUT/predictions.json.
+
+    Args:
+      config: the run's.
+      names: of image files.
+      outputs_fn: the model (see `make_outputs`).
+      arguments: what `outputs_fn` takes before the batch.
+      mesh: of the devices.
+      preprocessing: of the images.
+      class_names: by label.
+      out: where to write.
+
+    Raises:
+      UserError: none of the files can be read.
+    """
+    source = images_alone(names, class_names)
+    found, damaged = _make_run_over(config, outputs_fn, mesh, preprocessing)(source, *arguments)
+    if jax.process_index():
+        return
+    every = evaluation.collect_detections([found])
+    every = every[every.score >= config.evaluate.score]
+    folder = out / "predictions"
+    folder.mkdir(parents=True, exist_ok=True)
+    width = max(map(len, names))
+    record = []
+    for index in found["index"]:
+        rows = np.flatnonzero(every.index == index)
+        best = every[rows[np.argsort(-every.score[rows], kind="stable")]]
+        boxes = [
+            {"name": class_names[label], "label": label, "score": score, "box_xyxy_px": box}
+            for label, score, box in zip(
+                best.label.tolist(), best.score.tolist(), best.boxes_xyxy_px.tolist(), strict=True
+            )
+        ]
+        record.append({"file": names[index], "boxes": boxes})
+        text = "  ".join(f"{box['name']} {box['score']:.2f}" for box in boxes[:5])
+        more = f"  and {len(boxes) - 5} more" if len(boxes) > 5 else ""
+        print(f"{names[index]:{width}}  {text or 'nothing'}{more}")
+        image = source[int(index)]["image"]
+        picture = figures.draw_detections(
+            image, best.boxes_xyxy_px, best.label, best.score, class_names
+        )
+        Image.fromarray(picture).save(folder / f"{index:04d}_{Path(names[index]).stem}.png")
+    for name in damaged:
+        print(f"skipped a damaged image: {name}")
+    (out / "predictions.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {out / 'predictions.json'}")
+    print(f"wrote {folder}, boxes that score at least {config.evaluate.score:g}")

@@ -1,0 +1,78 @@
+"""Object detection: a set of boxes an image, matched to its targets inside the step.
+
+Batches are as data/detection_pipeline.py makes them: images of one canvas, padded at the bottom and
+at the right, with the size of what is valid; targets of fixed length with a mask.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vision_jax.tasks.classification import Apply, Batch, to_float
+
+# set_loss(outputs of the model, batch) -> (loss, metrics)
+SetLoss = Callable[[Mapping[str, jax.Array], Batch], tuple[jax.Array, dict[str, jax.Array]]]
+# find(logits f[B, Q, K or K + 1], boxes_cxcywh_01 f[B, Q, 4], size i32[B, 2]) -> scored boxes
+Find = Callable[[jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
+
+
+def pixel_mask(size: jax.Array, canvas: tuple[int, int]) -> jax.Array:
+    """bool[B, H, W] of a canvas (H, W): where the images of `size` i32[B, 2] are.
+
+    >>> pixel_mask(jnp.array([[1, 2]]), (2, 3)).astype(int).tolist()
+    [[[1, 1, 0], [0, 0, 0]]]
+    """
+    rows, columns = (
+        jnp.arange(side)[None, :] < size[:, axis, None] for axis, side in enumerate(canvas)
+    )
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def make_loss(
+    apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any], *, set_loss: SetLoss
+):
+    """The loss function of a training step (see steps.LossFn).
+
+    Args:
+      apply: the model; its inputs are images f32[B, H, W, 3] and `pixel_mask`.
+      assemble: from {path: array} of all parameters to the model's tree.
+      set_loss: of all decoder layers at once; see ops/detection_losses.py.
+    """
+
+    def loss_fn(trainable, frozen, model_state, batch: Batch, key):
+        dropout_key, adapter_key = jax.random.split(key)
+        outputs, model_state = apply(
+            assemble({**trainable, **frozen}),
+            model_state,
+            to_float(batch["image"]),
+            pixel_mask(batch["size"], batch["image"].shape[1:3]),
+            train=True,
+            keys={"dropout": dropout_key, "adapter": adapter_key},
+        )
+        loss, metrics = set_loss(outputs, batch)
+        return loss, (model_state, metrics)
+
+    return loss_fn
+
+
+def make_outputs(apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any], *, find: Find):
+    """What evaluation needs of a batch: scored boxes in pixels of the original images.
+
+    {"score": f32[B, N], "label": i32[B, N], "boxes_xyxy_px": f32[B, N, 4], "mask", "index"}.
+    """
+
+    def outputs_fn(trainable, frozen, model_state, batch: Batch):
+        outputs, _ = apply(
+            assemble({**trainable, **frozen}),
+            model_state,
+            to_float(batch["image"]),
+            pixel_mask(batch["size"], batch["image"].shape[1:3]),
+            train=False,
+            keys={},
+        )
+        found = find(outputs["logits"][-1], outputs["boxes_cxcywh_01"][-1], batch["original_size"])
+        return {**found, **{name: batch[name] for name in ("mask", "index")}}
+
+    return outputs_fn
