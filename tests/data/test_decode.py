@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from vision_jax.data.decode import DamagedImageError, decode_array, decode_image
+from vision_jax.data.decode import DamagedImageError, decode_array, decode_image, read_header
 
 # Pillow also warns about some of the damaged files and bombs made here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -276,3 +276,36 @@ def test_arrays_of_any_number_of_channels():
 def test_other_arrays_are_damaged_images(data):
     with pytest.raises(DamagedImageError, match=r"^a\.npy: "):
         decode_array(data, name="a.npy")
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8, 99])
+def test_header_has_the_size_of_the_decoded_image(file_format, orientation, tmp_path):
+    exif = Image.Exif()
+    if orientation:
+        exif[ExifTags.Base.Orientation] = orientation
+    data = encode(Image.fromarray(RGB), file_format, exif=exif.tobytes())
+    (tmp_path / "x").write_bytes(data)
+    header = read_header(tmp_path / "x")
+    assert header == read_header(data)
+    assert header.upright_size == decode(data).shape[:2]
+    if file_format != "TIFF":  # Pillow turns it on its own
+        assert header == (7, 5, orientation if orientation in (3, 6, 8) else 1)
+
+
+def test_header_of_a_png_whose_exif_follows_its_pixels():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = encode(Image.fromarray(RGB), exif=exif.tobytes())
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4])
+    late = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    assert read_header(late) == (7, 5, 6)
+    assert decode(late).shape == (5, 7, 3)
+
+
+def test_header_of_what_is_no_image(tmp_path):
+    bomb = encode(Image.new("1", (10_000, 10_000)))
+    for file in (b"", b"text", RGB.tobytes(), bomb, tmp_path, tmp_path / "nope"):
+        with pytest.raises(DamagedImageError, match="photo"):
+            read_header(file, name="photo")

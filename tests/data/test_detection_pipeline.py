@@ -1,5 +1,6 @@
 import itertools
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,15 +10,19 @@ from PIL import Image
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.detection import DetectionSource, Ragged
 from vision_jax.data.detection_pipeline import (
+    make_detection_eval_batches,
     make_detection_train_iterator,
+    note_crowded,
 )
 from vision_jax.data.detection_transforms import (
     DetectionAugmentation,
     DetectionPreprocessing,
+    default_buckets,
     resized_size,
 )
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import FileReader
+from vision_jax.errors import UserError
 
 rng = np.random.default_rng()
 MEAN, STD = (0.5,) * 3, (0.5,) * 3
@@ -212,3 +217,197 @@ def test_worker_processes_do_not_change_the_batches_and_resume(tmp_path):
     workers.set_state(state)
     assert_same(take(workers, 7), expected[7:])
     workers.close()
+
+
+# --- order --------------------------------------------------------------------------------------
+
+
+def test_no_image_is_starved_and_groups_get_their_share():
+    """Groups from tiny to large; counts over each epoch, three epochs, and a whole period."""
+    sizes = [(24, 32)] * 50 + [(32, 24)] * 33 + [(32, 12)] * 8 + [(16, 32)] * 5
+    source = random_source(len(sizes), sizes=sizes)
+    batches = take(train_iterator(source, augmentation=PLAIN), 2 * 16 * 96 // 4)
+    for batch in batches:  # no batch mixes shapes
+        assert len({tuple(source.sizes[index]) for index in batch["index"]}) == 1
+    order = np.array(indices(batches)).reshape(2, 16, 96)
+    by_period = np.stack([np.bincount(period.ravel(), minlength=96) for period in order])
+    assert 15 <= by_period.min() <= by_period.max() <= 17
+    for epoch in order.reshape(-1, 96):
+        counts = np.bincount(epoch, minlength=96)
+        assert counts.max() <= 3
+        shares = [counts[start:stop].sum() for start, stop in ((0, 50), (50, 83), (83, 91))]
+        assert np.abs(np.array(shares) - [50, 33, 8]).max() <= 9  # two batches and a bit
+    for three in order.reshape(2, 16, 96)[:, :15].reshape(-1, 3 * 96):
+        assert np.bincount(three, minlength=96).min() >= 1
+    # Within its group an image comes again only after all the others.
+    large = order.ravel()[order.ravel() < 50]
+    for epoch in large[: len(large) // 50 * 50].reshape(-1, 50):
+        assert sorted(epoch) == list(range(50))
+    assert Counter(map(tuple, large.reshape(-1, 4))).most_common(1)[0][1] == 1  # other company
+
+
+def test_images_go_to_the_canvas_of_their_shape():
+    source = random_source(300)
+    for batch in take(train_iterator(source, augmentation=PLAIN), 40):
+        canvas = batch["image"].shape[1:3]
+        for size in batch["size"]:
+            fitting = [b for b in SMALL.buckets if (size <= b).all()]
+            assert canvas == min(fitting, key=np.prod)
+
+
+def test_images_of_rare_shapes_join_another_group():
+    """Three of one shape don't fill a batch; they shrink into the canvas of the others."""
+    source = random_source(40, sizes=[(24, 32)] * 37 + [(32, 12)] * 3)
+    batches = take(train_iterator(source, augmentation=PLAIN), 30)
+    assert {batch["image"].shape[1:3] for batch in batches} == {(32, 44)}
+    seen = dict(
+        zip(indices(batches), np.concatenate([batch["size"] for batch in batches]), strict=True)
+    )
+    assert set(seen) == set(range(40))
+    assert {tuple(seen[i]) for i in range(37)} == {(32, 42)}
+    assert {tuple(seen[i]) for i in range(37, 40)} == {(32, 12)}
+    for batch in batches:
+        assert len(set(batch["index"].tolist())) == 4
+    few = take(train_iterator(random_source(2), batch_size=5, augmentation=PLAIN), 4)
+    assert Counter(indices(few)) == {0: 10, 1: 10}
+
+
+def test_the_short_side_is_drawn_for_a_batch_and_takes_the_smallest_canvas():
+    small = ((16, 32), (32, 16))
+    preprocessing = replace(SMALL, buckets=SMALL.buckets + small)
+    augmentation = replace(PLAIN, shorts=(14, 30, 32))
+    source = random_source(60, sizes=[(24, 32)] * 30 + [(32, 24)] * 30)
+    found = Counter()
+    for batch in take(
+        train_iterator(source, preprocessing=preprocessing, augmentation=augmentation), 90
+    ):
+        shorts = set(batch["size"].min(1).tolist())
+        assert len(shorts) == 1
+        found[shorts.pop(), batch["image"].shape[1:3]] += 1
+    canvases = {14: small, 30: ((32, 44), (44, 32)), 32: ((32, 44), (44, 32))}
+    assert set(found) == {(short, canvas) for short, two in canvases.items() for canvas in two}
+    assert min(found.values()) >= 4  # of 15 expected
+
+
+def test_square_images_fill_their_canvas():
+    square = DetectionPreprocessing(
+        24, 24, True, "bilinear", MEAN, STD, ((16, 16), (24, 24), (32, 32))
+    )
+    augmentation = DetectionAugmentation(shorts=(16, 24, 32), crop=0.5)
+    source = random_source(30)
+    batches = take(train_iterator(source, preprocessing=square, augmentation=augmentation), 30)
+    for batch in batches:
+        assert (batch["size"] == batch["image"].shape[1:3]).all()
+    assert {batch["image"].shape[1] for batch in batches} == {16, 24, 32}
+    (first, *_) = make_detection_eval_batches(
+        source, batch_size=4, preprocessing=square, max_boxes=5, num_threads=1
+    )
+    assert first["image"].shape == (4, 24, 24, 3)
+    with pytest.raises(UserError, match=r"square images of 40 need the bucket \(40, 40\)"):
+        train_iterator(
+            source, preprocessing=square, augmentation=replace(augmentation, shorts=(16, 40))
+        )
+
+
+# --- targets ------------------------------------------------------------------------------------
+
+
+def test_the_largest_boxes_are_kept():
+    source = random_source(30, boxes=12)
+    counts = [int((~crowd).sum()) for crowd in source.crowd]
+    crowded = sum(count > 5 for count in counts)
+    assert crowded
+    note = note_crowded(source, 5)
+    assert f"{crowded} images have more than 5 boxes, up to {max(counts)}:" in note
+    assert note_crowded(source, 12) == ""
+    for batch in take(train_iterator(source, augmentation=PLAIN), 15):
+        for row, index in enumerate(batch["index"]):
+            counted = ~source.crowd[index]
+            boxes, label = source.boxes_xyxy_px[index][counted], source.label[index][counted]
+            areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+            largest = areas >= np.sort(areas)[-5:].min(initial=np.inf)
+            mask = batch["target_mask"][row]
+            assert mask.sum() == min(len(boxes), 5)
+            assert batch["label"][row][mask].tolist() == label[largest].tolist()
+    with pytest.raises(UserError, match="max_boxes 0: use 1 or more"):
+        train_iterator(source, max_boxes=0)
+
+
+# --- damaged images -----------------------------------------------------------------------------
+
+
+def test_damaged_images_are_replaced_counted_and_named():
+    source = random_source(40)
+    broken = replace(source, reader=replace(source.reader, damaged=frozenset({4, 11})))
+    log = DamageLog()
+    batches = take(train_iterator(broken, max_damaged=0.05, damage_log=log), 30)
+    assert set(log.names) == {"image 4", "image 11"}
+    assert not {4, 11} & set(indices(batches))
+    for damaged, sound in zip(batches, take(train_iterator(source), 30), strict=True):
+        kept = ~np.isin(sound["index"], [4, 11])  # the others stand where they stood
+        for key in sound:
+            assert np.array_equal(damaged[key][kept], sound[key][kept]), key
+    with pytest.raises(UserError, match="2 of 40 images were found damaged"):
+        take(train_iterator(broken, max_damaged=0.04), 30)
+    lost = replace(source, reader=replace(source.reader, damaged=frozenset(range(40))))
+    with pytest.raises(UserError, match="images were found damaged"):
+        take(train_iterator(lost, max_damaged=1.0), 1)
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+def eval_batches(source, **changes):
+    arguments = {"batch_size": 4, "preprocessing": SMALL, "max_boxes": 5, "num_threads": 2}
+    return list(make_detection_eval_batches(source, **(arguments | changes)))
+
+
+def test_evaluation_has_every_image_once_on_its_canvas():
+    source = random_source(43)
+    batches = eval_batches(source)
+    seen = [i for batch in batches for i in batch["index"][batch["mask"]].tolist()]
+    assert sorted(seen) == list(range(43))
+    canvases = [batch["image"].shape[1:3] for batch in batches]
+    assert len(list(itertools.groupby(canvases))) == len(set(canvases)) > 1
+    for batch in batches:
+        check_layout(batch, SMALL.buckets)
+        assert (batch["mask"] == (batch["index"] >= 0)).all()
+        for row in np.flatnonzero(batch["mask"]):
+            index = batch["index"][row]
+            assert tuple(batch["original_size"][row]) == tuple(source.sizes[index])
+            size = resized_size(tuple(source.sizes[index]), SMALL)
+            assert tuple(batch["size"][row]) == size
+            image = Image.fromarray(source[index]["image"]).resize(size[::-1], Image.BILINEAR)
+            assert np.array_equal(batch["image"][row][: size[0], : size[1]], np.asarray(image))
+            assert batch["target_mask"][row].sum() == min((~source.crowd[index]).sum(), 5)
+    assert sum(not batch["mask"].all() for batch in batches) <= len(set(canvases))
+
+
+@pytest.mark.parametrize("count", [1, 4, 25])
+def test_evaluation_over_processes(count):
+    source = random_source(count)
+    parts = [eval_batches(source, process_index=i, process_count=3) for i in range(3)]
+    shapes = [[batch["image"].shape for batch in part] for part in parts]
+    assert shapes[0] == shapes[1] == shapes[2]
+    seen = [i for part in parts for b in part for i in b["index"][b["mask"]].tolist()]
+    assert sorted(seen) == list(range(count))
+
+
+def test_evaluation_masks_and_names_damaged_images():
+    source = random_source(10, damaged=(6,))
+    log = DamageLog()
+    batches = eval_batches(source, damage_log=log)
+    rows = [(i, m) for b in batches for i, m in zip(b["index"], b["mask"], strict=True)]
+    assert sorted(i for i, _ in rows if i >= 0) == list(range(10))
+    assert [i for i, mask in rows if i >= 0 and not mask] == [6]
+    assert log.names == ("image 6",)
+    assert (log.count, log.seen) == (1, 10)
+
+
+def test_default_buckets_show_every_image_at_the_size_that_the_rule_gives():
+    preprocessing = replace(SMALL, short=40, longest=67, buckets=default_buckets(40, 67, 4))
+    source = random_source(60, sizes=rng.integers(10, 120, (60, 2)))
+    for batch in eval_batches(source, preprocessing=preprocessing):
+        for index, size in zip(batch["index"], batch["size"], strict=True):
+            if index >= 0:
+                assert tuple(size) == resized_size(tuple(source.sizes[index]), preprocessing)

@@ -1,11 +1,44 @@
-"""Boxes as annotation files state them: one `Annotations` for all formats, and nothing repaired."""
+"""Boxes as annotation files state them: one `Annotations` for all formats, and nothing repaired.
 
+`read_annotations` is the one entry. It recognizes a specification by what the file or folder holds:
+
+    FILE.json               COCO: images, annotations, categories
+    FILE.json               plain: each entry of `images` holds file_name, width, height, xmin,
+                            ymin, xmax, ymax and category_id; entries of one file are merged
+    FOLDER                  Pascal VOC: Annotations/*.xml with JPEGImages/, or XML beside images
+    ImageSets/Main/FILE.txt Pascal VOC: the part that the file lists
+    FOLDER                  YOLO: images/ and labels/, or .txt beside images; names from data.yaml
+                            or classes.txt
+    data.yaml[:SPLIT]       YOLO: `train` unless SPLIT says otherwise
+    FOLDER                  that holds one of the JSON files above
+    tfds:NAME/SPLIT[@DIR]   COCO and its like, prepared as array_record; read without TensorFlow
+"""
+
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from vision_jax.data.annotation_formats import (
+    IMAGES,
+    Problem,
+    Reading,
+    find_files,
+    labels_of,
+    one_line,
+    outline,
+    read_coco,
+    read_json,
+    read_lines,
+    read_plain,
+    read_tfds,
+    read_voc,
+    read_yolo_folder,
+    read_yolo_yaml,
+)
 from vision_jax.data.sources import FileReader, TfdsReader
+from vision_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -15,14 +48,15 @@ class Annotations:
     Attributes:
       name: the specification, for messages.
       folder: of the images; `paths` are relative to it, and lie inside it.
-      sizes: i32[N, 2] (height, width) as the file states them, 0 where it states none.
+      sizes: i32[N, 2] (height, width) as the file states them, 0 where it states none. YOLO and
+        tfds state shares of the image: there it is the size in the image's header, upright.
       image_ids, category_ids: as the file writes them, unique.
       supercategories: "" where there is none.
       box_image, box_category: i32[M] positions in `paths` and in `category_ids`.
       boxes_xywh_px: f64[M, 4] (left, top, width, height) as written; formats that are defined
         otherwise (corners, shares of the image) are converted, and nothing else is done to them.
       area: f64[M] in pixels, w · h where the file gives none.
-      crowd: bool[M].
+      crowd: bool[M]; Pascal VOC's `difficult`, which its evaluation ignores likewise.
       files, entries, entry_form: how `place` names a box.
       tfds: what reads the images, where they are records rather than files.
     """
@@ -57,9 +91,133 @@ class Annotations:
 
 
 def read_annotations(spec: str, images: Path | None = None) -> Annotations:
-    """Read the boxes that `spec` names, but no image's pixels.
+    """Read the boxes that `spec` (see the top of this file) names, but no image's pixels.
 
     `images` is the folder that the paths are relative to; by default the annotation file's own, or
-    where its format keeps them. Raises UserError, one line with the first few of all that is wrong.
+    where its format keeps them. For data.yaml it replaces `path`. Raises UserError, one line with
+    the first few of all that is wrong; annotations are never partly read.
     """
-    raise NotImplementedError
+    annotations, problems = examine_annotations(spec, images)
+    if problems:
+        first = "; ".join(f"{p.place}: {p.text}" for p in problems[:3])
+        more = f"; and {len(problems) - 3:,} more problems" if len(problems) > 3 else ""
+        raise one_line(f"{first}{more}: `python -m vision_jax.doctor {spec}` lists all")
+    return annotations
+
+
+def examine_annotations(
+    spec: str, images: Path | None = None
+) -> tuple[Annotations, tuple[Problem, ...]]:
+    """(what could be read, what could not), for the doctor.
+
+    Entries with problems are left out, but for boxes of undeclared categories (these are appended,
+    named by their ids), and images whose files are missing. Raises UserError where nothing can be
+    read at all.
+    """
+    if not spec:
+        raise UserError("no annotations: set config.data.train to a COCO JSON file, for example")
+    if images is not None and not images.is_dir():
+        raise UserError(f"{images}: no such folder of images")
+    if spec.startswith("tfds:"):
+        reading = read_tfds(spec)
+    elif re.search(r"\.ya?ml(:\w+)?$", spec) and not Path(spec).expanduser().is_dir():
+        reading = read_yolo_yaml(spec, images)
+    else:
+        path = Path(spec).expanduser()
+        if path.is_dir():
+            reading = _read_folder(spec, path, images)
+        elif path.is_file():
+            reading = _read_file(spec, path, images)
+        else:
+            raise UserError(
+                f"{spec}: no such file or folder: give COCO or plain JSON, a Pascal VOC or YOLO"
+                " folder, data.yaml:SPLIT or tfds:NAME/SPLIT"
+            )
+    annotations = _finish(reading)
+    if not annotations.paths and not reading.problems:
+        raise UserError(f"{spec}: lists no images")
+    return annotations, tuple(reading.problems)
+
+
+def _read_folder(spec: str, path: Path, images: Path | None) -> Reading:
+    if (path / "Annotations").is_dir():
+        default = next((path / n for n in ("JPEGImages", "images") if (path / n).is_dir()), path)
+        return read_voc(
+            spec,
+            find_files(path / "Annotations", {".xml"}),
+            path / "Annotations",
+            images or default,
+        )
+    if (path / "images").is_dir() and (path / "labels").is_dir():
+        return read_yolo_folder(spec, images or path / "images", path / "labels", path)
+    xml, texts = find_files(path, {".xml"}), find_files(path, {".txt"})
+    if xml:
+        beside = path.parent / "JPEGImages"
+        beside = beside if path.name == "Annotations" and beside.is_dir() else path
+        return read_voc(spec, xml, path, images or beside)
+    files = [name for name in find_files(path, {".json"}) if "/" not in name]
+    if len(files) == 1:
+        return _read_file(spec, path / files[0], images or path)
+    if images is not None and texts:
+        return read_yolo_folder(spec, images, path, path)
+    labels = labels_of(path) if labels_of(path).is_dir() else path
+    if find_files(path, IMAGES) and (labels != path or texts):
+        return read_yolo_folder(spec, path, labels, path)
+    advice = f": give one of {', '.join(files[:5])}" if files else ""
+    for name in ("data.yaml", "dataset.yaml"):
+        if (path / name).is_file():
+            advice = f": give {path / name}:train or another split of it"
+    raise UserError(
+        f"{spec}: holds no annotations that are known here{advice}; looked for Pascal VOC"
+        " (Annotations/*.xml, or .xml beside images), YOLO (images/ and labels/, or .txt beside"
+        " images) and one .json of COCO or plain form"
+    )
+
+
+def _read_file(spec: str, path: Path, images: Path | None) -> Reading:
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start[:1] in (b"{", b"["):
+        content = read_json(path)
+        if isinstance(content, dict) and isinstance(content.get("images"), list):
+            if isinstance(content.get("annotations"), list):
+                return read_coco(spec, path, content, images)
+            if any(isinstance(e, dict) and "xmin" in e for e in content["images"]):
+                return read_plain(spec, path, content, images)
+        raise UserError(
+            f"{path}: not annotations: COCO has the lists `images`, `annotations` and `categories`;"
+            " the plain form has `images` with file_name, width, height, xmin, ymin, xmax, ymax and"
+            f" category_id; this has {outline(content)}"
+        )
+    if start[:1] == b"<":
+        return read_voc(spec, [path.name], path.parent, images or path.parent)
+    root = next((p for p in path.resolve().parents if (p / "Annotations").is_dir()), None)
+    if path.suffix == ".txt" and root is not None:
+        names = [line.split()[0] + ".xml" for line in read_lines(path)]
+        return read_voc(spec, names, root / "Annotations", images or root / "JPEGImages")
+    raise UserError(
+        f"{path}: not annotations that are known here: looked for JSON (COCO or plain), Pascal VOC"
+        " (XML, or a list in a folder beside Annotations/) and YOLO's data.yaml"
+    )
+
+
+def _finish(reading: Reading) -> Annotations:
+    return Annotations(
+        reading.spec,
+        Path(reading.folder),
+        tuple(reading.paths),
+        np.array(reading.sizes, np.int32).reshape(-1, 2),
+        tuple(reading.images),
+        tuple(reading.categories),
+        tuple(name for name, _ in reading.names),
+        tuple(parent for _, parent in reading.names),
+        np.array(reading.box_image, np.int32),
+        np.array(reading.box_category, np.int32),
+        np.array(reading.boxes, np.float64).reshape(-1, 4),
+        np.array(reading.area, np.float64),
+        np.array(reading.crowd, np.bool_),
+        tuple(reading.files),
+        np.array(reading.entries, np.int32),
+        reading.entry_form,
+        reading.tfds,
+    )

@@ -5,9 +5,11 @@ expanded, transparency composited on white, 16 bits scaled (not clipped) to 8.
 """
 
 import io
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vision_jax.errors import UserError
 
@@ -17,6 +19,7 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000
 
 _EXIF_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,19 +71,54 @@ def decode_image(
         raise DamagedImageError(f"{name}: not a readable image ({error})") from error
 
 
+class Header(NamedTuple):
+    """Of an image file: its size as stored, and the EXIF orientation (1 where there is none)."""
+
+    height: int
+    width: int
+    orientation: int
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """(height, width) of what decode_image returns."""
+        turned = self.orientation in _TURNED
+        return (self.width, self.height) if turned else (self.height, self.width)
+
+
+def read_header(file: Path | bytes, *, name: str = "") -> Header:
+    """Read an image's size and orientation from a file or its bytes, without decoding pixels.
+
+    Raises DamagedImageError if there is no file, or none that decode_image would begin to decode.
+    """
+    name = name or str(file)
+    try:
+        with Image.open(
+            io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS
+        ) as image:
+            width, height = image.size
+            if image.format == "PNG" and not _has_late_exif(image):
+                image.info.setdefault("exif", b"")  # else Pillow decodes all of it in search of one
+            # Pillow states a TIFF's size as if it had turned it already.
+            orientation = 1 if image.format == "TIFF" else _orientation(image)
+    except Exception as error:
+        raise DamagedImageError(f"{name}: not a readable image ({error})") from error
+    if width * height > MAX_PIXELS:
+        raise DamagedImageError(
+            f"{name}: {width} × {height} pixels, over the limit of {MAX_PIXELS}: shrink it"
+        )
+    return Header(height, width, orientation)
+
+
 def read_size(path: str) -> tuple[int, int]:
     """(height, width) of an image file as `decode_image` or `decode_array` gives it, by its header.
 
     Raises DamagedImageError if there is no readable header.
     """
+    if not path.endswith(".npy"):
+        return read_header(Path(path)).upright_size
     try:
-        if path.endswith(".npy"):
-            height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
-            return height, width
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION) in _TURNED and image.format != "TIFF"
-            return (width, height) if turned else (height, width)
+        height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
+        return height, width
     except Exception as error:  # as above
         raise DamagedImageError(f"{path}: not a readable image ({error})") from error
 
@@ -122,8 +160,28 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     """Apply the EXIF orientation. (Pillow itself has already turned TIFFs, and dropped the tag.)"""
-    try:
-        orientation = original.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # damaged metadata around healthy pixels: viewers show these unturned
-        return rgb
+    orientation = _orientation(original)
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # damaged metadata around healthy pixels: viewers show these unturned
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _has_late_exif(image: ImageFile.ImageFile) -> bool:
+    """Whether an opened PNG may have EXIF behind its pixels, seen from the chunks' headers."""
+    file = image.fp
+    if file is None:
+        return False
+    start = file.tell()
+    file.seek(8)
+    late = False
+    while len(head := file.read(8)) == 8:
+        late |= head[4:] == b"eXIf"
+        file.seek(int.from_bytes(head[:4]) + 4, 1)
+    file.seek(start)
+    return late and "exif" not in image.info

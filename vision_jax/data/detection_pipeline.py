@@ -128,12 +128,17 @@ def _period(counts: tuple[int, ...], seed: int, period: int) -> tuple[np.ndarray
 
     Batches of a group are evenly spread over the period, up to a random shift of each.
     """
-    rng = np.random.default_rng((seed, period))
+    rng = np.random.default_rng((seed, 0, period))
     times = np.concatenate([(np.arange(count) + rng.random(count)) / count for count in counts])
     order = np.argsort(times, kind="stable")
     group = np.repeat(np.arange(len(counts)), counts)
     before = np.concatenate([np.arange(count) for count in counts])
     return group[order], before[order]
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(count: int, seed: int, group: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, 1, group, epoch)).permutation(count)
 
 
 class _Schedule:
@@ -149,10 +154,6 @@ class _Schedule:
         for _ in range(total - int(counts.sum())):  # the largest remainders
             counts[np.argmax(exact - counts)] += 1
         self._counts = tuple(int(count) for count in counts)
-        self._streams = [
-            grain.MapDataset.source(group.rows).seed(seed + number).shuffle().repeat()
-            for number, group in enumerate(groups)
-        ]
 
     def __len__(self) -> int:
         return ENDLESS
@@ -163,8 +164,10 @@ class _Schedule:
         of_slot, before = _period(self._counts, self._seed, period)
         number = int(of_slot[slot])
         nth = period * self._counts[number] + int(before[slot])  # batch of this group
-        row = self._streams[number][nth * self._batch_size + at]
-        drawn = int(np.random.default_rng((self._seed, batch, 1)).integers(len(self._shorts)))
+        rows = self._groups[number].rows
+        epoch, rank = divmod(nth * self._batch_size + at, len(rows))
+        row = rows[_permutation(len(rows), self._seed, number, epoch)[rank]]
+        drawn = int(np.random.default_rng((self._seed, 2, batch)).integers(len(self._shorts)))
         canvas = self._groups[number].canvases[drawn]
         return _Place(int(row), number, self._shorts[drawn], canvas)
 

@@ -75,7 +75,7 @@ def read_source(spec: str, *, class_names: tuple[str, ...] | None = None) -> Sou
     if kind == "cifar10":
         return _read_cifar10(spec, rest, class_names)
     if kind == "tfds":
-        return _read_tfds(spec, rest, class_names)
+        return _read_tfds(spec, class_names)
     path = Path(spec).expanduser()
     if path.is_dir():
         return _read_folder(path, class_names)
@@ -372,13 +372,16 @@ class TfdsReader:
         return f"{self.name}[{row}]"
 
 
-def _read_tfds(spec: str, rest: str, class_names: tuple[str, ...] | None) -> Source:
-    """Labels are read in one pass over the records, without decoding images."""
+def open_tfds(spec: str) -> tuple[dict[str, Any], Any]:
+    """(features, records by random access) of tfds:NAME/SPLIT[@DIR]; images are left encoded.
+
+    Raises UserError if tfds isn't installed or can't read it.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(f"{spec}: run `pip install 'vision_jax[tfds]'` to read it") from error
-    where, _, data_dir = rest.partition("@")
+    where, _, data_dir = spec.removeprefix("tfds:").partition("@")
     name, _, split = where.rpartition("/")
     if not name or not split:
         raise UserError(f"{spec}: use tfds:NAME/SPLIT or tfds:NAME/SPLIT@DATA_DIR")
@@ -386,13 +389,20 @@ def _read_tfds(spec: str, rest: str, class_names: tuple[str, ...] | None) -> Sou
         builder = tfds.builder(name, data_dir=data_dir or None)
         features = dict(builder.info.features.items())
         skip = {"image": tfds.decode.SkipDecoding()} if "image" in features else None
-        data_source = builder.as_data_source(split=split, decoders=skip)
+        return features, builder.as_data_source(split=split, decoders=skip)
     except Exception as error:  # tfds raises a dozen types, with a page of advice
         reason = next(line for line in [*str(error).splitlines(), repr(error)] if line.strip())
         raise UserError(
             f"{spec}: tfds can't read it ({reason.strip()}): prepare it once with"
             f" tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
         ) from error
+
+
+def _read_tfds(spec: str, class_names: tuple[str, ...] | None) -> Source:
+    """Labels are read in one pass over the records, without decoding images."""
+    features, data_source = open_tfds(spec)
+    import tensorflow_datasets as tfds
+
     if not isinstance(features.get("image"), tfds.features.Image) or not isinstance(
         features.get("label"), tfds.features.ClassLabel
     ):

@@ -1,0 +1,750 @@
+"""One reader a format: what files of boxes state, and every problem in them.
+
+The files may be hostile or merely broken. Readers bound what they read, take nothing from outside
+the folders that the user named, and go on after a problem, so that all can be shown at once.
+"""
+
+import gc
+import json
+import os
+import re
+import reprlib
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import yaml
+
+from vision_jax.data.decode import DamagedImageError, read_header
+from vision_jax.data.sources import IMAGE_SUFFIXES, TfdsReader, open_tfds
+from vision_jax.errors import UserError
+
+IMAGES = IMAGE_SUFFIXES - {".npy"}
+MAX_JSON_BYTES = 2_000_000_000
+MAX_TEXT_BYTES = 10_000_000  # of an XML file, a label file, a list
+MAX_YAML_BYTES = 1_000_000  # its parser is slow
+MAX_SIDE = 1_000_000  # pixels
+MAX_COORDINATE = 1e9
+THREADS = 8
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that makes annotations unusable.
+
+    `kind`: "entry" (a value is missing, of the wrong type or not finite), "id" (given twice),
+    "image" or "category" (an id that isn't declared), "path" (leads out of the folder), "missing"
+    (no such image file), "size" (stated twice, differently) or "file" (one of many can't be read).
+    `value` is the id or path in question.
+    """
+
+    kind: str
+    place: str
+    text: str
+    value: Any = None
+
+
+class _Folder:
+    """Tells which files lie inside a folder; each of its folders is listed once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._root = folder, os.path.realpath(folder)
+        self._listings: dict[str, dict[str, bool] | None] = {}  # name -> whether it is a link
+
+    def find(self, path: str) -> bool | None:
+        """Whether there is such a file; None if the path leads out of the folder."""
+        parent, name = os.path.split(path)
+        full = os.path.join(self.folder, parent)
+        if parent not in self._listings:
+            self._listings[parent] = self._list(full)
+        listing = self._listings[parent]
+        if listing is None:
+            return None
+        if listing.get(name):
+            file = os.path.join(full, name)
+            return os.path.isfile(file) if self.holds(file) else None
+        return name in listing
+
+    def holds(self, path: str | Path) -> bool:
+        """Whether `path` is inside after all links are followed."""
+        real = os.path.realpath(path)
+        return real == self._root or real.startswith(self._root.rstrip(os.sep) + os.sep)
+
+    def _list(self, path: str) -> dict[str, bool] | None:
+        if not self.holds(path):
+            return None
+        try:
+            with os.scandir(path) as entries:
+                return {e.name: e.is_symlink() for e in entries if e.is_symlink() or e.is_file()}
+        except OSError:  # no such folder, a name too long, links in a circle
+            return {}
+
+
+class Reading:
+    """Annotations in the making, and the problems met so far."""
+
+    def __init__(self, spec: str, folder: Path, entry_form: str, files: Iterable[str] = ()):
+        self.spec, self.folder, self.entry_form, self.files = spec, folder, entry_form, list(files)
+        self.problems: list[Problem] = []
+        self.tfds: TfdsReader | None = None
+        self.paths: list[str] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.images: dict[int | str, int] = {}  # id -> row
+        self.categories: dict[int | str, int] = {}
+        self.names: list[tuple[str, str]] = []  # and supercategories
+        self.box_image, self.box_category, self.entries = array("i"), array("i"), array("i")
+        self.boxes, self.area = array("d"), array("d")
+        self.crowd = bytearray()
+        self.inside = _Folder(folder)
+
+    def complain(self, kind: str, place: str, text: str, value: Any = None) -> None:
+        self.problems.append(Problem(kind, place, text, value))
+
+    def add_image(self, image_id: int | str, path: str, height: int, width: int) -> int:
+        self.images[image_id] = len(self.paths)
+        self.paths.append(path)
+        self.sizes.append((height, width))
+        return len(self.paths) - 1
+
+    def category(self, category_id: int | str, name: str | None = None, parent: str = "") -> int:
+        """The category's row; a new one, named by its id unless named, where there is none."""
+        if category_id not in self.categories:
+            self.categories[category_id] = len(self.names)
+            self.names.append((str(category_id) if name is None else name, parent))
+        return self.categories[category_id]
+
+    def add_box(
+        self,
+        image: int,
+        category: int,
+        box: Sequence[float],
+        entry: int,
+        area: float | None = None,
+        crowd: bool = False,
+    ) -> None:
+        self.box_image.append(image)
+        self.box_category.append(category)
+        self.boxes.extend(box)
+        self.entries.append(entry)
+        self.area.append(box[2] * box[3] if area is None else area)
+        self.crowd.append(crowd)
+
+    def check_path(self, place: str, path: Any) -> str | None:
+        """`path` if it stays inside the folder, whether or not there is such a file."""
+        if not isinstance(path, str) or not path or "\0" in path:
+            self.complain("entry", place, f"file_name {_short(path)}: give the image's path")
+            return None
+        if _leaves(path):
+            advice = f"use a path relative to {self.folder}, without `..`"
+            self.complain("path", place, f"{_short(path)}: {advice}", path)
+            return None
+        found = self.inside.find(path)
+        if found is None:
+            self.complain("path", place, f"{_short(path)} leads out of {self.folder}", path)
+            return None
+        if not found:
+            self.complain("missing", place, f"{_short(path)}: no such file in {self.folder}", path)
+        return path
+
+
+def one_line(text: str) -> UserError:
+    return UserError(" ".join(text.splitlines()))  # names in hostile files may hold line breaks
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise one_line(f"{path}: can't be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise one_line(f"{path}: over the limit of {limit:,} bytes")
+    return data
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines that aren't blank."""
+    try:
+        text = _read_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise one_line(f"{path}: not a text file ({error})") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def find_files(folder: Path, suffixes: set[str] | frozenset[str]) -> list[str]:
+    """Files inside the folder with one of the suffixes, relative to it, sorted; none hidden."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(root, folder)
+        for name in names:
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
+                found.append(name if inside == "." else f"{inside}/{name}".replace(os.sep, "/"))
+    return sorted(found)
+
+
+def _leaves(path: str) -> bool:
+    """Whether a path could lead out of its folder by its form alone, on any system."""
+    return os.path.isabs(path) or ".." in re.split(r"[\\/]", path)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    """Whether it is a list of that many finite numbers; true and false are none."""
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(v) in (int, float) and -MAX_COORDINATE <= v <= MAX_COORDINATE for v in values)
+    )
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def _drop_masks(entry: dict) -> dict:
+    entry.pop("segmentation", None)  # most of a COCO file
+    return entry
+
+
+def read_json(path: Path) -> Any:
+    data = _read_bytes(path, MAX_JSON_BYTES)
+    enabled = gc.isenabled()
+    gc.disable()  # a million small dicts without a cycle, searched for cycles again and again
+    try:
+        return json.loads(data, object_hook=_drop_masks)
+    except (ValueError, RecursionError) as error:
+        raise one_line(f"{path}: not readable as JSON ({error})") from error
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def outline(content: Any) -> str:
+    if not isinstance(content, dict):
+        return "a list" if isinstance(content, list) else _short(content)
+    return ", ".join(_short(key) for key in list(content)[:8]) or "nothing"
+
+
+def _get_id(entry: dict, key: str) -> int | str | None:
+    value = entry.get(key)
+    if type(value) is float and value.is_integer():
+        return int(value)  # pandas writes whole numbers so
+    return value if type(value) in (int, str) else None
+
+
+def _get_size(entry: dict) -> tuple[int, int] | None:
+    """(height, width), 0 where not stated, None where it can't be meant."""
+    size = []
+    for key in ("height", "width"):
+        value = entry.get(key)
+        if value is None:
+            value = 0
+        elif type(value) not in (int, float) or not 0 < value <= MAX_SIDE or value != int(value):
+            return None
+        size.append(int(value))
+    return size[0], size[1]
+
+
+def _size_fault(entry: Mapping[str, Any]) -> str:
+    stated = f"width {_short(entry.get('width'))}, height {_short(entry.get('height'))}"
+    return f"{stated}: give whole numbers of pixels up to {MAX_SIDE:,}"
+
+
+def _dicts(reading: Reading, path: Path, content: dict, key: str) -> Iterator[tuple[str, dict]]:
+    """(place, entry) of each entry that is an object."""
+    for i, entry in enumerate(content[key]):
+        place = f"{path}: {key}[{i}]"
+        if isinstance(entry, dict):
+            yield place, entry
+        else:
+            reading.complain("entry", place, f"{_short(entry)} is no object")
+
+
+def _read_categories(reading: Reading, path: Path, content: dict) -> frozenset[int | str]:
+    """The ids that are declared."""
+    if content.get("categories") is None:
+        return frozenset()
+    if not isinstance(content["categories"], list):
+        raise UserError(f"{path}: `categories` is no list")
+    for place, entry in _dicts(reading, path, content, "categories"):
+        category_id, name, parent = (
+            _get_id(entry, "id"),
+            entry.get("name"),
+            entry.get("supercategory"),
+        )
+        if category_id is None or not isinstance(name, str) or not name.strip():
+            reading.complain("entry", place, "needs `id`, a number or text, and `name`, a text")
+        elif category_id in reading.categories:
+            reading.complain("id", place, f"id {_short(category_id)} is given twice", category_id)
+        else:
+            reading.category(category_id, name, parent if isinstance(parent, str) else "")
+    return frozenset(reading.categories)
+
+
+def _find_images(path: Path, names: Iterable[Any]) -> Path:
+    """Beside the file, or where COCO and common tools keep images, judged by the first few."""
+    parent = path.parent
+    known = [
+        n for n in (name for name, _ in zip(names, range(20), strict=False)) if isinstance(n, str)
+    ]
+    part = path.stem.rpartition("_")[2]  # instances_train2017
+    for folder in (
+        parent,
+        parent / "images",
+        parent.parent / part,
+        parent.parent / "images" / part,
+        parent.parent / "images",
+    ):
+        if any(n and "\0" not in n and (folder / n).is_file() for n in known):
+            return folder
+    return parent
+
+
+def read_coco(spec: str, path: Path, content: dict, images: Path | None) -> Reading:
+    entries, boxes = content["images"], content["annotations"]
+    folder = images or _find_images(
+        path, (e.get("file_name") for e in entries if isinstance(e, dict))
+    )
+    reading = Reading(spec, folder, "{file}: annotations[{entry}]", [str(path)])
+    declared = _read_categories(reading, path, content)
+    skipped: set[int | str] = set()  # images that are declared but unusable
+    for place, entry in _dicts(reading, path, content, "images"):
+        image_id, size = _get_id(entry, "id"), _get_size(entry)
+        if image_id is None:
+            reading.complain("entry", place, f"id {_short(entry.get('id'))}: give a number or text")
+            continue
+        if image_id in reading.images or image_id in skipped:
+            reading.complain("id", place, f"id {_short(image_id)} is given twice", image_id)
+            continue
+        if size is None:
+            reading.complain("entry", place, _size_fault(entry))
+        file_name = reading.check_path(place, entry.get("file_name"))
+        if file_name is None:
+            skipped.add(image_id)
+        else:
+            reading.add_image(image_id, file_name, *(size or (0, 0)))
+    seen: set[int | str] = set()
+    for i, entry in enumerate(boxes):
+        if not isinstance(entry, dict):
+            reading.complain("entry", f"{path}: annotations[{i}]", f"{_short(entry)} is no object")
+            continue
+        box, area, crowd = entry.get("bbox"), entry.get("area"), entry.get("iscrowd", 0)
+        image_id, category_id = _get_id(entry, "image_id"), _get_id(entry, "category_id")
+        fault = None
+        if not _are_numbers(box, 4):
+            fault = f"bbox {_short(box)}: give 4 finite numbers: left, top, width, height"
+        elif area is not None and not (type(area) in (int, float) and -1e18 <= area <= 1e18):
+            fault = f"area {_short(area)}: give a finite number, or leave it out"
+        elif crowd not in (0, 1):
+            fault = f"iscrowd {_short(crowd)}: give 0 or 1"
+        elif image_id is None:
+            fault = f"image_id {_short(entry.get('image_id'))}: give a number or text"
+        elif category_id is None:
+            fault = f"category_id {_short(entry.get('category_id'))}: give a number or text"
+        if fault or image_id is None or category_id is None or not isinstance(box, list):
+            reading.complain("entry", f"{path}: annotations[{i}]", fault or "")
+            continue
+        own_id = entry.get("id")
+        if own_id is not None and type(own_id) in (int, str):
+            if own_id in seen:
+                text = f"id {_short(own_id)} is given twice"
+                reading.complain("id", f"{path}: annotations[{i}]", text, own_id)
+            seen.add(own_id)
+        if image_id not in reading.images:
+            if image_id not in skipped:
+                text = f"image_id {_short(image_id)} is not in `images`"
+                reading.complain("image", f"{path}: annotations[{i}]", text, image_id)
+            continue
+        _check_category(reading, f"{path}: annotations[{i}]", category_id, declared)
+        image, category = reading.images[image_id], reading.category(category_id)
+        reading.add_box(image, category, box, i, area, bool(crowd))
+    return reading
+
+
+def _check_category(
+    reading: Reading, place: str, category_id: int | str, declared: frozenset[int | str]
+) -> None:
+    if declared and category_id not in declared:
+        text = f"category_id {_short(category_id)} is not in `categories`"
+        reading.complain("category", place, text, category_id)
+
+
+def read_plain(spec: str, path: Path, content: dict, images: Path | None) -> Reading:
+    """An entry without a box and a category is an image without boxes."""
+    entries = content["images"]
+    names = (e.get("file_name") for e in entries if isinstance(e, dict))
+    reading = Reading(
+        spec, images or _find_images(path, names), "{file}: images[{entry}]", [str(path)]
+    )
+    declared = _read_categories(reading, path, content)
+    for i, entry in enumerate(entries):
+        place = f"{path}: images[{i}]"
+        if not isinstance(entry, dict):
+            reading.complain("entry", place, f"{_short(entry)} is no object")
+            continue
+        name, size = entry.get("file_name"), _get_size(entry)
+        if size is None:
+            reading.complain("entry", place, _size_fault(entry))
+        if isinstance(name, str) and name in reading.images:
+            row = reading.images[name]
+            if size is not None and size != reading.sizes[row]:
+                text = f"another width or height than an earlier entry of {_short(name)} has"
+                reading.complain("size", place, text, name)
+        elif reading.check_path(place, name) is None:
+            continue
+        else:
+            row = reading.add_image(str(name), str(name), *(size or (0, 0)))
+        corners = [entry.get(key) for key in _CORNERS]
+        if all(value is None for value in [*corners, entry.get("category_id")]):
+            continue
+        category_id = _get_id(entry, "category_id")
+        if not _are_numbers(corners, 4):
+            text = f"xmin, ymin, xmax, ymax {_short(corners)}: give 4 finite numbers"
+            reading.complain("entry", place, text)
+        elif category_id is None:
+            text = f"category_id {_short(entry.get('category_id'))}: give a number or text"
+            reading.complain("entry", place, text)
+        else:
+            _check_category(reading, place, category_id, declared)
+            reading.add_box(row, reading.category(category_id), _from_corners(corners), i)
+    return reading
+
+
+def _from_corners(corners: Sequence[Any]) -> tuple[float, float, float, float]:
+    left, top, right, bottom = corners
+    return left, top, right - left, bottom - top
+
+
+# --- Pascal VOC ---------------------------------------------------------------------------------
+
+
+class _WithoutDoctype(ElementTree.TreeBuilder):
+    """A document type can define entities, which expand, or name files; annotations need none."""
+
+    def doctype(self, name: str, public_id: str | None, system: str | None) -> None:
+        raise ValueError("has a DOCTYPE, which annotations don't need: remove it")
+
+
+def read_voc(spec: str, names: Sequence[str], folder: Path, images: Path) -> Reading:
+    """XML files `names` in `folder`; an image is found by the XML file's name, else by `filename`.
+
+    The format counts pixels from 1 and includes the last. A set with a coordinate of 0 can't mean
+    that (many tools write plain coordinates) and is read without the shift.
+    """
+    reading = Reading(spec, images, "{file}: object {entry}")
+    by_stem: dict[str, list[str]] = {}
+    for path in find_files(images, IMAGES):
+        by_stem.setdefault(os.path.splitext(path)[0], []).append(path)
+    objects: list[tuple[int, str, tuple[float, float, float, float], int, bool]] = []
+    inside = _Folder(folder)
+    for name in names:
+        place, stem = str(folder / name), name.removesuffix(".xml")
+        if stem in reading.images:
+            reading.complain("id", spec, f"{_short(stem)} is listed twice", stem)
+            continue
+        if _leaves(name) or inside.find(name) is None:
+            reading.complain("path", place, f"leads out of {folder}", name)
+            continue
+        try:
+            root = ElementTree.fromstring(
+                _read_bytes(folder / name, MAX_TEXT_BYTES),
+                ElementTree.XMLParser(target=_WithoutDoctype()),
+            )
+        except UserError as error:
+            reading.complain("file", place, str(error).removeprefix(f"{place}: "))
+            continue
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            reading.complain("file", place, f"not readable as XML ({error})")
+            continue
+        stated = (root.findtext("filename") or "").strip()
+        found = by_stem.get(stem, [])
+        path = stated if stated in found or not found else found[0]
+        if reading.check_path(place, path) is None:
+            continue
+        row = reading.add_image(stem, path, *_voc_size(reading, place, root))
+        reading.files.append(place)
+        for i, element in enumerate(root.findall("object"), start=1):
+            label = (element.findtext("name") or "").strip()
+            corners = [_to_number(element.findtext(f"bndbox/{key}")) for key in _CORNERS]
+            if not label or not _are_numbers(corners, 4):
+                text = "needs `name` and `bndbox` with finite xmin, ymin, xmax, ymax"
+                reading.complain("entry", f"{place}: object {i}", text)
+                continue
+            difficult = (element.findtext("difficult") or "").strip() == "1"
+            objects.append((row, label, _from_corners(corners), i, difficult))
+    for label in sorted({label for _, label, *_ in objects}):
+        reading.category(label)
+    shift = 0 if any(min(box[:2]) < 1 for _, _, box, *_ in objects) else 1
+    for row, label, (left, top, width, height), i, difficult in objects:
+        box = (left - shift, top - shift, width + shift, height + shift)
+        reading.add_box(row, reading.category(label), box, i, crowd=difficult)
+    return reading
+
+
+def _voc_size(reading: Reading, place: str, root: ElementTree.Element) -> tuple[int, int]:
+    texts = {key: root.findtext(f"size/{key}") or "0" for key in ("height", "width")}
+    numbers = {key: _to_number(text) for key, text in texts.items()}
+    stated = {k: float("nan") if n is None else n or None for k, n in numbers.items()}  # 0: unknown
+    size = _get_size(stated)
+    if size is None:
+        reading.complain("entry", place, _size_fault(texts))
+    return size or (0, 0)
+
+
+def _to_number(text: str | None) -> float | None:
+    """None where it isn't a number; may be infinite or NaN."""
+    try:
+        return None if text is None or "_" in text else float(text)
+    except ValueError:
+        return None
+
+
+# --- YOLO ---------------------------------------------------------------------------------------
+
+
+def labels_of(images: Path) -> Path:
+    """The folder or file's counterpart: the last folder `images` on its path becomes `labels`."""
+    parts = list(images.parts)
+    for i in reversed(range(len(parts))):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts)
+
+
+def read_yolo_folder(spec: str, images: Path, labels: Path, root: Path) -> Reading:
+    """Images and labels of the same relative names."""
+    paths = find_files(images, IMAGES)
+    stems = {os.path.splitext(path)[0] for path in paths}
+    names = _find_names((root, labels, images.parent, images.parent.parent))
+    reading = _read_yolo(spec, images, paths, labels, [_as_label(path) for path in paths], names)
+    for name in find_files(labels, {".txt"}):
+        if name.removesuffix(".txt") not in stems and os.path.basename(name) != "classes.txt":
+            text = f"labels without an image in {images}"
+            reading.complain("missing", str(labels / name), text, name)
+    return reading
+
+
+def _as_label(path: str) -> str:
+    return os.path.splitext(path)[0] + ".txt"
+
+
+def read_yolo_yaml(spec: str, images: Path | None) -> Reading:
+    """Folders and lists that data.yaml names, if they are inside its own folder or `images`."""
+    text, split = spec, "train"
+    if not text.endswith((".yaml", ".yml")):
+        text, _, split = spec.rpartition(":")
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    content = _load_yaml(path)
+    root = images or path.parent
+    inside = _Folder(root)
+    places = content.get(split)
+    places = [places] if isinstance(places, str) else places
+    if not isinstance(places, list) or not places or not all(isinstance(p, str) for p in places):
+        known = ", ".join(k for k in ("train", "val", "test") if k in content) or "none of them"
+        raise UserError(
+            f"{path}: `{split}` names no folder of images; of train, val, test: {known}"
+        )
+    base = content.get("path") if images is None else None
+    paths: list[str] = []
+    for place in places:
+        bare = re.sub(r"^(\.\./)+", "", place)  # Roboflow writes ../train/images for train/images
+        tries = [os.path.join(str(base), place)] if isinstance(base, str) else []
+        found = next(
+            (
+                p
+                for p in (root / t for t in (*tries, place, bare))
+                if inside.holds(p) and p.exists()
+            ),
+            None,
+        )
+        if found is None:
+            raise one_line(
+                f"{path}: {split}: {_short(place)} is not in {root}: give the folder that it is"
+                " relative to as the images' folder"
+            )
+        start = os.path.relpath(found if found.is_dir() else found.parent, root)
+        names = find_files(found, IMAGES) if found.is_dir() else read_lines(found)
+        paths += [os.path.normpath(os.path.join(start, name.strip())) for name in names]
+    labels = [
+        os.path.relpath(
+            labels_of(Path(os.path.abspath(root / _as_label(p)))), os.path.abspath(root)
+        )
+        for p in paths
+    ]
+    return _read_yolo(spec, root, paths, root, labels, _yaml_names(path, content))
+
+
+def _load_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(_read_bytes(path, MAX_YAML_BYTES))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise one_line(f"{path}: not readable as YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a YOLO data set's YAML: needs `train`, `val` and `names`")
+    return content
+
+
+def _yaml_names(path: Path, content: dict) -> list[str]:
+    names = content.get("names")
+    if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(n, str | int) for n in names):
+        raise UserError(f"{path}: `names` is no list of names, and no map from 0, 1, ... to names")
+    return [str(name) for name in names]
+
+
+def _find_names(folders: Iterable[Path]) -> list[str]:
+    for folder in folders:
+        for name in ("data.yaml", "dataset.yaml"):
+            if (folder / name).is_file():
+                return _yaml_names(folder / name, _load_yaml(folder / name))
+        if (folder / "classes.txt").is_file():
+            return [line.strip() for line in read_lines(folder / "classes.txt")]
+    return []
+
+
+def _read_yolo(
+    spec: str,
+    folder: Path,
+    paths: Sequence[str],
+    label_folder: Path,
+    labels: Sequence[str],
+    names: Sequence[str],
+) -> Reading:
+    """Rows `class cx cy w h`, in shares of the upright image; no label file, no boxes.
+
+    `paths` are relative to `folder`, and `labels` of the same length to `label_folder`. Without
+    `names`, classes are named by their numbers.
+    """
+    reading = Reading(spec, folder, "{file}: line {entry}")
+    for i, name in enumerate(names):
+        reading.category(i, name)
+    declared = frozenset(reading.categories)
+    used = []
+    for path, label in zip(paths, labels, strict=True):
+        if path in reading.images:
+            reading.complain("id", spec, f"{_short(path)} is listed twice", path)
+        elif reading.check_path(spec, path) is not None:
+            reading.add_image(path, path, 0, 0)
+            used.append(label)
+    reading.files = [str(label_folder / label) for label in used]
+    missing = {problem.value for problem in reading.problems if problem.kind == "missing"}
+    files = [None if p in missing else folder / p for p in reading.paths]
+    with ThreadPoolExecutor(THREADS) as pool:
+        sizes = list(pool.map(_header_size, files))
+    inside = _Folder(label_folder)
+    boxes = []  # (image, class, shares, line)
+    for row, (label, size) in enumerate(zip(used, sizes, strict=True)):
+        found = inside.find(label)
+        if found is None:
+            reading.complain("path", reading.files[row], f"leads out of {label_folder}", label)
+        if isinstance(size, str):
+            reading.complain("file", reading.files[row], size, reading.paths[row])
+        elif size is not None:
+            reading.sizes[row] = size
+            if found:
+                boxes += [(row, *values) for values in _yolo_rows(reading, reading.files[row])]
+    for category in sorted({category for _, category, *_ in boxes}):  # by number where not declared
+        reading.category(category)
+    for row, category, (cx, cy, w, h), line in boxes:
+        _check_category(reading, f"{reading.files[row]}: line {line}", category, declared)
+        height, width = reading.sizes[row]
+        box = ((cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height)
+        reading.add_box(row, reading.category(category), box, line)
+    return reading
+
+
+def _header_size(file: Path | None) -> tuple[int, int] | str | None:
+    """(height, width) upright, why it can't be known, or None where there is no file."""
+    try:
+        return None if file is None else read_header(file).upright_size
+    except DamagedImageError as error:
+        return str(error)
+
+
+def _yolo_rows(reading: Reading, file: str) -> Iterator[tuple[int, list[float], int]]:
+    """(class, shares, line number) of each row that is right."""
+    try:
+        text = _read_bytes(Path(file), MAX_TEXT_BYTES).decode()
+    except UnicodeDecodeError as error:
+        reading.complain("file", file, f"not a text file ({error})")
+        return
+    except UserError as error:
+        reading.complain("file", file, str(error).removeprefix(f"{file}: "))
+        return
+    for line, row in enumerate(text.splitlines(), start=1):
+        words = row.split()
+        if not words:
+            continue
+        values: list[Any] = [_to_number(word) for word in words]
+        if len(values) > 5 and len(values) % 2 and _are_numbers(values, len(values)):
+            reading.complain("entry", f"{file}: line {line}", "a polygon: export boxes")
+        elif not _are_numbers(values, 5) or values[0] < 0 or values[0] != int(values[0]):
+            text = f"{_short(row)}: give `class cx cy w h`, a whole number and 4 finite ones"
+            reading.complain("entry", f"{file}: line {line}", text)
+        else:
+            yield int(values[0]), values[1:], line
+
+
+# --- tfds ---------------------------------------------------------------------------------------
+
+
+def read_tfds(spec: str) -> Reading:
+    """Boxes and image headers in one pass over the records; pixels are not decoded."""
+    import tensorflow_datasets as tfds
+
+    features, records = open_tfds(spec)
+    objects = features.get("objects")
+    inner = getattr(objects, "feature", None)  # of a Sequence
+    inner = dict(inner.items()) if isinstance(inner, tfds.features.FeaturesDict) else {}
+    if (
+        not isinstance(features.get("image"), tfds.features.Image)
+        or not isinstance(inner.get("bbox"), tfds.features.BBoxFeature)
+        or not isinstance(inner.get("label"), tfds.features.ClassLabel)
+    ):
+        raise UserError(
+            f"{spec}: needs the features `image` and `objects`, a sequence of `bbox` and `label`;"
+            f" it has {', '.join(features)}"
+        )
+    reading = Reading(spec, Path(), "{file}: objects[{entry}]")
+    for i, name in enumerate(inner["label"].names):
+        reading.category(i, name)
+    reading.tfds = TfdsReader(spec, records)
+    for row in range(len(records)):
+        record, place = records[row], reading.tfds.example_name(row)
+        reading.files.append(place)
+        try:
+            height, width = read_header(record["image"], name=place).upright_size
+        except DamagedImageError as error:
+            reading.complain("file", place, str(error).removeprefix(f"{place}: "))
+            height, width = 0, 0
+        image_id: int | str = int(record["image/id"]) if "image/id" in features else row
+        if image_id in reading.images:
+            reading.complain("id", place, f"image/id {image_id} is given twice", image_id)
+            image_id = f"row {row}"
+        reading.add_image(image_id, place, height, width)
+        found = record["objects"]
+        shares = np.asarray(found["bbox"], np.float64).reshape(-1, 4)
+        boxes = shares[:, [1, 0, 3, 2]] * (width, height, width, height)
+        for i, box in enumerate(boxes.tolist()):
+            label = int(found["label"][i])
+            if not _are_numbers(box, 4) or label < 0:
+                reading.complain("entry", f"{place}: objects[{i}]", "bbox or label is not given")
+                continue
+            crowd = bool(found["is_crowd"][i]) if "is_crowd" in found else False
+            area = float(found["area"][i]) if "area" in found else None
+            reading.add_box(row, label, _from_corners(box), i, area, crowd)
+    return reading
