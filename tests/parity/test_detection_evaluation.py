@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detection_cases import make_detections, make_truth, random_case
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vision_jax.data.detection import DetectionSource
+from vision_jax.data.detection import DetectionSource, read_detection_source
 from vision_jax.evaluate import detection
 from vision_jax.evaluate.detection import Detections
 
@@ -105,3 +106,53 @@ def test_annotation_id_0_is_unmatched_in_pycocotools_so_files_start_at_1(tmp_pat
     content["annotations"][0]["id"] = 0
     (tmp_path / "truth.json").write_text(json.dumps(content))
     assert _pycocotools(tmp_path / "truth.json", tmp_path / "results.json").stats[0] == 0
+
+
+def _random_file(random: np.random.Generator) -> tuple[dict, list[tuple]]:
+    """A COCO annotation file as people write them, two decimals and ids with gaps, and
+    detections (image id, category id, score, box) near its boxes."""
+    images = [int(key) for key in random.permutation(100)[: random.integers(1, 8)]]
+    categories = [int(key) for key in random.permutation(90)[: random.integers(1, 5)]]
+    annotations, found = [], []
+    for image in images:
+        for _ in range(random.integers(0, 6)):
+            corner, side = random.uniform(0, 300, 2).round(2), random.uniform(1, 300, 2).round(2)
+            category = int(random.choice(categories))
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image, "category_id": category,
+                "bbox": [*corner.tolist(), *side.tolist()], "iscrowd": int(random.random() < 0.1),
+                "area": float(side.prod() * random.uniform(0.4, 1)),  # of a mask
+            })  # fmt: skip
+            for _ in range(random.integers(0, 4)):
+                noise = random.choice([0, 0.05, 0.2]) * random.normal(size=(2, 2)) * side
+                box = np.concatenate([corner, corner + side]) + noise.ravel()
+                box[2:] = np.maximum(box[2:], box[:2])
+                found.append((image, category, round(random.random(), 1), box.tolist()))
+    return {
+        "images": [
+            {"id": key, "file_name": f"{key}.jpg", "height": 600, "width": 600} for key in images
+        ],
+        "categories": [{"id": key, "name": f"category {key}"} for key in categories],
+        "annotations": annotations,
+    }, found
+
+
+def test_an_annotation_file_gives_what_pycocotools_makes_of_it(tmp_path: Path) -> None:
+    """The file is read here on its own, with its ids from 0, which pycocotools can't do."""
+    for key in range(100):
+        Image.new("L", (600, 600)).save(tmp_path / f"{key}.jpg")
+    for seed in range(30):
+        content, found = _random_file(np.random.default_rng(seed))
+        truth = tmp_path / "truth.json"
+        zero = [{**entry, "id": entry["id"] - 1} for entry in content["annotations"]]
+        truth.write_text(json.dumps({**content, "annotations": zero}))
+        source = read_detection_source(str(truth), tmp_path)
+        images = {key: row for row, key in enumerate(source.image_ids)}
+        labels = {key: label for label, key in enumerate(source.category_ids)}
+        detections = make_detections([(images[i], labels[k], *rest) for i, k, *rest in found])
+        ours = detection.summarize(detections, source)
+        truth.write_text(json.dumps(content))
+        results = detection.write_results(tmp_path / "results.json", detections, source)
+        stats = [-1 if ours[name] is None else ours[name] for name in NAMES]
+        theirs = _pycocotools(truth, results).stats
+        np.testing.assert_allclose(stats, theirs, rtol=0, atol=1e-12)
