@@ -3,9 +3,12 @@ import json
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from vision_jax.data.decode import decode_image
+from vision_jax.data.detection import read_detection_source
 from vision_jax.data.sources import ASSETS
+from vision_jax.errors import UserError
 
 AERIAL = ASSETS / "aerial"
 
@@ -39,3 +42,15 @@ def test_aerial_splits_share_no_photo():
     assert sorted(photos["train"].values()) == [4, 4, 90]
     assert sorted(photos["test"].values()) == [20]
     assert not photos["train"].keys() & photos["test"].keys()
+
+
+def test_aerial_tiles_read_as_any_source():
+    for split, tiles, boxes in (("train", 98, 827), ("test", 20, 307)):
+        source = read_detection_source(f"embedded:aerial/{split}")
+        assert (len(source), len(source.label.values)) == (tiles, boxes)
+        assert source.class_names == ("tree",)
+        assert source.note == ""
+        assert source[0]["image"].shape == (256, 256, 3)
+    for spec in ("embedded:aerial", "embedded:aerial/", "embedded:../assets/aerial/train"):
+        with pytest.raises(UserError, match="use one of embedded:aerial/test, embedded:aerial/tr"):
+            read_detection_source(spec)

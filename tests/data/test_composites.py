@@ -15,6 +15,7 @@ from vision_jax.data.composites import (
     read_pieces,
     write_composites,
 )
+from vision_jax.data.detection import read_detection_source
 from vision_jax.errors import UserError
 
 
@@ -121,3 +122,53 @@ def test_the_command_writes_or_says_why_not(tmp_path):
     done = subprocess.run([*command, "--count=2", "--size=9"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: composites: size 9: use 64 to 256 pixels\n"
+
+
+def test_a_specification_reads_them_as_any_source():
+    source = read_detection_source("composites:test/2/5/64")
+    assert source.class_names == CLASS_NAMES
+    assert source.category_ids == tuple(range(1, 9))
+    assert len(source) == 5
+    assert source.note == ""
+    assert source.example_name(3) == "composites:test/2/5/64[3]"
+    for index in range(5):
+        composite = make_composite("test", 2, index, size=64)
+        example = source[index]
+        np.testing.assert_array_equal(example["image"], composite.image)
+        np.testing.assert_array_equal(example["boxes_xyxy_px"], composite.boxes_xyxy_px)
+        np.testing.assert_array_equal(example["label"], composite.labels)
+        assert source.sizes[index].tolist() == [64, 64]
+    assert read_detection_source("composites:train/0/1").sizes.tolist() == [[128, 128]]
+
+
+def test_files_and_specification_are_one_data_set(tmp_path):
+    write_composites(tmp_path, "train", count=3, seed=1, size=64)
+    files = read_detection_source(str(tmp_path / "train.json"))
+    memory = read_detection_source("composites:train/1/3/64")
+    assert files.class_names == memory.class_names
+    assert files.category_ids == memory.category_ids
+    assert files.image_ids == memory.image_ids
+    for index in range(3):
+        for name, value in files[index].items():
+            np.testing.assert_array_equal(value, memory[index][name], err_msg=name)
+
+
+def test_plain_files_read_as_one_class(tmp_path):
+    write_composites(tmp_path, "train", count=3, seed=0, size=64, plain=True)
+    source = read_detection_source(str(tmp_path / "train.json"))
+    assert source.class_names == ("garment",)
+    for index in range(3):
+        composite = make_composite("train", 0, index, size=64, max_objects=1)
+        np.testing.assert_array_equal(source[index]["boxes_xyxy_px"], composite.boxes_xyxy_px)
+        np.testing.assert_array_equal(source[index]["image"], composite.image)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["", "train", "train/0", "valid/0/5", "train/0/5/64/1", "train/-1/5", "train/a/5", "train/0/²"],
+)
+def test_a_specification_that_is_none_says_how_to_write_it(spec):
+    with pytest.raises(UserError, match="write composites:SPLIT/SEED/COUNT"):
+        read_detection_source(f"composites:{spec}")
+    with pytest.raises(UserError, match="size 512: use 64 to 256"):
+        read_detection_source("composites:train/0/5/512")

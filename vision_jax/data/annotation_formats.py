@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from vision_jax.data.decode import DamagedImageError, read_header
-from vision_jax.data.sources import IMAGE_SUFFIXES, TfdsReader, open_tfds
+from vision_jax.data.sources import IMAGE_SUFFIXES, ArrayReader, TfdsReader, open_tfds
 from vision_jax.errors import UserError
 
 IMAGES = IMAGE_SUFFIXES - {".npy"}
@@ -93,7 +93,7 @@ class Reading:
     def __init__(self, spec: str, folder: Path, entry_form: str, files: Iterable[str] = ()):
         self.spec, self.folder, self.entry_form, self.files = spec, folder, entry_form, list(files)
         self.problems: list[Problem] = []
-        self.tfds: TfdsReader | None = None
+        self.records: TfdsReader | ArrayReader | None = None
         self.paths: list[str] = []
         self.sizes: list[tuple[int, int]] = []
         self.images: dict[int | str, int] = {}  # id -> row
@@ -722,9 +722,9 @@ def read_tfds(spec: str) -> Reading:
     reading = Reading(spec, Path(), "{file}: objects[{entry}]")
     for i, name in enumerate(inner["label"].names):
         reading.category(i, name)
-    reading.tfds = TfdsReader(spec, records)
+    reading.records = reader = TfdsReader(spec, records)
     for row in range(len(records)):
-        record, place = records[row], reading.tfds.example_name(row)
+        record, place = records[row], reader.example_name(row)
         reading.files.append(place)
         try:
             height, width = read_header(record["image"], name=place).upright_size

@@ -12,6 +12,8 @@
     data.yaml[:SPLIT]       YOLO: `train` unless SPLIT says otherwise
     FOLDER                  that holds one of the JSON files above
     tfds:NAME/SPLIT[@DIR]   COCO and its like, prepared as array_record; read without TensorFlow
+    embedded:aerial/SPLIT   98 aerial photos with boxes of trees in the package; test has 20
+    composites:SPLIT/SEED/COUNT[/SIZE]  generated, train or test; see composites.py
 """
 
 import re
@@ -37,7 +39,8 @@ from vision_jax.data.annotation_formats import (
     read_yolo_folder,
     read_yolo_yaml,
 )
-from vision_jax.data.sources import FileReader, TfdsReader
+from vision_jax.data.composites import read_composites
+from vision_jax.data.sources import ASSETS, ArrayReader, FileReader, TfdsReader
 from vision_jax.errors import UserError
 
 
@@ -58,7 +61,7 @@ class Annotations:
       area: f64[M] in pixels, w · h where the file gives none.
       crowd: bool[M]; Pascal VOC's `difficult`, which its evaluation ignores likewise.
       files, entries, entry_form: how `place` names a box.
-      tfds: what reads the images, where they are records rather than files.
+      records: what reads the images, where they are no files.
     """
 
     name: str
@@ -77,7 +80,7 @@ class Annotations:
     files: tuple[str, ...]  # one for all, or one an image
     entries: np.ndarray  # i32[M]
     entry_form: str  # "{file}: annotations[{entry}]"
-    tfds: TfdsReader | None = None
+    records: TfdsReader | ArrayReader | None = None
 
     def place(self, box: int) -> str:
         """What to call box `box` in messages: its file and entry."""
@@ -85,9 +88,9 @@ class Annotations:
         return self.entry_form.format(file=file, entry=self.entries[box])
 
     @property
-    def reader(self) -> FileReader | TfdsReader:
+    def reader(self) -> FileReader | TfdsReader | ArrayReader:
         """Decodes image i: `reader.read(i)` uint8[H, W, C], upright; `reader.example_name(i)`."""
-        return self.tfds or FileReader(self.folder, self.paths)
+        return self.records or FileReader(self.folder, self.paths)
 
 
 def read_annotations(spec: str, images: Path | None = None) -> Annotations:
@@ -120,6 +123,10 @@ def examine_annotations(
         raise UserError(f"{images}: no such folder of images")
     if spec.startswith("tfds:"):
         reading = read_tfds(spec)
+    elif spec.startswith("composites:"):
+        reading = read_composites(spec)
+    elif spec.startswith("embedded:"):
+        reading = _read_embedded(spec)
     elif re.search(r"\.ya?ml(:\w+)?$", spec) and not Path(spec).expanduser().is_dir():
         reading = read_yolo_yaml(spec, images)
     else:
@@ -131,12 +138,21 @@ def examine_annotations(
         else:
             raise UserError(
                 f"{spec}: no such file or folder: give COCO or plain JSON, a Pascal VOC or YOLO"
-                " folder, data.yaml:SPLIT or tfds:NAME/SPLIT"
+                " folder, data.yaml:SPLIT, tfds:NAME/SPLIT, embedded:aerial/train or composites:..."
             )
     annotations = _finish(reading)
     if not annotations.paths and not reading.problems:
         raise UserError(f"{spec}: lists no images")
     return annotations, tuple(reading.problems)
+
+
+def _read_embedded(spec: str) -> Reading:
+    path = ASSETS / f"{spec.partition(':')[2]}.json"
+    known = sorted(ASSETS.glob("*/*.json"))
+    if path not in known:
+        names = ", ".join(f"embedded:{p.parent.name}/{p.stem}" for p in known)
+        raise UserError(f"{spec}: not embedded: use one of {names}")
+    return _read_file(spec, path, None)
 
 
 def _read_folder(spec: str, path: Path, images: Path | None) -> Reading:
@@ -219,5 +235,5 @@ def _finish(reading: Reading) -> Annotations:
         tuple(reading.files),
         np.array(reading.entries, np.int32),
         reading.entry_form,
-        reading.tfds,
+        reading.records,
     )

@@ -1,6 +1,7 @@
 """Composite images with exact boxes, from a seed: real pieces pasted on real ground.
 
-    python -m vision_jax.data.composites --out=DIR --split=train --count=500 --seed=0
+    composites:SPLIT/SEED/COUNT[/SIZE]      as config.data.train, such as composites:train/0/2000
+    python -m vision_jax.data.composites --out=DIR --split=train --count=2000     as files
 
 Garments of Fashion-MNIST, tinted, scaled and turned, lie on crops of aerial photos; both come with
 the package, and training and test images share neither a garment nor a photo. A detector that finds
@@ -20,8 +21,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vision_jax.data.annotation_formats import Reading
 from vision_jax.data.decode import decode_image
-from vision_jax.data.sources import ASSETS
+from vision_jax.data.sources import ASSETS, ArrayReader
 from vision_jax.errors import UserError
 
 # Shirts and coats are left out: as small and tinted as here, they can't be told from pullovers.
@@ -30,6 +32,7 @@ CLASS_NAMES = (
 )  # fmt: skip
 SPLITS = ("train", "test")
 SIZES = (64, 256)  # least and largest side, in pixels
+DEFAULT_SIZE = 128
 MAX_OBJECTS = 6
 MAX_BYTES = 4_000_000_000  # of the pixels of a source, which holds them in memory
 
@@ -110,7 +113,7 @@ def _ground(pieces: Pieces, rng: np.random.Generator, size: int) -> np.ndarray:
     """uint8[size, size, 3]: somewhere in a tile, in one of eight orientations."""
     tile = pieces.grounds[rng.integers(len(pieces.grounds))]
     top, left = rng.integers(0, np.array(tile.shape[:2]) - size + 1)
-    ground = np.rot90(tile[top : top + size, left : left + size], rng.integers(4))
+    ground = np.rot90(tile[top : top + size, left : left + size], int(rng.integers(4)))
     return np.ascontiguousarray(ground[:, ::-1] if rng.integers(2) else ground)
 
 
@@ -157,6 +160,40 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
     smaller = min(np.prod(a[2:] - a[:2]), np.prod(b[2:] - b[:2]))
     return float(np.prod(np.maximum(sides, 0)) / smaller)
+
+
+def read_composites(spec: str) -> Reading:
+    """All images of `composites:SPLIT/SEED/COUNT[/SIZE]`, made here and kept in memory.
+
+    SIZE is 128 unless given; 1,000 images take some seconds and 49 MB. Raises UserError.
+    """
+    split, *numbers = spec.partition(":")[2].split("/")
+    if split not in SPLITS or len(numbers) not in (2, 3) or not all(map(_is_number, numbers)):
+        raise UserError(
+            f"{spec}: write composites:SPLIT/SEED/COUNT or composites:SPLIT/SEED/COUNT/SIZE, such"
+            " as composites:train/0/2000"
+        )
+    seed, count, size = *map(int, numbers), *((DEFAULT_SIZE,) * (3 - len(numbers)))
+    check(count, seed, size, spec)
+    images = np.empty((count, size, size, 3), np.uint8)
+    reading = Reading(spec, Path(), "{file}: object {entry}")
+    reading.records = ArrayReader(spec, images)
+    for label, name in enumerate(CLASS_NAMES):
+        reading.category(label + 1, name)
+    for index in range(count):
+        composite = make_composite(split, seed, index, size=size)
+        images[index] = composite.image
+        reading.files.append(reading.records.example_name(index))
+        reading.add_image(index + 1, reading.files[-1], size, size)
+        boxes = composite.boxes_xyxy_px.tolist()
+        for entry, (box, label) in enumerate(zip(boxes, composite.labels.tolist(), strict=True)):
+            x0, y0, x1, y1 = box
+            reading.add_box(index, label, (x0, y0, x1 - x0, y1 - y0), entry)
+    return reading
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 9
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -215,7 +252,7 @@ def main() -> int:
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--count", type=int, required=True, help="images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=128, help="pixels a side")
+    parser.add_argument("--size", type=int, default=DEFAULT_SIZE, help="pixels a side")
     parser.add_argument("--plain", action="store_true", help="one class, one box an image")
     options = parser.parse_args()
     try:

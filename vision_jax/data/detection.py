@@ -6,6 +6,8 @@
     FOLDER                            of Pascal VOC .xml files, or YOLO's images/ and labels/
     data.yaml                         YOLO's
     tfds:NAME/SPLIT[@DATA_DIR]        prepared as array_record; read without TensorFlow
+    embedded:aerial/SPLIT             aerial photos with boxes of trees, train or test
+    composites:SPLIT/SEED/COUNT[/SIZE]  generated from a seed, train or test
 
 data/annotations.py reads these as they are written. Here boxes become corners inside the image,
 and category ids of any kind become labels 0 to K - 1.
