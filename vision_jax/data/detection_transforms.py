@@ -15,6 +15,7 @@ from vision_jax.data.transforms import INTERPOLATIONS, resize, to_channels
 from vision_jax.errors import UserError
 
 STRIDE = 32  # of default canvases: what detectors divide their input by
+ALIASED = "bilinear_aliased"
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2
 
 
@@ -23,10 +24,11 @@ class DetectionPreprocessing:
     """What a detector expects of its images; it travels with the weights.
 
     The short side becomes `short`, unless the long side would exceed `longest` then: DETR's rule,
-    see `resized_size`. With `square` both sides become `short`, whatever the aspect ratio. `mean`
-    and `std` are per channel, for images in [0, 1]; the model applies them, the host doesn't.
-    `buckets` are the canvases, (height, width), that images are padded to at the bottom and at the
-    right: one compilation each.
+    see `resized_size`. With `square` both sides become `short`, whatever the aspect ratio.
+    `interpolation` is Pillow's, antialiased, or "bilinear_aliased", which is bilinear without
+    antialiasing, as transformers' RfDetrImageProcessor has it. `mean` and `std` are per channel,
+    for images in [0, 1]; the model applies them, the host doesn't. `buckets` are the canvases,
+    (height, width), that images are padded to at the bottom and right: one compilation each.
     """
 
     short: int
@@ -38,10 +40,13 @@ class DetectionPreprocessing:
     buckets: tuple[tuple[int, int], ...]
 
     def __post_init__(self):
-        if self.interpolation not in INTERPOLATIONS:
+        for field in ("mean", "std"):  # model.json has lists
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        object.__setattr__(self, "buckets", tuple((h, w) for h, w in self.buckets))
+        known = (*INTERPOLATIONS, ALIASED)
+        if self.interpolation not in known:
             raise UserError(
-                f"preprocessing interpolation {self.interpolation!r}: use one of"
-                f" {', '.join(INTERPOLATIONS)}"
+                f"preprocessing interpolation {self.interpolation!r}: use one of {', '.join(known)}"
             )
         if not 0 < self.short <= self.longest:
             raise UserError(
@@ -105,10 +110,10 @@ def resized_size(
     """(height, width) of an image of `size` after the resize; `short` replaces preprocessing.short.
 
     The short side becomes `short` and the long side is rounded down; if the long side would exceed
-    `longest`, it becomes that, rounded down, and the short side is rounded. An image whose short
-    side is right already is left alone, even if its long side is not: so a strip of more than 20
-    to 1 may stay longer than `longest`. Equal to transformers 5.23, DetrImageProcessor, except that
-    no side is less than 1.
+    `longest`, it becomes that, and the short side is rounded. Equal to transformers 5.23,
+    DetrImageProcessor, but for two corners: transformers leaves an image alone whose short side is
+    right already, even if it is longer than `longest` (300 × 641 at 480 and 640); and it fails on
+    strips whose short side rounds to 0, which is 1 here.
     """
     height, width = size
     side = preprocessing.short if short is None else short
@@ -119,7 +124,7 @@ def resized_size(
     if most / least * side > preprocessing.longest:
         exact = preprocessing.longest * least / most
         side = round(exact)
-    if least == side:
+    if least == side and most <= preprocessing.longest:
         return size
     side = max(side, 1)
     if width < height:
@@ -132,7 +137,7 @@ def default_buckets(short: int, longest: int, count: int) -> tuple[tuple[int, in
 
     Landscape ones of evenly spaced widths, their portrait twins, and a square of the short side if
     `count` is odd; 1 is a square of the long side. Sides may coincide; there are fewer canvases
-    then. (Strips of more than 20 to 1 don't fit: see `resized_size`.)
+    then.
     """
     if count < 1 or not 0 < short <= longest:
         raise UserError(f"{count} buckets for {short} to {longest}: use 1 or more, short ≤ longest")
@@ -184,17 +189,10 @@ def to_cxcywh_01(boxes_xyxy_px: np.ndarray, size: tuple[int, int]) -> np.ndarray
     return np.concatenate(shares, axis=1).astype(np.float32)
 
 
-def crop_boxes(
-    boxes: np.ndarray, window: tuple[int, int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(boxes clipped to the window and relative to it, bool[T]: which have an area there).
-
-    `window` is (top, left, height, width).
-    """
+def crop_boxes(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
+    """Clipped to the window (top, left, height, width), and relative to it; some may be empty."""
     top, left, height, width = window
-    moved = np.clip(boxes - [left, top, left, top], 0, [width, height, width, height])
-    kept = (moved[:, 2:] > moved[:, :2]).all(1)
-    return moved[kept], kept
+    return np.clip(boxes - [left, top, left, top], 0, [width, height, width, height])
 
 
 def flip_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
@@ -203,8 +201,9 @@ def flip_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
 
 
 def scale_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """As the image of size `old` (height, width) is resized to `new`."""
-    return boxes * np.tile([new[1] / old[1], new[0] / old[0]], 2)
+    """As the image of size `old` (height, width) is resized to `new`; never over its border."""
+    limit = np.tile(new[::-1], 2)
+    return np.clip(boxes * limit / np.tile(old[::-1], 2), 0, limit)
 
 
 # --- images with boxes --------------------------------------------------------------------------
@@ -223,7 +222,7 @@ def detection_eval_transform(
     image = to_channels(image, len(preprocessing.mean))
     size = image.shape[0], image.shape[1]
     new = fit(resized_size(size, preprocessing), canvas)
-    return resize(image, new, preprocessing.interpolation), scale_boxes(boxes, size, new)
+    return resize_image(image, new, preprocessing.interpolation), scale_boxes(boxes, size, new)
 
 
 def detection_train_transform(
@@ -242,20 +241,35 @@ def detection_train_transform(
     the canvas shrinks. The draws are those of the augmentation alone: they don't depend on boxes.
     """
     image = to_channels(image, len(preprocessing.mean))
-    kept = np.ones(len(boxes), bool)
     if augmentation.crop and rng.random() < augmentation.crop:
         size = image.shape[0], image.shape[1]
         top, left, height, width = window = random_window(
             size, rng, augmentation, preprocessing.short
         )
         image = image[top : top + height, left : left + width]
-        boxes, kept = crop_boxes(boxes, window)
+        boxes = crop_boxes(boxes, window)
     old = image.shape[0], image.shape[1]
     new = fit(resized_size(old, preprocessing, short), canvas)
-    image, boxes = resize(image, new, preprocessing.interpolation), scale_boxes(boxes, old, new)
+    image = resize_image(image, new, preprocessing.interpolation)
+    boxes = scale_boxes(boxes, old, new)
+    kept = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
     if augmentation.flip and rng.random() < 0.5:
         image, boxes = image[:, ::-1], flip_boxes(boxes, new[1])
-    return color_jitter(image, rng, augmentation), boxes, kept
+    return color_jitter(image, rng, augmentation), boxes[kept], kept
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """uint8[H, W, C] → uint8[h, w, C], `size` = (h, w); see `DetectionPreprocessing`."""
+    if interpolation != ALIASED:
+        return resize(image, size, interpolation)
+    pixels = image.astype(np.float32)
+    for axis, (old, new) in enumerate(zip(image.shape, size, strict=False)):
+        at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)  # pixel centers
+        first = at.astype(np.int64)
+        share = np.expand_dims((at - first).astype(np.float32), tuple({0, 1, 2} - {axis}))
+        second = pixels.take(np.minimum(first + 1, old - 1), axis)
+        pixels = pixels.take(first, axis) * (1 - share) + second * share
+    return np.rint(pixels).astype(np.uint8)
 
 
 def random_window(
