@@ -4,7 +4,16 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from vision_jax.convert import beit, convnext, efficientnet, regnet, resnet, swin, vit
+from vision_jax.convert import (
+    beit,
+    convnext,
+    efficientnet,
+    regnet,
+    resnet,
+    rf_detr,
+    swin,
+    vit,
+)
 from vision_jax.convert.files import Tensors
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, without_prefix
 from vision_jax.errors import UserError
@@ -19,10 +28,11 @@ TABLES: tuple[Table, ...] = (
     *efficientnet.TABLES,
     *convnext.TABLES,
     *swin.TABLES,
+    *rf_detr.TABLES,
 )
 _ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
     (module.TABLES[0].family, module.ZOO)
-    for module in (beit, vit, resnet, regnet, efficientnet, convnext, swin)
+    for module in (beit, vit, resnet, regnet, efficientnet, convnext, swin, rf_detr)
 )
 ZOO: tuple[Entry, ...] = tuple(entry for _, entries in _ZOOS for entry in entries)
 

@@ -23,7 +23,7 @@ import numpy as np
 from flax import linen as nn
 
 from vision_jax.models.attention import attend
-from vision_jax.models.layers import Conv, Dense, layer_norm
+from vision_jax.models.layers import Conv, Dense, Initializer, layer_norm
 from vision_jax.models.resnet import VARIANTS as RESNETS
 from vision_jax.models.resnet import ResNet
 from vision_jax.ops.position_embedding import sine_positions
@@ -273,10 +273,12 @@ class BoxHead(nn.Module):
 
     width: int
     dtype: Any
+    last_init: Initializer = _uniform
 
     @nn.compact
     def __call__(self, x):
         for index, features in enumerate((self.width, self.width, 4), 1):
-            x = Dense(features, dtype=self.dtype, kernel_init=_uniform, name=f"fc{index}")(x)
+            init = _uniform if index < 3 else self.last_init
+            x = Dense(features, dtype=self.dtype, kernel_init=init, name=f"fc{index}")(x)
             x = nn.relu(x) if index < 3 else x
         return x

@@ -5,7 +5,17 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 from vision_jax.errors import UserError, nearest
-from vision_jax.models import beit, convnext, detr, efficientnet, regnet, resnet, swin, vit
+from vision_jax.models import (
+    beit,
+    convnext,
+    detr,
+    efficientnet,
+    regnet,
+    resnet,
+    rf_detr,
+    swin,
+    vit,
+)
 from vision_jax.models.layers import RUN_ARGUMENTS as RUN_ARGUMENTS
 
 
@@ -52,6 +62,7 @@ FAMILIES: dict[str, Family] = {
     "efficientnet": Family(efficientnet.EfficientNet, efficientnet.variant),
     "regnet": Family(regnet.RegNet, regnet.variant),
     "resnet": Family(resnet.ResNet, resnet.variant),
+    "rf_detr": Family(rf_detr.RfDetr, rf_detr.variant, task="detection"),
     "swin": Family(swin.Swin, swin.variant),
 }
 

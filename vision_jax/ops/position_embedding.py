@@ -133,3 +133,27 @@ def sine_positions(mask: jax.Array, width: int, dtype: Any = jnp.float32) -> jax
         both = jnp.stack([jnp.sin(angle[..., ::2]), jnp.cos(angle[..., 1::2])], axis=-1)
         parts.append(both.reshape(*mask.shape, half))  # [B, h, w, D/2]
     return jnp.concatenate(parts, axis=-1)
+
+
+def sine_boxes(boxes: jax.Array, width: int) -> jax.Array:
+    """Sines and cosines of the numbers of boxes.
+
+    LW-DETR's (https://arxiv.org/abs/2406.03459): like DETR's sine positions, of y, x, w and h in
+    this order, with the frequencies rounded to float32 as torch has them.
+
+    Args:
+      boxes: f[B, Q, 4] as (cx, cy, w, h), relative to the image.
+      width: channels of each number, even; sine and cosine of a frequency stand side by side.
+
+    Returns:
+      f[B, Q, 4 · width] in the dtype of `boxes`.
+
+    >>> sine_boxes(jnp.array([[[0.0, 0.25, 0.5, 1.0]]]), 2).round(3).tolist()
+    [[[1.0, -0.0, 0.0, 1.0, -0.0, -1.0, 0.0, 1.0]]]
+    """
+    exponents = (2 * (np.arange(width) // 2) / width).astype(np.float32)
+    periods = (10000.0 ** exponents.astype(np.float64)).astype(np.float32)
+    angles = boxes[..., jnp.array([1, 0, 2, 3]), None] * (2 * math.pi)  # [B, Q, 4, 1]
+    angles = angles / jnp.asarray(periods, boxes.dtype).reshape(1, 1, 1, -1)
+    both = jnp.stack([jnp.sin(angles[..., ::2]), jnp.cos(angles[..., 1::2])], axis=-1)
+    return both.reshape(*boxes.shape[:2], 4 * width)
