@@ -12,7 +12,6 @@ import numpy as np
 
 from vision_jax.convert.engine import (
     CONV,
-    LINEAR,
     Fixed,
     Layout,
     Rule,
@@ -30,10 +29,12 @@ from vision_jax.models.vit import SIZES
 
 _ENCODER = "{p}backbone.0.encoder.encoder."
 _PROJECTOR = "{p}backbone.0.projector.stages.0."
-_PACKED = (
-    Layout(lambda xs: [x.T for x in np.split(xs[0], 3)], lambda xs: [np.concatenate([x.T for x in xs])]),
-    Layout(lambda xs: np.split(xs[0], 3), lambda xs: [np.concatenate(xs)]),
-)  # fmt: skip
+# torch's packed attention in three of ours: [3·D, D], [D, D] × 3.
+_PACKED_LINEAR = Layout(
+    lambda xs: [part.T for part in np.split(xs[0], 3)],
+    lambda xs: [np.concatenate([x.T for x in xs])],
+)
+_PACKED_BIAS = Layout(lambda xs: np.split(xs[0], 3), lambda xs: [np.concatenate(xs)])
 # What the config must say, since the model has nothing else.
 _ONLY = {
     "activation_function": "silu",
@@ -107,13 +108,11 @@ def _projector_rules(blocks: int) -> list[Rule]:
 
 
 def _decoder_rules(name: str, path: str) -> list[Rule]:
+    parts = [f"{path}/self_attn/{part}" for part in ("q", "k", "v")]
+    kernels, biases = (tuple(f"{part}/{leaf}" for part in parts) for leaf in ("kernel", "bias"))
     packed = [
-        Rule(
-            (f"{name}.self_attn.in_proj_{kind}",),
-            tuple(f"{path}/self_attn/{part}/{leaf}" for part in ("q", "k", "v")),
-            layout,
-        )
-        for kind, leaf, layout in zip(("weight", "bias"), ("kernel", "bias"), _PACKED, strict=True)
+        Rule((f"{name}.self_attn.in_proj_weight",), kernels, _PACKED_LINEAR),
+        Rule((f"{name}.self_attn.in_proj_bias",), biases, _PACKED_BIAS),
     ]
     rules = [*packed, *affine(f"{name}.self_attn.out_proj", f"{path}/self_attn/out")]
     for theirs, ours in (

@@ -385,7 +385,11 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
         value = noise(parameter)
         if name.endswith(("logit_scale",)):
             value = 1 + 0.3 * value
-        elif parameter.ndim >= 2 and "emb" not in name and "token" not in name:
+        elif parameter.ndim >= 2 and (
+            "bbox_embed" in name  # heads, as RF-DETR calls them
+            or "class_embed" in name
+            or ("emb" not in name and "token" not in name)
+        ):
             value *= max(parameter[0].numel(), 1) ** -0.5
         elif parameter.ndim == 1 and name.endswith((".weight", "gamma", "lambda1")):
             value = 1 + 0.3 * value

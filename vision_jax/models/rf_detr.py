@@ -488,8 +488,8 @@ class RfDetr(nn.Module):
             )
         if (cells := (height // self.patch_size) ** 2) < self.num_queries:
             raise ValueError(
-                f"images of {height} pixels have {cells} cells for {self.num_queries} queries: take "
-                "larger images or a smaller num_queries"
+                f"images of {height} pixels have {cells} cells for {self.num_queries} queries: "
+                "take larger images or a smaller num_queries"
             )
 
     def _backbone(self, images, train):
