@@ -190,7 +190,7 @@ def _from_file(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
 def _from_config(config: dict[str, Any], arguments: Arguments) -> dict[str, Any]:
     """What only config.json says; where it is silent, transformers' defaults."""
     absent = {"num_attention_heads": 6, "out_features": ["stage2", "stage5", "stage8", "stage11"]}
-    backbone = config.get("backbone_config") or absent
+    backbone: dict[str, Any] = config.get("backbone_config") or absent
     for given, only in ((config, _ONLY), (backbone, _ONLY_BACKBONE)):
         for name, value in only.items():
             if given.get(name, value) != value:

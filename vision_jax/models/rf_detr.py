@@ -101,8 +101,8 @@ class Backbone(nn.Module):
         x = Conv(self.width, size, size, dtype=self.dtype, name="patch_embed")(images)
         batch, side, windows = x.shape[0], x.shape[1], self.num_windows
         token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.width))
-        shape = (1, 1 + self.position_grid**2, self.width)
-        positions = self.param("pos_embed", nn.initializers.normal(0.02), shape)
+        table = (1, 1 + self.position_grid**2, self.width)
+        positions = self.param("pos_embed", nn.initializers.normal(0.02), table)
         token = (token + positions[:, :1]).astype(self.dtype)
         x = x + self._resampled(positions[:, 1:], side).astype(self.dtype)
 
@@ -528,5 +528,4 @@ class RfDetr(nn.Module):
             )
             for index in range(needed)
         ][:groups]
-        logits, boxes = zip(*found, strict=True)
-        return jnp.concatenate(logits, axis=1), jnp.concatenate(boxes, axis=1)
+        return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
