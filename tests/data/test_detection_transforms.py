@@ -19,6 +19,7 @@ from vision_jax.data.detection_transforms import (
     detection_train_transform,
     fit,
     flip_boxes,
+    flip_image,
     random_window,
     resized_size,
     scale_boxes,
@@ -253,6 +254,13 @@ def test_boxes_stay_valid_in_hard_cases():
         assert (moved[:, 2:] > moved[:, :2]).all()
         assert moved.min() >= 0
         assert (moved[:, 2:] <= new.shape[1::-1]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_are_mirrored(channels):
+    image = rng.integers(0, 256, (7, 9, channels), np.uint8)
+    for view in (image, image[1:5, 2:7]):
+        assert np.array_equal(flip_image(view), view[:, ::-1])
 
 
 def test_evaluation_only_resizes():
