@@ -30,6 +30,7 @@ from vision_jax.data.detection import (
 from vision_jax.data.detection_pipeline import (
     make_detection_eval_batches,
     make_detection_train_iterator,
+    note_crowded,
 )
 from vision_jax.data.detection_transforms import (
     DetectionAugmentation,
@@ -74,7 +75,8 @@ def read_sources(config: ConfigDict) -> tuple[DetectionSource, DetectionSource]:
 
 def _subset(config: ConfigDict, train: DetectionSource) -> DetectionSource:
     count = config.data.subset
-    return detection_subset(train, count, config.seed) if count else train
+    train = detection_subset(train, count, config.seed) if count else train
+    return note_crowded(train, config.data.max_boxes)
 
 
 def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> DetectionSource:

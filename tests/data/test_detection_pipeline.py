@@ -317,9 +317,10 @@ def test_the_largest_boxes_are_kept():
     counts = [int((~crowd).sum()) for crowd in source.crowd]
     crowded = sum(count > 5 for count in counts)
     assert crowded
-    note = note_crowded(source, 5)
-    assert f"{crowded} images have more than 5 boxes, up to {max(counts)}:" in note
-    assert note_crowded(source, 12) == ""
+    note = note_crowded(source, 5).note
+    assert note.startswith(f"random: {crowded} images have more than 5 boxes, up to {max(counts)}:")
+    assert note_crowded(replace(source, note="random: x"), 5).note == f"random: x;{note[7:]}"
+    assert note_crowded(source, 12) is source
     for batch in take(train_iterator(source, augmentation=PLAIN), 15):
         for row, index in enumerate(batch["index"]):
             counted = ~source.crowd[index]

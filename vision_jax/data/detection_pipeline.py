@@ -14,7 +14,7 @@ counts don't change them.
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
@@ -38,17 +38,18 @@ EPOCHS_A_PERIOD = 16  # over so many epochs the batches are divided among the gr
 ENDLESS = 2**40  # examples
 
 
-def note_crowded(source: DetectionSource, max_boxes: int) -> str:
-    """How many images have more boxes than a batch has room for, for the log ("" if none has)."""
+def note_crowded(source: DetectionSource, max_boxes: int) -> DetectionSource:
+    """The source, its `note` saying how many images have more boxes than a batch has room for."""
     image = np.repeat(np.arange(len(source)), np.diff(source.crowd.offsets))
     counts = np.bincount(image[~source.crowd.values], minlength=len(source))
     crowded = int((counts > max_boxes).sum())
     if not crowded:
-        return ""
-    return (
-        f"{source.name}: {crowded} images have more than {max_boxes} boxes, up to {counts.max()}:"
-        f" only the {max_boxes} largest are trained on"
+        return source
+    note = (
+        f"{source.note or source.name + ':'}{';' * bool(source.note)} {crowded} images have more"
+        f" than {max_boxes} boxes, up to {counts.max()}: the {max_boxes} largest are trained on"
     )
+    return replace(source, note=note)
 
 
 # --- training -----------------------------------------------------------------------------------
