@@ -94,7 +94,7 @@ def get_config() -> ConfigDict:
     # weights' own, 800 and 1333 of DETR's.
     data.short = 0
     data.longest = 0
-    data.buckets = 4  # canvases that images are padded to: one compilation each
+    data.buckets = 5  # canvases that images are padded to: one compilation for each that occurs
     data.interpolation = ""  # bicubic, bilinear, ...; "" takes the weights' own
     data.max_boxes = 100  # an image, at most the model's queries; the largest are kept
     # Training view: short sides, one drawn a batch, () for data.short alone; the share of images
