@@ -32,6 +32,8 @@ MAX_SIDE = 1_000_000  # pixels
 MAX_COORDINATE = 1e9
 THREADS = 8
 
+YOLO_PLACE = "{file}: line {entry}"
+
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -629,7 +631,7 @@ def _read_yolo(
     `paths` are relative to `folder`, and `labels` of the same length to `label_folder`. Without
     `names`, classes are named by their numbers.
     """
-    reading = Reading(spec, folder, "{file}: line {entry}")
+    reading = Reading(spec, folder, YOLO_PLACE)
     for i, name in enumerate(names):
         reading.category(i, name)
     declared = frozenset(reading.categories)
@@ -729,7 +731,7 @@ def read_tfds(spec: str) -> Reading:
         try:
             height, width = read_header(record["image"], name=place).upright_size
         except DamagedImageError as error:
-            reading.complain("file", place, str(error).removeprefix(f"{place}: "))
+            reading.complain("file", place, str(error).removeprefix(f"{place}: "), place)
             height, width = 0, 0
         image_id: int | str = int(record["image/id"]) if "image/id" in features else row
         if image_id in reading.images:

@@ -16,6 +16,7 @@
     composites:SPLIT/SEED/COUNT[/SIZE]  generated, train or test; see composites.py
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,18 +167,20 @@ def _read_folder(spec: str, path: Path, images: Path | None) -> Reading:
         )
     if (path / "images").is_dir() and (path / "labels").is_dir():
         return read_yolo_folder(spec, images or path / "images", path / "labels", path)
-    xml, texts = find_files(path, {".xml"}), find_files(path, {".txt"})
+    xml, pictures = find_files(path, {".xml"}), find_files(path, IMAGES)
+    texts = {name.removesuffix(".txt") for name in find_files(path, {".txt"})}
     if xml:
-        beside = path.parent / "JPEGImages"
-        beside = beside if path.name == "Annotations" and beside.is_dir() else path
-        return read_voc(spec, xml, path, images or beside)
+        usual = path.parent / "JPEGImages"
+        usual = usual if path.name == "Annotations" and usual.is_dir() else path
+        return read_voc(spec, xml, path, images or usual)
     files = [name for name in find_files(path, {".json"}) if "/" not in name]
     if len(files) == 1:
         return _read_file(spec, path / files[0], images or path)
     if images is not None and texts:
         return read_yolo_folder(spec, images, path, path)
     labels = labels_of(path) if labels_of(path).is_dir() else path
-    if find_files(path, IMAGES) and (labels != path or texts):
+    beside = any(os.path.splitext(name)[0] in texts for name in pictures)
+    if pictures and (labels != path or beside):
         return read_yolo_folder(spec, path, labels, path)
     advice = f": give one of {', '.join(files[:5])}" if files else ""
     for name in ("data.yaml", "dataset.yaml"):

@@ -123,6 +123,25 @@ def read_size(path: str) -> tuple[int, int]:
         raise DamagedImageError(f"{path}: not a readable image ({error})") from error
 
 
+def decode_thumbnail(data: bytes, *, name: str, side: int = 16) -> np.ndarray:
+    """Decode an image to a grey, upright uint8[side, side], by which images can be compared.
+
+    All of the file is read, so that a truncated one is found; JPEG at an eighth of its size, which
+    is several times faster. Raises DamagedImageError as decode_image does.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.draft("L", (4 * side, 4 * side))
+            image.load()
+            grey = image if image.mode == "L" else _to_rgb(image, name).convert("L")
+            upright = _upright(grey, image)
+            return np.asarray(upright.resize((side, side), Image.Resampling.BOX))
+    except DamagedImageError:
+        raise
+    except Exception as error:  # as above
+        raise DamagedImageError(f"{name}: not a readable image ({error})") from error
+
+
 def decode_array(data: bytes, *, name: str) -> np.ndarray:
     """Decode the bytes of a .npy file: images of any number of channels, for other sensors.
 

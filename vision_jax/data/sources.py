@@ -84,11 +84,23 @@ def read_source(spec: str, *, class_names: tuple[str, ...] | None = None) -> Sou
             f"{spec}: no such folder or file: give a folder of class folders, a .csv or .jsonl of"
             " paths and labels, embedded:fashion_mnist/train, cifar10:DIR/train or tfds:NAME/SPLIT"
         )
-    if path.suffix == ".csv":
-        return _read_list(path, _csv_entries(path), class_names)
-    if path.suffix == ".jsonl":
-        return _read_list(path, _jsonl_entries(path), class_names)
+    if path.suffix in _ENTRIES:
+        return _read_list(path, _ENTRIES[path.suffix](path), class_names)
     raise UserError(f"{spec}: not a folder, .csv or .jsonl: list paths and labels in one of these")
+
+
+def examine_source(spec: str) -> tuple[Source, list[UserError]]:
+    """(`read_source` without what it would refuse, what it would refuse), for the doctor.
+
+    Goes on after empty class folders and bad lines of lists; raises UserError for the rest.
+    """
+    problems: list[UserError] = []
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _read_folder(path, None, problems), problems
+    if path.is_file() and path.suffix in _ENTRIES:
+        return _read_list(path, _ENTRIES[path.suffix](path), None, problems), problems
+    return read_source(spec), problems
 
 
 def split_source(source: Source, holdout: float, seed: int) -> tuple[Source, Source]:
@@ -209,9 +221,22 @@ class FileReader:
         return str(self.folder / self.paths[row])
 
 
-def _read_folder(folder: Path, class_names: tuple[str, ...] | None) -> Source:
+class MissingFileError(UserError):
+    """A listed file that isn't there."""
+
+
+def _refuse(error: UserError, problems: list[UserError] | None) -> None:
+    """Raises it, or goes on where problems are collected."""
+    if problems is None:
+        raise error
+    problems.append(error)
+
+
+def _read_folder(
+    folder: Path, class_names: tuple[str, ...] | None, problems: list[UserError] | None = None
+) -> Source:
     """One folder per class, in sorted order; images may lie deeper inside it."""
-    class_folders = sorted(p for p in folder.iterdir() if p.is_dir() and not _is_hidden(p, folder))
+    class_folders = sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p, folder))
     if not class_folders:
         raise UserError(
             f"{folder}: no class folders: put the images of each class into a folder of its name"
@@ -222,13 +247,12 @@ def _read_folder(folder: Path, class_names: tuple[str, ...] | None) -> Source:
     for label, class_folder in enumerate(class_folders):
         files = sorted(p for p in class_folder.rglob("*") if p.is_file())
         images = [
-            p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(p, folder)
+            p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(p, folder)
         ]
         if not images:
-            raise UserError(
-                f"{class_folder}: no image in this class folder: add"
-                f" {', '.join(sorted(IMAGE_SUFFIXES))}, or remove the folder"
-            )
+            text = f"{class_folder}: no image in this class folder: add"
+            text += f" {', '.join(sorted(IMAGE_SUFFIXES))}, or remove the folder"
+            _refuse(UserError(text), problems)
         ignored += len(files) - len(images)
         paths += [str(p.relative_to(folder)) for p in images]
         labels += [label] * len(images)
@@ -242,11 +266,11 @@ def _read_folder(folder: Path, class_names: tuple[str, ...] | None) -> Source:
     )
 
 
-def _is_hidden(path: Path, folder: Path) -> bool:
+def is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
+def csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
     """(line number, path, label) of each row."""
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
         reader = csv.DictReader(file, strict=True)
@@ -262,7 +286,7 @@ def _csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
             raise UserError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from error
 
 
-def _jsonl_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
+def jsonl_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
     """(line number, path, label) of each line that isn't blank."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -281,6 +305,7 @@ def _read_list(
     path: Path,
     entries: Iterator[tuple[int, Any, Any]],
     class_names: tuple[str, ...] | None,
+    problems: list[UserError] | None = None,
 ) -> Source:
     """Labels are class names, or integers if all of them are (names are then "0", "1", ...)."""
     folder, root = path.parent, path.parent.resolve()
@@ -289,12 +314,17 @@ def _read_list(
     raw_labels: list[str] = []
     for number, image_path, label in entries:
         place = f"{path}:{number}"
-        paths.append(_check_path(place, folder, root, image_path))
-        if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-            raise UserError(f"{place}: label {label!r}: use a class name or an integer from 0")
+        try:
+            image_path = check_path(place, folder, root, image_path)
+            if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+                raise UserError(f"{place}: label {label!r}: use a class name or an integer from 0")
+        except UserError as error:
+            _refuse(error, problems)
+            continue
+        paths.append(image_path)
         places.append(place)
         raw_labels.append(str(label))
-    if not paths:
+    if not paths and not problems:
         raise UserError(f"{path}: no images are listed: add lines of path and label")
     if class_names is None:
         class_names = _infer_class_names(places, raw_labels)
@@ -306,7 +336,7 @@ def _read_list(
     return Source(str(path), class_names, np.array(labels, np.int32), np.arange(len(paths)), reader)
 
 
-def _check_path(place: str, folder: Path, root: Path, image_path: Any) -> str:
+def check_path(place: str, folder: Path, root: Path, image_path: Any) -> str:
     """A listed path, if it is a file inside the list's folder after all links are followed."""
     if not isinstance(image_path, str) or not image_path or "\0" in image_path:
         raise UserError(f"{place}: path {image_path!r}: give the file's path")
@@ -320,12 +350,15 @@ def _check_path(place: str, folder: Path, root: Path, image_path: Any) -> str:
     except (OSError, RuntimeError):  # a name too long, or links in a circle
         exists = False
     if not exists:
-        raise UserError(f"{place}: {image_path}: no such file in {folder}")
+        raise MissingFileError(f"{place}: {image_path}: no such file in {folder}")
     return image_path
 
 
+_ENTRIES = {".csv": csv_entries, ".jsonl": jsonl_entries}
+
+
 def _infer_class_names(places: Sequence[str], raw_labels: Sequence[str]) -> tuple[str, ...]:
-    if not all(_is_integer(label) for label in raw_labels):
+    if not all(is_integer(label) for label in raw_labels):
         return tuple(sorted(set(raw_labels)))
     values = [int(label[:20]) for label in raw_labels]  # 20 digits are too large in any case
     for place, value in zip(places, values, strict=True):
@@ -333,13 +366,13 @@ def _infer_class_names(places: Sequence[str], raw_labels: Sequence[str]) -> tupl
             raise UserError(
                 f"{place}: label {value} is out of range: use 0 to the number of classes less 1"
             )
-    return tuple(str(i) for i in range(max(values) + 1))
+    return tuple(str(i) for i in range(max(values, default=-1) + 1))
 
 
 def _find_label(place: str, raw: str, position: dict[str, int]) -> int:
     if raw in position:
         return position[raw]
-    if _is_integer(raw):
+    if is_integer(raw):
         value = int(raw[:20])
         if 0 <= value < len(position):
             return value
@@ -351,7 +384,7 @@ def _find_label(place: str, raw: str, position: dict[str, int]) -> int:
     )
 
 
-def _is_integer(label: str) -> bool:
+def is_integer(label: str) -> bool:
     return label.isascii() and label.removeprefix("-").isdigit()
 
 

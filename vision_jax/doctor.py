@@ -1,0 +1,278 @@
+"""Examines a data set before any training, and prints what is wrong, where, and what to do.
+
+    python -m vision_jax.doctor annotations.json --images=DIR
+    python -m vision_jax.doctor train.json --images=train --against=val.json --against_images=val
+    python -m vision_jax.doctor data.yaml:train --against=data.yaml:val --figure=doctor.png
+    python -m vision_jax.doctor folder_of_class_folders --quick
+
+DATASET is what config.data.train takes: for detection COCO or plain JSON, a Pascal VOC or YOLO
+folder, data.yaml:SPLIT or tfds:NAME/SPLIT; for classification a folder of class folders, .csv,
+.jsonl, embedded: or tfds:. Exit code 0: nothing wrong, 1: findings, 2: it can't be examined.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from vision_jax.data.annotation_formats import IMAGES, Problem, find_files
+from vision_jax.data.annotations import Annotations, examine_annotations
+from vision_jax.data.diagnosis import (
+    Finding,
+    Subject,
+    compare,
+    diagnose_boxes,
+    diagnose_categories,
+    diagnose_classes,
+    diagnose_images,
+    diagnose_loose_files,
+    diagnose_problems,
+)
+from vision_jax.data.scan import Reader, Scan, scan_images
+from vision_jax.data.sources import FileReader, MissingFileError, examine_source, open_tfds
+from vision_jax.errors import UserError
+
+FOUND, BAD_INPUT = 1, 2  # exit codes
+EXAMPLES = 3  # printed of each finding
+MARKS = {"error": ("✗", "bold red"), "warning": ("!", "bold yellow"), "information": ("·", "cyan")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        return _run(_parse(sys.argv[1:] if arguments is None else arguments))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _run(flags: argparse.Namespace) -> int:
+    console = Console(highlight=False)
+    progress = Console(stderr=True)
+    subject, findings = examine(flags.dataset, flags.images, quick=flags.quick, console=progress)
+    other = None
+    if flags.against:
+        other, _ = examine(flags.against, flags.against_images, quick=flags.quick, console=progress)
+        if (subject.annotations is None) != (other.annotations is None):
+            raise UserError(f"{flags.dataset} and {flags.against}: only one of them has boxes")
+        findings += compare(subject, other)
+    findings += diagnose_loose_files(subject, other)
+    order = list(MARKS)
+    findings.sort(
+        key=lambda finding: (order.index(finding.level), -finding.count / max(finding.of, 1))
+    )
+    if flags.json:
+        content = {"dataset": flags.dataset, "findings": [asdict(finding) for finding in findings]}
+        flags.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    if flags.figure:
+        from vision_jax.evaluate.diagnosis_figure import draw_diagnosis
+
+        draw_diagnosis(subject, findings, flags.figure)
+    console.print(_report(subject, other, findings, quick=flags.quick))
+    return FOUND if any(finding.level != "information" for finding in findings) else 0
+
+
+def examine(
+    spec: str, images: Path | None = None, *, quick: bool = False, console: Console | None = None
+) -> tuple[Subject, list[Finding]]:
+    """Everything that is found in one data set. Raises UserError where nothing can be read.
+
+    With `quick` only headers of the images are read: images in both splits and damage behind the
+    headers stay unseen. `console` shows progress.
+    """
+    if not _has_classes(spec):
+        try:
+            annotations, problems = examine_annotations(spec, images)
+        except UserError:
+            if not _are_class_folders(Path(spec).expanduser()):
+                raise
+        else:
+            return _examine_boxes(annotations, problems, quick, console)
+    return _examine_classes(spec, quick, console)
+
+
+def _has_classes(spec: str) -> bool:
+    """Whether a specification by itself says that it labels whole images."""
+    if spec.startswith("tfds:"):
+        return "label" in open_tfds(spec)[0]
+    return spec.startswith(("embedded:", "cifar10:")) or spec.endswith((".csv", ".jsonl"))
+
+
+def _are_class_folders(path: Path) -> bool:
+    """Whether folders of images is all there is."""
+    others = {".json", ".xml", ".yaml", ".yml"}
+    return path.is_dir() and not find_files(path, others) and bool(find_files(path, IMAGES))
+
+
+def _examine_boxes(
+    annotations: Annotations, problems: Sequence[Problem], quick: bool, console: Console | None
+) -> tuple[Subject, list[Finding]]:
+    missing = {problem.value for problem in problems if problem.kind == "missing"}
+    skip = {row for row, path in enumerate(annotations.paths) if path in missing}
+    count = len(annotations.category_ids)
+    pairs = np.unique(annotations.box_image.astype(np.int64) * count + annotations.box_category)
+    subject = Subject(
+        annotations.name,
+        annotations.reader,
+        annotations.paths,
+        annotations.category_names,
+        np.stack([pairs // max(count, 1), pairs % max(count, 1)], 1),
+        _scan(annotations.name, annotations.reader, len(annotations.paths), skip, quick, console),
+        annotations,
+    )
+    undeclared = {problem.value for problem in problems if problem.kind == "category"}
+    complete = not any(problem.kind in ("entry", "image", "file") for problem in problems)
+    return subject, [
+        *diagnose_problems(subject, problems),
+        *diagnose_categories(subject, undeclared),
+        *diagnose_boxes(subject, complete=complete),
+        *diagnose_images(subject),
+    ]
+
+
+def _examine_classes(
+    spec: str, quick: bool, console: Console | None
+) -> tuple[Subject, list[Finding]]:
+    source, errors = examine_source(spec)
+    reader = source.reader
+    paths = (
+        reader.paths
+        if isinstance(reader, FileReader)
+        else tuple(reader.example_name(int(row)) for row in source.rows)
+    )
+    subject = Subject(
+        spec,
+        reader,
+        paths,
+        source.class_names,
+        np.stack([np.arange(len(source)), source.labels], 1),
+        _scan(spec, reader, len(source), (), quick, console),
+        labels=source.labels,
+    )
+    problems = [
+        Problem("missing" if isinstance(error, MissingFileError) else "entry", *_place(str(error)))
+        for error in errors
+    ]
+    return subject, [
+        *diagnose_problems(subject, problems),
+        *diagnose_classes(subject),
+        *diagnose_images(subject),
+    ]
+
+
+def _place(message: str) -> tuple[str, str]:
+    """FILE:LINE and the rest of a message."""
+    place, _, text = message.partition(": ")
+    return place, text
+
+
+def _scan(
+    name: str,
+    reader: Reader,
+    count: int,
+    skip: Collection[int],
+    quick: bool,
+    console: Console | None,
+) -> Scan:
+    quiet = console is None or not console.is_terminal
+    columns = (
+        TextColumn("reading images of {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+    )
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet)
+    with bar:
+        task = bar.add_task(escape(name), total=count)
+        return scan_images(reader, count, quick=quick, skip=skip, advance=lambda: bar.advance(task))
+
+
+def _report(
+    subject: Subject, other: Subject | None, findings: Sequence[Finding], *, quick: bool
+) -> Group:
+    parts: list[Text | Padding] = [_heading(subject)]
+    if other is not None:
+        parts.append(_heading(other))
+    for finding in findings:
+        mark, style = MARKS[finding.level]
+        share = finding.count / max(finding.of, 1)
+        count = f"{finding.count:,} of {finding.of:,} {finding.unit}, {100 * share:.2g} %"
+        lines = [(6, example, "dim") for example in finding.examples[:EXAMPLES]]
+        more = finding.count - len(lines)
+        lines += [(6, f"… and {more:,} more", "dim")] * (more > 0 and bool(lines))
+        parts += [Text(), Text.assemble((f"{mark} {finding.code}", style), f": {count}")]
+        for indent, line, look in ((2, finding.title, ""), *lines, (2, f"→ {finding.advice}", "")):
+            text = Text(line, style=look, overflow="fold")
+            parts.append(Padding(text, (0, 0, 0, indent), expand=False))
+    levels = [finding.level for finding in findings]
+    counts = [(levels.count(level), level) for level in ("error", "warning")]
+    bad = [f"{count} {level}{'s' * (count > 1)}" for count, level in counts if count]
+    if bad:
+        verdict = Text(f"Found: {' and '.join(bad)}.", "bold red")
+    else:
+        verdict = Text("Nothing is wrong with it, as far as can be seen.", "bold green")
+    if quick:
+        verdict.append(" Only headers were read (--quick): no search for images in both splits.")
+    return Group(*parts, Text(), verdict)
+
+
+def _heading(subject: Subject) -> Text:
+    counts = [f"{len(subject.paths):,} images"]
+    if subject.annotations is not None:
+        counts.append(f"{len(subject.annotations.box_image):,} boxes")
+    counts.append(f"{len(subject.class_names):,} classes")
+    counts = [
+        count.removesuffix("es" if count.endswith("classes") else "s")
+        if count.startswith("1 ")
+        else count
+        for count in counts
+    ]
+    return Text.assemble((subject.name, "bold"), f": {', '.join(counts)}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad flag in one line, like every other bad input."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m vision_jax.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("dataset", metavar="DATASET", help="what config.data.train takes")
+    parser.add_argument(
+        "--images", type=Path, help="the folder of the images, as config.data.images"
+    )
+    parser.add_argument(
+        "--against", help="the other split, to find images in both, and classes that drift"
+    )
+    parser.add_argument(
+        "--against_images", type=Path, help="the folder of the other split's images"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="read only the images' headers: no duplicates, no damage",
+    )
+    parser.add_argument("--json", type=Path, help="write the findings to this file")
+    parser.add_argument("--figure", type=Path, help="draw examples and distributions to this PNG")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
