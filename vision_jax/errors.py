@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Sequence
 
+LONGEST = 2000  # characters of a message
+
 
 class UserError(ValueError):
     """Bad input that its user can mend: a file, a config field, a tensor.
@@ -10,6 +12,12 @@ class UserError(ValueError):
     The message is one line that names the thing and says what to do next. `main` prints it without
     a traceback and exits with code 2.
     """
+
+    def __str__(self) -> str:
+        # Names out of a file may hold line breaks, a terminal's escapes, or megabytes.
+        text = super().__str__()
+        cut = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

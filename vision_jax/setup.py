@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -404,18 +403,19 @@ def _plain_parameters(
     shardings |= dict.fromkeys(statistics, sharding.replicated(mesh))
     target = base | statistics  # their paths differ: mean, var and count are no parameters' names
 
-    imported: dict[str, np.ndarray] = {}
+    placed: dict[str, jax.Array] = {}
     fresh = set(target)
     if weights is not None:
         rules = () if headless else config.model.reinitialize
         fresh = paths.select(target, rules, field="config.model.reinitialize")
         paths.select(weights.tensors, config.model.drop, field="config.model.drop")
-        imported = convert.import_weights(
+        placed = convert.import_weights(
             weights,
             target,
             convert.arguments_of(model),
             reinitialized=HEADS if headless else sorted(fresh),
             dropped=config.model.drop,
+            place=lambda path, array: sharding.place(array, shardings[path]),
         )
     names = sorted(fresh)
 
@@ -427,10 +427,6 @@ def _plain_parameters(
         return {path: flat[path] for path in names}
 
     made = jax.jit(make, out_shardings={path: shardings[path] for path in names})(key)
-    placed = {
-        path: sharding.place(np.asarray(array, target[path].dtype), shardings[path])
-        for path, array in imported.items()
-    }
     everything = {**placed, **made}
     params = paths.unflatten(shapes["params"], {path: everything[path] for path in base})
     model_state = paths.unflatten(

@@ -211,15 +211,18 @@ def test_a_wrong_architecture_lists_both_sides():
     assert "\n" not in str(caught.value)
 
 
-def test_a_pooler_is_dropped_only_when_asked():
+def test_a_pooler_is_left_out_and_nothing_else_unless_asked():
     model = small(num_classes=0)
     tensors, _ = export_vit(random_params(model), model, to="transformers")
-    tensors["vit.pooler.dense.weight"] = np.zeros((8, 8), np.float32)
-    weights = Weights(tensors, {"config": {"image_size": [12, 8]}}, None, "file", "")
+    tensors["pooler.dense.weight"] = np.zeros((8, 8), np.float32)  # as ViTModel saves it
+    config = {"image_size": [12, 8], "num_attention_heads": 2}
+    weights = Weights(tensors, {"config": config}, None, "file", "")
     assert recognize(weights)[1]["image_size"] == (12, 8)
-    with pytest.raises(UserError, match="pooler"):
+    import_vit(weights, model)
+    tensors["pooler.norm.weight"] = np.zeros(8, np.float32)
+    with pytest.raises(UserError, match=r"pooler\.norm"):
         import_vit(weights, model)
-    import_vit(weights, model, dropped=(r".*pooler\..*",))
+    import_vit(weights, model, dropped=(r"pooler\.norm\..*",))
 
 
 def test_no_vit_says_what_was_looked_for_and_what_is_there():
@@ -246,9 +249,19 @@ TIMM = {
 @pytest.mark.parametrize("architecture", TIMM)
 def test_a_timm_name_says_what_shapes_do_not(architecture):
     metadata = {"config": {"architecture": architecture}}
-    arguments = arguments_from(small(image_size=(16, 16)), metadata)
+    arguments = arguments_from(small(image_size=(16, 16), width=64), metadata)
     assert {key: arguments[key] for key in TIMM[architecture]} == TIMM[architecture]
     assert arguments["image_size"] == (16, 16)
+
+
+def test_heads_of_an_unusual_width_are_asked_for_and_not_guessed():
+    with pytest.raises(UserError, match="how many heads share 8 channels"):
+        arguments_from(small(image_size=(16, 16)), {})
+    assert arguments_from(small(image_size=(16, 16), width=128), {})["num_heads"] == 2
+    square = small(image_size=(8, 8))
+    shapes = shapes_of(export_vit(random_params(square), square, to="torchvision")[0])
+    config = {"library": "torchvision", "kwargs": {"num_heads": 2}}
+    assert infer_arguments(find_table(shapes), shapes, {"config": config})["num_heads"] == 2
 
 
 def test_a_timm_config_overrides_the_name():

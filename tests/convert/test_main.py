@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -211,7 +212,8 @@ def half_matching(tensors):
 def test_a_half_matching_file_lists_the_first_differences(source, tmp_path, capsys):
     tensors = load_file(source)
     half_matching(tensors)
-    convert.write_safetensors(source, tensors)
+    with safetensors.safe_open(source, "numpy") as file:
+        convert.write_safetensors(source, tensors, file.metadata())
     error = fails(capsys, tmp_path / "out", source)
     for words in ("blocks.0.mlp.fc1.weight (5, 32)", "block_1/norm2/bias", "adapter"):
         assert words in error
@@ -266,6 +268,22 @@ def test_a_pickle_by_another_name_is_not_run(name, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "owned").exists()
 
 
+def npy(shape, spaces=100):
+    """The bytes of an array of zeros, with spaces in its header."""
+    head = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    head += b" " * spaces + b"\n"
+    data = bytes(4 * int(np.prod(shape)))
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + data
+
+
+def zipped(*members):
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(buffer, "w") as file:
+        for name, data in members:
+            file.writestr(name, data)
+    return buffer.getvalue()
+
+
 def hostile_archives():
     buffer = io.BytesIO()
     np.savez(buffer, a=np.array([Payload()], object))
@@ -285,6 +303,11 @@ def hostile_archives():
     lone = io.BytesIO()
     np.save(lone, np.zeros(3))
     yield "lone array", lone.getvalue()
+    yield "twice", zipped(("a.npy", npy((3,))), ("a.npy", npy((3,))))
+    yield "more than there is", zipped(("a.npy", npy((3,))[:-4]))
+    yield "less than there is", zipped(("a.npy", npy((3,)) + bytes(4)))
+    yield "not .npy", zipped(("a.txt", b"hello"))
+    yield "long header", zipped(("a.npy", npy((3,), spaces=60000)))
 
 
 @pytest.mark.parametrize("case", list(hostile_archives()), ids=lambda case: case[0])
@@ -293,6 +316,42 @@ def test_archives_that_are_hostile(case, tmp_path, capsys, monkeypatch):
     (tmp_path / "x.npz").write_bytes(case[1])
     assert "x.npz" in fails(capsys, tmp_path / "out", tmp_path / "x.npz")
     assert not (tmp_path / "owned").exists()
+
+
+def test_what_is_no_model_is_told_by_its_headers_alone(tmp_path, capsys, monkeypatch):
+    """However large an archive would become, none of it is unpacked."""
+    np.savez_compressed(tmp_path / "x.npz", lstm=np.zeros((1000, 1000), np.float32))
+    monkeypatch.setattr(np, "load", lambda *given, **more: pytest.fail("it was read"))
+    assert "lstm" in fails(capsys, tmp_path / "out", tmp_path / "x.npz")
+
+
+def test_names_out_of_a_file_stay_on_the_line(tmp_path, capsys):
+    tensors = {"a\nerror: b": np.zeros(2), "\x1b[31m": np.zeros(2), "c" * 10**5: np.zeros(2)}
+    convert.write_safetensors(tmp_path / "x.safetensors", tensors)
+    error = fails(capsys, tmp_path / "out", tmp_path / "x.safetensors")
+    assert "a\\nerror" in error
+    assert error.strip().isprintable()
+    assert len(error) < 3000
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"class_names": ["a", "b"]}, "names 2 classes, and its head has 3"),
+        ({"preprocessing": {"std": [0, 1, 1]}}, "std"),
+        ({"preprocessing": {"mean": [float("inf"), 0, 0]}}, "mean"),
+        ({"preprocessing": {"image_size": [-5, 16]}}, "image_size"),
+        ({"preprocessing": {"crop_pct": 0}}, "crop_pct"),
+        ({"preprocessing": {"crop_mode": "outside"}}, "crop_mode"),
+        ({"preprocessing": {"interpolation": ["bicubic"]}}, "preprocessing"),
+    ],
+    ids=str,
+)
+def test_what_comes_with_the_weights_has_to_make_sense(header, words, source, tmp_path, capsys):
+    with safetensors.safe_open(source, "numpy") as file:
+        ours = json.loads(file.metadata()["vision_jax"]) | header
+    convert.write_safetensors(source, load_file(source), {"vision_jax": json.dumps(ours)})
+    assert words in fails(capsys, tmp_path / "out", source)
 
 
 def test_a_folder_whose_index_leads_outside(source, tmp_path, capsys):
@@ -355,6 +414,34 @@ def test_what_fails_in_the_middle_leaves_nothing(error, source, tmp_path, capsys
     monkeypatch.setattr(files.os, "fsync", fsync)
     fails(capsys, tmp_path / "out", source)
     assert written
+
+
+STOPPED = """
+import os, runpy, signal, sys
+from vision_jax.convert import files
+files.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGTERM)
+runpy.run_module("vision_jax.convert", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals of POSIX")
+def test_who_is_stopped_tidies_up(source, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    command = [sys.executable, "-c", STOPPED, str(source), f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + 15, b"stopped; nothing was written\n")
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_link_to_an_empty_folder_stays(source, tmp_path, capsys):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    succeeds(capsys, source, f"--out={tmp_path / 'link'}")
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in (tmp_path / "real").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
 
 
 # Lazy tensors and streams ------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 
 from vision_jax import convert
 from vision_jax.convert import engine
-from vision_jax.convert.npz import read_npz, write_npz
+from vision_jax.convert.files import open_npz
+from vision_jax.convert.npz import write_npz
 from vision_jax.convert.tables import TABLES, find_table, naming_for_export, table_for_export
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, build_model
@@ -158,13 +159,13 @@ def test_blocks_of_different_depths_are_an_error(tmp_path):
 def test_half_precision_is_read_and_damage_is_an_error(tmp_path):
     values = np.arange(6, dtype=np.float32).astype(ml_dtypes.bfloat16)
     write_npz(tmp_path / "half.npz", {"x": values})
-    np.testing.assert_array_equal(read_npz(tmp_path / "half.npz")["x"], values)
+    np.testing.assert_array_equal(open_npz(tmp_path / "half.npz")["x"], values)
     data = (tmp_path / "half.npz").read_bytes()
     (tmp_path / "short.npz").write_bytes(data[: len(data) // 2])
     np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
     for name in ("short.npz", "objects.npz"):
         with pytest.raises(UserError, match=name):
-            read_npz(tmp_path / name)
+            open_npz(tmp_path / name)
 
 
 def test_a_runs_own_file_takes_any_vit_by_timms_names():

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,23 @@ def test_a_full_disk_leaves_no_weights_and_no_rest(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device"):
         write_package(tmp_path, params, "convnext", arguments, to="timm")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_late_leaves_what_was_there(tmp_path, monkeypatch):
+    """Weights and configs appear together, also where the caller's folder holds an older model."""
+    arguments, params = small()
+    write_package(tmp_path, params, "convnext", arguments, to="timm")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    other = {path: 2 * array for path, array in params.items()}
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space"):
+            write_package(folder, other, "convnext", arguments, to="timm")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_preprocessing_is_completed_as_timm_would():

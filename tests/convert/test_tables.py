@@ -2,11 +2,23 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from vision_jax.convert.tables import TABLES, ZOO, find_table, infer_arguments, table_for_export
+from vision_jax.convert.files import Tensor, Tensors
+from vision_jax.convert.load import export_weights
+from vision_jax.convert.tables import (
+    TABLES,
+    ZOO,
+    find_table,
+    infer_arguments,
+    shapes_of,
+    table_for_export,
+)
 from vision_jax.errors import UserError
-from vision_jax.models.families import FAMILIES, find_variant
+from vision_jax.models.families import FAMILIES, build_model, find_variant
+from vision_jax.trees.paths import flatten
 
 
 def arguments_of(name, **more):
@@ -103,3 +115,40 @@ def test_the_zoos_names_are_unique_and_say_their_source():
     # timm's own metadata say the license; OpenAI's pages of CLIP name none.
     unlicensed = [e.name for e in ZOO if e.source != "timm" and e.published and not e.license]
     assert all(name.startswith("transformers/clip-") for name in unlicensed), unlicensed
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("resnet18", {"output_stride": 8}),
+        ("resnet18", {"aa_layer": "avg"}),
+        ("resnet18", {"global_pool": "max"}),
+        ("convnext_atto", {"output_stride": 16}),
+        ("convnext_atto", {"act_layer": "relu"}),
+        ("regnety_002", {"linear_out": True}),
+        ("mobilenetv2_050", {"norm_layer": "groupnorm"}),
+        ("vit_tiny_patch16_224", {"mlp_layer": "glumlp"}),
+        ("swin_tiny_patch4_window7_224", {"always_partition": True}),
+        ("beit_base_patch16_224", {"norm_layer": "rmsnorm"}),
+    ],
+    ids=str,
+)
+def test_what_a_config_says_and_no_tensor_shows_is_not_overlooked(name, given):
+    family, arguments = arguments_of(name)
+    model = build_model(family, **arguments)
+    images = jnp.zeros((1, *arguments.get("image_size", (64, 64)), 3))
+    like = jax.eval_shape(model.init, jax.random.key(0), images)
+    flat = {path: leaf for tree in like.values() for path, leaf in flatten(tree).items()}
+    params = Tensors({path: Tensor(leaf.shape, leaf.dtype, dict) for path, leaf in flat.items()})
+    tensors, _ = export_weights(params, family, arguments)
+    shapes = shapes_of(tensors)
+    table = find_table(shapes)
+
+    def infer(**more):
+        config = {"architecture": name, "model_args": {"drop_path_rate": 0.1, **more}}
+        return infer_arguments(table, shapes, {"config": config})
+
+    assert infer()["num_classes"] == 3
+    (word,) = given
+    with pytest.raises(UserError, match=word):
+        infer(**given)

@@ -13,7 +13,7 @@ FORMS = {
     "v1": {},
     "v2": {"grn": True, "layer_scale": None},
     "overlapping stem": {"stem_widths": (6,)},
-    "patches of 2": {"patch_size": 2},
+    "patches of 2": {"patch_size": 2, "first_stride": 2},
     "hidden head": {"head_hidden": 5, "kernel_size": 3, "mlp_ratio": 2},
     "norm first": {"norm_before_pool": True, "conv_mlp": True},
 }

@@ -50,7 +50,12 @@ TWINS = {
         {**HUB, "num_channels": 4, "layer_norm_eps": 1e-6},
         ODD,
     ),
-    "transformers v1, no head": ("transformers", "ConvNextModel", HUB, ODD),
+    "transformers v1, no head, patches of 2, no LayerScale": (
+        "transformers",
+        "ConvNextModel",
+        {**HUB, "patch_size": 2, "layer_scale_init_value": 0.0},
+        ODD,
+    ),
 }
 # The following stays in torch.
 MORE = {"torchvision": ("torchvision", "convnext_tiny", {"num_classes": 5}, ODD)}

@@ -1,5 +1,6 @@
 """Pickled checkpoints, for which torch itself is needed."""
 
+import argparse
 import pickle
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def test_wrappers_inside_wrappers_beside_a_programs_other_things(tmp_path):
     np.testing.assert_array_equal(weights.tensors["a.bias"], TENSORS["a.bias"].numpy())
 
 
+def test_torchs_averaged_model_and_a_programs_flags(tmp_path):
+    """What torchvision's and timm's own training scripts save."""
+    model = torch.nn.Linear(2, 3)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    flags = argparse.Namespace(lr=0.1, model="x")
+    content = {"model": model.state_dict(), "model_ema": averaged.state_dict(), "args": flags}
+    torch.save(content, tmp_path / "x.pth")
+    weights = read_weights(str(tmp_path / "x.pth"), allow_pickle=True)
+    assert set(weights.tensors) == {"weight", "bias"}
+
+
 def test_a_prefix_of_some_tensors_is_part_of_their_names(tmp_path):
     torch.save({"module.a": TENSORS["a.bias"], "b": TENSORS["a.bias"]}, tmp_path / "x.pt")
     weights = read_weights(str(tmp_path / "x.pt"), allow_pickle=True)
@@ -83,6 +95,19 @@ def test_a_pickle_that_runs_code_does_not(tmp_path, monkeypatch):
     for name in ("x.pth", "y.bin"):
         fails(tmp_path / name, "not a file of weights alone")
     assert not (tmp_path / "owned").exists()
+
+
+def test_errors_keep_torchs_advice_to_themselves(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
+    fails(tmp_path / "x.pth", "torch.nn.modules.linear.Linear")
+    with pytest.raises(UserError) as caught:
+        read_weights(str(tmp_path / "x.pth"), allow_pickle=True)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_tensor_larger_than_its_file(tmp_path):
+    torch.save({"a": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "x.pth")
+    fails(tmp_path / "x.pth", "of which the file has fewer")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, torch.randn(3)])

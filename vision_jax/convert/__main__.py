@@ -64,9 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         print("error: not enough memory for such tensors; is the file damaged?", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; nothing was written", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(number)  # so that what was begun is removed
 
 
 class _Parser(argparse.ArgumentParser):
@@ -179,12 +183,25 @@ def _from_weights(weights: Any) -> Model:
         params,
         family,
         arguments,
-        convert.class_names_of(weights),
+        _class_names(weights, arguments["num_classes"]),
         preprocessing_of(arguments, weights.preprocessing),
         f"{weights.origin}: {table.source} {family} ({table.kind}; "
         f"{_differing(family, arguments)}): {consumed} tensors consumed{dropped}, "
         f"{len(params)} parameters filled",
     )
+
+
+def _class_names(weights: Any, num_classes: int) -> list[str] | None:
+    """As many as the head has outputs; a bare model has none, whatever its config says."""
+    from vision_jax import convert
+
+    names = convert.class_names_of(weights)
+    if names and num_classes and len(names) != num_classes:
+        raise UserError(
+            f"{weights.origin}: its config or header names {len(names)} classes, and its head has "
+            f"{num_classes}: mend the names there or take them out"
+        )
+    return names if num_classes else None
 
 
 def _target(
@@ -249,8 +266,9 @@ def write_model(model: Model, out: Path, to: str, shard_bytes: int | None = None
     from vision_jax.convert.package import write_package
 
     _check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    place = out.resolve()  # a link stays
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:
         files = write_package(
             temporary,
@@ -265,7 +283,7 @@ def write_model(model: Model, out: Path, to: str, shard_bytes: int | None = None
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp's are for their maker only
-        temporary.replace(out)
+        temporary.replace(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # renamed, it is not there
     return [out / path.name for path in files]
@@ -293,4 +311,7 @@ def _size(count: int) -> str:
 
 
 if __name__ == "__main__":
+    for name in ("SIGTERM", "SIGHUP"):  # the latter is not everywhere
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
     sys.exit(main())

@@ -35,6 +35,7 @@ from vision_jax.convert.table import (
     Table,
     fill_prefix,
     pair,
+    timm_arguments,
 )
 from vision_jax.errors import UserError
 from vision_jax.models.beit import NUM_EXTRA, VARIANTS, Beit, num_offsets, relative_index
@@ -115,6 +116,11 @@ _MEMORY = replace(  # what torch.save(model.state_dict()) writes
 _MASKED = replace(_FILES, norm="layernorm")  # BeitForMaskedImageModeling
 
 # transformers' names of activations by ours; timm's BEiT has none but the first.
+_TIMM_SEEN = (  # read, or in the tensors' shapes and names
+    *("patch_size", "embed_dim", "depth", "num_heads", "qkv_bias", "mlp_ratio", "swiglu_mlp"),
+    *("scale_mlp", "init_values", "use_abs_pos_emb", "use_rel_pos_bias", "use_fc_norm"),
+    *("use_shared_rel_pos_bias", "global_pool"),
+)
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_tanh": "gelu_pytorch_tanh",
@@ -272,7 +278,7 @@ def _image_size(
 
 
 def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    name = str(config.get("architecture", "")).split(".")[0]
+    name, given = timm_arguments({"config": config}, _TIMM_SEEN)
     said: dict[str, Any] = {}
     if re.match(r"beit(v2)?_", name):
         said["known"] = True
@@ -281,8 +287,6 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     cfg = config.get("pretrained_cfg")
     if isinstance(cfg, dict) and isinstance(cfg.get("input_size"), list):
         said["image_size"] = pair(cfg["input_size"][-2:], "input_size")
-    given = config.get("model_args")
-    given = given if isinstance(given, dict) else {}
     pool = given.get("global_pool", config.get("global_pool"))
     if pool in ("token", "avg"):
         said["pool"] = pool

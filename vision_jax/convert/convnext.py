@@ -9,12 +9,25 @@ from functools import partial
 from typing import Any
 
 from vision_jax.convert.engine import CONV, COPY, LINEAR, POINTWISE, Layout, Rule, affine, norm, one
-from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, count_blocks
+from vision_jax.convert.table import (
+    Arguments,
+    Entry,
+    Metadata,
+    Shapes,
+    Table,
+    count_blocks,
+    timm_arguments,
+)
 from vision_jax.errors import UserError
 from vision_jax.models.convnext import VARIANTS, ConvNeXt
 from vision_jax.models.layers import RUN_ARGUMENTS
 
 _OTHER = r"_rms|zepto|^test_"  # other norms or activations
+_TIMM_SEEN = (
+    *("depths", "dims", "kernel_sizes", "patch_size", "stem_type", "ls_init_value", "use_grn"),
+    *("head_norm_first", "head_hidden_size", "conv_mlp", "conv_bias", "norm_eps"),
+)
+_TIMM_FIXED = {"output_stride": 32, "global_pool": "avg", "act_layer": "gelu"}
 _TORCHVISION = ("tiny", "small", "base", "large")
 _PER_CHANNEL = Layout(
     lambda xs: [x[:, 0, 0] for x in xs], lambda xs: [x[:, None, None] for x in xs]
@@ -105,8 +118,7 @@ def _block(
 
 
 def _from_timm(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
-    config = metadata.get("config", {})
-    architecture = str(config.get("architecture", "")).split(".")[0]
+    architecture, given = timm_arguments(metadata, _TIMM_SEEN, _TIMM_FIXED)
     if re.search(_OTHER, architecture):
         raise UserError(f"timm's {architecture} has other norms than a ConvNeXt: not supported")
     depths = count_blocks(shapes, r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.weight")
@@ -114,7 +126,7 @@ def _from_timm(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     overlaps = "stem.2.weight" in shapes
     fc1 = shapes["stages.0.blocks.0.mlp.fc1.weight"]
     eps = 1e-5 if architecture == "convnext_xxlarge" else 1e-6
-    eps = config.get("model_args", {}).get("norm_eps", eps)
+    eps = given.get("norm_eps") or eps
     hidden = shapes.get("head.pre_logits.fc.weight", (0,))[0]
     return {
         "num_classes": shapes.get("head.fc.weight", (0,))[0],
@@ -123,6 +135,7 @@ def _from_timm(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
         "widths": widths,
         "stem_widths": (shapes["stem.0.weight"][0],) if overlaps else (),
         "patch_size": 4 if overlaps else shapes["stem.0.weight"][2],
+        "first_stride": shapes.get("stages.0.downsample.1.weight", (0, 0, 1))[2],
         "kernel_size": shapes["stages.0.blocks.0.conv_dw.weight"][2],
         "mlp_ratio": fc1[0] // widths[0],
         "grn": "stages.0.blocks.0.mlp.grn.weight" in shapes,
@@ -180,7 +193,8 @@ def _plain(a: Arguments) -> bool:
 
 
 def _usual(a: Arguments) -> bool:
-    return (a["kernel_size"], a["mlp_ratio"], a["layer_norm_eps"]) == (7, 4, 1e-6)
+    usual = (7, 4, 1, 1e-6)
+    return (a["kernel_size"], a["mlp_ratio"], a["first_stride"], a["layer_norm_eps"]) == usual
 
 
 def _holds(source: str, a: Arguments) -> bool:
@@ -190,11 +204,13 @@ def _holds(source: str, a: Arguments) -> bool:
         half = -(-a["widths"][0] // 16) * 8
         stems = ((), (a["widths"][0],), (half,))
         same_eps = a["layer_norm_eps"] == a["head_norm_eps"]
-        return same_eps and len(a["depths"]) == 4 and a["stem_widths"] in stems
+        first = 2 if a["patch_size"] == 2 and not a["stem_widths"] else 1
+        same = same_eps and first == a["first_stride"]
+        return same and len(a["depths"]) == 4 and a["stem_widths"] in stems
     if source == "torchvision":
         return _torchvision_config(a) != {}
-    # transformers: V1 has LayerScale, V2 response normalization
-    return _plain(a) and _usual(a) and a["grn"] == (a["layer_scale"] is None)
+    # transformers: V2 has response normalization in the place of LayerScale
+    return _plain(a) and _usual(a) and (not a["grn"] or a["layer_scale"] is None)
 
 
 def _timm_config(a: Arguments) -> dict[str, Any]:
@@ -235,7 +251,7 @@ def _torchvision_config(a: Arguments) -> dict[str, Any]:
 def _transformers_config(a: Arguments) -> dict[str, Any]:
     kind, name = ("convnextv2", "ConvNextV2") if a["grn"] else ("convnext", "ConvNext")
     head = "ForImageClassification" if a["num_classes"] else "Model"
-    scale = {} if a["grn"] else {"layer_scale_init_value": a["layer_scale"]}
+    scale = {} if a["grn"] else {"layer_scale_init_value": a["layer_scale"] or 0.0}
     return {
         "model_type": kind,
         "architectures": [f"{name}{head}"],
@@ -271,7 +287,7 @@ def _transformers_table(kind: str, grn: bool) -> Table:
         (
             "{p}embeddings.patch_embeddings.weight",
             "{p}encoder.stages.0.layers.0.pwconv1.weight",
-            "{p}encoder.stages.0.layers.0." + ("grn.weight" if grn else "layer_scale_parameter"),
+            *(("{p}encoder.stages.0.layers.0.grn.weight",) if grn else ()),
         ),
         arguments=_from_transformers,
         rules=_transformers_rules,
@@ -305,8 +321,8 @@ TABLES = (
         config=_torchvision_config,
         modules=partial(_modules, "torchvision"),
     ),
-    _transformers_table("convnext", grn=False),
     _transformers_table("convnextv2", grn=True),
+    _transformers_table("convnext", grn=False),  # whose anchors the other's contain
 )
 
 

@@ -14,10 +14,20 @@ from itertools import groupby
 from typing import Any
 
 from vision_jax.convert.engine import CONV, POINTWISE, Rule, affine, batch_norm, one
-from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, count_blocks
+from vision_jax.convert.table import (
+    Arguments,
+    Entry,
+    Metadata,
+    Shapes,
+    Table,
+    count_blocks,
+    timm_arguments,
+)
 from vision_jax.errors import UserError
 from vision_jax.models.efficientnet import VARIANTS, EfficientNet, round_channels
 
+_TIMM_SEEN = ("num_features", "stem_size", "stem_kernel_size", "fix_stem")
+_TIMM_FIXED = {"output_stride": 32, "global_pool": "avg"}
 _KNOWN = r"(tf_)?(mobilenetv2_\w+|efficientnet_(lite\d|b\d))"
 _STRUCTURE = (
     "depths",
@@ -229,8 +239,7 @@ def _blocks(shapes: Shapes, names: list[tuple[str, dict[str, str]]]) -> list[dic
 
 
 def _from_timm(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
-    config = metadata.get("config", {})
-    architecture = str(config.get("architecture", "")).split(".")[0]
+    architecture, _ = timm_arguments(metadata, _TIMM_SEEN, _TIMM_FIXED)
     if architecture and not re.fullmatch(_KNOWN, architecture):
         raise UserError(
             f"timm's {architecture} is neither a MobileNetV2 nor an EfficientNet B or Lite: not "

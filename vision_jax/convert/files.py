@@ -4,6 +4,7 @@ Files are hostile until read. A safetensors file is memory-mapped, so that its t
 only while somebody holds them; nothing here knows an architecture.
 """
 
+import argparse
 import json
 import math
 import mmap
@@ -14,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from vision_jax.convert.npz import read_npz
+from vision_jax.convert.npz import read_headers, read_npz
 from vision_jax.errors import UserError
 
 # The names of the format, in the order in which its own library sorts a file's tensors, the last
@@ -49,7 +51,13 @@ NARROW = (ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, np.float16, ml_dtypes.
 EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "params_ema")
 PLAIN_WRAPPERS = ("state_dict", "model", "net", "params", "teacher", "module", "network")
 WRAPPERS = (*EMA_WRAPPERS, *PLAIN_WRAPPERS)
-PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.")  # of all names alike, in any order
+PREFIXES = (
+    "module.",
+    "model.",
+    "_orig_mod.",
+    "backbone.",
+    "net.",
+)  # of all names alike, in any order
 INDEX_FILE = "model.safetensors.index.json"
 PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -159,16 +167,12 @@ def open_npz(path: Path) -> Tensors:
     Raises:
       UserError: damaged, no .npz file, or with Python objects in it.
     """
-    try:
-        tensors = read_npz(path)
-    except UserError:
-        raise
-    except Exception as error:  # a hostile archive: other kinds of damage, or absurd sizes
-        raise UserError(f"{path}: damaged or no .npz file ({_line(error)})") from None
-    for name, array in tensors.items():
-        if array.dtype.kind not in "fiub" and array.dtype != ml_dtypes.bfloat16:
-            raise UserError(f"{path}: {name} is of {array.dtype} and not a tensor of numbers")
-    return Tensors({name: held(array) for name, array in tensors.items()})
+    return Tensors(
+        {
+            name: Tensor(shape, dtype, partial(read_npz, path, name))
+            for name, (shape, dtype) in read_headers(path).items()
+        }
+    )
 
 
 def held(array: np.ndarray) -> Tensor:
@@ -195,7 +199,11 @@ def open_pickle(path: Path) -> Tensors:
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"  # torch can memory-map these, not those before 1.6
-        with warnings.catch_warnings(action="ignore"):  # of what then fails, or works
+        with (
+            warnings.catch_warnings(action="ignore"),  # of what then fails, or works
+            # Training programs keep their flags beside the weights: a class that holds values only.
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # unpickling a hostile or damaged file raises anything
         raise UserError(f"{path}: not a file of weights alone ({_line(error)})") from None
@@ -216,7 +224,9 @@ def _unwrap(content: Mapping[Any, Any], depth: int = 3) -> dict[str, Any]:
         for candidate in inner:
             if found := _unwrap(candidate, depth - 1):
                 return found
-    return {str(n): value for n, value in content.items() if isinstance(value, torch.Tensor)}
+    # torch's AveragedModel counts its updates beside the `module.` that it averages.
+    found = {str(n): value for n, value in content.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in found.items() if name != "n_averaged"}
 
 
 def _of_torch(path: Path, name: str, tensor: Any) -> Tensor:
@@ -226,6 +236,8 @@ def _of_torch(path: Path, name: str, tensor: Any) -> Tensor:
     plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
     if not plain or tensor.dtype.is_complex:
         raise UserError(f"{path}: {name} is a {tensor.dtype} tensor of a kind that no model has")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{path}: {name} has {tensor.numel()} numbers, of which the file has fewer")
     name_of = str(tensor.dtype).removeprefix("torch.")
     dtype = np.dtype(name_of if whole or tensor.dtype == torch.float64 else "float32")
 
@@ -238,7 +250,10 @@ def _of_torch(path: Path, name: str, tensor: Any) -> Tensor:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    text = str(error).strip() or type(error).__name__
+    reason = re.search(r"WeightsUnpickler error: (.*)", text)
+    # Without torch's advice to trust the file.
+    return (reason[1] if reason else text.splitlines()[0].split(" In PyTorch ")[0])[:300]
 
 
 # Writing -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,23 +75,32 @@ def write_package(
         files[CONFIG_FILE] = _transformers_config(table, arguments, class_names)
         if preprocessing:
             files[PREPROCESSOR_FILE] = _processor_config(preprocessing)
-    folder.mkdir(parents=True, exist_ok=True)
-    if to == "npz":
-        write_npz(folder / NPZ_FILE, tensors)
-        return [folder / NPZ_FILE]
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
     size = sum(math.prod(shape) for shape in shapes_of(tensors).values()) * 4  # nearly all float32
-    if shard_bytes and size > shard_bytes:
-        if to != "transformers":
-            raise UserError(f"{to} reads one file: shards are for --to=transformers")
-        if not isinstance(tensors, Tensors):
-            tensors = Tensors({name: held(array) for name, array in tensors.items()})
-        written = write_shards(folder, tensors, header, shard_bytes)
-    else:
-        write_safetensors(folder / WEIGHTS_FILE, tensors, header)
-        written = [folder / WEIGHTS_FILE]
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    return [*written, *(folder / name for name in files)]
+    in_shards = bool(shard_bytes and size > shard_bytes)
+    if in_shards and to != "transformers":
+        raise UserError(f"{to} reads one file: shards are for --to=transformers")
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:  # all files are there, or none
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as directory:
+            made = Path(directory)
+            if to == "npz":
+                write_npz(made / NPZ_FILE, tensors)
+            elif in_shards:
+                if not isinstance(tensors, Tensors):
+                    tensors = Tensors({name: held(array) for name, array in tensors.items()})
+                write_shards(made, tensors, header, shard_bytes or 0)
+            else:
+                write_safetensors(made / WEIGHTS_FILE, tensors, header)
+            for name, text in texts.items():
+                (made / name).write_text(text)
+            written = sorted(made.iterdir(), key=lambda path: (path.name in texts, path.name))
+            return [path.replace(folder / path.name) for path in written]
+    except BaseException:
+        if new:
+            folder.rmdir()
+        raise
 
 
 def read_config(folder: Path) -> dict[str, Any]:

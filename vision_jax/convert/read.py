@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 import numpy as np
 
 from vision_jax.convert.files import INDEX_FILE, Tensors, open_npz, open_pickle, open_safetensors
+from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, nearest
 
 WEIGHTS_FILE = "model.safetensors"
@@ -29,6 +30,14 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 ALLOW_PICKLE = "--config.model.allow_pickle=True"
 JSON_LIMIT = 64 * 2**20  # bytes; a config is a few kB, the index of a large model a few MB
+STANDARD: dict[str, Any] = {  # stands in for what a config leaves out, to check the rest
+    "image_size": (1, 1),
+    "mean": (0.5,),
+    "std": (0.5,),
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+    "interpolation": "bicubic",
+}
 PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
@@ -369,7 +378,7 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         found = _from_preprocessor(preprocessor)
     else:
         return None
-    return {
+    read = {
         "mean": _numbers(found.get("mean"), channels, "mean"),
         "std": _numbers(found.get("std"), channels, "std"),
         "image_size": _numbers(found.get("image_size"), 2, "image_size", int),
@@ -377,6 +386,9 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         "crop_mode": found.get("crop_mode"),
         "interpolation": found.get("interpolation"),
     }
+    known = {name: value for name, value in read.items() if value is not None}
+    Preprocessing(**{**STANDARD, **known})  # raises where a value makes no sense
+    return read
 
 
 def _from_torchvision(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,21 @@ from functools import partial
 from typing import Any
 
 from vision_jax.convert.engine import CONV, POINTWISE, Rule, affine, batch_norm, one
-from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, count_blocks
+from vision_jax.convert.table import (
+    Arguments,
+    Entry,
+    Metadata,
+    Shapes,
+    Table,
+    count_blocks,
+    timm_arguments,
+)
 from vision_jax.errors import UserError
 from vision_jax.models.regnet import VARIANTS
 
 _OTHER = r"_sgn|regnetv|regnetz"  # other norms, activations and block orders
+_TIMM_SEEN = ("depth", "w0", "wa", "wm", "group_size", "bottle_ratio", "se_ratio", "stem_width")
+_TIMM_FIXED = {"output_stride": 32, "global_pool": "avg", "act_layer": "relu"}
 _TORCHVISION = {
     "regnetx_004_tv": "regnet_x_400mf",
     "regnetx_008": "regnet_x_800mf",
@@ -126,7 +136,7 @@ def _arguments(
 
 
 def _from_timm(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
-    architecture = str(metadata.get("config", {}).get("architecture", "")).split(".")[0]
+    architecture, _ = timm_arguments(metadata, _TIMM_SEEN, _TIMM_FIXED)
     if re.search(_OTHER, architecture):
         raise UserError(f"timm's {architecture} computes otherwise than a RegNet: not supported")
     depths = count_blocks(shapes, r"s(\d+)\.b(\d+)\.conv1\.conv\.weight", first=1)

@@ -10,12 +10,25 @@ from functools import partial
 from typing import Any
 
 from vision_jax.convert.engine import CONV, Rule, affine, batch_norm, one
-from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, count_blocks
+from vision_jax.convert.table import (
+    Arguments,
+    Entry,
+    Metadata,
+    Shapes,
+    Table,
+    count_blocks,
+    timm_arguments,
+)
 from vision_jax.errors import UserError
 from vision_jax.models.resnet import BASIC, BOTTLENECK, VARIANTS, ResNet
 
 # Relatives of timm's whose tensors may be a plain ResNet's while they compute otherwise.
 _TIMM_OTHER = r"aa|blur|^se|eca|rs\d|^gc|^sk|^lamb|clip|cotn|ibn|_gn|evos|frn|tresnet|resnest"
+_TIMM_SEEN = (  # in the tensors' shapes and names
+    *("layers", "channels", "cardinality", "base_width", "stem_width", "stem_type", "avg_down"),
+    *("block_reduce_first", "down_kernel_size", "replace_stem_pool"),
+)
+_TIMM_FIXED = {"output_stride": 32, "global_pool": "avg", "act_layer": "relu"}
 _TORCHVISION = {
     "resnet18": "resnet18",
     "resnet34": "resnet34",
@@ -102,7 +115,7 @@ def _transformers_rules(arguments: Arguments) -> list[Rule]:
 
 
 def _from_timm(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
-    architecture = str(metadata.get("config", {}).get("architecture", "")).split(".")[0]
+    architecture, _ = timm_arguments(metadata, _TIMM_SEEN, _TIMM_FIXED)
     if re.search(_TIMM_OTHER, architecture):
         raise UserError(f"timm's {architecture} computes otherwise than a ResNet: not supported")
     depths = count_blocks(shapes, r"layer(\d)\.(\d+)\.conv1\.weight")

@@ -36,6 +36,7 @@ from vision_jax.convert.table import (
     count_blocks,
     fill_prefix,
     pair,
+    timm_arguments,
 )
 from vision_jax.errors import UserError
 from vision_jax.models.swin import (
@@ -121,6 +122,10 @@ _ACTIVATIONS = {
     "relu": "relu",
     "relu6": "relu6",
 }
+_TIMM_SEEN = (  # read, or in the tensors' shapes and names
+    *("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias"),
+    *("act_layer", "pretrained_window_sizes"),
+)
 _BUILDERS = {
     "swin_t": "swin_tiny_patch4_window7_224",
     "swin_s": "swin_small_patch4_window7_224",
@@ -333,21 +338,13 @@ def _sizes(
 
 
 def _from_timm_config(config: Mapping[str, Any], stages: int) -> dict[str, Any]:
-    name = str(config.get("architecture", "")).split(".")[0]
+    name, given = timm_arguments({"config": config}, _TIMM_SEEN, {"global_pool": "avg"})
     named = VARIANTS.get(name, {})
     taken = ("image_size", "windows", "pretrained_windows")
     said: dict[str, Any] = {key: named[key] for key in taken if key in named}
     cfg = config.get("pretrained_cfg")
     if isinstance(cfg, dict) and isinstance(cfg.get("input_size"), list):
         said["image_size"] = pair(cfg["input_size"][-2:], "input_size")
-    given = config.get("model_args")
-    given = given if isinstance(given, dict) else {}
-    for key in ("always_partition", "norm_layer", "head_dim"):
-        if given.get(key):
-            raise UserError(f"config.json: a Swin with {key} {given[key]!r} is not supported")
-    pool = given.get("global_pool", config.get("global_pool")) or "avg"
-    if pool != "avg":
-        raise UserError(f"config.json: global_pool {pool!r}: this model has avg")
     if "img_size" in given:
         said["image_size"] = pair(given["img_size"], "img_size")
     if "pretrained_window_sizes" in given:

@@ -6,7 +6,7 @@ arguments, which say all that importing, exporting and certifying need.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,42 @@ def _unchanged(path: str, array: np.ndarray, own: Arguments, wanted: Arguments) 
 
 def _nothing(arguments: Arguments) -> dict[str, Any]:
     return {}
+
+
+# What timm's models are trained, started and fed with; their arithmetic is the same.
+_TIMM_FREE = {
+    *("num_classes", "in_chans", "img_size", "strict_img_size", "dynamic_img_size"),
+    *("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+    *("patch_drop_rate", "drop_block_rate", "zero_init_last", "weight_init", "fix_init"),
+    "head_init_scale",
+}
+
+
+def timm_arguments(
+    metadata: Metadata, free: Collection[str], fixed: Mapping[str, Any] = {}
+) -> tuple[str, dict[str, Any]]:
+    """timm's architecture and the model_args of config.json, none of which is overlooked.
+
+    Args:
+      metadata: as `Table.arguments` takes it.
+      free: names that the caller reads, or whose effect shows in the tensors.
+      fixed: name -> the one value that the model here computes with.
+
+    Raises:
+      UserError: another argument, which may change the arithmetic and leave no trace.
+    """
+    config = metadata.get("config", {})
+    given = config.get("model_args")
+    given = dict(given) if isinstance(given, dict) else {}
+    pool = {"global_pool": config["global_pool"]} if config.get("global_pool") else {}
+    for name, value in {**pool, **given}.items():
+        if name in fixed and value != fixed[name]:
+            raise UserError(f"config.json: {name} {value!r}: this model has {fixed[name]!r}")
+        if name not in {*_TIMM_FREE, *free, *fixed} and value not in (None, False):
+            raise UserError(
+                f"config.json: {name} {value!r} is not supported: the model may compute otherwise"
+            )
+    return str(config.get("architecture", "")).split(".")[0], given
 
 
 @dataclass(frozen=True)

@@ -558,7 +558,12 @@ def _bert_tables(
             defaults,
             written=not memory,
             prefixes=(prefix, ""),
-            dropped=(r"{p}embeddings\.(mask_token|position_ids)", r"decoder\..*"),
+            # ViTModel saves a pooler over its features, which is no part of them.
+            dropped=(
+                r"{p}embeddings\.(mask_token|position_ids)",
+                r"{p}pooler\.dense\.(weight|bias)",
+                r"decoder\..*",
+            ),
         )
 
     return build(False), build(True)

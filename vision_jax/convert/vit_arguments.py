@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vision_jax.convert.engine import Rule, expand, tree_shapes
-from vision_jax.convert.table import Metadata, Shapes, pair
+from vision_jax.convert.table import Metadata, Shapes, pair, timm_arguments
 from vision_jax.errors import UserError
 from vision_jax.models.vit import VARIANTS
 
@@ -24,8 +24,13 @@ ACTIVATIONS = {
 
 # Models whose heads are not 64 channels wide, by width.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-# Arguments of timm's that change the arithmetic and leave no trace in names and shapes.
-TIMM_SILENT = ("norm_layer", "pool_include_prefix", "embed_norm_layer", "mlp_layer", "attn_layer")
+# Arguments of timm's that are read, or show in names and shapes.
+TIMM_SEEN = (
+    *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm"),
+    *("scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "class_token", "pos_embed"),
+    *("no_embed_class", "reg_tokens", "pre_norm", "final_norm", "fc_norm", "dynamic_img_pad"),
+    *("act_layer", "global_pool"),
+)
 
 # What the name of a timm architecture says and its tensors don't; every match adds its arguments.
 TIMM_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -72,6 +77,10 @@ def infer_arguments(
         said |= _from_timm_config(config)
     elif source == "transformers":
         said |= _from_transformers_config(config)
+    elif source == "torchvision" and isinstance(config.get("kwargs"), dict):
+        said |= {
+            name: config["kwargs"][name] for name in ("num_heads",) if name in config["kwargs"]
+        }
     if "norm_pre/scale" in ours and source == "timm" and not config.get("architecture"):
         said.setdefault("layer_norm_eps", 1e-5)  # CLIP's towers
     return from_shapes(ours, depth, said)
@@ -87,7 +96,7 @@ def _depth(shapes: Shapes, rules: Sequence[Rule]) -> int:
 
 
 def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    name = str(config.get("architecture", "")).split(".")[0]
+    name, given = timm_arguments({"config": config}, TIMM_SEEN)
     if re.search(TIMM_OTHER, name):
         raise UserError(f"timm's {name} computes otherwise than a ViT; it is not supported")
     said: dict[str, Any] = {}
@@ -102,11 +111,6 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     cfg = config.get("pretrained_cfg")
     if isinstance(cfg, dict) and isinstance(cfg.get("input_size"), list):
         said["image_size"] = tuple(cfg["input_size"][-2:])
-    given = config.get("model_args")
-    given = given if isinstance(given, dict) else {}
-    for key in TIMM_SILENT:
-        if given.get(key):
-            raise UserError(f"config.json: a ViT with {key} {given[key]!r} is not supported")
     pool = given.get("global_pool", config.get("global_pool"))
     if pool in ("token", "avg", "map"):
         said["pool"] = pool
@@ -170,7 +174,7 @@ def from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str
         "in_channels": channels,
         "width": width,
         "depth": depth,
-        "num_heads": said.get("num_heads", HEADS.get(width, max(width // 64, 1))),
+        "num_heads": said["num_heads"] if "num_heads" in said else _heads(width),
         "mlp_width": mlp_width,
         "pool": pool,
         "norm_after_pool": said.get("norm_after_pool", False),
@@ -188,6 +192,17 @@ def from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str
         "head_bias": "head/bias" in shapes or "head/kernel" not in shapes,
         "layer_norm_eps": said.get("layer_norm_eps", 1e-6),
     }
+
+
+def _heads(width: int) -> int:
+    """Of 64 channels each, as every published ViT has them but for a few."""
+    if width not in HEADS and width % 64:
+        raise UserError(
+            f"how many heads share {width} channels is not in the weights: put config.json with "
+            '{"model_args": {"num_heads": 3}} (timm), {"num_attention_heads": 3} (transformers) or '
+            '{"kwargs": {"num_heads": 3}} (torchvision) beside model.safetensors'
+        )
+    return HEADS.get(width, width // 64)
 
 
 def _positions(

@@ -56,6 +56,8 @@ class Preprocessing:
             raise UserError(f"preprocessing image_size {self.image_size}: use positive numbers")
         if not 0 < self.crop_pct <= 1:
             raise UserError(f"preprocessing crop_pct {self.crop_pct}: use a number in (0, 1]")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise UserError(f"preprocessing mean {self.mean}, std {self.std}: no normalization")
 
 
 def to_channels(image: np.ndarray, channels: int) -> np.ndarray:

@@ -167,6 +167,7 @@ class ConvNeXt(nn.Module):
       depths, widths: blocks and channels of each stage.
       stem_widths: of the first of two overlapping 3 x 3 convolutions; () for one patch convolution.
       patch_size: of the patch convolution, in pixels.
+      first_stride: of the first stage; timm's is 2 behind patches of 2 pixels.
       kernel_size: of the depthwise convolutions.
       mlp_ratio: hidden width of the MLP, in widths.
       grn: response normalization in the MLP (V2).
@@ -187,6 +188,7 @@ class ConvNeXt(nn.Module):
     widths: tuple[int, ...]
     stem_widths: tuple[int, ...] = ()
     patch_size: int = 4
+    first_stride: int = 1
     kernel_size: int = 7
     mlp_ratio: int = 4
     grn: bool = False
@@ -213,16 +215,8 @@ class ConvNeXt(nn.Module):
     @property
     def pyramid(self) -> tuple[tuple[str, int], ...]:
         """Named features and their stride in pixels, from fine to coarse."""
-        first = self._stem_stride * self._first_stride
+        first = (4 if self.stem_widths else self.patch_size) * self.first_stride
         return tuple((f"stage_{i}", first * 2**i) for i in range(len(self.depths)))
-
-    @property
-    def _stem_stride(self) -> int:
-        return 4 if self.stem_widths else self.patch_size
-
-    @property
-    def _first_stride(self) -> int:
-        return 2 if self._stem_stride == 2 else 1  # a stem of stride 2 leaves the rest to stage 0
 
     @property
     def num_layers(self) -> int:
@@ -269,7 +263,7 @@ class ConvNeXt(nn.Module):
         for index, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
             before = sum(self.depths[:index])
             rates = tuple(self.drop_path * (before + i) / last for i in range(depth))
-            strides = 2 if index else self._first_stride
+            strides = 2 if index else self.first_stride
             stage = Stage(width, strides, rates, block, self.remat, name=f"stage_{index}")
             features[f"stage_{index}"] = x = stage(x, train)
         pooled = self._pool(x)  # [B, D]
