@@ -6,8 +6,9 @@
     python -m vision_jax.doctor folder_of_class_folders --quick
 
 DATASET is what config.data.train takes: for detection COCO or plain JSON, a Pascal VOC or YOLO
-folder, data.yaml:SPLIT or tfds:NAME/SPLIT; for classification a folder of class folders, .csv,
-.jsonl, embedded: or tfds:. Exit code 0: nothing wrong, 1: findings, 2: it can't be examined.
+folder, data.yaml:SPLIT, tfds:NAME/SPLIT, embedded: or composites:; for classification a folder of
+class folders, .csv, .jsonl, tfds:, embedded: or cifar10:. Exit code 0: nothing wrong, 1: findings,
+2: it can't be examined.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def examine(
         try:
             annotations, problems = examine_annotations(spec, images)
         except UserError:
-            if not _are_class_folders(Path(spec).expanduser()):
+            if not spec.startswith("embedded:") and not _are_class_folders(Path(spec).expanduser()):
                 raise
         else:
             return _examine_boxes(annotations, problems, quick, console)
@@ -106,7 +107,7 @@ def _has_classes(spec: str) -> bool:
     """Whether a specification by itself says that it labels whole images."""
     if spec.startswith("tfds:"):
         return "label" in open_tfds(spec)[0]
-    return spec.startswith(("embedded:", "cifar10:")) or spec.endswith((".csv", ".jsonl"))
+    return spec.startswith("cifar10:") or spec.endswith((".csv", ".jsonl"))
 
 
 def _are_class_folders(path: Path) -> bool:

@@ -16,7 +16,7 @@ from scipy.stats import hypergeom
 from vision_jax.data.annotation_formats import IMAGES, YOLO_PLACE, Problem, find_files
 from vision_jax.data.annotations import Annotations
 from vision_jax.data.scan import Reader, Scan, repeated_files, same_files, similar_images
-from vision_jax.data.sources import FileReader
+from vision_jax.data.sources import FileReader, TfdsReader
 
 ALPHA = 0.001  # of alarming on two clean splits
 LEAST_DRIFT = 1.5  # ratio of shares below which a drift, however certain, does no harm
@@ -286,7 +286,7 @@ def diagnose_boxes(subject: Subject, *, complete: bool) -> list[Finding]:
     sizes = _sizes(annotations, subject.scan)[annotations.box_image]  # [M, 2]
     height, width = sizes.T.astype(float)
     known = height > 0
-    shares = annotations.entry_form == YOLO_PLACE or annotations.tfds is not None
+    shares = annotations.entry_form == YOLO_PLACE or isinstance(annotations.records, TfdsReader)
     total = len(x)
 
     def finding(code: str, level: Level, title: str, found: np.ndarray, advice: str) -> list:

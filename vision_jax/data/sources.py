@@ -236,7 +236,7 @@ def _read_folder(
     folder: Path, class_names: tuple[str, ...] | None, problems: list[UserError] | None = None
 ) -> Source:
     """One folder per class, in sorted order; images may lie deeper inside it."""
-    class_folders = sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p, folder))
+    class_folders = sorted(p for p in folder.iterdir() if p.is_dir() and not _is_hidden(p, folder))
     if not class_folders:
         raise UserError(
             f"{folder}: no class folders: put the images of each class into a folder of its name"
@@ -247,7 +247,7 @@ def _read_folder(
     for label, class_folder in enumerate(class_folders):
         files = sorted(p for p in class_folder.rglob("*") if p.is_file())
         images = [
-            p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(p, folder)
+            p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(p, folder)
         ]
         if not images:
             text = f"{class_folder}: no image in this class folder: add"
@@ -266,11 +266,11 @@ def _read_folder(
     )
 
 
-def is_hidden(path: Path, folder: Path) -> bool:
+def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
+def _csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
     """(line number, path, label) of each row."""
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
         reader = csv.DictReader(file, strict=True)
@@ -286,7 +286,7 @@ def csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
             raise UserError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from error
 
 
-def jsonl_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
+def _jsonl_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
     """(line number, path, label) of each line that isn't blank."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -315,7 +315,7 @@ def _read_list(
     for number, image_path, label in entries:
         place = f"{path}:{number}"
         try:
-            image_path = check_path(place, folder, root, image_path)
+            image_path = _check_path(place, folder, root, image_path)
             if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
                 raise UserError(f"{place}: label {label!r}: use a class name or an integer from 0")
         except UserError as error:
@@ -336,7 +336,7 @@ def _read_list(
     return Source(str(path), class_names, np.array(labels, np.int32), np.arange(len(paths)), reader)
 
 
-def check_path(place: str, folder: Path, root: Path, image_path: Any) -> str:
+def _check_path(place: str, folder: Path, root: Path, image_path: Any) -> str:
     """A listed path, if it is a file inside the list's folder after all links are followed."""
     if not isinstance(image_path, str) or not image_path or "\0" in image_path:
         raise UserError(f"{place}: path {image_path!r}: give the file's path")
@@ -354,11 +354,11 @@ def check_path(place: str, folder: Path, root: Path, image_path: Any) -> str:
     return image_path
 
 
-_ENTRIES = {".csv": csv_entries, ".jsonl": jsonl_entries}
+_ENTRIES = {".csv": _csv_entries, ".jsonl": _jsonl_entries}
 
 
 def _infer_class_names(places: Sequence[str], raw_labels: Sequence[str]) -> tuple[str, ...]:
-    if not all(is_integer(label) for label in raw_labels):
+    if not all(_is_integer(label) for label in raw_labels):
         return tuple(sorted(set(raw_labels)))
     values = [int(label[:20]) for label in raw_labels]  # 20 digits are too large in any case
     for place, value in zip(places, values, strict=True):
@@ -372,7 +372,7 @@ def _infer_class_names(places: Sequence[str], raw_labels: Sequence[str]) -> tupl
 def _find_label(place: str, raw: str, position: dict[str, int]) -> int:
     if raw in position:
         return position[raw]
-    if is_integer(raw):
+    if _is_integer(raw):
         value = int(raw[:20])
         if 0 <= value < len(position):
             return value
@@ -384,7 +384,7 @@ def _find_label(place: str, raw: str, position: dict[str, int]) -> int:
     )
 
 
-def is_integer(label: str) -> bool:
+def _is_integer(label: str) -> bool:
     return label.isascii() and label.removeprefix("-").isdigit()
 
 
