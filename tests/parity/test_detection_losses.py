@@ -17,7 +17,7 @@ from vision_jax.ops import boxes, detection_losses
 
 RNG = np.random.default_rng()
 LAYERS, EXAMPLES, QUERIES, CLASSES, SLOTS = 3, 4, 12, 5, 6
-TOLERANCES = {"float64": 1e-12, "float32": 5e-6}
+TOLERANCES = {"float64": 2e-14, "float32": 2e-6}
 
 
 def random_boxes(*shape: int) -> np.ndarray:
