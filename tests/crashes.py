@@ -123,7 +123,9 @@ def run_child(folder: Path, workdir: str, spoil: Callable[[], object]) -> tuple[
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    figures._save = lambda figure, path: Path(path).touch()  # slow, and not what this is about
+    figures.save_figure = lambda figure, path: Path(
+        path
+    ).touch()  # slow, and not what this is about
     jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     results = {name: run_child(folder, workdir, spoil) for name, workdir, spoil in SCENARIOS}

@@ -33,7 +33,7 @@ def small(path: Path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_trains_at_small_size(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(modes.figures, "_save", lambda figure, path: None)
+    monkeypatch.setattr(modes.figures, "save_figure", lambda figure, path: None)
     assert train.run(small(path), tmp_path) == 0
     losses = [
         r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r

@@ -183,7 +183,7 @@ def test_dropout_is_for_training_alone():
 
 
 def test_a_run_starts_from_an_adapter_and_its_head(tmp_path, monkeypatch):
-    monkeypatch.setattr(modes.figures, "_save", lambda figure, path: None)
+    monkeypatch.setattr(modes.figures, "save_figure", lambda figure, path: None)
     adapter = runs.finished() / "adapter"
     fields = {"lora__rules": "()", "lora__init_from": adapter, "total_steps": 2, "optim__lr": 0.0}
     config = runs.tiny_config(**fields)
