@@ -75,7 +75,7 @@ def _run(flags: argparse.Namespace) -> int:
     )
     if flags.json:
         content = {"dataset": flags.dataset, "findings": [asdict(finding) for finding in findings]}
-        flags.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        flags.json.write_text(json.dumps(content, indent=1) + "\n")
     if flags.figure:
         from vision_jax.evaluate.diagnosis_figure import draw_diagnosis
 
@@ -213,7 +213,8 @@ def _report(
         lines += [(6, f"… and {more:,} more", "dim")] * (more > 0 and bool(lines))
         parts += [Text(), Text.assemble((f"{mark} {finding.code}", style), f": {count}")]
         for indent, line, look in ((2, finding.title, ""), *lines, (2, f"→ {finding.advice}", "")):
-            text = Text(line, style=look, overflow="fold")
+            shown = "".join(c if c.isprintable() else "�" for c in line)  # names can hold anything
+            text = Text(shown, style=look, overflow="fold")
             parts.append(Padding(text, (0, 0, 0, indent), expand=False))
     levels = [finding.level for finding in findings]
     counts = [(levels.count(level), level) for level in ("error", "warning")]

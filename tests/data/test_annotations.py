@@ -341,6 +341,11 @@ assert read.crowd.sum() == 2 and sorted(read.area) == [10, 10, 10, 11, 11, 12]
 values = [int(read.reader.read(k)[0, 0, 0]) + 50 for k in range(4)]
 assert tuple(values) == read.image_ids
 assert read.place(0).endswith("objects[0]")
+
+from vision_jax.doctor import examine
+_, findings = examine(f"tfds:tiny_boxes/train@{folder}")
+found = {f.code: f.count for f in findings if f.level != "information"}
+assert found == {"repeated-box": 1}, found
 assert "tensorflow" not in sys.modules
 """
 
@@ -427,6 +432,7 @@ BAD_IMAGES = {
     "circle": ([image(file_name="circle/a.jpg")], "no such file|leads out of"),
     "long": ([image(file_name="x" * 5000)], "no such file"),
     "missing": ([image(file_name="nope.jpg")], "'nope.jpg': no such file in"),
+    "half a character": ([image(file_name="\ud800/a.jpg")], "give the image's path"),
     "folder": ([image(file_name="sub")], "no such file"),
     "line break": ([image(file_name="no\npe.jpg")], "no such file"),
     "width": ([image(width=-1)], "width -1, height 40: give whole numbers"),
@@ -456,6 +462,7 @@ def test_bad_images(case, images, tmp_path):
 BAD_CATEGORIES = {
     "twice": ([{"id": 3, "name": "a"}, {"id": 3, "name": "b"}], "id 3 is given twice"),
     "no name": ([{"id": 3}], "needs `id`"),
+    "half a character": ([{"id": 3, "name": "\ud800"}], "needs `id`"),
     "blank": ([{"id": 3, "name": " "}], "needs `id`"),
     "no id": ([{"name": "a"}], "needs `id`"),
     "number": ([3], "3 is no object"),

@@ -140,7 +140,7 @@ class Reading:
 
     def check_path(self, place: str, path: Any) -> str | None:
         """`path` if it stays inside the folder, whether or not there is such a file."""
-        if not isinstance(path, str) or not path or "\0" in path:
+        if not _is_text(path) or "\0" in path:
             self.complain("entry", place, f"file_name {_short(path)}: give the image's path")
             return None
         if _leaves(path):
@@ -196,6 +196,14 @@ def find_files(folder: Path, suffixes: set[str] | frozenset[str]) -> list[str]:
     return sorted(found)
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that can be written again; JSON can hold halves of characters."""
+    try:
+        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _leaves(path: str) -> bool:
     """Whether a path could lead out of its folder by its form alone, on any system."""
     return os.path.isabs(path) or ".." in re.split(r"[\\/]", path)
@@ -241,7 +249,7 @@ def _get_id(entry: dict, key: str) -> int | str | None:
     value = entry.get(key)
     if type(value) is float and value.is_integer():
         return int(value)  # pandas writes whole numbers so
-    return value if type(value) in (int, str) else None
+    return value if type(value) is int or _is_text(value) else None
 
 
 def _get_size(entry: dict) -> tuple[int, int] | None:
@@ -284,12 +292,12 @@ def _read_categories(reading: Reading, path: Path, content: dict) -> frozenset[i
             entry.get("name"),
             entry.get("supercategory"),
         )
-        if category_id is None or not isinstance(name, str) or not name.strip():
+        if category_id is None or not _is_text(name):
             reading.complain("entry", place, "needs `id`, a number or text, and `name`, a text")
         elif category_id in reading.categories:
             reading.complain("id", place, f"id {_short(category_id)} is given twice", category_id)
         else:
-            reading.category(category_id, name, parent if isinstance(parent, str) else "")
+            reading.category(category_id, name, parent if _is_text(parent) else "")
     return frozenset(reading.categories)
 
 
@@ -603,7 +611,7 @@ def _yaml_names(path: Path, content: dict) -> list[str]:
     names = content.get("names")
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[i] for i in range(len(names))]
-    if not isinstance(names, list) or not all(isinstance(n, str | int) for n in names):
+    if not isinstance(names, list) or not all(_is_text(str(n)) for n in names):
         raise UserError(f"{path}: `names` is no list of names, and no map from 0, 1, ... to names")
     return [str(name) for name in names]
 
