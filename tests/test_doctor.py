@@ -365,6 +365,7 @@ def test_category_ids(clean, tmp_path):
     own = clean[1]["categories"]
     found, alarm = look(own, shift=-1)
     assert list(alarm) == ["ids-off-by-one"]
+    assert found["ids-off-by-one"].count == 384
     assert "declared 1 to 6, used 0 to 5" in alarm["ids-off-by-one"]
     found, alarm = look(own, shift=1)
     assert "declared 1 to 6, used 2 to 7" in alarm["ids-off-by-one"]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from xml.etree import ElementTree
 
 import numpy as np
@@ -196,7 +196,7 @@ def find_files(folder: Path, suffixes: set[str] | frozenset[str]) -> list[str]:
     return sorted(found)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """Whether it is a text that can be written again; JSON can hold halves of characters."""
     try:
         return isinstance(value, str) and bool(value.strip()) and bool(value.encode())

@@ -138,9 +138,11 @@ def diagnose_problems(subject: Subject, problems: Sequence[Problem]) -> list[Fin
             else:
                 used = sorted({str(problem.value) for problem in found})
                 title += f": {_few(used)}"
-        of, unit = total + len(found), "entries"
+        count, of, unit = len(found), total + len(found), "entries"
         if kind in ("category", "image"):
             of, unit = len(entries.box_image) if entries is not None else 0, "boxes"
+        if code == "ids-off-by-one":
+            count = of  # those whose ids happen to be declared are as wrong
         if kind == "image":
             of += len(found)
         if kind == "missing":
@@ -149,9 +151,7 @@ def diagnose_problems(subject: Subject, problems: Sequence[Problem]) -> list[Fin
         images = tuple(rows[p.value] for p in found[:EXAMPLES] if p.value in rows)
         if kind == "missing":
             images = ()
-        findings.append(
-            Finding(code, "error", title, len(found), of, unit, examples, advice, images)
-        )
+        findings.append(Finding(code, "error", title, count, of, unit, examples, advice, images))
     return findings
 
 
