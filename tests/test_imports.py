@@ -34,13 +34,14 @@ def test_flax_is_imported_by_models_alone():
 
 
 def test_torch_and_its_libraries_are_imported_where_their_files_are_read_or_certified():
-    """At the top of twins.py alone; elsewhere in the function that needs them."""
+    """At the top of the twins alone; elsewhere in the function that needs them."""
     libraries = {"torch", "torchvision", "timm", "transformers"}
     users = {path.name for path in FILES if libraries & imported(path)}
-    assert users == {"files.py", "read.py", "twins.py", "certify.py"}
+    twins = {"twins.py", "twin_detr.py"}
+    assert users == {"files.py", "read.py", "certify.py", *twins}
     for path in FILES:
         assert not imported(path) & {"tensorflow", "peft"}
-        if path.name != "twins.py":
+        if path.name not in twins:
             top = ast.Module(
                 [
                     node

@@ -4,6 +4,7 @@
     python -m vision_jax.convert hf://microsoft/resnet-50 --out=DIR --to=torchvision
     python -m vision_jax.convert timm://resnet50.a1_in1k --out=DIR --to=transformers
     python -m vision_jax.convert torchvision://swin_t --out=DIR
+    python -m vision_jax.convert detr-r50-e632da11.pth --allow-pickle --out=DIR --to=transformers
     python -m vision_jax.convert runs/vit_lora --out=DIR --to=transformers
     python -m vision_jax.convert checkpoint.pth --allow-pickle --dry-run
 
@@ -29,7 +30,7 @@ from typing import Any
 from vision_jax.errors import UserError
 
 BAD_INPUT = 2  # exit code
-TARGETS = ("timm", "torchvision", "transformers", "npz")
+TARGETS = ("timm", "torchvision", "transformers", "npz", "detr")
 TAKEN_SIZE = (224, 224)  # pixels, to build a model whose parameters don't depend on it
 
 
@@ -90,7 +91,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", help="what to convert")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder")
     parser.add_argument(
-        "--to", choices=TARGETS, default="timm", help="whose naming and config; timm by default"
+        "--to",
+        choices=TARGETS,
+        help="whose naming and config; by default timm's, and transformers' for what timm hasn't",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="recognize and check everything, write nothing"
@@ -120,18 +123,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(flags: argparse.Namespace) -> int:
+    from vision_jax.convert.tables import own_naming, table_for_export
+
     if flags.out is not None:
         _check_free(flags.out)
     model = read_model(flags.source, flags.allow_pickle, flags.checkpoint)
     print(model.recognized, flush=True)
+    to = flags.to or own_naming(model.family)
     if flags.dry_run:
-        from vision_jax.convert.tables import table_for_export
-
-        table_for_export(flags.to, model.family, model.arguments)
+        table_for_export(to, model.family, model.arguments)
         print("wrote nothing (--dry-run)")
         return 0
     limit = None if flags.shard_gb is None else int(flags.shard_gb * 1e9)
-    for path in write_model(model, flags.out, flags.to, limit):
+    for path in write_model(model, flags.out, to, limit):
         print(f"wrote {path} ({_size(path.stat().st_size)})")
     return 0
 

@@ -73,6 +73,12 @@ FUSE_LINEAR = Layout(
     lambda xs: [part.T for part in np.split(xs[0], 3, axis=1)],
 )
 FUSE_BIAS = Layout(lambda xs: [np.concatenate(xs)], lambda xs: np.split(xs[0], 3))
+# One packed tensor of the file in three of ours: [3·D, D], [D, D] × 3.
+UNPACK_LINEAR = Layout(
+    lambda xs: [part.T for part in np.split(xs[0], 3)],
+    lambda xs: [np.concatenate([x.T for x in xs])],
+)
+UNPACK_BIAS = Layout(FUSE_BIAS.to_file, FUSE_BIAS.to_tree)
 # One packed tensor of the file in two of ours: [3·D, D], ([D, D] of q, [D, 2·D] of k and v).
 SPLIT_LINEAR = Layout(
     lambda xs: [part.T for part in np.split(xs[0], [xs[0].shape[0] // 3])],
@@ -87,13 +93,15 @@ SPLIT_BIAS = Layout(
 class Rule:
     """Names of tensors in the file, the paths of the parameters that they are, and the layout.
 
-    `default` fills the paths of a rule whose tensors the file may lack.
+    `default` fills the paths of a rule whose tensors the file may lack; with `written` False an
+    export leaves them out.
     """
 
     names: tuple[str, ...]
     paths: tuple[str, ...]
     layout: Layout = COPY
     default: float | None = None
+    written: bool = True
 
 
 Rules = Sequence[Rule | Fixed]
@@ -105,7 +113,8 @@ def expand(rules: Sequence[Rule], depth: int) -> list[Rule]:
     def fill(rule: Rule, i: int) -> Rule:
         names = tuple(name.replace("{i}", str(i)) for name in rule.names)
         paths = tuple(path.replace("{i}", str(i)) for path in rule.paths)
-        return Rule(names, paths, rule.layout, rule.default)  # `replace` takes ten times as long
+        # `replace` takes ten times as long.
+        return Rule(names, paths, rule.layout, rule.default, rule.written)
 
     return [
         expanded
@@ -261,12 +270,14 @@ def export_tensors(params: Mapping[str, np.ndarray], rules: Rules) -> dict[str, 
             continue
         if not all(path in params for path in rule.paths):
             continue
+        written.update(rule.paths)
+        if not rule.written:
+            continue
         arrays = rule.layout.to_file([np.asarray(params[path]) for path in rule.paths])
         for name, array in zip(rule.names, arrays, strict=True):
             if name in tensors:
                 raise ValueError(f"the table writes tensor {name} twice: again from {rule.paths}")
             tensors[name] = np.asarray(array, order="C")  # keeps a scalar a scalar
-        written.update(rule.paths)
     _check_named(params, written)
     return tensors
 
@@ -316,13 +327,15 @@ def export_lazily(params: Tensors, rules: Rules) -> Tensors:
                 value = rule.make()
                 entries[rule.name] = Tensor(value.shape, value.dtype, rule.make)
         elif all(path in params for path in rule.paths):
+            named.update(rule.paths)
+            if not rule.written:
+                continue
             own = [params.entries[path] for path in rule.paths]
             stand_ins = [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in own]
             for name, like in zip(rule.names, rule.layout.to_file(stand_ins), strict=True):
                 if name in entries:
                     raise ValueError(f"the table writes tensor {name} twice: from {rule.paths}")
                 entries[name] = Tensor(like.shape, like.dtype, partial(read, rule, name))
-            named.update(rule.paths)
     _check_named(params, named)
     return Tensors(entries)
 

@@ -36,8 +36,9 @@ def write_package(
     """Writes weights, config and preprocessing as the library `to` saves them; returns the files.
 
     timm loads the folder with `timm.create_model("local-dir:FOLDER", pretrained=True)` and
-    transformers with `AutoModelForImageClassification.from_pretrained(FOLDER)`; for torchvision
-    config.json names the builder and its arguments.
+    transformers with `AutoModelForImageClassification.from_pretrained(FOLDER)`, or ObjectDetection;
+    for torchvision config.json names the builder and its arguments, and for the original DETR the
+    options of its main.py, whose `load_state_dict` takes the file's tensors.
 
     Args:
       folder: made if it is not there.
@@ -45,7 +46,7 @@ def write_package(
         are read and written one at a time.
       family: of the model.
       arguments: all of the model's.
-      to: "timm", "torchvision", "transformers" or "npz".
+      to: "timm", "torchvision", "transformers", "npz" or "detr".
       class_names: by label.
       preprocessing: image_size (height, width), mean, std, crop_pct, crop_mode, interpolation.
       shard_bytes: of larger models each file holds at most so many; transformers alone reads such.
@@ -71,6 +72,8 @@ def write_package(
         files[CONFIG_FILE] = _torchvision_config(table, arguments, class_names)
         if preprocessing:
             files[PREPROCESSOR_FILE] = _torchvision_transform(preprocessing)
+    elif to == "detr":
+        files[CONFIG_FILE] = _detr_config(table, arguments, class_names)
     elif to == "transformers":
         files[CONFIG_FILE] = _transformers_config(table, arguments, class_names)
         if preprocessing:
@@ -161,6 +164,13 @@ def _torchvision_config(
     kwargs = {**config.get("kwargs", {}), "num_classes": arguments["num_classes"]}
     names = {"class_names": list(class_names)} if class_names else {}
     return {"library": "torchvision", **config, "kwargs": kwargs, **names}
+
+
+def _detr_config(
+    table: Table, arguments: Arguments, class_names: Sequence[str] | None
+) -> dict[str, Any]:
+    names = {"class_names": list(class_names)} if class_names else {}
+    return {"library": "detr", **table.config(arguments), **names}
 
 
 def _torchvision_transform(preprocessing: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Table:
     """How one kind of file names one architecture. `{p}` stands for the prefix of the file at hand.
 
     Attributes:
-      source: "timm", "torchvision", "transformers" or "npz".
+      source: "timm", "torchvision", "transformers", "npz" or "detr" (its original repository).
       family: the architecture's key in models.families.FAMILIES.
       kind: tells the tables of one source and family from each other.
       anchors: tensors that every such file has, and by which it is recognized.
@@ -136,7 +136,9 @@ def fill_prefix(rules: Rules, prefix: str) -> list[Rule | Fixed]:
             return replace(rule, name=rule.name.replace("{p}", prefix))
         names = tuple(name.replace("{p}", prefix) for name in rule.names)
         # Made anew only where needed: a model has many hundred rules.
-        return rule if names == rule.names else Rule(names, rule.paths, rule.layout, rule.default)
+        if names == rule.names:
+            return rule
+        return Rule(names, rule.paths, rule.layout, rule.default, rule.written)
 
     return [fill(rule) for rule in rules]
 

@@ -7,6 +7,7 @@ from typing import Any
 from vision_jax.convert import (
     beit,
     convnext,
+    detr,
     efficientnet,
     regnet,
     resnet,
@@ -28,11 +29,12 @@ TABLES: tuple[Table, ...] = (
     *efficientnet.TABLES,
     *convnext.TABLES,
     *swin.TABLES,
+    *detr.TABLES,
     *rf_detr.TABLES,
 )
 _ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
     (module.TABLES[0].family, module.ZOO)
-    for module in (beit, vit, resnet, regnet, efficientnet, convnext, swin, rf_detr)
+    for module in (beit, vit, resnet, regnet, efficientnet, convnext, swin, detr, rf_detr)
 )
 ZOO: tuple[Entry, ...] = tuple(entry for _, entries in _ZOOS for entry in entries)
 
@@ -97,9 +99,9 @@ def table_for_export(to: str, family: str, arguments: Arguments) -> Table:
 
 
 def naming_for_export(to: str, family: str, arguments: Arguments) -> Table:
-    """`table_for_export`, but timm's names take any model of a family.
+    """`table_for_export`, but the names of a run's own files take any model of a family.
 
-    They have a word for all parameters, also of a model that timm's config has none for (another
+    They have a word for all parameters, also of a model that the config has none for (another
     epsilon, another pooling), and the header of a run's own file says what the config cannot.
 
     Raises:
@@ -109,9 +111,10 @@ def naming_for_export(to: str, family: str, arguments: Arguments) -> Table:
         return table_for_export(to, family, arguments)
     except UserError:
         named = [t for t in TABLES if (t.source, t.family) == (to, family)]
-        if to != "timm" or not named:
+        if to != own_naming(family) or not named:
             raise
-        return named[-1].with_prefix(named[-1].prefixes[0])
+        table = named[-1] if to == "timm" else named[0]
+        return table.with_prefix(table.prefixes[0])
 
 
 def own_naming(family: str) -> str:

@@ -1,7 +1,7 @@
 """PyTorch twins: the same architecture in the library it comes from, with every statistic random.
 
 The one module of the package that imports torch, timm, torchvision and transformers (extra
-`parity`); nothing else imports it but `certify`.
+`parity`), beside the original DETR that it imports; nothing else imports it but `certify`.
 """
 
 import json
@@ -25,9 +25,15 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from vision_jax.convert.engine import Rule
 from vision_jax.convert.load import recognize, write_safetensors
 from vision_jax.convert.package import NPZ_FILE, read_config, write_package
-from vision_jax.convert.read import read_preprocessing, read_weights, torchvision_preprocessing
+from vision_jax.convert.read import (
+    CONFIG_FILE,
+    read_preprocessing,
+    read_weights,
+    torchvision_preprocessing,
+)
 from vision_jax.convert.table import Entry, Table
 from vision_jax.convert.tables import find_table, infer_arguments
+from vision_jax.convert.twin_detr import DETR
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES
 
@@ -40,7 +46,7 @@ class Twin:
     """A PyTorch model.
 
     Attributes:
-      source: "timm", "torchvision", "transformers" or "npz".
+      source: "timm", "torchvision", "transformers", "npz" or "detr".
       module: the model, in evaluation mode.
       build: what the source calls it.
       arguments: what it was built with.
@@ -65,17 +71,24 @@ class Twin:
         else:
             tensors = {k: v.numpy() for k, v in self.module.state_dict().items()}
             write_safetensors(folder / "model.safetensors", tensors)
+            if self.source == "detr":  # its dilation is in no tensor
+                (folder / CONFIG_FILE).write_text(json.dumps(self.arguments))
             return str(folder / "model.safetensors")
         return str(folder)
 
     def outputs(
-        self, images: np.ndarray, modules: Mapping[str, str] = {}, **keywords: Any
+        self,
+        images: np.ndarray,
+        modules: Mapping[str, str] = {},
+        pixel_mask: np.ndarray | None = None,
+        **keywords: Any,
     ) -> dict[str, np.ndarray]:
-        """The logits and named intermediates for normalized images f[B, H, W, C].
+        """The logits, a detector's boxes, and named intermediates for normalized f[B, H, W, C].
 
         Args:
           images: normalized, in the precision to compute in.
           modules: {name: module whose output it is}.
+          pixel_mask: bool[B, H, W], for detectors of padded batches.
           keywords: for the model's forward.
         """
         seen: dict[str, np.ndarray] = {}
@@ -95,11 +108,17 @@ class Twin:
             # It shuffles the patches by the order of the noise: sorted noise leaves them alone.
             patches = module.embeddings.patch_embeddings.num_patches
             keywords["noise"] = torch.linspace(0, 1, patches).expand(len(images), -1)
+        if pixel_mask is not None:
+            keywords["pixel_mask"] = torch.from_numpy(pixel_mask)
         with torch.no_grad():
             output = module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), **keywords)
         for hook in hooks:
             hook.remove()
-        seen["logits"] = result_of(output, self.module).numpy()
+        if hasattr(output, "pred_boxes"):
+            seen["logits"] = output.logits.numpy()
+            seen["boxes_cxcywh_01"] = output.pred_boxes.numpy()
+        else:
+            seen["logits"] = result_of(output, self.module).numpy()
         self.module.float()
         return seen
 
@@ -131,8 +150,8 @@ def make_twin(source: str, build: str, arguments: Mapping[str, Any]) -> Twin:
     """A model by its source's own name and arguments.
 
     Args:
-      source: "timm", "torchvision", "transformers", or "npz" for a timm model whose weights travel
-        in big_vision's files.
+      source: "timm", "torchvision", "transformers", "npz" for a timm model whose weights travel in
+        big_vision's files, or "detr" for the original DETR.
       build: an architecture of timm's, a builder of torchvision's or the path of a class of its
         own ("torchvision.models...", also among the arguments), a class of transformers'.
       arguments: keywords of the builder; for transformers of the config.
@@ -149,6 +168,8 @@ def make_twin(source: str, build: str, arguments: Mapping[str, Any]) -> Twin:
             module = cast(Any, locate(build))(**parts)
         else:
             module = torchvision.models.get_model(build, weights=None, **parts)
+    elif source == "detr":
+        module = DETR(**arguments)
     else:
         model_class = getattr(transformers, build)
         config = model_class.config_class(**arguments)
@@ -158,7 +179,9 @@ def make_twin(source: str, build: str, arguments: Mapping[str, Any]) -> Twin:
 
 def _attention(model_class: Any) -> dict[str, str]:
     # The plain form rounds its softmax to float32, in float64 too.
-    return {"attn_implementation": "sdpa"} if model_class._supports_sdpa else {}
+    # A detector's backbone would be asked for it too, and has none; for the rest it is the default.
+    composed = hasattr(model_class.config_class, "backbone_config")
+    return {"attn_implementation": "sdpa"} if model_class._supports_sdpa and not composed else {}
 
 
 def rebuild(
@@ -199,6 +222,8 @@ def rebuild(
         return Twin("transformers", module.eval(), config["architectures"][0], {})
     if table.source == "torchvision":
         twin = make_twin("torchvision", config["model"], config["kwargs"])
+    elif table.source == "detr":
+        twin = make_twin("detr", "DETR", table.config(arguments))
     else:
         given = {**config["model_args"], "num_classes": config["num_classes"]}
         twin = make_twin("timm", config["architecture"], given)
@@ -381,7 +406,13 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     def noise(tensor: torch.Tensor) -> torch.Tensor:
         return torch.randn(tensor.shape, generator=generator)
 
-    for name, parameter in module.named_parameters():
+    frozen = [  # scales and biases of a frozen norm are buffers
+        (f"{name}.{part}", getattr(norm, part))
+        for name, norm in module.named_modules()
+        if norm in batch_norms(module) and not isinstance(norm.weight, torch.nn.Parameter)
+        for part in ("weight", "bias")
+    ]
+    for name, parameter in [*module.named_parameters(), *frozen]:
         value = noise(parameter)
         if name.endswith(("logit_scale",)):
             value = 1 + 0.3 * value
@@ -424,7 +455,7 @@ def randomize_statistics(twin: Twin, image_size: tuple[int, int], channels: int,
         width = norm.running_var.shape
         norm.running_mean = mean + 0.3 * spread * torch.randn(width, generator=generator)
         norm.running_var = spread**2 * (1 + 0.3 * (2 * torch.rand(width, generator=generator) - 1))
-        if norm.num_batches_tracked is not None:
+        if getattr(norm, "num_batches_tracked", None) is not None:
             norm.num_batches_tracked.fill_(int(torch.randint(1, 10**6, (), generator=generator)))
 
     hooks = [norm.register_forward_pre_hook(disturb) for norm in norms]
