@@ -21,8 +21,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ import vision_jax
 from vision_jax import convert
 from vision_jax.convert.table import Entry
 from vision_jax.convert.tables import ZOO, find_table, table_for_export
+from vision_jax.data.detection_transforms import DetectionPreprocessing, detection_eval_transform
 from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError
 from vision_jax.models.families import build_model
@@ -128,7 +130,7 @@ def certify_twin(
         exporting = table_for_export(twin.source, family, arguments)
         channels = arguments["in_channels"]
         images = twins.sample_images(2, image_size, channels, seed + 1)
-        views = [(images, None)]
+        views: list[tuple[np.ndarray, np.ndarray | None]] = [(images, None)]
         if "mask_padding" in arguments:  # a padded batch, and another size by itself
             views = [(images, _padding_mask(images)), (images[:, : image_size[0] * 5 // 7], None)]
         errors: dict[str, dict[str, float]] = {}
@@ -286,7 +288,7 @@ def _preprocessing_error(
     reference = twins.preprocessing(entry, twin)
     if reference is None:
         return None, None
-    ours = Preprocessing(**reference.ours)
+    transform, mean, std = _own_transform(reference.ours)
     rng = np.random.default_rng(seed)
     worst = 0.0
     for height, width in ODD_SIZES:
@@ -294,9 +296,8 @@ def _preprocessing_error(
         noise = rng.random((height, width, 3))
         image = (255 * (0.5 * ramp + 0.5 * noise)).astype(np.uint8)
         expected = reference.transform(image)  # f32[h, w, 3], normalized
-        view = eval_transform(image, ours).astype(np.float32) / 255
-        view = (view - np.asarray(ours.mean)) / np.asarray(ours.std)
-        difference = np.abs(view - expected) * np.asarray(ours.std) * 255
+        view = transform(image).astype(np.float32) / 255
+        difference = np.abs((view - mean) / std - expected) * std * 255
         worst = max(worst, float(difference.max()))
     return reference.ours, {
         "against": reference.name,
@@ -304,6 +305,20 @@ def _preprocessing_error(
         "sizes": [list(size) for size in ODD_SIZES],
         **reference.ours,
     }
+
+
+def _own_transform(
+    record: Mapping[str, Any],
+) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray, np.ndarray]:
+    """(what we do to an image uint8[H, W, 3] up to normalization, mean, std)."""
+    mean, std = (np.asarray(record[name]) for name in ("mean", "std"))
+    if "short" not in record:
+        return partial(eval_transform, preprocessing=Preprocessing(**record)), mean, std
+    canvas = (record["longest"],) * 2
+    fields = {name: record[name] for name in ("short", "longest", "interpolation", "mean", "std")}
+    ours = DetectionPreprocessing(**fields, square=False, buckets=(canvas,))
+    boxes = np.zeros((0, 4))
+    return lambda image: detection_eval_transform(image, boxes, ours, canvas)[0], mean, std
 
 
 def _full_size(entry: Entry, family: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

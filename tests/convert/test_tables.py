@@ -87,6 +87,8 @@ def test_what_no_library_has_can_go_nowhere():
     family, arguments = arguments_of("resnet50", stem_pool=False)
     with pytest.raises(UserError, match="it can go to none"):
         table_for_export("timm", family, arguments)
+    with pytest.raises(UserError, match="it can go to none"):
+        table_for_export("timm", family, {**arguments, "stem_pool": True, "dilation": True})
     with pytest.raises(UserError, match="keras has no resnet"):
         table_for_export("keras", family, arguments)
 
@@ -107,7 +109,7 @@ def test_a_header_of_ours_is_the_best_witness():
 def test_the_zoos_names_are_unique_and_say_their_source():
     names = [entry.name for entry in ZOO]
     assert len(names) == len(set(names)) >= 120
-    assert {entry.source for entry in ZOO} == {"timm", "torchvision", "transformers", "npz"}
+    assert {entry.source for entry in ZOO} == {"timm", "torchvision", "transformers", "npz", "detr"}
     assert {table.family for table in TABLES} == set(FAMILIES)
     kinds = [(table.source, table.family, table.kind) for table in TABLES]
     assert len(kinds) == len(set(kinds))

@@ -48,7 +48,8 @@ def write_package(
       arguments: all of the model's.
       to: "timm", "torchvision", "transformers", "npz" or "detr".
       class_names: by label.
-      preprocessing: image_size (height, width), mean, std, crop_pct, crop_mode, interpolation.
+      preprocessing: image_size (height, width), mean, std, crop_pct, crop_mode, interpolation; or
+        a detector's short, longest, mean, std, interpolation.
       shard_bytes: of larger models each file holds at most so many; transformers alone reads such.
 
     Raises:
@@ -201,7 +202,6 @@ def _transformers_config(
 
 def _processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """preprocessor_config.json: the processor class that resizes and crops as the model needs."""
-    height, width = preprocessing["image_size"]
     config: dict[str, Any] = {
         "do_resize": True,
         "do_rescale": True,
@@ -211,6 +211,11 @@ def _processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         "image_std": list(preprocessing["std"]),
         "resample": RESAMPLE[preprocessing["interpolation"]],
     }
+    if "short" in preprocessing:
+        edges = {"shortest_edge": preprocessing["short"], "longest_edge": preprocessing["longest"]}
+        kind = {"image_processor_type": "DetrImageProcessor", "format": "coco_detection"}
+        return {**kind, **config, "size": edges, "do_pad": True}
+    height, width = preprocessing["image_size"]
     if preprocessing["crop_mode"] == "squash":
         share, crop = preprocessing["crop_pct"], {"height": height, "width": width}
         if share == 1:
@@ -235,6 +240,15 @@ def _processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 def preprocessing_of(arguments: Arguments, own: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Complete preprocessing of imported weights: what they say, and timm's defaults elsewhere."""
     own = own or {}
+    if "short" in own:
+        return {
+            "short": own["short"],
+            "longest": own["longest"],
+            "square": False,
+            "interpolation": own["interpolation"] or "bilinear",
+            "mean": tuple(arguments["mean"]),
+            "std": tuple(arguments["std"]),
+        }
     size = own.get("image_size") or arguments.get("image_size")
     if size is None:
         return None

@@ -50,7 +50,8 @@ class Weights:
         precision is widened to float32. Of files they are `Tensors`, read when asked for.
       metadata: "config" (config.json's contents) and "vision_jax" (our own header), where there.
       preprocessing: mean, std, image_size (height, width), crop_pct, crop_mode, interpolation; each
-        None where unknown. None as a whole if nothing came with the weights.
+        None where unknown; `short` and `longest`, the limits of the sides, of detectors alone. None
+        as a whole if nothing came with the weights.
       origin: where they came from, for people.
       files: that they were read from.
     """
@@ -388,7 +389,7 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     }
     known = {name: value for name, value in read.items() if value is not None}
     Preprocessing(**{**STANDARD, **known})  # raises where a value makes no sense
-    return read
+    return read | {name: int(found[name]) for name in ("short", "longest") if found.get(name)}
 
 
 def _from_torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -418,7 +419,17 @@ def _from_preprocessor(config: Mapping[str, Any]) -> dict[str, Any]:
         "crop_pct": crop_pct,
         "crop_mode": mode,
         "interpolation": PIL_FILTERS.get(config.get("resample", 2)),
+        **_edges(config),
     }
+
+
+def _edges(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The limits of both sides, where a detector's processor has such; older ones say max_size."""
+    size: Any = config.get("size")
+    most = config.get("max_size")
+    if isinstance(size, dict):
+        size, most = size.get("shortest_edge"), size.get("longest_edge", most)
+    return {"short": size, "longest": most} if size and most else {}
 
 
 def crop_share(crop: int, resized: int) -> float:

@@ -189,7 +189,7 @@ def _stem_type(arguments: Arguments) -> str | None:
 
 def _holds(source: str, arguments: Arguments) -> bool:
     a = arguments
-    if not a["stem_pool"]:
+    if not a["stem_pool"] or a["dilation"]:
         return False
     if source == "transformers":
         plain = not a["stem_widths"] and not a["pooled_shortcut"]
