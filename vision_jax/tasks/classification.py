@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from vision_jax.ops import augment, losses
 
 # apply(params, model_state, images, *, train, keys) -> (logits, model_state)
-Apply = Callable[..., tuple[jax.Array, Any]]
+Apply = Callable[..., tuple[Any, Any]]
 Batch = Mapping[str, jax.Array]
 
 

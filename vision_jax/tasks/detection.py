@@ -4,7 +4,7 @@ Batches are as data/detection_pipeline.py makes them: images of one canvas, padd
 at the right, with the size of what is valid; targets of fixed length with a mask.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ SetLoss = Callable[[Mapping[str, jax.Array], Batch], tuple[jax.Array, dict[str, 
 Find = Callable[[jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
 
 
-def pixel_mask(size: jax.Array, canvas: tuple[int, int]) -> jax.Array:
+def pixel_mask(size: jax.Array, canvas: Sequence[int]) -> jax.Array:
     """bool[B, H, W] of a canvas (H, W): where the images of `size` i32[B, 2] are.
 
     >>> pixel_mask(jnp.array([[1, 2]]), (2, 3)).astype(int).tolist()
