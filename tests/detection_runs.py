@@ -1,0 +1,77 @@
+"""Detection runs small enough for tests: a DETR of a few thousand parameters, 24 composites."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import runs
+
+from vision_jax import train
+from vision_jax.config import load_config
+from vision_jax.data.composites import write_composites
+
+CONFIG = runs.ROOT / "configs/detr_finetune.py"
+STEPS = 6
+ARGUMENTS = (
+    ("depths", (1, 1)),
+    ("block", "basic"),
+    ("widths", (8, 16)),
+    ("stem_width", 8),
+    ("num_queries", 8),
+    ("width", 16),
+    ("num_heads", 2),
+    ("mlp_width", 16),
+    ("encoder_depth", 1),
+    ("decoder_depth", 2),
+)
+
+
+@functools.cache
+def data() -> Path:
+    """A folder with train/train.json, test/test.json and their images, of 64 pixels a side."""
+    folder = runs.inputs() / "composites"
+    write_composites(folder / "train", "train", count=24, seed=0, size=64, plain=False)
+    write_composites(folder / "test", "test", count=9, seed=0, size=64, plain=False)
+    return folder
+
+
+def overrides(**more: Any) -> dict[str, str]:
+    """Fields of configs/detr_finetune.py for a tiny run; `optim__lr=1` sets optim.lr."""
+    fields = {
+        "model.weights": "",
+        "model.variant": "detr",
+        "model.arguments": ARGUMENTS,
+        "model.reinitialize": (),
+        "trainable": (".*",),
+        "data.train": data() / "train/train.json",
+        "data.eval": data() / "test/test.json",
+        "data.eval_images": data() / "test",
+        "data.short": 48,
+        "data.longest": 64,
+        "data.shorts": (32, 48),
+        "data.buckets": 2,
+        "data.max_boxes": 6,
+        "data.threads": 2,
+        "batch_size": 8,
+        "total_steps": STEPS,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "optim.warmup_steps": 1,
+        "evaluate.every": 3,
+        "evaluate.batch_size": 8,
+    }
+    fields |= {name.replace("__", "."): value for name, value in more.items()}
+    return {name: str(value) for name, value in fields.items()}
+
+
+def tiny_config(**more: Any):
+    """configs/detr_finetune.py as a tiny run."""
+    return load_config(str(CONFIG), overrides(**more))
+
+
+@functools.cache
+def finished() -> Path:
+    """The workdir of a finished tiny run; not to be changed."""
+    workdir = runs.inputs() / "detection_finished"
+    assert train.run(tiny_config(), workdir) == 0
+    return workdir

@@ -1,0 +1,252 @@
+"""Detection runs: what they write, how they resume, what they warn of."""
+
+import json
+import shutil
+
+import detection_runs
+import jax
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+
+from vision_jax import convert, detect, modes, setup, steps, train
+from vision_jax.data.composites import write_composites
+from vision_jax.data.detection import read_detection_source
+from vision_jax.errors import UserError
+from vision_jax.logging import read_metrics
+from vision_jax.tasks import detection
+
+
+@pytest.fixture(scope="module", autouse=True)
+def finished():
+    """The shared run, made before any test of this file replaces a part of the program."""
+    return detection_runs.finished()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return modes.restore(detection_runs.tiny_config(), detection_runs.finished(), "last")
+
+
+def evaluations(workdir):
+    return [r for r in read_metrics(workdir / "metrics.jsonl") if "eval/ap" in r]
+
+
+def test_a_run_leaves_its_numbers_pictures_and_model(finished):
+    names = "evaluation.json results.json precision_recall.png confusion.png predictions.png"
+    for name in (*names.split(), "curves.png", "categories.json", "model.safetensors"):
+        assert (finished / name).stat().st_size > 0
+    assert [record["step"] for record in evaluations(finished)] == [3, 6]
+    summary = json.loads((finished / "evaluation.json").read_text())
+    assert summary["ap"] == evaluations(finished)[-1]["eval/ap"]
+    records = read_metrics(finished / "metrics.jsonl")
+    losses = [record["train/loss"] for record in records if "train/loss" in record]
+    assert len(losses) == detection_runs.STEPS
+    assert all(np.isfinite(losses))
+    assert "train/loss_giou" in records[0]
+
+
+def test_the_label_map_is_kept(finished):
+    kept = json.loads((finished / "categories.json").read_text())["categories"]
+    file = json.loads((detection_runs.data() / "train/train.json").read_text())
+    assert [c["label"] for c in kept] == list(range(8))
+    assert {c["category_id"]: c["name"] for c in kept} == {
+        c["id"]: c["name"] for c in file["categories"]
+    }
+
+
+def test_evaluate_reprints_the_numbers_of_training(finished, capsys):
+    capsys.readouterr()
+    assert modes.evaluate(detection_runs.tiny_config(evaluate__batch_size=5), finished, "last") == 0
+    lines = capsys.readouterr().out.splitlines()
+    record = evaluations(finished)[-1]
+    assert lines[0].startswith("step 6: evaluation on 9 images: ap ")
+    assert f"ap50 {record['eval/ap50']:.4f}" in lines[0]
+    assert any(line.split()[:3] == ["ap", "of", "bag"] for line in lines)
+
+
+def test_predictions_do_not_depend_on_batch_or_canvas(trained):
+    source = detect.read_eval_source(detection_runs.tiny_config(), trained.description.class_names)
+    found = []
+    for batch_size, buckets in ((8, ((48, 48),)), (16, ((64, 80),))):
+        config = detection_runs.tiny_config(evaluate__batch_size=batch_size)
+        preprocessing = trained.description.preprocessing
+        preprocessing = type(preprocessing)(**{**vars(preprocessing), "buckets": buckets})
+        run_over = detect._make_run_over(config, trained.outputs_fn, trained.mesh, preprocessing)
+        outputs, _ = run_over(source, *trained.arguments)
+        assert outputs["index"].tolist() == list(range(9))
+        found.append(outputs)
+    for name in ("score", "boxes_xyxy_px"):
+        scale = np.abs(found[0][name]).max()
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=0, atol=1e-6 * scale)
+
+
+def test_resume_is_exact_to_the_bit(finished, tmp_path):
+    config = detection_runs.tiny_config()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detect.Evaluation, "line", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path)
+    assert train.run(config, tmp_path) == 0
+    again = modes.restore(config, tmp_path, "last").state
+    once = modes.restore(config, finished, "last").state
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(once))
+
+
+def interrupt(self):
+    raise KeyboardInterrupt
+
+
+def test_one_compile_a_canvas(tmp_path, monkeypatch):
+    traces = []
+    make_loss = detection.make_loss
+
+    def counted_loss(*arguments, **keywords):
+        loss_fn = make_loss(*arguments, **keywords)
+
+        def counted(trainable, frozen, model_state, batch, key):
+            traces.append(batch["image"].shape[1:3])
+            return loss_fn(trainable, frozen, model_state, batch, key)
+
+        return counted
+
+    monkeypatch.setattr(detection, "make_loss", counted_loss)
+    monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)
+    more = {"total_steps": 20, "evaluate__every": 20, "checkpoint_every": 20}
+    assert train.run(detection_runs.tiny_config(**more), tmp_path) == 0
+    assert len(traces) == len(set(traces)) == 2
+
+
+def test_predict_writes_boxes_and_pictures(finished, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (40, 70, 3)), ("b.jpg", (64, 48, 3))):
+        Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(folder / name)
+    (folder / "broken.png").write_bytes(b"\x89PNG")
+    config = detection_runs.tiny_config(evaluate__score=0.01)
+    capsys.readouterr()
+    assert modes.predict(config, finished, "last", [str(folder)], tmp_path / "out") == 0
+    record = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [entry["file"] for entry in record] == [
+        str(folder / name) for name in ("a.png", "b.jpg")
+    ]
+    for entry in record:
+        scores = [box["score"] for box in entry["boxes"]]
+        assert scores == sorted(scores, reverse=True)
+        assert all(0.01 <= score <= 1 for score in scores)
+        assert all(box["name"] == config_names()[box["label"]] for box in entry["boxes"])
+    assert len(list((tmp_path / "out/predictions").glob("*.png"))) == 2
+    screen = capsys.readouterr().out
+    assert "skipped a damaged image" in screen
+    assert "broken.png" in screen
+    with pytest.raises(UserError, match="not one of its 1 images"):
+        modes.predict(config, finished, "last", [str(folder / "broken.png")], tmp_path)
+
+
+def config_names():
+    return read_detection_source(str(detection_runs.data() / "train/train.json")).class_names
+
+
+def test_damaged_images_are_left_out_of_the_truth_too(trained, tmp_path):
+    shutil.copytree(detection_runs.data() / "test", tmp_path / "test")
+    victim = sorted((tmp_path / "test").glob("*.png"))[2]
+    victim.write_bytes(victim.read_bytes()[:100])
+    source = read_detection_source(str(tmp_path / "test/test.json"))
+    evaluate = detect.make_evaluate(
+        detection_runs.tiny_config(),
+        trained.outputs_fn,
+        trained.mesh,
+        source,
+        trained.description.preprocessing,
+    )
+    result = evaluate(*trained.arguments)
+    assert result.summary["count"] == 8
+    assert victim.name in result.damaged[0]
+    assert result.source.paths == tuple(p for p in source.paths if p != victim.name)
+    assert "(1 damaged skipped)" in result.line()
+
+
+def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
+    config = detection_runs.tiny_config(
+        optim__lr=0.0, evaluate__patience=4, evaluate__every=2, optim__clip_norm=0.0
+    )
+    assert train.run(config, tmp_path) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert lines
+    assert not any("step 2" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__train": ""}, "config.data.train"),
+        ({"data__max_boxes": 9}, "8 queries"),
+        ({"data__images": "nowhere"}, "nowhere"),
+        ({"data__eval": "missing.json"}, r"missing\.json"),
+        ({"task": "segmentation"}, "config.task"),
+        ({"data__interpolation": "cubic"}, "interpolation"),
+        ({"optim__rates": (("spine/.*", 0.1),)}, "config.optim.rates"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, changes, message):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=message):
+        train.run(detection_runs.tiny_config(**changes), workdir)
+    assert not workdir.exists()
+
+
+def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(tmp_path):
+    write_composites(tmp_path / "plain", "train", count=16, seed=1, size=64, plain=True)
+    config = detection_runs.tiny_config(
+        data__train=tmp_path / "plain/train.json",
+        data__eval="",
+        data__eval_images="",
+        data__holdout=0.25,
+        evaluate__every=0,  # once an epoch: 12 images in batches of 8
+        total_steps=4,
+    )
+    assert train.run(config, tmp_path / "run") == 0
+    records = evaluations(tmp_path / "run")
+    assert [record["step"] for record in records] == [2, 4]
+    assert all(0 <= record["eval/mean_iou_top1"] <= 1 for record in records)
+
+
+def test_the_same_step_on_one_and_on_eight_devices(trained):
+    config = detection_runs.tiny_config()
+    source, _ = detect.read_sources(config)
+    data = detect.training_data(config, source, trained.description.preprocessing, None)
+    batch = next(data)
+    model = setup.build_model(config, trained.description)
+    loss_fn = detect.make_loss(config, model, setup.make_apply(model), trained.assemble)
+    place = setup.sharding.make_batch_placer(trained.mesh)
+    value = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    host = jax.device_get(trained.arguments)
+    key = jax.random.key(0)
+    (one, _), gradient = value(*host, batch, key)
+    (eight, _), sharded = value(*trained.arguments, place(batch), key)
+    np.testing.assert_allclose(one, eight, rtol=1e-5)
+    norm = max(float(np.abs(x).max()) for x in gradient.values())
+    for path in gradient:
+        np.testing.assert_allclose(gradient[path], sharded[path], rtol=0, atol=2e-5 * norm)
+
+
+def test_frozen_parameters_stay_and_adapters_train(tmp_path):
+    config = detection_runs.tiny_config(
+        trainable=("class_head/.*",),
+        lora__rules=(".*_attn/(q|v)/kernel", "backbone/.*conv2/kernel"),
+        lora__rank=2,
+        total_steps=2,
+        evaluate__every=2,
+    )
+    assert train.run(config, tmp_path) == 0
+    trained = modes.restore(config, tmp_path, "last")
+    base = "encoder_0/self_attn/q/kernel/base"
+    assert base in trained.frozen
+    assert any(path.endswith("/b") for path in trained.state.trainable)
+    weights = convert.read_weights(str(tmp_path / "model.safetensors"))
+    family, arguments = convert.recognize(weights)
+    assert (family, arguments["num_classes"]) == ("detr", 8)
+    assert steps.averaged(trained.state)["class_head/bias"].shape == (9,)
+    assert runs.ROOT.is_dir()
