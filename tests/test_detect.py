@@ -78,8 +78,8 @@ def test_predictions_do_not_depend_on_batch_or_canvas(trained):
         assert outputs["index"].tolist() == list(range(9))
         found.append(outputs)
     for name in ("score", "boxes_xyxy_px"):
-        scale = np.abs(found[0][name]).max()
-        np.testing.assert_allclose(found[0][name], found[1][name], rtol=0, atol=1e-6 * scale)
+        scale = np.abs(found[0][name]).max()  # sums over other numbers of zeros round otherwise
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=0, atol=4e-6 * scale)
 
 
 def test_resume_is_exact_to_the_bit(finished, tmp_path):
@@ -113,8 +113,24 @@ def test_one_compile_a_canvas(tmp_path, monkeypatch):
 
     monkeypatch.setattr(detection, "make_loss", counted_loss)
     monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)
-    more = {"total_steps": 20, "evaluate__every": 20, "checkpoint_every": 20}
-    assert train.run(detection_runs.tiny_config(**more), tmp_path) == 0
+    folder = tmp_path / "two_shapes"
+    write_composites(folder, "train", count=32, seed=2, size=64, plain=False)
+    content = json.loads((folder / "train.json").read_text())
+    for number, image in enumerate(content["images"]):  # the upper half, or the left one
+        path, size = folder / image["file_name"], (64, 32) if number % 2 else (32, 64)
+        image["width"], image["height"] = size
+        Image.open(path).crop((0, 0, *size)).save(path)
+    (folder / "train.json").write_text(json.dumps(content))
+    config = detection_runs.tiny_config(
+        data__train=folder / "train.json",
+        data__short=32,
+        data__longest=64,
+        data__buckets=2,
+        total_steps=20,
+        evaluate__every=20,
+        checkpoint_every=20,
+    )
+    assert train.run(config, tmp_path / "run") == 0
     assert len(traces) == len(set(traces)) == 2
 
 
@@ -151,9 +167,9 @@ def config_names():
 
 def test_damaged_images_are_left_out_of_the_truth_too(trained, tmp_path):
     shutil.copytree(detection_runs.data() / "test", tmp_path / "test")
-    victim = sorted((tmp_path / "test").glob("*.png"))[2]
-    victim.write_bytes(victim.read_bytes()[:100])
     source = read_detection_source(str(tmp_path / "test/test.json"))
+    victim = tmp_path / "test" / source.paths[2]
+    victim.write_bytes(victim.read_bytes()[:100])
     evaluate = detect.make_evaluate(
         detection_runs.tiny_config(),
         trained.outputs_fn,
@@ -164,7 +180,7 @@ def test_damaged_images_are_left_out_of_the_truth_too(trained, tmp_path):
     result = evaluate(*trained.arguments)
     assert result.summary["count"] == 8
     assert victim.name in result.damaged[0]
-    assert result.source.paths == tuple(p for p in source.paths if p != victim.name)
+    assert result.source.paths == source.paths[:2] + source.paths[3:]
     assert "(1 damaged skipped)" in result.line()
 
 
