@@ -300,6 +300,11 @@ DEFECTS = {
         change_box(lambda x, y, w, h, W, H: (W - w + 2, y, w, h)),
         1,
     ),
+    "far over the border, at the top": (
+        "outside-image",
+        change_box(lambda x, y, w, h, W, H: (W - w + 8, 0, w, h)),
+        1,
+    ),
     "left of it": ("outside-image", change_box(lambda x, y, w, h, W, H: (-2, y, w, h)), 1),
     "copies": ("repeated-box", copy_boxes, 1),
     "nan": ("unusable-entry", change_box(lambda x, y, w, h, W, H: (x, y, float("nan"), h)), 1),
