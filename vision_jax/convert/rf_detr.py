@@ -5,6 +5,7 @@ config.py, models/. A `.pth` of rfdetr holds {"model": tensors, ...} and no conf
 it: what its tensors don't tell is the published variants'.
 """
 
+import math
 import re
 from typing import Any
 
@@ -157,7 +158,6 @@ def _from_file(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "num_classes": shapes["class_embed.weight"][0],
         "in_channels": patch[1],
-        "image_size": (grid * patch[2],) * 2,
         "position_grid": grid,
         "patch_size": patch[2],
         "backbone_width": patch[0],
@@ -172,19 +172,20 @@ def _from_file(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
         "num_queries": shapes["query_feat.weight"][0] // groups,
     }
     if "config" in metadata:
-        return arguments | _from_config(metadata["config"], arguments)
-    sizes = {size[0]: size[2] for size in SIZES.values()}
-    if patch[0] not in sizes:
-        raise UserError(f"a backbone of width {patch[0]}: put transformers' config.json beside it")
-    reads = shapes[f"{decoder}.0.cross_attn.attention_weights.weight"][0]
-    base = VARIANTS["rf_detr_base"] if patch[2] == VARIANTS["rf_detr_base"]["patch_size"] else {}
-    kept = {k: v for k, v in base.items() if k not in ("decoder_depth", "position_grid")}
-    return {
-        **arguments,
-        **kept,
-        "backbone_heads": sizes[patch[0]],
-        "num_points": reads // RfDetr.cross_heads,
-    }
+        arguments |= _from_config(metadata["config"], arguments)
+    else:
+        sizes = {size[0]: size[2] for size in SIZES.values()}
+        if patch[0] not in sizes:
+            raise UserError(f"a backbone of width {patch[0]}: put transformers' config.json beside")
+        base = VARIANTS["rf_detr_base"]
+        kept = ("num_windows", "feature_depths", "global_blocks")
+        arguments |= {name: base[name] for name in kept if patch[2] == base["patch_size"]}
+        reads = shapes[f"{decoder}.0.cross_attn.attention_weights.weight"][0]
+        arguments["backbone_heads"] = sizes[patch[0]]
+        arguments["num_points"] = reads // RfDetr.cross_heads
+    # The table's size, or the next that its windows divide: 560 pixels for base's 37 · 14 = 518.
+    unit = patch[2] * arguments.get("num_windows", RfDetr.num_windows)
+    return {**arguments, "image_size": (math.ceil(grid * patch[2] / unit) * unit,) * 2}
 
 
 def _from_config(config: dict[str, Any], arguments: Arguments) -> dict[str, Any]:
@@ -287,4 +288,41 @@ TABLES = (
     ),
 )
 
-ZOO: tuple[Entry, ...] = ()
+
+def _entries() -> tuple[Entry, ...]:
+    entries = []
+    for name, a in VARIANTS.items():
+        model = RfDetr(num_classes=91, **a)
+        side = model.image_size[0]
+        backbone = {
+            "model_type": "rf_detr_dinov2",
+            "hidden_size": model.backbone_width,
+            "num_attention_heads": model.backbone_heads,
+            "patch_size": model.patch_size,
+            # Base's own table is of 37 · 14 pixels, and transformers resamples it in float32.
+            "image_size": side,
+            "num_windows": model.num_windows,
+            "out_features": [f"stage{depth}" for depth in model.feature_depths],
+        }
+        given = {
+            "backbone_config": backbone,
+            "layer_norm_eps": model.projector_eps,
+            "decoder_layers": model.decoder_depth,
+            "decoder_n_points": model.num_points,
+            "num_labels": model.num_classes,
+        }
+        entries.append(
+            Entry(
+                f"transformers/{name.replace('_', '-')}",
+                "RF-DETR",
+                "RfDetrForObjectDetection",
+                tuple(given.items()),
+                image_size=side,
+                published=f"hf://Roboflow/{name.replace('_', '-')}",
+                license="apache-2.0",
+            )
+        )
+    return tuple(entries)
+
+
+ZOO = _entries()

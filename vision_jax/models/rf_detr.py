@@ -437,6 +437,7 @@ class RfDetr(nn.Module):
         wide = jnp.promote_types(self.dtype, jnp.float32)
         valid = pixel_mask[:, :: self.patch_size, :: self.patch_size]  # [B, h, w]
         ratio = jnp.stack([valid[:, 0].mean(-1, wide), valid[:, :, 0].mean(-1, wide)], axis=-1)
+        ratio = jnp.where(ratio > 0, ratio, 1)  # an image that is nothing but padding
         ratio = jnp.tile(ratio, 2)[:, None]  # [B, 1, 4]: of the canvas that is the image
 
         groups = self.num_groups if train else 1
