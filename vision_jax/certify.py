@@ -274,8 +274,11 @@ def _run(
         given = [jnp.asarray(images, dtype), *([] if mask is None else [jnp.asarray(mask)])]
         result, features = model.apply(variables, *given, return_features=True)
         # Of a detector's layers the last is the prediction.
-        last = {name: x[-1] for name, x in result.items()} if isinstance(result, dict) else {}
-        outputs = {**features, **(last or {"logits": result})}
+        if isinstance(result, dict):
+            last = {name: result[name][-1] for name in ("logits", "boxes_cxcywh_01")}
+            outputs = {**features, **result, **last}
+        else:
+            outputs = {**features, "logits": result}
         return {name: np.asarray(outputs[name]) for name in wanted}
 
 
@@ -316,7 +319,8 @@ def _own_transform(
         return partial(eval_transform, preprocessing=Preprocessing(**record)), mean, std
     canvas = (record["longest"],) * 2
     fields = {name: record[name] for name in ("short", "longest", "interpolation", "mean", "std")}
-    ours = DetectionPreprocessing(**fields, square=False, buckets=(canvas,))
+    square = record.get("square", False)
+    ours = DetectionPreprocessing(**fields, square=square, buckets=(canvas,))
     boxes = np.zeros((0, 4))
     return lambda image: detection_eval_transform(image, boxes, ours, canvas)[0], mean, std
 

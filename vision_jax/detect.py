@@ -215,7 +215,7 @@ def make_loss(
             **weights,
             encoder_logits=outputs["encoder_logits"],
             encoder_boxes_cxcywh_01=outputs["encoder_boxes_cxcywh_01"],
-            groups=model.groups,
+            groups=model.num_groups,
         )
 
     return detection.make_loss(apply, assemble, set_loss=set_loss)

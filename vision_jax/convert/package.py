@@ -13,7 +13,14 @@ from vision_jax.convert.engine import Rule
 from vision_jax.convert.files import Tensors, held, write_safetensors, write_shards
 from vision_jax.convert.load import export_weights
 from vision_jax.convert.npz import write_npz
-from vision_jax.convert.read import CONFIG_FILE, PIL_FILTERS, PREPROCESSOR_FILE, WEIGHTS_FILE
+from vision_jax.convert.read import (
+    ALIASED,
+    CONFIG_FILE,
+    PIL_FILTERS,
+    PREPROCESSOR_FILE,
+    SQUARE_PROCESSOR,
+    WEIGHTS_FILE,
+)
 from vision_jax.convert.table import Arguments, Table
 from vision_jax.convert.tables import shapes_of, table_for_export
 from vision_jax.errors import UserError
@@ -209,8 +216,12 @@ def _processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": list(preprocessing["mean"]),
         "image_std": list(preprocessing["std"]),
-        "resample": RESAMPLE[preprocessing["interpolation"]],
+        "resample": RESAMPLE[preprocessing["interpolation"].removesuffix(ALIASED)],
     }
+    if preprocessing.get("square"):
+        side = {"height": preprocessing["short"], "width": preprocessing["short"]}
+        kind = {"image_processor_type": SQUARE_PROCESSOR, "format": "coco_detection"}
+        return {**kind, **config, "size": side, "do_pad": True}
     if "short" in preprocessing:
         edges = {"shortest_edge": preprocessing["short"], "longest_edge": preprocessing["longest"]}
         kind = {"image_processor_type": "DetrImageProcessor", "format": "coco_detection"}
@@ -244,7 +255,7 @@ def preprocessing_of(arguments: Arguments, own: Mapping[str, Any] | None) -> dic
         return {
             "short": own["short"],
             "longest": own["longest"],
-            "square": False,
+            "square": bool(own.get("square")),
             "interpolation": own["interpolation"] or "bilinear",
             "mean": tuple(arguments["mean"]),
             "std": tuple(arguments["std"]),

@@ -38,6 +38,8 @@ STANDARD: dict[str, Any] = {  # stands in for what a config leaves out, to check
     "crop_mode": "center",
     "interpolation": "bicubic",
 }
+SQUARE_PROCESSOR = "RfDetrImageProcessor"
+ALIASED = "_aliased"  # after an interpolation's name: without antialiasing
 PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
@@ -50,8 +52,8 @@ class Weights:
         precision is widened to float32. Of files they are `Tensors`, read when asked for.
       metadata: "config" (config.json's contents) and "vision_jax" (our own header), where there.
       preprocessing: mean, std, image_size (height, width), crop_pct, crop_mode, interpolation; each
-        None where unknown; `short` and `longest`, the limits of the sides, of detectors alone. None
-        as a whole if nothing came with the weights.
+        None where unknown; `short`, `longest` and `square`, about the sides, of detectors alone.
+        None as a whole if nothing came with the weights.
       origin: where they came from, for people.
       files: that they were read from.
     """
@@ -379,7 +381,7 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         found = _from_preprocessor(preprocessor)
     else:
         return None
-    read = {
+    read: dict[str, Any] = {
         "mean": _numbers(found.get("mean"), channels, "mean"),
         "std": _numbers(found.get("std"), channels, "std"),
         "image_size": _numbers(found.get("image_size"), 2, "image_size", int),
@@ -388,8 +390,11 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         "interpolation": found.get("interpolation"),
     }
     known = {name: value for name, value in read.items() if value is not None}
+    if isinstance(known.get("interpolation"), str):
+        known["interpolation"] = known["interpolation"].removesuffix(ALIASED)
     Preprocessing(**{**STANDARD, **known})  # raises where a value makes no sense
-    return read | {name: int(found[name]) for name in ("short", "longest") if found.get(name)}
+    edges = {name: int(found[name]) for name in ("short", "longest") if found.get(name)}
+    return read | edges | ({"square": True} if found.get("square") else {})
 
 
 def _from_torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -420,6 +425,7 @@ def _from_preprocessor(config: Mapping[str, Any]) -> dict[str, Any]:
         "crop_mode": mode,
         "interpolation": PIL_FILTERS.get(config.get("resample", 2)),
         **_edges(config),
+        **(_square(size) if config.get("image_processor_type") == SQUARE_PROCESSOR else {}),
     }
 
 
@@ -430,6 +436,14 @@ def _edges(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(size, dict):
         size, most = size.get("shortest_edge"), size.get("longest_edge", most)
     return {"short": size, "longest": most} if size and most else {}
+
+
+def _square(size: list[int] | None) -> dict[str, Any]:
+    """RF-DETR's: squashed to a square, bilinear and without antialiasing."""
+    if size is None or size[0] != size[1]:
+        raise UserError(f"the weights' preprocessing: size {size} is no square of pixels")
+    side = {"short": size[0], "longest": size[0], "square": True}
+    return {**side, "interpolation": f"bilinear{ALIASED}"}
 
 
 def crop_share(crop: int, resized: int) -> float:

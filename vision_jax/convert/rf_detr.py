@@ -280,7 +280,7 @@ TABLES = (
         ),
         arguments=_from_file,
         rules=_rules,
-        dropped=("_kp_active_mask",),
+        dropped=(r"{p}backbone\.0\..*mask_token", "{p}_kp_active_mask"),
         prefixes=("", "model."),  # Lightning's checkpoints
         holds=_holds,
         config=_config,

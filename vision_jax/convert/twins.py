@@ -117,6 +117,9 @@ class Twin:
         if hasattr(output, "pred_boxes"):
             seen["logits"] = output.logits.numpy()
             seen["boxes_cxcywh_01"] = output.pred_boxes.numpy()
+            if hasattr(output, "enc_outputs_class"):
+                seen["encoder_logits"] = output.enc_outputs_class.numpy()
+                seen["encoder_boxes_cxcywh_01"] = output.enc_outputs_coord_logits.numpy()
         else:
             seen["logits"] = result_of(output, self.module).numpy()
         self.module.float()
@@ -369,8 +372,10 @@ def preprocessing(entry: Entry, twin: Twin) -> Reference | None:
         kind = twin.module.config.model_type
         kind = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}.get(kind, kind)
         kind = {"dinov2_with_registers": "dinov2"}.get(kind, kind)
-        name = IMAGE_PROCESSOR_MAPPING_NAMES[kind]["pil"]
-        processor = getattr(transformers, name)()
+        names = IMAGE_PROCESSOR_MAPPING_NAMES[kind]
+        name = names["pil"] if "pil" in names else names["torchvision"]
+        side = {"height": entry.image_size, "width": entry.image_size}
+        processor = getattr(transformers, name)(**({"size": side} if kind == "rf_detr" else {}))
         return Reference(
             f"transformers {name}, defaults",
             read_preprocessing({"preprocessor": json.loads(processor.to_json_string())}) or {},
