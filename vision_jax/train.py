@@ -84,6 +84,8 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     schedule, tx = setup.make_optimizer(config, model, abstract_trainable)
     abstract_state, shardings = setup.abstract_state(config, tx, plan, mesh)
 
+    apply = setup.make_apply(model)
+    loss_fn = task.make_loss(config, model, apply, plan.assemble)
     damage = DamageLog()
     data = task.training_data(config, train_source, description.preprocessing, damage)
     if last is None:
@@ -133,8 +135,6 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     log.table("Parameters", PARAMETER_COLUMNS, rows)
 
     # The step.
-    apply = setup.make_apply(model)
-    loss_fn = task.make_loss(config, model, apply, plan.assemble)
     train_step = steps.make_train_step(
         loss_fn,
         tx,
