@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from vision_jax import certify
 from vision_jax.convert.table import Entry
-from vision_jax.convert.twins import Twin
+from vision_jax.convert.twins import Twin, full_arguments
 
 NAME = "timm/resnet10t_of_ours"
 ARGUMENTS = (("layers", (1, 1, 1, 1)), ("channels", (8, 8, 16, 16)), ("num_classes", 5))
@@ -123,3 +123,13 @@ def test_any_architecture_of_timm_and_builder_of_torchvision_has_an_entry():
     entry = certify.find_entry("timm/resnet50c")
     assert (entry.build, entry.source, entry.image_size) == ("resnet50c", "timm", 224)
     assert certify.find_entry("torchvision/regnet_y_128gf").source == "torchvision"
+
+
+def test_the_whole_size_of_what_is_certified_in_part():
+    entry = Entry("torchvision/x", "RegNetX", "regnet_x_400mf", reduced=(("num_classes", 3),))
+    family, arguments = full_arguments(entry)
+    assert (family, arguments["num_classes"], arguments["depths"]) == (
+        "regnet",
+        1000,
+        (1, 2, 7, 12),
+    )

@@ -22,7 +22,8 @@ from vision_jax.trees.paths import flatten
 SMALL = {"depths": (1, 2, 1, 1), "dims": (16, 24, 24, 24), "num_classes": 7}
 HUB = {"depths": [1, 2], "hidden_sizes": [16, 24], "num_stages": 2, "num_labels": 7}
 ODD = (71, 58)
-TWINS = {
+EVEN = (68, 56)  # behind overlapping convolutions the maps are as large as behind ODD's patches
+TWINS = {  # an operation of a new shape is a compilation: stages are as large and as wide in all
     "timm v1": ("timm", "convnext_tiny", SMALL, ODD),
     "timm v2, one channel, no head": (
         "timm",
@@ -33,16 +34,21 @@ TWINS = {
     "timm overlapping stem": (
         "timm",
         "convnext_atto_ols",
-        {**SMALL, "kernel_sizes": 3, "norm_eps": 1e-5},
-        (48, 64),
+        {**SMALL, "norm_eps": 1e-5},
+        EVEN,
     ),
     "timm norm first, patches of 2": (
         "timm",
         "convnext_tiny_hnf",
         {**SMALL, "patch_size": 2},
-        (40, 40),
+        ODD,
     ),
-    "timm hidden head": ("timm", "convnext_tiny", {**SMALL, "head_hidden_size": 20}, (40, 40)),
+    "timm hidden head": (
+        "timm",
+        "convnext_tiny",
+        {**SMALL, "head_hidden_size": 20, "kernel_sizes": 3},
+        ODD,
+    ),
     "transformers v1": ("transformers", "ConvNextForImageClassification", HUB, ODD),
     "transformers v2": (
         "transformers",

@@ -38,7 +38,7 @@ TWINS = {  # few and of many traits each: an operation of a new shape is a compi
         "timm",
         "resnext50_32x4d",
         {**SMALL, "cardinality": 4, "base_width": 16, "num_classes": 0},
-        (32, 48),
+        ODD,
     ),
     "timm d, tiered, one channel": (
         "timm",

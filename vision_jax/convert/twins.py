@@ -320,7 +320,10 @@ def full_arguments(entry: Entry) -> tuple[str, dict[str, Any]]:
         if "depths" in arguments:
             return family, {**arguments, "depths": tuple(whole.depths)}
         return family, {**arguments, "depth": whole.num_hidden_layers}
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            twin = build_twin(entry, reduced=False)
+    except NotImplementedError:  # torchvision's RegNet computes its widths by tensors
         twin = build_twin(entry, reduced=False)
     shapes = {name: tuple(value.shape) for name, value in twin.module.state_dict().items()}
     config = {"architecture": entry.build, "model_args": dict(entry.arguments)}
