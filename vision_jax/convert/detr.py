@@ -31,7 +31,7 @@ HEADS = 8  # of the original, whose files don't say
 ORIGINAL = "detr"
 
 _STRUCTURE = ("depths", "block", "widths", "stem_width")
-_TIMM = {name: name for name in VARIANTS if re.fullmatch(r"resnet\d+", name)}
+_TIMM = tuple(f"resnet{size}" for size in (18, 26, 34, 50, 101, 152, 200))
 _TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _RESNETS = {table.source: table.with_prefix("") for table in resnet.TABLES}
 

@@ -367,4 +367,7 @@ class ResNet(nn.Module):
         else:
             x = conv(x, "conv1", self.stem_width, 7, 2)
         x = norm(x, "bn1")
-        return (max_pool(x, 3, 2, 1), stride_mask(mask, 2)) if self.stem_pool else (x, mask)
+        if self.stem_pool:
+            mask = stride_mask(mask, 2)
+            x = masked(max_pool(x, 3, 2, 1), mask)  # a window outside may reach inside
+        return x, mask

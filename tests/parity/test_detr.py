@@ -1,0 +1,337 @@
+"""Our DETR against transformers' and the original, restated: values, gradients, files both ways."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from vision_jax import convert
+from vision_jax.certify import certify_twin, relative_error
+from vision_jax.convert.__main__ import main
+from vision_jax.convert.read import Weights
+from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
+from vision_jax.convert.twins import (
+    load_weights,
+    make_twin,
+    randomize,
+    randomize_statistics,
+    rebuild,
+    sample_images,
+)
+from vision_jax.errors import UserError
+from vision_jax.models.detr import VARIANTS
+from vision_jax.models.families import FAMILIES, build_model
+from vision_jax.trees.paths import flatten, unflatten
+
+SIZE = (97, 130)
+SMALL = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "num_queries": 5,
+    "num_labels": 3,
+}
+RESNET = {
+    "embedding_size": 8,
+    "hidden_sizes": [16, 16, 32, 32],
+    "depths": [1, 2, 1, 1],
+    "out_features": ["stage4"],
+}
+ORIGINAL = {
+    "backbone": "resnet18",
+    "hidden_dim": 32,
+    "dim_feedforward": 48,
+    "enc_layers": 1,
+    "dec_layers": 2,
+    "num_queries": 5,
+    "num_classes": 3,
+}
+DETECTOR = "DetrForObjectDetection"
+
+
+def own_backbone():
+    return {**SMALL, "backbone_config": transformers.ResNetConfig(**RESNET)}
+
+
+TWINS = {
+    "transformers, R50's shape": ("transformers", DETECTOR, own_backbone),
+    "transformers, timm's DC5": (
+        "transformers",
+        DETECTOR,
+        lambda: {**SMALL, "backbone": "resnet18", "dilation": True},
+    ),
+    "original": ("detr", "DETR", lambda: ORIGINAL),
+}
+
+
+def twin_of(name, **more):
+    source, build, arguments = TWINS[name]
+    twin = make_twin(source, build, {**arguments(), **more})
+    randomize(twin.module, 3)
+    randomize_statistics(twin, SIZE, 3, 3)
+    return twin
+
+
+@pytest.mark.parametrize("name", ["transformers, R50's shape", "original"])
+def test_everything_equals_the_twin_and_goes_back(name):
+    """Among padding, of two sizes, in two precisions, and after an export that loads strictly."""
+    certificate = certify_twin(twin_of(name), SIZE)
+    print(name, certificate["worst"])
+    assert certificate["pass"], (certificate["reasons"], certificate["errors"])
+    assert certificate["family"] == "detr"
+    assert certificate["parameters_filled"] == certificate["parameters_in_model"]
+    assert certificate["tensors_consumed"] == certificate["tensors"]
+    layers = {"encoder_0", "decoder_0", "decoder_1", "input_proj", "stem"}
+    stages = {f"stage_{i}" for i in range(4)}
+    outputs = {"logits", "boxes_cxcywh_01"}
+    assert set(certificate["errors"]["float64"]) == layers | stages | outputs
+
+
+def imported(spec, **changed):
+    """(model, variables) of weights, in float64."""
+    weights = convert.read_weights(str(spec), allow_pickle=True)
+    family, arguments = convert.recognize(weights)
+    model = build_model(family, **{**arguments, **changed}, dtype=jnp.float64)
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    target = {path: x for tree in like.values() for path, x in flatten(tree).items()}
+    flat = convert.import_weights(weights, target, arguments)
+    wide = {path: jnp.asarray(x, np.float64 if x.ndim else None) for path, x in flat.items()}
+    parts = {name: {path: wide[path] for path in flatten(tree)} for name, tree in like.items()}
+    return model, {name: unflatten(like[name], part) for name, part in parts.items()}
+
+
+def padded_batch():
+    """(images f64 in [0, 1], pixel mask): three sizes on one canvas."""
+    images, mask = sample_images(3, SIZE, 3, 4), np.zeros((3, *SIZE), bool)
+    for index, (height, width) in enumerate((SIZE, (64, 111), (90, 33))):
+        mask[index, :height, :width] = True
+    return images, mask
+
+
+def normalized(images, model):
+    return (images - np.asarray(model.mean)) / np.asarray(model.std)
+
+
+def test_all_layers_and_gradients_equal_the_original(tmp_path):
+    """Of a padded batch, for every parameter, statistics aside; in float64."""
+    twin = twin_of("original")
+    images, mask = padded_batch()
+    with jax.enable_x64(True):
+        model, variables = imported(twin.save(tmp_path), mask_padding=False)
+        rng = np.random.default_rng(0)
+        outputs = jax.eval_shape(model.apply, variables, jnp.asarray(images), jnp.asarray(mask))
+        probes = {name: rng.normal(size=x.shape) for name, x in outputs.items()}
+
+        def loss(params):
+            found = model.apply({**variables, "params": params}, images, mask)
+            return sum((found[name] * probe).sum() for name, probe in probes.items()), found
+
+        gradients, found = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+        gradients = {path: np.asarray(x) for path, x in flatten(gradients).items()}
+    module = twin.module.double()
+    given = torch.from_numpy(normalized(images, model) * mask[..., None]).permute(0, 3, 1, 2)
+    result = module(given, pixel_mask=torch.from_numpy(mask))
+    layers = [*result.auxiliary, (result.logits, result.pred_boxes)]
+    total = 0
+    for index, name in enumerate(("logits", "boxes_cxcywh_01")):
+        theirs = torch.stack([layer[index] for layer in layers])
+        assert relative_error(np.asarray(found[name]), theirs.detach().numpy()) <= 1e-13, name
+        total = total + (theirs * torch.from_numpy(probes[name])).sum()
+    total.backward()
+    theirs = {name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None}
+    arguments = convert.arguments_of(model)
+    seen = 0
+    for rule in table_for_export("detr", "detr", arguments).rules(arguments):
+        if not all(name in theirs for name in rule.names):
+            continue  # a frozen norm's
+        expected = rule.layout.to_tree([theirs[name] for name in rule.names])
+        for path, value in zip(rule.paths, expected, strict=True):
+            if np.abs(value).max() > 1e-9:  # the first queries all see the same: rounding alone
+                assert relative_error(gradients[path], value) <= 1e-10, path
+                seen += 1
+    assert seen > 80
+
+
+@pytest.mark.parametrize("name", ["transformers, R50's shape", "transformers, timm's DC5"])
+def test_a_padded_batch_is_the_twins_or_that_of_each_image_alone(name, tmp_path):
+    twin = twin_of(name)
+    images, mask = padded_batch()
+    twin.save(tmp_path)
+    with jax.enable_x64(True):
+        model, variables = imported(tmp_path)
+        ours, theirs_way = (
+            {
+                name: np.asarray(x[-1])
+                for name, x in jax.jit(form.apply)(variables, images, mask).items()
+            }
+            for form in (model, dataclasses.replace(model, mask_padding=False))
+        )
+    padded = twin.outputs(normalized(images, model) * mask[..., None], pixel_mask=mask)
+    for output, value in theirs_way.items():
+        assert relative_error(value, padded[output]) <= 1e-12, output
+    for index in range(3):
+        height, width = mask[index, :, 0].sum(), mask[index, 0].sum()
+        alone = normalized(images[index : index + 1, :height, :width], model)
+        theirs = twin.outputs(alone)
+        for name, value in ours.items():
+            assert relative_error(value[index : index + 1], theirs[name]) <= 1e-12, (name, index)
+    assert relative_error(ours["logits"], padded["logits"]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["transformers, R50's shape", "transformers, timm's DC5"])
+def test_names_in_memory_and_stray_counts(name, tmp_path):
+    """torch.save(model.state_dict()) has other names than the model's files."""
+    twin = twin_of(name)
+    twin.save(tmp_path / "files")
+    (tmp_path / "memory").mkdir()
+    state = twin.module.state_dict()
+    stray = next(key for key in state if key.endswith("running_var"))
+    state[stray.replace("running_var", "num_batches_tracked")] = torch.tensor(7)
+    torch.save(state, tmp_path / "memory" / "pytorch_model.bin")
+    config = (tmp_path / "files" / "config.json").read_text()
+    (tmp_path / "memory" / "config.json").write_text(config)
+    with jax.enable_x64(True):
+        (model, first), (again, second) = (
+            imported(tmp_path / part) for part in ("files", "memory")
+        )
+    assert model == again
+    first, second = flatten(first), flatten(second)
+    counts = {path for path in first if path.endswith("/count")}
+    assert sum(int(second[path]) for path in counts) == 7
+    for path in set(first) - counts:
+        np.testing.assert_array_equal(second[path], first[path], path)
+
+
+def test_an_original_checkpoint_goes_to_transformers_and_back(tmp_path, capsys):
+    """By the command line, with the very tensors at the end, and the same boxes in between."""
+    twin = twin_of("original")
+    state = {name: x.clone() for name, x in twin.module.state_dict().items()}
+    torch.save({"model": state, "epoch": 3}, tmp_path / "detr.pth")
+    there = [str(tmp_path / "detr.pth"), "--allow-pickle", f"--out={tmp_path / 'hub'}"]
+    assert main(there) == 0  # to transformers, since timm has none
+    assert "173 tensors consumed" not in capsys.readouterr().err
+    module, report = transformers.DetrForObjectDetection.from_pretrained(
+        tmp_path / "hub", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    images, mask = padded_batch()
+    given = images.astype(np.float32)
+    theirs = twin.outputs(given * mask[..., None], pixel_mask=mask)
+    hub = type(twin)("transformers", module.eval(), DETECTOR, {})
+    found = hub.outputs(given * mask[..., None], pixel_mask=mask)
+    for name, value in theirs.items():
+        assert relative_error(found[name], value) <= 1e-5, name
+    assert main([str(tmp_path / "hub"), f"--out={tmp_path / 'back'}", "--to=detr"]) == 0
+    other = make_twin("detr", "DETR", ORIGINAL)
+    load_weights(other, tmp_path / "back" / "model.safetensors")
+    for name, value in other.module.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_classes_and_preprocessing_travel(tmp_path):
+    names = {0: "N/A", 1: "person", 2: "kite"}
+    twin = twin_of("transformers, R50's shape", id2label=names)
+    twin.save(tmp_path / "hub")
+    sides = {"shortest_edge": 480, "longest_edge": 640}
+    transformers.DetrImageProcessor(size=sides).save_pretrained(tmp_path / "hub")
+    weights = convert.read_weights(str(tmp_path / "hub"))
+    assert convert.class_names_of(weights) == list(names.values())
+    assert (weights.preprocessing["short"], weights.preprocessing["longest"]) == (480, 640)
+    assert weights.preprocessing["interpolation"] == "bilinear"
+    assert main([str(tmp_path / "hub"), f"--out={tmp_path / 'out'}"]) == 0
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert dict(processor.size) == sides
+    assert "Detr" in type(processor).__name__
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.id2label == names
+    again = convert.read_weights(str(tmp_path / "out"))
+    for name in ("short", "longest", "mean", "std", "interpolation"):
+        assert again.preprocessing[name] == weights.preprocessing[name], name
+    # As the files of 2021 say it.
+    old = {"size": 480, "max_size": 640, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps(old))
+    found = convert.read_weights(str(tmp_path / "hub")).preprocessing
+    assert (found["short"], found["longest"], found["mean"]) == (480, 640, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("source", ["transformers", "detr"])
+def test_named_variants_are_the_published_ones(name, source):
+    """Every name and shape of the whole models, from shapes alone."""
+    given = {"backbone": name.split("_")[1], "dilation": name.endswith("dc5")}
+    build, classes = (
+        (DETECTOR, "num_labels") if source == "transformers" else ("DETR", "num_classes")
+    )
+    with torch.device("meta"):
+        module = make_twin(source, build, {**given, classes: 91}).module
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    config = {"config": given}
+    table = find_table(shapes)
+    full = {**FAMILIES["detr"].defaults, **infer_arguments(table, shapes, config)}
+    assert full == {**full, "num_classes": 91, **VARIANTS[name]}
+    names = {n for rule in table.rules(full) if rule.written for n in rule.names}
+    assert names == set(shapes)
+    if source == "detr":
+        assert sum(p.numel() for p in module.parameters()) in (41_524_768, 60_464_672)
+    exporting = table_for_export(source, "detr", full)
+    written = {n for rule in exporting.rules(full) if rule.written for n in rule.names}
+    assert len(written) == len(shapes)
+    if source == "transformers" and "50" in name:
+        assert len(written) == 530  # as in the hub's files
+
+
+def test_an_unusual_one_goes_where_it_can(tmp_path):
+    arguments = {**FAMILIES["detr"].defaults, "num_classes": 2, "depths": (1, 1, 1, 1)}
+    assert table_for_export("transformers", "detr", arguments).kind == "its own backbone"
+    with pytest.raises(UserError, match="detr has no detr that is such a model"):
+        table_for_export("detr", "detr", arguments)
+    with pytest.raises(UserError, match="it can go to none"):
+        table_for_export("transformers", "detr", {**arguments, "dilation": True})
+    # But a run's own file holds it, and says so in its header.
+    dilated = {**arguments, "dilation": True}
+    tensors, header = convert.export_weights({}, "detr", dilated, to=convert.own_naming("detr"))
+    assert tensors == {}
+    assert json.loads(header["vision_jax"])["arguments"]["dilation"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_embedding_type": "learned"}, "position_embedding_type 'learned'"),
+        ({"activation_function": "gelu"}, "activation_function 'gelu': this model has relu"),
+        ({"model_type": "conditional_detr"}, "model_type 'conditional_detr'"),
+        ({"decoder_attention_heads": 8}, "encoder_attention_heads and decoder_attention_heads"),
+        ({"backbone_config": {"downsample_in_bottleneck": True}}, "stride_first True"),
+    ],
+)
+def test_its_relatives_are_refused(change, message, tmp_path):
+    twin = make_twin("transformers", DETECTOR, own_backbone())
+    twin.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    shapes = convert.read_weights(str(tmp_path)).tensors
+    with pytest.raises(UserError, match=message):
+        convert.recognize(Weights(shapes, {"config": config}, None, "here", ""))
+
+
+def test_a_rebuilt_twin_is_strict(tmp_path):
+    """A tensor that transformers misses is found out: the certificate's strictness is real."""
+    twin = twin_of("transformers, R50's shape")
+    weights = convert.read_weights(twin.save(tmp_path / "source"))
+    family, arguments = convert.recognize(weights)
+    model = build_model(family, **arguments)
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    target = {path: x for tree in like.values() for path, x in flatten(tree).items()}
+    flat = convert.import_weights(weights, target, arguments)
+    del flat["class_head/bias"]
+    table = table_for_export("transformers", family, arguments)
+    with pytest.raises(RuntimeError, match="missing"):
+        rebuild(table, family, arguments, flat, None, tmp_path / "back")
