@@ -24,6 +24,30 @@ ARGUMENTS = (
     ("encoder_depth", 1),
     ("decoder_depth", 2),
 )
+# In place of DETR.
+RF_DETR = {
+    "model__variant": "rf_detr",
+    "model__arguments": (
+        ("image_size", (48, 48)),
+        ("position_grid", 4),
+        ("decoder_depth", 1),
+        ("patch_size", 8),
+        ("feature_depths", (1, 2)),
+        ("global_blocks", (1,)),
+        ("backbone_width", 24),
+        ("backbone_depth", 2),
+        ("backbone_heads", 2),
+        ("backbone_mlp_width", 48),
+        ("width", 16),
+        ("projector_width", 8),
+        ("projector_blocks", 1),
+        ("num_queries", 8),
+        ("num_groups", 2),
+        ("num_heads", 2),
+        ("cross_heads", 4),
+        ("mlp_width", 32),
+    ),
+}
 
 
 @functools.cache

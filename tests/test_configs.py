@@ -20,7 +20,8 @@ SMALLER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size
 def small(path: Path):
     """The config itself, but for sizes and paths."""
     if load_config(str(path), {}).task == "detection":
-        changes = detection_runs.overrides(total_steps=2)
+        model = detection_runs.RF_DETR if path.stem.startswith("rf_detr") else {}
+        changes = detection_runs.overrides(total_steps=2, **model)
         return load_config(str(path), {n: v for n, v in changes.items() if n != "trainable"})
     keep = ("batch_size", "total_steps", "checkpoint_every", "log_every", "evaluate.every")
     keep += ("evaluate.batch_size", "optim.warmup_steps", "data.train", "data.eval")

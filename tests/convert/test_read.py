@@ -254,3 +254,18 @@ def test_safetensors_written_elsewhere_are_read(tmp_path):
     tensors = {"x": RNG.normal(size=(3, 1)).astype(np.float32)}
     safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     assert read_weights(str(tmp_path / "x.safetensors")).tensors["x"].shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "interpolation"),
+    [("RfDetrImageProcessor", "bilinear_aliased"), ("DetrImageProcessor", "bilinear")],
+)
+def test_squares_of_a_detector(kind, interpolation):
+    """The hub's RF-DETR files name DETR's processor, which antialiases."""
+    size = {"height": 384, "width": 384}
+    found = read_preprocessing(
+        {"preprocessor": {"image_processor_type": kind, "size": size, "resample": 2}}
+    )
+    assert found["short"] == found["longest"] == 384
+    assert found["square"] is True
+    assert found["interpolation"] == interpolation

@@ -218,14 +218,15 @@ def _processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         "image_std": list(preprocessing["std"]),
         "resample": RESAMPLE[preprocessing["interpolation"].removesuffix(ALIASED)],
     }
-    if preprocessing.get("square"):
-        side = {"height": preprocessing["short"], "width": preprocessing["short"]}
-        kind = {"image_processor_type": SQUARE_PROCESSOR, "format": "coco_detection"}
-        return {**kind, **config, "size": side, "do_pad": True}
     if "short" in preprocessing:
-        edges = {"shortest_edge": preprocessing["short"], "longest_edge": preprocessing["longest"]}
-        kind = {"image_processor_type": "DetrImageProcessor", "format": "coco_detection"}
-        return {**kind, **config, "size": edges, "do_pad": True}
+        short, longest = preprocessing["short"], preprocessing["longest"]
+        size = {"shortest_edge": short, "longest_edge": longest}
+        if preprocessing["square"]:
+            size = {"height": short, "width": short}
+        aliased = preprocessing["interpolation"].endswith(ALIASED)
+        processor = SQUARE_PROCESSOR if aliased else "DetrImageProcessor"
+        kind = {"image_processor_type": processor, "format": "coco_detection"}
+        return {**kind, **config, "size": size, "do_pad": True}
     height, width = preprocessing["image_size"]
     if preprocessing["crop_mode"] == "squash":
         share, crop = preprocessing["crop_pct"], {"height": height, "width": width}

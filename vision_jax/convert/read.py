@@ -425,7 +425,7 @@ def _from_preprocessor(config: Mapping[str, Any]) -> dict[str, Any]:
         "crop_mode": mode,
         "interpolation": PIL_FILTERS.get(config.get("resample", 2)),
         **_edges(config),
-        **(_square(size) if config.get("image_processor_type") == SQUARE_PROCESSOR else {}),
+        **_square(config, size if by_edges else None),
     }
 
 
@@ -438,12 +438,17 @@ def _edges(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"short": size, "longest": most} if size and most else {}
 
 
-def _square(size: list[int] | None) -> dict[str, Any]:
-    """RF-DETR's: squashed to a square, bilinear and without antialiasing."""
-    if size is None or size[0] != size[1]:
-        raise UserError(f"the weights' preprocessing: size {size} is no square of pixels")
+def _square(config: Mapping[str, Any], size: list[int] | None) -> dict[str, Any]:
+    """RF-DETR's squares: its own processor does not antialias; DETR's, which the hub names, does.
+
+    Source: transformers 5.24 models/rf_detr/image_processing_rf_detr.py.
+    """
+    kind = config.get("image_processor_type")
+    if size is None or size[0] != size[1] or kind not in (SQUARE_PROCESSOR, "DetrImageProcessor"):
+        return {}
     side = {"short": size[0], "longest": size[0], "square": True}
-    return {**side, "interpolation": f"bilinear{ALIASED}"}
+    aliased = {"interpolation": f"bilinear{ALIASED}"} if kind == SQUARE_PROCESSOR else {}
+    return side | aliased
 
 
 def crop_share(crop: int, resized: int) -> float:
