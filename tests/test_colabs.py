@@ -20,6 +20,7 @@ SMALL = {
         '"embedded:fashion_mnist/train"': '"embedded:fashion_mnist/test"',
         "(1, 20), (1, 5, 10), 5": "(1,), (1,), 2",
     },
+    "detect_your_objects": {"STEPS = 800": "STEPS = 10", "SIDE = 256": "SIDE = 64"},
 }
 
 
@@ -59,3 +60,12 @@ def test_any_checkpoint(tmp_path, monkeypatch):
     assert "79 tensors, identical to the bit" in printed
     assert (tmp_path / "runs" / "frozen" / "frozen.json").is_file()
     assert (tmp_path / "converted" / "config.json").is_file()
+
+
+def test_detect_your_objects(tmp_path, monkeypatch):
+    printed = execute("detect_your_objects", tmp_path, monkeypatch)
+    run = tmp_path / "runs" / "my_boxes"
+    assert "eval/ap" in read_metrics(run / "metrics.jsonl")[-1]
+    assert "evaluation on " in printed
+    assert len(list((run / "predictions").glob("*.png"))) == 3
+    assert (run / "model.safetensors").is_file()
