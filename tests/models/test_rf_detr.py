@@ -252,7 +252,8 @@ def test_masks():
 
 
 def test_steps_are_one_compile_with_finite_gradients_and_remat_changes_nothing():
-    rest = {"dropout": 0.2, "drop_path": 0.2, "decoder_depth": 1}
+    backbone = {"backbone_depth": 1, "feature_depths": (1,), "global_blocks": (0,)}
+    rest = {"dropout": 0.2, "drop_path": 0.2, "decoder_depth": 1, **backbone}
     params, images = random_params(small(**rest)), random_images()
 
     def step_of(**form):
