@@ -154,3 +154,12 @@ def test_what_a_config_says_and_no_tensor_shows_is_not_overlooked(name, given):
     (word,) = given
     with pytest.raises(UserError, match=word):
         infer(**given)
+
+
+def test_no_other_library_is_given_a_detr_with_grid_queries():
+    for source in ("transformers", "detr"):
+        family, arguments = arguments_of("detr_resnet50", grid_queries=True)
+        table = table_for_export(source, family, arguments)
+        with pytest.raises(UserError, match="grid_queries: no other DETR has them"):
+            table.config(arguments)
+        table.config(arguments | {"grid_queries": False})

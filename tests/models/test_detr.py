@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vision_jax.models.detr import VARIANTS, Detr, variant
+from vision_jax.models.detr import VARIANTS, Detr, _grid, _nearness, variant
 from vision_jax.models.families import FAMILIES
 from vision_jax.ops.position_embedding import sine_positions
 from vision_jax.trees import lora
-from vision_jax.trees.paths import flatten
+from vision_jax.trees.paths import flatten, unflatten
 
 SMALL = {
     "num_classes": 3,
@@ -24,7 +24,12 @@ SMALL = {
     "decoder_depth": 2,
 }
 SHORT = {"depths": (1, 1), "widths": (4, 8), "encoder_depth": 1, "decoder_depth": 1}
-FORMS = {"bottleneck": {}, "basic": {"block": "basic"}, "dc5": {"dilation": True}}
+FORMS = {
+    "bottleneck": {},
+    "basic": {"block": "basic"},
+    "dc5": {"dilation": True},
+    "grid_queries": {"grid_queries": True},
+}
 
 
 def small(**arguments):
@@ -336,3 +341,54 @@ def test_sine_positions_count_the_valid_cells():
                     for frequency in 10000.0 ** (-np.arange(4) / 4):
                         expected += [np.sin(angle * frequency), np.cos(angle * frequency)]
                 np.testing.assert_allclose(found[image, row, column], expected, atol=2e-6)
+
+
+def test_grid_queries_need_no_other_parameters():
+    assert flatten(abstract(small(grid_queries=True))) == flatten(abstract(small()))
+
+
+def test_grid_queries_start_in_the_cells_of_a_grid():
+    model = small(grid_queries=True)
+    images = random_images((64, 64))
+    boxes = model.apply(model.init(jax.random.key(0), images), images)["boxes_cxcywh_01"]
+    x, y = np.meshgrid([1 / 6, 3 / 6, 5 / 6], [1 / 6, 3 / 6, 5 / 6])
+    grid = np.stack([x.ravel(), y.ravel(), np.full(9, 1 / 3), np.full(9, 1 / 3)], axis=-1)
+    np.testing.assert_allclose(boxes, np.broadcast_to(grid[:7], (2, 2, 7, 4)), rtol=1e-6)
+    for count in (1, 2, 3, 100):
+        assert np.isfinite(_grid(count)).all()
+        assert len(np.unique(_grid(count)[:, :2], axis=0)) == count
+
+
+def test_grid_queries_look_near_their_boxes():
+    """Against loops; the image is 3 by 4 cells of a map of 4 by 5."""
+    rng = np.random.default_rng(0)
+    boxes = rng.random((2, 3, 4)).astype(np.float32)
+    valid = np.zeros((2, 4, 5), bool)
+    valid[:, :3, :4] = True
+    found = _nearness(jnp.asarray(boxes), jnp.asarray(valid), 6)
+    assert found.shape == (2, 6, 3, 20)
+    looks = [(-0.7, 0), (0.7, 0), (0, -0.7), (0, 0.7), (0, 0), (-0.7, 0)]
+    for b, head, query, row, column in np.ndindex(2, 6, 3, 4, 5):
+        cx, cy, w, h = boxes[b, query]
+        x = ((column + 0.5) / 4 - cx) / (w / 2 + 1 / 8) - looks[head][0]
+        y = ((row + 0.5) / 3 - cy) / (h / 2 + 1 / 6) - looks[head][1]
+        expected = -(x**2 + y**2)
+        np.testing.assert_allclose(found[b, head, query, 5 * row + column], expected, rtol=2e-5)
+
+
+def test_grid_queries_move_boxes_from_layer_to_layer():
+    """Each layer's box is its own move from the last one's, through which no gradient flows."""
+    model = small(grid_queries=True)
+    variables, images = random_variables(model), random_images((64, 64))
+    flat = flatten(variables["params"])
+    bias = flat["box_head/fc3/bias"]
+
+    def logits(bias):
+        params = unflatten(variables["params"], {**flat, "box_head/fc3/bias": bias})
+        boxes = model.apply({**variables, "params": params}, images)["boxes_cxcywh_01"]
+        return jnp.log(boxes / (1 - boxes))
+
+    moves = logits(bias + 0.25) - logits(bias)
+    np.testing.assert_allclose(moves[0], 0.25, atol=1e-5)  # the second's attention moves too
+    gradient = jax.grad(lambda bias: logits(bias)[1].sum())(bias)
+    np.testing.assert_allclose(gradient, np.full(4, 2 * 7), rtol=1e-4)  # images, queries; once each

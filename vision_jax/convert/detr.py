@@ -295,6 +295,12 @@ def _modules(names: Names, arguments: Arguments) -> dict[str, str]:
 def _table(source: str, kind: str, names: Names, exported: bool = True) -> Table:
     backbone = "embedder.embedder.convolution" if names.resnet == "transformers" else "conv1"
     config = _original_config if names is _ORIGINAL else partial(_transformers_config, names)
+
+    def own_config(arguments: Arguments) -> dict[str, Any]:
+        if arguments.get("grid_queries"):
+            raise UserError("grid_queries: no other DETR has them, so it would find other boxes")
+        return config(arguments)
+
     return Table(
         source,
         "detr",
@@ -308,7 +314,7 @@ def _table(source: str, kind: str, names: Names, exported: bool = True) -> Table
         arguments=partial(_arguments, names),
         rules=partial(_rules, names),
         holds=partial(_holds, names) if exported else lambda arguments: False,
-        config=config,
+        config=own_config,
         modules=partial(_modules, names),
     )
 

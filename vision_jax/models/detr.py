@@ -14,13 +14,21 @@ Exactness, where ports go wrong:
   - the references let padded pixels into the image's features: only the attention is masked. Here
     `mask_padding=True` is the network of the image alone, whatever canvas it came on. They
     also pick each cell's mask at floor(i · H / h), which is not the cell's own center.
+
+From random initialization the paper's queries take hundreds of epochs to find out where they look.
+`grid_queries=True` tells them: each starts in a cell of a grid over the image, attends near its box
+(Gao et al. 2021, https://arxiv.org/abs/2101.07448, section 3.2, with fixed offsets of the heads)
+and moves it from layer to layer (Zhu et al. 2020, https://arxiv.org/abs/2010.04159, appendix A.4).
+The parameters are the same.
 """
 
+import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import lax
 
 from vision_jax.models.attention import attend
 from vision_jax.models.layers import Conv, Dense, Initializer, layer_norm
@@ -29,6 +37,7 @@ from vision_jax.models.resnet import ResNet
 from vision_jax.ops.position_embedding import sine_positions
 
 EPSILON = 1e-5
+LOOKS = ((-0.7, 0.0), (0.7, 0.0), (0.0, -0.7), (0.0, 0.7), (0.0, 0.0))  # of heads, see _nearness
 VARIANTS: dict[str, dict[str, Any]] = {
     f"detr_resnet{n}{suffix}": {**RESNETS[f"resnet{n}"], "dilation": dilation}
     for n in (50, 101)
@@ -108,6 +117,7 @@ class Detr(nn.Module):
       num_queries: Q, the most objects that an image can have.
       width: of the transformer, a multiple of 4 and of `num_heads`.
       num_heads, mlp_width, encoder_depth, decoder_depth: of the transformer.
+      grid_queries: queries start in a grid and attend near their boxes; not in the references.
       in_channels: of the images; `mean` and `std` have as many entries.
       mean, std: per-channel normalization of the images.
       mask_padding: padding does not change what is computed of the image. False computes what the
@@ -131,6 +141,7 @@ class Detr(nn.Module):
     mlp_width: int = 2048
     encoder_depth: int = 6
     decoder_depth: int = 6
+    grid_queries: bool = False
     in_channels: int = 3
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -224,18 +235,28 @@ class Detr(nn.Module):
         shape = (self.num_queries, self.width)
         queries = self.param("query_embed", nn.initializers.normal(1.0), shape)
         queries = jnp.broadcast_to(queries.astype(self.dtype)[None], (batch, *shape))
-        y, outputs = jnp.zeros_like(queries), []
+        norm = layer_norm("decoder_norm", EPSILON, self.dtype)
+        last_init = nn.initializers.zeros if self.grid_queries else _uniform
+        box_head = BoxHead(self.width, wide, last_init, name="box_head")
+        box = jnp.broadcast_to(jnp.asarray(_grid(self.num_queries), wide), (*queries.shape[:2], 4))
+        y, outputs, boxes = jnp.zeros_like(queries), [], []
         for index in range(self.decoder_depth):
+            near = bias
+            if self.grid_queries:
+                box = lax.stop_gradient(box)
+                near = bias + _nearness(nn.sigmoid(box), valid, self.num_heads)
             layer = layer_of(*shared, name=f"decoder_{index}")
-            y = layer(y, queries, train, bias, x, positions)
+            y = layer(y, queries, train, near, x, positions)
             features[f"decoder_{index}"] = y
-            outputs.append(y)
-        y = layer_norm("decoder_norm", EPSILON, self.dtype)(jnp.stack(outputs))  # [L, B, Q, D]
+            outputs.append(norm(y))
+            move = box_head(outputs[-1])
+            box = box + move if self.grid_queries else move
+            boxes.append(nn.sigmoid(box))
         predictions = {
             "logits": Dense(
                 self.num_classes + 1, dtype=wide, kernel_init=_uniform, name="class_head"
-            )(y),
-            "boxes_cxcywh_01": nn.sigmoid(BoxHead(self.width, wide, name="box_head")(y)),
+            )(jnp.stack(outputs)),  # [L, B, Q, K + 1]
+            "boxes_cxcywh_01": jnp.stack(boxes),
         }
         return (predictions, features) if return_features else predictions
 
@@ -282,3 +303,31 @@ class BoxHead(nn.Module):
             x = Dense(features, dtype=self.dtype, kernel_init=init, name=f"fc{index}")(x)
             x = nn.relu(x) if index < 3 else x
         return x
+
+
+def _grid(count):
+    """f64[count, 4]: logits of cxcywh_01 of the cells of a grid as square as can be."""
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    row, column = np.divmod(np.arange(count), columns)
+    centers = (column + 0.5) / columns, (row + 0.5) / rows
+    sides = (np.full(count, min(1 / cells, 0.5)) for cells in (columns, rows))
+    boxes = np.stack([*centers, *sides], axis=-1)
+    return np.log(boxes / (1 - boxes))
+
+
+def _nearness(boxes_cxcywh_01, valid, num_heads):
+    """Attention's bias f[B, K, Q, h·w] towards boxes[B, Q, 4], in the cells valid[B, h, w].
+
+    Minus the squared distance of a cell from where the head looks: towards one side of the box, or
+    at its center. The unit is half the box and half a cell.
+    """
+    cells = jnp.stack([valid.any(axis=1).sum(axis=1), valid.any(axis=2).sum(axis=1)], axis=-1)
+    cells = jnp.maximum(cells, 1)[:, None].astype(boxes_cxcywh_01.dtype)  # [B, 1, 2]
+    rows, columns = np.indices(valid.shape[1:]).reshape(2, -1)
+    places = (np.stack([columns, rows], axis=-1)[None] + 0.5) / cells  # [B, h·w, 2]
+    center, side = jnp.split(boxes_cxcywh_01, 2, axis=-1)  # [B, Q, 2]
+    unit = (side + 1 / cells) / 2
+    away = (places[:, None] - center[:, :, None]) / unit[:, :, None]  # [B, Q, h·w, 2]
+    looks = jnp.array([LOOKS[head % len(LOOKS)] for head in range(num_heads)], away.dtype)
+    return -jnp.square(away[:, None] - looks[None, :, None, None]).sum(axis=-1)
