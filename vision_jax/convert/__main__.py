@@ -131,7 +131,7 @@ def _run(flags: argparse.Namespace) -> int:
     print(model.recognized, flush=True)
     to = flags.to or own_naming(model.family)
     if flags.dry_run:
-        table_for_export(to, model.family, model.arguments)
+        table_for_export(to, model.family, model.arguments).config(model.arguments)
         print("wrote nothing (--dry-run)")
         return 0
     limit = None if flags.shard_gb is None else int(flags.shard_gb * 1e9)
