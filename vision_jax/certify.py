@@ -343,8 +343,7 @@ def _own_transform(
         return partial(eval_transform, preprocessing=Preprocessing(**record)), mean, std
     canvas = (record["longest"],) * 2
     fields = {name: record[name] for name in ("short", "longest", "interpolation", "mean", "std")}
-    square = record.get("square", False)
-    ours = DetectionPreprocessing(**fields, square=square, buckets=(canvas,))
+    ours = DetectionPreprocessing(**fields, square=record["square"], buckets=(canvas,))
     boxes = np.zeros((0, 4))
     return lambda image: detection_eval_transform(image, boxes, ours, canvas)[0], mean, std
 

@@ -14,6 +14,7 @@ from vision_jax import convert
 from vision_jax.certify import certify_twin, relative_error
 from vision_jax.convert.__main__ import main
 from vision_jax.convert.read import Weights
+from vision_jax.convert.table import Entry
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
 from vision_jax.convert.twins import (
     load_weights,
@@ -83,12 +84,15 @@ def twin_of(name, **more):
 
 def test_everything_equals_the_twin_and_goes_back():
     """Among padding, of two sizes, in two precisions, and after an export that loads strictly."""
-    certificate = certify_twin(twin_of("transformers, R50's shape"), SIZE)
+    entry = Entry("transformers/small", "DETR", DETECTOR)
+    certificate = certify_twin(twin_of("transformers, R50's shape"), SIZE, of_entry=entry)
     print(certificate["worst"])
     assert certificate["pass"], (certificate["reasons"], certificate["errors"])
     assert certificate["family"] == "detr"
     assert certificate["parameters_filled"] == certificate["parameters_in_model"]
     assert certificate["tensors_consumed"] == certificate["tensors"]
+    assert certificate["preprocessing"]["largest_difference_in_255ths"] == 0
+    assert certificate["preprocessing"]["square"] is False
     layers = {"encoder_0", "decoder_0", "decoder_1", "input_proj", "stem"}
     stages = {f"stage_{i}" for i in range(4)}
     outputs = {"logits", "boxes_cxcywh_01"}

@@ -394,7 +394,7 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         known["interpolation"] = known["interpolation"].removesuffix(ALIASED)
     Preprocessing(**{**STANDARD, **known})  # raises where a value makes no sense
     edges = {name: int(found[name]) for name in ("short", "longest") if found.get(name)}
-    return read | edges | ({"square": True} if found.get("square") else {})
+    return read | edges | ({"square": bool(found.get("square"))} if edges else {})
 
 
 def _from_torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
