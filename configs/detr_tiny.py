@@ -25,7 +25,7 @@ from vision_jax.errors import UserError
 
 SETTINGS = {  # train, test, pixels a side, queries, batch, updates
     "aerial": ("embedded:aerial/train", "embedded:aerial/test", 256, 64, 8, 800),
-    "composites": ("composites:train/0/3000", "composites:test/0/300", 96, 12, 16, 3_000),
+    "composites": ("composites:train/0/4000", "composites:test/0/300", 64, 12, 16, 2_000),
 }
 
 
@@ -51,15 +51,15 @@ def get_config(data_set: str = "aerial") -> ConfigDict:
     model.allow_pickle = False  # read .pth and .bin files too (needs torch; only if you trust them)
     model.variant = "detr"  # such as "detr_resnet50"; "" takes the architecture from the weights
     model.arguments = (  # more of the model's, as ((name, value), ...)
-        ("depths", (1, 1, 1)),  # the last map has a 16th of the image's side
+        ("depths", (1, 2)),  # two stages: the last map has an eighth of the image's side
         ("block", "basic"),
-        ("widths", (32, 64, 128)),
-        ("stem_width", 16),
+        ("widths", (32, 96)),
+        ("stem_width", 32),
         ("num_queries", queries),
         ("width", 64),
         ("num_heads", 4),
         ("mlp_width", 128),
-        ("encoder_depth", 2),
+        ("encoder_depth", 1),
         ("decoder_depth", 3),
         ("grid_queries", True),  # without it, nothing is found in this many updates
     )
@@ -88,7 +88,7 @@ def get_config(data_set: str = "aerial") -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # adamw, sgd, lars, lamb, lion, muon
-    optim.lr = 2e-3
+    optim.lr = 1.5e-3
     optim.schedule = "cosine"  # cosine, linear, constant, step; after the warm-up
     optim.warmup_steps = 100
     optim.drop_at = 2 / 3  # share of the updates after which step falls to a tenth
@@ -123,9 +123,9 @@ def get_config(data_set: str = "aerial") -> ConfigDict:
     data.shorts = ()
     data.crop = 0.0
     data.flip = True
-    data.brightness = 0.0
-    data.contrast = 0.0
-    data.saturation = 0.0
+    data.brightness = 0.3
+    data.contrast = 0.3
+    data.saturation = 0.3
     data.threads = 2  # that decode images
     data.workers = 0  # processes that decode images; 0 uses threads alone
     data.max_damaged = 0.01  # stop when a larger share of the images can't be read

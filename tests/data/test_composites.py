@@ -58,8 +58,8 @@ def test_objects_of_all_classes_lie_inside_and_apart():
         assert (boxes >= 0).all()
         assert (boxes <= 64).all()
         longest = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
-        assert (longest >= 0.23 * 64).all()
-        assert (longest <= 0.65 * 64).all()  # half the side, turned by 20 degrees
+        assert (longest >= 0.27 * 64).all()
+        assert (longest <= 0.75 * 64).all()  # 0.55 of the side, turned by 20 degrees
         for i, box in enumerate(boxes):
             for other in boxes[:i]:
                 sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
@@ -138,7 +138,7 @@ def test_a_specification_reads_them_as_any_source():
         np.testing.assert_array_equal(example["boxes_xyxy_px"], composite.boxes_xyxy_px)
         np.testing.assert_array_equal(example["label"], composite.labels)
         assert source.sizes[index].tolist() == [64, 64]
-    assert read_detection_source("composites:train/0/1").sizes.tolist() == [[96, 96]]
+    assert read_detection_source("composites:train/0/1").sizes.tolist() == [[64, 64]]
 
 
 def test_files_and_specification_are_one_data_set(tmp_path):
