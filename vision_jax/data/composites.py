@@ -3,8 +3,8 @@
     composites:SPLIT/SEED/COUNT[/SIZE]      as config.data.train, such as composites:train/0/2000
     python -m vision_jax.data.composites --out=DIR --split=train --count=2000     as files
 
-Garments of Fashion-MNIST, tinted, scaled and turned, lie on crops of the aerial training tiles.
-Both come with the package; training and test images share neither a garment nor a tile. A detector
+Garments of Fashion-MNIST, scaled and turned, lie on crops of the aerial training tiles; each class
+has hues of its own, so that a small detector can learn them in minutes. Both parts come with the package; training and test images share neither a garment nor a tile. A detector
 that finds nothing here is broken. One that finds everything has shown nothing about photographs: an
 AP on composites is no measure of quality.
 """
@@ -26,7 +26,7 @@ from vision_jax.data.decode import decode_image
 from vision_jax.data.sources import ASSETS, ArrayReader
 from vision_jax.errors import UserError
 
-# Shirts and coats are left out: as small and tinted as here, they can't be told from pullovers.
+# Shirts and coats are left out: as small as here, they can't be told from pullovers.
 CLASS_NAMES = (
     "t-shirt", "trouser", "pullover", "dress", "sandal", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
