@@ -4,9 +4,10 @@
     python -m vision_jax.data.composites --out=DIR --split=train --count=2000     as files
 
 Garments of Fashion-MNIST, scaled and turned, lie on crops of the aerial training tiles; each class
-has hues of its own, so that a small detector can learn them in minutes. Both parts come with the package; training and test images share neither a garment nor a tile. A detector
-that finds nothing here is broken. One that finds everything has shown nothing about photographs: an
-AP on composites is no measure of quality.
+has hues of its own, so that a small detector can learn them in minutes. Both parts come with the
+package; training and test images share neither a garment nor a tile. A detector that finds nothing
+here is broken. One that finds everything has shown nothing about photographs: an AP on composites
+is no measure of quality.
 """
 
 import argparse
