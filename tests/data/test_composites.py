@@ -1,3 +1,4 @@
+import colorsys
 import json
 import subprocess
 import sys
@@ -172,3 +173,13 @@ def test_a_specification_that_is_none_says_how_to_write_it(spec):
         read_detection_source(f"composites:{spec}")
     with pytest.raises(UserError, match="size 512: use 64 to 256"):
         read_detection_source("composites:train/0/5/512")
+
+
+def test_classes_have_hues_of_their_own():
+    """As the documentation says: color alone tells the class."""
+    pieces, rng = read_pieces("train"), np.random.default_rng(0)
+    for label in np.repeat(np.arange(8), 10):
+        garment = pieces.garments[rng.choice(np.flatnonzero(pieces.labels == label))]
+        colors, _ = composites._dress_up(garment, int(label), rng, 96)
+        hue, _, _ = colorsys.rgb_to_hsv(*np.asarray(colors).mean(axis=(0, 1)))
+        assert round(8 * hue) % 8 == label
