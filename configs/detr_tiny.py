@@ -23,17 +23,20 @@ from ml_collections import ConfigDict
 
 from vision_jax.errors import UserError
 
-SETTINGS = {  # train, test, pixels a side, queries, batch, updates
-    "aerial": ("embedded:aerial/train", "embedded:aerial/test", 256, 64, 8, 800),
-    "composites": ("composites:train/0/4000", "composites:test/0/300", 64, 12, 16, 2_000),
-}
+SETTINGS = {  # train, test, pixels a side, queries, batch, updates, rate, crop, no object's weight
+    "aerial": ("embedded:aerial/train", "embedded:aerial/test", 160, 64, 8, 1_500, 1e-3, 0.7, 0.4),
+    "composites": (
+        "composites:train/0/4000", "composites:test/0/300", 64, 12, 16, 2_000, 1.5e-3, 0.0, 0.2,
+    ),
+}  # fmt: skip
 
 
 def get_config(data_set: str = "aerial") -> ConfigDict:
     """Every field there is; set one on the command line with --config.FIELD=VALUE."""
     if data_set not in SETTINGS:
         raise UserError(f"configs/detr_tiny.py:{data_set}: use one of {', '.join(SETTINGS)}")
-    train, test, side, queries, batch_size, steps = SETTINGS[data_set]
+    train, test, side, queries, batch_size, steps, lr, crop, no_object = SETTINGS[data_set]
+    jitter = 0.15 if data_set == "aerial" else 0.3
     config = ConfigDict()
     config.task = "detection"
     config.seed = 0  # of initialization, data order, augmentation and dropout
@@ -88,7 +91,7 @@ def get_config(data_set: str = "aerial") -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # adamw, sgd, lars, lamb, lion, muon
-    optim.lr = 1.5e-3
+    optim.lr = lr
     optim.schedule = "cosine"  # cosine, linear, constant, step; after the warm-up
     optim.warmup_steps = 100
     optim.drop_at = 2 / 3  # share of the updates after which step falls to a tenth
@@ -121,11 +124,11 @@ def get_config(data_set: str = "aerial") -> ConfigDict:
     # Training view: short sides, one drawn a batch, () for data.short alone; the share of images
     # of which a window is cut out; mirrored or not; factors of color drawn from 1 ± these.
     data.shorts = ()
-    data.crop = 0.0
+    data.crop = crop
     data.flip = True
-    data.brightness = 0.3
-    data.contrast = 0.3
-    data.saturation = 0.3
+    data.brightness = jitter
+    data.contrast = jitter
+    data.saturation = jitter
     data.threads = 2  # that decode images
     data.workers = 0  # processes that decode images; 0 uses threads alone
     data.max_damaged = 0.01  # stop when a larger share of the images can't be read
@@ -137,7 +140,7 @@ def get_config(data_set: str = "aerial") -> ConfigDict:
     loss.class_weight = 2.0
     loss.l1_weight = 5.0
     loss.giou_weight = 2.0
-    loss.no_object_weight = 0.2  # of a query without a box in DETR's class term
+    loss.no_object_weight = no_object  # of a query without a box in DETR's class term
 
     config.evaluate = evaluate = ConfigDict()
     evaluate.every = 500  # updates, 0 for once an epoch; the end of training always evaluates

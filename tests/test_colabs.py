@@ -20,7 +20,7 @@ SMALL = {
         '"embedded:fashion_mnist/train"': '"embedded:fashion_mnist/test"',
         "(1, 20), (1, 5, 10), 5": "(1,), (1,), 2",
     },
-    "detect_your_objects": {"STEPS = 800": "STEPS = 10", "SIDE = 256": "SIDE = 64"},
+    "detect_your_objects": {"STEPS = 1500": "STEPS = 10", "SIDE = 160": "SIDE = 64"},
 }
 
 
