@@ -89,7 +89,7 @@ BAD = {
     "adapter and rules": ({"lora__init_from": "{0}/empty"}, "set config.lora.rules=()"),
     "rank": ({"lora__rank": 0}, "lora.rank"),
     "optimizer": ({"optim__name": "adam"}, "unknown optimizer 'adam': did you mean 'adamw'?"),
-    "schedule": ({"optim__schedule": "step"}, "unknown schedule"),
+    "schedule": ({"optim__schedule": "stairs"}, "unknown schedule"),
     "warm-up": ({"optim__warmup_steps": 99}, "warmup_steps"),
     "data missing": ({"data__train": "{0}/absent"}, "no such folder or file"),
     "folder empty": ({"data__train": "{0}/empty"}, "no class folders"),

@@ -16,7 +16,8 @@ class UserError(ValueError):
     def __str__(self) -> str:
         # Names out of a file may hold line breaks, a terminal's escapes, or megabytes.
         text = super().__str__()
-        cut = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        half = LONGEST // 2  # what to do next stands at the end
+        cut = text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
