@@ -19,6 +19,7 @@ import optax
 
 from vision_jax import steps
 from vision_jax.models.vit import ViT, variant_arguments
+from vision_jax.recipes import objective
 from vision_jax.tasks import classification
 from vision_jax.trees import lora, paths
 
@@ -61,7 +62,7 @@ def make_problem(form: str, variant: str, depth: int | None, image_size: int, dt
     def apply(params, model_state, images, *, train, keys):
         return model.apply({"params": params}, images, train=train, rngs=keys), model_state
 
-    loss_fn = classification.make_loss(apply, assemble, num_classes=10)
+    loss_fn = objective.make_loss(classification.make_objective(apply, assemble, num_classes=10))
     return loss_fn, trainable, frozen
 
 

@@ -36,7 +36,7 @@ def recipes() -> dict[str, dict[str, str]]:
     same_model |= {"model.arguments": repr(tuple(arguments.items()))}
     return {
         "LoRA, pretrained": {"optim.lr": "5e-3"},
-        "linear probe, pretrained": {"lora.rules": "()", "optim.lr": "5e-2"},
+        "linear probe, pretrained": {"recipes": "()", "optim.lr": "5e-2"},
         "LoRA, random initialization": {**same_model, "optim.lr": "1e-2"},
     }
 

@@ -10,8 +10,9 @@ stay at 0. Other recipes are overrides of this one:
 
     the whole paper's schedule   --config.total_steps=... --config.optim.schedule=step
     a frozen backbone            --config.trainable="(?!backbone).*" --config.optim.rates="()"
-    LoRA                         --config.lora.rules=".*attn/(q|v)/kernel" --config.optim.rates="()"
+    LoRA                         --config.recipes=lora --config.lora.rules=".*attn/(q|v)/kernel"
                                  --config.trainable="(class_head|box_head)/.*"
+                                 --config.optim.rates="()"
     dilated C5                   --config.model.weights=hf://facebook/detr-resnet-50-dc5
     smaller, faster              --config.data.short=480 --config.data.longest=800
 """
@@ -34,6 +35,7 @@ def get_config() -> ConfigDict:
         r"backbone/stage_[1-3]/.*(conv\d?|downsample_conv)/kernel",
         "(?!backbone).*",
     )
+    config.recipes = ()  # techniques that are on, each with the section of its name: lora
 
     config.model = model = ConfigDict()
     # A .safetensors file, a folder in Hugging Face layout, hf://owner/name; "" starts from random
@@ -56,7 +58,7 @@ def get_config() -> ConfigDict:
     model.scan = False  # one compiled block in a loop, where the architecture has it
 
     config.lora = lora = ConfigDict()
-    lora.rules = ()  # kernels that get an adapter: regexes over whole paths; () for none
+    lora.rules = ()  # kernels that get an adapter: regexes over whole paths
     lora.rank = 8
     lora.alpha = 16.0  # the update is scaled by alpha / rank
     lora.rank_stabilized = False  # by alpha / sqrt(rank) instead

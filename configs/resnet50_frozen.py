@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
     config.trainable = ("head/.*",)
+    config.recipes = ()  # techniques that are on, each with the section of its name: lora
 
     config.model = model = ConfigDict()
     # embedded:NAME, a .safetensors file, a folder in Hugging Face layout, hf://owner/name;
@@ -53,7 +54,7 @@ def get_config() -> ConfigDict:
     model.scan = False  # one compiled block in a loop: quicker to compile, slightly slower to run
 
     config.lora = lora = ConfigDict()
-    lora.rules = ()  # kernels that get an adapter: regexes over whole paths; () for none
+    lora.rules = ()  # kernels that get an adapter: regexes over whole paths
     lora.rank = 8
     lora.alpha = 16.0  # the update is scaled by alpha / rank
     lora.rank_stabilized = False  # by alpha / sqrt(rank) instead

@@ -15,7 +15,8 @@ one does not. Other recipes are overrides of this one:
                                  --config.model.allow_pickle=True
     other image size             --config.model.image_size=512 (a multiple of 32; base: of 56)
     a frozen backbone            --config.trainable="(?!backbone).*"
-    LoRA on the backbone         --config.lora.rules="backbone/.*(qkv|proj|fc\\d)/kernel"
+    LoRA on the backbone         --config.recipes=lora
+                                 --config.lora.rules="backbone/.*(qkv|proj|fc\\d)/kernel"
                                  --config.trainable="(?!backbone).*"
 """
 
@@ -33,6 +34,7 @@ def get_config() -> ConfigDict:
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths.
     config.trainable = (".*",)
+    config.recipes = ()  # techniques that are on, each with the section of its name: lora
 
     config.model = model = ConfigDict()
     # A .safetensors file, a folder in Hugging Face layout, hf://owner/name; "" starts from random
@@ -55,7 +57,7 @@ def get_config() -> ConfigDict:
     model.scan = False  # one compiled block in a loop, where the architecture has it
 
     config.lora = lora = ConfigDict()
-    lora.rules = ()  # kernels that get an adapter: regexes over whole paths; () for none
+    lora.rules = ()  # kernels that get an adapter: regexes over whole paths
     lora.rank = 8
     lora.alpha = 16.0  # the update is scaled by alpha / rank
     lora.rank_stabilized = False  # by alpha / sqrt(rank) instead

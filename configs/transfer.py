@@ -12,7 +12,8 @@ Expected:  depends on the data; first ask what the frozen features are worth:
 The name after the colon is one of docs/zoo.md, with or without timm's tag: timm/NAME[.TAG],
 torchvision/NAME, transformers/NAME. Weights of your own replace the published ones:
 --config.model.weights=FILE. A linear probe is --config.trainable="head/.*"
---config.model.freeze_norm=True, LoRA on top of it --config.lora.rules=".*mlp/fc\\d/kernel".
+--config.model.freeze_norm=True, LoRA on top of it --config.recipes=lora
+--config.lora.rules=".*mlp/fc\\d/kernel".
 """
 
 from typing import NamedTuple
@@ -63,6 +64,7 @@ def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
     config.trainable = (".*",)
+    config.recipes = ()  # techniques that are on, each with the section of its name: lora
 
     config.model = model = ConfigDict()
     # embedded:NAME, a .safetensors file, a folder in Hugging Face layout, hf://owner/name;
@@ -85,7 +87,7 @@ def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     model.scan = False  # one compiled block in a loop: quicker to compile, slightly slower to run
 
     config.lora = lora = ConfigDict()
-    lora.rules = ()  # kernels that get an adapter: regexes over whole paths; () for none
+    lora.rules = ()  # kernels that get an adapter: regexes over whole paths
     lora.rank = 8
     lora.alpha = 16.0  # the update is scaled by alpha / rank
     lora.rank_stabilized = False  # by alpha / sqrt(rank) instead

@@ -14,8 +14,8 @@ On your own images (a folder of class folders) and somebody's PyTorch weights:
 
 Other recipes are overrides of this one:
 
-    linear probe       --config.lora.rules="()" --config.optim.lr=5e-2
-    full fine-tuning   --config.lora.rules="()" --config.trainable=".*" --config.optim.lr=3e-4
+    linear probe       --config.recipes="()" --config.optim.lr=5e-2
+    full fine-tuning   --config.recipes="()" --config.trainable=".*" --config.optim.lr=3e-4
     DoRA               --config.lora.dora=True
 """
 
@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
     config.trainable = ("head/.*",)
+    config.recipes = ("lora",)  # techniques that are on, each with the section of its name: lora
 
     config.model = model = ConfigDict()
     # embedded:NAME, a .safetensors file, a folder in Hugging Face layout, hf://owner/name;
@@ -54,7 +55,7 @@ def get_config() -> ConfigDict:
     model.scan = False  # one compiled block in a loop: quicker to compile, slightly slower to run
 
     config.lora = lora = ConfigDict()
-    # Kernels that get an adapter: regexes over whole paths; () for none.
+    # Kernels that get an adapter: regexes over whole paths.
     lora.rules = (r"block_\d+/attn/(qkv|proj)/kernel", r"block_\d+/mlp/fc\d/kernel")
     lora.rank = 8
     lora.alpha = 16.0  # the update is scaled by alpha / rank

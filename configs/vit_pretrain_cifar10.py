@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
     config.trainable = (".*",)
+    config.recipes = ()  # techniques that are on, each with the section of its name: lora
 
     config.model = model = ConfigDict()
     # embedded:NAME, a .safetensors file, a folder in Hugging Face layout, hf://owner/name;
@@ -51,7 +52,7 @@ def get_config() -> ConfigDict:
     model.scan = False  # one compiled block in a loop: quicker to compile, slightly slower to run
 
     config.lora = lora = ConfigDict()
-    # Kernels that get an adapter: regexes over whole paths; () for none.
+    # Kernels that get an adapter: regexes over whole paths.
     lora.rules = ()
     lora.rank = 8
     lora.alpha = 16.0  # the update is scaled by alpha / rank

@@ -15,7 +15,6 @@ from vision_jax.data.composites import write_composites
 from vision_jax.data.detection import read_detection_source
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
-from vision_jax.tasks import detection
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +99,7 @@ def interrupt(self):
 
 def test_one_compile_a_canvas(tmp_path, monkeypatch):
     traces = []
-    make_loss = detection.make_loss
+    make_loss = setup.make_loss
 
     def counted_loss(*arguments, **keywords):
         loss_fn = make_loss(*arguments, **keywords)
@@ -111,7 +110,7 @@ def test_one_compile_a_canvas(tmp_path, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(detection, "make_loss", counted_loss)
+    monkeypatch.setattr(setup, "make_loss", counted_loss)
     monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)
     folder = tmp_path / "two_shapes"
     write_composites(folder, "train", count=32, seed=2, size=64, plain=False)
@@ -233,7 +232,7 @@ def test_the_same_step_on_one_and_on_eight_devices(trained):
     data = detect.training_data(config, source, trained.description.preprocessing, None)
     batch = next(data)
     model = setup.build_model(config, trained.description)
-    loss_fn = detect.make_loss(config, model, setup.make_apply(model), trained.assemble)
+    loss_fn = setup.make_loss(config, model, setup.make_apply(model), trained.assemble)
     place = setup.sharding.make_batch_placer(trained.mesh)
     value = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     host = jax.device_get(trained.arguments)
@@ -249,6 +248,7 @@ def test_the_same_step_on_one_and_on_eight_devices(trained):
 def test_frozen_parameters_stay_and_adapters_train(tmp_path):
     config = detection_runs.tiny_config(
         trainable=("class_head/.*",),
+        recipes=("lora",),
         lora__rules=(".*_attn/(q|v)/kernel", "backbone/.*conv2/kernel"),
         lora__rank=2,
         total_steps=2,

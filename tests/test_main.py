@@ -83,7 +83,7 @@ BAD = {
     ),
     "rule regex": ({"trainable": "(head"}, "is not a regular expression"),
     "rule drop": ({"model__drop": "pooler.*"}, "pooler"),
-    "nothing trains": ({"lora__rules": "()", "trainable": "()"}, "nothing trains"),
+    "nothing trains": ({"recipes": "()", "trainable": "()"}, "nothing trains"),
     "head": ({"model__reinitialize": "()"}, "head of 3 classes and config.data.train has 4"),
     "adapter": ({"lora__rules": "()", "lora__init_from": "{0}/empty"}, "no adapter_config.json"),
     "adapter and rules": ({"lora__init_from": "{0}/empty"}, "set config.lora.rules=()"),

@@ -49,14 +49,8 @@ class Prepared:
 
     def step(self, count=1):
         """(trainable before, state after, metrics) of updates on the same batch."""
-        augment = self.config.augment
-        loss_fn = classification.make_loss(
-            setup.make_apply(self.model),
-            self.plan.assemble,
-            num_classes=len(runs.CLASSES),
-            mixup=augment.mixup,
-            cutmix=augment.cutmix,
-            policy=augment.policy,
+        loss_fn = setup.make_loss(
+            self.config, self.model, setup.make_apply(self.model), self.plan.assemble
         )
         before = {path: np.asarray(array) for path, array in self.trainable.items()}
         state = setup.new_state(
@@ -72,15 +66,15 @@ class Prepared:
 
 
 RECIPES = {
-    "linear probe, sgd": {"lora__rules": "()", "optim__name": "sgd"},
+    "linear probe, sgd": {"recipes": "()", "optim__name": "sgd"},
     "full, layer decay, lamb": {
-        "lora__rules": "()",
+        "recipes": "()",
         "trainable": ".*",
         "optim__layer_decay": 0.5,
         "optim__name": "lamb",
     },
     "some, lars": {
-        "lora__rules": "()",
+        "recipes": "()",
         "trainable": "('.*norm.*', '.*/fc1/.*', 'head/.*')",
         "optim__name": "lars",
     },
@@ -126,10 +120,10 @@ def test_recipes_change_what_trains_and_nothing_else(name):
 
 
 def test_what_trains_is_what_the_rules_say():
-    probe = Prepared(lora__rules="()")
+    probe = Prepared(recipes="()")
     assert set(probe.plan.trainable) == {"head/kernel", "head/bias"}
     assert probe.fresh == ["head/bias", "head/kernel"]
-    full = Prepared(lora__rules="()", trainable=".*")
+    full = Prepared(recipes="()", trainable=".*")
     assert full.plan.trainable == set(full.trainable)
     assert full.frozen == {}
     adapted = Prepared(lora__rules=r"block_\d+/mlp/fc1/kernel", trainable="()")

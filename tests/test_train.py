@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 from vision_jax import classify, modes, setup, sharding, steps, train
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
-from vision_jax.tasks import classification
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +108,7 @@ def test_frozen_parameters_are_the_weights_to_the_bit_and_have_no_optimizer_stat
 
 def test_one_compile_over_50_steps(tmp_path, monkeypatch):
     traces, made = [], []
-    make_loss, make_step = classification.make_loss, steps.make_train_step
+    make_loss, make_step = setup.make_loss, steps.make_train_step
 
     def counted_loss(*arguments, **keywords):
         loss_fn = make_loss(*arguments, **keywords)
@@ -124,7 +123,7 @@ def test_one_compile_over_50_steps(tmp_path, monkeypatch):
         made.append(make_step(*arguments, **keywords))
         return made[-1]
 
-    monkeypatch.setattr(classification, "make_loss", counted_loss)
+    monkeypatch.setattr(setup, "make_loss", counted_loss)
     monkeypatch.setattr(steps, "make_train_step", kept_step)
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 64)
     monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)

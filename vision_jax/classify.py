@@ -25,6 +25,7 @@ from vision_jax.evaluate import figures
 from vision_jax.evaluate.classification import confusion_matrix, summarize
 from vision_jax.evaluate.run import make_run_over
 from vision_jax.logging import RunLog
+from vision_jax.recipes.objective import Objective
 from vision_jax.tasks import classification
 
 best_metric = "top1"  # what the best checkpoint is best at
@@ -119,12 +120,12 @@ def training_data(
 # Loss and evaluation ----------------------------------------------------------------------------
 
 
-def make_loss(
+def make_objective(
     config: ConfigDict, model: Any, apply: classification.Apply, assemble: Callable[..., Any]
-) -> steps.LossFn:
-    """The loss of a training step."""
+) -> Objective:
+    """What training lowers."""
     augment = config.augment
-    return classification.make_loss(
+    return classification.make_objective(
         apply,
         assemble,
         num_classes=model.num_classes,

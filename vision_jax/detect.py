@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vision_jax import steps
 from vision_jax.config import write_json
 from vision_jax.data.detection import (
     DetectionSource,
@@ -47,6 +46,7 @@ from vision_jax.logging import RunLog
 from vision_jax.models.families import family_of
 from vision_jax.ops import detection_losses
 from vision_jax.ops.detection_outputs import sigmoid_detections, softmax_detections
+from vision_jax.recipes.objective import Objective
 from vision_jax.tasks import classification, detection
 
 best_metric = "ap"  # what the best checkpoint is best at
@@ -183,10 +183,10 @@ def training_data(
 # Loss and evaluation ----------------------------------------------------------------------------
 
 
-def make_loss(
+def make_objective(
     config: ConfigDict, model: Any, apply: classification.Apply, assemble: Callable[..., Any]
-) -> steps.LossFn:
-    """The loss of a training step: the set loss that the model's head is made for."""
+) -> Objective:
+    """What training lowers: the set loss that the model's head is made for."""
     loss = config.loss
     weights = {
         "class_cost": loss.class_cost,
@@ -218,7 +218,7 @@ def make_loss(
             groups=model.num_groups,
         )
 
-    return detection.make_loss(apply, assemble, set_loss=set_loss)
+    return detection.make_objective(apply, assemble, set_loss=set_loss)
 
 
 def make_outputs(

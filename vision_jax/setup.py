@@ -26,6 +26,8 @@ from vision_jax.errors import UserError, nearest
 from vision_jax.logging import RunLog
 from vision_jax.models import families
 from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, find_variant
+from vision_jax.recipes import objective
+from vision_jax.recipes.objective import Objective
 from vision_jax.trees import lora, paths
 
 Flat = dict[str, Any]
@@ -130,7 +132,9 @@ class Task(Protocol):
     def training_data(
         self, config: ConfigDict, source: Any, preprocessing: Any, damage: DamageLog
     ) -> Any: ...
-    def make_loss(self, config: ConfigDict, model: Any, apply: Any, assemble: Any) -> Any: ...
+    def make_objective(
+        self, config: ConfigDict, model: Any, apply: Any, assemble: Any
+    ) -> Objective: ...
     def make_outputs(self, config: ConfigDict, model: Any, apply: Any, assemble: Any) -> Any: ...
     def make_evaluate(
         self, config: ConfigDict, outputs_fn: Any, mesh: Mesh, source: Any, preprocessing: Any
@@ -154,10 +158,20 @@ class Task(Protocol):
 TASKS: dict[str, Task] = {"classification": classify, "detection": detect}
 
 
+RECIPES = ("lora",)
+
+
 def find_task(config: ConfigDict) -> Task:
-    """The module of the config's task."""
+    """The module of the config's task.
+
+    Raises:
+      UserError: no such task, or a recipe that there is not.
+    """
     if config.task not in TASKS:
         raise UserError(f"config.task: {config.task!r} is none of {', '.join(TASKS)}")
+    for name in config.recipes:
+        if name not in RECIPES:
+            raise UserError(f"config.recipes: unknown `{name}`{nearest(name, RECIPES)}")
     return TASKS[config.task]
 
 
@@ -283,6 +297,11 @@ def make_apply(model: Any) -> Callable[..., tuple[jax.Array, Any]]:
     return apply
 
 
+def make_loss(config: ConfigDict, model: Any, apply: Any, assemble: Any) -> steps.LossFn:
+    """The loss of a training step: the task's objective, changed by the config's recipes."""
+    return objective.make_loss(find_task(config).make_objective(config, model, apply, assemble))
+
+
 def save_description(description: Description, path: Path) -> None:
     """Writes model.json."""
     write_json(dataclasses.asdict(description), path)
@@ -332,7 +351,7 @@ def plan_parameters(
     trainable = {path for path in candidates if lora.is_adapter_path(path)}
     trainable |= paths.select(candidates, config.trainable, field="config.trainable")
     if not trainable:
-        raise UserError("nothing trains: set config.trainable or config.lora.rules")
+        raise UserError("nothing trains: set config.trainable, or config.recipes=lora")
     shardings = sharding.parameter_shardings(flat, mesh, config.sharding_rules)
     adapted = any(lora.is_adapter_path(path) for path in trainable)
     if adapted and model_state and not config.model.freeze_norm:
@@ -488,7 +507,7 @@ def abstract_state(
 
 def find_adapter(config: ConfigDict) -> Path | None:
     """The folder of the adapter that a new run starts from."""
-    if not config.lora.init_from:
+    if "lora" not in config.recipes or not config.lora.init_from:
         return None
     if config.lora.rules:
         raise UserError("config.lora.init_from brings its own targets: set config.lora.rules=()")
@@ -507,7 +526,8 @@ def keep_adapter(adapter: Path, workdir: Path) -> None:
 
 def kept_adapter(config: ConfigDict, workdir: Path) -> Path | None:
     """That copy, if the run started from an adapter."""
-    return workdir / ADAPTER_COPY if config.lora.init_from else None
+    kept = "lora" in config.recipes and config.lora.init_from
+    return workdir / ADAPTER_COPY if kept else None
 
 
 def initialize(model: Any, key: jax.Array, image_size: tuple[int, int]) -> Any:
@@ -523,8 +543,10 @@ def _attach(
         return peft.read_adapter(
             adapter, params, family=families.family_of(model), arguments=convert.arguments_of(model)
         )
-    if not settings.rules:
+    if "lora" not in config.recipes:
         return params
+    if not settings.rules:
+        raise UserError("config.recipes has lora: set config.lora.rules, or lora.init_from")
     return lora.attach(
         params,
         settings.rules,

@@ -20,6 +20,7 @@ from vision_jax import optim
 Flat = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # loss_fn(trainable, frozen, model_state, batch, key) -> (loss, (model_state, metrics))
+# The batch it gets also has "step" i32[], updates done.
 LossFn = Callable[[Flat, Flat, Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, Any]]
 
 
@@ -95,7 +96,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if accumulate == 1:
             (loss, (model_state, metrics)), gradients = gradient(
-                state.trainable, frozen, state.model_state, batch, key
+                state.trainable, frozen, state.model_state, {**batch, "step": state.step}, key
             )
         else:
             loss, model_state, metrics, gradients = _accumulated(
@@ -138,6 +139,7 @@ def _accumulated(gradient, accumulate, state, frozen, batch, key):
     def body(carry, micro):
         model_state, total = carry
         index, rows = micro
+        rows = {**rows, "step": state.step}
         (loss, (model_state, metrics)), gradients = gradient(
             state.trainable, frozen, model_state, rows, jax.random.fold_in(key, index)
         )
@@ -147,7 +149,12 @@ def _accumulated(gradient, accumulate, state, frozen, batch, key):
     micro = (jnp.arange(accumulate), jax.tree.map(split, dict(batch)))
     first = jax.tree.map(lambda x: x[0], micro)
     (loss, (_, metrics)), gradients = jax.eval_shape(
-        gradient, state.trainable, frozen, state.model_state, first[1], key
+        gradient,
+        state.trainable,
+        frozen,
+        state.model_state,
+        {**first[1], "step": state.step},
+        key,
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, gradients))
     (model_state, total), _ = jax.lax.scan(body, (state.model_state, zeros), micro)

@@ -85,7 +85,7 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     abstract_state, shardings = setup.abstract_state(config, tx, plan, mesh)
 
     apply = setup.make_apply(model)
-    loss_fn = task.make_loss(config, model, apply, plan.assemble)
+    loss_fn = setup.make_loss(config, model, apply, plan.assemble)
     damage = DamageLog()
     data = task.training_data(config, train_source, description.preprocessing, damage)
     if last is None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vision_jax.recipes import objective
 from vision_jax.tasks import classification
 
 RNG = np.random.default_rng()
@@ -29,6 +30,10 @@ def assemble(flat):
     return {"kernel": flat["a"] + flat["b"]}
 
 
+def make_loss(**arguments):
+    return objective.make_loss(classification.make_objective(apply, assemble, **arguments))
+
+
 def log_softmax(logits):
     shifted = logits - logits.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -36,7 +41,7 @@ def log_softmax(logits):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_loss_is_the_cross_entropy_of_images_in_0_1(smoothing):
-    loss_fn = classification.make_loss(apply, assemble, num_classes=4, label_smoothing=smoothing)
+    loss_fn = make_loss(num_classes=4, label_smoothing=smoothing)
     trainable, frozen = {"a": KERNEL / 2}, {"b": KERNEL / 2}
     loss, (state, metrics) = loss_fn(trainable, frozen, {"s": 1}, BATCH, jax.random.key(0))
     logits = IMAGES.reshape(6, -1).astype(np.float64) / 255 @ KERNEL
@@ -60,8 +65,8 @@ def test_loss_is_the_cross_entropy_of_images_in_0_1(smoothing):
     ],
 )
 def test_augmentations_change_the_loss_and_are_functions_of_the_key(changes):
-    plain = classification.make_loss(apply, assemble, num_classes=4)
-    loss_fn = jax.jit(classification.make_loss(apply, assemble, num_classes=4, **changes))
+    plain = make_loss(num_classes=4)
+    loss_fn = jax.jit(make_loss(num_classes=4, **changes))
     arguments = ({"a": KERNEL}, {"b": 0 * KERNEL}, {}, BATCH)
     first, again, other = (
         float(loss_fn(*arguments, jax.random.key(seed))[0]) for seed in (4, 4, 5)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vision_jax.ops import augment, losses
+from vision_jax.recipes.objective import Objective
 
 # apply(params, model_state, images, *, train, keys) -> (logits, model_state)
 Apply = Callable[..., tuple[Any, Any]]
@@ -21,7 +22,13 @@ def to_float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 255
 
 
-def make_loss(
+def forward_keys(key: jax.Array) -> dict[str, jax.Array]:
+    """The keys of what is random inside a model in training."""
+    dropout_key, adapter_key = jax.random.split(key)
+    return {"dropout": dropout_key, "adapter": adapter_key}
+
+
+def make_objective(
     apply: Apply,
     assemble: Callable[[Mapping[str, jax.Array]], Any],
     *,
@@ -33,8 +40,8 @@ def make_loss(
     mixup: float = 0.0,
     cutmix: float = 0.0,
     erasing: float = 0.0,
-):
-    """The loss function of a training step (see steps.LossFn).
+) -> Objective:
+    """Cross-entropy of augmented images. The view has "target" f32[B, C], and outputs "logits".
 
     Args:
       apply: the model.
@@ -49,8 +56,9 @@ def make_loss(
       erasing: probability of random erasing.
     """
 
-    def loss_fn(trainable, frozen, model_state, batch: Batch, key):
-        policy_key, erase_key, mix_key, dropout_key, adapter_key = jax.random.split(key, 5)
+    def look(trainable, frozen, model_state, batch: Batch, key):
+        del trainable, frozen, model_state
+        policy_key, erase_key, mix_key = jax.random.split(key, 3)
         images = to_float(batch["image"])
         targets = losses.one_hot_targets(batch["label"], num_classes, label_smoothing)
         if policy == "rand":
@@ -64,17 +72,23 @@ def make_loss(
         images, targets = augment.mixup_or_cutmix(
             mix_key, images, targets, mixup_alpha=mixup, cutmix_alpha=cutmix
         )
+        return {**batch, "image": images, "target": targets}
+
+    def forward(trainable, frozen, model_state, view, key, *, train):
         logits, model_state = apply(
             assemble({**trainable, **frozen}),
             model_state,
-            images,
-            train=True,
-            keys={"dropout": dropout_key, "adapter": adapter_key},
+            view["image"],
+            train=train,
+            keys=forward_keys(key) if train else {},
         )
-        loss = losses.cross_entropy(logits, targets).mean()
-        return loss, (model_state, {})
+        return {"logits": logits}, model_state
 
-    return loss_fn
+    def criterion(trainable, outputs, view):
+        del trainable
+        return losses.cross_entropy(outputs["logits"], view["target"]), {}
+
+    return Objective(look, forward, criterion)
 
 
 def make_outputs(apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any]):

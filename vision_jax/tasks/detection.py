@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vision_jax.tasks.classification import Apply, Batch, to_float
+from vision_jax.recipes.objective import Objective
+from vision_jax.tasks.classification import Apply, Batch, forward_keys, to_float
 
 # set_loss(outputs of the model, batch) -> (loss, metrics)
 SetLoss = Callable[[Mapping[str, jax.Array], Batch], tuple[jax.Array, dict[str, jax.Array]]]
@@ -30,10 +31,10 @@ def pixel_mask(size: jax.Array, canvas: Sequence[int]) -> jax.Array:
     return rows[:, :, None] & columns[:, None, :]
 
 
-def make_loss(
+def make_objective(
     apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any], *, set_loss: SetLoss
-):
-    """The loss function of a training step (see steps.LossFn).
+) -> Objective:
+    """The set loss; outputs are the model's.
 
     Args:
       apply: the model; its inputs are images f32[B, H, W, 3] and `pixel_mask`.
@@ -41,20 +42,27 @@ def make_loss(
       set_loss: of all decoder layers at once; see ops/detection_losses.py.
     """
 
-    def loss_fn(trainable, frozen, model_state, batch: Batch, key):
-        dropout_key, adapter_key = jax.random.split(key)
-        outputs, model_state = apply(
+    def look(trainable, frozen, model_state, batch: Batch, key):
+        del trainable, frozen, model_state, key
+        return {**batch, "image": to_float(batch["image"])}
+
+    def forward(trainable, frozen, model_state, view, key, *, train):
+        return apply(
             assemble({**trainable, **frozen}),
             model_state,
-            to_float(batch["image"]),
-            pixel_mask(batch["size"], batch["image"].shape[1:3]),
-            train=True,
-            keys={"dropout": dropout_key, "adapter": adapter_key},
+            view["image"],
+            pixel_mask(view["size"], view["image"].shape[1:3]),
+            train=train,
+            keys=forward_keys(key) if train else {},
         )
-        loss, metrics = set_loss(outputs, batch)
-        return loss, (model_state, metrics)
 
-    return loss_fn
+    def criterion(trainable, outputs, view):
+        del trainable
+        loss, metrics = set_loss(outputs, view)
+        # Images share their loss, for it is divided by the boxes of them all.
+        return jnp.broadcast_to(loss, view["mask"].shape), metrics
+
+    return Objective(look, forward, criterion)
 
 
 def make_outputs(apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any], *, find: Find):

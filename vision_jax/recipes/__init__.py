@@ -1,0 +1,1 @@
+"""Techniques as transforms of the training objective; see objective.py."""

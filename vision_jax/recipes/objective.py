@@ -1,0 +1,57 @@
+"""A training loss in three parts, so that a technique changes one and leaves the others alone.
+
+    batch --look--> view --forward--> outputs --criterion--> losses
+
+A recipe takes an Objective and gives an Objective back. Adversarial training perturbs what is seen
+(`look`), a teacher adds what it says to the view and a term to the criterion, and so they compose:
+an attack against a distilling objective is robust distillation, and no code says so.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from vision_jax.steps import Flat, LossFn, Metrics
+
+# What the model and the criterion see of a batch: "image" f32[B, H, W, C] in [0, 1], augmented;
+# the task's targets; "mask" bool[B] and "index" i32[B]; "step" i32[], updates done.
+View = Mapping[str, jax.Array]
+Outputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training lowers.
+
+    Attributes:
+      look: (trainable, frozen, model_state, batch, key) -> view. Augmentation, and whatever is
+        added to it once; no gradient passes through it.
+      forward: (trainable, frozen, model_state, view, key, *, train) -> (outputs, model_state). With
+        train=False nothing is random, BatchNorm uses its running statistics, and the state that
+        comes back is the one given.
+      criterion: (trainable, outputs, view) -> (losses f32[B], metrics). The mean of the losses is
+        the loss; metrics are scalars by name.
+    """
+
+    look: Callable[[Flat, Flat, Any, View, jax.Array], View]
+    forward: Callable[..., tuple[Outputs, Any]]
+    criterion: Callable[[Flat, Outputs, View], tuple[jax.Array, Metrics]]
+
+
+def make_loss(objective: Objective) -> LossFn:
+    """The loss function of a training step (see steps.LossFn)."""
+
+    def loss_fn(trainable, frozen, model_state, batch, key):
+        look_key, forward_key = jax.random.split(key)
+        view = jax.lax.stop_gradient(
+            objective.look(trainable, frozen, model_state, batch, look_key)
+        )
+        outputs, model_state = objective.forward(
+            trainable, frozen, model_state, view, forward_key, train=True
+        )
+        losses, metrics = objective.criterion(trainable, outputs, view)
+        return losses.mean(), (model_state, metrics)
+
+    return loss_fn
