@@ -117,6 +117,18 @@ def training_data(
     )
 
 
+def batch_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, Any]:
+    """ShapeDtypeStructs of a training batch, over all processes."""
+    size = config.batch_size
+    shape = (size, *preprocessing.image_size, len(preprocessing.mean))
+    return {
+        "image": jax.ShapeDtypeStruct(shape, np.uint8),
+        "label": jax.ShapeDtypeStruct((size,), np.int32),
+        "index": jax.ShapeDtypeStruct((size,), np.int32),
+        "mask": jax.ShapeDtypeStruct((size,), np.bool_),
+    }
+
+
 # Loss and evaluation ----------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ attack steps then looks almost free. Here each body counts as often as XLA says 
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -56,8 +56,8 @@ def count_text(text: str) -> Cost:
     computations, entry = _computations(text)
 
     @cache
-    def total(name: str) -> tuple[float, Counter, Counter]:
-        flops, number, size = 0.0, Counter[str](), Counter[str]()
+    def total(name: str) -> tuple[float, dict[str, int], dict[str, float]]:
+        flops, number, size = 0.0, defaultdict[str, int](int), defaultdict[str, float](float)
         shapes: dict[str, str] = {}
         for instruction, shape, op, rest in computations[name]:
             shapes[instruction] = shape
@@ -74,9 +74,9 @@ def count_text(text: str) -> Cost:
             for called in _called(rest):
                 inner = total(called)
                 flops += turns * inner[0]
-                for mine, theirs in ((number, inner[1]), (size, inner[2])):
-                    for collective, value in theirs.items():
-                        mine[collective] += turns * value
+                for collective, times in inner[1].items():
+                    number[collective] += turns * times
+                    size[collective] += turns * inner[2][collective]
         return flops, number, size
 
     flops, number, size = total(entry)

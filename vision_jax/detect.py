@@ -180,6 +180,21 @@ def training_data(
     )
 
 
+def batch_shapes(config: ConfigDict, preprocessing: DetectionPreprocessing) -> dict[str, Any]:
+    """ShapeDtypeStructs of a training batch of the largest canvas, over all processes."""
+    size, boxes = config.batch_size, config.data.max_boxes
+    canvas = max(preprocessing.buckets, key=lambda bucket: bucket[0] * bucket[1])
+    return {
+        "image": jax.ShapeDtypeStruct((size, *canvas, len(preprocessing.mean)), np.uint8),
+        "size": jax.ShapeDtypeStruct((size, 2), np.int32),
+        "boxes_cxcywh_01": jax.ShapeDtypeStruct((size, boxes, 4), np.float32),
+        "label": jax.ShapeDtypeStruct((size, boxes), np.int32),
+        "target_mask": jax.ShapeDtypeStruct((size, boxes), np.bool_),
+        "mask": jax.ShapeDtypeStruct((size,), np.bool_),
+        "index": jax.ShapeDtypeStruct((size,), np.int32),
+    }
+
+
 # Loss and evaluation ----------------------------------------------------------------------------
 
 

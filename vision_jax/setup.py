@@ -132,6 +132,7 @@ class Task(Protocol):
     def training_data(
         self, config: ConfigDict, source: Any, preprocessing: Any, damage: DamageLog
     ) -> Any: ...
+    def batch_shapes(self, config: ConfigDict, preprocessing: Any) -> dict[str, Any]: ...
     def make_objective(
         self, config: ConfigDict, model: Any, apply: Any, assemble: Any
     ) -> Objective: ...
@@ -300,6 +301,21 @@ def make_apply(model: Any) -> Callable[..., tuple[jax.Array, Any]]:
 def make_loss(config: ConfigDict, model: Any, apply: Any, assemble: Any) -> steps.LossFn:
     """The loss of a training step: the task's objective, changed by the config's recipes."""
     return objective.make_loss(find_task(config).make_objective(config, model, apply, assemble))
+
+
+def make_train_step(
+    config: ConfigDict, loss_fn: steps.LossFn, tx: Any, schedule: Any, shardings: Any
+) -> Callable[..., tuple[steps.TrainState, steps.Metrics]]:
+    """The one compiled step of a run."""
+    return steps.make_train_step(
+        loss_fn,
+        tx,
+        seed=config.seed,
+        schedule=schedule,
+        accumulate=config.optim.accumulate,
+        ema_decay=config.optim.ema_decay,
+        shardings=shardings,
+    )
 
 
 def save_description(description: Description, path: Path) -> None:

@@ -135,15 +135,7 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     log.table("Parameters", PARAMETER_COLUMNS, rows)
 
     # The step.
-    train_step = steps.make_train_step(
-        loss_fn,
-        tx,
-        seed=config.seed,
-        schedule=schedule,
-        accumulate=config.optim.accumulate,
-        ema_decay=config.optim.ema_decay,
-        shardings=shardings,
-    )
+    train_step = setup.make_train_step(config, loss_fn, tx, schedule, shardings)
     outputs_fn = task.make_outputs(config, model, apply, plan.assemble)
     preprocessing = description.preprocessing
     evaluate = task.make_evaluate(config, outputs_fn, mesh, eval_source, preprocessing)
