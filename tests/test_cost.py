@@ -71,7 +71,11 @@ def test_a_loop_of_unknown_length_is_an_error():
     def until(x):
         return lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ x, x)
 
-    with pytest.raises(ValueError, match="number of turns"):
+    def halve(x):  # no products: nothing to count
+        return lax.while_loop(lambda x: x.sum() > 1, lambda x: x / 2, x)
+
+    assert cost.count(compiled(halve, jnp.ones((2, 2)))).flops == 0
+    with pytest.raises(ValueError, match="how often this loop turns"):
         cost.count(compiled(until, jnp.ones((2, 2))))
 
 

@@ -60,6 +60,7 @@ def test_no_config_below_the_setup():
         "setup.py",
         "train.py",
         "modes.py",
+        "plan.py",
         "classify.py",
         "detect.py",
     }

@@ -35,7 +35,8 @@ class Cost:
     """Attributes:
     flops: of the matrix products and convolutions, on one device; a multiplication and an addition
       are two. Positions of a convolution that only see padding don't count.
-    collectives: {name: (how many, bytes that one device receives in all)}.
+    collectives: {name: (how many, bytes that one device receives in all)}. In a loop whose turns
+      depend on data, such as a matching's, they count once.
     """
 
     flops: float
@@ -46,7 +47,7 @@ def count(compiled: Any) -> Cost:
     """The cost of one call of a compiled function (jax.stages.Compiled).
 
     Raises:
-      ValueError: a loop whose number of turns XLA does not know.
+      ValueError: a loop over products whose number of turns depends on data.
     """
     return count_text(compiled.as_text())
 
@@ -73,10 +74,12 @@ def count_text(text: str) -> Cost:
             turns = _turns(op, rest)
             for called in _called(rest):
                 inner = total(called)
-                flops += turns * inner[0]
+                if turns is None and inner[0]:
+                    raise ValueError(f"{instruction}: nobody knows how often this loop turns")
+                flops += (turns or 0) * inner[0]
                 for collective, times in inner[1].items():
-                    number[collective] += turns * times
-                    size[collective] += turns * inner[2][collective]
+                    number[collective] += (turns or 1) * times
+                    size[collective] += (turns or 1) * inner[2][collective]
         return flops, number, size
 
     flops, number, size = total(entry)
@@ -104,14 +107,12 @@ def _called(rest: str) -> Iterator[str]:
         yield from [one] if one else re.findall(r"[\w.\-]+", several)
 
 
-def _turns(op: str, rest: str) -> int:
-    """How often an instruction runs what it calls."""
+def _turns(op: str, rest: str) -> int | None:
+    """How often an instruction runs what it calls; None of a loop that depends on data."""
     if op != "while":
         return 1
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
-    if not known:
-        raise ValueError("a loop without a known number of turns; its cost cannot be counted")
-    return int(known[1])
+    return int(known[1]) if known else None
 
 
 def _sides(shape: str) -> list[int]:

@@ -62,10 +62,7 @@ def open_log(workdir: str | Path, *, resume_step: int, show: bool = True) -> "Ru
         events.write_event(started)  # TensorBoard then forgets what older files say from there on
         events.flush()
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH_WITHOUT_TERMINAL
-    log = RunLog(workdir, metrics=metrics, events=events, console=console)
+    log = RunLog(workdir, metrics=metrics, events=events, console=_console())
     log.wrote(metrics_path, "metrics, one JSON object a line")
     log.wrote(events_path, "the same metrics for TensorBoard")
     return log
@@ -97,23 +94,7 @@ class RunLog:
         """Prints a table, columns of numbers aligned to the right; an empty row draws a line."""
         if not self._console:
             return
-        table = Table(
-            title=Text(title, style="bold"),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            collapse_padding=True,
-        )
-        for index, column in enumerate(columns):
-            cells = [row[index] for row in rows if row and row[index] != ""]
-            numeric = all(re.match(r"[-+]?[0-9.]", _cell(cell)) for cell in cells)
-            table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
-        for row in rows:
-            if row:
-                table.add_row(*(Text(_cell(cell)) for cell in row))
-            else:
-                table.add_section()
-        self._console.print(table, "")
+        self._console.print(_table(title, columns, rows), "")
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends named numbers to metrics.jsonl and to the TensorBoard events, and flushes both.
@@ -252,6 +233,38 @@ def summarize_parameters(
     return rows
 
 
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table without any run's log; see RunLog.table."""
+    _console().print(_table(title, columns, rows), "")
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_WITHOUT_TERMINAL
+    return console
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        collapse_padding=True,
+    )
+    for index, column in enumerate(columns):
+        cells = [row[index] for row in rows if row and row[index] != ""]
+        numeric = all(re.match(r"[-+]?[0-9.]", _cell(cell)) for cell in cells)
+        table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        if row:
+            table.add_row(*(Text(_cell(cell)) for cell in row))
+        else:
+            table.add_section()
+    return table
+
+
 @contextlib.contextmanager
 def explain_write_errors(workdir: str | Path) -> Iterator[None]:
     """Turns what the operating system says about a failed write into a `UserError`."""
@@ -354,12 +367,12 @@ def _sums(arrays: Iterable[Any], everything: int) -> tuple[int, str, str]:
     arrays = list(arrays)
     numbers = sum(map(_size, arrays))
     octets = sum(_size(array) * np.dtype(array.dtype).itemsize for array in arrays)
-    return numbers, _human(octets), f"{numbers / everything:.2%}" if everything else ""
+    return numbers, human_size(octets), f"{numbers / everything:.2%}" if everything else ""
 
 
-def _human(octets: int) -> str:
+def human_size(octets: float) -> str:
     """
-    >>> _human(3 * 2**20)
+    >>> human_size(3 * 2**20)
     '3.0 MiB'
     """
     if octets < 1024:

@@ -5,6 +5,7 @@
     python -m vision_jax.main --mode=evaluate --workdir=runs/vit_lora
     python -m vision_jax.main --mode=predict --workdir=runs/vit_lora --images cat.jpg dog.png
     python -m vision_jax.main --mode=frozen --config=configs/vit_lora.py
+    python -m vision_jax.main --plan --config=configs/vit_lora.py --devices=8 --memory=16
 
 Running a training command again resumes it. Any field of the config file can be set with
 --config.FIELD=VALUE. On several processes, give each --coordinator, --processes and --process (on
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     flags, overrides = _parse(arguments)
+    if flags.plan:
+        return _plan(flags, overrides)
     _start_processes(flags)
     from vision_jax import modes, train  # after the flags: importing JAX takes seconds
     from vision_jax.config import load_config
@@ -58,6 +61,20 @@ def _run(arguments: Sequence[str]) -> int:
     if flags.mode == "evaluate":
         return modes.evaluate(config, workdir, flags.checkpoint)
     return modes.predict(config, workdir, flags.checkpoint, flags.images, flags.out)
+
+
+def _plan(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """--plan; with --devices, for as many virtual devices of the CPU."""
+    if not flags.config:
+        raise UserError("--config is missing: for example --plan --config=configs/vit_lora.py")
+    if flags.devices:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        count = f"--xla_force_host_platform_device_count={flags.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+    from vision_jax import plan
+    from vision_jax.config import load_config
+
+    return plan.run(load_config(flags.config, overrides), flags.memory)
 
 
 def _run_name(config: str) -> str:
@@ -103,6 +120,18 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]
         "--images", nargs="+", action="extend", default=[], help="files or folders, for predict"
     )
     parser.add_argument("--out", type=Path, help="where predict writes; WORKDIR by default")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="compile the training step without running it: parameters, FLOPs, memory, "
+        "communication",
+    )
+    parser.add_argument(
+        "--devices", type=int, help="of --plan: this many virtual CPU devices, for config.mesh"
+    )
+    parser.add_argument(
+        "--memory", type=float, help="of --plan: GiB of a device; the largest batches that fit"
+    )
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, or auto")
     parser.add_argument("--processes", type=int, help="how many processes there are")
     parser.add_argument("--process", type=int, help="which of them this one is")

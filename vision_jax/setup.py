@@ -305,7 +305,7 @@ def make_loss(config: ConfigDict, model: Any, apply: Any, assemble: Any) -> step
 
 def make_train_step(
     config: ConfigDict, loss_fn: steps.LossFn, tx: Any, schedule: Any, shardings: Any
-) -> Callable[..., tuple[steps.TrainState, steps.Metrics]]:
+) -> Any:
     """The one compiled step of a run."""
     return steps.make_train_step(
         loss_fn,

@@ -1,0 +1,117 @@
+"""The plan of a step against the step that training compiles."""
+
+import detection_runs
+import jax
+import pytest
+import runs
+from test_configs import CONFIGS, small
+
+from vision_jax import main, modes, plan, setup, train
+from vision_jax.config import load_config
+from vision_jax.errors import UserError
+
+
+def planned(config):
+    return plan.compile_step(config, plan.describe(config)[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: runs.full_config(mesh__fsdp=4, mesh__data=2, model__scan=True),
+        lambda: detection_runs.tiny_config(total_steps=1),
+    ],
+    ids=["classification", "detection"],
+)
+def test_memory_is_what_xla_reports_of_the_step_that_trains(make, tmp_path, monkeypatch):
+    config, made, called = make(), [], []
+    make_step = setup.make_train_step
+
+    def kept_step(*arguments):
+        step = make_step(*arguments)
+
+        def call(state, frozen, batch):
+            called.append(
+                jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                    (state, frozen, dict(batch)),
+                )
+            )
+            return step(state, frozen, batch)
+
+        made.append(step)
+        return call
+
+    monkeypatch.setattr(setup, "make_train_step", kept_step)
+    monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)
+    assert train.run(config, tmp_path) == 0
+    monkeypatch.undo()
+    found = planned(config)
+    memory = made[0].lower(*called[0]).compile().memory_analysis()
+    arguments = memory.argument_size_in_bytes
+    assert found.temporary == pytest.approx(memory.temp_size_in_bytes, rel=0.05)
+    # XLA leaves out arguments that the step does not read: masks and indices of the batch.
+    assert 0 <= found.state + found.frozen + found.batch - arguments < 0.05 * arguments
+    assert found.batch == sum(x.dtype.itemsize * x.size // 8 for x in jax.tree.leaves(called[0][2]))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_has_a_plan(path):
+    found = planned(small(path))
+    assert found.flops > 0
+    assert found.temporary > 0
+    assert found.collectives["all-reduce"][1] > 0  # of gradients, among 8 devices
+
+
+def test_sharding_divides_the_state_and_shows_its_communication():
+    whole, parted = (
+        planned(
+            runs.tiny_config(mesh__fsdp=fsdp, sharding_rules=rules, recipes="()", trainable=".*")
+        )
+        for fsdp, rules in ((1, ()), (8, ((".*mlp/fc1/kernel", (None, "fsdp")),)))
+    )
+    kernel = 3 * 32 * 64 * 4  # and the two moments of AdamW
+    assert whole.state - parted.state == kernel * 7 / 8
+    assert "all-gather" in parted.collectives
+    assert "all-gather" not in whole.collectives
+
+
+def test_the_largest_batch_fits_and_the_next_does_not():
+    config = runs.tiny_config()
+    description = plan.describe(config)[0]
+
+    def total(batch_size):
+        changed = config.copy_and_resolve_references()
+        changed.batch_size = batch_size
+        return plan.compile_step(changed, description).total
+
+    budget = total(40) + 1
+    found, size = plan.largest_batch(config, description, budget)
+    assert size == total(found) <= budget < total(found + 8)
+    assert plan.largest_batch(config, description, 1000) is None
+
+
+def test_without_data_and_weights_the_architecture_is_enough(capsys):
+    fields = {"data.train": "gone", "model.weights": "gone.safetensors"}
+    arguments = [
+        "--plan",
+        f"--config={runs.ROOT / 'configs/vit_lora.py'}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
+    assert main.main(arguments) == main.BAD_INPUT
+    assert "set config.model.variant" in capsys.readouterr().err
+    more = ["model.variant=ti/16", "model.image_size=32", "batch_size=8", "mesh.fsdp=8"]
+    assert main.main([*arguments, *(f"--config.{one}" for one in more)]) == 0
+    said = capsys.readouterr().out
+    for part in ("without the weights", "with 1000 classes", "GFLOP a device", "all-gather"):
+        assert part in said
+
+
+def test_a_plan_needs_a_config(capsys):
+    assert main.main(["--plan"]) == main.BAD_INPUT
+    assert "--config is missing" in capsys.readouterr().err
+    config = runs.tiny_config(batch_size=12)
+    with pytest.raises(UserError, match="does not divide among 8 devices"):
+        planned(config)
+    with pytest.raises(UserError, match="batch_size"):
+        plan.run(load_config(str(CONFIGS[0]), {"batch_size": "0"}), None)
