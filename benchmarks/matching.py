@@ -93,7 +93,7 @@ def print_share(name: str, rng) -> None:
     def loss_of(outputs):
         everything = np.ones(shape[0], bool)
         predictions = outputs["logits"], outputs["boxes_cxcywh_01"]
-        return detr_loss(*predictions, label, boxes, mask, everything)[0]
+        return detr_loss(*predictions, label, boxes, mask, everything)[0].mean()
 
     def loss_fn(params, images):
         return loss_of(model.apply({**variables, "params": params}, images))

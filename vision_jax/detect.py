@@ -230,7 +230,7 @@ def make_objective(
             **weights,
             encoder_logits=outputs["encoder_logits"],
             encoder_boxes_cxcywh_01=outputs["encoder_boxes_cxcywh_01"],
-            groups=model.num_groups,
+            groups=outputs["logits"].shape[2] // model.num_queries,  # one in evaluation
         )
 
     return detection.make_objective(apply, assemble, set_loss=set_loss)

@@ -19,9 +19,22 @@ LOSSES = {
     "ia_bce": detection_losses.sigmoid_detr_loss,
     "focal": functools.partial(detection_losses.sigmoid_detr_loss, class_loss="focal"),
 }
+
+
+def mean_of(loss):
+    """The loss of a batch."""
+
+    def batch_loss(*problem, **arguments):
+        losses, metrics = loss(*problem, **arguments)
+        return losses.mean(), metrics
+
+    return batch_loss
+
+
 # Compiled once each; gradients with respect to logits and boxes.
 COMPILED = {
-    name: jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)) for name, loss in LOSSES.items()
+    name: jax.jit(jax.value_and_grad(mean_of(loss), (0, 1), has_aux=True))
+    for name, loss in LOSSES.items()
 }
 
 
@@ -197,7 +210,7 @@ def test_groups_are_the_mean_of_losses_of_their_own():
     groups = [make_problem("ia_bce") for _ in range(2)]
     logits, boxes = (np.concatenate([g[i] for g in groups], axis=2) for i in (0, 1))
     targets = groups[0][2:]
-    loss = jax.jit(functools.partial(detection_losses.sigmoid_detr_loss, groups=2))
+    loss = jax.jit(functools.partial(mean_of(detection_losses.sigmoid_detr_loss), groups=2))
     together, metrics = loss(logits, boxes, *targets)
     apart = [COMPILED["ia_bce"](*group[:2], *targets)[0] for group in groups]
     np.testing.assert_allclose(together, np.mean([x for x, _ in apart]), rtol=2e-6)
@@ -209,7 +222,7 @@ def test_groups_are_the_mean_of_losses_of_their_own():
 def test_proposals_are_one_layer_more_and_not_the_last():
     logits, boxes, *targets = make_problem("ia_bce")
     proposals = {"encoder_logits": logits[0], "encoder_boxes_cxcywh_01": boxes[0]}
-    loss, metrics = jax.jit(detection_losses.sigmoid_detr_loss)(
+    loss, metrics = jax.jit(mean_of(detection_losses.sigmoid_detr_loss))(
         logits[1:], boxes[1:], *targets, **proposals
     )
     (expected, same), _ = COMPILED["ia_bce"](logits, boxes, *targets)
@@ -231,6 +244,28 @@ def test_parts_of_a_batch_can_be_divided_by_the_boxes_of_the_whole(name):
     ]
     for term in ("loss_bbox", "loss_giou", *(["loss_ce"] if name == "ia_bce" else [])):
         np.testing.assert_allclose(sum(m[term] for _, m in parts), whole[term], rtol=5e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_images(name):
+    """They sum up to a batch's; `alone`, each is what a batch of one image gives."""
+    problem = make_problem(name)
+    mask = problem[5]
+    losses, _ = jax.jit(LOSSES[name])(*problem)
+    (loss, _), _ = COMPILED[name](*problem)
+    assert losses.shape == (EXAMPLES,)
+    np.testing.assert_allclose(losses.mean(), loss, rtol=1e-6)
+    assert (losses[~mask] == 0).all()
+    assert (losses[mask] > 0).all()
+
+    alone, _ = jax.jit(functools.partial(LOSSES[name], alone=True))(*problem)
+    for row in range(EXAMPLES):
+        one = [x[:, row : row + 1] for x in problem[:2]] + [x[row : row + 1] for x in problem[2:]]
+        np.testing.assert_allclose(alone[row], COMPILED[name](*one)[0][0], rtol=2e-6)
+    if name != "detr":  # a weighted mean has one divisor, and sums of boxes another
+        count = (problem[4] & mask[:, None]).sum(1)
+        scale = EXAMPLES * np.maximum(count, 1) / count.sum()
+        np.testing.assert_allclose(losses, alone * scale, rtol=3e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -93,7 +93,8 @@ def compiled(function, dtype: str, inputs: int, **settings):
         predictions = dict(zip(names, predictions, strict=False))
         targets = (label, target_boxes, target_mask, mask)
         arrays = predictions.pop("logits"), predictions.pop("boxes_cxcywh_01"), *targets
-        return function(*arrays, **predictions, **settings)
+        losses, metrics = function(*arrays, **predictions, **settings)
+        return losses.mean(), metrics
 
     step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     return step, jax.jit(lambda *arrays: loss_fn(*arrays)[1])

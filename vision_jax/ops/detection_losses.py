@@ -4,9 +4,10 @@
     sigmoid_detr_loss  one sigmoid a class: IoU-aware BCE (RF-DETR), focal (Deformable DETR)
 
 Both take all decoder layers at once, f[L, B, Q, ...], match each of them on its own, and return the
-weighted sum over layers with metrics of the last one. Boxes are cxcywh in shares of the image. A
-plain sum over B is the sum over the global batch under `jit`, on any number of devices. Everything
-is computed in float32, or in float64 where the logits are.
+weighted sum over layers of each image, f[B], with metrics of the last one. The mean of them is the
+loss of the batch, whose sums are divided by something of the whole batch. Boxes are cxcywh in
+shares of the image. A plain sum over B is the sum over the global batch under `jit`, on any number
+of devices. Everything is computed in float32, or in float64 where the logits are.
 
 Batches of targets are padded: `label` i32[B, T], `target_boxes` f[B, T, 4], `target_mask`
 bool[B, T]; and so are the examples, `mask` bool[B]. What is masked counts nothing.
@@ -43,6 +44,7 @@ def detr_loss(
     giou_weight: float = 2.0,
     no_object_weight: float = 0.1,
     num_boxes: Array | float | None = None,
+    alone: bool = False,
 ) -> tuple[Array, Metrics]:
     """DETR's set loss (Carion et al. 2020, https://arxiv.org/abs/2005.12872, section 3.1).
 
@@ -62,12 +64,15 @@ def detr_loss(
       no_object_weight: of a query without a target in the class term.
       num_boxes: divides the box terms, at least 1; by default the real targets of the batch, which
         a caller that sees a part of the batch must count over the whole.
+      alone: each image's loss is what it is in a batch of this image only. Else a batch's boxes
+        decide how an image's class term weighs against its box terms.
 
     Returns:
-      The loss, and metrics: `loss_ce`, `loss_bbox` and `loss_giou` of the last layer without their
-      weights; `loss_aux`, the weighted sum of the other layers; `cardinality_error`, how far the
-      number of queries with a class is from the number of boxes; over matched pairs, the share
-      whose best class is wrong, `class_error`, and the mean IoU, `matched_iou`.
+      The losses f[B], 0 of a padded example, and metrics: `loss_ce`, `loss_bbox` and `loss_giou` of
+      the last layer without their weights; `loss_aux`, the weighted sum of the other layers;
+      `cardinality_error`, how far the number of queries with a class is from the number of boxes;
+      over matched pairs, the share whose best class is wrong, `class_error`, and the mean IoU,
+      `matched_iou`.
 
     Raises:
       UserError: more targets than queries.
@@ -87,9 +92,11 @@ def detr_loss(
     log_likelihood = _at(jax.nn.log_softmax(logits), classes[..., None])[..., 0]
     weights = jnp.where(classes == no_object, no_object_weight, 1.0).astype(logits.dtype)
     weights *= mask[None, :, None]
-    count = jnp.maximum(target_mask.sum() if num_boxes is None else num_boxes, 1)
+    count = _count(target_mask, num_boxes, alone).astype(logits.dtype)
     terms, iou = _box_terms(boxes, query, target_boxes, target_mask, count)
-    terms["loss_ce"] = _mean(-log_likelihood, weights, axis=(1, 2))
+    total = weights.sum(2)  # [L, B]
+    total = total if alone else total.mean(1, keepdims=True)
+    terms["loss_ce"] = -(weights * log_likelihood).sum(2) / jnp.where(total > 0, total, 1)
 
     best = jnp.argmax(logits[-1], axis=-1)  # [B, Q]
     metrics = {
@@ -98,7 +105,7 @@ def detr_loss(
         "matched_iou": _mean(iou[-1], target_mask),
     }
     totals, last = _weighted(terms, class_weight, l1_weight, giou_weight)
-    return totals.sum(), {**last, "loss_aux": totals[:-1].sum(), **metrics}
+    return totals.sum(0), {**last, "loss_aux": totals[:-1].sum(0).mean(), **metrics}
 
 
 def sigmoid_detr_loss(
@@ -121,6 +128,7 @@ def sigmoid_detr_loss(
     giou_weight: float = 2.0,
     alpha: float = 0.25,
     num_boxes: Array | float | None = None,
+    alone: bool = False,
 ) -> tuple[Array, Metrics]:
     """The set loss of detectors with a sigmoid for each class.
 
@@ -150,9 +158,10 @@ def sigmoid_detr_loss(
       class_weight, l1_weight, giou_weight: of the terms of each layer.
       alpha: of IoU-aware BCE or of the focal loss, and of the matching.
       num_boxes: as `detr_loss` has it; `groups` times as many divide the terms.
+      alone: as `detr_loss` has it.
 
     Returns:
-      The loss and metrics as `detr_loss` has them, of all groups, but `cardinality_error` of the
+      The losses and metrics as `detr_loss` has them, of all groups, but `cardinality_error` of the
       first alone, which is the one that predicts. `loss_encoder` is the weighted sum of the
       proposals' terms, where there are any.
 
@@ -182,7 +191,8 @@ def sigmoid_detr_loss(
     # Each group's copy of the targets is from here on just more targets.
     label, all_mask = (jnp.tile(array, (1, groups)) for array in (label, target_mask))
     target_boxes = jnp.tile(target_boxes, (1, groups, 1))
-    count = jnp.maximum(all_mask.sum() if num_boxes is None else groups * num_boxes, 1)
+    all_boxes = None if num_boxes is None else groups * num_boxes
+    count = _count(all_mask, all_boxes, alone).astype(logits.dtype)
     terms, iou = _box_terms(boxes, query, target_boxes, all_mask, count)
     flat = logits.reshape(*logits.shape[:2], -1)  # [L, B, groups · Q · K]
     matched = _at(flat, query * logits.shape[-1] + label[None])  # [L, B, groups · T]
@@ -193,8 +203,8 @@ def sigmoid_detr_loss(
         found = _towards_quality(matched, iou, alpha)
         missing = [jax.nn.sigmoid(x) ** 2 * jax.nn.softplus(x) for x in (logits, matched)]
     # As if nothing were found, then corrected where something is: no array of targets is built.
-    loss_ce = jnp.where(mask[None, :, None, None], missing[0], 0).sum((1, 2, 3))
-    loss_ce += jnp.where(all_mask[None], found - missing[1], 0).sum((1, 2))
+    loss_ce = jnp.where(mask[None, :, None, None], missing[0], 0).sum((2, 3))
+    loss_ce += jnp.where(all_mask[None], found - missing[1], 0).sum(2)
     terms["loss_ce"] = loss_ce / count
 
     sure = logits[-1, :, :queries].max(-1) > 0  # [B, Q], a probability above a half
@@ -206,9 +216,9 @@ def sigmoid_detr_loss(
     }
     totals, last = _weighted(terms, class_weight, l1_weight, giou_weight)
     if encoder_logits is not None:
-        metrics["loss_encoder"] = totals[0]
+        metrics["loss_encoder"] = totals[0].mean()
     first = 0 if encoder_logits is None else 1
-    return totals.sum(), {**last, "loss_aux": totals[first:-1].sum(), **metrics}
+    return totals.sum(0), {**last, "loss_aux": totals[first:-1].sum(0).mean(), **metrics}
 
 
 def _prepared(
@@ -235,25 +245,32 @@ def _box_cost(boxes: Array, target_boxes: Array, l1_cost: float, giou_cost: floa
     return l1_cost * l1 - giou_cost * box_ops.giou_xyxy(*corners)
 
 
+def _count(target_mask: Array, num_boxes: Array | float | None, alone: bool) -> Array:
+    """What an image's sums are divided by: its boxes, [1, B], or the mean number of them, []."""
+    if alone:
+        return jnp.maximum(target_mask.sum(1), 1)[None]
+    total = target_mask.sum() if num_boxes is None else num_boxes
+    return jnp.maximum(total, 1) / len(target_mask)
+
+
 def _box_terms(
     boxes: Array, query: Array, target_boxes: Array, target_mask: Array, count: Array
 ) -> tuple[Metrics, Array]:
-    """L1 and GIoU terms f[L] over matched pairs, and the IoU f[L, B, T] of each pair.
+    """L1 and GIoU terms f[L, B] over matched pairs, and the IoU f[L, B, T] of each pair.
 
     Args:
       boxes: f[L, B, Q, 4].
       query: i32[L, B, T].
       target_boxes: f[B, T, 4].
       target_mask: bool[B, T].
-      count: what the terms are divided by.
+      count: what the terms are divided by, f[] or f[1, B].
     """
     boxes, targets = _at(boxes, query[..., None], axis=2), target_boxes[None]
     l1 = jnp.abs(boxes - targets).sum(-1)
     corners = [box_ops.cxcywh_to_xyxy(array) for array in (boxes, targets)]
     pairs = {"loss_bbox": l1, "loss_giou": 1 - box_ops.giou_xyxy(*corners)}
     terms = {
-        name: jnp.where(target_mask[None], pair, 0).sum((1, 2)) / count
-        for name, pair in pairs.items()
+        name: jnp.where(target_mask[None], pair, 0).sum(2) / count for name, pair in pairs.items()
     }
     return terms, lax.stop_gradient(box_ops.iou_xyxy(*corners))
 
@@ -275,10 +292,10 @@ def _towards_quality(logits: Array, iou: Array, alpha: float) -> Array:
 def _weighted(
     terms: Metrics, class_weight: float, l1_weight: float, giou_weight: float
 ) -> tuple[Array, Metrics]:
-    """The weighted sum of each layer's terms, f[L], and the terms of the last layer."""
+    """The weighted sum of each layer's terms, f[L, B], and the mean terms of the last layer."""
     totals = class_weight * terms["loss_ce"]
     totals += l1_weight * terms["loss_bbox"] + giou_weight * terms["loss_giou"]
-    return totals, {name: term[-1] for name, term in terms.items()}
+    return totals, {name: term[-1].mean() for name, term in terms.items()}
 
 
 def _cardinality_error(has_class: Array, target_mask: Array, mask: Array) -> Array:
@@ -291,7 +308,7 @@ def _at(values: Array, index: Array, axis: int = -1) -> Array:
     return jnp.take_along_axis(values, index, axis=axis, mode="clip")
 
 
-def _mean(values: Array, weights: Array, axis: tuple[int, ...] | None = None) -> Array:
+def _mean(values: Array, weights: Array) -> Array:
     """Weighted mean; 0 where nothing has a weight."""
-    total = weights.sum(axis)
-    return (weights * values).sum(axis) / jnp.where(total > 0, total, 1)
+    total = weights.sum()
+    return (weights * values).sum() / jnp.where(total > 0, total, 1)

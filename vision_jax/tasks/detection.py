@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vision_jax.recipes.objective import Objective
 from vision_jax.tasks.classification import Apply, Batch, forward_keys, to_float
 
-# set_loss(outputs of the model, batch) -> (loss, metrics)
+# set_loss(outputs of the model, batch) -> (losses f[B], metrics)
 SetLoss = Callable[[Mapping[str, jax.Array], Batch], tuple[jax.Array, dict[str, jax.Array]]]
 # find(logits f[B, Q, K or K + 1], boxes_cxcywh_01 f[B, Q, 4], size i32[B, 2]) -> scored boxes
 Find = Callable[[jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
@@ -58,9 +58,7 @@ def make_objective(
 
     def criterion(trainable, outputs, view):
         del trainable
-        loss, metrics = set_loss(outputs, view)
-        # Images share their loss, for it is divided by the boxes of them all.
-        return jnp.broadcast_to(loss, view["mask"].shape), metrics
+        return set_loss(outputs, view)
 
     return Objective(look, forward, criterion)
 
