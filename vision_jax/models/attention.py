@@ -47,3 +47,18 @@ def attend(
         logits = logits + bias.astype(softmax_dtype)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bknm,bkmd->bknd", weights, v).transpose(0, 2, 1, 3)  # [B, N, K, d]
+
+
+def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+    """softmax(q·kᵀ / √d), which `attend` never forms where it is fused.
+
+    Args:
+      q: f[B, N, K, d].
+      k: f[B, M, K, d].
+
+    Returns:
+      f[B, K, N, M], at least f32; rows sum to 1.
+    """
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bnkd,bmkd->bknm", q * q.shape[-1] ** -0.5, k, preferred_element_type=wide)
+    return jax.nn.softmax(logits, axis=-1)

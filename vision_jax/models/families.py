@@ -1,6 +1,6 @@
 """The architectures by name: the one list of what there is to build."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from vision_jax.models import (
     swin,
     vit,
 )
+from vision_jax.models.attention import attention_weights
 from vision_jax.models.layers import RUN_ARGUMENTS as RUN_ARGUMENTS
 
 
@@ -103,3 +104,54 @@ def build_model(family: str, **arguments: Any) -> Any:
         if name not in known:
             raise UserError(f"{family} has no argument `{name}`{nearest(name, known)}")
     return FAMILIES[family].model(**arguments)
+
+
+ATTENTION = "/attention"  # block_0/attention: f[B, K, N, N]
+
+
+def apply_with_features(
+    model: Any,
+    variables: Mapping[str, Any],
+    *inputs: Any,
+    names: Sequence[str],
+    mutable: Sequence[str] = (),
+    **arguments: Any,
+) -> Any:
+    """`model.apply` that also returns named intermediates: (outputs, {name: f[B, ...]}).
+
+    The outputs are what they are without, and under `jit` only what is named is computed. The names
+    are those of the model's `return_features`, and in a ViT the attention probabilities of a block,
+    "block_0/attention" f[B, K, N, N], which are computed anew from its queries and keys, beside the
+    fused attention.
+
+    Args:
+      model: of any family.
+      variables: its collections, "params" and perhaps "batch_stats".
+      *inputs: images, and a detector's pixel mask.
+      names: which intermediates.
+      mutable: collections that change, as of flax's `apply`; if there are any, the result is
+        ((outputs, features), changed collections).
+      **arguments: of `model.apply`: train, rngs.
+
+    Raises:
+      UserError: a name that the model has not, with the nearest that it has.
+    """
+    sown = [name for name in names if name.endswith(ATTENTION)]
+    collections = [*mutable, *(["intermediates"] if sown else [])]
+    result = model.apply(
+        variables, *inputs, return_features=True, mutable=collections or False, **arguments
+    )
+    (outputs, features), changed = result if collections else (result, {})
+    kept = {name: tree for name, tree in changed.items() if name in mutable}
+    for block, tree in changed.get("intermediates", {}).items():
+        if block + ATTENTION in sown and "query_key" in tree.get("attn", {}):
+            features[block + ATTENTION] = attention_weights(*tree["attn"]["query_key"][0])
+    for name in names:
+        if name not in features:
+            scanned = name in sown and getattr(model, "scan", False)
+            hint = "; set model.scan=False" if scanned else nearest(name, list(features))
+            raise UserError(
+                f"features: {family_of(model)} gives no {name!r} of {', '.join(features)}{hint}"
+            )
+    chosen = {name: features[name] for name in names}
+    return ((outputs, chosen), kept) if mutable else (outputs, chosen)

@@ -190,6 +190,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             q = layer_norm("q_norm", self.layer_norm_eps, self.dtype)(q)
             k = layer_norm("k_norm", self.layer_norm_eps, self.dtype)(k)
+        # Nothing unless the collection is asked for; see families.apply_with_features.
+        self.sow("intermediates", "query_key", (q, k))
         x = attend(q, k, v).reshape(batch, tokens, width)
         return Dense(width, dtype=self.dtype, name="proj")(x)
 
@@ -376,7 +378,7 @@ class ViT(nn.Module):
           images: f32[B, H, W, in_channels] in [0, 1].
           train: dropout and drop_path act, with keys from the "dropout" collection.
           return_features: also return a dict of named intermediates, tokens f[B, N, D]: "embed",
-            "block_0" ... and "pooled".
+            "block_0" ... and "pooled"; of two heads, the logits of each, "head" and "head_dist".
 
         Returns:
           logits f32[B, num_classes], or (logits, features).
@@ -392,7 +394,8 @@ class ViT(nn.Module):
 
         pooled = self._pool(x)  # [B, D]
         features["pooled"] = pooled
-        logits = self._head(pooled) if self.num_classes else pooled
+        logits, heads = self._head(pooled) if self.num_classes else (pooled, {})
+        features.update(heads)
         return (logits, features) if return_features else logits
 
     def _embed(self, images, train):
@@ -510,5 +513,6 @@ class ViT(nn.Module):
         }
         if self.distillation_token and self.pool == "token":
             logits = Dense(**arguments, name="head")(pooled[:, 0])
-            return (logits + Dense(**arguments, name="head_dist")(pooled[:, 1])) / 2
-        return Dense(**arguments, name="head")(pooled)
+            taught = Dense(**arguments, name="head_dist")(pooled[:, 1])
+            return (logits + taught) / 2, {"head": logits, "head_dist": taught}
+        return Dense(**arguments, name="head")(pooled), {}

@@ -1,0 +1,131 @@
+"""Named intermediates: the outputs stay as they are, and what is not named costs nothing."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vision_jax.errors import UserError
+from vision_jax.models.families import apply_with_features, build_model
+
+VIT = {
+    "image_size": (8, 8), "patch_size": 4, "width": 16, "depth": 3, "num_heads": 2, "mlp_width": 24,
+}  # fmt: skip
+RESNET = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8}
+IMAGES = jnp.asarray(np.random.default_rng().random((2, 8, 8, 3)), jnp.float32)
+
+
+def build(family: str, **arguments):
+    model = build_model(family, num_classes=3, **arguments)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    rng = np.random.default_rng()
+
+    def draw(leaf):
+        return jnp.asarray(np.abs(rng.normal(size=leaf.shape)) * 0.3, leaf.dtype)
+
+    return model, jax.tree.map(draw, shapes)
+
+
+def flops(function, *arrays) -> float:
+    return jax.jit(function).lower(*arrays).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "names"),
+    [
+        ("vit", VIT, ["embed", "block_1", "pooled"]),
+        ("vit", {**VIT, "distillation_token": True, "position_prefix": 2}, ["head", "head_dist"]),
+        ("vit", {**VIT, "remat": True}, ["block_0/attention", "block_2/attention"]),
+        ("vit", {**VIT, "qk_norm": True}, ["block_1/attention"]),
+        ("vit", {**VIT, "scan": True}, ["block_1"]),
+        ("resnet", RESNET, ["stem", "stage_0", "stage_1"]),
+    ],
+)
+def test_outputs_are_the_same_to_the_bit_with_features(family, arguments, names):
+    model, variables = build(family, **arguments)
+    expected = jax.jit(model.apply)(variables, IMAGES)
+    apply = jax.jit(partial(apply_with_features, model, names=names))
+    outputs, features = apply(variables, IMAGES)
+    np.testing.assert_array_equal(outputs, expected)
+    assert set(features) == set(names)
+    assert all(len(feature) == len(IMAGES) for feature in features.values())
+
+
+def test_what_is_not_named_costs_nothing():
+    model, variables = build("vit", **VIT)
+    plain = flops(model.apply, variables, IMAGES)
+
+    def features_of(*names):
+        return partial(apply_with_features, model, names=names)
+
+    assert flops(features_of(), variables, IMAGES) == plain
+    assert flops(features_of("block_1", "pooled"), variables, IMAGES) == plain
+    one = flops(features_of("block_1/attention"), variables, IMAGES) - plain
+    two = flops(features_of("block_0/attention", "block_1/attention"), variables, IMAGES) - plain
+    assert one <= 2 * 2 * 2 * 5 * 5 * (8 + 8)  # B·K·N·N·(d multiplications and additions, softmax)
+    assert 0 < one < two < plain / 4
+
+    def first(variables, images):  # without the logits, the rest of the teacher isn't run
+        return features_of("block_0")(variables, images)[1]
+
+    assert flops(first, variables, IMAGES) < 0.5 * plain
+
+
+def test_attention_is_what_the_block_attended_with():
+    """Written out from the tokens that enter the block."""
+    model, variables = build("vit", **{**VIT, "num_heads": 1})
+    names = ["block_0", "block_0/attention", "block_1/attention"]
+    _, features = jax.jit(partial(apply_with_features, model, names=names))(variables, IMAGES)
+    block = variables["params"]["block_1"]
+    x = features["block_0"]
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    y = (x - mean) / jnp.sqrt(variance + 1e-6)
+    scale, bias = (block["norm1"][name].reshape(1, 1, -1) for name in ("scale", "bias"))
+    qkv = (y * scale + bias) @ block["attn"]["qkv"]["kernel"]
+    q, k, _ = jnp.split(qkv + block["attn"]["qkv"]["bias"].reshape(1, 1, -1), 3, axis=-1)
+    expected = jax.nn.softmax(q @ k.swapaxes(1, 2) / 4)
+    np.testing.assert_allclose(features["block_1/attention"][:, 0], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(features["block_0/attention"].sum(-1), 1, rtol=1e-5)
+
+
+def test_running_statistics_change_as_without_features():
+    model, variables = build("resnet", **RESNET)
+    arguments = {"train": True, "mutable": ["batch_stats"]}
+    expected, changed = jax.jit(partial(model.apply, **arguments))(variables, IMAGES)
+    (outputs, features), ours = jax.jit(
+        partial(apply_with_features, model, names=["stage_1"], **arguments)
+    )(variables, IMAGES)
+    np.testing.assert_array_equal(outputs, expected)
+    assert features["stage_1"].shape == (2, 1, 1, 64)
+    assert list(ours) == ["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, ours, changed)
+
+
+def test_gradients_flow_through_features():
+    model, variables = build("vit", **{**VIT, "remat": True})
+
+    def loss(params):
+        _, features = apply_with_features(
+            model, {"params": params}, IMAGES, names=["block_1/attention"], train=True
+        )
+        return jnp.square(features["block_1/attention"]).sum()
+
+    gradient = jax.jit(jax.grad(loss))(variables["params"])
+    assert np.abs(gradient["block_1"]["attn"]["qkv"]["kernel"]).max() > 0
+    assert not np.abs(gradient["block_2"]["attn"]["qkv"]["kernel"]).any()
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "name", "message"),
+    [
+        ("vit", VIT, "block_3", "vit gives no 'block_3' of embed, .*did you mean `block_"),
+        ("vit", {**VIT, "scan": True}, "block_0/attention", "; set model.scan=False"),
+        ("resnet", RESNET, "block_0/attention", "resnet gives no 'block_0/attention' of stem"),
+    ],
+)
+def test_unknown_names_are_refused(family, arguments, name, message):
+    model, variables = build(family, **arguments)
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(partial(apply_with_features, model, names=[name]), variables, IMAGES)
