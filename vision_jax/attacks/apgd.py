@@ -1,0 +1,340 @@
+"""Auto-PGD: an attack without a step size to choose (Croce & Hein 2020; for L1 their 2021 paper).
+
+It starts with steps of twice the radius. At checkpoints that lie ever closer, the step of an
+example whose loss rose too seldom, or whose highest loss stood still, is halved, and the example
+goes back to its highest point. APGD-CE, APGD-DLR and APGD-T are this with the losses of
+`losses.make_untargeted` and `losses.make_targeted_dlr`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from vision_jax.attacks import norms
+from vision_jax.attacks.gradient import input_gradient
+from vision_jax.attacks.norms import Norm
+
+Array = jax.Array
+
+MOMENTUM = 0.75  # share of the new step; the rest is of the last one
+RISING = 0.75  # share of a window's steps that has to raise the loss
+SPARSER = 1.5  # L1: entries of the best point per entry of the next step
+SHRINKING = ((3, 0.3), (2, 0.3), (1, 0.4))  # L1: (radius over epsilon, share of the steps)
+
+
+class Climb(NamedTuple):
+    """What one run found; B examples, S steps.
+
+    `fooling` is the last point that fooled, or the start where `fooled` is False; `losses` and
+    `step_sizes` are those of each step, before its own checkpoint halves them.
+    """
+
+    highest: Array  # f[B, H, W, C], where the loss was highest
+    loss: Array  # f[B], there
+    fooling: Array  # f[B, H, W, C]
+    fooled: Array  # bool[B]
+    losses: Array  # f[S, B]
+    step_sizes: Array  # f[S, B]
+
+
+def checkpoints(steps: int, norm: Norm = "linf") -> tuple[int, ...]:
+    """Numbers of steps after which step sizes are looked at, each at most `steps`.
+
+    >>> checkpoints(100)
+    (22, 41, 57, 70, 80, 87, 93, 99)
+    """
+    window, least, shorter = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
+    if norm == "l1":
+        window = least = max(int(0.04 * steps), 1)
+    found = []
+    after = window
+    while after <= steps:
+        found.append(after)
+        window = max(window - shorter, least)
+        after += window
+    return tuple(found)
+
+
+def apgd(
+    loss_of_images: Callable[..., tuple[Array, Array]],
+    images: Array,
+    keys: Array,
+    *,
+    epsilon: ArrayLike,
+    norm: Norm = "linf",
+    steps: int = 100,
+    restarts: int = 1,
+    expectation: int = 0,
+    shrinking: bool = False,
+) -> Array:
+    """The worst point of each example: one that fools, otherwise the one of the highest loss.
+
+    Costs `steps` + 1 forward passes with the input's gradient for each restart.
+
+    Args:
+      loss_of_images: what is raised; see the package. With an `expectation` it takes
+        (images, keys), one key an example, for a model that draws.
+      images: f[B, H, W, C] in [0, 1].
+      keys: key[B].
+      epsilon: the radius, a scalar or f[B], in units of the pixels; may be traced.
+      norm: of the ball.
+      steps: of each restart.
+      restarts: from random points.
+      expectation: draws whose gradients are averaged; 0 for a model that draws nothing.
+      shrinking: L1 only: the first 60 % of the steps in balls of 3 and 2 times the radius, as
+        the standard AutoAttack does in L1.
+
+    Returns:
+      f[B, H, W, C] within epsilon of images and in [0, 1].
+    """
+    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+
+    def keep_worst(best: tuple[Array, Array, Array], restart: Array):
+        kept, highest, solved = best
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, restart)
+        begin = random_start(own, images, epsilon * (3 if shrinking else 1), norm)
+        run = climb(
+            loss_of_images,
+            images,
+            own,
+            begin=begin,
+            epsilon=epsilon,
+            norm=norm,
+            steps=steps,
+            expectation=expectation,
+            shrinking=shrinking,
+        )
+        worse = ~solved & (run.fooled | (run.loss > highest))
+        ends = _where(run.fooled, run.fooling, run.highest)
+        best = _where(worse, ends, kept), jnp.where(worse, run.loss, highest), solved | run.fooled
+        return best, None
+
+    lowest = jnp.full(len(images), -jnp.inf, images.dtype)
+    nothing = images, lowest, jnp.zeros(len(images), bool)
+    return jax.lax.scan(keep_worst, nothing, jnp.arange(restarts))[0][0]
+
+
+def random_start(keys: Array, images: Array, epsilon: ArrayLike, norm: Norm) -> Array:
+    """A point on the sphere around each image, not inside it as for PGD, then in [0, 1].
+
+    L-infinity: uniform noise stretched until its largest entry is epsilon. L2: normal noise. L1:
+    normal noise put back into the ball.
+    """
+    shape, dtype = images.shape[1:], images.dtype
+    if norm == "linf":
+        noise = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, -1, 1))(keys)
+    else:
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+    return start_from(noise, images, epsilon, norm)
+
+
+def start_from(noise: Array, images: Array, epsilon: ArrayLike, norm: Norm) -> Array:
+    """The point that noise f[B, H, W, C] leads to; see `random_start`."""
+    if norm == "l1":
+        return norms.project(images + noise, images, epsilon, norm)
+    radius = norms.per_example(epsilon, images)
+    return jnp.clip(images + radius * _normalize(noise, norm), 0, 1)
+
+
+def climb(
+    loss_of_images: Callable[..., tuple[Array, Array]],
+    images: Array,
+    keys: Array | None = None,
+    *,
+    begin: Array,
+    epsilon: ArrayLike,
+    norm: Norm = "linf",
+    steps: int = 100,
+    expectation: int = 0,
+    shrinking: bool = False,
+) -> Climb:
+    """One run from `begin` f[B, H, W, C]; the rest as in `apgd`.
+
+    In balls that shrink, each run starts where the one before was highest and only the last one
+    counts. `keys` key[B] are for an `expectation`.
+    """
+    if not shrinking:
+        return _climb(loss_of_images, images, keys, begin, epsilon, norm, steps, expectation)
+    lengths = [int(np.ceil(share * steps)) for _, share in SHRINKING[:-1]]
+    lengths.append(steps - sum(lengths))
+    for (factor, _), length in zip(SHRINKING, lengths, strict=True):
+        radius = factor * jnp.asarray(epsilon)
+        begin = norms.project(begin, images, radius, norm)
+        run = _climb(
+            loss_of_images, images, keys, begin, radius, norm, length, expectation, begun=True
+        )
+        begin = run.highest
+    return run
+
+
+class _State(NamedTuple):
+    at: Array  # f[B, H, W, C]
+    before: Array  # f[B, H, W, C], the point of one step earlier
+    gradient: Array  # f[B, H, W, C]
+    highest: Array  # f[B, H, W, C]
+    highest_gradient: Array  # f[B, H, W, C]
+    loss: Array  # f[B], at highest
+    fooling: Array  # f[B, H, W, C]
+    fooled: Array  # bool[B]
+    step_size: Array  # f[B]
+    last_loss: Array  # f[B]
+    rises: Array  # i32[B], since the last checkpoint
+    checked_loss: Array  # f[B], the highest one at the last checkpoint
+    halved: Array  # bool[B], there
+    entries: Array  # f[B], L1: entries that the highest point changed there
+    density: Array  # f[B], L1: share of the entries that a step changes
+
+
+def _climb(
+    loss_of_images, images, keys, begin, epsilon, norm, steps, expectation, begun=False
+) -> Climb:
+    def look(at: Array, number: ArrayLike) -> tuple[Array, Array, Array]:
+        """(gradient, loss, fooled); of a model that draws the mean gradient and the last draw."""
+        if not expectation:
+            return input_gradient(loss_of_images, at)
+
+        def draw(total, draw_number):
+            own = jax.vmap(lambda key: fold(fold(key, number), draw_number))(keys)
+            gradient, *rest = input_gradient(lambda x: loss_of_images(x, own), at)
+            return total + gradient, rest
+
+        fold = jax.random.fold_in
+        total, (loss, fooled) = jax.lax.scan(draw, jnp.zeros_like(at), jnp.arange(expectation))
+        return total / expectation, loss[-1], fooled[-1]
+
+    dtype, size = images.dtype, images[0].size
+    radius = jnp.broadcast_to(jnp.asarray(epsilon, dtype), images.shape[:1])
+    largest = radius * (1 if norm == "l1" else 2)
+    begin = jnp.clip(begin.astype(dtype), 0, 1)
+    gradient, loss, fooled = look(begin, 0)
+    entries = _entries(begin - images) if begun else jnp.full_like(loss, size)
+    state = _State(
+        at=begin,
+        before=begin,
+        gradient=gradient,
+        highest=begin,
+        highest_gradient=gradient,
+        loss=loss,
+        fooling=begin,
+        fooled=fooled,
+        step_size=largest,
+        # The first window compares its first loss with 0, as the published code does.
+        last_loss=jnp.zeros_like(loss),
+        rises=jnp.zeros(len(images), jnp.int32),
+        checked_loss=loss,
+        halved=jnp.ones(len(images), bool),
+        entries=entries,
+        density=entries / size / SPARSER if begun else jnp.full_like(loss, 0.2),
+    )
+
+    def step(state: _State, now: tuple[Array, Array, Array, Array]):
+        number, share, window, checked = now
+        length = norms.per_example(state.step_size, images)
+        if norm == "l1":
+            direction = _sparse_signs(state.gradient, state.density)
+            moved = norms.project(state.at + length * direction, images, epsilon, norm)
+        else:
+            ascent = jnp.sign(state.gradient)
+            if norm == "l2":
+                ascent = _normalize(state.gradient, norm)
+            aim = _project(state.at + length * ascent, images, epsilon, norm)
+            last = state.at - state.before
+            moved = state.at + (aim - state.at) * share + last * (1 - share)
+            moved = _project(moved, images, epsilon, norm)
+        gradient, loss, fooled = look(moved, number)
+        higher = loss > state.loss
+        next_state = state._replace(
+            at=moved,
+            before=state.at,
+            gradient=gradient,
+            highest=_where(higher, moved, state.highest),
+            highest_gradient=_where(higher, gradient, state.highest_gradient),
+            loss=jnp.where(higher, loss, state.loss),
+            fooling=_where(fooled, moved, state.fooling),
+            fooled=state.fooled | fooled,
+            last_loss=loss,
+            rises=state.rises + (loss > state.last_loss),
+        )
+        checking = _check_sparsity if norm == "l1" else _check
+        return checking(next_state, window, checked, images, largest), (loss, state.step_size)
+
+    points = np.array(checkpoints(steps, norm), int)
+    checked = np.isin(np.arange(1, steps + 1), points)
+    windows = np.zeros(steps, int)
+    windows[points - 1] = np.diff(points, prepend=0)
+    shares = np.full(steps, MOMENTUM)
+    shares[0] = 1
+    numbers = np.arange(1, steps + 1)
+    schedule = tuple(
+        jnp.asarray(array) for array in (numbers, shares.astype(dtype), windows, checked)
+    )
+    state, (losses, step_sizes) = jax.lax.scan(step, state, schedule)
+    return Climb(state.highest, state.loss, state.fooling, state.fooled, losses, step_sizes)
+
+
+def _check(state: _State, window: Array, checked: Array, images: Array, largest: Array) -> _State:
+    """At a checkpoint: half the step, from the highest point, for whoever does not get on."""
+    seldom = state.rises <= RISING * window
+    stuck = ~state.halved & (state.checked_loss >= state.loss)
+    halve = checked & (seldom | stuck)
+    return state._replace(
+        at=_where(halve, state.highest, state.at),
+        gradient=_where(halve, state.highest_gradient, state.gradient),
+        step_size=jnp.where(halve, state.step_size / 2, state.step_size),
+        rises=jnp.where(checked, 0, state.rises),
+        checked_loss=jnp.where(checked, state.loss, state.checked_loss),
+        halved=jnp.where(checked, halve, state.halved),
+    )
+
+
+def _check_sparsity(
+    state: _State, window: Array, checked: Array, images: Array, largest: Array
+) -> _State:
+    """L1: as the highest point changes fewer entries, so do the steps (Croce & Hein 2021, 3.2)."""
+    entries = _entries(state.highest - images)
+    fewer = entries / state.entries < 0.95
+    step_size = jnp.where(fewer, largest, state.step_size / SPARSER)
+    step_size = jnp.clip(step_size, largest / 10, largest)
+    return state._replace(
+        at=_where(checked & fewer, state.highest, state.at),
+        gradient=_where(checked & fewer, state.highest_gradient, state.gradient),
+        step_size=jnp.where(checked, step_size, state.step_size),
+        entries=jnp.where(checked, entries, state.entries),
+        density=jnp.where(checked, entries / images[0].size / SPARSER, state.density),
+    )
+
+
+def _normalize(delta: Array, norm: Norm) -> Array:
+    # The published code's 1e-12: without it L2 trajectories part after some 20 steps.
+    return delta / (norms.size(delta, norm) + 1e-12)
+
+
+def _project(points: Array, images: Array, epsilon: ArrayLike, norm: Norm) -> Array:
+    if norm != "l2":
+        return norms.project(points, images, epsilon, norm)
+    delta = points - images
+    radius = jnp.minimum(norms.per_example(epsilon, images), norms.size(delta, norm))
+    return jnp.clip(images + _normalize(delta, norm) * radius, 0, 1)
+
+
+def _sparse_signs(gradient: Array, density: Array) -> Array:
+    """Signs of the largest entries, over their number: of L1 norm 1."""
+    flat = jnp.abs(gradient).reshape(len(gradient), -1)
+    place = jnp.clip((1 - density) * flat.shape[1], 0, flat.shape[1] - 1).astype(jnp.int32)
+    least = jnp.take_along_axis(jnp.sort(flat), place[:, None], axis=1)
+    signs = jnp.sign(gradient) * (flat >= least).reshape(gradient.shape)
+    return norms.normalize(signs, "l1")
+
+
+def _entries(delta: Array) -> Array:
+    """How many entries of each example are not 0, f[B]."""
+    return jnp.count_nonzero(delta.reshape(len(delta), -1), axis=1).astype(delta.dtype)
+
+
+def _where(choice: Array, left: Array, right: Array) -> Array:
+    """One choice bool[B] an example."""
+    return jnp.where(choice.reshape(-1, *[1] * (left.ndim - 1)), left, right)
