@@ -156,34 +156,37 @@ def diversify(keys: Array, images: Array, *, probability: float, smallest: float
       keys: key[B].
       images: f[B, H, W, C].
       probability: of a smaller one.
-      smallest: the smallest side over the full side, in (0, 1); sizes are uniform in whole pixels.
+      smallest: the smallest height over the full height, in (0, 1).
     """
+    height, width = images.shape[1:3]
 
     def one(key: Array, image: Array) -> Array:
-        height, width = image.shape[:2]
-        chance_key, size_key, row_key, column_key = jax.random.split(key, 4)
-        least = int(smallest * height)
-        side = jax.random.randint(size_key, (), least, height)
-        shape = jnp.stack([side, side * width // height])
-        room = jnp.array([height, width]) - shape
-        place = jnp.stack(
-            [
-                jax.random.randint(key, (), 0, most + 1)
-                for key, most in zip((row_key, column_key), room, strict=True)
-            ]
-        )
+        chosen, size, place = draw_smaller(key, (height, width), probability, smallest)
         smaller = jax.image.scale_and_translate(
             image,
             image.shape,
             (0, 1),
-            shape.astype(image.dtype) / jnp.array([height, width], image.dtype),
+            (size / jnp.array([height, width])).astype(image.dtype),
             place.astype(image.dtype),
             "linear",
             antialias=False,
         )
-        return jnp.where(jax.random.bernoulli(chance_key, probability), smaller, image)
+        return jnp.where(chosen, smaller, image)
 
     return jax.vmap(one)(keys, images)
+
+
+def draw_smaller(
+    key: Array, shape: tuple[int, int], probability: float, smallest: float
+) -> tuple[Array, Array, Array]:
+    """(whether it is made smaller, size i32[2], place i32[2] of its corner), all uniform."""
+    chance_key, size_key, row_key, column_key = jax.random.split(key, 4)
+    height, width = shape
+    row = jax.random.randint(size_key, (), int(smallest * height), height)
+    size = jnp.stack([row, row * width // height])
+    top = jax.random.randint(row_key, (), 0, height - size[0] + 1)
+    left = jax.random.randint(column_key, (), 0, width - size[1] + 1)
+    return jax.random.bernoulli(chance_key, probability), size, jnp.stack([top, left])
 
 
 def _where(choice: Array, left: Array, right: Array) -> Array:

@@ -1,0 +1,58 @@
+"""Carlini & Wagner's attack where the nearest image that fools is known: a linear model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vision_jax.attacks import losses
+from vision_jax.attacks.carlini_wagner import carlini_wagner
+
+SHAPE = (4, 4, 3)
+
+
+def test_it_finds_the_nearest_image_of_a_linear_model():
+    random = np.random.default_rng()
+    weights = random.normal(size=(48, 5))
+    images = random.uniform(0.4, 0.6, (6, *SHAPE))  # far from the box
+    logits = images.reshape(6, -1) @ weights
+    labels = logits.argmax(1)
+    distance = [
+        min(
+            (z[y] - z[c]) / np.linalg.norm(weights[:, y] - weights[:, c])
+            for c in range(5)
+            if c != y
+        )
+        for z, y in zip(logits, labels, strict=True)
+    ]
+
+    def loss_of_images(images):
+        return losses.make_untargeted(
+            lambda x: x.reshape(len(x), -1) @ jnp.asarray(weights, jnp.float32),
+            jnp.asarray(labels),
+            losses.margin,
+        )(images)
+
+    given = jnp.asarray(images, jnp.float32)
+    attack = jax.jit(lambda x, c: carlini_wagner(loss_of_images, x, steps=500, confidence=c))
+    found = attack(given, 0.0)
+    assert loss_of_images(found)[1].all()
+    assert found.min() >= 0
+    assert found.max() <= 1
+    reached = np.linalg.norm((np.asarray(found) - given).reshape(6, -1), axis=1)
+    assert (reached >= np.array(distance) * (1 - 1e-4)).all()  # nothing is nearer
+    assert (reached <= np.array(distance) * 1.05 + 2e-3).all(), (reached, distance)
+    sure = attack(given, 0.5)
+    assert (loss_of_images(sure)[0] >= 0.5 - 1e-4).all()
+    assert attack._cache_size() == 1
+
+
+def test_images_come_back_where_nothing_fools():
+    images = jnp.asarray(np.random.default_rng().random((2, *SHAPE)), jnp.float32)
+    labels = jnp.zeros(2, int)
+
+    def blind(images):
+        return jnp.stack([images.sum((1, 2, 3)) * 0 + 1, images.sum((1, 2, 3)) * 0], axis=1)
+
+    loss_of_images = losses.make_untargeted(blind, labels, losses.margin)
+    found = carlini_wagner(loss_of_images, images, steps=3, searches=3)
+    np.testing.assert_array_equal(found, images)
