@@ -231,7 +231,7 @@ def _climb(
         density=entries / size / SPARSER if begun else jnp.full_like(loss, 0.2),
     )
 
-    def step(state: _State, now: tuple[Array, Array, Array, Array]):
+    def step(state: _State, now: tuple[Array, ...]):
         number, share, window, checked = now
         length = norms.per_example(state.step_size, images)
         if norm == "l1":
