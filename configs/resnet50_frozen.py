@@ -111,6 +111,19 @@ def get_config() -> ConfigDict:
     evaluate.shots = (1, 5, 10)  # and training images of each class
     evaluate.repeats = 5  # and random choices of them
 
+    config.robustness = robustness = ConfigDict()  # of --mode=robustness, on a finished run
+    robustness.images = 1_000  # evenly spread over the evaluation data; 0 takes all
+    robustness.batch_size = 100
+    robustness.norm = "linf"  # linf, l2 or l1: of what epsilons measure, in pixels from 0 to 1
+    robustness.epsilons = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
+    robustness.attacks = ("fgsm", "pgd")  # fgsm, pgd, mifgsm, difgsm
+    robustness.steps = 20  # of each attack but fgsm
+    robustness.restarts = 1
+    robustness.corruptions = ("all",)  # or some of the 15 (docs/robustness.md), or ()
+    robustness.severities = (1, 2, 3, 4, 5)
+    robustness.self_check = True  # look for signs of masked gradients, at the largest epsilon
+    robustness.transfer_from = ""  # the workdir of another run, whose attacks are tried on this one
+
     config.checkpoint_every = 100  # updates; evaluations are checkpointed too
     config.log_every = 10  # updates between lines in metrics.jsonl
     return config

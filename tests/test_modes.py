@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -195,3 +196,87 @@ def test_workdirs_without_a_run_are_one_line(tmp_path):
 def test_softmax():
     logits = np.array([[1000.0, 1000.0], [0.0, np.log(3)]])
     np.testing.assert_allclose(classify.softmax(logits), [[0.5, 0.5], [0.25, 0.75]], rtol=1e-12)
+
+
+# Robustness -------------------------------------------------------------------------------------
+
+
+def hardened(tmp_path, name="robust", **changes):
+    """A copy of the finished run, and its config with a quick robustness section."""
+    quick = {
+        "images": 12,
+        "batch_size": 8,
+        "epsilons": "(0.02, 0.1)",
+        "steps": 3,
+        "corruptions": "('fog', 'jpeg')",
+        "severities": "(1, 5)",
+        "self_check": False,
+    }
+    fields = {f"robustness__{k}": v for k, v in (quick | changes).items()}
+    workdir = tmp_path / name
+    shutil.copytree(runs.finished(), workdir)
+    return runs.full_config(**fields), workdir
+
+
+def test_robustness_writes_figures_and_a_picture(tmp_path, capsys):
+    config, workdir = hardened(tmp_path)
+    assert modes.robustness(config, workdir, "last") == 0
+    screen = capsys.readouterr().out
+    record = json.loads((workdir / "robustness.json").read_text())
+    assert record["step"] == 6
+    assert record["images"] == record["clean"]["count"] == 12
+    assert set(record["attacks"]) == {"fgsm", "pgd", "all"}
+    for rows in record["attacks"].values():
+        assert [row["epsilon"] for row in rows] == [0.02, 0.1]
+        assert all(row["count"] == 12 for row in rows)
+        assert record["clean"]["accuracy"] >= rows[0]["accuracy"] >= rows[1]["accuracy"]
+    assert set(record["corruptions"]) == {"fog", "jpeg"}
+    figures = screen.splitlines()[1:]
+    assert sum(line.endswith("n=12") for line in figures) == 1 + 6 + 4 + 1
+    for name in ("robustness.json", "robustness.png"):
+        assert f"wrote {workdir / name}" in screen
+    with Image.open(workdir / "robustness.png") as picture:
+        assert min(picture.size) > 500
+
+    config, sharded = hardened(tmp_path, "sharded", batch_size=3)
+    with config.unlocked():
+        config.mesh.data, config.mesh.fsdp = 1, 8
+    assert modes.robustness(config, sharded, "last") == 0
+    again = json.loads((sharded / "robustness.json").read_text())
+    for name, rows in record["attacks"].items():
+        for one, other in zip(rows, again["attacks"][name], strict=True):
+            assert one["accuracy"] == other["accuracy"]
+            if name != "all":
+                assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert again["corruptions"] == record["corruptions"] or (
+        again["corruptions"]["fog"][1]["accuracy"] == record["corruptions"]["fog"][1]["accuracy"]
+    )
+
+
+def test_the_self_check_takes_another_run_s_attacks(tmp_path, capsys):
+    config, workdir = hardened(
+        tmp_path, attacks="()", corruptions="()", self_check=True, transfer_from=runs.finished()
+    )
+    assert modes.robustness(config, workdir, "last") == 0
+    findings = json.loads((workdir / "robustness.json").read_text())["self_check"]
+    assert {f["name"]: f["flagged"] for f in findings}["transfer"] is False
+    assert not any(f["flagged"] for f in findings), findings
+    assert f"0 of {len(findings)} checks" in capsys.readouterr().out
+    assert (workdir / "robustness.png").is_file()
+
+
+def test_robustness_refuses_what_it_cannot_do(tmp_path):
+    config = runs.tiny_config()
+    with config.unlocked():
+        config.task = "detection"
+    with pytest.raises(UserError, match="this run's task is detection"):
+        modes.robustness(config, tmp_path, "last")
+    config = runs.tiny_config()
+    with config.unlocked():
+        del config.robustness
+    with pytest.raises(UserError, match=r"older than --mode=robustness"):
+        modes.robustness(config, tmp_path, "last")
+    with pytest.raises(UserError, match=r"config.robustness.norm is 'l3'"):
+        modes.robustness(runs.tiny_config(robustness__norm="l3"), tmp_path, "last")
+    with pytest.raises(UserError, match="unknown `fgsn`"):
+        modes.robustness(runs.tiny_config(robustness__attacks="fgsn"), tmp_path, "last")

@@ -25,7 +25,8 @@ Value = Any
 RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
     (
         "batch_size total_steps log_every checkpoint_every data.threads optim.accumulate "
-        "evaluate.batch_size evaluate.repeats",
+        "evaluate.batch_size evaluate.repeats robustness.batch_size robustness.steps "
+        "robustness.restarts",
         lambda value: value >= 1,
         "at least 1",
     ),
@@ -33,7 +34,7 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
     ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     (
         "data.workers data.subset model.image_size augment.ops augment.mixup augment.cutmix "
-        "evaluate.every",
+        "evaluate.every robustness.images",
         lambda value: 0 <= value < math.inf,
         "at least 0",
     ),
@@ -52,6 +53,17 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
         lambda value: len(value) > 0 and all(type(x) is int and x > 0 for x in value),
         "positive whole numbers",
     ),
+    (
+        "robustness.epsilons",
+        lambda value: all(type(x) in (int, float) and 0 < x < math.inf for x in value),
+        "numbers above 0",
+    ),
+    (
+        "robustness.severities",
+        lambda value: len(value) > 0 and all(x in range(1, 6) for x in value),
+        "whole numbers from 1 to 5",
+    ),
+    ("robustness.norm", lambda value: value in ("linf", "l2", "l1"), "linf, l2 or l1"),
     ("augment.magnitude", lambda value: 0 <= value <= 30, "between 0 and 30"),
     (
         "augment.policy",

@@ -20,7 +20,13 @@ from typing import IO, Any
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from tensorboardX.event_file_writer import EventsWriter
@@ -172,6 +178,34 @@ class RunLog:
                 self._metrics.close()
             finally:
                 self._events.close()
+
+
+@contextlib.contextmanager
+def show_progress(
+    total: int, *, show: bool = True
+) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
+    """(advance, say) for a long evaluation: a bar on a terminal, and lines above it.
+
+    Args:
+      total: how often `advance` will be called.
+      show: False for silence, on other processes than the first.
+    """
+    console = Console(quiet=not show, highlight=False, soft_wrap=True)
+    bar = Progress(
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("batches"),
+        TimeRemainingColumn(),
+        console=console,
+        expand=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+        yield (
+            lambda: bar.advance(task),
+            lambda text: bar.console.print(_printable(text), markup=False),
+        )
 
 
 class Meter:

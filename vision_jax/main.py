@@ -4,6 +4,7 @@
     python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs/b --config.optim.lr=1e-3
     python -m vision_jax.main --mode=evaluate --workdir=runs/vit_lora
     python -m vision_jax.main --mode=predict --workdir=runs/vit_lora --images cat.jpg dog.png
+    python -m vision_jax.main --mode=robustness --workdir=runs/vit_lora
     python -m vision_jax.main --mode=frozen --config=configs/vit_lora.py
     python -m vision_jax.main --plan --config=configs/vit_lora.py --devices=8 --memory=16
 
@@ -58,8 +59,9 @@ def _run(arguments: Sequence[str]) -> int:
     if not (workdir / "config.json").is_file():
         raise UserError(f"--workdir: {workdir} holds no run, there is no config.json in it")
     config = load_config(str(workdir / "config.json"), overrides)
-    if flags.mode == "evaluate":
-        return modes.evaluate(config, workdir, flags.checkpoint)
+    if flags.mode in ("evaluate", "robustness"):
+        mode = modes.evaluate if flags.mode == "evaluate" else modes.robustness
+        return mode(config, workdir, flags.checkpoint)
     return modes.predict(config, workdir, flags.checkpoint, flags.images, flags.out)
 
 
@@ -105,16 +107,17 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]
     )
     parser.add_argument(
         "--mode",
-        choices=("train", "evaluate", "predict", "frozen"),
+        choices=("train", "evaluate", "predict", "frozen", "robustness"),
         default="train",
         help="train or resume a run; reprint a finished one's numbers; name what --images show; "
-        "nearest neighbours and few-shot regression on the weights' frozen features",
+        "nearest neighbours and few-shot regression on the weights' frozen features; accuracy "
+        "under attacks and corruptions",
     )
     parser.add_argument(
         "--checkpoint",
         choices=("last", "best"),
         default="last",
-        help="which checkpoint evaluate and predict read",
+        help="which checkpoint evaluate, predict and robustness read",
     )
     parser.add_argument(
         "--images", nargs="+", action="extend", default=[], help="files or folders, for predict"

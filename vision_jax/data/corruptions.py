@@ -16,7 +16,7 @@ published files, which were also saved as JPEG once more (ImageNet-C).
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,11 +148,18 @@ def corrupt(image: np.ndarray, index: int, *, name: str, severity: int, seed: in
     return np.clip(corrupted, 0, 255).astype(np.uint8)  # cut, not rounded, as the authors do
 
 
-def check_names(names: tuple[str, ...], field: str) -> None:
-    """Raises UserError for a name that is no corruption's."""
-    for name in names:
+def find_names(given: Sequence[str], field: str) -> tuple[str, ...]:
+    """The corruptions that a config's field names; "all" is all of them.
+
+    Raises:
+      UserError: a name that is no corruption's.
+    """
+    if tuple(given) == ("all",):
+        return NAMES
+    for name in given:
         if name not in NAMES:
             raise UserError(f"{field}: unknown `{name}`{nearest(name, NAMES)}")
+    return tuple(given)
 
 
 # Noise ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ reported beside the batch and counted on this side of the workers, so counts are
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,7 +225,6 @@ class _LoadForEvaluation:
 
     source: Source
     preprocessing: Preprocessing
-    change: Callable[[np.ndarray, int], np.ndarray] | None
 
     def __call__(self, row: int) -> tuple[dict[str, Any], Damaged | None]:
         preprocessing = self.preprocessing
@@ -240,8 +239,6 @@ class _LoadForEvaluation:
         try:
             example = self.source[row]
             image = eval_transform(example["image"], self.preprocessing)
-            if self.change is not None:
-                image = self.change(image, row)
         except DamagedImageError as error:
             damaged = Damaged(row, self.source.example_name(row), str(error))
             return blank | {"label": self.source.labels[row]}, damaged
@@ -257,14 +254,12 @@ def make_eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     damage_log: DamageLog | None = None,
-    change: Callable[[np.ndarray, int], np.ndarray] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in the source's order, in batches of `batch_size` rows of this process.
 
     The last batch is filled up with rows whose mask is False and whose index is -1; so are whole
     batches on a process that has fewer examples, because every process yields the same number. A
-    damaged image keeps its row, black, with mask False, and is named in `damage_log`. `change` is
-    applied to each image (uint8[h, w, C], row) as the model would see it.
+    damaged image keeps its row, black, with mask False, and is named in `damage_log`.
     """
     log = damage_log or DamageLog()
     batch_count = -(-len(source) // (batch_size * process_count))
@@ -272,7 +267,7 @@ def make_eval_batches(
     rows[: len(source)] = np.arange(len(source))
     examples = iter(
         grain.MapDataset.source(rows[process_index::process_count])
-        .map(_LoadForEvaluation(source, preprocessing, change))
+        .map(_LoadForEvaluation(source, preprocessing))
         .to_iter_dataset(
             grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
         )

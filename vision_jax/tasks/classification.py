@@ -91,17 +91,27 @@ def make_objective(
     return Objective(look, forward, criterion)
 
 
+def make_logits(apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any]):
+    """The bare classifier: (trainable, frozen, model_state, images f32[B, H, W, C]) -> f[B, C].
+
+    In evaluation mode: BatchNorm uses its running statistics, and nothing is random.
+    """
+
+    def logits_fn(trainable, frozen, model_state, images: jax.Array):
+        logits, _ = apply(
+            assemble({**trainable, **frozen}), model_state, images, train=False, keys={}
+        )
+        return logits
+
+    return logits_fn
+
+
 def make_outputs(apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any]):
     """What evaluation needs of a batch: logits, and the labels, mask and indices beside them."""
+    logits_fn = make_logits(apply, assemble)
 
     def outputs_fn(trainable, frozen, model_state, batch: Batch):
-        logits, _ = apply(
-            assemble({**trainable, **frozen}),
-            model_state,
-            to_float(batch["image"]),
-            train=False,
-            keys={},
-        )
+        logits = logits_fn(trainable, frozen, model_state, to_float(batch["image"]))
         return {"logits": logits, **{name: batch[name] for name in ("label", "mask", "index")}}
 
     return outputs_fn

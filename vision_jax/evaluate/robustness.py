@@ -1,0 +1,325 @@
+"""A classifier under attack and under corruption: accuracy and calibration, each with its n.
+
+An example counts as robust where it is right both as it is and attacked, so no attack can raise the
+accuracy. The model is the deterministic one of evaluation, its parameters are arguments of the
+compiled programs, and epsilon is traced: one compilation an attack, whatever the epsilons.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vision_jax import sharding
+from vision_jax.attacks import gradient, losses, norms
+from vision_jax.attacks.losses import LogitsOfImages
+from vision_jax.attacks.norms import Norm
+from vision_jax.data.corruptions import corrupt
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.sources import Source
+from vision_jax.data.transforms import Preprocessing, eval_transform
+from vision_jax.errors import UserError, nearest
+from vision_jax.evaluate.classification import summarize
+from vision_jax.tasks.classification import to_float
+
+Array = jax.Array
+# (logits_of_images, images f[B, H, W, C], labels i32[B], keys[B], epsilon f32[]) -> images
+Attack = Callable[[LogitsOfImages, Array, Array, Array, Array], Array]
+# probe(logits_of_images, images f32[B, H, W, C], labels i32[B], index i32[B], *numbers) -> arrays
+# by name, a row an example
+Probe = Callable[..., Mapping[str, Array]]
+Outputs = dict[str, np.ndarray]
+STEP_SHARE = 2.5  # of a step: epsilon / steps times this (Madry et al. 2018)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What is attacked.
+
+    Attributes:
+      logits_fn: (*arguments, images f32[B, H, W, C] in [0, 1]) -> logits f[B, C].
+      arguments: its parameters, on the devices.
+      mesh: of the devices.
+      batch_size: images at once, over all devices; rounded up to what they divide.
+    """
+
+    logits_fn: Callable[..., Array]
+    arguments: tuple[Any, ...]
+    mesh: Mesh
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images as the model sees them, on the host.
+
+    Attributes:
+      images: u8[N, H, W, C], or f32 in [0, 1].
+      labels: i32[N].
+      index: i32[N], rows in their data set: an attack's draws come from (seed, index).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Examples":
+        """Some of them."""
+        return Examples(self.images[rows], self.labels[rows], self.index[rows])
+
+
+def read_examples(
+    source: Source, preprocessing: Preprocessing, *, count: int, threads: int
+) -> tuple[Examples, tuple[str, ...]]:
+    """(`count` evenly spread examples of a source, 0 for all; names of those that are damaged).
+
+    Raises:
+      UserError: all of them are.
+    """
+    count = min(count or len(source), len(source))
+    rows = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
+
+    def load(row: int) -> np.ndarray | None:
+        try:
+            return eval_transform(source[row]["image"], preprocessing)
+        except DamagedImageError:
+            return None
+
+    with ThreadPoolExecutor(threads) as pool:
+        views = list(pool.map(load, rows.tolist()))
+    sound = np.array([view is not None for view in views])
+    if not sound.any():
+        raise UserError(f"{source.name}: not one of {count} images could be read")
+    images = np.stack([view for view in views if view is not None])
+    kept = rows[sound]
+    labels = np.asarray(source.labels)[kept].astype(np.int32)
+    damaged = tuple(source.example_name(int(row)) for row in rows[~sound])
+    return Examples(images, labels, kept.astype(np.int32)), damaged
+
+
+def example_keys(seed: int, index: Array) -> Array:
+    """A key for each example, from the seed and its row: key[B]."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index)
+
+
+def make_over(classifier: Classifier, probe: Probe) -> Callable[..., Outputs]:
+    """A function (examples, *numbers) -> outputs of a probe over all of them, compiled once.
+
+    Of its keywords, `advance` is called after each batch, and `leave_out` are outputs that stay on
+    the devices.
+    """
+    devices = classifier.mesh.size
+    size = -(-classifier.batch_size // devices) * devices
+    split = sharding.batch_sharding(classifier.mesh)
+
+    def step(arguments, images, labels, index, *numbers):
+        images = to_float(images) if images.dtype == jnp.uint8 else images
+        return probe(partial(classifier.logits_fn, *arguments), images, labels, index, *numbers)
+
+    compiled = jax.jit(step, out_shardings=sharding.replicated(classifier.mesh))
+
+    def run(
+        examples: Examples,
+        *numbers: float,
+        advance: Callable[[], None] = lambda: None,
+        leave_out: Collection[str] = (),
+    ) -> Outputs:
+        parts = []
+        for start in range(0, len(examples.labels), size):
+            rows = np.arange(start, min(start + size, len(examples.labels)))
+            full = examples.take(np.resize(rows, size))  # the last batch: filled up with repeats
+            placed = (
+                sharding.place(array, split) for array in (full.images, full.labels, full.index)
+            )
+            found = compiled(classifier.arguments, *placed, *map(np.float32, numbers))
+            kept = {name: array for name, array in found.items() if name not in leave_out}
+            parts.append({k: array[: len(rows)] for k, array in jax.device_get(kept).items()})
+            advance()
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return run
+
+
+# Attacks ----------------------------------------------------------------------------------------
+
+
+def _fgsm(norm, steps, restarts, logits_of_images, images, labels, keys, epsilon):
+    del steps, restarts
+    loss = losses.make_untargeted(logits_of_images, labels)
+    return gradient.fgsm(loss, images, keys, epsilon=epsilon, norm=norm)
+
+
+def _pgd(norm, steps, restarts, logits_of_images, images, labels, keys, epsilon, **more):
+    return gradient.pgd(
+        losses.make_untargeted(logits_of_images, labels),
+        images,
+        keys,
+        epsilon=epsilon,
+        step_size=STEP_SHARE * epsilon / steps,
+        steps=steps,
+        norm=norm,
+        restarts=restarts,
+        **more,
+    )
+
+
+ATTACKS: dict[str, Callable[..., Array]] = {
+    "fgsm": _fgsm,
+    "pgd": _pgd,
+    "mifgsm": partial(_pgd, momentum=1.0, random_start=False),
+    "difgsm": partial(_pgd, momentum=1.0, diversity=0.5),
+}
+
+
+def make_attack(name: str, *, norm: Norm, steps: int, restarts: int) -> Attack:
+    """One of ATTACKS with its settings.
+
+    Raises:
+      UserError: no such attack.
+    """
+    if name not in ATTACKS:
+        raise UserError(f"config.robustness.attacks: unknown `{name}`{nearest(name, [*ATTACKS])}")
+    return partial(ATTACKS[name], norm, steps, restarts)
+
+
+def make_attacked(attack: Attack | None, *, norm: Norm, seed: int) -> Probe:
+    """A probe that attacks: "logits" f32[B, C] of "image" f32[B, H, W, C], and "size" f[B], the
+    norm of the perturbation. Without an attack images are as they are."""
+
+    def probe(logits_of_images, images, labels, index, epsilon=0.0):
+        seen = images
+        if attack is not None:
+            keys = example_keys(seed, index)
+            seen = attack(logits_of_images, images, labels, keys, epsilon)
+        size = norms.size(seen - images, norm).reshape(-1)
+        # Fused with nothing before it: at epsilon 0 logits are those without an attack to the bit.
+        seen = jax.lax.optimization_barrier(seen)
+        logits = logits_of_images(seen).astype(jnp.float32)
+        return {"logits": logits, "size": size, "image": seen}
+
+    return probe
+
+
+# Figures ----------------------------------------------------------------------------------------
+
+
+def figures(
+    logits: np.ndarray, labels: np.ndarray, right: np.ndarray, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Accuracy, calibration and number of examples, for JSON.
+
+    Args:
+      logits: f32[N, C], under attack or corruption.
+      labels: i32[N].
+      right: bool[N], which count as right.
+      class_names: C names.
+    """
+    summary = summarize(logits, labels, class_names)
+    return {
+        "accuracy": float(right.mean()),
+        "ece": summary["ece"],
+        "loss": summary["loss"],
+        "count": len(labels),
+    }
+
+
+def under_attacks(
+    classifier: Classifier,
+    examples: Examples,
+    class_names: Sequence[str],
+    clean: np.ndarray,
+    attacks: Mapping[str, Attack],
+    epsilons: Sequence[float],
+    *,
+    norm: Norm,
+    seed: int,
+    advance: Callable[[], None],
+    say: Callable[[str], None],
+) -> dict[str, list[dict[str, Any]]]:
+    """Figures of each attack at each epsilon, and of the worst of all attacks, example by example.
+
+    Args:
+      clean: bool[N], which examples are right as they are.
+    """
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in attacks}
+    worst = [clean.copy() for _ in epsilons]
+    for name, attack in attacks.items():
+        attacked = make_over(classifier, make_attacked(attack, norm=norm, seed=seed))
+        for place, epsilon in enumerate(epsilons):
+            found = attacked(examples, epsilon, advance=advance, leave_out=("image",))
+            right = clean & (found["logits"].argmax(-1) == examples.labels)
+            worst[place] &= right
+            record = figures(found["logits"], examples.labels, right, class_names)
+            # Rounding of x + delta - x is what may be above epsilon.
+            record |= {"epsilon": epsilon, "largest": float(found["size"].max())}
+            results[name].append(record)
+            say(line(f"{name} {show_epsilon(epsilon, norm)}", record))
+    if len(attacks) > 1:
+        results["all"] = [
+            {"epsilon": epsilon, "accuracy": float(right.mean()), "count": len(right)}
+            for epsilon, right in zip(epsilons, worst, strict=True)
+        ]
+        for record in results["all"]:
+            say(line(f"all of them {show_epsilon(record['epsilon'], norm)}", record))
+    return results
+
+
+def under_corruptions(
+    classify: Callable[..., Outputs],
+    examples: Examples,
+    class_names: Sequence[str],
+    names: Sequence[str],
+    severities: Sequence[int],
+    *,
+    seed: int,
+    threads: int,
+    advance: Callable[[], None],
+    say: Callable[[str], None],
+) -> dict[str, list[dict[str, Any]]]:
+    """Figures of each corruption at each severity.
+
+    Args:
+      classify: from `make_over`, of `make_attacked` without an attack.
+      examples: u8, as the model sees them.
+      threads: that corrupt images.
+    """
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with ThreadPoolExecutor(threads) as pool:
+        for name in names:
+            for severity in severities:
+                change = partial(corrupt, name=name, severity=severity, seed=seed)
+                images = np.stack(list(pool.map(change, examples.images, examples.index.tolist())))
+                corrupted = replace(examples, images=images)
+                logits = classify(corrupted, advance=advance, leave_out=("image",))["logits"]
+                right = logits.argmax(-1) == examples.labels
+                record = figures(logits, examples.labels, right, class_names)
+                results[name].append({"severity": severity, **record})
+                say(line(f"{name} {severity}", record))
+    return results
+
+
+def mean_accuracy(corruptions: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    """Over all corruptions and severities."""
+    return float(np.mean([record["accuracy"] for rows in corruptions.values() for record in rows]))
+
+
+def show_epsilon(epsilon: float, norm: Norm) -> str:
+    """For people: L-infinity in steps of 8-bit pixels.
+
+    >>> show_epsilon(8 / 255, "linf"), show_epsilon(0.5, "l2")
+    ('8/255', '0.5')
+    """
+    return f"{255 * epsilon:.4g}/255" if norm == "linf" else f"{epsilon:.4g}"
+
+
+def line(name: str, record: Mapping[str, Any]) -> str:
+    """A figure for the screen, with its n."""
+    text = f"  {name:28} accuracy {record['accuracy']:.4f}"
+    text += f"  ece {record['ece']:.4f}" if "ece" in record else ""
+    return f"{text}  n={record['count']}"
