@@ -284,7 +284,7 @@ def robustness(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
         say(f"step {int(trained.state.step)}, {count} images, {norm}")
         for name in damaged:
             say(f"skipped a damaged image: {name}")
-        seen = robust.make_over(classifier, robust.make_attacked(None, norm=norm, seed=seed))
+        seen = robust.make_classify(classifier, None, norm=norm, seed=seed)
         logits = seen(examples, advance=advance, leave_out=("image",))["logits"]
         clean = logits.argmax(-1) == examples.labels
         record: dict[str, Any] = {
@@ -407,9 +407,7 @@ def _attacked_pictures(
     )
     norm = record["norm"]
     before, after = (
-        robust.make_over(classifier, robust.make_attacked(attack, norm=norm, seed=seed))(
-            some, epsilon
-        )
+        robust.make_classify(classifier, attack, norm=norm, seed=seed)(some, epsilon)
         for attack in (None, attacks[name])
     )
     return {

@@ -19,8 +19,7 @@ from vision_jax.evaluate.robustness import (
     Classifier,
     Examples,
     make_attack,
-    make_attacked,
-    make_over,
+    make_classify,
 )
 
 CLASSES = ("a", "b")
@@ -46,7 +45,7 @@ def over(weights, name, batch_size=16, **settings):
     settings = {"norm": "linf", "steps": 5, "restarts": 1} | settings
     attack = make_attack(name, **settings) if name else None
     classifier = Classifier(linear, (weights,), sharding.make_mesh(-1, 1), batch_size)
-    return make_over(classifier, make_attacked(attack, norm=settings["norm"], seed=3))
+    return make_classify(classifier, attack, norm=settings["norm"], seed=3)
 
 
 def test_accuracies_are_those_of_a_linear_model(subject):
@@ -103,7 +102,7 @@ def test_one_compilation_for_all_epsilons(subject):
 
     attack = make_attack("pgd", norm="linf", steps=2, restarts=1)
     classifier = Classifier(counting, (weights,), sharding.make_mesh(-1, 1), 8)
-    run = make_over(classifier, make_attacked(attack, norm="linf", seed=0))
+    run = make_classify(classifier, attack, norm="linf", seed=0)
     run(examples, 0.01)
     before = len(traced)
     for epsilon in (0.02, 0.5):

@@ -10,7 +10,7 @@ import pytest
 
 from vision_jax import sharding
 from vision_jax.attacks import gradient, losses
-from vision_jax.evaluate.robustness import Classifier, Examples, make_attacked, make_over
+from vision_jax.evaluate.robustness import Classifier, Examples, make_classify
 from vision_jax.evaluate.self_check import Finding, check_gradients
 
 SIDE, CLASSES, EPSILON, BATCH = 8, 4, 0.1, 64
@@ -140,8 +140,7 @@ def flagged(found: dict[str, Finding]) -> set[str]:
 @pytest.mark.parametrize("model", [dense, convolution, normalized])
 def test_honest_robust_models_are_not_flagged(model):
     params = trained(model, adversarial=True)
-    pgd = partial(_pgd_20)
-    over = make_over(classifier(model, params), make_attacked(pgd, norm="linf", seed=0))
+    over = make_classify(classifier(model, params), _pgd_20, norm="linf", seed=0)
     some = examples()
     accuracy = np.mean(over(some, EPSILON)["logits"].argmax(-1) == some.labels)
     assert accuracy > 0.6, "the model is not robust, so the test would show nothing"

@@ -35,6 +35,7 @@ Attack = Callable[[LogitsOfImages, Array, Array, Array, Array], Array]
 # by name, a row an example
 Probe = Callable[..., Mapping[str, Array]]
 Outputs = dict[str, np.ndarray]
+ZERO = np.float32(0)
 STEP_SHARE = 2.5  # of a step: epsilon / steps times this (Madry et al. 2018)
 
 
@@ -114,15 +115,50 @@ def make_over(classifier: Classifier, probe: Probe) -> Callable[..., Outputs]:
     Of its keywords, `advance` is called after each batch, and `leave_out` are outputs that stay on
     the devices.
     """
+
+    def program(arguments, images, labels, index, *numbers):
+        logits_of_images = partial(classifier.logits_fn, *arguments)
+        return probe(logits_of_images, _unit(images), labels, index, *numbers)
+
+    return _over(classifier, jax.jit(program, out_shardings=sharding.replicated(classifier.mesh)))
+
+
+def make_classify(
+    classifier: Classifier, attack: Attack | None, *, norm: Norm, seed: int
+) -> Callable[..., Outputs]:
+    """The same, of "logits" f32[N, C] of "image" f32[N, H, W, C], attacked within one number,
+    epsilon; and "size" f32[N], the norm of the perturbation. Without an attack images are as they
+    are.
+
+    Attacked images are classified by a program of its own, the same with any attack and without.
+    """
+    split = sharding.batch_sharding(classifier.mesh)
+
+    def move(arguments, images, labels, index, epsilon):
+        images = _unit(images)
+        if attack is None:
+            return images
+        logits_of_images = partial(classifier.logits_fn, *arguments)
+        return attack(logits_of_images, images, labels, example_keys(seed, index), epsilon)
+
+    def look(arguments, images, seen):
+        logits = classifier.logits_fn(*arguments, seen).astype(jnp.float32)
+        size = norms.size(seen - _unit(images), norm).reshape(-1)
+        return {"logits": logits, "size": size, "image": seen}
+
+    moving = jax.jit(move, out_shardings=split)
+    looking = jax.jit(look, out_shardings=sharding.replicated(classifier.mesh))
+
+    def program(arguments, images, labels, index, epsilon=ZERO):
+        return looking(arguments, images, moving(arguments, images, labels, index, epsilon))
+
+    return _over(classifier, program)
+
+
+def _over(classifier: Classifier, program: Callable[..., Mapping[str, Array]]):
     devices = classifier.mesh.size
     size = -(-classifier.batch_size // devices) * devices
     split = sharding.batch_sharding(classifier.mesh)
-
-    def step(arguments, images, labels, index, *numbers):
-        images = to_float(images) if images.dtype == jnp.uint8 else images
-        return probe(partial(classifier.logits_fn, *arguments), images, labels, index, *numbers)
-
-    compiled = jax.jit(step, out_shardings=sharding.replicated(classifier.mesh))
 
     def run(
         examples: Examples,
@@ -137,13 +173,17 @@ def make_over(classifier: Classifier, probe: Probe) -> Callable[..., Outputs]:
             placed = (
                 sharding.place(array, split) for array in (full.images, full.labels, full.index)
             )
-            found = compiled(classifier.arguments, *placed, *map(np.float32, numbers))
+            found = program(classifier.arguments, *placed, *map(np.float32, numbers))
             kept = {name: array for name, array in found.items() if name not in leave_out}
             parts.append({k: array[: len(rows)] for k, array in jax.device_get(kept).items()})
             advance()
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     return run
+
+
+def _unit(images: Array) -> Array:
+    return to_float(images) if images.dtype == jnp.uint8 else images
 
 
 # Attacks ----------------------------------------------------------------------------------------
@@ -186,24 +226,6 @@ def make_attack(name: str, *, norm: Norm, steps: int, restarts: int) -> Attack:
     if name not in ATTACKS:
         raise UserError(f"config.robustness.attacks: unknown `{name}`{nearest(name, [*ATTACKS])}")
     return partial(ATTACKS[name], norm, steps, restarts)
-
-
-def make_attacked(attack: Attack | None, *, norm: Norm, seed: int) -> Probe:
-    """A probe that attacks: "logits" f32[B, C] of "image" f32[B, H, W, C], and "size" f[B], the
-    norm of the perturbation. Without an attack images are as they are."""
-
-    def probe(logits_of_images, images, labels, index, epsilon=0.0):
-        seen = images
-        if attack is not None:
-            keys = example_keys(seed, index)
-            seen = attack(logits_of_images, images, labels, keys, epsilon)
-        size = norms.size(seen - images, norm).reshape(-1)
-        # Fused with nothing before it: at epsilon 0 logits are those without an attack to the bit.
-        seen = jax.lax.optimization_barrier(seen)
-        logits = logits_of_images(seen).astype(jnp.float32)
-        return {"logits": logits, "size": size, "image": seen}
-
-    return probe
 
 
 # Figures ----------------------------------------------------------------------------------------
@@ -250,7 +272,7 @@ def under_attacks(
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in attacks}
     worst = [clean.copy() for _ in epsilons]
     for name, attack in attacks.items():
-        attacked = make_over(classifier, make_attacked(attack, norm=norm, seed=seed))
+        attacked = make_classify(classifier, attack, norm=norm, seed=seed)
         for place, epsilon in enumerate(epsilons):
             found = attacked(examples, epsilon, advance=advance, leave_out=("image",))
             right = clean & (found["logits"].argmax(-1) == examples.labels)
@@ -285,7 +307,7 @@ def under_corruptions(
     """Figures of each corruption at each severity.
 
     Args:
-      classify: from `make_over`, of `make_attacked` without an attack.
+      classify: from `make_classify`, without an attack.
       examples: u8, as the model sees them.
       threads: that corrupt images.
     """
