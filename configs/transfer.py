@@ -64,7 +64,7 @@ def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
     config.trainable = (".*",)
-    config.recipes = ()  # techniques that are on, each with the section of its name: lora
+    config.recipes = ()  # techniques that are on: lora, adversarial, each with its section
 
     config.model = model = ConfigDict()
     # embedded:NAME, a .safetensors file, a folder in Hugging Face layout, hf://owner/name;
@@ -95,6 +95,18 @@ def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     lora.dora = False  # train each output's magnitude too (DoRA)
     lora.qkv_parts = ""  # "q,v": adapters of their own for these parts of the fused qkv kernel
     lora.init_from = ""  # a folder with a PEFT adapter to start from, instead of rules
+
+    config.adversarial = adversarial = ConfigDict()  # training on attacked images
+    adversarial.method = "pgd"  # pgd, fast, free, trades, mart
+    adversarial.norm = "linf"  # of perturbations: linf, l2
+    adversarial.epsilon = 4 / 255  # their largest norm; images are in [0, 1]
+    adversarial.steps = 3  # of each attack (fast and free have one)
+    adversarial.step = 0.0  # its length as a share of epsilon; 0 takes the method's usual one
+    adversarial.beta = 6.0  # weight of the divergence, of trades and mart
+    adversarial.replays = 4  # updates a batch, of free
+    adversarial.weight_epsilon = 0.0  # kernels are shifted too, by this share of their norm (AWP)
+    adversarial.warmup_steps = 0  # epsilon grows linearly from 0 over them
+    adversarial.watch = 200  # held-out images attacked in each evaluation; 0 for none
 
     config.optim = optim = ConfigDict()
     optim.name = settings.optimizer  # adamw, sgd, lars, lamb, lion, muon

@@ -25,11 +25,13 @@ from vision_jax.evaluate import figures
 from vision_jax.evaluate.classification import confusion_matrix, summarize
 from vision_jax.evaluate.run import make_run_over
 from vision_jax.logging import RunLog
+from vision_jax.recipes import adversarial
 from vision_jax.recipes.objective import Objective
 from vision_jax.tasks import classification
 
 best_metric = "top1"  # what the best checkpoint is best at
-reported = ("top1", "top5", "loss", "ece")  # of an evaluation, in metrics.jsonl
+# Of an evaluation, in metrics.jsonl; the last two in adversarial training.
+reported = ("top1", "top5", "loss", "ece", "fgsm_top1", "pgd_top1")
 
 curves = ("top1",)  # of the former, in curves.png
 
@@ -167,7 +169,8 @@ class Evaluation:
       logits: f32[N, C].
       labels: i32[N].
       index: i32[N], rows in the source.
-      summary: see evaluate.classification.summarize.
+      summary: see evaluate.classification.summarize; besides "fgsm_top1" and "pgd_top1", the top-1
+        of "attacked" images under these attacks, None where nothing was attacked.
       damaged: names of images that could not be read and are not among the N.
     """
 
@@ -179,7 +182,7 @@ class Evaluation:
 
     def line(self) -> str:
         """The summary for the screen."""
-        text = "  ".join(f"{name} {self.summary[name]:.4f}" for name in reported)
+        text = "  ".join(f"{name} {self.summary[name]:.4f}" for name in self._measured)
         skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
         return f"evaluation on {self.summary['count']} images: {text}{skipped}"
 
@@ -193,9 +196,28 @@ class Evaluation:
         ]
 
     def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What a user should be told about the run: nothing."""
-        del step, history
-        return []
+        """Catastrophic overfitting of adversarial training."""
+        name = "eval/pgd_top1"
+        if "pgd_top1" not in self._measured:
+            return []
+        records = [r for r in history if name in r and r["step"] < step]
+        fgsm, pgd = (
+            [*(r[f"eval/{name}"] for r in records), self.summary[name]]
+            for name in ("fgsm_top1", "pgd_top1")
+        )
+        found = adversarial.find_overfitting(fgsm, pgd, self.summary["attacked"])
+        if found is None:
+            return []
+        return [
+            f"catastrophic overfitting: since step {records[found]['step']} top-1 under PGD fell "
+            f"from {pgd[found]:.3f} to {pgd[-1]:.3f} while under FGSM it rose from "
+            f"{fgsm[found]:.3f} to {fgsm[-1]:.3f}; take --checkpoint=best of a run with "
+            "config.adversarial.method=pgd, more steps or a smaller epsilon"
+        ]
+
+    @property
+    def _measured(self) -> list[str]:
+        return [name for name in reported if self.summary[name] is not None]
 
 
 def make_batches(config: ConfigDict, preprocessing: Preprocessing) -> Callable[..., Iterator[Any]]:
@@ -222,12 +244,45 @@ def make_evaluate(
         batch_size=config.evaluate.batch_size,
     )
 
+    attack = _make_attack(config, outputs_fn, mesh, source, preprocessing)
+
     def evaluate(trainable, frozen, model_state) -> Evaluation:
         found, damaged = run_over(source, trainable, frozen, model_state)
         summary = summarize(found["logits"], found["label"], source.class_names)
+        summary |= attack(trainable, frozen, model_state)
         return Evaluation(found["logits"], found["label"], found["index"], summary, damaged)
 
     return evaluate
+
+
+def _make_attack(
+    config: ConfigDict,
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    source: Source,
+    preprocessing: Preprocessing,
+) -> Callable[..., dict[str, Any]]:
+    """A function (trainable, frozen, model_state) -> top-1 of a few images under attack."""
+    settings = config.adversarial
+    if "adversarial" not in config.recipes or not settings.watch:
+        return lambda *_: {"fgsm_top1": None, "pgd_top1": None, "attacked": 0}
+    part = subset(source, min(settings.watch, len(source)), config.seed)
+    watched = adversarial.make_watch(
+        outputs_fn, norm=settings.norm, epsilon=settings.epsilon, seed=config.seed
+    )
+    run_over = make_run_over(
+        watched,
+        mesh,
+        make_batches(config, preprocessing),
+        batch_size=config.evaluate.batch_size,
+    )
+
+    def attack(trainable, frozen, model_state) -> dict[str, Any]:
+        found, _ = run_over(part, trainable, frozen, model_state)
+        shares = {f"{name}_top1": float(found[name].mean()) for name in ("fgsm", "pgd")}
+        return {**shares, "attacked": len(found["pgd"])}
+
+    return attack
 
 
 # Results ----------------------------------------------------------------------------------------

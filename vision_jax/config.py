@@ -26,15 +26,24 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
     (
         "batch_size total_steps log_every checkpoint_every data.threads optim.accumulate "
         "evaluate.batch_size evaluate.repeats robustness.batch_size robustness.steps "
-        "robustness.restarts",
+        "robustness.restarts adversarial.steps",
         lambda value: value >= 1,
         "at least 1",
     ),
+    ("adversarial.replays", lambda value: value >= 2, "at least 2"),
+    ("adversarial.epsilon", lambda value: 0 < value < math.inf, "above 0"),
+    (
+        "adversarial.method",
+        lambda value: value in ("pgd", "fast", "free", "trades", "mart"),
+        "pgd, fast, free, trades or mart",
+    ),
+    ("adversarial.norm", lambda value: value in ("linf", "l2"), "linf or l2"),
     ("optim.drop_at", lambda value: 0 < value <= 1, "above 0 and at most 1"),
     ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     (
         "data.workers data.subset model.image_size augment.ops augment.mixup augment.cutmix "
-        "evaluate.every robustness.images",
+        "evaluate.every robustness.images adversarial.step adversarial.beta adversarial.weight_epsilon "
+        "adversarial.warmup_steps adversarial.watch",
         lambda value: 0 <= value < math.inf,
         "at least 0",
     ),

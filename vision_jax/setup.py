@@ -26,7 +26,7 @@ from vision_jax.errors import UserError, nearest
 from vision_jax.logging import RunLog
 from vision_jax.models import families
 from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, find_variant
-from vision_jax.recipes import objective
+from vision_jax.recipes import adversarial, objective
 from vision_jax.recipes.objective import Objective
 from vision_jax.trees import lora, paths
 
@@ -159,7 +159,7 @@ class Task(Protocol):
 TASKS: dict[str, Task] = {"classification": classify, "detection": detect}
 
 
-RECIPES = ("lora",)
+RECIPES = ("lora", "adversarial")
 
 
 def find_task(config: ConfigDict) -> Task:
@@ -300,13 +300,76 @@ def make_apply(model: Any) -> Callable[..., tuple[jax.Array, Any]]:
 
 def make_loss(config: ConfigDict, model: Any, apply: Any, assemble: Any) -> steps.LossFn:
     """The loss of a training step: the task's objective, changed by the config's recipes."""
-    return objective.make_loss(find_task(config).make_objective(config, model, apply, assemble))
+    goal = find_task(config).make_objective(config, model, apply, assemble)
+    if "adversarial" in config.recipes:
+        _check_adversarial(config)
+        settings = config.adversarial
+        goal = adversarial.harden(
+            goal,
+            settings.method,
+            _threat(config),
+            beta=settings.beta,
+            weight_epsilon=settings.weight_epsilon,
+        )
+    return objective.make_loss(goal)
+
+
+def _threat(config: ConfigDict) -> adversarial.Threat:
+    """What attacks in training may do."""
+    settings = config.adversarial
+    steps = {"fast": 1, "free": 1}.get(settings.method, settings.steps)
+    usual = {"fast": 1.25, "free": 1.0}.get(settings.method, 2.5 / steps)
+    return adversarial.Threat(
+        settings.norm,
+        settings.epsilon,
+        step=settings.step or usual,
+        steps=steps,
+        warmup_steps=settings.warmup_steps,
+    )
+
+
+def _check_adversarial(config: ConfigDict) -> None:
+    """What methods can't be combined with.
+
+    Raises:
+      UserError: such a combination.
+    """
+    settings, method = config.adversarial, f"config.adversarial.method {config.adversarial.method}"
+    if settings.norm == "linf" and settings.epsilon > 1:
+        raise UserError(
+            f"config.adversarial.epsilon is {settings.epsilon:g}, and images are in [0, 1]: 8 of "
+            "255 levels are 0.0314"
+        )
+    if settings.method in ("trades", "mart") and config.task != "classification":
+        raise UserError(
+            f"{method} compares the classes' probabilities of whole images, and config.task is "
+            f"{config.task}: use pgd"
+        )
+    if settings.method == "mart":
+        for name in ("label_smoothing", "mixup", "cutmix"):
+            if config.augment[name]:
+                raise UserError(
+                    f"{method} weighs the probability of the one true class, and "
+                    f"config.augment.{name} makes targets of several: set it to 0, or use trades"
+                )
+    if settings.method == "free" and config.optim.accumulate > 1:
+        raise UserError(
+            f"{method} updates after each backward pass, and config.optim.accumulate is for one "
+            "update after several: set it to 1"
+        )
+
+
+def replays(config: ConfigDict) -> int:
+    """Updates a step: several in free adversarial training."""
+    free = "adversarial" in config.recipes and config.adversarial.method == "free"
+    return config.adversarial.replays if free else 1
 
 
 def make_train_step(
     config: ConfigDict, loss_fn: steps.LossFn, tx: Any, schedule: Any, shardings: Any
 ) -> Any:
     """The one compiled step of a run."""
+    times = replays(config)
     return steps.make_train_step(
         loss_fn,
         tx,
@@ -314,6 +377,7 @@ def make_train_step(
         schedule=schedule,
         accumulate=config.optim.accumulate,
         ema_decay=config.optim.ema_decay,
+        replay=adversarial.make_replay(_threat(config), times) if times > 1 else None,
         shardings=shardings,
     )
 
@@ -476,7 +540,7 @@ def make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any
     schedule = optim.make_schedule(
         settings.schedule,
         peak=settings.lr,
-        total_steps=config.total_steps,
+        total_steps=config.total_steps * replays(config),
         warmup_steps=settings.warmup_steps,
         drop_at=settings.drop_at,
     )

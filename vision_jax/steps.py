@@ -48,6 +48,21 @@ class TrainState:
     ema: Flat | None
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Several updates on one batch, its images perturbed further by the gradient of each.
+
+    Attributes:
+      times: updates a batch.
+      start: (batch, key) -> the first perturbation, f[B, H, W, C]; the batch has "step".
+      move: (perturbation, its gradient, step) -> the next one.
+    """
+
+    times: int
+    start: Callable[[Mapping[str, jax.Array], jax.Array], jax.Array]
+    move: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
 def make_state(
     trainable: Flat, model_state: Any, *, tx: optax.GradientTransformation, ema: bool
 ) -> TrainState:
@@ -74,6 +89,7 @@ def make_train_step(
     schedule: Callable[[Any], Any],
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    replay: Replay | None = None,
     shardings: Any = None,
 ) -> Callable[[TrainState, Flat, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Compiles the step. `state` is donated: the arrays passed in are gone afterwards.
@@ -85,42 +101,52 @@ def make_train_step(
       loss_fn: see `LossFn`; transforms of the loss wrap it before it comes here.
       tx: the optimizer of `trainable`.
       seed: the step's key is fold_in(key(seed), step), so any step can be replayed alone.
-      schedule: learning rate by step, for the metrics only.
+      schedule: learning rate by update, for the metrics only.
       accumulate: micro-batches per update; the batch is split among them and gradients averaged.
       ema_decay: of the moving average of `trainable`; 0 keeps none.
+      replay: instead of one update a step; the loss function finds "perturbation" in the batch. Its
+        metrics are means over the updates. Not with `accumulate`.
       shardings: of the state that goes in and comes out; None leaves it to the compiler.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    assert replay is None or accumulate == 1
 
-    def train_step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array]):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        if accumulate == 1:
-            (loss, (model_state, metrics)), gradients = gradient(
-                state.trainable, frozen, state.model_state, {**batch, "step": state.step}, key
-            )
-        else:
-            loss, model_state, metrics, gradients = _accumulated(
-                gradient, accumulate, state, frozen, batch, key
-            )
+    def update(state, number, loss, model_state, metrics, gradients):
+        """The state after an update, the `number`-th of all, and the metrics of the one before."""
         updates, opt_state = tx.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         ema = state.ema
         if ema is not None:
-            ema = optim.update_ema(ema, trainable, ema_decay, state.step)
+            ema = optim.update_ema(ema, trainable, ema_decay, number)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         finite &= jnp.isfinite(optax.tree.norm(trainable))
         new = replace(
             state, trainable=trainable, opt_state=opt_state, model_state=model_state, ema=ema
         )
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        metrics = {
+        return new, {
             **metrics,
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(schedule(number), jnp.float32),
             "finite": finite,
         }
+
+    def train_step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array]):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if replay is not None:
+            new, metrics = _replayed(loss_fn, replay, update, state, frozen, batch, key)
+        else:
+            if accumulate == 1:
+                (loss, (model_state, metrics)), gradients = gradient(
+                    state.trainable, frozen, state.model_state, {**batch, "step": state.step}, key
+                )
+            else:
+                loss, model_state, metrics, gradients = _accumulated(
+                    gradient, accumulate, state, frozen, batch, key
+                )
+            new, metrics = update(state, state.step, loss, model_state, metrics, gradients)
+        new = jax.tree.map(lambda new, old: jnp.where(metrics["finite"], new, old), new, state)
         return replace(new, step=state.step + 1), metrics
 
     if shardings is None:
@@ -160,6 +186,34 @@ def _accumulated(gradient, accumulate, state, frozen, batch, key):
     (model_state, total), _ = jax.lax.scan(body, (state.model_state, zeros), micro)
     loss, metrics, gradients = jax.tree.map(lambda x: x / accumulate, total)
     return loss, model_state, metrics, gradients
+
+
+def _replayed(loss_fn, replay, update, state, frozen, batch, key):
+    """The state after `replay.times` updates on one batch, and their mean metrics.
+
+    One backward pass gives the gradient of the parameters and that of the perturbation.
+    """
+    start_key, key = jax.random.split(key)
+    batch = {**batch, "step": state.step}
+
+    def body(carry, turn):
+        now, perturbation = carry
+
+        def loss_of(trainable, perturbation):
+            perturbed = {**batch, "perturbation": perturbation}
+            return loss_fn(trainable, frozen, now.model_state, perturbed, key)
+
+        (loss, (model_state, metrics)), (gradients, uphill) = jax.value_and_grad(
+            loss_of, argnums=(0, 1), has_aux=True
+        )(now.trainable, perturbation)
+        number = state.step * replay.times + turn
+        now, metrics = update(now, number, loss, model_state, metrics, gradients)
+        return (now, replay.move(perturbation, uphill, state.step)), metrics
+
+    first = (state, replay.start(batch, start_key))
+    (new, _), metrics = jax.lax.scan(body, first, jnp.arange(replay.times))
+    finite = metrics.pop("finite").all()
+    return new, {**{name: values.mean(0) for name, values in metrics.items()}, "finite": finite}
 
 
 def make_eval_step(

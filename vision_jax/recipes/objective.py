@@ -27,7 +27,7 @@ class Objective:
 
     Attributes:
       look: (trainable, frozen, model_state, batch, key) -> view. Augmentation, and whatever is
-        added to it once; no gradient passes through it.
+        added to it once; no gradient passes from it to the parameters.
       forward: (trainable, frozen, model_state, view, key, *, train) -> (outputs, model_state). With
         train=False nothing is random, BatchNorm uses its running statistics, and the state that
         comes back is the one given.
@@ -45,9 +45,9 @@ def make_loss(objective: Objective) -> LossFn:
 
     def loss_fn(trainable, frozen, model_state, batch, key):
         look_key, forward_key = jax.random.split(key)
-        view = jax.lax.stop_gradient(
-            objective.look(trainable, frozen, model_state, batch, look_key)
-        )
+        # Not the view's: whoever perturbs the batch may ask for that gradient.
+        held = jax.lax.stop_gradient(trainable)
+        view = objective.look(held, frozen, model_state, batch, look_key)
         outputs, model_state = objective.forward(
             trainable, frozen, model_state, view, forward_key, train=True
         )

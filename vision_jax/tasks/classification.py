@@ -18,8 +18,8 @@ Batch = Mapping[str, jax.Array]
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """uint8 -> f32 in [0, 1]; images leave the host as bytes and grow here."""
-    return images.astype(jnp.float32) / 255
+    """uint8 -> f32 in [0, 1]; images leave the host as bytes and grow here. Floats stay as they are."""
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def forward_keys(key: jax.Array) -> dict[str, jax.Array]:
