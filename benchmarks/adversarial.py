@@ -70,7 +70,9 @@ def main() -> None:
             figures.append(train_once({**row, **overrides, "seed": str(seed)}))
             clean, under_pgd = figures[-1]
             seconds = time.monotonic() - start
-            print(f"{name:18} seed {seed}: {clean:.3f} {under_pgd:.3f}  {seconds:.0f} s", flush=True)
+            print(
+                f"{name:18} seed {seed}: {clean:.3f} {under_pgd:.3f}  {seconds:.0f} s", flush=True
+            )
         for column, values in zip(("clean", "PGD-20"), zip(*figures, strict=True), strict=True):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             print(f"{name:18} {column:6} {statistics.mean(values):.4f} ± {spread:.4f}", flush=True)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from vision_jax import optim
 from vision_jax.attacks import gradient, norms
@@ -54,9 +55,11 @@ class Threat:
     steps: int
     warmup_steps: int = 0
 
-    def radius(self, step: Array) -> Array:
+    def radius(self, step: Array) -> ArrayLike:
         """In training, at the step of this 0-based index."""
-        return self.epsilon * jnp.minimum(1.0, (step + 1) / max(self.warmup_steps, 1))
+        if not self.warmup_steps:
+            return self.epsilon
+        return self.epsilon * jnp.minimum(1.0, (step + 1) / self.warmup_steps)
 
     def attack(self, loss: LossOfImages, view: View, key: Array, *, noise: float = 0.0) -> Array:
         """The view's images after the attack, which begins anywhere in the ball or in `noise`."""
@@ -186,7 +189,7 @@ def perturb_weights(objective: Objective, epsilon: float) -> Objective:
 
         uphill = jax.grad(loss)(jax.lax.stop_gradient(trainable))
         shifted = {
-            path: array + epsilon * _rescaled(uphill[path], array)
+            path: array + epsilon * jax.lax.stop_gradient(_rescaled(uphill[path], array))
             if optim.is_decayed(path, array)
             else array
             for path, array in trainable.items()

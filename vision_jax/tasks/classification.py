@@ -18,7 +18,7 @@ Batch = Mapping[str, jax.Array]
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """uint8 -> f32 in [0, 1]; images leave the host as bytes and grow here. Floats stay as they are."""
+    """uint8 -> f32 in [0, 1]; images leave the host as bytes. Floats are in [0, 1] already."""
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
