@@ -19,11 +19,12 @@ from pathlib import Path
 from vision_jax import classify, modes, train
 from vision_jax.config import load_config
 from vision_jax.evaluate.run import make_run_over
+from vision_jax.logging import read_metrics
 from vision_jax.recipes import adversarial
 
 CONFIG = "configs/vit_lora_pgd.py"
 ROWS = {
-    "LoRA": {"recipes": "('lora',)", "optim.lr": "5e-3"},
+    "LoRA": {"recipes": "('lora',)"},
     "LoRA against PGD": {},
 }
 
@@ -47,10 +48,8 @@ def train_once(overrides: dict[str, str]) -> tuple[float, float]:
             watched, trained.mesh, batches, batch_size=config.evaluate.batch_size
         )
         found, _ = run_over(source, *trained.arguments)
-        evaluate = classify.make_evaluate(
-            config, trained.outputs_fn, trained.mesh, source, description.preprocessing
-        )
-        return evaluate(*trained.arguments).summary["top1"], float(found["pgd"].mean())
+        clean = read_metrics(Path(workdir) / "metrics.jsonl")[-1]["eval/top1"]
+        return clean, float(found["pgd"].mean())
 
 
 def main() -> None:
