@@ -119,6 +119,39 @@ def test_unknown_kinds_and_wrong_grids_are_refused():
         distillation.to_grid(random(2, 10, 4), (2, 2), grid=(2, 4), num_prefix=1)
 
 
+def test_shapes_that_do_not_go_together_are_refused():
+    boxes = random_boxes(2, 4)
+    for function, *shapes in (
+        (distillation.soft_logits, (2, 10), (2, 7)),
+        (distillation.hard_label, (2, 10), (2, 7)),
+        (distillation.hint, (2, 3, 4), (2, 5, 4)),
+        (distillation.attention_transfer, (2, 3, 4), (2, 5, 4)),
+        (distillation.attention_maps, (2, 3, 4, 4), (2, 1, 5, 5)),
+        (distillation.patch_tokens, (2, 3, 4), (2, 3, 5)),
+        (distillation.relational_distance, (2, 4), (3, 4)),
+        (lambda s, t: distillation.detr_queries(s, boxes, t, boxes), (2, 4, 5), (2, 4, 6)),
+    ):
+        with pytest.raises(UserError, match=r"the student gives \(.* the teacher \(.*: give both"):
+            jax.eval_shape(function, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+
+
+def test_sharded_batches_give_the_same_losses_and_gradients():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    cases = {
+        distillation.relational_distance: [random(8, 5), random(8, 5)],
+        distillation.relational_angle: [random(8, 5), random(8, 5)],
+        distillation.detr_queries: [
+            random(8, 6, 4), random_boxes(8, 6), random(8, 6, 4), random_boxes(8, 6),
+        ],
+    }  # fmt: skip
+    for function, arrays in cases.items():
+        step = jax.jit(jax.value_and_grad(lambda *arrays: function(*arrays).mean()))  # noqa: B023
+        alone, together = step(*arrays), step(*(jax.device_put(x, rows) for x in arrays))
+        np.testing.assert_allclose(alone[0], together[0], rtol=1e-6)
+        np.testing.assert_allclose(alone[1], together[1], rtol=1e-5, atol=1e-7)
+
+
 def test_tokens_on_their_own_grid_keep_their_places():
     tokens = random(2, 1 + 6, 4)
     grid = distillation.to_grid(tokens, (2, 3), grid=(2, 3), num_prefix=1)

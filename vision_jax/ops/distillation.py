@@ -8,7 +8,7 @@
 
 The mean over the batch is the loss of the paper; where that compares examples with each other, each
 row gets its share. No gradient flows to the teacher. All is computed in float32, or in float64
-where an input is.
+where an input is. Shapes that do not go together, and unknown kinds, raise UserError.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def soft_logits(logits: Array, teacher_logits: Array, temperature: float = 1.0) 
       teacher_logits: f[B, C].
       temperature: T > 0.
     """
-    logits, teacher_logits = _wide(logits, teacher_logits)
+    logits, teacher_logits = _wide(*_alike(logits, teacher_logits))
     return temperature**2 * _kl(logits / temperature, teacher_logits / temperature)
 
 
@@ -61,7 +61,7 @@ def hard_label(logits: Array, teacher_logits: Array, label_smoothing: float = 0.
       teacher_logits: f[B, C].
       label_smoothing: ε in [0, 1].
     """
-    logits, teacher_logits = _wide(logits, teacher_logits)
+    logits, teacher_logits = _wide(*_alike(logits, teacher_logits))
     classes = logits.shape[-1]
     best = jax.nn.one_hot(jnp.argmax(teacher_logits, axis=-1), classes, dtype=logits.dtype)
     return cross_entropy(logits, (1 - label_smoothing) * best + label_smoothing / classes)
@@ -89,9 +89,6 @@ def token(
       kind: of the teacher's term.
       weight: of the teacher's term, in [0, 1].
       temperature: of the soft term; the paper's is 3, with weight 0.1.
-
-    Raises:
-      UserError: another kind.
     """
     if _known(kind, ("soft", "hard")) == "soft":
         taught = soft_logits(token_logits, teacher_logits, temperature)
@@ -122,7 +119,7 @@ def decoupled(
       target_weight, other_weight: of the two terms.
       temperature: T.
     """
-    logits, teacher_logits = _wide(logits, teacher_logits)
+    logits, teacher_logits = _wide(*_alike(logits, teacher_logits))
     is_target = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
 
     def parts(logits: Array) -> tuple[Array, Array]:
@@ -184,7 +181,7 @@ def hint(features: Array, teacher_features: Array) -> Array:
       features: f[B, ...].
       teacher_features: f[B, ...] of the same shape.
     """
-    features, teacher_features = _wide(features, teacher_features)
+    features, teacher_features = _wide(*_alike(features, teacher_features))
     return _example_mean(jnp.square(features - teacher_features))
 
 
@@ -199,7 +196,7 @@ def attention_transfer(features: Array, teacher_features: Array, power: float = 
       teacher_features: f[B, ..., C'], of the same places; C' may differ.
       power: p.
     """
-    features, teacher_features = _wide(features, teacher_features)
+    features, teacher_features = _wide(*_alike(features, teacher_features, -1))
 
     def map_of(features: Array) -> Array:
         energy = jnp.mean(jnp.abs(features) ** power, axis=-1)  # [B, ...]
@@ -221,15 +218,13 @@ def attention_maps(
       attention: f[B, K, N, M], probabilities over the last axis.
       teacher_attention: f[B, K', N, M].
       kind: of the difference.
-
-    Raises:
-      UserError: another kind.
     """
     attention, teacher_attention = _wide(attention, teacher_attention)
     if attention.shape[1] != teacher_attention.shape[1]:
         attention, teacher_attention = (
             array.mean(1, keepdims=True) for array in (attention, teacher_attention)
         )
+    _alike(attention, teacher_attention)
     if _known(kind, ("kl", "mse")) == "mse":
         return _example_mean(jnp.square(attention - teacher_attention))
     smallest = float(jnp.finfo(attention.dtype).tiny)
@@ -247,13 +242,10 @@ def patch_tokens(
       tokens: f[B, ..., D], patch tokens without prefix, projected to the teacher's width.
       teacher_tokens: f[B, ..., D].
       kind: of the difference. The cosine's norms are at least 1e-8, as in torch.
-
-    Raises:
-      UserError: another kind.
     """
     if _known(kind, ("cosine", "mse")) == "mse":
         return hint(tokens, teacher_tokens)
-    tokens, teacher_tokens = _wide(tokens, teacher_tokens)
+    tokens, teacher_tokens = _wide(*_alike(tokens, teacher_tokens))
     return _example_mean(1 - (_unit(tokens, 1e-8) * _unit(teacher_tokens, 1e-8)).sum(-1))
 
 
@@ -267,7 +259,7 @@ def relational_distance(features: Array, teacher_features: Array) -> Array:
       features: f[B, D].
       teacher_features: f[B, D']; D' may differ.
     """
-    features, teacher_features = _wide(features, teacher_features)
+    features, teacher_features = _wide(*_alike(features, teacher_features, 1))
     difference = _distances(features) - _distances(teacher_features)
     return _huber(difference).mean(-1)
 
@@ -282,7 +274,7 @@ def relational_angle(features: Array, teacher_features: Array) -> Array:
       features: f[B, D].
       teacher_features: f[B, D']; D' may differ.
     """
-    features, teacher_features = _wide(features, teacher_features)
+    features, teacher_features = _wide(*_alike(features, teacher_features, 1))
 
     def cosines(features: Array) -> Array:
         direction = _unit(features[None] - features[:, None])  # [B, B, D], from each to each
@@ -373,6 +365,7 @@ def detr_queries(
     logits, boxes, teacher_logits, teacher_boxes = _wide(
         logits, boxes_cxcywh_01, teacher_logits, teacher_boxes_cxcywh_01, students=2
     )
+    _alike(logits[:, 0], teacher_logits[:, 0])
     probabilities = jax.nn.sigmoid if sigmoid else jax.nn.softmax
     objects = teacher_logits.shape[-1] - (not sigmoid)
     confidence = probabilities(teacher_logits)[..., :objects].max(-1)  # [B, Q']
@@ -434,9 +427,10 @@ def compress_logits(logits: Array, k: int, temperature: float = 1.0) -> TopLogit
     if not 0 < k < classes:
         raise UserError(f"top {k} logits of {classes} classes: take 1 to {classes - 1}, or all")
     logits = lax.stop_gradient(logits.astype(jnp.float32))
-    values, chosen = lax.top_k(logits, classes)  # sorted, so that the rest is a slice
-    rest = logsumexp(values[:, k:] / temperature, axis=-1) - jnp.log(float(classes - k))
-    return TopLogits(values[:, :k], chosen[:, :k].astype(jnp.int32), temperature * rest)
+    values, chosen = lax.top_k(logits, k)
+    others = jax.vmap(lambda row, at: row.at[at].set(-jnp.inf))(logits, chosen)
+    rest = logsumexp(others / temperature, axis=-1) - jnp.log(float(classes - k))
+    return TopLogits(values, chosen.astype(jnp.int32), temperature * rest)
 
 
 def expand_logits(top: TopLogits, num_classes: int) -> Array:
@@ -460,6 +454,16 @@ def _wide(*arrays: Array, students: int = 1) -> list[Array]:
         array.astype(dtype) if index < students else lax.stop_gradient(array).astype(dtype)
         for index, array in enumerate(arrays)
     ]
+
+
+def _alike(student: Array, teacher: Array, axes: int | None = None) -> tuple[Array, Array]:
+    """Both, if their shapes agree, or the first `axes` of them (-1: all but the last)."""
+    if student.shape[:axes] != teacher.shape[:axes]:
+        raise UserError(
+            f"distillation: the student gives {student.shape} and the teacher {teacher.shape}: "
+            "give both the same classes; project features, or bring them to one grid"
+        )
+    return student, teacher
 
 
 def _known(kind: str, kinds: tuple[str, ...]) -> str:
