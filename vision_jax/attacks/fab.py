@@ -32,7 +32,6 @@ def fab(
     steps: int = 100,
     targets: Array | None = None,
     start: Array | None = None,
-    restart: bool = False,
 ) -> Array:
     """The nearest image that fools, at whatever distance; the image itself where there is none.
 
@@ -43,16 +42,15 @@ def fab(
       logits_of_images: the model, deterministic.
       images: f[B, H, W, C] in [0, 1].
       labels: i32[B]; of an image that is misclassified already nothing changes.
-      keys: key[B], for a `restart`.
-      epsilon: a scalar or f[B]; a restart begins at half this distance.
+      keys: key[B], to begin at a random point; None begins at the images.
+      epsilon: a scalar or f[B]; the random point is at half this distance.
       norm: of the distance.
       steps: how many.
       targets: i32[B], whose boundary is looked for; fooled is whoever is not `labels`.
       start: f[B, H, W, C], where to begin instead of the images.
-      restart: begin at a random point.
     """
     images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
-    if restart:
+    if keys is not None:
         start = random_start(keys, images, epsilon, norm)
     begin = images if start is None else start.astype(images.dtype)
     rows = jnp.arange(len(images))
@@ -103,7 +101,7 @@ def fab(
 
 
 def random_start(keys: Array, images: Array, epsilon: ArrayLike, norm: Norm) -> Array:
-    """Noise of norm epsilon / 2 around each image, in [0, 1]: uniform for L-infinity, else normal."""
+    """Images with noise of norm epsilon / 2, in [0, 1]: uniform for L-infinity, else normal."""
     shape, dtype = images.shape[1:], images.dtype
     if norm == "linf":
         noise = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, -1, 1))(keys)
