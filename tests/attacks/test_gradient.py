@@ -66,16 +66,15 @@ def test_it_stays_in_ball_and_box_and_an_example_in_itself(norm, options):
     assert fooled.sum() >= solved.sum()
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_batch_size_and_order_change_nothing(options):
+def test_batch_size_and_order_change_nothing():
     with jax.enable_x64(True):  # in float32 the sign of next to nothing is chance
         images, labels, keys = make_case(dtype=np.float64)
-        run = jax.jit(lambda *given: attack(*given, **OPTIONS[options]))
+        run = jax.jit(lambda *given: attack(*given, **OPTIONS["all"]))
         whole = np.asarray(run(images, labels, keys))
-        chosen = np.array([7, 2, 11, 4])
+        chosen = np.array([7, 2, 11, 5])
         some = np.asarray(run(images[chosen], labels[chosen], keys[chosen]))
         np.testing.assert_allclose(some, whole[chosen], rtol=0, atol=1e-12)
-        other = np.asarray(run(images[chosen], labels[chosen], keys[chosen + 1 - 2 * (chosen > 4)]))
+        other = np.asarray(run(images[chosen], labels[chosen], keys[chosen - 1]))
         assert np.abs(other - some).max() > 1e-3
 
 
@@ -120,9 +119,7 @@ def test_fooling_counts_more_than_the_loss():
     images = jnp.full_like(images, 0.5)
     arguments = {"epsilon": 0.3, "step_size": 0.0, "steps": 1}
     found = gradient.pgd(loss_of_images, images, keys, restarts=6, **arguments)
-    single = gradient.pgd(loss_of_images, images, keys, **arguments)
-    assert loss_of_images(found)[1].sum() >= 58
-    assert loss_of_images(single)[1].sum() < 48
+    assert loss_of_images(found)[1].sum() >= 58  # each start does by a chance of a half
 
 
 def test_targets_are_reached():
@@ -153,21 +150,30 @@ def test_fgsm_is_one_signed_step():
     np.testing.assert_allclose(found, (images + 0.1 * jnp.sign(slope)).clip(0, 1), atol=1e-6)
 
 
+def bilinear(size):
+    """f[size, 8] that makes 8 pixels `size`: pixels are squares and the border goes on outside."""
+    at = (np.arange(size) + 0.5) * 8 / size - 0.5
+    weights = 1 - np.abs(at[:, None] - np.arange(8))
+    return weights.clip(0) / weights.clip(0).sum(1, keepdims=True)
+
+
 def test_diversity_is_bilinear_on_black():
-    images = make_case(200)[0]
-    keys = keys_of(np.arange(200))
-    seen = np.asarray(gradient.diversify(keys, images + 1, probability=0.5, smallest=0.5))
-    draws = jax.vmap(lambda key: gradient.draw_smaller(key, (8, 8), 0.5, 0.5))(keys)
-    for given, made, smaller, size, place in zip(
-        images + 1, seen, *map(np.asarray, draws), strict=True
-    ):
+    images, _, keys = make_case(200)
+
+    @jax.jit
+    def run(keys, images):
+        draws = jax.vmap(lambda key: gradient.draw_smaller(key, (8, 8), 0.5, 0.5))(keys)
+        return gradient.diversify(keys, images, probability=0.5, smallest=0.5), draws
+
+    seen, draws = jax.tree.map(np.asarray, run(keys, images))
+    for given, made, smaller, size, place in zip(np.asarray(images), seen, *draws, strict=True):
         expected = np.zeros(SHAPE)
         inside = tuple(slice(p, p + s) for p, s in zip(place, size, strict=True))
-        expected[inside] = jax.image.resize(given, (*size, 3), "linear", antialias=False)
+        expected[inside] = np.einsum("ih,jw,hwc->ijc", *map(bilinear, size), given)
         np.testing.assert_allclose(made, expected if smaller else given, atol=1e-5)
-    assert 70 < np.sum(draws[0]) < 130
-    assert set(np.asarray(draws[1]).ravel().tolist()) == {4, 5, 6, 7}
-    assert set(np.asarray(draws[2]).ravel().tolist()) == {0, 1, 2, 3, 4}
+    assert 70 < draws[0].sum() < 130
+    assert set(draws[1].ravel().tolist()) == {4, 5, 6, 7}
+    assert set(draws[2].ravel().tolist()) == {0, 1, 2, 3, 4}
 
 
 def test_what_makes_no_sense_is_an_error():
@@ -184,24 +190,20 @@ def test_what_makes_no_sense_is_an_error():
 
 def make_vit():
     model = ViT(
-        num_classes=5, image_size=(16, 16), patch_size=8, width=64, depth=2, num_heads=2,
+        num_classes=5, image_size=(16, 16), patch_size=8, width=64, depth=1, num_heads=2,
         mlp_width=256,
     )  # fmt: skip
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+
+    def init(key):
+        params = model.init(key, jnp.zeros((1, 16, 16, 3)))["params"]
+        return lora.attach(params, (r"block_\d+/.*",), key=key, rank=2, alpha=4.0)
+
+    like = jax.eval_shape(init, jax.random.key(0))
     flat = {
-        path: jnp.asarray(RANDOM.normal(size=x.shape) * 0.3, x.dtype)
-        for path, x in paths.flatten(params).items()
+        path: (RANDOM.normal(size=x.shape) * 0.3).astype(x.dtype)
+        for path, x in paths.flatten(like).items()
     }
-    params = lora.attach(
-        paths.unflatten(params, flat), (r"block_\d+/.*",), key=jax.random.key(1), rank=2, alpha=4.0
-    )
-    flat = paths.flatten(params)  # with adapters that do something
-    moved = {
-        path: jnp.asarray(RANDOM.normal(size=x.shape) * 0.3, x.dtype)
-        for path, x in flat.items()
-        if lora.is_adapter_path(path)
-    }
-    return model, paths.unflatten(params, flat | moved)
+    return model, paths.unflatten(like, flat)
 
 
 def vit_attack(model, params, images, labels, keys, steps=4):
@@ -222,6 +224,7 @@ def test_pgd_costs_its_steps_and_forms_no_parameter_gradient():
         )
         return loss_of_images(images)[0].sum()
 
+    merged = jax.jit(lora.merge)(params)
     with jax.numpy_rank_promotion("allow"):
         whole = flops(
             lambda params, images: vit_attack(model, params, images, labels, keys, steps=7),
@@ -230,7 +233,7 @@ def test_pgd_costs_its_steps_and_forms_no_parameter_gradient():
         )
         once = flops(jax.value_and_grad(forward, argnums=1), params, images)
         plain = flops(forward, params, images)
-        full = flops(jax.value_and_grad(forward, argnums=(0, 1)), lora.merge(params), images)
+        full = flops(jax.value_and_grad(forward, argnums=(0, 1)), merged, images)
     # Merging the adapters needs no image and may be done once, before the loop.
     print(whole / 7, once, plain, full)
     assert 0.9 * once <= whole / 7 <= 1.02 * once
@@ -242,14 +245,14 @@ def test_a_lora_tree_is_attacked_as_its_merged_kernels_and_sharded_parameters_as
     with jax.enable_x64(True):
         model, params = make_vit()
         model = model.clone(dtype=jnp.float64)
-        params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        params = jax.tree.map(lambda x: x.astype(np.float64), params)
         images = jnp.asarray(RANDOM.random((8, 16, 16, 3)))
-        labels = jnp.argmax(model.apply({"params": params}, images), axis=1)
+        labels = jnp.arange(8) % 5
         keys = keys_of(np.arange(8))
         run = jax.jit(lambda *given: vit_attack(model, *given))
         expected = np.asarray(run(params, images, labels, keys))
         assert np.abs(expected - images).max() > 0.02
-        merged = run(lora.merge(params), images, labels, keys)
+        merged = run(jax.jit(lora.merge)(params), images, labels, keys)
         np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-12)
         mesh = sharding.make_mesh(2, 4)
         flat = paths.flatten(params)

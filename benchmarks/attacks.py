@@ -1,0 +1,156 @@
+"""Attacks on identical weights and batches: this package beside torchattacks and foolbox.
+
+    pip install -e '.[parity]' && pip install --no-deps torchattacks==3.5.1
+    python -m benchmarks.attacks            # PGD-20 and C&W; minutes on two cores
+
+A small ResNet and a small ViT come from timm with random weights and go through our converter. All
+three get the same float32 images, labels and, for PGD, the same start: the images themselves.
+Seconds are wall time per image, compiled before, the best of three, the three in turn. C&W is one
+constant for torchattacks, which has no search, so ours and foolbox's are given one too.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import foolbox
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torchattacks
+
+from vision_jax import convert
+from vision_jax.attacks import gradient, losses
+from vision_jax.attacks.carlini_wagner import carlini_wagner
+from vision_jax.convert.twins import make_twin, randomize, randomize_statistics, sample_images
+from vision_jax.models.families import build_model
+from vision_jax.trees import paths
+
+MODELS = {
+    "ResNet, 32 px": ("resnet18", {"layers": (2, 2, 2, 2), "channels": (16, 32, 64, 128)}, 32),
+    "ViT, 64 px": (
+        "vit_tiny_patch16_224",
+        {"embed_dim": 96, "depth": 4, "num_heads": 3, "img_size": 64, "patch_size": 8},
+        64,
+    ),
+}
+
+
+class Normalized(torch.nn.Module):
+    """The twin on images in [0, 1]."""
+
+    def __init__(self, module, arguments):
+        super().__init__()
+        self.module = module
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(arguments[name]).reshape(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images):
+        return self.module((images - self.mean) / self.std)
+
+
+def make_models(build, given, size):
+    """(logits_of_images, the peers' model), of the same random weights."""
+    twin = make_twin("timm", build, {"num_classes": 10, **given})
+    randomize(twin.module, 0)
+    randomize_statistics(twin, (size, size), 3, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = convert.read_weights(twin.save(Path(folder)))
+        family, arguments = convert.recognize(weights)
+        model = build_model(family, **arguments)
+        like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+        target = {path: x for tree in like.values() for path, x in paths.flatten(tree).items()}
+        flat = convert.import_weights(weights, target, arguments)
+        flat = {path: np.array(x) for path, x in flat.items()}
+    variables = {
+        name: paths.unflatten(tree, {path: flat[path] for path in paths.flatten(tree)})
+        for name, tree in like.items()
+    }
+    return lambda images: model.apply(variables, images), Normalized(twin.module, arguments)
+
+
+def make_attacks(logits_of_images, peer, labels, flags):
+    """{attack: {library: function from images}}; ours takes and gives NHWC, theirs NCHW."""
+    ce = losses.make_untargeted(logits_of_images, jnp.asarray(labels))
+    margin = losses.make_untargeted(logits_of_images, jnp.asarray(labels), losses.margin)
+    wrapped = foolbox.PyTorchModel(peer, bounds=(0, 1), device="cpu")
+    y = torch.from_numpy(labels)
+    epsilon, step_size, weight, rate = 4 / 255, 1 / 255, 1.0, 0.01
+    pgd = torchattacks.PGD(peer, epsilon, step_size, flags.steps, random_start=False)
+    cw = torchattacks.CW(peer, c=weight, steps=flags.cw_steps, lr=rate)
+    their_pgd = foolbox.attacks.LinfPGD(
+        abs_stepsize=step_size, steps=flags.steps, random_start=False
+    )
+    their_cw = foolbox.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=1,
+        steps=flags.cw_steps,
+        stepsize=rate,
+        initial_const=weight,
+        abort_early=False,
+    )
+    arguments = {"epsilon": epsilon, "step_size": step_size, "steps": flags.steps}
+    search = {"steps": flags.cw_steps, "searches": 1, "learning_rate": rate, "weight": weight}
+    return {
+        f"PGD-{flags.steps}": {
+            "vision_jax": jax.jit(
+                lambda x: gradient.pgd(ce, x, None, random_start=False, **arguments)
+            ),
+            "torchattacks": lambda x: pgd(x, y),
+            "foolbox": lambda x: their_pgd.run(wrapped, x, y, epsilon=epsilon),
+        },
+        f"C&W, {flags.cw_steps} steps": {
+            "vision_jax": jax.jit(lambda x: carlini_wagner(margin, x, **search)),
+            "torchattacks": lambda x: cw(x, y),
+            "foolbox": lambda x: their_cw.run(wrapped, x, y),
+        },
+    }
+
+
+def main() -> None:
+    """Prints seconds an image, how much faster ours is, and on how many verdicts they differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cw_steps", type=int, default=50)
+    parser.add_argument("--only", default="", help="attacks whose name has this")
+    flags = parser.parse_args()
+    print(f"{flags.images} images, {torch.get_num_threads()} torch threads, {jax.devices()[0]}")
+    for name, (build, given, size) in MODELS.items():
+        logits_of_images, peer = make_models(build, given, size)
+        images = sample_images(flags.images, (size, size), 3, 1).astype(np.float32)
+        ours = jnp.asarray(images)
+        theirs = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        logits = jax.jit(logits_of_images)
+        labels = np.asarray(logits(ours)).argmax(1)
+        attacks = make_attacks(logits_of_images, peer, labels.astype(np.int64), flags)
+        for attack, runs in attacks.items():
+            if flags.only not in attack:
+                continue
+            seconds = {library: float("inf") for library in runs}
+            fooled = {}
+            jax.block_until_ready(runs["vision_jax"](ours))
+            for _ in range(3):
+                for library, run in runs.items():
+                    start = time.perf_counter()
+                    found = jax.block_until_ready(run(ours if library == "vision_jax" else theirs))
+                    taken = time.perf_counter() - start
+                    seconds[library] = min(seconds[library], taken / flags.images)
+                    if library != "vision_jax":
+                        found = found.detach().numpy().transpose(0, 2, 3, 1)
+                    fooled[library] = np.asarray(logits(found)).argmax(1) != labels
+            for library, taken in seconds.items():
+                ratio = taken / seconds["vision_jax"]
+                differ = int((fooled[library] != fooled["vision_jax"]).sum())
+                print(
+                    f"{name:14}{attack:15}{library:13}{taken * 1e3:8.2f} ms an image,"
+                    f" {ratio:5.2f} x ours, fooled {fooled[library].mean():.3f},"
+                    f" {differ} verdicts differ",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
