@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
         r"backbone/stage_[1-3]/.*(conv\d?|downsample_conv)/kernel",
         "(?!backbone).*",
     )
-    config.recipes = ()  # techniques that are on: lora, adversarial, each with its section
+    config.recipes = ()  # what is on: lora, adversarial, each with its section
 
     config.model = model = ConfigDict()
     # A .safetensors file, a folder in Hugging Face layout, hf://owner/name; "" starts from random

@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
     config.trainable = ("head/.*",)
-    config.recipes = ("lora",)  # techniques that are on: lora, adversarial, each with its section
+    config.recipes = ("lora",)  # what is on: lora, adversarial, each with its section
 
     config.model = model = ConfigDict()
     # embedded:NAME, a .safetensors file, a folder in Hugging Face layout, hf://owner/name;

@@ -31,7 +31,7 @@ def small(path: Path):
     changes = {name: value for name, value in runs.overrides().items() if name in keep}
     changes["total_steps"] = "2"
     arguments = load_config(str(path), {}).model.arguments
-    if arguments:
+    if "width" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))
     return load_config(str(path), changes)
 

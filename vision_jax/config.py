@@ -42,8 +42,8 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
     ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     (
         "data.workers data.subset model.image_size augment.ops augment.mixup augment.cutmix "
-        "evaluate.every robustness.images adversarial.step adversarial.beta adversarial.weight_epsilon "
-        "adversarial.warmup_steps adversarial.watch",
+        "evaluate.every robustness.images adversarial.step adversarial.beta "
+        "adversarial.weight_epsilon adversarial.warmup_steps adversarial.watch",
         lambda value: 0 <= value < math.inf,
         "at least 0",
     ),

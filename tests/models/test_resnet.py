@@ -16,6 +16,7 @@ FORMS = {
     "d": {"stem_widths": (4, 6), "pooled_shortcut": True},
     "transformers": {"stride_first": True, "first_stride": 2},
     "no pool": {"stem_pool": False},
+    "for CIFAR": {"stem_size": 3, "stem_pool": False},
 }
 
 

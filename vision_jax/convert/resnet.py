@@ -48,6 +48,7 @@ _STRUCTURE = (
     "groups",
     "base_width",
     "stem_width",
+    "stem_size",
     "stem_widths",
     "pooled_shortcut",
     "stride_first",
@@ -189,7 +190,7 @@ def _stem_type(arguments: Arguments) -> str | None:
 
 def _holds(source: str, arguments: Arguments) -> bool:
     a = arguments
-    if not a["stem_pool"] or a["dilation"]:
+    if not a["stem_pool"] or a["stem_size"] != 7 or a["dilation"]:
         return False
     if source == "transformers":
         plain = not a["stem_widths"] and not a["pooled_shortcut"]

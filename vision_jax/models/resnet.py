@@ -215,7 +215,8 @@ class ResNet(nn.Module):
       widths: each stage's channels before a bottleneck's expansion by 4.
       groups, base_width: a bottleneck's 3 x 3 has width · base_width / 64 · groups channels.
       stem_width: channels of the stem.
-      stem_widths: of the two further 3 x 3 convolutions in a deep stem; () for one 7 x 7.
+      stem_size: of the stem's one convolution: 7 halves the image, 3 keeps it (ResNets for CIFAR).
+      stem_widths: of the two further 3 x 3 convolutions in a deep stem; () for one alone.
       pooled_shortcut: shortcuts that shrink pool first and then project.
       stride_first: a bottleneck's stride sits on its first 1 x 1 (transformers'
         downsample_in_bottleneck).
@@ -237,6 +238,7 @@ class ResNet(nn.Module):
     groups: int = 1
     base_width: int = 64
     stem_width: int = 64
+    stem_size: Literal[7, 3] = 7
     stem_widths: tuple[int, ...] = ()
     pooled_shortcut: bool = False
     stride_first: bool = False
@@ -260,12 +262,16 @@ class ResNet(nn.Module):
     @property
     def pyramid(self) -> tuple[tuple[str, int], ...]:
         """Named features and their stride in pixels, from fine to coarse."""
-        stride = (4 if self.stem_pool else 2) * self.first_stride
+        stride = self._stem_stride * (2 if self.stem_pool else 1) * self.first_stride
         last = len(self.depths) - 1
         return tuple(
             (f"stage_{i}", stride * 2 ** (i - (self.dilation and i == last)))
             for i in range(len(self.depths))
         )
+
+    @property
+    def _stem_stride(self) -> int:
+        return 2 if self.stem_widths or self.stem_size == 7 else 1
 
     @property
     def num_layers(self) -> int:
@@ -359,13 +365,13 @@ class ResNet(nn.Module):
             x = BatchNorm(frozen=self.freeze_norm, dtype=self.dtype, name=name)(x, train)
             return relu(x, mask)
 
-        mask = stride_mask(mask, 2)
+        mask = stride_mask(mask, self._stem_stride)
         if self.stem_widths:
             for index, width in enumerate(self.stem_widths):
                 x = norm(conv(x, f"conv1_{index}", width, 3, 2 - (index > 0)), f"bn1_{index}")
             x = conv(x, f"conv1_{len(self.stem_widths)}", self.stem_width, 3, 1)
         else:
-            x = conv(x, "conv1", self.stem_width, 7, 2)
+            x = conv(x, "conv1", self.stem_width, self.stem_size, self._stem_stride)
         x = norm(x, "bn1")
         if self.stem_pool:
             mask = stride_mask(mask, 2)
