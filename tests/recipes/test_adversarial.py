@@ -279,6 +279,34 @@ def records(pairs):
     ]
 
 
+# (FGSM, PGD) of 200 held-out images, every 150 updates of single-step training (step 2 epsilon) of
+# a network of two convolutions on Fashion-MNIST at 14 x 14 pixels.
+OVERFITTING = [(0.335, 0.135), (0.52, 0.105), (0.565, 0.055), (0.61, 0.07)]  # epsilon 0.25
+OVERFITTING += [(0.625, 0.055), (0.69, 0.065), (0.69, 0.025)]
+HEALTHY = [(0.465, 0.42), (0.52, 0.48), (0.53, 0.49), (0.575, 0.52)]  # epsilon 0.1
+HEALTHY += [(0.585, 0.535), (0.59, 0.53), (0.58, 0.54), (0.565, 0.515), (0.585, 0.54)]
+WARMED_UP = [(0.06, 0.0), (0.11, 0.005), (0.24, 0.025), (0.35, 0.08)]  # epsilon 0.3, over 500
+WARMED_UP += [(0.39, 0.115), (0.475, 0.16), (0.555, 0.205), (0.57, 0.16)]
+
+
+def test_catastrophic_overfitting_is_said():
+    *before, (fgsm, pgd) = OVERFITTING
+    (text,) = evaluation(fgsm, pgd).warnings(70, records(before))
+    assert text.startswith(
+        "catastrophic overfitting: since step 10 top-1 under PGD fell from 0.135"
+    )
+    assert "from 0.335 to 0.690" in text
+    assert "\n" not in text
+    for history in (HEALTHY, WARMED_UP):
+        for end in range(len(history)):
+            fgsm, pgd = history[end]
+            found = evaluation(fgsm, pgd).warnings(10 * end + 10, records(history[:end]))
+            assert found == [], history[end]
+    # Both fell: that is another illness. And a fall on few images may be chance.
+    assert evaluation(0.3, 0.025).warnings(70, records(before)) == []
+    assert evaluation(0.69, 0.025, attacked=20).warnings(70, records(before)) == []
+
+
 def test_without_attacks_an_evaluation_says_nothing_of_them():
     plain = evaluation(None, None, 0)
     assert "pgd" not in plain.line()

@@ -289,8 +289,9 @@ def find_overfitting(fgsm: Sequence[float], pgd: Sequence[float], count: int) ->
       The evaluation since which it fell, the best one under PGD; or None.
     """
     best = max(range(len(pgd)), key=pgd.__getitem__)
-    chance = 3 * math.sqrt(2 * 0.25 / count)  # 3 deviations of a difference of two shares, at most
-    return best if pgd[best] - pgd[-1] > chance and fgsm[-1] > fgsm[best] else None
+    variance = sum(share * (1 - share) / count for share in (pgd[best], pgd[-1]))
+    fell = pgd[best] - pgd[-1] > 3 * math.sqrt(variance)  # more than other images would explain
+    return best if fell and fgsm[-1] > fgsm[best] else None
 
 
 def _outputs_of_images(
