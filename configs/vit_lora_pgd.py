@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.task = "classification"
     config.seed = 0  # of initialization, data order, augmentation and dropout
     config.batch_size = 64  # images per update, over all devices
-    config.total_steps = 100  # updates
+    config.total_steps = 200  # updates
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices: -1 takes what is left
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
     optim.name = "adamw"  # adamw, sgd, lars, lamb, lion, muon
     optim.lr = 5e-3
     optim.schedule = "cosine"  # cosine, linear, constant, step; after the warm-up
-    optim.warmup_steps = 10
+    optim.warmup_steps = 20
     optim.drop_at = 2 / 3  # share of the updates after which step falls to a tenth
     optim.weight_decay = 0.01  # on kernels and adapters, not on biases, norms and embeddings
     optim.b1 = 0.9
