@@ -222,11 +222,10 @@ def _move_mass(images: Array, epsilon: ArrayLike, norm: Norm) -> Propose:
     bumps = np.zeros((len(sides), 2 * height, 2 * width))
     for level, side in enumerate(sides):
         bumps[level, height : height + side, width : width + side] = bump(side, norm)
-    bumps = jnp.asarray(bumps, images.dtype)
     upright_bumps = np.zeros(bumps.shape)
     for level, side in enumerate(sides):
         upright_bumps[level, height : height + side, width : width + side] = bump(side, norm).T
-    both = jnp.stack([bumps, jnp.asarray(upright_bumps, images.dtype)])
+    both = jnp.asarray(np.stack([bumps, upright_bumps]), images.dtype)
 
     def size(delta: Array) -> Array:
         """Of each channel, f[B, 1, 1, C]."""
@@ -267,6 +266,6 @@ def _move_mass(images: Array, epsilon: ArrayLike, norm: Norm) -> Propose:
 def _put(delta: Array, images: Array, epsilon: ArrayLike, norm: Norm) -> Array:
     """L2: stretched to epsilon and clipped; L1: put back into the ball and the box."""
     if norm == "l1":
-        return norms.project(images + delta, images, epsilon, norm)
+        return norms.project(images + delta, images, epsilon * (1 - 1e-6), norm)
     radius = norms.per_example(epsilon, images)
     return jnp.clip(images + radius * norms.normalize(delta, norm), 0, 1)
