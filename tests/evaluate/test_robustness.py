@@ -55,7 +55,8 @@ def test_accuracies_are_those_of_a_linear_model(subject):
     side = np.where(examples.labels == 1, 1, -1)
     margin = side * ((examples.images.reshape(41, -1) / 255 - 0.5) @ difference)
     attacks = {
-        name: make_attack(name, norm="linf", steps=5, restarts=1) for name in ("fgsm", "pgd")
+        name: make_attack(name, norm="linf", steps=5, restarts=1)
+        for name in ("fgsm", "pgd", "apgd-ce")
     }
     classifier = Classifier(linear, (weights,), sharding.make_mesh(-1, 1), 16)
     passed, said = [], []
@@ -63,14 +64,14 @@ def test_accuracies_are_those_of_a_linear_model(subject):
         classifier, examples, CLASSES, margin > 0, attacks, EPSILONS,
         norm="linf", seed=0, advance=lambda: passed.append(1), say=said.append,
     )  # fmt: skip
-    for name in ("fgsm", "pgd", "all"):
+    for name in ("fgsm", "pgd", "apgd-ce", "all"):
         for row, epsilon in zip(results[name], EPSILONS, strict=True):
             left = margin - epsilon * np.abs(difference).sum()
             assert row["accuracy"] == np.mean((margin > 0) & (left > 0))
             assert row["epsilon"] == epsilon
             assert row["count"] == 41
-    assert len(passed) == 2 * 3 * 3  # attacks, epsilons, batches of 16
-    assert len(said) == 3 * 3
+    assert len(passed) == 3 * 3 * 3  # attacks, epsilons, batches of 16
+    assert len(said) == 4 * 3
     assert all(line.endswith("n=41") for line in said)
     # Calibration is of the attacked logits: wrong examples are pushed too.
     pushed = examples.images.reshape(41, -1) / 255 - 0.05 * side[:, None] * np.sign(difference)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from vision_jax import sharding
 from vision_jax.attacks import gradient, losses, norms
+from vision_jax.attacks.apgd import apgd
 from vision_jax.attacks.losses import LogitsOfImages
 from vision_jax.attacks.norms import Norm
 from vision_jax.data.corruptions import corrupt
@@ -209,11 +210,18 @@ def _pgd(norm, steps, restarts, logits_of_images, images, labels, keys, epsilon,
     )
 
 
+def _apgd(loss, norm, steps, restarts, logits_of_images, images, labels, keys, epsilon):
+    raised = losses.make_untargeted(logits_of_images, labels, loss)
+    return apgd(raised, images, keys, epsilon=epsilon, norm=norm, steps=steps, restarts=restarts)
+
+
 ATTACKS: dict[str, Callable[..., Array]] = {
     "fgsm": _fgsm,
     "pgd": _pgd,
     "mifgsm": partial(_pgd, momentum=1.0, random_start=False),
     "difgsm": partial(_pgd, momentum=1.0, diversity=0.5),
+    "apgd-ce": partial(_apgd, losses.cross_entropy),
+    "apgd-dlr": partial(_apgd, losses.dlr),
 }
 
 
