@@ -72,6 +72,12 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
         lambda value: len(value) > 0 and all(x in range(1, 6) for x in value),
         "whole numbers from 1 to 5",
     ),
+    (
+        "robustness.autoattack",
+        lambda value: value in ("off", "standard", "plus", "rand"),
+        "off, standard, plus or rand",
+    ),
+    ("robustness.autoattack_epsilon", lambda value: 0 < value < math.inf, "above 0"),
     ("robustness.norm", lambda value: value in ("linf", "l2", "l1"), "linf, l2 or l1"),
     ("augment.magnitude", lambda value: 0 <= value <= 30, "between 0 and 30"),
     (

@@ -306,6 +306,18 @@ def robustness(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
             advance=advance,
             say=say,
         )
+        if settings.autoattack != "off":
+            record["autoattack"] = robust.under_autoattack(
+                classifier,
+                seen,
+                examples,
+                class_names,
+                version=settings.autoattack,
+                norm=norm,
+                epsilon=settings.autoattack_epsilon,
+                seed=seed,
+                say=say,
+            )
         record["corruptions"] = robust.under_corruptions(
             seen,
             examples,

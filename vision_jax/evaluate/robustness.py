@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from vision_jax import sharding
 from vision_jax.attacks import gradient, losses, norms
 from vision_jax.attacks.apgd import apgd
+from vision_jax.attacks.autoattack import Version, autoattack
 from vision_jax.attacks.losses import LogitsOfImages
 from vision_jax.attacks.norms import Norm
 from vision_jax.data.corruptions import corrupt
@@ -298,6 +299,57 @@ def under_attacks(
         for record in results["all"]:
             say(line(f"all of them {show_epsilon(record['epsilon'], norm)}", record))
     return results
+
+
+def under_autoattack(
+    classifier: Classifier,
+    classify: Callable[..., Outputs],
+    examples: Examples,
+    class_names: Sequence[str],
+    *,
+    version: Version,
+    norm: Norm,
+    epsilon: float,
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Figures of AutoAttack, with the share that stood after each of its attacks.
+
+    Args:
+      classify: from `make_classify`, without an attack.
+    """
+
+    def logits_fn(arguments, images, keys=None):
+        del keys  # a finished model draws nothing, for "rand" neither
+        return classifier.logits_fn(*arguments, images)
+
+    images = examples.images
+    verdicts = autoattack(
+        logits_fn,
+        classifier.arguments,
+        images.astype(np.float32) / 255 if images.dtype == np.uint8 else images,
+        examples.labels,
+        epsilon=epsilon,
+        norm=norm,
+        version=version,
+        batch_size=classifier.batch_size,
+        mesh=classifier.mesh,
+        index=examples.index,
+        seed=seed,
+        report=lambda name, done, rounds, left: say(
+            f"  autoattack {name} {done}/{rounds}: {left:.4f} stand"
+        ),
+    )
+    attacked = replace(examples, images=verdicts.images.astype(np.float32))
+    logits = classify(attacked, leave_out=("image",))["logits"]
+    record = {
+        "version": version,
+        "epsilon": epsilon,
+        **figures(logits, examples.labels, verdicts.robust, class_names),
+        "after": verdicts.accuracy,
+    }
+    say(line(f"autoattack {version} {show_epsilon(epsilon, norm)}", record))
+    return record
 
 
 def under_corruptions(

@@ -28,6 +28,7 @@ from vision_jax.evaluate.robustness import (
     make_over,
 )
 
+MOST = 64  # examples
 STEPS = 40  # of the PGD that the others are compared with
 QUERIES = 300  # of the black-box attack
 RESTARTS = 2
@@ -68,7 +69,7 @@ def check_gradients(
     seed: int,
     surrogate: Classifier | None = None,
 ) -> list[Finding]:
-    """All checks on the first batch of examples that the model has right.
+    """All checks on the first 64 examples (a batch at most) that the model has right.
 
     Args:
       classifier: in float32.
@@ -81,7 +82,7 @@ def check_gradients(
     over = partial(make_over, classifier)
     forward = over(_forward)
     right = forward(examples)["logits"].argmax(-1) == examples.labels
-    some = examples.take(np.flatnonzero(right)[: classifier.batch_size])
+    some = examples.take(np.flatnonzero(right)[: min(MOST, classifier.batch_size)])
     count, values = len(some.labels), some.images[0].size
     if not count:
         return []
