@@ -133,9 +133,11 @@ def get_config() -> ConfigDict:
     robustness.batch_size = 100
     robustness.norm = "linf"  # linf, l2 or l1: of what epsilons measure, in pixels from 0 to 1
     robustness.epsilons = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
-    robustness.attacks = ("fgsm", "pgd")  # fgsm, pgd, mifgsm, difgsm
+    robustness.attacks = ("fgsm", "pgd")  # of fgsm, pgd, mifgsm, difgsm, apgd-ce, apgd-dlr
     robustness.steps = 20  # of each attack but fgsm
     robustness.restarts = 1
+    robustness.autoattack = "off"  # standard, plus, rand; about 100 times PGD-20's time
+    robustness.autoattack_epsilon = 8 / 255
     robustness.corruptions = ("all",)  # or some of the 15 (docs/robustness.md), or ()
     robustness.severities = (1, 2, 3, 4, 5)
     robustness.self_check = True  # look for signs of masked gradients, at the largest epsilon

@@ -118,6 +118,31 @@ def test_epsilon_zero_is_clean_to_the_bit(subject):
         np.testing.assert_array_equal(over(weights, name)(examples, 0.0)["logits"], clean)
 
 
+def test_autoattack_finds_what_a_linear_model_withstands(subject):
+    """Of three classes: the nearest boundary in L-infinity is the L1 norm of a difference away."""
+    _, examples = subject
+    weights = np.random.default_rng().normal(size=(48, 3)).astype(np.float32)
+    logits = linear(weights, examples.images / 255)
+    examples = Examples(examples.images, logits.argmax(-1).astype(np.int32), examples.index)
+    top = weights.T[examples.labels]  # [41, 48]
+    reach = np.abs(top[:, None] - weights.T).sum(-1)  # [41, 3]
+    gap = logits.max(-1, keepdims=True) - logits
+    distance = np.where(reach > 0, gap / np.maximum(reach, 1e-9), np.inf).min(-1)
+    epsilon = float(np.sort(distance)[20:22].mean())
+    classifier = Classifier(linear, (weights,), sharding.make_mesh(-1, 1), 16)
+    classify = make_classify(classifier, None, norm="linf", seed=0)
+    said = []
+    record = robustness.under_autoattack(
+        classifier, classify, examples, ("a", "b", "c"),
+        version="rand", norm="linf", epsilon=epsilon, seed=0, say=said.append,
+    )  # fmt: skip
+    assert record["accuracy"] == np.mean(distance > epsilon) == 20 / 41
+    assert record["after"]["clean"] == 1
+    assert min(record["after"].values()) == record["accuracy"]
+    assert record["count"] == 41
+    assert said[-1].endswith("n=41")
+
+
 def test_corruptions_are_those_of_the_rows(subject):
     weights, examples = subject
     results = robustness.under_corruptions(
