@@ -242,7 +242,7 @@ def make_watch(
     epsilon: float,
     seed: int,
 ) -> Callable[..., dict[str, Array]]:
-    """Evaluation under attack: which images are still classified right.
+    """Evaluation under attack: which images are classified right, before and after.
 
     (trainable, frozen, model_state, batch) -> {"fgsm": bool[B], "pgd": bool[B], "mask", "index"},
     of FGSM and of PGD with 20 steps from a random start.
@@ -271,7 +271,8 @@ def make_watch(
             step_size=2.5 * epsilon / WATCH_STEPS,
             steps=WATCH_STEPS,
         )
-        right = {name: ~loss(x)[1] for name, x in (("fgsm", one_step), ("pgd", many_steps))}
+        clean = ~loss(images)[1]
+        right = {"fgsm": clean & ~loss(one_step)[1], "pgd": clean & ~loss(many_steps)[1]}
         return {**right, "mask": batch["mask"], "index": batch["index"]}
 
     return watched
