@@ -274,7 +274,7 @@ def _make_attack(
         watched,
         mesh,
         make_batches(config, preprocessing),
-        batch_size=config.evaluate.batch_size,
+        batch_size=min(config.evaluate.batch_size, len(part)),
     )
 
     def attack(trainable, frozen, model_state) -> dict[str, Any]:
