@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, at small size."""
 
+import json
 import os
 from pathlib import Path
 
@@ -19,6 +20,11 @@ SMALL = {
     "any_checkpoint": {
         '"embedded:fashion_mnist/train"': '"embedded:fashion_mnist/test"',
         "(1, 20), (1, 5, 10), 5": "(1,), (1,), 2",
+    },
+    "robust_lora": {
+        "STEPS = 200": "STEPS = 2",
+        "JUDGED = 200": "JUDGED = 20",
+        "(1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255)": "(8 / 255,)",
     },
     "detect_your_objects": {"STEPS = 1500": "STEPS = 10", "SIDE = 160": "SIDE = 64"},
 }
@@ -69,3 +75,14 @@ def test_detect_your_objects(tmp_path, monkeypatch):
     assert "evaluation on " in printed
     assert len(list((run / "predictions").glob("*.png"))) == 3
     assert (run / "model.safetensors").is_file()
+
+
+def test_robust_lora(tmp_path, monkeypatch):
+    printed = execute("robust_lora", tmp_path, monkeypatch)
+    for name in ("LoRA", "LoRA_against_PGD"):
+        record = json.loads((tmp_path / "runs" / name / "robustness.json").read_text())
+        assert record["images"] == 20
+        (under_pgd,) = record["attacks"]["pgd"]
+        both = f"{record['clean']['accuracy']:.3f} {under_pgd['accuracy']:.3f}"
+        assert f"{name.replace('_', ' '):18} {both}" in printed
+    assert "eval/pgd_top1" in read_metrics(tmp_path / "runs/LoRA_against_PGD/metrics.jsonl")[-1]
