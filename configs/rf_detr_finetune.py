@@ -136,6 +136,15 @@ def get_config() -> ConfigDict:
     evaluate.score = 0.5  # boxes below it are not drawn
     evaluate.patience = 500  # updates after which predictions must not be empty or constant
 
+    config.robustness = robustness = ConfigDict()  # of --mode=robustness, on a finished run
+    robustness.images = 500  # evenly spread over the evaluation data; 0 takes all
+    robustness.batch_size = 8
+    robustness.norm = "linf"  # linf, l2 or l1: of what epsilons measure, in pixels from 0 to 1
+    robustness.epsilons = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
+    robustness.attacks = ("fgsm", "pgd")
+    robustness.steps = 10  # of pgd
+    robustness.restarts = 1
+
     config.checkpoint_every = 500  # updates; evaluations are checkpointed too
     config.log_every = 10  # updates between lines in metrics.jsonl
     return config

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vision_jax.attacks import norms
 from vision_jax.config import write_json
 from vision_jax.data.detection import (
     DetectionSource,
@@ -40,6 +41,7 @@ from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.evaluate import detection as evaluation
 from vision_jax.evaluate import detection_figures as figures
+from vision_jax.evaluate import detection_robustness as robust
 from vision_jax.evaluate.detection import Detections
 from vision_jax.evaluate.run import make_run_over
 from vision_jax.logging import RunLog
@@ -202,6 +204,10 @@ def make_objective(
     config: ConfigDict, model: Any, apply: classification.Apply, assemble: Callable[..., Any]
 ) -> Objective:
     """What training lowers: the set loss that the model's head is made for."""
+    return detection.make_objective(apply, assemble, set_loss=_make_set_loss(config, model))
+
+
+def _make_set_loss(config: ConfigDict, model: Any, *, alone: bool = False) -> detection.SetLoss:
     loss = config.loss
     weights = {
         "class_cost": loss.class_cost,
@@ -210,6 +216,7 @@ def make_objective(
         "class_weight": loss.class_weight,
         "l1_weight": loss.l1_weight,
         "giou_weight": loss.giou_weight,
+        "alone": alone,
     }
     if config.data.max_boxes > model.num_queries:
         raise UserError(
@@ -233,7 +240,7 @@ def make_objective(
             groups=outputs["logits"].shape[2] // model.num_queries,  # one in evaluation
         )
 
-    return detection.make_objective(apply, assemble, set_loss=set_loss)
+    return set_loss
 
 
 def make_outputs(
@@ -241,8 +248,11 @@ def make_outputs(
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """What evaluation needs of a batch."""
     del config
-    find = softmax_detections if family_of(model) == "detr" else sigmoid_detections
-    return detection.make_outputs(apply, assemble, find=find)
+    return detection.make_outputs(apply, assemble, find=_find_of(model))
+
+
+def _find_of(model: Any) -> detection.Find:
+    return softmax_detections if family_of(model) == "detr" else sigmoid_detections
 
 
 @dataclass(frozen=True)
@@ -303,25 +313,30 @@ def make_evaluate(
 
     def evaluate(trainable, frozen, model_state) -> Evaluation:
         found, damaged = run_over(source, trainable, frozen, model_state)
-        read = np.zeros(len(source), bool)
-        read[found["index"]] = True
-        seen = source if read.all() else part_of(source, read)
-        found["index"] = np.cumsum(read)[found["index"]].astype(np.int32) - 1  # rows of `seen`
-        detections = evaluation.collect_detections([found])
-        summary = evaluation.summarize(detections, seen)
-        return Evaluation(detections, seen, summary, damaged, config.evaluate.patience)
+        return _evaluation(config, source, found, damaged)
 
     return evaluate
 
 
-def _make_run_over(config, outputs_fn, mesh, preprocessing):
+def _evaluation(config, source, found, damaged) -> Evaluation:
+    read = np.zeros(len(source), bool)
+    read[found["index"]] = True
+    seen = source if read.all() else part_of(source, read)
+    found["index"] = np.cumsum(read)[found["index"]].astype(np.int32) - 1  # rows of `seen`
+    detections = evaluation.collect_detections([found])
+    summary = evaluation.summarize(detections, seen)
+    return Evaluation(detections, seen, summary, damaged, config.evaluate.patience)
+
+
+def _make_run_over(config, outputs_fn, mesh, preprocessing, batch_size=None):
     make_batches = partial(
         make_detection_eval_batches,
         preprocessing=preprocessing,
         max_boxes=config.data.max_boxes,
         num_threads=config.data.threads,
     )
-    return make_run_over(outputs_fn, mesh, make_batches, batch_size=config.evaluate.batch_size)
+    batch_size = batch_size or config.evaluate.batch_size
+    return make_run_over(outputs_fn, mesh, make_batches, batch_size=batch_size)
 
 
 # Results ----------------------------------------------------------------------------------------
@@ -355,6 +370,139 @@ def write_results(
         "confusion.png": "found, missed and mistaken, by class",
         "predictions.png": "images with predicted and true boxes",
     }
+
+
+# Robustness -------------------------------------------------------------------------------------
+
+
+def robustness(
+    config: ConfigDict,
+    workdir: Path,
+    model: Any,
+    apply: classification.Apply,
+    assemble: Callable[..., Any],
+    arguments: tuple[Any, Any, Any],
+    mesh: Mesh,
+    preprocessing: DetectionPreprocessing,
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """AP under attack by epsilon: lines on the screen, robustness.json and robustness.png.
+
+    Attacks raise the set loss of each image. The matching is made anew at each step; no gradient
+    passes through it. One compilation an attack and canvas, whatever the epsilons.
+
+    Args:
+      config: the run's, with its section robustness.
+      workdir: where files are written.
+      model, apply, assemble: see `make_objective`.
+      arguments: (trainable, frozen, model_state).
+      mesh: of the devices.
+      preprocessing: of the images.
+      class_names: by label.
+
+    Returns:
+      What robustness.json holds.
+
+    Raises:
+      UserError: an unknown attack, or bad input.
+    """
+    settings = config.robustness
+    norm, epsilons = settings.norm, sorted(settings.epsilons)
+    source = read_eval_source(config, tuple(class_names))
+    count = min(settings.images or len(source), len(source))
+    kept = np.zeros(len(source), bool)
+    kept[np.linspace(0, len(source) - 1, count).astype(int)] = True
+    source = part_of(source, kept)
+    objective = detection.make_objective(
+        apply, assemble, set_loss=_make_set_loss(config, model, alone=True)
+    )
+    trainable, frozen, model_state = arguments
+
+    def make_attacked(attack):
+        return detection.make_attacked_outputs(
+            objective, find=_find_of(model), attack=attack, seed=config.seed
+        )
+
+    def make_measure(attack):
+        attacked = make_attacked(attack)
+
+        def outputs_fn(*arguments):  # whole images stay on the device
+            outputs = dict(attacked(*arguments))
+            change = outputs.pop("attacked") - outputs.pop("image")
+            return {**outputs, "size": norms.size(change, norm).reshape(-1)}
+
+        run_over = _make_run_over(config, outputs_fn, mesh, preprocessing, settings.batch_size)
+
+        def measure(name: str, epsilon: float) -> dict[str, Any]:
+            state = (model_state, np.float32(epsilon), source.rows.astype(np.int32))
+            found, damaged = run_over(source, trainable, frozen, state)
+            summary = _evaluation(config, source, found, damaged).summary
+            figures_of = {name: summary[name] for name in ("ap", "ap50", "ap75", "count")}
+            if not jax.process_index():
+                print(robust.line(name, figures_of), flush=True)
+            return figures_of | {"epsilon": epsilon, "largest": float(found["size"].max())}
+
+        return measure
+
+    attacks = {
+        name: robust.make_attack(name, norm=norm, steps=settings.steps, restarts=settings.restarts)
+        for name in settings.attacks
+    }
+    clean = make_measure(robust.no_attack)("clean", 0.0)
+    record: dict[str, Any] = {"images": clean["count"], "norm": norm, "clean": clean}
+    record["attacks"] = {
+        name: [measure(f"{name} {robust.show_epsilon(e, norm)}", e) for e in epsilons]
+        for name, measure in ((name, make_measure(attack)) for name, attack in attacks.items())
+    }
+    pictures = []
+    if attacks and epsilons:
+        pictures = _attacked_pictures(
+            config, make_attacked(attacks[settings.attacks[-1]]), arguments, source, mesh,
+            preprocessing, epsilons[-1],
+        )  # fmt: skip
+    if jax.process_index() == 0:
+        write_json(record, workdir / "robustness.json")
+        robust.draw_robustness(
+            record, pictures, class_names, workdir / "robustness.png", score=config.evaluate.score
+        )
+        print(f"wrote {workdir / 'robustness.json'}")
+        print(f"wrote {workdir / 'robustness.png'}")
+    return record
+
+
+def _attacked_pictures(config, attacked, arguments, source, mesh, preprocessing, epsilon):
+    """Of some images what is found before and after, with boxes in pixels of what the model sees.
+
+    [(outputs of the plain image, outputs of the attacked one)], each of one image: "image" and
+    "attacked" f32[h, w, C], "score" f32[N], "label" i32[N], "boxes_xyxy_px" f32[N, 4].
+    """
+
+    def outputs_fn(*arguments):
+        *before, batch = arguments
+        return {
+            **attacked(*before, {**batch, "original_size": batch["size"]}),
+            "size": batch["size"],
+        }
+
+    run_over = _make_run_over(config, outputs_fn, mesh, preprocessing, 1)
+    trainable, frozen, model_state = arguments
+    pairs = []
+    for row in np.unique(np.linspace(0, len(source) - 1, robust.PICTURES).astype(int)):
+        one = part_of(source, np.arange(len(source)) == row)
+        pair = []
+        for size in (0.0, epsilon):
+            state = (model_state, np.float32(size), one.rows.astype(np.int32))
+            try:
+                found, _ = run_over(one, trainable, frozen, state)
+            except UserError:
+                break  # it is damaged
+            height, width = found["size"][0]
+            pair.append({name: array[0] for name, array in found.items()})
+            for name in ("image", "attacked"):
+                pair[-1][name] = pair[-1][name][:height, :width]
+        else:
+            pairs.append(pair)
+    return pairs
 
 
 def predict(

@@ -1,6 +1,7 @@
 """Our DETR against transformers' and the original, restated: values, gradients, files both ways."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
 from vision_jax import convert
+from vision_jax.attacks import gradient
 from vision_jax.certify import certify_twin, relative_error
 from vision_jax.convert.__main__ import main
 from vision_jax.convert.read import Weights
@@ -27,6 +30,7 @@ from vision_jax.convert.twins import (
 from vision_jax.errors import UserError
 from vision_jax.models.detr import VARIANTS
 from vision_jax.models.families import FAMILIES, build_model
+from vision_jax.ops.detection_losses import detr_loss
 from vision_jax.trees.paths import flatten, unflatten
 
 SIZE = (97, 130)
@@ -343,3 +347,96 @@ def test_a_rebuilt_twin_is_strict(tmp_path):
     table = table_for_export("transformers", family, arguments)
     with pytest.raises(RuntimeError, match="missing"):
         rebuild(table, family, arguments, flat, None, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("attack", "norm", "alone"), [("pgd", "linf", True), ("fgsm", "l2", False)]
+)
+def test_attacks_climb_as_on_the_twin(attack, norm, alone, tmp_path):
+    """From the same start, on a padded batch, in float64: the steps are those of its set loss.
+
+    `alone`, each image is a batch of its own there.
+    """
+    twin = twin_of("transformers, R50's shape")
+    twin.save(tmp_path)
+    images, mask = padded_batch()
+    images[~mask] = 0.7  # what stands in the padding must not matter and not move
+    rng = np.random.default_rng()
+    counts = (2, 0, 4)
+    label = rng.integers(0, 3, (3, 5))
+    boxes = np.concatenate([rng.uniform(0.3, 0.7, (3, 5, 2)), rng.uniform(0.1, 0.5, (3, 5, 2))], -1)
+    real = np.arange(5) < np.array(counts)[:, None]
+    epsilon, step_size, steps = {"pgd": (0.03, 0.012, 4), "fgsm": (0.8, 0.8, 1)}[attack]
+    start = images
+    if attack == "pgd":
+        start = np.clip(images + rng.uniform(-0.005, 0.005, images.shape) * mask[..., None], 0, 1)
+
+    with jax.enable_x64(True):
+        model, variables = imported(tmp_path, mask_padding=False)
+
+        def loss_of_images(images):
+            found = model.apply(variables, images, jnp.asarray(mask))
+            losses, _ = detr_loss(
+                found["logits"], found["boxes_cxcywh_01"], label, boxes, real, np.ones(3, bool),
+                no_object_weight=0.3, alone=alone,
+            )  # fmt: skip
+            return losses, jnp.zeros(3, bool)
+
+        limits = {"norm": norm, "epsilon": epsilon, "pixels": jnp.asarray(mask)[..., None]}
+        climbed = functools.partial(gradient.fgsm, loss_of_images, **limits)
+        if attack == "pgd":
+            own = {"step_size": step_size, "steps": steps, "start": jnp.asarray(start)}
+            climbed = functools.partial(gradient.pgd, loss_of_images, keys=None, **own, **limits)
+        ours = np.asarray(jax.jit(climbed)(images=jnp.asarray(images)))
+
+    module = twin.module.double()
+    states: list[torch.Tensor] = []
+    for layer in module.model.decoder.layers:
+        layer.register_forward_hook(lambda module, inputs, output: states.append(output))
+    settings = transformers.DetrConfig(eos_coefficient=0.3, num_labels=3, auxiliary_loss=True)
+    mean, std = (torch.tensor(x, dtype=torch.float64) for x in (model.mean, model.std))
+    pixel_mask = torch.from_numpy(mask)
+    targets = [
+        {"class_labels": torch.from_numpy(k[m]), "boxes": torch.from_numpy(b[m])}
+        for k, b, m in zip(label, boxes, real, strict=True)
+    ]
+
+    def uphill(at):
+        at = at.clone().requires_grad_()
+        given = ((at - mean) / std * pixel_mask[..., None]).permute(0, 3, 1, 2)
+        for rows in [[0], [1], [2]] if alone else [[0, 1, 2]]:
+            states.clear()
+            module(given[rows], pixel_mask=pixel_mask[rows])
+            # Its own auxiliary outputs are of another network, whose layers see normalized states.
+            hidden = module.model.decoder.layernorm(torch.stack(states))
+            logits = module.class_labels_classifier(hidden)
+            found = module.bbox_predictor(hidden).sigmoid()
+            torch.set_default_dtype(torch.float64)  # of the class weights that the loss makes
+            loss, _, _ = ForObjectDetectionLoss(
+                logits[-1],
+                [targets[row] for row in rows],
+                "cpu",
+                found[-1],
+                settings,
+                logits,
+                found,
+            )
+            torch.set_default_dtype(torch.float32)
+            loss.backward(retain_graph=True)
+        return at.grad
+
+    def length(x):
+        return x.square().sum((1, 2, 3), keepdim=True).sqrt()
+
+    clean, at = torch.from_numpy(images), torch.from_numpy(start)
+    for _ in range(steps):
+        up = uphill(at)
+        if norm == "linf":
+            change = (at + step_size * up.sign() - clean).clamp(-epsilon, epsilon)
+        else:
+            change = at + step_size * up / length(up) - clean
+            change = change * (epsilon / length(change)).clamp(max=1)
+        at = (clean + change).clamp(0, 1)
+    np.testing.assert_allclose(ours, at.numpy(), rtol=0, atol=1e-10)
+    assert np.abs(ours - images).max() > 0.002
+    np.testing.assert_array_equal(ours[~mask], images[~mask])

@@ -32,6 +32,7 @@ def fgsm(
     *,
     epsilon: ArrayLike,
     norm: Norm = "linf",
+    pixels: Array | None = None,
 ) -> Array:
     """One whole step from the images themselves (Goodfellow et al. 2015); it draws nothing."""
     return pgd(
@@ -42,6 +43,7 @@ def fgsm(
         step_size=epsilon,
         steps=1,
         norm=norm,
+        pixels=pixels,
         random_start=False,
     )
 
@@ -55,6 +57,7 @@ def pgd(
     step_size: ArrayLike,
     steps: int,
     norm: Norm = "linf",
+    pixels: Array | None = None,
     random_start: bool = True,
     start: Array | None = None,
     restarts: int = 1,
@@ -76,6 +79,7 @@ def pgd(
       step_size: the norm of a step, a scalar or f[B]; may be traced.
       steps: how many.
       norm: of the ball and of the steps.
+      pixels: bool[B, H, W, 1], which may change, such as those that are no padding; None for all.
       random_start: from a uniform point of the ball instead of the image.
       start: f[B, H, W, C], the point to start at instead of either.
       restarts: of each example, the end that fools is kept, then the one of the highest loss.
@@ -111,6 +115,8 @@ def pgd(
             begin = norms.random_start(fold(own, 0), images, epsilon, norm)
         else:
             begin = images
+        if pixels is not None:
+            begin = jnp.where(pixels, begin, images)
 
         def step(carry, number):
             at, direction = carry
@@ -119,6 +125,8 @@ def pgd(
                 draw = partial(diversify, fold(own, number), probability=diversity)
                 seen = lambda x: loss_of_images(draw(x, smallest=smallest))  # noqa: E731
             gradient, _, fooled = input_gradient(seen, at)
+            if pixels is not None:
+                gradient = jnp.where(pixels, gradient, 0)
             direction = momentum * direction + norms.normalize(gradient, "l1")
             moved = at + length * norms.steepest(direction, at, norm)
             moved = norms.project(moved, images, epsilon, norm)

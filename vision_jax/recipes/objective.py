@@ -16,7 +16,8 @@ import jax
 from vision_jax.steps import Flat, LossFn, Metrics
 
 # What the model and the criterion see of a batch: "image" f32[B, H, W, C] in [0, 1], augmented;
-# the task's targets; "mask" bool[B] and "index" i32[B]; "step" i32[], updates done.
+# the task's targets; "mask" bool[B] and "index" i32[B]; "step" i32[], updates done. "pixels"
+# bool[B, H, W, 1] where images are padded: those that are none.
 View = Mapping[str, jax.Array]
 Outputs = Mapping[str, Any]
 

@@ -17,6 +17,8 @@ from vision_jax.tasks.classification import Apply, Batch, forward_keys, to_float
 SetLoss = Callable[[Mapping[str, jax.Array], Batch], tuple[jax.Array, dict[str, jax.Array]]]
 # find(logits f[B, Q, K or K + 1], boxes_cxcywh_01 f[B, Q, 4], size i32[B, 2]) -> scored boxes
 Find = Callable[[jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
+# attack(loss of images, images f[B, H, W, C], keys[B], epsilon=, pixels=) -> images
+Attack = Callable[..., jax.Array]
 
 
 def pixel_mask(size: jax.Array, canvas: Sequence[int]) -> jax.Array:
@@ -44,14 +46,16 @@ def make_objective(
 
     def look(trainable, frozen, model_state, batch: Batch, key):
         del trainable, frozen, model_state, key
-        return {**batch, "image": to_float(batch["image"])}
+        images = to_float(batch["image"])
+        pixels = pixel_mask(batch["size"], images.shape[1:3])[..., None]
+        return {**batch, "image": images, "pixels": pixels}
 
     def forward(trainable, frozen, model_state, view, key, *, train):
         return apply(
             assemble({**trainable, **frozen}),
             model_state,
             view["image"],
-            pixel_mask(view["size"], view["image"].shape[1:3]),
+            view["pixels"][..., 0],
             train=train,
             keys=forward_keys(key) if train else {},
         )
@@ -80,5 +84,42 @@ def make_outputs(apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any
         )
         found = find(outputs["logits"][-1], outputs["boxes_cxcywh_01"][-1], batch["original_size"])
         return {**found, **{name: batch[name] for name in ("mask", "index")}}
+
+    return outputs_fn
+
+
+def make_attacked_outputs(objective: Objective, *, find: Find, attack: Attack, seed: int):
+    """As `make_outputs`, of images that are changed to raise the objective's losses.
+
+    (trainable, frozen, (model_state, epsilon f32[], rows i32[N]), batch) -> what `make_outputs`
+    gives, and "image" and "attacked" f32[B, H, W, C]. An image's random draws come from the seed
+    and rows[index], its place in the whole data, and from nothing of the batch.
+
+    Args:
+      objective: its losses of an image must not depend on other images: `alone`, of a set loss.
+      find: scored boxes of outputs.
+      attack: (loss, images, keys, epsilon=, pixels=) -> images.
+      seed: of the draws.
+    """
+
+    def outputs_fn(trainable, frozen, state, batch: Batch):
+        model_state, epsilon, rows = state
+        key = jax.random.key(seed)
+        view = objective.look(trainable, frozen, model_state, batch, key)
+
+        def outputs_of_images(images):
+            seen = {**view, "image": images}
+            return objective.forward(trainable, frozen, model_state, seen, key, train=False)[0]
+
+        def loss(images):
+            losses, _ = objective.criterion(trainable, outputs_of_images(images), view)
+            return losses, jnp.zeros(losses.shape, bool)
+
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows[batch["index"]])
+        attacked = attack(loss, view["image"], keys, epsilon=epsilon, pixels=view["pixels"])
+        outputs = outputs_of_images(attacked)
+        found = find(outputs["logits"][-1], outputs["boxes_cxcywh_01"][-1], batch["original_size"])
+        images = {"image": view["image"], "attacked": attacked}
+        return {**found, **images, **{name: batch[name] for name in ("mask", "index")}}
 
     return outputs_fn
