@@ -1,0 +1,97 @@
+"""Attacks on a detector: padding stays, and an image's attack depends on nothing but the image."""
+
+import detection_runs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vision_jax import detect, modes, setup, sharding
+from vision_jax.attacks import gradient
+from vision_jax.data.detection_pipeline import make_detection_eval_batches
+from vision_jax.tasks import detection
+
+EPSILON = 0.05
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return modes.restore(detection_runs.tiny_config(), detection_runs.finished(), "last")
+
+
+@pytest.fixture(scope="module")
+def batch(trained):
+    """8 images of 48 × 48 on a canvas of 64 × 80; what stands in the padding is not black."""
+    config = detection_runs.tiny_config()
+    preprocessing = trained.description.preprocessing
+    preprocessing = type(preprocessing)(**{**vars(preprocessing), "buckets": ((64, 80),)})
+    source = detect.read_eval_source(config, trained.description.class_names)
+    made = next(
+        make_detection_eval_batches(
+            source, batch_size=8, preprocessing=preprocessing, max_boxes=6, num_threads=1
+        )
+    )
+    made["image"][~np.asarray(detection.pixel_mask(jnp.asarray(made["size"]), (64, 80)))] = 99
+    return made
+
+
+@pytest.fixture(scope="module")
+def attacked(trained):
+    """A compiled function of a batch: outputs under attack, with losses before and after."""
+    config = detection_runs.tiny_config()
+    model = setup.build_model(config, trained.description)
+    objective = detection.make_objective(
+        setup.make_apply(model),
+        trained.assemble,
+        set_loss=detect._make_set_loss(config, model, alone=True),
+    )
+    outputs_fn = detection.make_attacked_outputs(
+        objective, find=detect._find_of(model), attack=pgd, seed=3
+    )
+    trainable, frozen, model_state = jax.device_get(trained.arguments)
+    state = (model_state, np.float32(EPSILON), 7 * jnp.arange(9))
+
+    def losses_of(batch, images):
+        key = jax.random.key(0)
+        view = {**objective.look(trainable, frozen, model_state, batch, key), "image": images}
+        outputs, _ = objective.forward(trainable, frozen, model_state, view, key, train=False)
+        return objective.criterion(trainable, outputs, view)[0]
+
+    def outputs_and_losses(batch):
+        found = outputs_fn(trainable, frozen, state, batch)
+        images = {"before": found["image"], "after": found["attacked"]}
+        return {**found, **{name: losses_of(batch, image) for name, image in images.items()}}
+
+    return jax.jit(outputs_and_losses)
+
+
+def pgd(loss, images, keys, *, epsilon, pixels):
+    return gradient.pgd(
+        loss, images, keys, epsilon=epsilon, step_size=epsilon / 2, steps=2, pixels=pixels
+    )
+
+
+def test_an_attack_stays_in_its_ball_and_off_the_padding(attacked, batch):
+    found = jax.device_get(attacked(batch))
+    inside = np.asarray(detection.pixel_mask(jnp.asarray(batch["size"]), (64, 80)))
+    np.testing.assert_allclose(found["image"], batch["image"] / 255, rtol=1e-6)
+    change = found["attacked"] - found["image"]
+    assert (change[~inside] == 0).all()
+    assert np.abs(change).max() == pytest.approx(EPSILON, rel=1e-5)
+    assert (np.abs(change[inside]) > 0.2 * EPSILON).mean() > 0.5
+    assert (found["after"] > found["before"]).all()
+
+
+def test_an_attack_is_the_same_in_another_batch_and_on_8_devices(attacked, batch):
+    """But for signs of gradients that are zero up to rounding."""
+    alone = jax.device_get(attacked(batch))
+    order = np.concatenate([np.arange(8)[::-1], [0, 0, 0, 3, 3, 5, 6, 6]])
+    other = {name: array[order] for name, array in batch.items()}
+    placed = sharding.make_batch_placer(sharding.make_mesh(data=-1, fsdp=1))(other)
+    assert len(placed["image"].sharding.device_set) == 8
+    spread = jax.device_get(attacked(placed))
+    for name in ("attacked", "score", "boxes_xyxy_px", "after"):
+        wanted = alone[name][order]
+        same = np.isclose(spread[name], wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+        print(name, same.mean(), np.abs(spread[name] - wanted).max())
+        assert same.mean() > 0.999 if name == "attacked" else 0.9, name
