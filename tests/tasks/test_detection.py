@@ -9,6 +9,7 @@ import pytest
 from vision_jax import detect, modes, setup, sharding
 from vision_jax.attacks import gradient
 from vision_jax.data.detection_pipeline import make_detection_eval_batches
+from vision_jax.recipes import adversarial
 from vision_jax.tasks import detection
 
 EPSILON = 0.05
@@ -95,3 +96,38 @@ def test_an_attack_is_the_same_in_another_batch_and_on_8_devices(attacked, batch
         same = np.isclose(spread[name], wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
         print(name, same.mean(), np.abs(spread[name] - wanted).max())
         assert same.mean() > 0.999 if name == "attacked" else 0.9, name
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_adversarial_training_keeps_off_the_padding(norm):
+    """Even of a model that would see it."""
+    rng = np.random.default_rng()
+    slope = jnp.asarray(rng.normal(size=(6, 7, 3)), jnp.float32)
+
+    def apply(params, model_state, images, pixels, *, train, keys):
+        del params, pixels, keys
+        assert not train
+        return {"sum": (slope * images).sum((1, 2, 3))}, model_state
+
+    objective = detection.make_objective(
+        apply, dict, set_loss=lambda outputs, view: (outputs["sum"], {})
+    )
+    threat = adversarial.Threat(norm, epsilon=0.1, step=0.5, steps=3)
+    size = np.array([[6, 7], [4, 7], [6, 2]], np.int32)
+    batch = {
+        "image": rng.uniform(0.3, 0.7, (3, 6, 7, 3)).astype(np.float32),
+        "size": size,
+        "index": np.arange(3),
+        "mask": np.ones(3, bool),
+        "step": jnp.int32(0),
+    }
+    look = adversarial.harden(objective, "pgd", threat).look
+    image = jax.jit(look)({}, {}, {}, batch, jax.random.key(0))["image"]
+    change = np.asarray(image) - batch["image"]
+    inside = np.asarray(detection.pixel_mask(jnp.asarray(size), (6, 7)))
+    assert (change[~inside] == 0).all()
+    assert (change[inside] != 0).all()
+    if norm == "linf":
+        np.testing.assert_allclose(np.abs(change[inside]).max(), 0.1, rtol=1e-5)
+    else:
+        np.testing.assert_allclose(np.sqrt(np.square(change).sum((1, 2, 3))), 0.1, rtol=1e-5)

@@ -74,6 +74,7 @@ class Threat:
             step_size=self.step * radius,
             steps=self.steps,
             start=images + noise * _normal(keys, images) if noise else None,
+            pixels=view.get("pixels"),
         )
 
 
