@@ -96,8 +96,10 @@ def draw_robustness(
         for (name, rows), color in zip(record["attacks"].items(), COLORS, strict=False):
             points = [(0.0, record["clean"][what]), *((r["epsilon"], r[what]) for r in rows)]
             x, y = zip(*points, strict=True)
+            y = np.array(y, float)  # None, where there is no true box, is no point
             axes.plot([unit * e for e in x], y, marker="o", color=color, label=name)
-        axes.plot(0, record["clean"][what], "s", color=INK, label="clean")
+        clean = np.array([record["clean"][what]], float)
+        axes.plot([0.0], clean, "s", color=INK, label="clean")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("epsilon" + (" × 255" if unit == 255 else "") + f" ({record['norm']})")
