@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vision_jax import classify, convert, setup, sharding, steps
+from vision_jax import classify, convert, detect, setup, sharding, steps
 from vision_jax.checkpoints import Checkpoints, last_complete_step
 from vision_jax.config import check_ranges, load_config, write_json
 from vision_jax.convert import peft
@@ -246,21 +246,31 @@ def frozen(config: ConfigDict, workdir: Path) -> int:
 
 def robustness(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     """--mode=robustness: a finished classifier under attacks and corruptions, and a look at whether
-    the attacks can be trusted; WORKDIR/robustness.json and robustness.png.
+    the attacks can be trusted; a detector's AP under attack. WORKDIR/robustness.json and .png.
 
     Raises:
-      UserError: another task, a run without the config's section, or bad input.
+      UserError: a run without the config's section, or bad input.
     """
-    if config.task != "classification":
-        raise UserError(
-            f"--mode=robustness is for classification, and this run's task is {config.task}"
-        )
     if "robustness" not in config:
         raise UserError(
             f"{workdir / 'config.json'} is older than --mode=robustness: copy the section "
             "robustness from the config.json of a new run"
         )
     check_ranges(config)
+    if config.task == "detection":
+        trained = restore(config, workdir, checkpoint)
+        detect.robustness(
+            config,
+            workdir,
+            trained.model,
+            setup.make_apply(trained.model),
+            trained.assemble,
+            trained.arguments,
+            trained.mesh,
+            trained.description.preprocessing,
+            trained.description.class_names,
+        )
+        return 0
     settings = config.robustness
     norm, epsilons, seed = settings.norm, sorted(settings.epsilons), config.seed
     names = corruptions.find_names(settings.corruptions, "config.robustness.corruptions")

@@ -100,7 +100,7 @@ def draw_robustness(
             axes.plot([unit * e for e in x], y, marker="o", color=color, label=name)
         clean = np.array([record["clean"][what]], float)
         axes.plot([0.0], clean, "s", color=INK, label="clean")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("epsilon" + (" × 255" if unit == 255 else "") + f" ({record['norm']})")
         title = f"{what.upper()} under attack, {record['images']:,} images"
