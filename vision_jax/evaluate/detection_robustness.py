@@ -87,17 +87,17 @@ def draw_robustness(
     """
     lower = 10.5 if pictures else 0
     figure = Figure(figsize=(14, 4.4 + lower), dpi=100, layout="constrained")
-    upper = figure
+    upper: Any = figure
     if pictures:
-        upper, below = figure.subfigures(2, 1, height_ratios=(4.4, lower))
+        parts: Any = figure.subfigures(2, 1, height_ratios=(4.4, lower))
+        upper, below = parts
         _draw_pictures(below, pictures, class_names, record, score)
     unit = 255 if record["norm"] == "linf" else 1
     for axes, what in zip(upper.subplots(1, 2), ("ap", "ap50"), strict=True):
         for (name, rows), color in zip(record["attacks"].items(), COLORS, strict=False):
             points = [(0.0, record["clean"][what]), *((r["epsilon"], r[what]) for r in rows)]
-            x, y = zip(*points, strict=True)
-            y = np.array(y, float)  # None, where there is no true box, is no point
-            axes.plot([unit * e for e in x], y, marker="o", color=color, label=name)
+            x, y = np.array(points, float).T  # None, where there is no true box, is no point
+            axes.plot(unit * x, y, marker="o", color=color, label=name)
         clean = np.array([record["clean"][what]], float)
         axes.plot([0.0], clean, "s", color=INK, label="clean")
         axes.set_ylim(0, 1.03)
@@ -127,7 +127,7 @@ def _draw_pictures(figure, pictures, class_names, record, score) -> None:
             column,
             (
                 _with_boxes(pair[0], class_names, score),
-                draw_detections(_bytes(0.5 + factor * change), np.zeros((0, 4)), (), None, ()),
+                _bytes(0.5 + factor * change[..., :3]),
                 _with_boxes(pair[1], class_names, score),
             ),
             strict=True,
