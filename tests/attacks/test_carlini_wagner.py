@@ -33,7 +33,9 @@ def test_it_finds_the_nearest_image_of_a_linear_model():
         )(images)
 
     given = jnp.asarray(images, jnp.float32)
-    attack = jax.jit(lambda x, c: carlini_wagner(loss_of_images, x, steps=500, confidence=c))
+    attack = jax.jit(
+        lambda x, c: carlini_wagner(loss_of_images, x, steps=500, learning_rate=2e-3, confidence=c)
+    )
     found = attack(given, 0.0)
     assert loss_of_images(found)[1].all()
     assert found.min() >= 0

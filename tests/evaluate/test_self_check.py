@@ -81,7 +81,7 @@ def normalized(params, images, detached=False):
 def thermometer(params, images):
     """Each value as which of four levels it reaches, then two layers."""
     levels = jnp.array([0.2, 0.4, 0.6, 0.8])
-    reached = (images[..., None] > levels).astype(jnp.float32).mean(-1)
+    reached = (images[..., None] > levels.reshape(1, 1, 1, 1, 4)).astype(jnp.float32).mean(-1)
     return dense(params, reached)
 
 
@@ -191,7 +191,8 @@ def detached(params, images):
 
 
 BROKEN = {
-    "saturated": (saturated, dense, {"zero_gradients"}),
+    # Its gradients are float32's rounding of 1 - probability, and not zero.
+    "saturated": (saturated, dense, {"steps", "black_box"}),
     "quantized": (quantized, dense, {"zero_gradients"}),
     "randomized": (randomized, dense, {"repeats"}),
     "randomized by content": (randomized_by_content, dense, {"roughness"}),
