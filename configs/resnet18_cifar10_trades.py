@@ -32,13 +32,8 @@ def get_config() -> ConfigDict:
     # "" starts from random initialization.
     model.weights = ""
     model.allow_pickle = False  # read .pth and .bin files too (needs torch; only if you trust them)
-    model.variant = (
-        "resnet18"  # such as "b/16", "resnet50"; "" takes the architecture from the weights
-    )
-    model.arguments = (
-        ("stem_size", 3),
-        ("stem_pool", False),
-    )  # more of the model's, as ((name, value), ...)
+    model.variant = "resnet18"  # such as "b/16"; "" takes the architecture from the weights
+    model.arguments = (("stem_size", 3), ("stem_pool", False))  # ((name, value), ...)
     model.reinitialize = ("head/.*",)  # paths not taken from the weights: another set of classes
     model.drop = ()  # tensors of the weights to leave out on purpose: regexes over their own names
     model.image_size = 32  # pixels a side; 0 takes the weights' own

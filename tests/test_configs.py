@@ -14,6 +14,7 @@ from vision_jax.logging import read_metrics
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 LOADED = [load_config(str(path), {}) for path in CONFIGS]
+SMALLER_RESNET = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8}
 SMALLER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 8}
 
 
@@ -33,6 +34,8 @@ def small(path: Path):
     arguments = load_config(str(path), {}).model.arguments
     if "width" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))
+    elif "stem_size" in dict(arguments):
+        changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER_RESNET).items()))
     return load_config(str(path), changes)
 
 
