@@ -43,6 +43,7 @@ from vision_jax.evaluate import detection as evaluation
 from vision_jax.evaluate import detection_figures as figures
 from vision_jax.evaluate import detection_robustness as robust
 from vision_jax.evaluate.detection import Detections
+from vision_jax.evaluate.robustness import show_epsilon
 from vision_jax.evaluate.run import make_run_over
 from vision_jax.logging import RunLog
 from vision_jax.models.families import family_of
@@ -451,7 +452,7 @@ def robustness(
     clean = make_measure(robust.no_attack)("clean", 0.0)
     record: dict[str, Any] = {"images": clean["count"], "norm": norm, "clean": clean}
     record["attacks"] = {
-        name: [measure(f"{name} {robust.show_epsilon(e, norm)}", e) for e in epsilons]
+        name: [measure(f"{name} {show_epsilon(e, norm)}", e) for e in epsilons]
         for name, measure in ((name, make_measure(attack)) for name, attack in attacks.items())
     }
     pictures = []

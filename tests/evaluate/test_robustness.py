@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vision_jax import sharding
+from vision_jax.attacks.examples import keys_of
 from vision_jax.data.corruptions import corrupt
 from vision_jax.data.sources import read_source
 from vision_jax.data.transforms import Preprocessing
@@ -89,7 +90,7 @@ def test_draws_belong_to_the_example(subject, name):
     parts = over(weights, name, 3, restarts=2)(examples.take(order), 0.03)  # 8 devices: 8 at once
     for key in ("image", "logits", "size"):
         np.testing.assert_allclose(parts[key], whole[key][order], rtol=2e-5, atol=1e-6)
-    moved = robustness.example_keys(3, jnp.array([100, 101]))
+    moved = keys_of(jax.random.key(3), jnp.array([100, 101]))
     assert not np.array_equal(*jax.random.key_data(moved))
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from vision_jax import convert, steps
+from vision_jax.attacks.examples import keys_of
 from vision_jax.convert.twins import make_twin, randomize, randomize_statistics
 from vision_jax.models.families import build_model
 from vision_jax.ops import losses
@@ -262,9 +263,7 @@ def test_loss_gradient_and_statistics_are_the_papers(name, twin):
     noise = 0.0
     if method in ("trades", "mart"):  # these may begin a little outside of the box
         noise = 1e-3
-        normal = adversarial._normal(
-            adversarial.keys_of(attack_key, ours.batch["index"]), ours.batch["image"]
-        )
+        normal = adversarial._normal(keys_of(attack_key, ours.batch["index"]), ours.batch["image"])
         start = ours.batch["image"] + noise * normal
     else:
         start = stay.attack(loss, ours.batch, attack_key)

@@ -6,6 +6,6 @@ One convention carries all of them:
 - `loss_of_images(images) -> (loss f[B], fooled bool[B])`. Every attack raises the loss. Only images
   are differentiated, and an example's loss depends on its own image alone.
 - `keys` are key[B], one an example. Derive them from the example, not from its place in a batch:
-  `jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)`. Then results depend on
-  no batch size, order or number of devices.
+  `examples.keys_of(jax.random.key(seed), index)`. Then results depend on no batch size, order or
+  number of devices.
 """

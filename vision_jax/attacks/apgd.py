@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from vision_jax.attacks import norms
+from vision_jax.attacks.examples import where
 from vision_jax.attacks.gradient import input_gradient
 from vision_jax.attacks.norms import Norm
 
@@ -109,8 +110,8 @@ def apgd(
             shrinking=shrinking,
         )
         worse = ~solved & (run.fooled | (run.loss > highest))
-        ends = _where(run.fooled, run.fooling, run.highest)
-        best = _where(worse, ends, kept), jnp.where(worse, run.loss, highest), solved | run.fooled
+        ends = where(run.fooled, run.fooling, run.highest)
+        best = where(worse, ends, kept), jnp.where(worse, run.loss, highest), solved | run.fooled
         return best, None
 
     lowest = jnp.full(len(images), -jnp.inf, images.dtype)
@@ -251,10 +252,10 @@ def _climb(
             at=moved,
             before=state.at,
             gradient=gradient,
-            highest=_where(higher, moved, state.highest),
-            highest_gradient=_where(higher, gradient, state.highest_gradient),
+            highest=where(higher, moved, state.highest),
+            highest_gradient=where(higher, gradient, state.highest_gradient),
             loss=jnp.where(higher, loss, state.loss),
-            fooling=_where(fooled, moved, state.fooling),
+            fooling=where(fooled, moved, state.fooling),
             fooled=state.fooled | fooled,
             last_loss=loss,
             rises=state.rises + (loss > state.last_loss),
@@ -282,8 +283,8 @@ def _check(state: _State, window: Array, checked: Array, images: Array, largest:
     stuck = ~state.halved & (state.checked_loss >= state.loss)
     halve = checked & (seldom | stuck)
     return state._replace(
-        at=_where(halve, state.highest, state.at),
-        gradient=_where(halve, state.highest_gradient, state.gradient),
+        at=where(halve, state.highest, state.at),
+        gradient=where(halve, state.highest_gradient, state.gradient),
         step_size=jnp.where(halve, state.step_size / 2, state.step_size),
         rises=jnp.where(checked, 0, state.rises),
         checked_loss=jnp.where(checked, state.loss, state.checked_loss),
@@ -300,8 +301,8 @@ def _check_sparsity(
     step_size = jnp.where(fewer, largest, state.step_size / SPARSER)
     step_size = jnp.clip(step_size, largest / 10, largest)
     return state._replace(
-        at=_where(checked & fewer, state.highest, state.at),
-        gradient=_where(checked & fewer, state.highest_gradient, state.gradient),
+        at=where(checked & fewer, state.highest, state.at),
+        gradient=where(checked & fewer, state.highest_gradient, state.gradient),
         step_size=jnp.where(checked, step_size, state.step_size),
         entries=jnp.where(checked, entries, state.entries),
         density=jnp.where(checked, entries / images[0].size / SPARSER, state.density),
@@ -333,8 +334,3 @@ def _sparse_signs(gradient: Array, density: Array) -> Array:
 def _entries(delta: Array) -> Array:
     """How many entries of each example are not 0, f[B]."""
     return jnp.count_nonzero(delta.reshape(len(delta), -1), axis=1).astype(delta.dtype)
-
-
-def _where(choice: Array, left: Array, right: Array) -> Array:
-    """One choice bool[B] an example."""
-    return jnp.where(choice.reshape(-1, *[1] * (left.ndim - 1)), left, right)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from vision_jax import sharding
 from vision_jax.attacks import losses, norms
 from vision_jax.attacks.apgd import apgd
+from vision_jax.attacks.examples import keys_of
 from vision_jax.attacks.fab import fab
 from vision_jax.attacks.norms import Norm
 from vision_jax.attacks.square import square
@@ -205,7 +206,7 @@ def _protocol(
 def _keys(index: Array, seed: int, salt: int) -> Array:
     """key[B] of examples' indices, a stream of its own for each salt."""
     key = jax.random.fold_in(jax.random.key(seed), salt)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    return keys_of(key, index)
 
 
 def _functions(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from vision_jax.attacks import norms
+from vision_jax.attacks.examples import where
 from vision_jax.attacks.losses import LogitsOfImages
 from vision_jax.attacks.norms import Norm
 
@@ -91,8 +92,8 @@ def fab(
         fooled = jnp.argmax(logits_of_images(at), axis=-1) != labels
         length = norms.size(at - images, norm)[:, 0, 0, 0]
         closer = fooled & (length < least)
-        nearest = _where(closer, at, nearest)
-        at = _where(fooled, images + (at - images) * RETREAT, at)
+        nearest = where(closer, at, nearest)
+        at = where(fooled, images + (at - images) * RETREAT, at)
         return (at, nearest, jnp.where(closer, length, least)), None
 
     solved = jnp.argmax(logits_of_images(images), axis=-1) != labels
@@ -166,8 +167,3 @@ def _common_length(steepness: Array, share: Array, room: Array, gap: Array) -> A
     start = newton((zero, zero, jnp.int32(0)))
     length = jax.lax.while_loop(unsettled, newton, start)[0]
     return jnp.where(jnp.isfinite(length), length, jnp.finfo(gap.dtype).max)
-
-
-def _where(choice: Array, left: Array, right: Array) -> Array:
-    """One choice bool[B] an example."""
-    return jnp.where(choice.reshape(-1, *[1] * (left.ndim - 1)), left, right)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from vision_jax.attacks import norms
+from vision_jax.attacks.examples import where
 from vision_jax.attacks.losses import LossOfImages
 from vision_jax.attacks.norms import Norm
 from vision_jax.errors import UserError
@@ -132,10 +133,10 @@ def pgd(
             moved = norms.project(moved, images, epsilon, norm)
             if freeze_solved:
                 fooled = loss_of_images(at)[1] if diversity else fooled
-                moved = _where(solved | fooled, at, moved)
+                moved = where(solved | fooled, at, moved)
             return (moved, direction), None
 
-        carry = _where(solved, images, begin), jnp.zeros_like(images)
+        carry = where(solved, images, begin), jnp.zeros_like(images)
         return jax.lax.scan(step, carry, jnp.arange(1, steps + 1))[0][0]
 
     solved = jnp.zeros(len(images), bool)
@@ -150,7 +151,7 @@ def pgd(
         loss, fooled = loss_of_images(ends)
         worse = (fooled > solved) | ((fooled == solved) & (loss > highest))
         worse &= ~(solved & freeze_solved)
-        best = _where(worse, ends, kept), jnp.where(worse, loss, highest), solved | fooled
+        best = where(worse, ends, kept), jnp.where(worse, loss, highest), solved | fooled
         return best, None
 
     lowest = jnp.full(len(images), -jnp.inf, images.dtype)
@@ -195,8 +196,3 @@ def draw_smaller(
     top = jax.random.randint(row_key, (), 0, height - size[0] + 1)
     left = jax.random.randint(column_key, (), 0, width - size[1] + 1)
     return jax.random.bernoulli(chance_key, probability), size, jnp.stack([top, left])
-
-
-def _where(choice: Array, left: Array, right: Array) -> Array:
-    """One choice bool[B] an example."""
-    return jnp.where(choice.reshape(-1, *[1] * (left.ndim - 1)), left, right)

@@ -15,9 +15,9 @@ from vision_jax.attacks.norms import Norm
 from vision_jax.errors import UserError, nearest
 from vision_jax.evaluate.detection_figures import draw_detections
 from vision_jax.evaluate.figures import BLUE, GREEN, INK, ORANGE, save_figure
+from vision_jax.evaluate.robustness import STEP_SHARE, show_epsilon
 
 ATTACKS = ("fgsm", "pgd")
-STEP_SHARE = 2.5  # of a step: epsilon / steps times this (Madry et al. 2018)
 PICTURES = 4
 COLORS = (BLUE, ORANGE, GREEN)
 
@@ -50,15 +50,6 @@ def no_attack(loss, images, keys, **threat):
     """The images as they are."""
     del loss, keys, threat
     return images
-
-
-def show_epsilon(epsilon: float, norm: Norm) -> str:
-    """For people: L-infinity in steps of 8-bit pixels.
-
-    >>> show_epsilon(8 / 255, "linf"), show_epsilon(0.5, "l2")
-    ('8/255', '0.5')
-    """
-    return f"{255 * epsilon:.4g}/255" if norm == "linf" else f"{epsilon:.4g}"
 
 
 def line(name: str, record: Mapping[str, Any]) -> str:

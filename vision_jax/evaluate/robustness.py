@@ -20,6 +20,7 @@ from vision_jax import sharding
 from vision_jax.attacks import gradient, losses, norms
 from vision_jax.attacks.apgd import apgd
 from vision_jax.attacks.autoattack import Version, autoattack
+from vision_jax.attacks.examples import keys_of
 from vision_jax.attacks.losses import LogitsOfImages
 from vision_jax.attacks.norms import Norm
 from vision_jax.data.corruptions import corrupt
@@ -106,11 +107,6 @@ def read_examples(
     return Examples(images, labels, kept.astype(np.int32)), damaged
 
 
-def example_keys(seed: int, index: Array) -> Array:
-    """A key for each example, from the seed and its row: key[B]."""
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index)
-
-
 def make_over(classifier: Classifier, probe: Probe) -> Callable[..., Outputs]:
     """A function (examples, *numbers) -> outputs of a probe over all of them, compiled once.
 
@@ -120,7 +116,7 @@ def make_over(classifier: Classifier, probe: Probe) -> Callable[..., Outputs]:
 
     def program(arguments, images, labels, index, *numbers):
         logits_of_images = partial(classifier.logits_fn, *arguments)
-        return probe(logits_of_images, _unit(images), labels, index, *numbers)
+        return probe(logits_of_images, to_float(images), labels, index, *numbers)
 
     return _over(classifier, jax.jit(program, out_shardings=sharding.replicated(classifier.mesh)))
 
@@ -137,15 +133,17 @@ def make_classify(
     split = sharding.batch_sharding(classifier.mesh)
 
     def move(arguments, images, labels, index, epsilon):
-        images = _unit(images)
+        images = to_float(images)
         if attack is None:
             return images
         logits_of_images = partial(classifier.logits_fn, *arguments)
-        return attack(logits_of_images, images, labels, example_keys(seed, index), epsilon)
+        return attack(
+            logits_of_images, images, labels, keys_of(jax.random.key(seed), index), epsilon
+        )
 
     def look(arguments, images, seen):
         logits = classifier.logits_fn(*arguments, seen).astype(jnp.float32)
-        size = norms.size(seen - _unit(images), norm).reshape(-1)
+        size = norms.size(seen - to_float(images), norm).reshape(-1)
         return {"logits": logits, "size": size, "image": seen}
 
     moving = jax.jit(move, out_shardings=split)
@@ -182,10 +180,6 @@ def _over(classifier: Classifier, program: Callable[..., Mapping[str, Array]]):
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     return run
-
-
-def _unit(images: Array) -> Array:
-    return to_float(images) if images.dtype == jnp.uint8 else images
 
 
 # Attacks ----------------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vision_jax.attacks import gradient, losses, norms
+from vision_jax.attacks.examples import keys_of
 from vision_jax.attacks.norms import Norm
 from vision_jax.evaluate.robustness import (
     STEP_SHARE,
     Classifier,
     Examples,
     Outputs,
-    example_keys,
     make_over,
 )
 
@@ -146,7 +146,7 @@ def _pgd(seed, norm, logits_of_images, images, labels, index, epsilon):
     moved = gradient.pgd(
         loss,
         images,
-        example_keys(seed, index),
+        keys_of(jax.random.key(seed), index),
         epsilon=epsilon,
         step_size=STEP_SHARE * epsilon / STEPS,
         steps=STEPS,
@@ -168,7 +168,7 @@ def _slopes(seed, logits_of_images, images, labels, index):
     loss = losses.make_untargeted(logits_of_images, labels, losses.margin)
     ascent = gradient.input_gradient(loss, images_inside)[0]
     axes = tuple(range(1, images.ndim))
-    keys = example_keys(seed, index)
+    keys = keys_of(jax.random.key(seed), index)
 
     def draw(number, shape):
         folded = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
@@ -218,7 +218,9 @@ def _search(seed, norm, logits_of_images, images, labels, index, epsilon):
 
     def query(number, best):
         at, highest = best
-        keys = jax.vmap(partial(jax.random.fold_in, data=number))(example_keys(seed, index))
+        keys = jax.vmap(partial(jax.random.fold_in, data=number))(
+            keys_of(jax.random.key(seed), index)
+        )
         change = 2 * norms.normalize(jax.vmap(square, (0, None))(keys, number), norm)
         tried = norms.project(at + epsilon * change, images, epsilon, norm)
         margin = loss(tried)[0]

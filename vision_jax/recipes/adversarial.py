@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 
 from vision_jax import optim
 from vision_jax.attacks import gradient, norms
+from vision_jax.attacks.examples import keys_of
 from vision_jax.attacks.losses import LossOfImages, make_untargeted
 from vision_jax.recipes.objective import Objective, Outputs, View
 from vision_jax.steps import Flat, Replay
@@ -76,11 +77,6 @@ class Threat:
             start=images + noise * _normal(keys, images) if noise else None,
             pixels=view.get("pixels"),
         )
-
-
-def keys_of(key: Array, index: Array) -> Array:
-    """key[B], one an example by its place in the data, whatever batch or device it comes in."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
 def harden(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vision_jax.attacks.examples import keys_of
 from vision_jax.recipes.objective import Objective
 from vision_jax.tasks.classification import Apply, Batch, forward_keys, to_float
 
@@ -115,7 +116,7 @@ def make_attacked_outputs(objective: Objective, *, find: Find, attack: Attack, s
             losses, _ = objective.criterion(trainable, outputs_of_images(images), view)
             return losses, jnp.zeros(losses.shape, bool)
 
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows[batch["index"]])
+        keys = keys_of(key, rows[batch["index"]])
         attacked = attack(loss, view["image"], keys, epsilon=epsilon, pixels=view["pixels"])
         outputs = outputs_of_images(attacked)
         found = find(outputs["logits"][-1], outputs["boxes_cxcywh_01"][-1], batch["original_size"])
