@@ -129,7 +129,10 @@ def test_autoattack_finds_what_a_linear_model_withstands(subject):
     reach = np.abs(top[:, None] - weights.T).sum(-1)  # [41, 3]
     gap = logits.max(-1, keepdims=True) - logits
     distance = np.where(reach > 0, gap / np.maximum(reach, 1e-9), np.inf).min(-1)
-    epsilon = float(np.sort(distance)[20:22].mean())
+    # Where the attack need not be exact: in the widest gap between two distances of the middle.
+    near = np.sort(distance)
+    fooled = 10 + (near[11:32] / near[10:31]).argmax() + 1
+    epsilon = float(near[fooled - 1 : fooled + 1].mean())
     classifier = Classifier(linear, (weights,), sharding.make_mesh(-1, 1), 16)
     classify = make_classify(classifier, None, norm="linf", seed=0)
     said = []
@@ -137,7 +140,7 @@ def test_autoattack_finds_what_a_linear_model_withstands(subject):
         classifier, classify, examples, ("a", "b", "c"),
         version="rand", norm="linf", epsilon=epsilon, seed=0, say=said.append,
     )  # fmt: skip
-    assert record["accuracy"] == np.mean(distance > epsilon) == 20 / 41
+    assert record["accuracy"] == np.mean(distance > epsilon) == (41 - fooled) / 41
     assert record["after"]["clean"] == 1
     assert min(record["after"].values()) == record["accuracy"]
     assert record["count"] == 41
