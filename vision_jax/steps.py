@@ -23,6 +23,8 @@ Metrics = dict[str, jax.Array]
 # The batch it gets also has "step" i32[], updates done.
 LossFn = Callable[[Flat, Flat, Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, Any]]
 
+REPLAY = 1_000_003  # folded into a step's key, which its updates share
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -193,7 +195,6 @@ def _replayed(loss_fn, replay, update, state, frozen, batch, key):
 
     One backward pass gives the gradient of the parameters and that of the perturbation.
     """
-    start_key, key = jax.random.split(key)
     batch = {**batch, "step": state.step}
 
     def body(carry, turn):
@@ -210,7 +211,7 @@ def _replayed(loss_fn, replay, update, state, frozen, batch, key):
         now, metrics = update(now, number, loss, model_state, metrics, gradients)
         return (now, replay.move(perturbation, uphill, state.step)), metrics
 
-    first = (state, replay.start(batch, start_key))
+    first = (state, replay.start(batch, jax.random.fold_in(key, REPLAY)))
     (new, _), metrics = jax.lax.scan(body, first, jnp.arange(replay.times))
     finite = metrics.pop("finite").all()
     return new, {**{name: values.mean(0) for name, values in metrics.items()}, "finite": finite}

@@ -257,7 +257,8 @@ def test_loss_gradient_and_statistics_are_the_papers(name, twin):
     )(ours.params, {}, ours.state, ours.batch, KEY)
 
     # The start is what an attack with steps of no length returns.
-    _, attack_key = jax.random.split(jax.random.split(KEY)[0])
+    look_key, _ = jax.random.split(KEY)
+    attack_key = jax.random.fold_in(look_key, adversarial.ATTACK)
     stay = Threat("linf", EPSILON, step=0.0, steps=1)
     loss = lambda images: (images.sum((1, 2, 3)), jnp.zeros(BATCH, bool))  # noqa: E731
     noise = 0.0
@@ -266,7 +267,7 @@ def test_loss_gradient_and_statistics_are_the_papers(name, twin):
         normal = adversarial._normal(keys_of(attack_key, ours.batch["index"]), ours.batch["image"])
         start = ours.batch["image"] + noise * normal
     else:
-        start = stay.attack(loss, ours.batch, attack_key)
+        start = stay.attack(loss, ours.batch, look_key)
         assert float(jnp.abs(start - ours.batch["image"]).max()) > 0.9 * EPSILON
     lowered = restated(theirs, to_torch(start), attack_steps, step * EPSILON)
     if gamma:
@@ -295,7 +296,7 @@ def test_free_training_is_the_papers(twin):
         replay=replay,
     )
     batch = {name: array for name, array in ours.batch.items() if name != "step"}
-    start_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(11), 0))
+    start_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(11), 0), steps.REPLAY)
     noise = to_torch(replay.start({**batch, "step": jnp.int32(0)}, start_key))
     state, metrics = step(state, {}, batch)
 
