@@ -59,10 +59,9 @@ def make_problem(form: str, variant: str, depth: int | None, image_size: int, dt
         params = paths.unflatten(like, flat)
         return lora.merge(params) if form == "merged" else params
 
-    def apply(params, model_state, images, *, train, keys):
-        return model.apply({"params": params}, images, train=train, rngs=keys), model_state
-
-    loss_fn = objective.make_loss(classification.make_objective(apply, assemble, num_classes=10))
+    loss_fn = objective.make_loss(
+        classification.make_objective(families.make_apply(model), assemble, num_classes=10)
+    )
     return loss_fn, trainable, frozen
 
 

@@ -46,7 +46,7 @@ def get_config(data_set: str = "aerial") -> ConfigDict:
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
     config.trainable = (".*",)
-    config.recipes = ()  # what is on: lora, adversarial, each with its section
+    config.recipes = ()  # what is on: lora, adversarial, distill, each with its section
 
     config.model = model = ConfigDict()
     # A .safetensors file, a folder in Hugging Face layout, hf://owner/name; "" starts from random
@@ -100,6 +100,21 @@ def get_config(data_set: str = "aerial") -> ConfigDict:
     adversarial.replays = 4  # updates a batch, of free
     adversarial.weight_epsilon = 0.0  # kernels are shifted too, by this share of their norm (AWP)
     adversarial.warmup_steps = 0  # epsilon grows linearly from 0 over them
+
+    config.distill = distill = ConfigDict()  # learning from teachers
+    # Finished runs, or weights as in model.weights; "ema" is the student's own moving average.
+    distill.teachers = ()
+    distill.teacher_weights = ()  # of several teachers; () for equal ones
+    distill.dtype = "float32"  # that teachers are kept and compute in: float32, bfloat16
+    distill.logits = "queries"  # what is learned of them: queries, none
+    distill.temperature = 1.0
+    distill.weight = 0.5  # of the logits' loss; that of the labels has the rest of 1
+    distill.token = False  # of classifiers
+    # ((kind, layer, layer of the first teacher, weight), ...): hint, attention_transfer,
+    # attention_maps, patch_tokens, relational_distance, relational_angle; docs/distillation.md
+    distill.features = ()
+    distill.top_k = 0  # of classifiers
+    distill.cache = ""  # a file of what they say, written by --mode=teach; "" asks them
 
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # adamw, sgd, lars, lamb, lion, muon

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
     config.trainable = ("head/.*",)
-    config.recipes = ()  # what is on: lora, adversarial, each with its section
+    config.recipes = ()  # what is on: lora, adversarial, distill, each with its section
 
     config.model = model = ConfigDict()
     # embedded:NAME, a .safetensors file, a folder in Hugging Face layout, hf://owner/name;
@@ -74,6 +74,21 @@ def get_config() -> ConfigDict:
     adversarial.weight_epsilon = 0.0  # kernels are shifted too, by this share of their norm (AWP)
     adversarial.warmup_steps = 0  # epsilon grows linearly from 0 over them
     adversarial.watch = 200  # held-out images attacked in each evaluation; 0 for none
+
+    config.distill = distill = ConfigDict()  # learning from teachers
+    # Finished runs, or weights as in model.weights; "ema" is the student's own moving average.
+    distill.teachers = ()
+    distill.teacher_weights = ()  # of several teachers; () for equal ones
+    distill.dtype = "float32"  # that teachers are kept and compute in: float32, bfloat16
+    distill.logits = "soft"  # what is learned of them: soft, hard, decoupled, none
+    distill.temperature = 4.0
+    distill.weight = 0.5  # of the logits' loss; that of the labels has the rest of 1
+    distill.token = False  # the teachers teach the distillation token, the labels the other (DeiT)
+    # ((kind, layer, layer of the first teacher, weight), ...): hint, attention_transfer,
+    # attention_maps, patch_tokens, relational_distance, relational_angle; docs/distillation.md
+    distill.features = ()
+    distill.top_k = 0  # the teachers' best logits that are kept, for a smaller cache; 0 for all
+    distill.cache = ""  # a file of what they say, written by --mode=teach; "" asks them
 
     config.optim = optim = ConfigDict()
     optim.name = "sgd"  # adamw, sgd, lars, lamb, lion, muon

@@ -66,6 +66,21 @@ def get_config() -> ConfigDict:
     adversarial.warmup_steps = 0  # epsilon grows linearly from 0 over them
     adversarial.watch = 200  # held-out images attacked in each evaluation; 0 for none
 
+    config.distill = distill = ConfigDict()  # learning from teachers
+    # Finished runs, or weights as in model.weights; "ema" is the student's own moving average.
+    distill.teachers = ()
+    distill.teacher_weights = ()  # of several teachers; () for equal ones
+    distill.dtype = "float32"  # that teachers are kept and compute in: float32, bfloat16
+    distill.logits = "soft"  # what is learned of them: soft, hard, decoupled, none
+    distill.temperature = 4.0
+    distill.weight = 0.5  # of the logits' loss; that of the labels has the rest of 1
+    distill.token = False  # the teachers teach the distillation token, the labels the other (DeiT)
+    # ((kind, layer, layer of the first teacher, weight), ...): hint, attention_transfer,
+    # attention_maps, patch_tokens, relational_distance, relational_angle; docs/distillation.md
+    distill.features = ()
+    distill.top_k = 0  # the teachers' best logits that are kept, for a smaller cache; 0 for all
+    distill.cache = ""  # a file of what they say, written by --mode=teach; "" asks them
+
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # adamw, sgd, lars, lamb, lion, muon
     optim.lr = 5e-3

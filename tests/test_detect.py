@@ -232,7 +232,7 @@ def test_the_same_step_on_one_and_on_eight_devices(trained):
     data = detect.training_data(config, source, trained.description.preprocessing, None)
     batch = next(data)
     model = setup.build_model(config, trained.description)
-    loss_fn = setup.make_loss(config, model, setup.make_apply(model), trained.assemble)
+    loss_fn = setup.make_loss(config, model, trained.assemble)
     place = setup.sharding.make_batch_placer(trained.mesh)
     value = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     host = jax.device_get(trained.arguments)

@@ -58,6 +58,7 @@ def test_no_config_below_the_setup():
         "main.py",
         "config.py",
         "setup.py",
+        "teach.py",
         "train.py",
         "modes.py",
         "plan.py",

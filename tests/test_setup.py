@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from vision_jax import classify, modes, setup, sharding, steps, train
 from vision_jax.data.sources import read_source
 from vision_jax.logging import read_metrics
+from vision_jax.models import families
 from vision_jax.tasks import classification
 from vision_jax.trees import paths
 
@@ -49,9 +50,7 @@ class Prepared:
 
     def step(self, count=1):
         """(trainable before, state after, metrics) of updates on the same batch."""
-        loss_fn = setup.make_loss(
-            self.config, self.model, setup.make_apply(self.model), self.plan.assemble
-        )
+        loss_fn = setup.make_loss(self.config, self.model, self.plan.assemble)
         before = {path: np.asarray(array) for path, array in self.trainable.items()}
         state = setup.new_state(
             self.config, self.tx, self.trainable, self.model_state, self.shardings
@@ -168,7 +167,7 @@ def test_keys_and_weights_decide_the_parameters():
 def test_dropout_is_for_training_alone():
     fields = {"model__dropout": 0.5, "model__drop_path": 0.5, "lora__dropout": 0.5}
     outputs = [
-        jax.jit(classification.make_outputs(setup.make_apply(one.model), one.plan.assemble))(
+        jax.jit(classification.make_outputs(families.make_apply(one.model), one.plan.assemble))(
             one.trainable, one.frozen, {}, one.batch
         )["logits"]
         for one in (Prepared(**fields), Prepared())

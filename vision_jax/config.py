@@ -21,6 +21,16 @@ from vision_jax.errors import UserError, nearest
 
 Value = Any
 
+# What distill.features may compare (recipes/distillation.py).
+FEATURES = (
+    "hint",
+    "attention_transfer",
+    "attention_maps",
+    "patch_tokens",
+    "relational_distance",
+    "relational_angle",
+)
+
 # Of the fields that nothing else checks before work begins: what they must be.
 RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
     (
@@ -37,13 +47,36 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
         lambda value: value in ("pgd", "fast", "free", "trades", "mart"),
         "pgd, fast, free, trades or mart",
     ),
+    ("distill.temperature", lambda value: 0 < value < math.inf, "above 0"),
+    ("distill.dtype", lambda value: value in ("float32", "bfloat16"), "float32 or bfloat16"),
+    (
+        "distill.logits",
+        lambda value: value in ("soft", "hard", "decoupled", "queries", "none"),
+        "soft, hard, decoupled, queries or none",
+    ),
+    (
+        "distill.teachers",
+        lambda value: all(isinstance(name, str) for name in value),
+        "a tuple of finished runs or weights",
+    ),
+    (
+        "distill.features",
+        lambda value: all(
+            isinstance(match, tuple)
+            and len(match) == 4
+            and match[0] in FEATURES
+            and isinstance(match[3], int | float)
+            for match in value
+        ),
+        f"a tuple of (kind, layer, teacher's layer, weight), kind being one of {FEATURES}",
+    ),
     ("adversarial.norm", lambda value: value in ("linf", "l2"), "linf or l2"),
     ("optim.drop_at", lambda value: 0 < value <= 1, "above 0 and at most 1"),
     ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     (
         "data.workers data.subset model.image_size augment.ops augment.mixup augment.cutmix "
         "evaluate.every robustness.images adversarial.step adversarial.beta "
-        "adversarial.weight_epsilon adversarial.warmup_steps adversarial.watch",
+        "adversarial.weight_epsilon adversarial.warmup_steps adversarial.watch distill.top_k",
         lambda value: 0 <= value < math.inf,
         "at least 0",
     ),
@@ -53,7 +86,7 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
         "at least 0 and below 1",
     ),
     (
-        "data.crop_pct data.max_damaged augment.erasing augment.label_smoothing",
+        "data.crop_pct data.max_damaged augment.erasing augment.label_smoothing distill.weight",
         lambda value: 0 <= value <= 1,
         "between 0 and 1",
     ),

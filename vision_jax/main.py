@@ -6,6 +6,8 @@
     python -m vision_jax.main --mode=predict --workdir=runs/vit_lora --images cat.jpg dog.png
     python -m vision_jax.main --mode=robustness --workdir=runs/vit_lora
     python -m vision_jax.main --mode=frozen --config=configs/vit_lora.py
+    python -m vision_jax.main --mode=teach --config=configs/distill_vit_small.py \\
+        --config.distill.cache=said.array_record
     python -m vision_jax.main --plan --config=configs/vit_lora.py --devices=8 --memory=16
 
 Running a training command again resumes it. Any field of the config file can be set with
@@ -48,11 +50,13 @@ def _run(arguments: Sequence[str]) -> int:
     from vision_jax import modes, train  # after the flags: importing JAX takes seconds
     from vision_jax.config import load_config
 
-    if flags.mode in ("train", "frozen") and not flags.config:
+    if flags.mode in ("train", "frozen", "teach") and not flags.config:
         raise UserError("--config is missing: for example --config=configs/vit_lora.py")
     if not flags.config and not flags.workdir:
         raise UserError(f"--mode={flags.mode} needs --workdir=DIR, the folder of a finished run")
     workdir = flags.workdir or Path("runs") / _run_name(flags.config)
+    if flags.mode == "teach":
+        return modes.teach_once(load_config(flags.config, overrides))
     if flags.mode in ("train", "frozen"):
         run = train.run if flags.mode == "train" else modes.frozen
         return run(load_config(flags.config, overrides), workdir)
@@ -107,11 +111,11 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]
     )
     parser.add_argument(
         "--mode",
-        choices=("train", "evaluate", "predict", "frozen", "robustness"),
+        choices=("train", "evaluate", "predict", "frozen", "robustness", "teach"),
         default="train",
         help="train or resume a run; reprint a finished one's numbers; name what --images show; "
         "nearest neighbours and few-shot regression on the weights' frozen features; accuracy "
-        "under attacks and corruptions",
+        "under attacks and corruptions; store what a run's teachers say",
     )
     parser.add_argument(
         "--checkpoint",

@@ -1,7 +1,7 @@
 """What a trained model is asked for: numbers over a dataset, predictions for files, results."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vision_jax import classify, convert, detect, setup, sharding, steps
+from vision_jax import classify, convert, detect, setup, sharding, steps, teach
 from vision_jax.checkpoints import Checkpoints, last_complete_step
 from vision_jax.config import check_ranges, load_config, write_json
 from vision_jax.convert import peft
 from vision_jax.data import corruptions
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import IMAGE_SUFFIXES
+from vision_jax.data.teacher_cache import write_teacher_cache
 from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
 from vision_jax.evaluate import robustness as robust
@@ -26,7 +28,8 @@ from vision_jax.evaluate.frozen import few_shot_predict, knn_predict
 from vision_jax.evaluate.robustness_figure import MOST_EXAMPLES, draw_robustness
 from vision_jax.evaluate.run import make_run_over
 from vision_jax.evaluate.self_check import check_gradients
-from vision_jax.logging import RunLog, read_metrics, show_progress
+from vision_jax.logging import RunLog, human_size, read_metrics, show_progress
+from vision_jax.models.families import make_apply
 from vision_jax.tasks import classification
 from vision_jax.trees import lora, paths
 
@@ -64,7 +67,11 @@ def write_results(
         log.wrote(workdir / name, what)
 
     if any(lora.is_adapter_path(path) for path in plan.trainable):
-        whole_leaves = {path for path in plan.trainable if not lora.is_adapter_path(path)}
+        whole_leaves = {
+            path
+            for path in plan.trainable - plan.projections.keys()
+            if not lora.is_adapter_path(path)
+        }
         peft.write_adapter(
             workdir / "adapter",
             host,
@@ -121,7 +128,7 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> Trained:
     model = setup.build_model(config, description)
     adapter = setup.kept_adapter(config, workdir)
     image_size = description.preprocessing.image_size
-    plan = setup.plan_parameters(config, model, image_size, mesh, adapter)
+    plan = setup.plan_parameters(config, model, image_size, mesh, adapter, description.projections)
     abstract_trainable, abstract_frozen = plan.abstract()
     _, tx = setup.make_optimizer(config, model, abstract_trainable)
     abstract, _ = setup.abstract_state(config, tx, plan, mesh)
@@ -136,7 +143,7 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> Trained:
         state = checkpoints.restore(step, abstract)
         frozen = checkpoints.restore_frozen(abstract_frozen)
     task = setup.find_task(config)
-    outputs_fn = task.make_outputs(config, model, setup.make_apply(model), plan.assemble)
+    outputs_fn = task.make_outputs(config, model, make_apply(model), plan.assemble)
     return Trained(mesh, description, outputs_fn, state, frozen, model, plan.assemble)
 
 
@@ -202,7 +209,7 @@ def frozen(config: ConfigDict, workdir: Path) -> int:
     size = description.preprocessing.image_size
     params, model_state = setup.headless_parameters(config, model, size, mesh, weights)
     run_over = make_run_over(
-        classification.make_outputs(setup.make_apply(model), lambda params: params),
+        classification.make_outputs(make_apply(model), lambda params: params),
         mesh,
         classify.make_batches(config, description.preprocessing),
         batch_size=config.evaluate.batch_size,
@@ -263,7 +270,7 @@ def robustness(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
             config,
             workdir,
             trained.model,
-            setup.make_apply(trained.model),
+            make_apply(trained.model),
             trained.assemble,
             trained.arguments,
             trained.mesh,
@@ -355,8 +362,50 @@ def robustness(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     return 0
 
 
+def teach_once(config: ConfigDict) -> int:
+    """--mode=teach: what the teachers say of each image of a run, as the file config.distill.cache.
+
+    Raises:
+      UserError: no such file is named, several processes, or a config that could not be trained.
+    """
+    if "distill" not in config.recipes or not config.distill.cache:
+        raise UserError("--mode=teach writes config.distill.cache: set it, with distill a recipe")
+    if jax.process_count() > 1:
+        raise UserError("--mode=teach runs in one process")
+    check_ranges(config)
+    task, mesh = setup.find_task(config), sharding.make_mesh(**config.mesh)
+    source, _ = task.read_sources(config)
+    description = setup.describe(config, setup.read_weights(config), source.class_names)
+    model, teachers = setup.build_model(config, description), teach.find_teachers(config)
+    teach.check(config, model, teachers, source.class_names)
+    preprocessing = description.preprocessing
+    views = teach.view_preprocessing(preprocessing, teachers)
+    damage = DamageLog()
+    data = task.training_data(config, source, views, damage)
+    goal = task.make_objective(config, model, make_apply(model), dict)
+    ask = jax.jit(
+        teach.make_asking(config, goal, model, preprocessing.image_size, teachers),
+        out_shardings=sharding.replicated(mesh),
+    )
+    arrays, place_batch = teach.place(teachers, mesh), sharding.make_batch_placer(mesh)
+    path = Path(config.distill.cache)
+
+    def answers(advance: Callable[[], None]) -> Iterator[dict[str, np.ndarray]]:
+        for step in range(config.total_steps):
+            yield jax.device_get(ask(arrays, place_batch(next(data)), np.int32(step)))
+            advance()
+
+    for teacher in teachers:
+        print(f"teacher: {teacher.weights.origin} (sha256 {teacher.weights.sha256[:16]})")
+    with show_progress(config.total_steps) as (advance, _):
+        count = write_teacher_cache(path, answers(advance), teach.identity(config, teachers, views))
+    size = human_size(path.stat().st_size)
+    print(f"wrote {path}: what the teachers say of {count} images, {size}")
+    return 0
+
+
 def _classifier(trained: Trained, model: Any, batch_size: int) -> robust.Classifier:
-    logits_fn = classification.make_logits(setup.make_apply(model), trained.assemble)
+    logits_fn = classification.make_logits(make_apply(model), trained.assemble)
     return robust.Classifier(logits_fn, trained.arguments, trained.mesh, batch_size)
 
 

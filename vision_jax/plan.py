@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vision_jax import convert, cost, setup, sharding
+from vision_jax import convert, cost, setup, sharding, teach
 from vision_jax.config import check_ranges
 from vision_jax.errors import UserError
 from vision_jax.logging import PARAMETER_COLUMNS, human_size, print_table, summarize_parameters
@@ -103,7 +103,10 @@ def describe(config: ConfigDict) -> tuple[setup.Description, list[str]]:
         count = arguments["num_classes"] if arguments.get("num_classes") else UNKNOWN_CLASSES
         names = tuple(map(str, range(count)))
         notes.append(f"planned with {count} classes, without the data: {error}")
-    return setup.describe(config, weights, names), notes
+    description = setup.describe(config, weights, names)
+    model, teachers = setup.build_model(config, description), teach.find_teachers(config)
+    teach.check(config, model, teachers, description.class_names)
+    return setup.describe_teachers(config, description, model, teachers), notes
 
 
 def compile_step(config: ConfigDict, description: setup.Description) -> Plan:
@@ -120,13 +123,19 @@ def compile_step(config: ConfigDict, description: setup.Description) -> Plan:
     trainable, frozen = parameters.abstract()
     schedule, tx = setup.make_optimizer(config, model, trainable)
     state, shardings = setup.abstract_state(config, tx, parameters, mesh)
-    loss_fn = setup.make_loss(config, model, setup.make_apply(model), parameters.assemble)
+    teachers = teach.find_teachers(config)
+    views = teach.view_preprocessing(description.preprocessing, teachers)
+    loss_fn = setup.make_loss(
+        config, model, parameters.assemble, teachers, description.preprocessing.image_size
+    )
     step = setup.make_train_step(config, loss_fn, tx, schedule, shardings)
     split = sharding.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
-        for name, leaf in task.batch_shapes(config, description.preprocessing).items()
+        for name, leaf in task.batch_shapes(config, views).items()
     }
+    for teacher in teachers:
+        frozen |= teacher.abstract(mesh)
     compiled = step.lower(state, frozen, batch).compile()
     memory = compiled.memory_analysis()
     counted = cost.count(compiled)
@@ -208,7 +217,9 @@ def _parameters(config: ConfigDict, description: setup.Description) -> setup.Par
     model = setup.build_model(config, description)
     mesh = sharding.make_mesh(**config.mesh)
     size = description.preprocessing.image_size
-    return setup.plan_parameters(config, model, size, mesh, setup.find_adapter(config))
+    return setup.plan_parameters(
+        config, model, size, mesh, setup.find_adapter(config), description.projections
+    )
 
 
 def _variants(config: ConfigDict, family: str, devices: int) -> list[tuple[str, ConfigDict]]:

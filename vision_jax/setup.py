@@ -8,7 +8,7 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,15 +18,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from vision_jax import classify, convert, detect, optim, sharding, steps
+from vision_jax import classify, convert, detect, optim, sharding, steps, teach
 from vision_jax.config import read_json, write_json
 from vision_jax.convert import load, peft
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError, nearest
 from vision_jax.logging import RunLog
 from vision_jax.models import families
-from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, find_variant
-from vision_jax.recipes import adversarial, objective
+from vision_jax.models.families import (
+    DTYPES,
+    FAMILIES,
+    RUN_ARGUMENTS,
+    find_variant,
+    initialize,
+)
+from vision_jax.recipes import adversarial, distillation, objective
 from vision_jax.recipes.objective import Objective
 from vision_jax.trees import lora, paths
 
@@ -34,7 +40,6 @@ Flat = dict[str, Any]
 
 ADAPTER_COPY = "initial_adapter"  # in the workdir
 HEADS = tuple(f"{name}/{leaf}" for name in ("head", "head_dist") for leaf in ("kernel", "bias"))
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Description:
       class_names: by label.
       weights: where the parameters came from, "" for random initialization.
       sha256: of the weights' file or files, "" without.
+      teachers: (origin, sha256) of each teacher.
+      projections: shapes of the arrays that train beside the model's own, by path.
     """
 
     task: str
@@ -58,6 +65,8 @@ class Description:
     class_names: tuple[str, ...]
     weights: str
     sha256: str
+    teachers: tuple[tuple[str, str], ...] = ()
+    projections: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,22 +78,25 @@ class Parameters:
       model_state: the BatchNorm statistics' tree, {} without.
       shardings: of the parameters, by path.
       trainable: paths that the optimizer changes.
+      projections: ShapeDtypeStructs of what trains besides, by path.
     """
 
     like: Any
     model_state: Any
     shardings: dict[str, NamedSharding]
     trainable: frozenset[str]
+    projections: dict[str, jax.ShapeDtypeStruct]
 
     def assemble(self, flat: Mapping[str, Any]) -> Any:
-        """The model's tree from all its arrays by path."""
-        return paths.unflatten(self.like, flat)
+        """The model's tree from all its arrays by path; those of recipes are left out."""
+        own = {path: leaf for path, leaf in flat.items() if not distillation.is_beside(path)}
+        return paths.unflatten(self.like, own)
 
     def abstract(self) -> tuple[Flat, Flat]:
         """(trainable, frozen) ShapeDtypeStructs with shardings: targets for a restore."""
         flat = {
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.shardings[path])
-            for path, leaf in paths.flatten(self.like).items()
+            for path, leaf in (paths.flatten(self.like) | self.projections).items()
         }
         return paths.partition(flat, set(self.trainable))
 
@@ -159,7 +171,7 @@ class Task(Protocol):
 TASKS: dict[str, Task] = {"classification": classify, "detection": detect}
 
 
-RECIPES = ("lora", "adversarial")
+RECIPES = ("lora", "adversarial", "distill")
 
 
 def find_task(config: ConfigDict) -> Task:
@@ -254,6 +266,19 @@ def describe(
     )
 
 
+def describe_teachers(
+    config: ConfigDict, description: Description, model: Any, teachers: Sequence[teach.Teacher]
+) -> Description:
+    """The description of a student of these teachers."""
+    return dataclasses.replace(
+        description,
+        teachers=tuple((t.weights.origin, t.weights.sha256) for t in teachers),
+        projections=teach.projections(
+            config, model, description.preprocessing.image_size, teachers
+        ),
+    )
+
+
 def build_model(config: ConfigDict, description: Description) -> Any:
     """The described model, computing as the config says.
 
@@ -278,29 +303,22 @@ def build_model(config: ConfigDict, description: Description) -> Any:
     return families.build_model(description.family, **description.arguments, **run)
 
 
-def make_apply(model: Any) -> Callable[..., tuple[jax.Array, Any]]:
-    """The model as tasks call it (see tasks.classification.Apply).
+def make_loss(
+    config: ConfigDict,
+    model: Any,
+    assemble: Callable[[Mapping[str, Any]], Any],
+    teachers: Sequence[teach.Teacher] = (),
+    image_size: tuple[int, int] = (0, 0),
+) -> steps.LossFn:
+    """The loss of a training step: the task's objective, changed by the config's recipes.
 
-    `inputs` are the images, and in detection the mask of their valid pixels.
+    Whatever is taught is attacked, and not the other way round. Of distillation there are the
+    `teachers`, and `image_size` is the model's, (height, width) in pixels.
     """
-
-    def apply(params, model_state, *inputs, train, keys):
-        variables = {"params": params}
-        if model_state:
-            variables["batch_stats"] = model_state
-        if not (train and model_state):
-            return model.apply(variables, *inputs, train=train, rngs=keys), model_state
-        outputs, changed = model.apply(
-            variables, *inputs, train=True, rngs=keys, mutable=["batch_stats"]
-        )
-        return outputs, changed["batch_stats"]
-
-    return apply
-
-
-def make_loss(config: ConfigDict, model: Any, apply: Any, assemble: Any) -> steps.LossFn:
-    """The loss of a training step: the task's objective, changed by the config's recipes."""
+    apply = families.make_apply(model, teach.student_features(config))
     goal = find_task(config).make_objective(config, model, apply, assemble)
+    if "distill" in config.recipes:
+        goal = teach.make_objective(config, goal, model, image_size, teachers)
     if "adversarial" in config.recipes:
         _check_adversarial(config)
         settings = config.adversarial
@@ -378,6 +396,7 @@ def make_train_step(
         accumulate=config.optim.accumulate,
         ema_decay=config.optim.ema_decay,
         replay=adversarial.make_replay(_threat(config), times) if times > 1 else None,
+        average_prefix=distillation.AVERAGE_PREFIX if teach.by_average(config) else "",
         shardings=shardings,
     )
 
@@ -408,10 +427,17 @@ def plan_parameters(
     image_size: tuple[int, int],
     mesh: Mesh,
     adapter: Path | None,
+    projections: Mapping[str, tuple[int, int]] | None = None,
 ) -> Parameters:
     """Shapes, shardings and the choice of what trains, by the config's rules.
 
-    `image_size` is in pixels, `adapter` the folder of the adapter to start from, if any.
+    Args:
+      config: the run's.
+      model: the student, if there is a teacher.
+      image_size: in pixels.
+      mesh: of the devices.
+      adapter: the folder of the adapter to start from, if any.
+      projections: shapes of what trains besides (see Description).
     """
     key = jax.random.key(0)
     try:
@@ -432,13 +458,18 @@ def plan_parameters(
     trainable |= paths.select(candidates, config.trainable, field="config.trainable")
     if not trainable:
         raise UserError("nothing trains: set config.trainable, or config.recipes=lora")
+    beside = {
+        path: jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+        for path, shape in (projections or {}).items()
+    }
     shardings = sharding.parameter_shardings(flat, mesh, config.sharding_rules)
+    shardings |= sharding.parameter_shardings(beside, mesh)
     adapted = any(lora.is_adapter_path(path) for path in trainable)
     if adapted and model_state and not config.model.freeze_norm:
         raise UserError(
             "adapters leave BatchNorm's statistics alone: set config.model.freeze_norm=True"
         )
-    return Parameters(like, model_state, shardings, frozenset(trainable))
+    return Parameters(like, model_state, shardings, frozenset(trainable | beside.keys()), beside)
 
 
 def make_parameters(
@@ -459,11 +490,16 @@ def make_parameters(
     params, model_state, fresh = _plain_parameters(
         config, model, image_size, plan.shardings, mesh, weights
     )
-    out = jax.tree.unflatten(jax.tree.structure(plan.like), list(plan.shardings.values()))
+    out = plan.assemble(plan.shardings)
     attached = jax.jit(
         partial(_attach, config, model, adapter), donate_argnums=0, out_shardings=out
     )(params, jax.random.fold_in(key, 1))
     flat = paths.flatten(attached)
+    for number, (path, leaf) in enumerate(plan.projections.items()):
+        begin = jax.jit(
+            partial(distillation.project, shape=leaf.shape), out_shardings=plan.shardings[path]
+        )
+        flat[path] = begin(jax.random.fold_in(jax.random.fold_in(key, 2), number))
     trainable, frozen = paths.partition(flat, set(plan.trainable))
     return trainable, frozen, model_state, fresh if weights is not None else []
 
@@ -553,7 +589,10 @@ def make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any
         b2=settings.b2,
         momentum=settings.momentum,
         clip_norm=settings.clip_norm,
-        layer_of=model.layer_of,
+        # What brings features to the teacher's learns at the head's rate.
+        layer_of=lambda path: (
+            model.num_layers - 1 if distillation.is_beside(path) else model.layer_of(path)
+        ),
         num_layers=model.num_layers,
         layer_decay=settings.layer_decay,
         rates=settings.rates,
@@ -608,11 +647,6 @@ def kept_adapter(config: ConfigDict, workdir: Path) -> Path | None:
     """That copy, if the run started from an adapter."""
     kept = "lora" in config.recipes and config.lora.init_from
     return workdir / ADAPTER_COPY if kept else None
-
-
-def initialize(model: Any, key: jax.Array, image_size: tuple[int, int]) -> Any:
-    """{"params": ..., "batch_stats": ...} of a model; the latter only if it has BatchNorm."""
-    return model.init(key, jnp.zeros((1, *image_size, model.in_channels)))
 
 
 def _attach(

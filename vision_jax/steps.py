@@ -92,6 +92,7 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
     replay: Replay | None = None,
+    average_prefix: str = "",
     shardings: Any = None,
 ) -> Callable[[TrainState, Flat, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Compiles the step. `state` is donated: the arrays passed in are gone afterwards.
@@ -108,6 +109,8 @@ def make_train_step(
       ema_decay: of the moving average of `trainable`; 0 keeps none.
       replay: instead of one update a step; the loss function finds "perturbation" in the batch. Its
         metrics are means over the updates. Not with `accumulate`.
+      average_prefix: under which the loss function finds the moving average among the frozen
+        arrays; "" if it needs none.
       shardings: of the state that goes in and comes out; None leaves it to the compiler.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -136,9 +139,11 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array]):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        beside = partial(_with_average, frozen, average_prefix)
         if replay is not None:
-            new, metrics = _replayed(loss_fn, replay, update, state, frozen, batch, key)
+            new, metrics = _replayed(loss_fn, replay, update, state, beside, batch, key)
         else:
+            frozen = beside(state)
             if accumulate == 1:
                 (loss, (model_state, metrics)), gradients = gradient(
                     state.trainable, frozen, state.model_state, {**batch, "step": state.step}, key
@@ -154,6 +159,13 @@ def make_train_step(
     if shardings is None:
         return jax.jit(train_step, donate_argnums=0)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _with_average(frozen: Flat, prefix: str, state: TrainState) -> Flat:
+    """The frozen arrays, and the moving average among them if it has a prefix."""
+    if not prefix or state.ema is None:
+        return frozen
+    return {**frozen, **{prefix + path: leaf for path, leaf in state.ema.items()}}
 
 
 def _accumulated(gradient, accumulate, state, frozen, batch, key):
@@ -190,7 +202,7 @@ def _accumulated(gradient, accumulate, state, frozen, batch, key):
     return loss, model_state, metrics, gradients
 
 
-def _replayed(loss_fn, replay, update, state, frozen, batch, key):
+def _replayed(loss_fn, replay, update, state, beside, batch, key):
     """The state after `replay.times` updates on one batch, and their mean metrics.
 
     One backward pass gives the gradient of the parameters and that of the perturbation.
@@ -202,7 +214,7 @@ def _replayed(loss_fn, replay, update, state, frozen, batch, key):
 
         def loss_of(trainable, perturbation):
             perturbed = {**batch, "perturbation": perturbation}
-            return loss_fn(trainable, frozen, now.model_state, perturbed, key)
+            return loss_fn(trainable, beside(now), now.model_state, perturbed, key)
 
         (loss, (model_state, metrics)), (gradients, uphill) = jax.value_and_grad(
             loss_of, argnums=(0, 1), has_aux=True

@@ -9,7 +9,7 @@ interrupted run ends with the same parameters as an uninterrupted one, to the bi
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vision_jax import modes, setup, sharding, steps
+from vision_jax import modes, setup, sharding, steps, teach
 from vision_jax.checkpoints import Checkpoints, last_complete_step
 from vision_jax.config import check_ranges, differences, load_config, save_config
 from vision_jax.convert import Weights
@@ -35,9 +35,18 @@ from vision_jax.logging import (
     read_metrics,
     summarize_parameters,
 )
+from vision_jax.models.families import make_apply
 
 # Fields that may differ between the run that a workdir holds and the one that continues it.
-FREE_FIELDS = ("mesh.", "sharding_rules", "data.threads", "log_every", "model.remat", "model.scan")
+FREE_FIELDS = (
+    "mesh.",
+    "sharding_rules",
+    "data.threads",
+    "log_every",
+    "model.remat",
+    "model.scan",
+    "distill.cache",  # the same to the bit
+)
 STEPS_BETWEEN_AGREEMENTS = 8  # of several processes on whether to stop: they wait for each other
 
 
@@ -68,26 +77,31 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     _check_workdir(config, workdir, resuming, last)
     train_source, eval_source = task.read_sources(config)
     weights = setup.read_weights(config) if last is None else None
+    teachers = teach.find_teachers(config)
     if resuming:
         description = setup.load_description(workdir / "model.json")
         _check_same_data(train_source, description)
-        _check_same_weights(weights, description)
+        _check_same_weights(weights, description, teachers)
         adapter = setup.kept_adapter(config, workdir)
     else:
         description = setup.describe(config, weights, train_source.class_names)
         adapter = setup.find_adapter(config)
     model = setup.build_model(config, description)
     image_size = description.preprocessing.image_size
-    plan = setup.plan_parameters(config, model, image_size, mesh, adapter)
+    teach.check(config, model, teachers, description.class_names)
+    if not resuming:
+        description = setup.describe_teachers(config, description, model, teachers)
+    plan = setup.plan_parameters(config, model, image_size, mesh, adapter, description.projections)
 
     abstract_trainable, abstract_frozen = plan.abstract()
     schedule, tx = setup.make_optimizer(config, model, abstract_trainable)
     abstract_state, shardings = setup.abstract_state(config, tx, plan, mesh)
 
-    apply = setup.make_apply(model)
-    loss_fn = setup.make_loss(config, model, apply, plan.assemble)
+    loss_fn = setup.make_loss(config, model, plan.assemble, teachers, image_size)
     damage = DamageLog()
-    data = task.training_data(config, train_source, description.preprocessing, damage)
+    views = teach.view_preprocessing(description.preprocessing, teachers)
+    data = task.training_data(config, train_source, views, damage)
+    stored = teach.open_stored(config, teachers, views)
     if last is None:
         trainable, frozen, model_state, fresh = setup.make_parameters(
             config, model, image_size, plan, mesh, weights, adapter
@@ -124,6 +138,9 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         log.say("parameters: random initialization")
     if adapter is not None:
         log.say(f"adapter: {config.lora.init_from}")
+    for teacher in teachers:
+        said = f"teacher: {teacher.weights.origin} (sha256 {teacher.weights.sha256[:16]})"
+        log.say(f"{said}, as stored in {config.distill.cache}" if stored else said)
     log.wrote(workdir / "config.json", "every field of this run's config")
     log.wrote(workdir / "model.json", "architecture, preprocessing and class names")
     if abstract_frozen:
@@ -136,11 +153,15 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
 
     # The step.
     train_step = setup.make_train_step(config, loss_fn, tx, schedule, shardings)
-    outputs_fn = task.make_outputs(config, model, apply, plan.assemble)
+    outputs_fn = task.make_outputs(config, model, make_apply(model), plan.assemble)
     preprocessing = description.preprocessing
     evaluate = task.make_evaluate(config, outputs_fn, mesh, eval_source, preprocessing)
     evaluate_every = config.evaluate.every or -(-len(train_source) // config.batch_size)
     place = sharding.make_batch_placer(mesh)
+    fixed = frozen if stored else {**frozen, **teach.place(teachers, mesh)}
+
+    def next_batch(step: int) -> dict[str, jax.Array]:
+        return place({**next(data), **(stored(step) if stored else {})})
 
     # The loop.
     step = last or 0
@@ -148,10 +169,10 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     stop = _Stop()
     with stop.watched(), log.progress(config.total_steps, completed=step) as progress:
         report = _Reporter(log, progress, config.batch_size, config.log_every)
-        batch = place(next(data)) if step < config.total_steps else {}
+        batch = next_batch(step) if step < config.total_steps else {}
         pending = None  # the last step and its metrics, read while the next one computes
         while step < config.total_steps:
-            state, metrics = train_step(state, frozen, batch)
+            state, metrics = train_step(state, fixed, batch)
             step += 1
             if pending is not None:
                 report(*pending)
@@ -179,7 +200,7 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
             if stopping:
                 break
             if not finished:  # after the data's position is saved, while the device computes
-                batch = place(next(data))
+                batch = next_batch(step)
 
     for name in damage.names:
         log.say(f"skipped a damaged image: {name}")
@@ -240,7 +261,15 @@ def _check_same_data(source: Any, description: setup.Description) -> None:
         )
 
 
-def _check_same_weights(weights: Weights | None, description: setup.Description) -> None:
+def _check_same_weights(
+    weights: Weights | None, description: setup.Description, teachers: Sequence[teach.Teacher]
+) -> None:
+    for teacher, (origin, sha256) in zip(teachers, description.teachers, strict=True):
+        if teacher.weights.sha256 != sha256:
+            raise UserError(
+                f"the teacher {origin} has changed since this run began (sha256 "
+                f"{teacher.weights.sha256[:16]}, was {sha256[:16]}): start in another --workdir"
+            )
     if weights is not None and weights.sha256 != description.sha256:
         raise UserError(
             f"{weights.origin} has changed since this run began (sha256 {weights.sha256[:16]}, was "

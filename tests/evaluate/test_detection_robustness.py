@@ -9,6 +9,7 @@ import pytest
 from vision_jax import detect, modes, setup
 from vision_jax.errors import UserError
 from vision_jax.evaluate import detection_robustness as robust
+from vision_jax.models import families
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def robustness(trained, workdir, **fields):
         config,
         workdir,
         model,
-        setup.make_apply(model),
+        families.make_apply(model),
         trained.assemble,
         trained.arguments,
         trained.mesh,

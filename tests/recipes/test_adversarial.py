@@ -12,6 +12,7 @@ from vision_jax import classify, cost, modes, setup, sharding, train
 from vision_jax.data.sources import read_source
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
+from vision_jax.models import families
 from vision_jax.recipes import adversarial
 from vision_jax.recipes.adversarial import Threat
 from vision_jax.recipes.objective import Objective
@@ -112,8 +113,8 @@ class Prepared:
         )
         schedule, tx = setup.make_optimizer(config, self.model, plan.abstract()[0])
         _, shardings = setup.abstract_state(config, tx, plan, mesh)
-        self.apply = setup.make_apply(self.model)
-        loss_fn = setup.make_loss(config, self.model, self.apply, plan.assemble)
+        self.apply = families.make_apply(self.model)
+        loss_fn = setup.make_loss(config, self.model, plan.assemble)
         self.state = setup.new_state(config, tx, trainable, model_state, shardings)
         self.step = setup.make_train_step(config, loss_fn, tx, schedule, shardings)
         source = read_source(config.data.train)
@@ -134,10 +135,10 @@ class Prepared:
         """FLOPs of one."""
 
         def loss(images, trainable, frozen):
-            logits, _ = self.apply(
+            outputs, _ = self.apply(
                 self.plan.assemble({**trainable, **frozen}), {}, images, train=False, keys={}
             )
-            return -jax.nn.log_softmax(logits)[:, 0].sum()
+            return -jax.nn.log_softmax(outputs["logits"])[:, 0].sum()
 
         images = jnp.zeros(self.batch["image"].shape)
         program = jax.jit(jax.value_and_grad(loss)).lower(images, self.state.trainable, self.frozen)

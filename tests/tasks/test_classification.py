@@ -23,7 +23,7 @@ BATCH = {
 def apply(params, model_state, images, *, train, keys):
     flags = {"train": train, "keys": sorted(keys), "range": (images.min(), images.max())}
     apply.seen = flags  # type: ignore[attr-defined]
-    return images.reshape(len(images), -1) @ params["kernel"], model_state
+    return {"logits": images.reshape(len(images), -1) @ params["kernel"]}, model_state
 
 
 def assemble(flat):

@@ -9,6 +9,7 @@ import pytest
 from vision_jax import detect, modes, setup, sharding
 from vision_jax.attacks import gradient
 from vision_jax.data.detection_pipeline import make_detection_eval_batches
+from vision_jax.models import families
 from vision_jax.recipes import adversarial
 from vision_jax.tasks import detection
 
@@ -42,7 +43,7 @@ def attacked(trained):
     config = detection_runs.tiny_config()
     model = setup.build_model(config, trained.description)
     objective = detection.make_objective(
-        setup.make_apply(model),
+        families.make_apply(model),
         trained.assemble,
         set_loss=detect._make_set_loss(config, model, alone=True),
     )

@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+
 from vision_jax.errors import UserError, nearest
 from vision_jax.models import (
     beit,
@@ -104,6 +107,45 @@ def build_model(family: str, **arguments: Any) -> Any:
         if name not in known:
             raise UserError(f"{family} has no argument `{name}`{nearest(name, known)}")
     return FAMILIES[family].model(**arguments)
+
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # a config's names
+
+
+def initialize(model: Any, key: jax.Array, image_size: tuple[int, int]) -> Any:
+    """{"params": ..., "batch_stats": ...} of a model; the latter only if it has BatchNorm."""
+    return model.init(key, jnp.zeros((1, *image_size, model.in_channels)))
+
+
+def make_apply(
+    model: Any, features: Sequence[str] = ()
+) -> Callable[..., tuple[dict[str, Any], Any]]:
+    """The model as tasks call it (see tasks.classification.Apply).
+
+    Outputs are a dict: a classifier's has "logits". With `features` it also has "features", those
+    of the names given (see `apply_with_features`).
+    """
+
+    def apply(params, model_state, *inputs, train, keys):
+        variables = {"params": params}
+        if model_state:
+            variables["batch_stats"] = model_state
+        arguments: dict[str, Any] = {"train": train, "rngs": keys}
+        if train and model_state:
+            arguments["mutable"] = ["batch_stats"]
+        if features:
+            result = apply_with_features(model, variables, *inputs, names=features, **arguments)
+        else:
+            result = model.apply(variables, *inputs, **arguments)
+        result, changed = result if "mutable" in arguments else (result, {})
+        outputs, found = result if features else (result, {})
+        if not isinstance(outputs, Mapping):
+            outputs = {"logits": outputs}
+        if features:
+            outputs = {**outputs, "features": found}
+        return dict(outputs), changed.get("batch_stats", model_state)
+
+    return apply
 
 
 ATTENTION = "/attention"  # block_0/attention: f[B, K, N, N]

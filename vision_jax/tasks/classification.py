@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from vision_jax.ops import augment, losses
 from vision_jax.recipes.objective import Objective
 
-# apply(params, model_state, images, *, train, keys) -> (logits, model_state)
-Apply = Callable[..., tuple[Any, Any]]
+# apply(params, model_state, images, *, train, keys) -> (outputs, model_state); outputs are a
+# dict of "logits", a detector's boxes, and "features" where it was asked for any.
+Apply = Callable[..., tuple[dict[str, Any], Any]]
 Batch = Mapping[str, jax.Array]
 
 
@@ -75,14 +76,13 @@ def make_objective(
         return {**batch, "image": images, "target": targets}
 
     def forward(trainable, frozen, model_state, view, key, *, train):
-        logits, model_state = apply(
+        return apply(
             assemble({**trainable, **frozen}),
             model_state,
             view["image"],
             train=train,
             keys=forward_keys(key) if train else {},
         )
-        return {"logits": logits}, model_state
 
     def criterion(trainable, outputs, view):
         del trainable
@@ -98,10 +98,10 @@ def make_logits(apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any]
     """
 
     def logits_fn(trainable, frozen, model_state, images: jax.Array):
-        logits, _ = apply(
+        outputs, _ = apply(
             assemble({**trainable, **frozen}), model_state, images, train=False, keys={}
         )
-        return logits
+        return outputs["logits"]
 
     return logits_fn
 
