@@ -67,6 +67,10 @@ def get_config(data_set: str = "aerial") -> ConfigDict:
         ("decoder_depth", 3),
         ("grid_queries", True),  # without it, nothing is found in this many updates
     )
+    # Of bigger weights, what a smaller student keeps: ((row, indices or how many), ...)
+    model.layers = ()  # such as (("decoder", 3),); () keeps all; docs/distillation.md
+    model.width = 0  # of a narrower ViT, cut out of wider weights; 0 keeps theirs
+    model.mlp_width = 0
     # Paths not taken from the weights: another set of classes keeps everything but this head.
     model.reinitialize = ()
     model.drop = ()  # tensors of the weights to leave out on purpose: regexes over their own names

@@ -31,6 +31,10 @@ def get_config() -> ConfigDict:
     model.allow_pickle = False  # read .pth and .bin files too (needs torch; only if you trust them)
     model.variant = ""  # such as "b/16", "resnet50"; "" takes the architecture from the weights
     model.arguments = ()  # more of the model's, as ((name, value), ...)
+    # Of bigger weights, what a smaller student keeps: ((row, indices or how many), ...)
+    model.layers = ()  # such as (("block", 6),); () keeps all; docs/distillation.md
+    model.width = 0  # of a narrower ViT, cut out of wider weights; 0 keeps theirs
+    model.mlp_width = 0
     model.reinitialize = ("head/.*",)  # paths not taken from the weights: another set of classes
     model.drop = ()  # tensors of the weights to leave out on purpose: regexes over their own names
     model.image_size = 32  # pixels a side; 0 takes the weights' own

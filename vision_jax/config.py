@@ -74,7 +74,8 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
     ("optim.drop_at", lambda value: 0 < value <= 1, "above 0 and at most 1"),
     ("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     (
-        "data.workers data.subset model.image_size augment.ops augment.mixup augment.cutmix "
+        "data.workers data.subset model.image_size model.width model.mlp_width augment.ops "
+        "augment.mixup augment.cutmix "
         "evaluate.every robustness.images adversarial.step adversarial.beta "
         "adversarial.weight_epsilon adversarial.warmup_steps adversarial.watch distill.top_k",
         lambda value: 0 <= value < math.inf,
@@ -132,6 +133,22 @@ RANGES: tuple[tuple[str, Callable[[Value], bool], str], ...] = (
         "trainable model.reinitialize model.drop lora.rules",
         lambda value: all(isinstance(rule, str) for rule in value),
         "a tuple of regular expressions",
+    ),
+    (
+        "model.layers",
+        lambda value: (
+            all(
+                isinstance(pair, tuple)
+                and len(pair) == 2
+                and isinstance(pair[0], str)
+                and all(
+                    type(x) is int for x in (pair[1] if isinstance(pair[1], tuple) else pair[1:])
+                )
+                for pair in value
+            )
+            and len(dict(value)) == len(value)
+        ),
+        "a tuple of (row, indices or how many), each row once",
     ),
     (
         "model.arguments sharding_rules optim.rates",

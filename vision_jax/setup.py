@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from vision_jax import classify, convert, detect, optim, sharding, steps, teach
+from vision_jax import classify, convert, detect, optim, sharding, shrink, steps, teach
 from vision_jax.config import read_json, write_json
 from vision_jax.convert import load, peft
 from vision_jax.data.pipeline import DamageLog
@@ -198,21 +198,10 @@ def read_weights(config: ConfigDict) -> convert.Weights | None:
     return convert.read_weights(config.model.weights, allow_pickle=config.model.allow_pickle)
 
 
-def describe(
-    config: ConfigDict,
-    weights: convert.Weights | None,
-    class_names: tuple[str, ...],
-    *,
-    headless: bool = False,
-) -> Description:
-    """Architecture and preprocessing: the weights' own, changed where the config says so.
-
-    `headless` leaves the head out: the model then gives its pooled features.
-
-    Raises:
-      UserError: neither the weights nor the config name an architecture, an unknown argument, or a
-        number of classes that differs from the weights' while the head is not re-initialized.
-    """
+def _architecture(
+    config: ConfigDict, weights: convert.Weights | None
+) -> tuple[str, dict[str, Any]]:
+    """(family, arguments) of the weights' model, with what the config names beside or instead."""
     model = config.model
     family = ""
     arguments: dict[str, Any] = {}
@@ -231,8 +220,48 @@ def describe(
             "the architecture is unknown: set config.model.variant, for example 'resnet50' or "
             "'b/16', or take weights that carry it"
         )
+    return family, arguments | _checked_arguments(model.arguments, FAMILIES[family].arguments)
+
+
+def find_shrinking(config: ConfigDict, weights: convert.Weights | None) -> shrink.Shrinking | None:
+    """What the config leaves of a bigger model, whose weights it names; None: all.
+
+    Raises:
+      UserError: no weights, or layers or sizes that they cannot give.
+    """
+    model = config.model
+    if not (model.layers or model.width or model.mlp_width):
+        return None
+    if not model.weights:
+        raise UserError(
+            "config.model.layers, width and mlp_width take a part of weights: set "
+            "config.model.weights, or give a new model its sizes in config.model.arguments"
+        )
+    family, arguments = _architecture(config, weights)
+    return shrink.plan_shrinking(
+        family, arguments, layers=model.layers, width=model.width, mlp_width=model.mlp_width
+    )
+
+
+def describe(
+    config: ConfigDict,
+    weights: convert.Weights | None,
+    class_names: tuple[str, ...],
+    *,
+    headless: bool = False,
+) -> Description:
+    """Architecture and preprocessing: the weights' own, changed where the config says so.
+
+    Of a part of the weights (see `find_shrinking`) the arguments are the smaller model's.
+    `headless` leaves the head out: the model then gives its pooled features.
+
+    Raises:
+      UserError: neither the weights nor the config name an architecture, an unknown argument, or a
+        number of classes that differs from the weights' while the head is not re-initialized.
+    """
+    model = config.model
+    family, arguments = _architecture(config, weights)
     known = FAMILIES[family]
-    arguments |= _checked_arguments(model.arguments, known.arguments)
     own = (weights.preprocessing if weights is not None else None) or {}
     if "in_channels" not in arguments:
         arguments["in_channels"] = known.defaults["in_channels"]
@@ -249,6 +278,8 @@ def describe(
             f"the architecture is not complete ({', '.join(lacks)}): set config.model.image_size, "
             "config.model.variant or config.model.arguments, or take weights that carry them"
         )
+    if (shrinking := find_shrinking(config, weights)) is not None:
+        arguments |= shrinking.after
     if "image_size" in known.arguments:
         arguments["image_size"] = preprocessing.image_size
     if not headless:
@@ -544,14 +575,28 @@ def _plain_parameters(
         rules = () if headless else config.model.reinitialize
         fresh = paths.select(target, rules, field="config.model.reinitialize")
         paths.select(weights.tensors, config.model.drop, field="config.model.drop")
-        placed = convert.import_weights(
-            weights,
-            target,
-            convert.arguments_of(model),
-            reinitialized=HEADS if headless else sorted(fresh),
-            dropped=config.model.drop,
-            place=lambda path, array: sharding.place(array, shardings[path]),
-        )
+        reinitialized = HEADS if headless else sorted(fresh)
+        shrinking = find_shrinking(config, weights)
+        if shrinking is None:
+            placed = convert.import_weights(
+                weights,
+                target,
+                convert.arguments_of(model),
+                reinitialized=reinitialized,
+                dropped=config.model.drop,
+                place=lambda path, array: sharding.place(array, shardings[path]),
+            )
+        else:
+            placed = shrink.import_student(
+                weights,
+                model,
+                shrinking,
+                image_size,
+                reinitialized=reinitialized,
+                dropped=config.model.drop,
+                shardings=shardings,
+                mesh=mesh,
+            )
     names = sorted(fresh)
 
     def make(key):  # what is imported is not computed: the compiler drops it

@@ -133,6 +133,8 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         log.say(f"resumed at step {last} from {checkpoints.directory / str(last)}")
     elif weights is not None:
         log.say(f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})")
+        if (shrinking := setup.find_shrinking(config, weights)) is not None:
+            log.say(f"taken of them: {shrinking.line()}")
         log.say(f"re-initialized as config.model.reinitialize says: {', '.join(fresh) or 'none'}")
     else:
         log.say("parameters: random initialization")

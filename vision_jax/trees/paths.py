@@ -38,6 +38,22 @@ def unflatten(like: Any, flat: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in names])
 
 
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dicts of plain arrays by path.
+
+    >>> nest({"head/bias": 1, "head/kernel": 2})
+    {'head': {'bias': 1, 'kernel': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        below = tree
+        for parent in parents:
+            below = below.setdefault(parent, {})
+        below[name] = leaf
+    return tree
+
+
 def select(paths: Iterable[str], rules: Sequence[str], *, field: str) -> set[str]:
     """The paths that at least one rule matches whole; each rule must match something.
 
