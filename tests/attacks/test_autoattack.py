@@ -1,5 +1,6 @@
-"""APGD against recorded runs of the published code."""
+"""APGD, FAB and Square against recorded runs of the published code."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -7,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vision_jax.attacks import apgd, losses
+from vision_jax.attacks import apgd, fab, losses, square
 
 # Made by scripts/make_golden_autoattack.py, in float64.
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "autoattack.npz"))
 IMAGES, LABELS, TARGETS = (GOLDEN[name] for name in ("images", "labels", "targets"))
 RADII = {"linf": 0.012, "l2": 0.12, "l1": 1.2}
+NORMS = "linf", "l2", "l1"
 
 
 @pytest.fixture
@@ -36,8 +38,8 @@ def loss_of_images(loss):
     )
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])  # in L1 theirs counts what rounding moved
-@pytest.mark.parametrize("loss", ["ce", "targeted"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted"])
 def test_apgd_climbs_as_the_published_code_does(x64, norm, loss):
     golden = {
         key.rsplit("/", 1)[1]: value
@@ -55,9 +57,45 @@ def test_apgd_climbs_as_the_published_code_does(x64, norm, loss):
     run = climb(IMAGES, golden["noise"])
     np.testing.assert_array_equal(run.fooled, golden["fooled"])
     np.testing.assert_allclose(run.step_sizes, golden["step_sizes"], rtol=1e-15)
-    np.testing.assert_allclose(run.loss, golden["loss"], rtol=1e-12)
-    np.testing.assert_allclose(run.highest, golden["best"], atol=1e-12)
-    np.testing.assert_allclose(run.fooling, golden["adversarial"], atol=1e-12)
+    np.testing.assert_allclose(run.loss, golden["loss"], rtol=1e-10)
+    # Where the label is third the plain DLR loss is flat, and its gradient in L2 mere rounding.
+    clear = (golden["loss"] < 1 - 1e-6) | (loss != "dlr") | (norm != "l2")
+    assert clear.any()
+    np.testing.assert_allclose(run.highest[clear], golden["best"][clear], atol=1e-12)
+    np.testing.assert_allclose(run.fooling[clear], golden["adversarial"][clear], atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_fab_walks_as_the_published_code_does(x64, norm):
+    run = functools.partial(fab.fab, logits_of_images, epsilon=RADII[norm], norm=norm, steps=30)
+    found = jax.jit(lambda images: run(images, LABELS, targets=TARGETS))(IMAGES)
+    assert (np.abs(GOLDEN[f"{norm}/fab"] - IMAGES).max((1, 2, 3)) > 1e-3).all()
+    np.testing.assert_allclose(found, GOLDEN[f"{norm}/fab"], atol=1e-11)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_square_with_the_published_codes_draws_ends_where_it_does(x64, norm, monkeypatch):
+    golden = {key: GOLDEN[f"{norm}/square/{key}"] for key in ("places", "query_signs", "result")}
+    upright = jnp.array(GOLDEN[f"{norm}/square/query_upright"])
+    places, signs = jnp.array(golden["places"]), jnp.array(golden["query_signs"])
+
+    def recorded(keys, number, channels):
+        return square.Draw(places[number][None], signs[number][None], upright[number][None])
+
+    monkeypatch.setattr(square, "_draw", recorded)
+    image, radius = IMAGES[:1], 2 * RADII[norm]
+    begun = square._start_from(
+        jnp.array(GOLDEN[f"{norm}/square/signs"]),
+        jnp.array(GOLDEN[f"{norm}/square/upright"]),
+        image,
+        radius,
+        norm,
+    )
+    keys = jax.random.split(jax.random.key(0), 1)
+    run = functools.partial(square.square, logits_of_images, epsilon=radius, norm=norm, queries=100)
+    found = jax.jit(lambda image: run(image, LABELS[:1], keys, begun=begun))(image)
+    assert np.abs(golden["result"] - begun).max() > 1e-3
+    np.testing.assert_allclose(found, golden["result"], atol=1e-11)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 50, 100])

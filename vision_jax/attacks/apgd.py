@@ -4,6 +4,10 @@ It starts with steps of twice the radius. At checkpoints that lie ever closer, t
 example whose loss rose too seldom, or whose highest loss stood still, is halved, and the example
 goes back to its highest point. APGD-CE, APGD-DLR and APGD-T are this with the losses of
 `losses.make_untargeted` and `losses.make_targeted_dlr`.
+
+From the same noise each point is the published code's, in all norms and to the rounding of the
+model. But where the label is not even the runner-up, the plain DLR loss is flat, at 1: there L2's
+steps follow a gradient that is rounding and no more. Such examples are fooled already.
 """
 
 from collections.abc import Callable
@@ -186,8 +190,8 @@ class _State(NamedTuple):
     rises: Array  # i32[B], since the last checkpoint
     checked_loss: Array  # f[B], the highest one at the last checkpoint
     halved: Array  # bool[B], there
-    entries: Array  # f[B], L1: entries that the highest point changed there
-    density: Array  # f[B], L1: share of the entries that a step changes
+    entries: Array  # i32[B], L1: entries that the highest point changed there
+    still: Array  # i32[B], L1: entries that a step leaves, but for ties
 
 
 def _climb(
@@ -212,7 +216,7 @@ def _climb(
     largest = radius * (1 if norm == "l1" else 2)
     begin = jnp.clip(begin.astype(dtype), 0, 1)
     gradient, loss, fooled = look(begin, 0)
-    entries = _entries(begin - images) if begun else jnp.full_like(loss, size)
+    entries = _entries(begin - images) if begun else jnp.full(len(images), size)
     state = _State(
         at=begin,
         before=begin,
@@ -229,14 +233,14 @@ def _climb(
         checked_loss=loss,
         halved=jnp.ones(len(images), bool),
         entries=entries,
-        density=entries / size / SPARSER if begun else jnp.full_like(loss, 0.2),
+        still=_still(entries, size, dtype) if begun else jnp.full(len(images), _rest(0.2, size)),
     )
 
     def step(state: _State, now: tuple[Array, ...]):
         number, share, window, checked = now
         length = norms.per_example(state.step_size, images)
         if norm == "l1":
-            direction = _sparse_signs(state.gradient, state.density)
+            direction = _sparse_signs(state.gradient, state.still)
             moved = norms.project(state.at + length * direction, images, epsilon, norm)
         else:
             ascent = jnp.sign(state.gradient)
@@ -305,7 +309,7 @@ def _check_sparsity(
         gradient=where(checked & fewer, state.highest_gradient, state.gradient),
         step_size=jnp.where(checked, step_size, state.step_size),
         entries=jnp.where(checked, entries, state.entries),
-        density=jnp.where(checked, entries / images[0].size / SPARSER, state.density),
+        still=jnp.where(checked, _still(entries, images[0].size, images.dtype), state.still),
     )
 
 
@@ -322,15 +326,30 @@ def _project(points: Array, images: Array, epsilon: ArrayLike, norm: Norm) -> Ar
     return jnp.clip(images + _normalize(delta, norm) * radius, 0, 1)
 
 
-def _sparse_signs(gradient: Array, density: Array) -> Array:
-    """Signs of the largest entries, over their number: of L1 norm 1."""
+def _sparse_signs(gradient: Array, still: Array) -> Array:
+    """Signs of all but the `still` smallest entries, over their number: of L1 norm 1."""
     flat = jnp.abs(gradient).reshape(len(gradient), -1)
-    place = jnp.clip((1 - density) * flat.shape[1], 0, flat.shape[1] - 1).astype(jnp.int32)
-    least = jnp.take_along_axis(jnp.sort(flat), place[:, None], axis=1)
+    least = jnp.take_along_axis(jnp.sort(flat), still[:, None], axis=1)
     signs = jnp.sign(gradient) * (flat >= least).reshape(gradient.shape)
-    return norms.normalize(signs, "l1")
+    # The published code's 1e-10: without it float64 brings entries exactly to 0 that there stay at
+    # 1e-11 and are counted.
+    return signs / (norms.size(signs, "l1") + 1e-10)
 
 
 def _entries(delta: Array) -> Array:
-    """How many entries of each example are not 0, f[B]."""
-    return jnp.count_nonzero(delta.reshape(len(delta), -1), axis=1).astype(delta.dtype)
+    """How many entries of each example are not 0, i32[B]."""
+    return jnp.count_nonzero(delta.reshape(len(delta), -1), axis=1).astype(jnp.int32)
+
+
+def _still(entries: Array, size: int, dtype: jnp.dtype) -> Array:
+    """How many of `size` entries a step leaves where the highest point changed `entries`.
+
+    From a table that numpy computes: compiled, the divisions by constants become products, whose
+    rounding makes it one entry more or less than in the published code.
+    """
+    counts = np.arange(size + 1, dtype=dtype)
+    return jnp.asarray(_rest(counts / size / SPARSER, size))[entries]
+
+
+def _rest(density: np.ndarray | float, size: int) -> np.ndarray:
+    return np.clip((1 - density) * size, 0, size - 1).astype(np.int32)

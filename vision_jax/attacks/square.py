@@ -91,7 +91,8 @@ def square(
         number, at, least = state
         level = (number > jnp.array(HALVED)).sum()
         draws = _draw(keys, number, channels)
-        places = jnp.floor(draws.places * (jnp.array([height, width] * 2) - sides[level]))
+        room = (jnp.array([height, width] * 2) - sides[level])[None]
+        places = jnp.floor(draws.places * room)
         tried = propose(at, draws._replace(places=places.astype(jnp.int32)), level, sides[level])
         found = margin(tried)
         better = (least > 0) & ((found < least) | (found <= 0))
@@ -142,7 +143,9 @@ def _start_from(
     before = (height - TILES * side) // 2
     rows, columns = _fitting(height, width, side, before)
     tile = jnp.asarray(bump(side, norm), images.dtype)
-    tiles = jnp.where(upright[..., None, None], tile.T, tile)  # [B, rows, columns, side, side]
+    grid = (1,) * 3 + tile.shape
+    upright = upright[..., None, None]  # [B, rows, columns, 1, 1]
+    tiles = jnp.where(upright, tile.T.reshape(grid), tile.reshape(grid))
     delta = jnp.einsum("brcyx,brcn->brycxn", tiles, signs)
     delta = delta.reshape(count, rows * side, columns * side, channels)
     after = (height - before - rows * side, width - before - columns * side)
@@ -196,7 +199,7 @@ def _window(images: Array, row: Array, column: Array, side: Array) -> Array:
     """bool[B, H, W, 1], True in each example's square."""
 
     def inside(first: Array, length: int) -> Array:
-        offset = jnp.arange(length) - first[:, None]
+        offset = jnp.arange(length)[None] - first[:, None]
         return (offset >= 0) & (offset < side)
 
     height, width = images.shape[1:3]
