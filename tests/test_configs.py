@@ -89,8 +89,9 @@ def dotted(node: ast.AST, parts: dict[str, str]) -> str:
 
 def test_every_field_is_read():
     found: set[str] = set()
-    for name in ("setup.py", "train.py", "modes.py", "classify.py", "detect.py", "teach.py"):
-        found |= reads(runs.ROOT / "vision_jax" / name)
+    files = ("setup", "train", "modes", "classify", "classify_robustness", "detect", "teach")
+    for name in files:
+        found |= reads(runs.ROOT / "vision_jax" / f"{name}.py")
     declared = set().union(*(fields(config) for config in LOADED))
     dead = {n for n in declared if n not in found and n.split(".")[0] != "mesh"}  # **config.mesh
     assert "mesh" in found

@@ -63,6 +63,7 @@ def test_no_config_below_the_setup():
         "modes.py",
         "plan.py",
         "classify.py",
+        "classify_robustness.py",
         "detect.py",
     }
     users = {path.name for path in PACKAGE.rglob("*.py") if "ml_collections" in imported(path)}

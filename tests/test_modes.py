@@ -193,11 +193,6 @@ def test_workdirs_without_a_run_are_one_line(tmp_path):
         modes.evaluate(runs.full_config(), tmp_path, "last")
 
 
-def test_softmax():
-    logits = np.array([[1000.0, 1000.0], [0.0, np.log(3)]])
-    np.testing.assert_allclose(classify.softmax(logits), [[0.5, 0.5], [0.25, 0.75]], rtol=1e-12)
-
-
 # Robustness -------------------------------------------------------------------------------------
 
 
@@ -274,4 +269,7 @@ def test_robustness_refuses_what_it_cannot_do(tmp_path):
     with pytest.raises(UserError, match=r"config.robustness.norm is 'l3'"):
         modes.robustness(runs.tiny_config(robustness__norm="l3"), tmp_path, "last")
     with pytest.raises(UserError, match="unknown `fgsn`"):
-        modes.robustness(runs.tiny_config(robustness__attacks="fgsn"), tmp_path, "last")
+        modes.robustness(runs.full_config(robustness__attacks="fgsn"), runs.finished(), "last")
+    changed = runs.full_config(robustness__transfer_from=tmp_path)
+    with pytest.raises(UserError, match=r"transfer_from: .* holds no run"):
+        modes.robustness(changed, runs.finished(), "last")

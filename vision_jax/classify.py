@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grain
 import jax
@@ -15,19 +15,22 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vision_jax import sharding, steps
+from vision_jax import classify_robustness, sharding, steps
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
 from vision_jax.data.sources import FileReader, Source, read_source, split_source, subset
 from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
-from vision_jax.evaluate.classification import confusion_matrix, summarize
+from vision_jax.evaluate.classification import confusion_matrix, softmax, summarize
 from vision_jax.evaluate.run import make_run_over
 from vision_jax.logging import RunLog
 from vision_jax.recipes import adversarial
 from vision_jax.recipes.objective import Objective
 from vision_jax.tasks import classification
+
+if TYPE_CHECKING:
+    from vision_jax.setup import Trained
 
 best_metric = "top1"  # what the best checkpoint is best at
 # Of an evaluation, in metrics.jsonl; the last two in adversarial training.
@@ -392,7 +395,22 @@ def predict(
     print(f"wrote {path}")
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities f64[N, C] of logits f[N, C]."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
+# Robustness -------------------------------------------------------------------------------------
+
+
+def robustness(
+    config: ConfigDict,
+    workdir: Path,
+    trained: "Trained",
+    restore_other: Callable[[Path], "Trained"],
+) -> dict[str, Any]:
+    """Under attacks and corruptions (see classify_robustness.py): what robustness.json holds.
+
+    Args:
+      config: the run's, with its section robustness.
+      workdir: where files are written.
+      trained: the run.
+      restore_other: another run from its folder, for attacks that transfer.
+    """
+    source = read_eval_source(config, trained.description.class_names)
+    return classify_robustness.measure(config, workdir, trained, source, restore_other)

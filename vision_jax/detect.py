@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grain
 import jax
@@ -51,6 +51,9 @@ from vision_jax.ops import detection_losses
 from vision_jax.ops.detection_outputs import sigmoid_detections, softmax_detections
 from vision_jax.recipes.objective import Objective
 from vision_jax.tasks import classification, detection
+
+if TYPE_CHECKING:
+    from vision_jax.setup import Trained
 
 best_metric = "ap"  # what the best checkpoint is best at
 # Of an evaluation, in metrics.jsonl.
@@ -379,13 +382,8 @@ def write_results(
 def robustness(
     config: ConfigDict,
     workdir: Path,
-    model: Any,
-    apply: classification.Apply,
-    assemble: Callable[..., Any],
-    arguments: tuple[Any, Any, Any],
-    mesh: Mesh,
-    preprocessing: DetectionPreprocessing,
-    class_names: Sequence[str],
+    trained: "Trained",
+    restore_other: Callable[[Path], "Trained"],
 ) -> dict[str, Any]:
     """AP under attack by epsilon: lines on the screen, robustness.json and robustness.png.
 
@@ -395,11 +393,8 @@ def robustness(
     Args:
       config: the run's, with its section robustness.
       workdir: where files are written.
-      model, apply, assemble: see `make_objective`.
-      arguments: (trainable, frozen, model_state).
-      mesh: of the devices.
-      preprocessing: of the images.
-      class_names: by label.
+      trained: the run.
+      restore_other: not used: no attack is carried over from another run.
 
     Returns:
       What robustness.json holds.
@@ -407,17 +402,20 @@ def robustness(
     Raises:
       UserError: an unknown attack, or bad input.
     """
+    del restore_other
     settings = config.robustness
     norm, epsilons = settings.norm, sorted(settings.epsilons)
-    source = read_eval_source(config, tuple(class_names))
+    model, mesh, preprocessing = trained.model, trained.mesh, trained.description.preprocessing
+    class_names = trained.description.class_names
+    source = read_eval_source(config, class_names)
     count = min(settings.images or len(source), len(source))
     kept = np.zeros(len(source), bool)
     kept[np.linspace(0, len(source) - 1, count).astype(int)] = True
     source = part_of(source, kept)
     objective = detection.make_objective(
-        apply, assemble, set_loss=_make_set_loss(config, model, alone=True)
+        trained.apply, trained.assemble, set_loss=_make_set_loss(config, model, alone=True)
     )
-    trainable, frozen, model_state = arguments
+    trainable, frozen, model_state = trained.arguments
 
     def make_attacked(attack):
         return detection.make_attacked_outputs(
@@ -458,7 +456,7 @@ def robustness(
     pictures = []
     if attacks and epsilons:
         pictures = _attacked_pictures(
-            config, make_attacked(attacks[settings.attacks[-1]]), arguments, source, mesh,
+            config, make_attacked(attacks[settings.attacks[-1]]), trained.arguments, source, mesh,
             preprocessing, epsilons[-1],
         )  # fmt: skip
     if jax.process_index() == 0:

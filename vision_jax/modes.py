@@ -1,9 +1,8 @@
 """What a trained model is asked for: numbers over a dataset, predictions for files, results."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,17 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vision_jax import classify, convert, detect, setup, sharding, steps, teach
+from vision_jax import classify, convert, setup, sharding, teach
 from vision_jax.checkpoints import Checkpoints, last_complete_step
 from vision_jax.config import check_ranges, load_config, write_json
 from vision_jax.convert import peft
-from vision_jax.data import corruptions
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import IMAGE_SUFFIXES
 from vision_jax.data.teacher_cache import write_teacher_cache
 from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
-from vision_jax.evaluate import robustness as robust
 from vision_jax.evaluate.frozen import few_shot_predict, knn_predict
-from vision_jax.evaluate.robustness_figure import MOST_EXAMPLES, draw_robustness
 from vision_jax.evaluate.run import make_run_over
-from vision_jax.evaluate.self_check import check_gradients
 from vision_jax.logging import RunLog, human_size, read_metrics, show_progress
 from vision_jax.models.families import make_apply
 from vision_jax.tasks import classification
@@ -94,25 +89,7 @@ def write_results(
     log.wrote(workdir / "model.safetensors", f"the merged model, in {naming}'s naming")
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A finished run's model, ready to compute."""
-
-    mesh: Mesh
-    description: setup.Description
-    outputs_fn: Callable[..., Mapping[str, jax.Array]]
-    state: steps.TrainState
-    frozen: dict[str, jax.Array]
-    model: Any
-    assemble: Callable[[Mapping[str, Any]], Any]  # arrays by path -> the parameter tree
-
-    @property
-    def arguments(self) -> tuple[Any, Any, Any]:
-        """What `outputs_fn` takes before the batch."""
-        return steps.averaged(self.state), self.frozen, self.state.model_state
-
-
-def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> Trained:
+def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> setup.Trained:
     """Rebuilds a run from its workdir alone.
 
     Args:
@@ -143,8 +120,20 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> Trained:
         state = checkpoints.restore(step, abstract)
         frozen = checkpoints.restore_frozen(abstract_frozen)
     task = setup.find_task(config)
-    outputs_fn = task.make_outputs(config, model, make_apply(model), plan.assemble)
-    return Trained(mesh, description, outputs_fn, state, frozen, model, plan.assemble)
+    exact = config.copy_and_resolve_references()
+    exact.model.dtype = "float32"
+    apply = make_apply(model)
+    return setup.Trained(
+        mesh=mesh,
+        description=description,
+        model=model,
+        apply=apply,
+        exact_apply=make_apply(setup.build_model(exact, description)),
+        assemble=plan.assemble,
+        outputs_fn=task.make_outputs(config, model, apply, plan.assemble),
+        state=state,
+        frozen=frozen,
+    )
 
 
 def evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
@@ -252,8 +241,8 @@ def frozen(config: ConfigDict, workdir: Path) -> int:
 
 
 def robustness(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
-    """--mode=robustness: a finished classifier under attacks and corruptions, and a look at whether
-    the attacks can be trusted; a detector's AP under attack. WORKDIR/robustness.json and .png.
+    """--mode=robustness: what is left of a finished run's figures under attack, and more of what
+    its task can tell. WORKDIR/robustness.json and .png.
 
     Raises:
       UserError: a run without the config's section, or bad input.
@@ -264,101 +253,12 @@ def robustness(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
             "robustness from the config.json of a new run"
         )
     check_ranges(config)
-    if config.task == "detection":
-        trained = restore(config, workdir, checkpoint)
-        detect.robustness(
-            config,
-            workdir,
-            trained.model,
-            make_apply(trained.model),
-            trained.assemble,
-            trained.arguments,
-            trained.mesh,
-            trained.description.preprocessing,
-            trained.description.class_names,
-        )
-        return 0
-    settings = config.robustness
-    norm, epsilons, seed = settings.norm, sorted(settings.epsilons), config.seed
-    names = corruptions.find_names(settings.corruptions, "config.robustness.corruptions")
-    attacks = {
-        name: robust.make_attack(name, norm=norm, steps=settings.steps, restarts=settings.restarts)
-        for name in settings.attacks
-    }
+
+    def restore_other(folder: Path) -> setup.Trained:
+        return restore(load_config(str(folder / "config.json"), {}), folder, "last")
+
     trained = restore(config, workdir, checkpoint)
-    classifier = _classifier(trained, trained.model, settings.batch_size)
-    class_names = trained.description.class_names
-    examples, damaged = robust.read_examples(
-        classify.read_eval_source(config, class_names),
-        trained.description.preprocessing,
-        count=settings.images,
-        threads=config.data.threads,
-    )
-    count, severities = len(examples.labels), settings.severities
-    passes = 1 + len(attacks) * len(epsilons) + len(names) * len(severities)
-    first = jax.process_index() == 0
-    with show_progress(passes * -(-count // settings.batch_size), show=first) as (advance, say):
-        say(f"step {int(trained.state.step)}, {count} images, {norm}")
-        for name in damaged:
-            say(f"skipped a damaged image: {name}")
-        seen = robust.make_classify(classifier, None, norm=norm, seed=seed)
-        logits = seen(examples, advance=advance, leave_out=("image",))["logits"]
-        clean = logits.argmax(-1) == examples.labels
-        record: dict[str, Any] = {
-            "step": int(trained.state.step),
-            "images": count,
-            "norm": norm,
-            "clean": robust.figures(logits, examples.labels, clean, class_names),
-        }
-        say(robust.line("clean", record["clean"]))
-        record["attacks"] = robust.under_attacks(
-            classifier,
-            examples,
-            class_names,
-            clean,
-            attacks,
-            epsilons,
-            norm=norm,
-            seed=seed,
-            advance=advance,
-            say=say,
-        )
-        if settings.autoattack != "off":
-            record["autoattack"] = robust.under_autoattack(
-                classifier,
-                seen,
-                examples,
-                class_names,
-                version=settings.autoattack,
-                norm=norm,
-                epsilon=settings.autoattack_epsilon,
-                seed=seed,
-                say=say,
-            )
-        record["corruptions"] = robust.under_corruptions(
-            seen,
-            examples,
-            class_names,
-            names,
-            severities,
-            seed=seed,
-            threads=config.data.threads,
-            advance=advance,
-            say=say,
-        )
-        if names:
-            mean = robust.mean_accuracy(record["corruptions"])
-            record["mean_corruption_accuracy"] = mean
-            say(f"  mean over corruptions        accuracy {mean:.4f}  n={count}")
-        if settings.self_check and epsilons:
-            record["self_check"] = _self_check(config, trained, examples, epsilons[-1], say)
-    pictures = _attacked_pictures(classifier, examples, clean, attacks, record, seed)
-    if not first:
-        return 0
-    write_json(record, workdir / "robustness.json")
-    draw_robustness(record, pictures, class_names, workdir / "robustness.png")
-    print(f"wrote {workdir / 'robustness.json'}")
-    print(f"wrote {workdir / 'robustness.png'}")
+    setup.find_task(config).robustness(config, workdir, trained, restore_other)
     return 0
 
 
@@ -402,94 +302,6 @@ def teach_once(config: ConfigDict) -> int:
     size = human_size(path.stat().st_size)
     print(f"wrote {path}: what the teachers say of {count} images, {size}")
     return 0
-
-
-def _classifier(trained: Trained, model: Any, batch_size: int) -> robust.Classifier:
-    logits_fn = classification.make_logits(make_apply(model), trained.assemble)
-    return robust.Classifier(logits_fn, trained.arguments, trained.mesh, batch_size)
-
-
-def _self_check(
-    config: ConfigDict,
-    trained: Trained,
-    examples: robust.Examples,
-    epsilon: float,
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """The checks for masked gradients, in float32 whatever the run computes in."""
-
-    def exact(own: ConfigDict, trained: Trained) -> robust.Classifier:
-        own = own.copy_and_resolve_references()
-        own.model.dtype = "float32"
-        model = setup.build_model(own, trained.description)
-        return _classifier(trained, model, config.robustness.batch_size)
-
-    surrogate = None
-    if config.robustness.transfer_from:
-        folder = Path(config.robustness.transfer_from)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"config.robustness.transfer_from: {folder} holds no run")
-        other = load_config(str(folder / "config.json"), {})
-        source = restore(other, folder, "last")
-        same = ("class_names", "preprocessing")
-        for name in same:
-            if getattr(source.description, name) != getattr(trained.description, name):
-                raise UserError(f"config.robustness.transfer_from: {folder} has another {name}")
-        surrogate = exact(other, source)
-    findings = check_gradients(
-        exact(config, trained),
-        examples,
-        norm=config.robustness.norm,
-        epsilon=epsilon,
-        seed=config.seed,
-        surrogate=surrogate,
-    )
-    flagged = [finding for finding in findings if finding.flagged]
-    say(f"self-check: {len(flagged)} of {len(findings)} checks find signs of masked gradients")
-    for finding in findings:
-        mark = "DOUBT" if finding.flagged else "ok"
-        say(f"  {mark:5} {finding.name:15} {finding.what}  n={finding.count}")
-    return [dataclasses.asdict(finding) | {"flagged": finding.flagged} for finding in findings]
-
-
-def _attacked_pictures(
-    classifier: robust.Classifier,
-    examples: robust.Examples,
-    clean: np.ndarray,
-    attacks: Mapping[str, robust.Attack],
-    record: Mapping[str, Any],
-    seed: int,
-) -> dict[str, Any] | None:
-    """Some examples that are right, and what the last attack makes of them.
-
-    At the smallest epsilon that fools at least half of all that are right, else the largest.
-    """
-    if not attacks or not clean.any():
-        return None
-    name = list(attacks)[-1]
-    rows = record["attacks"][name]
-    if not rows:
-        return None
-    half = [row["epsilon"] for row in rows if row["accuracy"] <= clean.mean() / 2]
-    epsilon = half[0] if half else rows[-1]["epsilon"]
-    right = np.flatnonzero(clean)
-    some = examples.take(
-        right[np.unique(np.linspace(0, len(right) - 1, MOST_EXAMPLES).astype(int))]
-    )
-    norm = record["norm"]
-    before, after = (
-        robust.make_classify(classifier, attack, norm=norm, seed=seed)(some, epsilon)
-        for attack in (None, attacks[name])
-    )
-    return {
-        "attack": name,
-        "epsilon": robust.show_epsilon(epsilon, norm),
-        "image": before["image"],
-        "attacked": after["image"],
-        "label": some.labels,
-        "before": classify.softmax(before["logits"]),
-        "after": classify.softmax(after["logits"]),
-    }
 
 
 def _image_files(given: Sequence[str]) -> list[str]:

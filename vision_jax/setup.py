@@ -34,6 +34,7 @@ from vision_jax.models.families import (
 )
 from vision_jax.recipes import adversarial, distillation, objective
 from vision_jax.recipes.objective import Objective
+from vision_jax.tasks.classification import Apply
 from vision_jax.trees import lora, paths
 
 Flat = dict[str, Any]
@@ -101,6 +102,38 @@ class Parameters:
         return paths.partition(flat, set(self.trainable))
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A finished run's model, ready to compute.
+
+    Attributes:
+      mesh: of the devices.
+      description: of the model.
+      model: the flax module.
+      apply: the model as tasks call it (see tasks.classification.Apply).
+      exact_apply: the same in float32, whatever the run computes in.
+      assemble: arrays by path -> the parameter tree.
+      outputs_fn: what evaluation needs of a batch.
+      state: of its last or best step.
+      frozen: parameters that were not trained, by path.
+    """
+
+    mesh: Mesh
+    description: Description
+    model: Any
+    apply: Apply
+    exact_apply: Apply
+    assemble: Callable[[Mapping[str, Any]], Any]
+    outputs_fn: Callable[..., Mapping[str, jax.Array]]
+    state: steps.TrainState
+    frozen: Flat
+
+    @property
+    def arguments(self) -> tuple[Any, Any, Any]:
+        """What `outputs_fn` takes before the batch."""
+        return steps.averaged(self.state), self.frozen, self.state.model_state
+
+
 # Task -------------------------------------------------------------------------------------------
 
 
@@ -166,6 +199,13 @@ class Task(Protocol):
         class_names: Sequence[str],
         out: Path,
     ) -> None: ...
+    def robustness(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        trained: Trained,
+        restore_other: Callable[[Path], Trained],
+    ) -> dict[str, Any]: ...
 
 
 TASKS: dict[str, Task] = {"classification": classify, "detection": detect}

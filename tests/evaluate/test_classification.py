@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vision_jax.errors import UserError
-from vision_jax.evaluate.classification import confusion_matrix, summarize
+from vision_jax.evaluate.classification import confusion_matrix, softmax, summarize
 
 
 def _names(count: int) -> list[str]:
@@ -143,3 +143,8 @@ def test_confusion_matrix_counts_rows_by_truth() -> None:
 def test_confusion_matrix_of_small_integers_does_not_overflow() -> None:
     labels = np.full(3, 200, np.uint8)
     assert confusion_matrix(labels, labels, 201)[200, 200] == 3
+
+
+def test_softmax():
+    logits = np.array([[1000.0, 1000.0], [0.0, np.log(3)]])
+    np.testing.assert_allclose(softmax(logits), [[0.5, 0.5], [0.25, 0.75]], rtol=1e-12)

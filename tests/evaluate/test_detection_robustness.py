@@ -6,10 +6,9 @@ import detection_runs
 import numpy as np
 import pytest
 
-from vision_jax import detect, modes, setup
+from vision_jax import detect, modes
 from vision_jax.errors import UserError
 from vision_jax.evaluate import detection_robustness as robust
-from vision_jax.models import families
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +20,7 @@ def robustness(trained, workdir, **fields):
     config = detection_runs.tiny_config(
         **{f"robustness__{name}": value for name, value in fields.items()}
     )
-    model = setup.build_model(config, trained.description)
-    return detect.robustness(
-        config,
-        workdir,
-        model,
-        families.make_apply(model),
-        trained.assemble,
-        trained.arguments,
-        trained.mesh,
-        trained.description.preprocessing,
-        trained.description.class_names,
-    )
+    return detect.robustness(config, workdir, trained, lambda folder: trained)
 
 
 def test_figures_of_each_epsilon_and_a_picture(trained, tmp_path, capsys, monkeypatch):

@@ -141,3 +141,9 @@ def _check_range(what: str, values: np.ndarray, classes: int) -> None:
             f"evaluation: {what} {outside[0]} is outside 0..{classes - 1}; "
             "the dataset and the model's head must have the same classes"
         )
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities f64[N, C] of logits f[N, C]."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
