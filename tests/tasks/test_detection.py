@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from vision_jax import detect, modes, setup, sharding
 from vision_jax.attacks import gradient
@@ -132,3 +133,61 @@ def test_adversarial_training_keeps_off_the_padding(norm):
         np.testing.assert_allclose(np.abs(change[inside]).max(), 0.1, rtol=1e-5)
     else:
         np.testing.assert_allclose(np.sqrt(np.square(change).sum((1, 2, 3))), 0.1, rtol=1e-5)
+
+
+# The losses below differ by the attack alone: nothing is dropped, and the first steps are tiny.
+STILL = {
+    "model__dropout": 0.0,
+    "trainable": ("class_head/.*", "box_head/.*"),
+    "optim__rates": (),
+    "total_steps": 1000,
+    "optim__warmup_steps": 1000,
+    "optim__lr": 0.01,
+}
+
+
+@pytest.mark.parametrize("family", ["detr", "rf_detr"])
+def test_adversarial_training_of_a_detector(family):
+    """Every way that there is: one compilation, and higher losses than those of plain images."""
+    small = (*detection_runs.ARGUMENTS[:-1], ("decoder_depth", 1))
+    changes = {"model__arguments": small} if family == "detr" else detection_runs.RF_DETR
+    changes = STILL | changes
+    config = detection_runs.tiny_config(**changes)
+    source, _ = detect.read_sources(config)
+    description = setup.describe(config, None, source.class_names)
+    model = setup.build_model(config, description)
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    size = description.preprocessing.image_size
+    plan = setup.plan_parameters(config, model, size, mesh, None)
+    trainable, frozen, model_state, _ = jax.device_get(
+        setup.make_parameters(config, model, size, plan, mesh, None, None)
+    )
+    assert len(frozen) > 10
+    data = detect.training_data(config, source, description.preprocessing, None)
+    batches = [sharding.make_batch_placer(mesh)(next(data)) for _ in range(2)]
+    plain = jax.jit(setup.make_loss(config, model, plan.assemble))
+    clean, _ = plain(trainable, frozen, model_state, batches[0], jax.random.key(0))
+    schedule, tx = setup.make_optimizer(config, model, plan.abstract()[0])
+    _, shardings = setup.abstract_state(config, tx, plan, mesh)
+    for settings in (
+        {"method": "pgd", "steps": 2},
+        {"method": "free", "replays": 4},  # the first of them sees random perturbations
+    ):
+        settings = {f"adversarial__{name}": value for name, value in settings.items()}
+        config = detection_runs.tiny_config(
+            recipes=("adversarial",), adversarial__epsilon=0.1, **changes, **settings
+        )
+        loss_fn = setup.make_loss(config, model, plan.assemble)
+        step = setup.make_train_step(config, loss_fn, tx, schedule, shardings)
+        state = setup.new_state(config, tx, trainable, model_state, shardings)
+        held = jax.device_put(frozen, sharding.replicated(mesh))
+        losses = []
+        for batch in batches:
+            state, metrics = step(state, held, batch)
+            assert bool(metrics["finite"])
+            losses.append(float(metrics["loss"]))
+        assert step._cache_size() == 1
+        assert losses[0] > 1.003 * float(clean), (losses, clean)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(held), frozen)
+        name = "class_head/kernel"
+        assert (jax.device_get(state.trainable[name]) != trainable[name]).any()
