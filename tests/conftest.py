@@ -1,7 +1,7 @@
 """Flags for every test: 8 virtual CPU devices, rank promotion raises, and code that compiles fast.
 
 The tests compile thousands of tiny programs and run each a few times, so machine code that is not
-optimized costs a third of what optimized code does. The programs themselves, their fusions, memory and counted
+optimized costs a third of the time. The programs themselves, their fusions, memory and counted
 FLOPs are those of any run. What XLA_FLAGS says already has the last word.
 """
 

@@ -111,9 +111,10 @@ def assert_explained(images, augmented, strengths):
 
 def test_rand_augment_applies_one_operation_of_its_table_to_each_image():
     images = random_images(400, 20, 16)
-    augmented = augment.rand_augment(random_key(), images, num_ops=1, magnitude=12)
+    # At 12, 0.12 (y + 1/2) is 1.5: a tie, and how it is rounded is the compiler's choice.
+    augmented = augment.rand_augment(random_key(), images, num_ops=1, magnitude=13)
     strengths = augment.rand_augment_strengths(20, 16)
-    assert_explained(images, augmented, {name: table[[12]] for name, table in strengths.items()})
+    assert_explained(images, augmented, {name: table[[13]] for name, table in strengths.items()})
 
 
 def test_trivial_augment_applies_one_operation_at_any_strength_to_each_image():
