@@ -7,6 +7,8 @@ casts to float32 are turned into casts to float64). Recorded are the network, th
 drawn (starting noise; Square's places, signs and directions) and what came of it:
 
     {norm}/{loss}/noise, best, loss, adversarial, fooled, step_sizes    APGD, 60 steps
+    l1/shrinking/noise, best, loss, adversarial, fooled                 the same with the targeted
+                                                                        loss in balls that shrink
     {norm}/fab                                                          FAB-T, 30 steps, 3rd class
     {norm}/square/{signs, upright, places, query_signs, query_upright, result}  100 queries of
                                                                         the first image
@@ -96,6 +98,19 @@ def main() -> None:
                 f"{norm}/{loss}/adversarial": last(adversarial),
                 f"{norm}/{loss}/fooled": accurate.numpy() == 0,
                 f"{norm}/{loss}/step_sizes": np.stack(network.step_sizes),
+            }
+        if norm == "l1":
+            noise = noise_of(norm, tensor.shape, 1)
+            radii, steps = [3 * radius, 2 * radius, radius], [18, 18, 24]
+            best, accurate, loss_best, adversarial = attack.decr_eps_pgd(
+                tensor, labels, radii, steps
+            )
+            record |= {
+                "l1/shrinking/noise": last(noise),
+                "l1/shrinking/best": last(best),
+                "l1/shrinking/loss": loss_best.numpy(),
+                "l1/shrinking/adversarial": last(adversarial),
+                "l1/shrinking/fooled": accurate.numpy() == 0,
             }
         fab = FABAttack_PT(network, n_iter=30, targeted=True, **common)
         fab.target_class = 3

@@ -10,6 +10,7 @@ model. But where the label is not even the runner-up, the plain DLR loss is flat
 steps follow a gradient that is rounding and no more. Such examples are fooled already.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -163,17 +164,38 @@ def climb(
     counts. `keys` key[B] are for an `expectation`.
     """
     if not shrinking:
-        return _climb(loss_of_images, images, keys, begin, epsilon, norm, steps, expectation)
+        moments = _moments(steps, norm, images.dtype)
+        return _climb(loss_of_images, images, keys, begin, epsilon, norm, moments, expectation)
     lengths = [int(np.ceil(share * steps)) for _, share in SHRINKING[:-1]]
     lengths.append(steps - sum(lengths))
-    for (factor, _), length in zip(SHRINKING, lengths, strict=True):
-        radius = factor * jnp.asarray(epsilon)
-        begin = norms.project(begin, images, radius, norm)
-        run = _climb(
-            loss_of_images, images, keys, begin, radius, norm, length, expectation, begun=True
-        )
-        begin = run.highest
-    return run
+    runs = [
+        _moments(length, norm, images.dtype, factor)
+        for (factor, _), length in zip(SHRINKING, lengths, strict=True)
+    ]
+    moments = _Moment(*map(jnp.concatenate, zip(*runs, strict=True)))
+    run = _climb(loss_of_images, images, keys, begin, epsilon, norm, moments, expectation, True)
+    last = lengths[-1]
+    return run._replace(losses=run.losses[-last:], step_sizes=run.step_sizes[-last:])
+
+
+class _Moment(NamedTuple):
+    """What steps of a run do; the first of a run, number 0, only looks at where it begins."""
+
+    number: Array  # i[S + 1]
+    share: Array  # f[S + 1], of the new step
+    window: Array  # i[S + 1], steps since the last checkpoint
+    checked: Array  # bool[S + 1], a checkpoint comes after it
+    factor: Array  # f[S + 1], of the radius
+
+
+def _moments(steps: int, norm: Norm, dtype: jnp.dtype, factor: float = 1) -> _Moment:
+    points = np.array((0, *checkpoints(steps, norm)))
+    windows, checked = np.zeros(steps + 1, int), np.zeros(steps + 1, bool)
+    windows[points[1:]], checked[points[1:]] = np.diff(points), True
+    numbers = np.arange(steps + 1)
+    shares = np.where(numbers > 1, MOMENTUM, 1).astype(dtype)
+    factors = np.full(steps + 1, factor, dtype)
+    return _Moment(*map(jnp.asarray, (numbers, shares, windows, checked, factors)))
 
 
 class _State(NamedTuple):
@@ -195,8 +217,10 @@ class _State(NamedTuple):
 
 
 def _climb(
-    loss_of_images, images, keys, begin, epsilon, norm, steps, expectation, begun=False
+    loss_of_images, images, keys, begin, epsilon, norm, moments, expectation, shrinking=False
 ) -> Climb:
+    """The model is compiled once, for the beginnings of runs as for their steps."""
+
     def look(at: Array, number: ArrayLike) -> tuple[Array, Array, Array]:
         """(gradient, loss, fooled); of a model that draws the mean gradient and the last draw."""
         if not expectation:
@@ -211,46 +235,53 @@ def _climb(
         total, (loss, fooled) = jax.lax.scan(draw, jnp.zeros_like(at), jnp.arange(expectation))
         return total / expectation, loss[-1], fooled[-1]
 
-    dtype, size = images.dtype, images[0].size
-    radius = jnp.broadcast_to(jnp.asarray(epsilon, dtype), images.shape[:1])
-    largest = radius * (1 if norm == "l1" else 2)
-    begin = jnp.clip(begin.astype(dtype), 0, 1)
-    gradient, loss, fooled = look(begin, 0)
-    entries = _entries(begin - images) if begun else jnp.full(len(images), size)
-    state = _State(
-        at=begin,
-        before=begin,
-        gradient=gradient,
-        highest=begin,
-        highest_gradient=gradient,
-        loss=loss,
-        fooling=begin,
-        fooled=fooled,
-        step_size=largest,
-        # The first window compares its first loss with 0, as the published code does.
-        last_loss=jnp.zeros_like(loss),
-        rises=jnp.zeros(len(images), jnp.int32),
-        checked_loss=loss,
-        halved=jnp.ones(len(images), bool),
-        entries=entries,
-        still=_still(entries, size, dtype) if begun else jnp.full(len(images), _rest(0.2, size)),
-    )
+    dtype, size, count = images.dtype, images[0].size, len(images)
+    epsilon = jnp.broadcast_to(jnp.asarray(epsilon, dtype), (count,))
+    widest = 1 if norm == "l1" else 2  # step, in radii
 
-    def step(state: _State, now: tuple[Array, ...]):
-        number, share, window, checked = now
+    def start(begin: Array, largest: Array) -> _State:
+        nothing = jnp.zeros(count, dtype)
+        entries = _entries(begin - images) if shrinking else jnp.full(count, size, jnp.int32)
+        dense = jnp.full(count, _rest(0.2, size), jnp.int32)
+        return _State(
+            at=begin,
+            before=begin,
+            gradient=jnp.zeros_like(begin),
+            highest=begin,
+            highest_gradient=jnp.zeros_like(begin),
+            loss=nothing - jnp.inf,
+            fooling=begin,
+            fooled=jnp.zeros(count, bool),
+            step_size=largest,
+            last_loss=nothing,
+            rises=jnp.zeros(count, jnp.int32),
+            checked_loss=nothing,
+            halved=jnp.ones(count, bool),
+            entries=entries,
+            still=_still(entries, size, dtype) if shrinking else dense,
+        )
+
+    def step(state: _State, now: _Moment):
+        first = now.number == 0
+        radius = now.factor * epsilon
+        largest = widest * radius
+        if shrinking:
+            fresh = start(norms.project(state.highest, images, radius, norm), largest)
+            state = jax.tree.map(functools.partial(jnp.where, first), fresh, state)
         length = norms.per_example(state.step_size, images)
         if norm == "l1":
             direction = _sparse_signs(state.gradient, state.still)
-            moved = norms.project(state.at + length * direction, images, epsilon, norm)
+            moved = norms.project(state.at + length * direction, images, radius, norm)
         else:
             ascent = jnp.sign(state.gradient)
             if norm == "l2":
                 ascent = _normalize(state.gradient, norm)
-            aim = _project(state.at + length * ascent, images, epsilon, norm)
+            aim = _project(state.at + length * ascent, images, radius, norm)
             last = state.at - state.before
-            moved = state.at + (aim - state.at) * share + last * (1 - share)
-            moved = _project(moved, images, epsilon, norm)
-        gradient, loss, fooled = look(moved, number)
+            moved = state.at + (aim - state.at) * now.share + last * (1 - now.share)
+            moved = _project(moved, images, radius, norm)
+        moved = jnp.where(first, state.at, moved)
+        gradient, loss, fooled = look(moved, now.number)
         higher = loss > state.loss
         next_state = state._replace(
             at=moved,
@@ -261,55 +292,46 @@ def _climb(
             loss=jnp.where(higher, loss, state.loss),
             fooling=where(fooled, moved, state.fooling),
             fooled=state.fooled | fooled,
-            last_loss=loss,
-            rises=state.rises + (loss > state.last_loss),
+            # The first window compares its first loss with 0, as the published code does.
+            last_loss=jnp.where(first, 0, loss),
+            rises=state.rises + (~first & (loss > state.last_loss)),
+            checked_loss=jnp.where(first, loss, state.checked_loss),
         )
         checking = _check_sparsity if norm == "l1" else _check
-        return checking(next_state, window, checked, images, largest), (loss, state.step_size)
+        return checking(next_state, now, images, largest), (loss, state.step_size)
 
-    points = np.array(checkpoints(steps, norm), int)
-    checked = np.isin(np.arange(1, steps + 1), points)
-    windows = np.zeros(steps, int)
-    windows[points - 1] = np.diff(points, prepend=0)
-    shares = np.full(steps, MOMENTUM)
-    shares[0] = 1
-    numbers = np.arange(1, steps + 1)
-    schedule = tuple(
-        jnp.asarray(array) for array in (numbers, shares.astype(dtype), windows, checked)
-    )
-    state, (losses, step_sizes) = jax.lax.scan(step, state, schedule)
-    return Climb(state.highest, state.loss, state.fooling, state.fooled, losses, step_sizes)
+    begin = jnp.clip(begin.astype(dtype), 0, 1)
+    state, (losses, step_sizes) = jax.lax.scan(step, start(begin, widest * epsilon), moments)
+    return Climb(state.highest, state.loss, state.fooling, state.fooled, losses[1:], step_sizes[1:])
 
 
-def _check(state: _State, window: Array, checked: Array, images: Array, largest: Array) -> _State:
+def _check(state: _State, now: _Moment, images: Array, largest: Array) -> _State:
     """At a checkpoint: half the step, from the highest point, for whoever does not get on."""
-    seldom = state.rises <= RISING * window
+    seldom = state.rises <= RISING * now.window
     stuck = ~state.halved & (state.checked_loss >= state.loss)
-    halve = checked & (seldom | stuck)
+    halve = now.checked & (seldom | stuck)
     return state._replace(
         at=where(halve, state.highest, state.at),
         gradient=where(halve, state.highest_gradient, state.gradient),
         step_size=jnp.where(halve, state.step_size / 2, state.step_size),
-        rises=jnp.where(checked, 0, state.rises),
-        checked_loss=jnp.where(checked, state.loss, state.checked_loss),
-        halved=jnp.where(checked, halve, state.halved),
+        rises=jnp.where(now.checked, 0, state.rises),
+        checked_loss=jnp.where(now.checked, state.loss, state.checked_loss),
+        halved=jnp.where(now.checked, halve, state.halved),
     )
 
 
-def _check_sparsity(
-    state: _State, window: Array, checked: Array, images: Array, largest: Array
-) -> _State:
+def _check_sparsity(state: _State, now: _Moment, images: Array, largest: Array) -> _State:
     """L1: as the highest point changes fewer entries, so do the steps (Croce & Hein 2021, 3.2)."""
     entries = _entries(state.highest - images)
     fewer = entries / state.entries < 0.95
     step_size = jnp.where(fewer, largest, state.step_size / SPARSER)
     step_size = jnp.clip(step_size, largest / 10, largest)
     return state._replace(
-        at=where(checked & fewer, state.highest, state.at),
-        gradient=where(checked & fewer, state.highest_gradient, state.gradient),
-        step_size=jnp.where(checked, step_size, state.step_size),
-        entries=jnp.where(checked, entries, state.entries),
-        still=jnp.where(checked, _still(entries, images[0].size, images.dtype), state.still),
+        at=where(now.checked & fewer, state.highest, state.at),
+        gradient=where(now.checked & fewer, state.highest_gradient, state.gradient),
+        step_size=jnp.where(now.checked, step_size, state.step_size),
+        entries=jnp.where(now.checked, entries, state.entries),
+        still=jnp.where(now.checked, _still(entries, images[0].size, images.dtype), state.still),
     )
 
 
