@@ -125,7 +125,7 @@ def train(model, images, labels, *, epsilon: float, steps: int, seed: int = 0):
 Result = tuple[dict[str, float], np.ndarray]
 
 
-def run_published(folder, module, images, labels, epsilon, norm, batch_size) -> Result:
+def run_published(folder, module, images, labels, epsilon, norm, batch_size, seed) -> Result:
     sys.path.insert(0, folder)
     from autoattack import AutoAttack
 
@@ -135,7 +135,7 @@ def run_published(folder, module, images, labels, epsilon, norm, batch_size) -> 
         eps=epsilon,
         version="standard",
         verbose=True,
-        seed=0,
+        seed=seed,
         device="cpu",
     )
     accuracy = {}
@@ -152,11 +152,11 @@ def run_published(folder, module, images, labels, epsilon, norm, batch_size) -> 
     return accuracy, (predicted == labels).numpy()
 
 
-def run_torchattacks(module, images, labels, epsilon, norm, batch_size) -> Result:
+def run_torchattacks(module, images, labels, epsilon, norm, batch_size, seed) -> Result:
     """Its four attacks in turn with the protocol's settings: its own AutoAttack makes 10 steps."""
     import torchattacks as ta
 
-    common = {"eps": epsilon, "norm": NORMS[norm], "seed": 0}
+    common = {"eps": epsilon, "norm": NORMS[norm], "seed": seed}
     attacks = {
         "apgd-ce": ta.APGD(module, **common, steps=100, loss="ce"),
         "apgd-t": ta.APGDT(module, **common, steps=100, n_classes=10),
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, help="in place of each model's own")
     parser.add_argument("--norm", default="linf", choices=NORMS)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0, help="of both programs' draws")
     parser.add_argument("--steps", type=int, default=300, help="of training")
     options = parser.parse_args()
     images, labels = read("train")
@@ -216,13 +217,14 @@ def main() -> None:
             epsilon=epsilon,
             norm=options.norm,
             batch_size=options.batch,
+            seed=options.seed,
             report=lambda name, number, of, standing: print(
                 f"  {name} {number}/{of} {standing:.2%}", flush=True
             ),
         )
         wall, cpu = time.time() - wall, time.process_time() - cpu
         their_wall, their_cpu = time.time(), time.process_time()
-        arguments = (module, tensors, targets, epsilon, options.norm, options.batch)
+        arguments = (module, tensors, targets, epsilon, options.norm, options.batch, options.seed)
         if options.reference:
             accuracy, robust = run_published(options.reference, *arguments)
         else:

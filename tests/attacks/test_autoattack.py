@@ -151,7 +151,7 @@ class Linear:
     def __init__(self, norm, *, classes=5, unlikely=()):
         rng = np.random.default_rng()
         self.kernel = rng.normal(size=(72, classes))
-        self.images = rng.uniform(0.35, 0.65, size=(24, 6, 6, 2))
+        self.images = rng.uniform(0.35, 0.65, size=(24, 6, 6, 2)).astype(np.float32).astype(float)
         logits = self.images.reshape(24, -1) @ self.kernel
         # The classes as likely as each other, but for those that no attack shall reach.
         self.bias = -logits.mean(0) - 50.0 * np.isin(np.arange(classes), unlikely)
