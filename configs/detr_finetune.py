@@ -35,7 +35,8 @@ def get_config() -> ConfigDict:
         r"backbone/stage_[1-3]/.*(conv\d?|downsample_conv)/kernel",
         "(?!backbone).*",
     )
-    config.recipes = ()  # what is on: lora, adversarial, distill, each with its section
+    # What is on, each with the section of its name: lora, adversarial, distill.
+    config.recipes = ()
 
     config.model = model = ConfigDict()
     # A .safetensors file, a folder in Hugging Face layout, hf://owner/name; "" starts from random

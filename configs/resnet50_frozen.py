@@ -32,7 +32,8 @@ def get_config() -> ConfigDict:
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
     config.trainable = ("head/.*",)
-    config.recipes = ()  # what is on: lora, adversarial, distill, each with its section
+    # What is on, each with the section of its name: lora, adversarial, distill.
+    config.recipes = ()
 
     config.model = model = ConfigDict()
     # embedded:NAME, a .safetensors file, a folder in Hugging Face layout, hf://owner/name;

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
-from vision_jax import convert, train
+from vision_jax import convert, cost, setup, sharding, teach, train
 from vision_jax.config import load_config
+from vision_jax.data.pipeline import DamageLog
+from vision_jax.models import families
 from vision_jax.models.vit import build_vit
 from vision_jax.trees import paths
 
@@ -125,3 +129,55 @@ def finished() -> Path:
     assert train.run(full_config(), workdir) == 0
     assert (workdir / "model.safetensors").is_file()
     return workdir
+
+
+class Prepared:
+    """What train.run prepares of a tiny run, without a workdir: `state`, `frozen`, `batch`, `step`.
+
+    `frozen` has the teachers' arrays among it.
+    """
+
+    def __init__(self, devices: int = 1, fsdp: int = 1, config: Any = None, **fields: Any):
+        self.config = config = config or tiny_config(**fields)
+        task = setup.find_task(config)
+        grid = np.array(jax.devices()[:devices]).reshape(devices // fsdp, fsdp)
+        self.mesh = mesh = Mesh(grid, ("data", "fsdp"))
+        weights, self.teachers = setup.read_weights(config), teach.find_teachers(config)
+        source, _ = task.read_sources(config)
+        description = setup.describe(config, weights, source.class_names)
+        self.model = model = setup.build_model(config, description)
+        teach.check(config, model, self.teachers, source.class_names)
+        description = setup.describe_teachers(config, description, model, self.teachers)
+        size = self.image_size = description.preprocessing.image_size
+        plan = self.plan = setup.plan_parameters(
+            config, model, size, mesh, None, description.projections
+        )
+        trainable, frozen, model_state, _ = setup.make_parameters(
+            config, model, size, plan, mesh, weights, None
+        )
+        self.frozen = {**frozen, **teach.place(self.teachers, mesh)}
+        schedule, tx = setup.make_optimizer(config, model, plan.abstract()[0])
+        _, shardings = setup.abstract_state(config, tx, plan, mesh)
+        self.apply = families.make_apply(model)
+        self.loss_fn = setup.make_loss(config, model, plan.assemble, self.teachers, size)
+        self.state = setup.new_state(config, tx, trainable, model_state, shardings)
+        self.step = setup.make_train_step(config, self.loss_fn, tx, schedule, shardings)
+        views = teach.view_preprocessing(description.preprocessing, self.teachers)
+        batches = task.training_data(config, source, views, DamageLog())
+        self.batch = sharding.make_batch_placer(mesh)(next(batches))
+
+    def compiled(self) -> Any:
+        return self.step.lower(self.state, self.frozen, self.batch).compile()
+
+    def forward_and_input_gradient(self) -> float:
+        """FLOPs of one."""
+
+        def loss(images, trainable, frozen):
+            params = self.plan.assemble({**trainable, **frozen})
+            state = self.state.model_state
+            outputs, _ = self.apply(params, state, images, train=False, keys={})
+            return -jax.nn.log_softmax(outputs["logits"])[:, 0].sum()
+
+        images = jnp.zeros((len(self.batch["image"]), *self.image_size, self.model.in_channels))
+        program = jax.jit(jax.value_and_grad(loss)).lower(images, self.state.trainable, self.frozen)
+        return cost.count(program.compile()).flops

@@ -179,9 +179,11 @@ def _accumulated(gradient, accumulate, state, frozen, batch, key):
     def body(carry, micro):
         model_state, total = carry
         index, rows = micro
+        # Sharded parameters are gathered for each micro-batch anew, and not kept whole for all.
+        trainable, fixed, rows = jax.lax.optimization_barrier((state.trainable, frozen, rows))
         rows = {**rows, "step": state.step}
         (loss, (model_state, metrics)), gradients = gradient(
-            state.trainable, frozen, model_state, rows, jax.random.fold_in(key, index)
+            trainable, fixed, model_state, rows, jax.random.fold_in(key, index)
         )
         total = jax.tree.map(jnp.add, total, (loss, metrics, gradients))
         return (model_state, total), None

@@ -5,14 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from vision_jax import classify, cost, modes, setup, sharding, train
-from vision_jax.data.sources import read_source
+from vision_jax import classify, cost, modes, train
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
-from vision_jax.models import families
 from vision_jax.recipes import adversarial
 from vision_jax.recipes.adversarial import Threat
 from vision_jax.recipes.objective import Objective
@@ -95,56 +92,6 @@ def test_free_perturbations_begin_in_the_ball_and_stay_there():
 # The step ---------------------------------------------------------------------------------------
 
 
-class Prepared:
-    """What train.run prepares, without a workdir."""
-
-    def __init__(self, devices=1, batch_size=8, **fields):
-        self.config = config = runs.tiny_config(batch_size=batch_size, **fields)
-        self.mesh = mesh = Mesh(
-            np.array(jax.devices()[:devices]).reshape(devices, 1), ("data", "fsdp")
-        )
-        weights = setup.read_weights(config)
-        description = setup.describe(config, weights, runs.CLASSES)
-        self.model = setup.build_model(config, description)
-        size = description.preprocessing.image_size
-        plan = self.plan = setup.plan_parameters(config, self.model, size, mesh, None)
-        trainable, self.frozen, model_state, _ = setup.make_parameters(
-            config, self.model, size, plan, mesh, weights, None
-        )
-        schedule, tx = setup.make_optimizer(config, self.model, plan.abstract()[0])
-        _, shardings = setup.abstract_state(config, tx, plan, mesh)
-        self.apply = families.make_apply(self.model)
-        loss_fn = setup.make_loss(config, self.model, plan.assemble)
-        self.state = setup.new_state(config, tx, trainable, model_state, shardings)
-        self.step = setup.make_train_step(config, loss_fn, tx, schedule, shardings)
-        source = read_source(config.data.train)
-        rows = np.arange(batch_size) % 48
-        self.batch = sharding.make_batch_placer(mesh)(
-            {
-                "image": np.stack([source[int(i)]["image"] for i in rows]),
-                "label": source.labels[rows],
-                "mask": np.ones(batch_size, bool),
-                "index": np.arange(batch_size, dtype=np.int32),
-            }
-        )
-
-    def compiled(self):
-        return self.step.lower(self.state, self.frozen, self.batch).compile()
-
-    def forward_and_input_gradient(self):
-        """FLOPs of one."""
-
-        def loss(images, trainable, frozen):
-            outputs, _ = self.apply(
-                self.plan.assemble({**trainable, **frozen}), {}, images, train=False, keys={}
-            )
-            return -jax.nn.log_softmax(outputs["logits"])[:, 0].sum()
-
-        images = jnp.zeros(self.batch["image"].shape)
-        program = jax.jit(jax.value_and_grad(loss)).lower(images, self.state.trainable, self.frozen)
-        return cost.count(program.compile()).flops
-
-
 # A model of more tokens than the tiny run's, next to which images are small as they always are.
 GRID = {
     "model__weights": "",
@@ -160,8 +107,8 @@ def test_an_attack_costs_its_passes_and_no_parameter_gradient_or_memory(what):
     recipes, trainable = (ON, "head/.*") if what == "adapters" else ("('adversarial',)", ".*")
     plain = "('lora',)" if what == "adapters" else "()"
     sizes = {"batch_size": 32, "trainable": trainable, **GRID}
-    attacked = Prepared(recipes=recipes, adversarial__steps=4, **sizes)
-    without = Prepared(recipes=plain, **sizes)
+    attacked = runs.Prepared(recipes=recipes, adversarial__steps=4, **sizes)
+    without = runs.Prepared(recipes=plain, **sizes)
     found, base = attacked.compiled(), without.compiled()
     expected = cost.count(base).flops + 4 * attacked.forward_and_input_gradient()
     assert cost.count(found).flops == pytest.approx(expected, rel=0.02)
@@ -171,7 +118,7 @@ def test_an_attack_costs_its_passes_and_no_parameter_gradient_or_memory(what):
 
 @pytest.mark.parametrize("method", ["pgd", "free"])
 def test_one_compile_over_50_steps_and_frozen_leaves_to_the_bit(method):
-    prepared = Prepared(
+    prepared = runs.Prepared(
         recipes=ON,
         adversarial__method=method,
         adversarial__steps=1,
@@ -199,7 +146,7 @@ def test_one_compile_over_50_steps_and_frozen_leaves_to_the_bit(method):
 def test_one_device_and_eight_give_the_same_numbers(method):
     losses = []
     for devices in (1, 8):
-        prepared = Prepared(
+        prepared = runs.Prepared(
             devices,
             recipes=ON,
             adversarial__method=method,
@@ -213,7 +160,7 @@ def test_one_device_and_eight_give_the_same_numbers(method):
 
 
 def test_adapters_are_attacked_as_the_merged_model():
-    prepared = Prepared(recipes=ON)
+    prepared = runs.Prepared(recipes=ON)
     rng = np.random.default_rng(0)
     trainable = {
         path: jnp.asarray(rng.standard_normal(array.shape), jnp.float32) / 4

@@ -296,8 +296,11 @@ def _outputs_of_images(
     """The model as it is attacked."""
 
     def outputs_of_images(images):
+        # Sharded parameters are gathered for each pass anew, as a training step does, and not kept
+        # whole from the first pass of an attack to the last.
+        images, *arrays = jax.lax.optimization_barrier((images, trainable, frozen))
         seen, key = {**view, "image": images}, jax.random.key(0)  # nothing is drawn
-        return objective.forward(trainable, frozen, model_state, seen, key, train=False)[0]
+        return objective.forward(*arrays, model_state, seen, key, train=False)[0]
 
     return outputs_of_images
 
