@@ -1,6 +1,7 @@
 """Runs small enough for tests: a ViT of one block, 48 random images, six updates."""
 
 import functools
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ ocp.type_handlers.register_type_handler(
 )
 
 ROOT = Path(__file__).parents[1]
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of a child: this process's, but for the number of devices."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+
+
 STEPS = 6
 DEPTH = 1
 FULL = {

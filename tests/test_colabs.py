@@ -6,11 +6,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import runs
 from nbclient import NotebookClient
 
 from vision_jax.logging import read_metrics
 
-ROOT = Path(__file__).parents[1]
 # What replaces what in a notebook's parameters, so that it runs in a moment.
 SMALL = {
     "finetune_your_images": {
@@ -32,15 +32,17 @@ SMALL = {
 
 def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a notebook in a folder; returns what it printed."""
-    notebook = nbformat.read(ROOT / "colabs" / f"{name}.ipynb", as_version=4)
+    notebook = nbformat.read(runs.ROOT / "colabs" / f"{name}.ipynb", as_version=4)
     (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     for full, small in SMALL[name].items():
         assert full in parameters.source
         parameters.source = parameters.source.replace(full, small)
     # The kernel starts in an empty folder and finds the package as an installed one would be.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("XLA_FLAGS", "")
-    (folder / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(runs.ROOT), os.environ.get("PYTHONPATH", "")])
+    )
+    monkeypatch.setenv("XLA_FLAGS", runs.xla_flags(1))
+    (folder / "configs").symlink_to(runs.ROOT / "configs")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute()
     return "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
@@ -48,7 +50,7 @@ def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_every_notebook_is_run_here():
-    assert {path.stem for path in (ROOT / "colabs").glob("*.ipynb")} == set(SMALL)
+    assert {path.stem for path in (runs.ROOT / "colabs").glob("*.ipynb")} == set(SMALL)
 
 
 def test_finetune_your_images(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ def small(path: Path):
         keep += ("model.weights",)
     changes = {name: value for name, value in runs.overrides().items() if name in keep}
     changes["total_steps"] = "2"
+    changes["data.workers"] = str(min(1, load_config(str(path), {}).data.workers))
     arguments = load_config(str(path), {}).model.arguments
     if "width" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))

@@ -98,7 +98,7 @@ def test_the_main_job_loads_neither_torch_nor_tensorflow(tmp_path):
     environment = {
         **os.environ,
         "PYTHONPATH": str(runs.ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": runs.xla_flags(1),
     }
     child = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True

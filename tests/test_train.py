@@ -59,8 +59,7 @@ def python(*arguments, devices=1, **keywords):
     environment = {
         **os.environ,
         "PYTHONPATH": str(runs.ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",  # compiles in half the time
+        "XLA_FLAGS": runs.xla_flags(devices),
     }
     return subprocess.Popen(
         [sys.executable, *arguments],

@@ -101,7 +101,12 @@ def channels_of(entry: Entry) -> int:
 
 
 def certify_twin(
-    twin: "Twin", image_size: tuple[int, int], *, seed: int = 0, of_entry: Entry | None = None
+    twin: "Twin",
+    image_size: tuple[int, int],
+    *,
+    seed: int = 0,
+    of_entry: Entry | None = None,
+    whole: bool = False,
 ) -> dict[str, Any]:
     """Everything that is measured: the twin saved, read, imported, compared, exported, rebuilt.
 
@@ -110,6 +115,7 @@ def certify_twin(
       image_size: (height, width) of the compared images in pixels.
       seed: of the images.
       of_entry: for the preprocessing of a published variant; None leaves it out.
+      whole: our model is compiled as one program, not operation by operation.
     """
     from vision_jax.convert import twins
 
@@ -142,7 +148,7 @@ def certify_twin(
                 if mask is not None:
                     normalized *= mask[..., None]
                 theirs = twin.outputs(normalized, exporting.modules(arguments), mask)
-                ours = _run(family, arguments, flat, view, dtype, theirs, mask)
+                ours = _run(family, arguments, flat, view, dtype, theirs, mask, whole)
                 for name in theirs:
                     error = relative_error(ours[name], theirs[name])
                     errors[dtype][name] = max(error, errors[dtype].get(name, 0.0))
@@ -270,11 +276,13 @@ def _run(
     dtype: str,
     wanted: Mapping[str, Any],
     mask: np.ndarray | None = None,
+    whole: bool = False,
 ) -> dict[str, np.ndarray]:
     """Our logits and named intermediates, those that the twin has too; of padded batches its way.
 
     Operation by operation: the same shapes recur in block after block and model after model, and
-    each is compiled once, while a jitted model would be compiled whole.
+    each is compiled once, while a jitted model is compiled whole. That is faster where models are
+    small and shapes do not recur.
     """
     with jax.enable_x64(dtype == "float64"):
         if mask is not None:
@@ -296,7 +304,8 @@ def _run(
             for collection, tree in like.items()
         }
         given = [jnp.asarray(images, dtype), *([] if mask is None else [jnp.asarray(mask)])]
-        result, features = model.apply(variables, *given, return_features=True)
+        apply = partial(model.apply, return_features=True)
+        result, features = (jax.jit(apply) if whole else apply)(variables, *given)
         # Of a detector's layers the last is the prediction.
         if isinstance(result, dict):
             last = {name: result[name][-1] for name in ("logits", "boxes_cxcywh_01")}

@@ -350,7 +350,8 @@ def test_grid_queries_need_no_other_parameters():
 def test_grid_queries_start_in_the_cells_of_a_grid():
     model = small(grid_queries=True)
     images = random_images((64, 64))
-    boxes = model.apply(model.init(jax.random.key(0), images), images)["boxes_cxcywh_01"]
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    boxes = jax.jit(model.apply)(variables, images)["boxes_cxcywh_01"]
     x, y = np.meshgrid([1 / 6, 3 / 6, 5 / 6], [1 / 6, 3 / 6, 5 / 6])
     grid = np.stack([x.ravel(), y.ravel(), np.full(9, 1 / 3), np.full(9, 1 / 3)], axis=-1)
     np.testing.assert_allclose(boxes, np.broadcast_to(grid[:7], (2, 2, 7, 4)), rtol=1e-6)
@@ -383,6 +384,7 @@ def test_grid_queries_move_boxes_from_layer_to_layer():
     flat = flatten(variables["params"])
     bias = flat["box_head/fc3/bias"]
 
+    @jax.jit
     def logits(bias):
         params = unflatten(variables["params"], {**flat, "box_head/fc3/bias": bias})
         boxes = model.apply({**variables, "params": params}, images)["boxes_cxcywh_01"]

@@ -62,7 +62,7 @@ def our_logits(path: Path, preprocessing: Preprocessing, files: list[Path]) -> n
         collection: paths.unflatten(tree, {p: jnp.asarray(flat[p]) for p in paths.flatten(tree)})
         for collection, tree in shapes_of(model, images).items()
     }
-    return np.asarray(model.apply(variables, images))
+    return np.asarray(jax.jit(model.apply)(variables, images))
 
 
 def shapes_of(model, images):

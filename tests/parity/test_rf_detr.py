@@ -7,6 +7,7 @@ which the comparison asserts.
 
 import argparse
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -158,13 +159,8 @@ def test_outputs_and_intermediates_equal_the_twins(name, tmp_path):
             outputs, features = of_twin(module, images, arguments, mask, train, dtype)
         with jax.enable_x64(dtype == "float64"):
             model = build_model("rf_detr", **arguments, dtype=jnp.dtype(dtype))
-            ours, own = model.apply(
-                tree_of(flat, like, dtype),
-                jnp.asarray(images, dtype),
-                None if mask is None else jnp.asarray(mask),
-                train=train,
-                return_features=True,
-            )
+            apply = jax.jit(partial(model.apply, train=train, return_features=True))
+            ours, own = apply(tree_of(flat, like, dtype), jnp.asarray(images, dtype), mask)
             ours = {**ours, **own}
         best = np.asarray(ours["encoder_logits"]).max(-1)
         best = np.sort(best.reshape(2, -1, arguments["num_queries"]), axis=-1)
