@@ -61,6 +61,9 @@ def measure(
     if settings.transfer_from:
         surrogate = _surrogate(Path(settings.transfer_from), trained, restore_other)
     classifier = _classifier(trained, settings.batch_size)
+    make_classify = partial(robust.make_classify, classifier, norm=norm, seed=seed)
+    seen = make_classify(None)
+    attacked = {name: make_classify(attack) for name, attack in attacks.items()}
     class_names = trained.description.class_names
     examples, damaged = robust.read_examples(
         source,
@@ -75,7 +78,6 @@ def measure(
         say(f"step {int(trained.state.step)}, {count} images, {norm}")
         for name in damaged:
             say(f"skipped a damaged image: {name}")
-        seen = robust.make_classify(classifier, None, norm=norm, seed=seed)
         logits = seen(examples, advance=advance, leave_out=("image",))["logits"]
         clean = logits.argmax(-1) == examples.labels
         record: dict[str, Any] = {
@@ -86,14 +88,12 @@ def measure(
         }
         say(robust.line("clean", record["clean"]))
         record["attacks"] = robust.under_attacks(
-            classifier,
+            attacked,
             examples,
             class_names,
             clean,
-            attacks,
             epsilons,
             norm=norm,
-            seed=seed,
             advance=advance,
             say=say,
         )
@@ -126,7 +126,7 @@ def measure(
             say(f"  mean over corruptions        accuracy {mean:.4f}  n={count}")
         if settings.self_check and epsilons:
             record["self_check"] = _self_check(config, trained, surrogate, examples, say)
-    pictures = _attacked_pictures(classifier, examples, clean, attacks, record, seed)
+    pictures = _attacked_pictures(seen, attacked, examples, clean, record)
     if first:
         write_json(record, workdir / "robustness.json")
         draw_robustness(record, pictures, class_names, workdir / "robustness.png")
@@ -182,20 +182,19 @@ def _self_check(
 
 
 def _attacked_pictures(
-    classifier: robust.Classifier,
+    classify: Callable[..., robust.Outputs],
+    attacked: Mapping[str, Callable[..., robust.Outputs]],
     examples: robust.Examples,
     clean: np.ndarray,
-    attacks: Mapping[str, robust.Attack],
     record: Mapping[str, Any],
-    seed: int,
 ) -> dict[str, Any] | None:
     """Some examples that are right, and what the last attack makes of them.
 
     At the smallest epsilon that fools at least half of all that are right, else the largest.
     """
-    if not attacks or not clean.any():
+    if not attacked or not clean.any():
         return None
-    name = list(attacks)[-1]
+    name = list(attacked)[-1]
     rows = record["attacks"][name]
     if not rows:
         return None
@@ -205,14 +204,10 @@ def _attacked_pictures(
     some = examples.take(
         right[np.unique(np.linspace(0, len(right) - 1, MOST_EXAMPLES).astype(int))]
     )
-    norm = record["norm"]
-    before, after = (
-        robust.make_classify(classifier, attack, norm=norm, seed=seed)(some, epsilon)
-        for attack in (None, attacks[name])
-    )
+    before, after = classify(some), attacked[name](some, epsilon)
     return {
         "attack": name,
-        "epsilon": robust.show_epsilon(epsilon, norm),
+        "epsilon": robust.show_epsilon(epsilon, record["norm"]),
         "image": before["image"],
         "attacked": after["image"],
         "label": some.labels,

@@ -8,7 +8,7 @@ compiled programs, and epsilon is traced: one compilation an attack, whatever th
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -57,6 +57,15 @@ class Classifier:
     arguments: tuple[Any, ...]
     mesh: Mesh
     batch_size: int
+
+    @cached_property
+    def look(self) -> Callable[..., Array]:
+        """(arguments, images) -> logits f32[B, C]: one program for whatever is classified."""
+
+        def look(arguments, images):
+            return self.logits_fn(*arguments, images).astype(jnp.float32)
+
+        return jax.jit(look, out_shardings=sharding.replicated(self.mesh))
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,8 @@ def make_classify(
     epsilon; and "size" f32[N], the norm of the perturbation. Without an attack images are as they
     are.
 
-    Attacked images are classified by a program of its own, the same with any attack and without.
+    Attacked images are classified by a program of its own, the same with any attack and without
+    (`Classifier.look`).
     """
     split = sharding.batch_sharding(classifier.mesh)
 
@@ -141,16 +151,15 @@ def make_classify(
             logits_of_images, images, labels, keys_of(jax.random.key(seed), index), epsilon
         )
 
-    def look(arguments, images, seen):
-        logits = classifier.logits_fn(*arguments, seen).astype(jnp.float32)
-        size = norms.size(seen - to_float(images), norm).reshape(-1)
-        return {"logits": logits, "size": size, "image": seen}
+    def compare(images, seen):
+        return {"size": norms.size(seen - to_float(images), norm).reshape(-1), "image": seen}
 
     moving = jax.jit(move, out_shardings=split)
-    looking = jax.jit(look, out_shardings=sharding.replicated(classifier.mesh))
+    comparing = jax.jit(compare, out_shardings=sharding.replicated(classifier.mesh))
 
     def program(arguments, images, labels, index, epsilon=ZERO):
-        return looking(arguments, images, moving(arguments, images, labels, index, epsilon))
+        seen = moving(arguments, images, labels, index, epsilon)
+        return {"logits": classifier.look(arguments, seen), **comparing(images, seen)}
 
     return _over(classifier, program)
 
@@ -255,29 +264,27 @@ def figures(
 
 
 def under_attacks(
-    classifier: Classifier,
+    attacked: Mapping[str, Callable[..., Outputs]],
     examples: Examples,
     class_names: Sequence[str],
     clean: np.ndarray,
-    attacks: Mapping[str, Attack],
     epsilons: Sequence[float],
     *,
     norm: Norm,
-    seed: int,
     advance: Callable[[], None],
     say: Callable[[str], None],
 ) -> dict[str, list[dict[str, Any]]]:
     """Figures of each attack at each epsilon, and of the worst of all attacks, example by example.
 
     Args:
+      attacked: from `make_classify`, of each attack.
       clean: bool[N], which examples are right as they are.
     """
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in attacks}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in attacked}
     worst = [clean.copy() for _ in epsilons]
-    for name, attack in attacks.items():
-        attacked = make_classify(classifier, attack, norm=norm, seed=seed)
+    for name, classify in attacked.items():
         for place, epsilon in enumerate(epsilons):
-            found = attacked(examples, epsilon, advance=advance, leave_out=("image",))
+            found = classify(examples, epsilon, advance=advance, leave_out=("image",))
             right = clean & (found["logits"].argmax(-1) == examples.labels)
             worst[place] &= right
             record = figures(found["logits"], examples.labels, right, class_names)
@@ -285,7 +292,7 @@ def under_attacks(
             record |= {"epsilon": epsilon, "largest": float(found["size"].max())}
             results[name].append(record)
             say(line(f"{name} {show_epsilon(epsilon, norm)}", record))
-    if len(attacks) > 1:
+    if len(attacked) > 1:
         results["all"] = [
             {"epsilon": epsilon, "accuracy": float(right.mean()), "count": len(right)}
             for epsilon, right in zip(epsilons, worst, strict=True)
