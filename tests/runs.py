@@ -99,6 +99,14 @@ def inputs() -> Path:
     return folder
 
 
+@functools.cache
+def teacher() -> Path:
+    """A file with a random ViT of all classes."""
+    path = inputs() / "teacher.safetensors"
+    write_weights(path, len(CLASSES))
+    return path
+
+
 def overrides(**more: Any) -> dict[str, str]:
     """Fields of configs/vit_lora.py for a tiny run; `optim__lr=1` sets optim.lr."""
     fields = {

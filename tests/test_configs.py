@@ -32,9 +32,13 @@ def small(path: Path):
     changes = {name: value for name, value in runs.overrides().items() if name in keep}
     changes["total_steps"] = "2"
     changes["data.workers"] = str(min(1, load_config(str(path), {}).data.workers))
+    if load_config(str(path), {}).distill.teachers:
+        changes["distill.teachers"] = str(runs.teacher())
     arguments = load_config(str(path), {}).model.arguments
     if "width" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))
+    elif load_config(str(path), {}).model.variant.startswith("deit"):
+        changes["model.arguments"] = repr(tuple(SMALLER.items()))
     elif "stem_size" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER_RESNET).items()))
     return load_config(str(path), changes)

@@ -87,7 +87,8 @@ class Teacher:
 
         placed = convert.import_weights(
             self.weights,
-            {path: abstract[full] for path, full in own.items()},
+            # Imported as they are, and narrowed on the way to the device.
+            {p: jax.ShapeDtypeStruct(abstract[f].shape, jnp.float32) for p, f in own.items()},
             convert.arguments_of(self.model),
             place=put,
         )
