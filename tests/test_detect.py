@@ -125,6 +125,8 @@ def test_one_compile_a_canvas(tmp_path, monkeypatch):
         data__short=32,
         data__longest=64,
         data__buckets=2,
+        trainable=("class_head/.*",),
+        optim__rates=(),
         total_steps=20,
         evaluate__every=20,
         checkpoint_every=20,
@@ -217,8 +219,10 @@ def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(tmp_path)
         data__eval="",
         data__eval_images="",
         data__holdout=0.25,
-        evaluate__every=0,  # once an epoch: 12 images in batches of 8
+        trainable=("class_head/.*", "box_head/.*"),
+        optim__rates=(),
         total_steps=4,
+        evaluate__every=0,  # once an epoch: 12 images in batches of 8
     )
     assert train.run(config, tmp_path / "run") == 0
     records = evaluations(tmp_path / "run")
