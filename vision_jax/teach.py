@@ -87,8 +87,7 @@ class Teacher:
 
         placed = convert.import_weights(
             self.weights,
-            # Imported as they are, and narrowed on the way to the device.
-            {p: jax.ShapeDtypeStruct(abstract[f].shape, jnp.float32) for p, f in own.items()},
+            {path: _whole(abstract[full]) for path, full in own.items()},
             convert.arguments_of(self.model),
             place=put,
         )
@@ -100,6 +99,12 @@ class Teacher:
         return distillation.make_ask(
             apply, self.prefix, self.like, self.image_size, self.model.in_channels
         )
+
+
+def _whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """In float32, in which weights are imported: they are narrowed on the way to the device."""
+    floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if floats else leaf.dtype)
 
 
 def find_teachers(config: ConfigDict) -> list[Teacher]:
