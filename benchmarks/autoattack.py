@@ -36,6 +36,7 @@ VIT = {"width": 48, "depth": 2, "num_heads": 3, "mlp_width": 96, "patch_size": 3
 # The radius trained against, and the one attacked with
 EPSILONS = {"resnet": (0.0, 0.05), "vit": (0.08, 0.08)}
 NORMS = {"linf": "Linf", "l2": "L2"}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def read(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -81,13 +82,14 @@ def make_twin(name: str, model, variables) -> torch.nn.Module:
             super().__init__()
             self.module = module
             self.mean, self.std = (
-                torch.tensor(value).reshape(1, 3, 1, 1) for value in (model.mean, model.std)
+                torch.tensor(value, device=DEVICE).reshape(1, 3, 1, 1)
+                for value in (model.mean, model.std)
             )
 
         def forward(self, images):
             return self.module((images - self.mean) / self.std)
 
-    return Normalized().eval().requires_grad_(False)
+    return Normalized().eval().requires_grad_(False).to(DEVICE)
 
 
 def train(model, images, labels, *, epsilon: float, steps: int, seed: int = 0):
@@ -136,7 +138,7 @@ def run_published(folder, module, images, labels, epsilon, norm, batch_size, see
         version="standard",
         verbose=True,
         seed=seed,
-        device="cpu",
+        device=DEVICE,
     )
     accuracy = {}
 
@@ -149,7 +151,7 @@ def run_published(folder, module, images, labels, epsilon, norm, batch_size, see
 
     attack.logger.log = log
     _, predicted = attack.run_standard_evaluation(images, labels, bs=batch_size, return_labels=True)
-    return accuracy, (predicted == labels).numpy()
+    return accuracy, (predicted == labels).cpu().numpy()
 
 
 def run_torchattacks(module, images, labels, epsilon, norm, batch_size, seed) -> Result:
@@ -163,14 +165,14 @@ def run_torchattacks(module, images, labels, epsilon, norm, batch_size, seed) ->
         "fab-t": ta.FAB(module, **common, steps=100, multi_targeted=True, n_classes=10),
         "square": ta.Square(module, **common, n_queries=5000, resc_schedule=False),
     }
-    robust = predict(module, images) == labels.numpy()
+    robust = predict(module, images) == labels.cpu().numpy()
     accuracy = {"clean": float(robust.mean())}
     for name, attack in attacks.items():
         rows = np.flatnonzero(robust)
         for first in range(0, len(rows), batch_size):
             part = rows[first : first + batch_size]
             found = attack(images[part], labels[part]).detach()
-            robust[part] = predict(module, found) == labels[part].numpy()
+            robust[part] = predict(module, found) == labels[part].cpu().numpy()
         accuracy[name] = float(robust.mean())
         print(f"  {name} {accuracy[name]:.2%}", flush=True)
     return accuracy, robust
@@ -178,7 +180,7 @@ def run_torchattacks(module, images, labels, epsilon, norm, batch_size, seed) ->
 
 def predict(module, images) -> np.ndarray:
     with torch.no_grad():
-        return module(images).argmax(1).numpy()
+        return module(images).argmax(1).cpu().numpy()
 
 
 def main() -> None:
@@ -192,11 +194,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of both programs' draws")
     parser.add_argument("--steps", type=int, default=300, help="of training")
     options = parser.parse_args()
+    print(f"JAX on {jax.devices()[0]}, PyTorch on {DEVICE}", flush=True)
     images, labels = read("train")
     test_images, test_labels = read("test")
     test_images, test_labels = test_images[: options.images], test_labels[: options.images]
-    tensors = torch.from_numpy(test_images).permute(0, 3, 1, 2).contiguous()
-    targets = torch.from_numpy(test_labels).long()
+    tensors = torch.from_numpy(test_images).permute(0, 3, 1, 2).contiguous().to(DEVICE)
+    targets = torch.from_numpy(test_labels).long().to(DEVICE)
     for name in options.models:
         model = make_model(name)
         train_epsilon, epsilon = EPSILONS[name]
