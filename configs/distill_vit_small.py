@@ -4,8 +4,8 @@ Commands:  python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs
                --config.recipes="()" --config.trainable=".*" --config.optim.lr=1e-3 \\
                --config.total_steps=400
            python -m vision_jax.main --config=configs/distill_vit_small.py
-Hardware:  2 CPU cores
-Expected:  not settled: top-1 0.712 on seed 100, where the student alone has 0.708
+Hardware:  2 CPU cores, about 5 minutes each
+Expected:  top-1 0.768, mean of 5 seeds, where the student alone has 0.740 and the teacher 0.838
 
 The teacher, fine-tuned from the package's weights, has 6 blocks of width 128; the student has 3 of
 width 64, and begins at random. Alone: --config.recipes="()".
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.task = "classification"
     config.seed = 0  # of initialization, data order, augmentation and dropout
     config.batch_size = 64  # images per update, over all devices
-    config.total_steps = 600  # updates
+    config.total_steps = 1000  # updates
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices: -1 takes what is left
     config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
     # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
@@ -91,11 +91,11 @@ def get_config() -> ConfigDict:
     distill.dtype = "float32"  # that teachers are kept and compute in: float32, bfloat16
     distill.logits = "soft"  # what is learned of them: soft, hard, decoupled, none
     distill.temperature = 4.0
-    distill.weight = 0.5  # of the logits' loss; that of the labels has the rest of 1
+    distill.weight = 1.0  # of the logits' loss; that of the labels has the rest of 1
     distill.token = False  # the teachers teach the distillation token, the labels the other (DeiT)
     # ((kind, layer, layer of the first teacher, weight), ...): hint, attention_transfer,
     # attention_maps, patch_tokens, relational_distance, relational_angle; docs/distillation.md
-    distill.features = ()
+    distill.features = (("patch_tokens", "block_2", "block_5", 1.0),)
     distill.top_k = 0  # the teachers' best logits that are kept, for a smaller cache; 0 for all
     distill.cache = ""  # a file of what they say, written by --mode=teach; "" asks them
 
@@ -141,7 +141,7 @@ def get_config() -> ConfigDict:
     augment.label_smoothing = 0.1
 
     config.evaluate = evaluate = ConfigDict()
-    evaluate.every = 200  # updates, 0 for once an epoch; the end of training always evaluates
+    evaluate.every = 500  # updates, 0 for once an epoch; the end of training always evaluates
     evaluate.batch_size = 100
     evaluate.neighbors = (1, 20)  # of --mode=frozen: the k of nearest neighbours
     evaluate.shots = (1, 5, 10)  # and training images of each class
@@ -162,6 +162,6 @@ def get_config() -> ConfigDict:
     robustness.self_check = True  # look for signs of masked gradients, at the largest epsilon
     robustness.transfer_from = ""  # the workdir of another run, whose attacks are tried on this one
 
-    config.checkpoint_every = 200  # updates; evaluations are checkpointed too
+    config.checkpoint_every = 500  # updates; evaluations are checkpointed too
     config.log_every = 10  # updates between lines in metrics.jsonl
     return config

@@ -24,6 +24,10 @@ import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-cell", action="store_true", help="of tests/test_composition.py")
+
+
 def pytest_configure(config):
     """What one test compiles, others and other workers load: most of the time went there."""
     if not hasattr(config, "cache"):  # -p no:cacheprovider

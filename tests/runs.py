@@ -155,6 +155,7 @@ class Prepared:
 
     def __init__(self, devices: int = 1, fsdp: int = 1, config: Any = None, **fields: Any):
         self.config = config = config or tiny_config(**fields)
+        config.mesh.fsdp = fsdp
         task = setup.find_task(config)
         grid = np.array(jax.devices()[:devices]).reshape(devices // fsdp, fsdp)
         self.mesh = mesh = Mesh(grid, ("data", "fsdp"))

@@ -26,6 +26,7 @@ SMALL = {
         "JUDGED = 200": "JUDGED = 20",
         "(1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255)": "(8 / 255,)",
     },
+    "teach_a_student": {"STEPS = 400": "STEPS = 2", "STEPS = 1000": "STEPS = 2"},
     "detect_your_objects": {"STEPS = 1500": "STEPS = 10", "SIDE = 160": "SIDE = 64"},
 }
 
@@ -88,3 +89,15 @@ def test_robust_lora(tmp_path, monkeypatch):
         both = f"{record['clean']['accuracy']:.3f} {under_pgd['accuracy']:.3f}"
         assert f"{name.replace('_', ' '):18} {both}" in printed
     assert "eval/pgd_top1" in read_metrics(tmp_path / "runs/LoRA_against_PGD/metrics.jsonl")[-1]
+
+
+def test_teach_a_student(tmp_path, monkeypatch):
+    printed = execute("teach_a_student", tmp_path, monkeypatch)
+    for name in ("teacher", "alone", "taught"):
+        last = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")[-1]
+        assert f"{name:8} {last['eval/top1']:.3f}" in printed
+    for name, count in (("alone", 0), ("taught", 1)):
+        description = json.loads((tmp_path / "runs" / name / "model.json").read_text())
+        origins = [origin for origin, _ in description["teachers"]]
+        assert len(origins) == count
+        assert all("runs/teacher" in origin for origin in origins)

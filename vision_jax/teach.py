@@ -309,6 +309,7 @@ def make_objective(
         share=0.0 if settings.logits == "none" else settings.weight,
         image_size=image_size if view_size(image_size, teachers) != image_size else None,
         label_head="head" if settings.token else "",
+        sharded=config.mesh.fsdp != 1,
     )
 
 

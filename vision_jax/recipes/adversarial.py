@@ -27,7 +27,7 @@ from vision_jax import optim
 from vision_jax.attacks import gradient, norms
 from vision_jax.attacks.examples import keys_of
 from vision_jax.attacks.losses import LossOfImages, make_untargeted
-from vision_jax.recipes.objective import Objective, Outputs, View
+from vision_jax.recipes.objective import Objective, Outputs, View, after, zero_after
 from vision_jax.steps import Flat, Replay
 from vision_jax.tasks.classification import to_float
 
@@ -128,7 +128,7 @@ def trades(objective: Objective, threat: Threat, *, beta: float) -> Objective:
             divergence = _divergence(plain, outputs_of_images(images)["logits"])
             return divergence, jnp.zeros(divergence.shape, bool)
 
-        return {**view, "attacked": threat.attack(loss, view, key, noise=NOISE)}
+        return _with_attacked(view, threat.attack(loss, view, key, noise=NOISE))
 
     def criterion(trainable, outputs, view):
         loss, metrics = objective.criterion(trainable, outputs, view)
@@ -149,7 +149,7 @@ def mart(objective: Objective, threat: Threat, *, beta: float) -> Objective:
     def look(trainable, frozen, model_state, batch, key):
         view = objective.look(trainable, frozen, model_state, batch, key)
         loss = _criterion_of_images(objective, trainable, frozen, model_state, view)
-        return {**view, "attacked": threat.attack(loss, view, key, noise=NOISE)}
+        return _with_attacked(view, threat.attack(loss, view, key, noise=NOISE))
 
     def criterion(trainable, outputs, view):
         loss, metrics = objective.criterion(trainable, outputs["attacked"], view)
@@ -288,6 +288,11 @@ def find_overfitting(fgsm: Sequence[float], pgd: Sequence[float], count: int) ->
     variance = sum(share * (1 - share) / count for share in (pgd[best], pgd[-1]))
     fell = pgd[best] - pgd[-1] > 3 * math.sqrt(variance)  # more than other images would explain
     return best if fell and fgsm[-1] > fgsm[best] else None
+
+
+def _with_attacked(view: View, attacked: Array) -> View:
+    """Both images; the plain one comes after the attack, so that its training pass does too."""
+    return {**view, "image": after(zero_after(attacked), view["image"]), "attacked": attacked}
 
 
 def _outputs_of_images(

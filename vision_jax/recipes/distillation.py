@@ -11,7 +11,8 @@ says so. Teachers are frozen: their arrays are among the frozen ones and get no 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jax import lax
 from vision_jax.errors import UserError
 from vision_jax.ops import distillation as ops
 from vision_jax.ops.distillation import TopLogits
-from vision_jax.recipes.objective import Objective, Outputs, View
+from vision_jax.recipes.objective import Objective, Outputs, View, after, zero_after
 from vision_jax.steps import Flat
 from vision_jax.tasks.classification import to_float
 from vision_jax.trees import paths
@@ -32,6 +33,7 @@ PROJECTED = ("hint", "patch_tokens")  # these compare channel by channel
 TEACHER, PROJECTION = "teacher_", "projection_"  # how paths of arrays that are no student's begin
 AVERAGE = "ema"  # the teacher that is the student's own moving average
 AVERAGE_PREFIX = f"{TEACHER}{AVERAGE}/"
+WAIT = "wait"  # the name of a zero in a view, known once the teachers are done
 SAID = "teacher/"  # how names of what teachers said begin, in a view
 
 # ask(frozen, model_state, view) -> {"logits": f[B, C], "features": {layer: f[B, ...]}, ...}
@@ -53,6 +55,7 @@ def distill(
     share: float,
     image_size: tuple[int, int] | None = None,
     label_head: str = "",
+    sharded: bool = False,
 ) -> Objective:
     """An objective whose student also learns what teachers say.
 
@@ -65,6 +68,8 @@ def distill(
       share: in [0, 1], taken from the loss of the labels (the terms have weights of their own).
       image_size: of the student, where views are larger for a teacher's sake.
       label_head: of two heads (DeiT) the one that learns the labels; "" for what both say.
+      sharded: the student's parameters are, and are gathered only once the teachers are done. It
+        takes one more copy of a device's part of them.
     """
 
     def look(trainable, frozen, model_state, batch, key):
@@ -74,10 +79,22 @@ def distill(
             seen = lax.optimization_barrier({n: x for n, x in view.items() if n != "step"})
             said = lax.optimization_barrier(dict(teach(frozen, model_state, seen)))
             said = lax.stop_gradient(said)
-            view = {**view, "image": _after(said, view["image"]), **said}
+            zero = zero_after(*said.values())
+            # The index too: attacks draw by it.
+            held = {name: after(zero, view[name]) for name in ("image", "index")}
+            view = {**view, **said, **held}
+            if sharded:
+                view[WAIT] = zero
         if image_size is not None:
             view = {**view, "image": resize(view["image"], image_size)}
         return view
+
+    def forward(trainable, frozen, model_state, view, key, *, train):
+        if WAIT in view:
+            own = {path: leaf for path, leaf in frozen.items() if not path.startswith(TEACHER)}
+            trainable, own = jax.tree.map(partial(after, view[WAIT]), (trainable, own))
+            frozen = {**frozen, **own}
+        return objective.forward(trainable, frozen, model_state, view, key, train=train)
 
     def criterion(trainable, outputs, view):
         labelled = outputs
@@ -91,7 +108,7 @@ def distill(
             metrics = {**metrics, name: taught.mean()}
         return total, metrics
 
-    return replace(objective, look=look, criterion=criterion)
+    return Objective(look, forward, criterion)
 
 
 # Teachers -----------------------------------------------------------------------------------------
@@ -298,15 +315,6 @@ def _one_vector(features: Array) -> Array:
 
 
 # Parts --------------------------------------------------------------------------------------------
-
-
-def _after(said: Mapping[str, Array], images: Array) -> Array:
-    """The images, to the bit, once all that teachers said is there.
-
-    Nothing else that is computed depends on it before the loss, and a compiler that ran teacher and
-    student side by side would need the memory of both (XLA's CPU compiler forgets barriers).
-    """
-    return images + 0 * sum(x.astype(images.dtype).sum() for x in said.values())
 
 
 def taken_from(flat: Flat, prefix: str) -> Flat:

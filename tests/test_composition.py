@@ -1,0 +1,283 @@
+"""Everything composes: what trains x attacks x teachers x average x accumulation x recomputation.
+
+    pytest tests/test_composition.py                 a few of its cells
+    pytest tests/test_composition.py --every-cell    all of them, for ViT, ResNet and DETR
+
+A cell is a config, run for a few steps: one compilation, finite, what is frozen unchanged to the
+bit, FLOPs the sum of its passes, temporary memory at most a tenth above that of its attack or its
+teacher alone, and that on 8 devices with all parameters sharded too, where the loss is the same.
+"""
+
+import functools
+import itertools
+
+import detection_runs
+import jax
+import numpy as np
+import runs
+
+from vision_jax import convert, cost, setup, sharding, teach
+from vision_jax.models.families import build_model, initialize
+from vision_jax.recipes import distillation, objective
+from vision_jax.trees import paths
+
+DEVICES = 8
+BATCH = 32  # so that activations outweigh parameters, as they do in real runs
+STEPS = 2  # of an attack
+TRAINS = ("full", "linear", "lora", "dora")
+ATTACKS = ("clean", "fgsm", "pgd", "trades")
+TEACHERS = ("none", "logits", "features")
+FAMILIES = ("vit", "resnet", "detr")
+SWITCHES = tuple(itertools.product((False, True), repeat=3))  # average, accumulation, remat
+
+VIT = {"width": 32, "depth": 2, "num_heads": 2, "mlp_width": 64, "patch_size": 2}
+RESNET = {"block": "basic", "depths": (1, 1), "widths": (8, 16), "stem_width": 8,
+          "stem_size": 3, "stem_pool": False}  # fmt: skip
+ADAPTED = {
+    "vit": r"block_\d+/(attn/(qkv|proj)|mlp/fc\d)/kernel",
+    "resnet": r"stage_\d/block_\d+/conv\d/kernel",
+    "detr": r"(en|de)coder_\d+/.*/kernel",
+}
+HEAD = {"vit": "head/.*", "resnet": "head/.*", "detr": "(class_head|box_head)/.*"}
+# Of student and teacher. A ResNet this small would spend a tenth of its memory on patches to match.
+LAYERS = {
+    "vit": ("block_1", "stage_1"),
+    "resnet": ("pooled", "pooled"),
+    "detr": ("stage_1", "stage_1"),
+}
+TAUGHT_BY = {"vit": "resnet", "resnet": "vit", "detr": "detr"}
+
+
+def every_cell():
+    """(family, what trains, attack, teacher, switches), the switches by what trains of a family.
+
+    So the step with the attack or the teacher alone is a cell too.
+    """
+    found = []
+    for number, (family, trains) in enumerate(itertools.product(FAMILIES, TRAINS)):
+        for attack, teacher in itertools.product(ATTACKS, TEACHERS):
+            if (family, attack) != ("detr", "trades"):  # refused: it is for classifiers
+                found.append((family, trains, attack, teacher, SWITCHES[(5 * number + 3) % 8]))
+    return found
+
+
+def covered(cell):
+    """Its choices, and which attack meets which teacher."""
+    family, trains, attack, teacher, switches = cell
+    both = {(attack, teacher)} if attack != "clean" and teacher != "none" else set()
+    return {family, trains, attack, teacher, *enumerate(switches)} | both
+
+
+def few_cells():
+    """So many of them that each choice is made, and each attack meets each teacher."""
+    cells = every_cell()
+    missing, chosen = set().union(*map(covered, cells)), []
+    while missing:
+        chosen.append(max(cells, key=lambda cell: len(covered(cell) & missing)))
+        missing -= covered(chosen[-1])
+    return chosen
+
+
+def pytest_generate_tests(metafunc):
+    if "cell" in metafunc.fixturenames:
+        cells = every_cell() if metafunc.config.getoption("--every-cell") else few_cells()
+        names = ["-".join([*cell[:4], *("01"[s] for s in cell[4])]) for cell in cells]
+        metafunc.parametrize("cell", cells, ids=names)
+
+
+def prepare(cell, devices):
+    """The run of a cell, all parameters sharded if there are several devices."""
+    family, trains, attack, teacher, (average, accumulation, remat) = cell
+    recipes = [
+        *(["lora"] if trains in ("lora", "dora") else []),
+        *(["adversarial"] if attack != "clean" else []),
+        *(["distill"] if teacher != "none" else []),
+    ]
+    fields = {
+        "recipes": tuple(recipes),
+        "batch_size": BATCH,
+        "trainable": (".*",) if trains == "full" else (HEAD[family],),
+        "model__remat": remat,
+        "model__freeze_norm": trains in ("lora", "dora") and family != "vit",
+        "lora__rules": (ADAPTED[family],),
+        "lora__rank": 2,
+        "lora__dora": trains == "dora",
+        "adversarial__method": {"fgsm": "fast", "trades": "trades"}.get(attack, "pgd"),
+        "adversarial__steps": STEPS,
+        "optim__warmup_steps": 0,  # heads begin at zero, and so do attacks' gradients
+        "optim__name": "sgd",  # Adam makes a step of a gradient that is rounding alone
+        "optim__ema_decay": 0.9 if average else 0.0,
+        "optim__accumulate": 2 if accumulation else 1,
+    }
+    if teacher != "none":
+        fields["distill__teachers"] = (str(teacher_of(TAUGHT_BY[family])),)
+    if teacher == "features":
+        pair = ("hint", *LAYERS[family], 1.0)
+        fields |= {"distill__logits": "none", "distill__features": (pair,)}
+    if family == "detr":
+        config = detection_runs.tiny_config(**fields)
+    else:
+        arguments = VIT if family == "vit" else RESNET
+        config = runs.tiny_config(
+            model__weights="",
+            model__variant=family,
+            model__arguments=tuple(arguments.items()),
+            model__reinitialize=(),
+            **fields,
+        )
+    return runs.Prepared(devices=devices, fsdp=devices, config=config)
+
+
+@functools.cache
+def teacher_of(family):
+    """A file with a random, somewhat bigger model."""
+    path = runs.inputs() / f"teacher_{family}.safetensors"
+    arguments = {
+        "vit": {
+            **VIT,
+            "width": 48,
+            "num_heads": 3,
+            "patch_size": 4,
+            "image_size": (16, 16),
+            "num_classes": 4,
+        },
+        "resnet": {**RESNET, "widths": (8, 24), "num_classes": 4},
+        "detr": {**dict(detection_runs.ARGUMENTS), "widths": (8, 24), "num_classes": 8},
+    }[family]
+    model = build_model(family, **arguments)
+    side = 48 if family == "detr" else 16
+    variables = jax.jit(lambda key: initialize(model, key, (side, side)))(jax.random.key(5))
+    rng = np.random.default_rng(0)
+    flat = {
+        name: np.asarray(leaf) + np.abs(0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        for tree in variables.values()
+        for name, leaf in paths.flatten(tree).items()
+    }
+    preprocessing = {
+        "image_size": (side, side),
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "crop_mode": "center",
+    }
+    tensors, header = convert.export_weights(
+        flat,
+        family,
+        convert.arguments_of(model),
+        to=convert.own_naming(family),
+        preprocessing=preprocessing,
+    )
+    convert.write_safetensors(path, tensors, header)
+    return path
+
+
+def costs(compiled):
+    """(FLOPs, bytes of temporaries) of a compiled function, on each device."""
+    return cost.count(compiled).flops, compiled.memory_analysis().temp_size_in_bytes
+
+
+def whole(cell, devices):
+    """The costs of a cell's step."""
+    if cell not in measured[devices]:
+        measured[devices][cell] = costs(prepare(cell, devices).compiled())
+    return measured[devices][cell]
+
+
+measured = {1: {}, DEVICES: {}}  # costs of steps by cell
+
+
+@functools.cache
+def parts(family, trains, teacher, accumulation, remat):
+    """FLOPs of one micro-batch's forward pass, input gradient, training pass, and teacher."""
+    prepared = prepare((family, trains, "clean", teacher, (False, False, remat)), 1)
+    task, config = setup.find_task(prepared.config), prepared.config
+    goal = task.make_objective(config, prepared.model, prepared.apply, prepared.plan.assemble)
+    state, key = prepared.state, jax.random.key(0)
+    rows = BATCH // (2 if accumulation else 1)
+    batch = sharding.make_batch_placer(prepared.mesh)(
+        {name: np.asarray(array)[:rows] for name, array in prepared.batch.items()}
+    )
+    view = jax.jit(goal.look)({}, {}, {}, batch, key)
+
+    def losses(image, trainable, frozen, view):
+        view = {**view, "image": image}
+        outputs, _ = goal.forward(trainable, frozen, state.model_state, view, key, train=False)
+        return goal.criterion(trainable, outputs, view)[0].sum()
+
+    def training(trainable, frozen, batch):
+        return objective.make_loss(goal)(trainable, frozen, state.model_state, batch, key)[0]
+
+    def cost_of(function, *arguments):
+        return cost.count(jax.jit(function).lower(*arguments).compile()).flops
+
+    own, frozen = (
+        {path: leaf for path, leaf in flat.items() if not distillation.is_beside(path)}
+        for flat in (state.trainable, prepared.frozen)
+    )
+    found = {
+        "forward": cost_of(losses, view["image"], own, frozen, view),
+        "input": cost_of(jax.value_and_grad(losses), view["image"], own, frozen, view),
+        "training": cost_of(jax.value_and_grad(training), own, frozen, batch),
+    }
+    if teacher != "none":
+        layers = LAYERS[family][1:] if teacher == "features" else ()
+        ask = prepared.teachers[0].ask(layers)
+        found["teacher"] = cost_of(lambda *a: ask(a[0], {}, a[1]), prepared.frozen, view)
+    return found
+
+
+def test_a_cell_runs_and_costs_its_parts_on_one_device_and_on_many(cell, monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
+    family, trains, attack, teacher, switches = cell
+    _, accumulation, remat = switches
+    micro = 2 if accumulation else 1
+    attacks = {"clean": 0, "fgsm": 1}.get(attack, STEPS)
+    last = {}
+    for devices in (1, DEVICES):
+        prepared = prepare(cell, devices)
+        kept = {path: np.array(leaf) for path, leaf in prepared.frozen.items()}
+        step = prepared.compiled()  # the one: it refuses a state that is laid out otherwise
+        flops, memory = measured[devices][cell] = costs(step)
+        state = prepared.state
+        for _ in range(3):
+            state, metrics = step(state, prepared.frozen, prepared.batch)
+            assert metrics["finite"]
+        for path, leaf in prepared.frozen.items():
+            np.testing.assert_array_equal(leaf, kept[path], err_msg=path)
+        last[devices] = float(metrics["loss"])
+
+        alone = [whole((family, trains, attack, "none", switches), devices)]
+        alone += [whole((family, trains, "clean", teacher, switches), devices)]
+        largest = max(bytes_ for _, bytes_ in alone)
+        print(f"memory on {devices}: {memory:,} beside {largest:,}: {memory / largest - 1:+.1%}")
+        assert memory <= 1.1 * largest
+        if devices > 1:
+            continue
+        part = parts(family, trains, teacher, accumulation, remat)
+        plain = whole((family, trains, "clean", "none", switches), 1)
+        expected = plain[0] + micro * attacks * part["input"]
+        if attack == "trades":  # a second training pass, and what plain images are to begin with
+            expected += micro * (part["training"] + part["forward"])
+        if teacher != "none":
+            expected += micro * part["teacher"]
+        if teacher == "features":
+            expected += projection_flops(cell, prepared, attacks)
+        print(f"FLOPs: {flops:,.0f} beside {expected:,.0f}: {flops / expected - 1:+.2%}")
+        assert flops <= 1.02 * expected
+        assert flops >= 0.98 * expected or remat  # the CPU's compiler may undo recomputation
+    difference = abs(last[1] - last[DEVICES]) / abs(last[1])
+    print(f"losses differ by {difference:.1e}")
+    assert difference <= 1e-6
+
+
+def projection_flops(cell, prepared, attacks):
+    """Of a hint: its product, the kernel's gradient, and that of the student's features."""
+    _, trains, attack, _, _ = cell
+    [shape] = [leaf.shape for leaf in prepared.plan.projections.values()]
+    [name] = [match[1] for match in prepared.config.distill.features]
+    places = teach._feature_shape(prepared.model, prepared.image_size, name)[1:-1]
+    passes = 2 + (trains != "linear")
+    if attack in ("fgsm", "pgd"):  # trades' attack raises the divergence alone
+        passes += 2 * attacks
+    return passes * 2 * BATCH * np.prod(places) * np.prod(shape)
