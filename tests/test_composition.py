@@ -22,7 +22,7 @@ from vision_jax.recipes import distillation, objective
 from vision_jax.trees import paths
 
 DEVICES = 8
-BATCH = 32  # so that activations outweigh parameters, as they do in real runs
+BATCH = 32  # of a micro-batch, so that activations outweigh parameters, as they do in real runs
 STEPS = 2  # of an attack
 TRAINS = ("full", "linear", "lora", "dora")
 ATTACKS = ("clean", "fgsm", "pgd", "trades")
@@ -95,7 +95,7 @@ def prepare(cell, devices):
     ]
     fields = {
         "recipes": tuple(recipes),
-        "batch_size": BATCH,
+        "batch_size": BATCH * (2 if accumulation else 1),
         "trainable": (".*",) if trains == "full" else (HEAD[family],),
         "model__remat": remat,
         "model__freeze_norm": trains in ("lora", "dora") and family != "vit",
@@ -188,16 +188,13 @@ measured = {1: {}, DEVICES: {}}  # costs of steps by cell
 
 
 @functools.cache
-def parts(family, trains, teacher, accumulation, remat):
+def parts(family, trains, teacher, remat):
     """FLOPs of one micro-batch's forward pass, input gradient, training pass, and teacher."""
     prepared = prepare((family, trains, "clean", teacher, (False, False, remat)), 1)
     task, config = setup.find_task(prepared.config), prepared.config
     goal = task.make_objective(config, prepared.model, prepared.apply, prepared.plan.assemble)
     state, key = prepared.state, jax.random.key(0)
-    rows = BATCH // (2 if accumulation else 1)
-    batch = sharding.make_batch_placer(prepared.mesh)(
-        {name: np.asarray(array)[:rows] for name, array in prepared.batch.items()}
-    )
+    batch = prepared.batch
     view = jax.jit(goal.look)({}, {}, {}, batch, key)
 
     def losses(image, trainable, frozen, view):
@@ -254,7 +251,7 @@ def test_a_cell_runs_and_costs_its_parts_on_one_device_and_on_many(cell, monkeyp
         assert memory <= 1.1 * largest
         if devices > 1:
             continue
-        part = parts(family, trains, teacher, accumulation, remat)
+        part = parts(family, trains, teacher, remat)
         plain = whole((family, trains, "clean", "none", switches), 1)
         expected = plain[0] + micro * attacks * part["input"]
         if attack == "trades":  # a second training pass, and what plain images are to begin with
@@ -280,4 +277,4 @@ def projection_flops(cell, prepared, attacks):
     passes = 2 + (trains != "linear")
     if attack in ("fgsm", "pgd"):  # trades' attack raises the divergence alone
         passes += 2 * attacks
-    return passes * 2 * BATCH * np.prod(places) * np.prod(shape)
+    return passes * 2 * prepared.config.batch_size * np.prod(places) * np.prod(shape)
