@@ -147,6 +147,36 @@ def finished() -> Path:
     return workdir
 
 
+def write_teacher(path: Path, family: str, classes: int, side: int, **arguments) -> str:
+    """A random model, its BatchNorm statistics random too."""
+    model = families.build_model(family, num_classes=classes, in_channels=3, **arguments)
+    variables = jax.jit(lambda key: families.initialize(model, key, (side, side)))(
+        jax.random.key(1)
+    )
+    flat, rng = {}, np.random.default_rng()
+    for tree in variables.values():
+        for name, leaf in paths.flatten(tree).items():
+            noise = 0.1 * rng.standard_normal(leaf.shape)
+            flat[name] = np.asarray(leaf + (abs(noise) if name.endswith("var") else noise))
+    preprocessing = {
+        "image_size": (side, side),
+        "mean": (0.4, 0.5, 0.6),
+        "std": (0.2, 0.3, 0.25),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "crop_mode": "center",
+    }
+    tensors, header = convert.export_weights(
+        flat,
+        family,
+        convert.arguments_of(model),
+        to=convert.own_naming(family),
+        preprocessing=preprocessing,
+    )
+    convert.write_safetensors(path, tensors, header)
+    return str(path)
+
+
 class Prepared:
     """What train.run prepares of a tiny run, without a workdir: `state`, `frozen`, `batch`, `step`.
 

@@ -16,10 +16,8 @@ import jax
 import numpy as np
 import runs
 
-from vision_jax import convert, cost, setup, sharding, teach
-from vision_jax.models.families import build_model, initialize
+from vision_jax import cost, setup, sharding, teach
 from vision_jax.recipes import distillation, objective
-from vision_jax.trees import paths
 
 DEVICES = 8
 BATCH = 32  # of a micro-batch, so that activations outweigh parameters, as they do in real runs
@@ -109,7 +107,7 @@ def prepare(cell, devices):
         "optim__accumulate": 2 if accumulation else 1,
     }
     if teacher != "none":
-        fields["distill__teachers"] = (str(teacher_of(TAUGHT_BY[family])),)
+        fields["distill__teachers"] = (teacher_of(TAUGHT_BY[family]),)
     if teacher == "features":
         pair = ("hint", *LAYERS[family], 1.0)
         fields |= {"distill__logits": "none", "distill__features": (pair,)}
@@ -130,45 +128,14 @@ def prepare(cell, devices):
 @functools.cache
 def teacher_of(family):
     """A file with a random, somewhat bigger model."""
-    path = runs.inputs() / f"teacher_{family}.safetensors"
-    arguments = {
-        "vit": {
-            **VIT,
-            "width": 48,
-            "num_heads": 3,
-            "patch_size": 4,
-            "image_size": (16, 16),
-            "num_classes": 4,
-        },
-        "resnet": {**RESNET, "widths": (8, 24), "num_classes": 4},
-        "detr": {**dict(detection_runs.ARGUMENTS), "widths": (8, 24), "num_classes": 8},
-    }[family]
-    model = build_model(family, **arguments)
-    side = 48 if family == "detr" else 16
-    variables = jax.jit(lambda key: initialize(model, key, (side, side)))(jax.random.key(5))
-    rng = np.random.default_rng(0)
-    flat = {
-        name: np.asarray(leaf) + np.abs(0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
-        for tree in variables.values()
-        for name, leaf in paths.flatten(tree).items()
-    }
-    preprocessing = {
-        "image_size": (side, side),
-        "mean": (0.5,) * 3,
-        "std": (0.25,) * 3,
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "crop_mode": "center",
-    }
-    tensors, header = convert.export_weights(
-        flat,
-        family,
-        convert.arguments_of(model),
-        to=convert.own_naming(family),
-        preprocessing=preprocessing,
-    )
-    convert.write_safetensors(path, tensors, header)
-    return path
+    path = runs.inputs() / f"composition_{family}.safetensors"
+    if family == "vit":
+        bigger = {**VIT, "width": 48, "num_heads": 3, "patch_size": 4, "image_size": (16, 16)}
+        return runs.write_teacher(path, family, 4, 16, **bigger)
+    if family == "resnet":
+        return runs.write_teacher(path, family, 4, 16, **{**RESNET, "widths": (8, 24)})
+    bigger = {**dict(detection_runs.ARGUMENTS), "widths": (8, 24)}
+    return runs.write_teacher(path, family, 8, 48, **bigger)
 
 
 def costs(compiled):

@@ -34,9 +34,10 @@ def small(path: Path):
     changes["data.workers"] = "0"  # tests/data/test_pipeline.py has them
     if load_config(str(path), {}).distill.teachers:
         changes["distill.teachers"] = str(runs.teacher())
-        matches = load_config(str(path), {}).distill.features  # of models that have one block here
-        first = tuple((kind, "block_0", "block_0", weight) for kind, _, _, weight in matches)
-        changes["distill.features"] = repr(first)
+        matches = load_config(str(path), {}).distill.features
+        # Both models have one block here
+        moved = tuple((kind, "block_0", "block_0", weight) for kind, _, _, weight in matches)
+        changes["distill.features"] = repr(moved)
     arguments = load_config(str(path), {}).model.arguments
     if "width" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))

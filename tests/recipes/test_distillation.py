@@ -13,7 +13,7 @@ import runs
 from vision_jax import convert, cost, modes, teach, train
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
-from vision_jax.models.families import build_model, initialize, make_apply
+from vision_jax.models.families import make_apply
 from vision_jax.ops import distillation as ops
 from vision_jax.recipes import adversarial, distillation
 from vision_jax.recipes.adversarial import Threat
@@ -25,40 +25,14 @@ ON = "('distill',)"
 RNG = np.random.default_rng()
 
 
-def write_teacher(path: Path, family: str, classes: int, side: int, **arguments) -> str:
-    """A random model, its BatchNorm statistics random too."""
-    model = build_model(family, num_classes=classes, in_channels=3, **arguments)
-    variables = jax.jit(lambda key: initialize(model, key, (side, side)))(jax.random.key(1))
-    flat = {}
-    for tree in variables.values():
-        for name, leaf in paths.flatten(tree).items():
-            noise = 0.1 * RNG.standard_normal(leaf.shape)
-            flat[name] = np.asarray(leaf + (abs(noise) if name.endswith("var") else noise))
-    preprocessing = {
-        "image_size": (side, side),
-        "mean": (0.4, 0.5, 0.6),
-        "std": (0.2, 0.3, 0.25),
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "crop_mode": "center",
-    }
-    tensors, header = convert.export_weights(
-        flat,
-        family,
-        convert.arguments_of(model),
-        to=convert.own_naming(family),
-        preprocessing=preprocessing,
-    )
-    convert.write_safetensors(path, tensors, header)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory):
     """A ResNet that takes 24 pixels where the student takes 16."""
     path = tmp_path_factory.mktemp("teachers") / "resnet.safetensors"
     small = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "stem_width": 8, "block": "basic"}
-    return write_teacher(path, "resnet", 4, 24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), **small)
+    return runs.write_teacher(
+        path, "resnet", 4, 24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), **small
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +40,7 @@ def vit(tmp_path_factory):
     """A ViT of two blocks, wider than the student's one."""
     path = tmp_path_factory.mktemp("teachers") / "vit.safetensors"
     small = {"width": 48, "depth": 2, "num_heads": 4, "mlp_width": 64, "patch_size": 8}
-    return write_teacher(path, "vit", 4, 16, image_size=(16, 16), **small)
+    return runs.write_teacher(path, "vit", 4, 16, image_size=(16, 16), **small)
 
 
 # Composition, on a linear model ------------------------------------------------------------------
@@ -398,7 +372,7 @@ def test_a_detector_learns_from_the_queries_of_another(family, tmp_path):
     model = detection_runs.RF_DETR if family == "rf_detr" else {}
     arguments = dict(model.get("model__arguments", detection_runs.ARGUMENTS))
     classes = {"detr": 8, "rf_detr": 8}[family]
-    name = write_teacher(tmp_path / "teacher.safetensors", family, classes, 48, **arguments)
+    name = runs.write_teacher(tmp_path / "teacher.safetensors", family, classes, 48, **arguments)
     config = detection_runs.tiny_config(
         recipes=ON, distill__teachers=name, distill__weight=1.0, model__dropout=0.0, **model
     )
