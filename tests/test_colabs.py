@@ -23,7 +23,7 @@ SMALL = {
     },
     "robust_lora": {
         "STEPS = 200": "STEPS = 2",
-        "JUDGED = 200": "JUDGED = 20",
+        "JUDGED = 200": "JUDGED = 10",
         "(1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255)": "(8 / 255,)",
     },
     "teach_a_student": {"STEPS = 400": "STEPS = 2", "STEPS = 1000": "STEPS = 2"},
@@ -84,7 +84,7 @@ def test_robust_lora(tmp_path, monkeypatch):
     printed = execute("robust_lora", tmp_path, monkeypatch)
     for name in ("LoRA", "LoRA_against_PGD"):
         record = json.loads((tmp_path / "runs" / name / "robustness.json").read_text())
-        assert record["images"] == 20
+        assert record["images"] == 10
         (under_pgd,) = record["attacks"]["pgd"]
         both = f"{record['clean']['accuracy']:.3f} {under_pgd['accuracy']:.3f}"
         assert f"{name.replace('_', ' '):18} {both}" in printed
