@@ -5,7 +5,8 @@
 
 A cell is a config, run for a few steps: one compilation, finite, what is frozen unchanged to the
 bit, FLOPs the sum of its passes, temporary memory at most a tenth above that of its attack or its
-teacher alone, and that on 8 devices with all parameters sharded too, where the loss is the same.
+teacher alone, and that on 8 devices with all parameters sharded too, where the loss is the same (in
+float32, of DETR in float64).
 """
 
 import functools
@@ -13,6 +14,7 @@ import itertools
 
 import detection_runs
 import jax
+import jax.numpy as jnp
 import numpy as np
 import runs
 
@@ -186,7 +188,12 @@ def parts(family, trains, teacher, remat):
     if teacher != "none":
         layers = LAYERS[family][1:] if teacher == "features" else ()
         ask = prepared.teachers[0].ask(layers)
-        found["teacher"] = cost_of(lambda *a: ask(a[0], {}, a[1]), prepared.frozen, view)
+
+        def heard(frozen, view):  # what nobody hears is not computed
+            answer = ask(frozen, {}, view)
+            return answer["features"] if layers else {**answer, "features": {}}
+
+        found["teacher"] = cost_of(heard, prepared.frozen, view)
     return found
 
 
@@ -202,13 +209,12 @@ def test_a_cell_runs_and_costs_its_parts_on_one_device_and_on_many(cell, monkeyp
         kept = {path: np.array(leaf) for path, leaf in prepared.frozen.items()}
         step = prepared.compiled()  # the one: it refuses a state that is laid out otherwise
         flops, memory = measured[devices][cell] = costs(step)
-        state = prepared.state
-        for _ in range(3):
-            state, metrics = step(state, prepared.frozen, prepared.batch)
-            assert metrics["finite"]
+        last[devices], finite = train(step, prepared.state, prepared.frozen, prepared.batch)
+        assert finite
         for path, leaf in prepared.frozen.items():
             np.testing.assert_array_equal(leaf, kept[path], err_msg=path)
-        last[devices] = float(metrics["loss"])
+        if family == "detr":
+            last[devices] = loss_in_float64(cell, devices, monkeypatch)
 
         alone = [whole((family, trains, attack, "none", switches), devices)]
         alone += [whole((family, trains, "clean", teacher, switches), devices)]
@@ -231,7 +237,31 @@ def test_a_cell_runs_and_costs_its_parts_on_one_device_and_on_many(cell, monkeyp
         assert flops >= 0.98 * expected or remat  # the CPU's compiler may undo recomputation
     difference = abs(last[1] - last[DEVICES]) / abs(last[1])
     print(f"losses differ by {difference:.1e}")
-    assert difference <= 1e-6
+    assert difference <= (1e-12 if family == "detr" else 1e-6)
+
+
+def train(step, state, frozen, batch):
+    """The loss of the third step, and whether all were finite."""
+    finite = True
+    for _ in range(3):
+        state, metrics = step(state, frozen, batch)
+        finite &= bool(metrics["finite"])
+    return float(metrics["loss"]), finite
+
+
+def loss_in_float64(cell, devices, monkeypatch):
+    """Of the third step: attacks on a detector raise the rounding of float32 above 1e-6."""
+
+    def widen(leaf):
+        return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    monkeypatch.setitem(setup.DTYPES, "float32", jnp.float64)
+    with jax.enable_x64(True):
+        prepared = prepare(cell, devices)
+        inputs = jax.tree.map(widen, (prepared.state, prepared.frozen, prepared.batch))
+        loss, _ = train(prepared.step.lower(*inputs).compile(), *inputs)
+    monkeypatch.setitem(setup.DTYPES, "float32", jnp.float32)
+    return loss
 
 
 def projection_flops(cell, prepared, attacks):
