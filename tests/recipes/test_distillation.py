@@ -388,12 +388,17 @@ def test_a_detector_learns_from_the_queries_of_another(family, tmp_path):
         "image": batch["image"] / 255,
         "pixels": pixel_mask(batch["size"], batch["image"].shape[1:3])[..., None],
     }
-    told = teacher.ask(())(prepared.frozen, {}, view)
-    own = prepared.plan.assemble({**prepared.state.trainable, **prepared.frozen})
-    said, _ = prepared.apply(
-        own, prepared.state.model_state, view["image"], view["pixels"][..., 0],
-        train=family == "rf_detr", keys={},
-    )  # fmt: skip
+
+    @jax.jit
+    def answers(trainable, frozen, view):
+        told = teacher.ask(())(frozen, {}, view)
+        said, _ = prepared.apply(
+            prepared.plan.assemble({**trainable, **frozen}), prepared.state.model_state,
+            view["image"], view["pixels"][..., 0], train=family == "rf_detr", keys={},
+        )  # fmt: skip
+        return told, said
+
+    told, said = answers(prepared.state.trainable, prepared.frozen, view)
     queries = slice(prepared.model.num_queries)
     expected = ops.detr_queries(
         *(said[name][-1][:, queries] for name in ("logits", "boxes_cxcywh_01")),
