@@ -188,7 +188,9 @@ def largest_batch(
 
 def lines(plan: Plan, config: ConfigDict) -> list[str]:
     """The plan for the screen."""
-    mesh = ", ".join(f"{name} {size}" for name, size in config.mesh.items())
+    sizes = sharding.make_mesh(**config.mesh).shape
+    mesh = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    devices = f"{plan.devices} device{'s' * (plan.devices > 1)}"
     rows = [
         ("trainable, optimizer", plan.state),
         ("frozen", plan.frozen),
@@ -202,7 +204,7 @@ def lines(plan: Plan, config: ConfigDict) -> list[str]:
         for name, (number, size) in plan.collectives.items()
     ]
     return [
-        f"A step of {plan.batch_size} images on {plan.devices} devices ({mesh}), "
+        f"A step of {plan.batch_size} images on {devices} ({mesh}), "
         f"compiled for {jax.default_backend()}:",
         f"  {plan.flops / 1e9:,.2f} GFLOP a device, "
         f"{plan.flops * plan.devices / plan.batch_size / 1e9:,.3f} an image",
