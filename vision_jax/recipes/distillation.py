@@ -74,17 +74,19 @@ def distill(
 
     def look(trainable, frozen, model_state, batch, key):
         view = objective.look(trainable, frozen, model_state, batch, key)
-        if not any(name.startswith(SAID) for name in batch):
+        said = {name: array for name, array in batch.items() if name.startswith(SAID)}
+        if not said:
             # As compiled alone, so that what is stored is what would be said, to the bit.
             seen = lax.optimization_barrier({n: x for n, x in view.items() if n != "step"})
             said = lax.optimization_barrier(dict(teach(frozen, model_state, seen)))
             said = lax.stop_gradient(said)
-            zero = zero_after(*said.values())
-            # The index too: attacks draw by it.
-            held = {name: after(zero, view[name]) for name in ("image", "index")}
-            view = {**view, **said, **held}
-            if sharded:
-                view[WAIT] = zero
+        # Of stored words too, for the student to be compiled as it is beside a live teacher.
+        zero = zero_after(*said.values())
+        # The index too: attacks draw by it.
+        held = {name: after(zero, view[name]) for name in ("image", "index")}
+        view = {**view, **said, **held}
+        if sharded:
+            view[WAIT] = zero
         if image_size is not None:
             view = {**view, "image": resize(view["image"], image_size)}
         return view
