@@ -80,8 +80,10 @@ def test_the_l1_projection_is_the_nearest_point_of_ball_and_box():
     with jax.enable_x64(True):
         images = make_images(40, np.float64)
         random = np.random.default_rng()
-        points = images + random.normal(size=images.shape) * random.uniform(0.05, 2, (40, 1, 1, 1))
-        epsilon = random.uniform(0.01, 12, 40)
+        scale, epsilon = random.uniform(0.05, 2, 40), random.uniform(0.01, 12, 40)
+        scale[:5], epsilon[:5] = 1e-3, 1  # inside, whatever is drawn
+        scale[5:20], epsilon[5:20] = 1, 0.1  # outside
+        points = images + random.normal(size=images.shape) * scale[:, None, None, None]
         projected = np.asarray(norms.project(points, images, epsilon, "l1"))
     binds = 0
     for image, point, nearest, radius in zip(images, points, projected, epsilon, strict=True):
