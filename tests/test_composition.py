@@ -255,13 +255,11 @@ def loss_in_float64(cell, devices, monkeypatch):
     def widen(leaf):
         return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    monkeypatch.setitem(setup.DTYPES, "float32", jnp.float64)
-    with jax.enable_x64(True):
+    with monkeypatch.context() as patch, jax.enable_x64(True):
+        patch.setitem(setup.DTYPES, "float32", jnp.float64)
         prepared = prepare(cell, devices)
         inputs = jax.tree.map(widen, (prepared.state, prepared.frozen, prepared.batch))
-        loss, _ = train(prepared.step.lower(*inputs).compile(), *inputs)
-    monkeypatch.setitem(setup.DTYPES, "float32", jnp.float32)
-    return loss
+        return train(prepared.step.lower(*inputs).compile(), *inputs)[0]
 
 
 def projection_flops(cell, prepared, attacks):
