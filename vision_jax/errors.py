@@ -14,11 +14,22 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        # Names out of a file may hold line breaks, a terminal's escapes, or megabytes.
         text = super().__str__()
-        half = LONGEST // 2  # what to do next stands at the end
+        half = LONGEST // 2  # names may have megabytes; what to do next stands at the end
         cut = text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+        return printable(cut)
+
+
+def printable(text: str) -> str:
+    r"""Text on one line, with what a terminal would obey or can't show spelled out.
+
+    Names of files and classes are not trusted: they may hold a terminal's escapes, line breaks,
+    marks that turn the direction of writing, and bytes or halves of characters that have no UTF-8.
+
+    >>> printable("a\x1b[31m\n\udc80")
+    'a\\x1b[31m\\n\\udc80'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, printable
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, when the output is not a terminal
 WIDTH_WITHOUT_TERMINAL = 120
@@ -354,11 +354,8 @@ def _cell(value: Any) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text with its control characters spelled out: names of files and classes are not trusted."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
-        for char in text
-    )
+    """Text of lines, each of them printable."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _clock(seconds: float) -> str:

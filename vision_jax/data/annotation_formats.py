@@ -18,16 +18,14 @@ from typing import Any, TypeGuard
 from xml.etree import ElementTree
 
 import numpy as np
-import yaml
 
 from vision_jax.data.decode import DamagedImageError, read_header
 from vision_jax.data.sources import IMAGE_SUFFIXES, ArrayReader, TfdsReader, open_tfds
 from vision_jax.errors import UserError
+from vision_jax.files import read_bytes, read_text, read_yaml
 
 IMAGES = IMAGE_SUFFIXES - {".npy"}
 MAX_JSON_BYTES = 2_000_000_000
-MAX_TEXT_BYTES = 10_000_000  # of an XML file, a label file, a list
-MAX_YAML_BYTES = 1_000_000  # its parser is slow
 MAX_SIDE = 1_000_000  # pixels
 MAX_COORDINATE = 1e9
 THREADS = 8
@@ -164,24 +162,9 @@ def _short(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _read_bytes(path: Path, limit: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise one_line(f"{path}: can't be read ({error.strerror})") from error
-    if len(data) > limit:
-        raise one_line(f"{path}: over the limit of {limit:,} bytes")
-    return data
-
-
 def read_lines(path: Path) -> list[str]:
     """Lines that aren't blank."""
-    try:
-        text = _read_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise one_line(f"{path}: not a text file ({error})") from error
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in read_text(path).splitlines() if line.strip()]
 
 
 def find_files(folder: Path, suffixes: set[str] | frozenset[str]) -> list[str]:
@@ -191,7 +174,8 @@ def find_files(folder: Path, suffixes: set[str] | frozenset[str]) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = os.path.relpath(root, folder)
         for name in names:
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
+            wanted = os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
+            if wanted and os.path.isfile(os.path.join(root, name)):  # no pipe, no dead link
                 found.append(name if inside == "." else f"{inside}/{name}".replace(os.sep, "/"))
     return sorted(found)
 
@@ -227,13 +211,14 @@ def _drop_masks(entry: dict) -> dict:
 
 
 def read_json(path: Path) -> Any:
-    data = _read_bytes(path, MAX_JSON_BYTES)
+    data = read_bytes(path, MAX_JSON_BYTES)
     enabled = gc.isenabled()
     gc.disable()  # a million small dicts without a cycle, searched for cycles again and again
     try:
         return json.loads(data, object_hook=_drop_masks)
-    except (ValueError, RecursionError) as error:
-        raise one_line(f"{path}: not readable as JSON ({error})") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = str(error) or "too little memory for it"
+        raise UserError(f"{path}: not readable as JSON ({reason})") from error
     finally:
         if enabled:
             gc.enable()
@@ -467,7 +452,7 @@ def read_voc(spec: str, names: Sequence[str], folder: Path, images: Path) -> Rea
             continue
         try:
             root = ElementTree.fromstring(
-                _read_bytes(folder / name, MAX_TEXT_BYTES),
+                read_bytes(folder / name),
                 ElementTree.XMLParser(target=_WithoutDoctype()),
             )
         except UserError as error:
@@ -598,10 +583,7 @@ def read_yolo_yaml(spec: str, images: Path | None) -> Reading:
 
 
 def _load_yaml(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(_read_bytes(path, MAX_YAML_BYTES))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise one_line(f"{path}: not readable as YAML ({error})") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a YOLO data set's YAML: needs `train`, `val` and `names`")
     return content
@@ -688,10 +670,7 @@ def _header_size(file: Path | None) -> tuple[int, int] | str | None:
 def _yolo_rows(reading: Reading, file: str) -> Iterator[tuple[int, list[float], int]]:
     """(class, shares, line number) of each row that is right."""
     try:
-        text = _read_bytes(Path(file), MAX_TEXT_BYTES).decode()
-    except UnicodeDecodeError as error:
-        reading.complain("file", file, f"not a text file ({error})")
-        return
+        text = read_text(file)
     except UserError as error:
         reading.complain("file", file, str(error).removeprefix(f"{file}: "))
         return

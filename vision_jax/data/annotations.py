@@ -43,6 +43,7 @@ from vision_jax.data.annotation_formats import (
 from vision_jax.data.composites import read_composites
 from vision_jax.data.sources import ASSETS, ArrayReader, FileReader, TfdsReader
 from vision_jax.errors import UserError
+from vision_jax.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _read_folder(spec: str, path: Path, images: Path | None) -> Reading:
 
 
 def _read_file(spec: str, path: Path, images: Path | None) -> Reading:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] in (b"{", b"["):
         content = read_json(path)

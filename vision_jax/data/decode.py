@@ -5,21 +5,30 @@ expanded, transparency composited on white, 16 bits scaled (not clipped) to 8.
 """
 
 import io
+import math
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from numpy.lib import format as npy
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vision_jax.errors import UserError
+from vision_jax.files import open_regular, read_bytes
 
 # Pillow knows many more formats; each is a parser that a hostile file could reach.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000
+MAX_SCANS = 100  # of a progressive JPEG, which usually has 10; each passes over all pixels
+MAX_PIXELS_AT_ONCE = 2 * MAX_PIXELS  # of all threads; a pixel takes up to 15 bytes on its way
+STRIP = 2**20  # pixels that are composited on white at once
 
 _EXIF_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,6 +43,41 @@ _TURNED = (5, 6, 7, 8)  # these swap height and width
 
 class DamagedImageError(UserError):
     """One image that can't be used; its message names the file. Training skips and counts it."""
+
+
+class _Room:
+    """Lets threads decode as long as their images together have no more than so many pixels."""
+
+    def __init__(self, pixels: int):
+        self._all = self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_ROOM = _Room(MAX_PIXELS_AT_ONCE)  # of the process, as its memory is
+
+
+def read_image_file(path: str) -> bytes:
+    """The bytes of an image file.
+
+    Raises DamagedImageError if it is not there, no regular file, or larger than `MAX_BYTES`.
+    """
+    try:
+        return read_bytes(path, MAX_BYTES)
+    except UserError as error:
+        raise DamagedImageError(str(error)) from error
 
 
 def decode_image(
@@ -62,13 +106,31 @@ def decode_image(
                 raise DamagedImageError(
                     f"{name}: {width} × {height} pixels, over the limit of {max_pixels}: shrink it"
                 )
-            image.load()  # also reads what follows the pixels: a PNG's EXIF may stand there
-            rgb = _to_rgb(image, name)
-            return np.asarray(_upright(rgb, image) if upright else rgb)
+            _check_scans(image, data, name)
+            with _ROOM.take(width * height):
+                image.load()  # also reads what follows the pixels: a PNG's EXIF may stand there
+                rgb = _to_rgb(image, name)
+                return np.asarray(_upright(rgb, image) if upright else rgb)
     except DamagedImageError:
         raise
     except Exception as error:  # Pillow's parsers raise nearly every type on damaged files
-        raise DamagedImageError(f"{name}: not a readable image ({error})") from error
+        raise _unreadable(name, error) from error
+
+
+def _check_scans(image: Image.Image, data: bytes, name: str) -> None:
+    """A small JPEG of many scans asks for much work: each of them passes over all pixels."""
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise DamagedImageError(
+            f"{name}: a progressive JPEG of more than {MAX_SCANS} scans: save it again"
+        )
+
+
+def _unreadable(name: str, error: Exception) -> DamagedImageError:
+    if isinstance(error, UnidentifiedImageError):  # names the buffer that it was read from
+        reason = f"none of {', '.join(FORMATS)}"
+    else:
+        reason = re.sub(r"<[^<>]*>", "it", " ".join(str(error).split())) or type(error).__name__
+    return DamagedImageError(f"{name}: not a readable image ({reason})")
 
 
 class Header(NamedTuple):
@@ -92,16 +154,20 @@ def read_header(file: Path | bytes, *, name: str = "") -> Header:
     """
     name = name or str(file)
     try:
-        with Image.open(
-            io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS
-        ) as image:
+        with (
+            io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as opened,
+            Image.open(opened, formats=FORMATS) as image,
+        ):
             width, height = image.size
             if image.format == "PNG" and not _has_late_exif(image):
                 image.info.setdefault("exif", b"")  # else Pillow decodes all of it in search of one
             # Pillow states a TIFF's size as if it had turned it already.
             orientation = 1 if image.format == "TIFF" else _orientation(image)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise DamagedImageError(f"{name}: {reason}") from error
     except Exception as error:
-        raise DamagedImageError(f"{name}: not a readable image ({error})") from error
+        raise _unreadable(name, error) from error
     if width * height > MAX_PIXELS:
         raise DamagedImageError(
             f"{name}: {width} × {height} pixels, over the limit of {MAX_PIXELS}: shrink it"
@@ -117,10 +183,17 @@ def read_size(path: str) -> tuple[int, int]:
     if not path.endswith(".npy"):
         return read_header(Path(path)).upright_size
     try:
-        height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
-        return height, width
+        with open_regular(path) as file:
+            old = npy.read_magic(file) == (1, 0)
+            shape = (npy.read_array_header_1_0 if old else npy.read_array_header_2_0)(file)[0]
+            height, width = shape[:2]
+    except UserError as error:
+        raise DamagedImageError(str(error)) from error
     except Exception as error:  # as above
-        raise DamagedImageError(f"{path}: not a readable image ({error})") from error
+        raise _unreadable(path, error) from error
+    if not (0 < height and 0 < width and height * width <= MAX_BYTES):
+        raise DamagedImageError(f"{path}: not a readable image (an array of {shape})")
+    return height, width
 
 
 def decode_thumbnail(data: bytes, *, name: str, side: int = 16) -> np.ndarray:
@@ -131,15 +204,17 @@ def decode_thumbnail(data: bytes, *, name: str, side: int = 16) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_scans(image, data, name)
             image.draft("L", (4 * side, 4 * side))
-            image.load()
-            grey = image if image.mode == "L" else _to_rgb(image, name).convert("L")
-            upright = _upright(grey, image)
-            return np.asarray(upright.resize((side, side), Image.Resampling.BOX))
+            with _ROOM.take(math.prod(image.size)):
+                image.load()
+                grey = image if image.mode == "L" else _to_rgb(image, name).convert("L")
+                upright = _upright(grey, image)
+                return np.asarray(upright.resize((side, side), Image.Resampling.BOX))
     except DamagedImageError:
         raise
     except Exception as error:  # as above
-        raise DamagedImageError(f"{name}: not a readable image ({error})") from error
+        raise _unreadable(name, error) from error
 
 
 def decode_array(data: bytes, *, name: str) -> np.ndarray:
@@ -171,9 +246,14 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name}: 32-bit pixels have no defined white: save it with 8 or 16 bits a channel"
         )
     if image.has_transparency_data:
-        colors = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, colors).convert("RGB")
+        rgb = Image.new("RGB", image.size)
+        rows = max(1, STRIP // max(1, image.width))
+        for top in range(0, image.height, rows):  # four more copies of all of it would be gigabytes
+            box = (0, top, image.width, min(top + rows, image.height))
+            colors = image.crop(box).convert("RGBA")
+            white = Image.new("RGBA", colors.size, (255, 255, 255, 255))
+            rgb.paste(Image.alpha_composite(white, colors).convert("RGB"), box)
+        return rgb
     return image.convert("RGB")
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from vision_jax.data.decode import (
-    MAX_BYTES,
     DamagedImageError,
     Header,
     decode_array,
     decode_thumbnail,
     read_header,
+    read_image_file,
 )
 from vision_jax.data.sources import ArrayReader, FileReader, TfdsReader
 
@@ -103,15 +103,7 @@ def _read_encoded(reader: Reader, row: int) -> bytes:
         bitmap = io.BytesIO()
         Image.fromarray(reader.read(row)).save(bitmap, "bmp")
         return bitmap.getvalue()
-    name = reader.example_name(row)
-    try:
-        with open(name, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise DamagedImageError(f"{name}: can't be read ({error.strerror})") from error
-    if len(data) > MAX_BYTES:
-        raise DamagedImageError(f"{name}: over the limit of {MAX_BYTES} bytes")
-    return data
+    return read_image_file(reader.example_name(row))
 
 
 def same_files(one: Scan, other: Scan) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from vision_jax.data.decode import MAX_BYTES, DamagedImageError, decode_array, decode_image
+from vision_jax.data.decode import decode_array, decode_image, read_image_file
 from vision_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -208,11 +208,7 @@ class FileReader:
     def read(self, row: int, *, upright: bool = True) -> np.ndarray:
         """`upright` False leaves a photo as it is stored, whatever its EXIF orientation says."""
         name = self.example_name(row)
-        try:
-            with open(name, "rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise DamagedImageError(f"{name}: can't be read ({error.strerror})") from error
+        data = read_image_file(name)
         if name.endswith(".npy"):
             return decode_array(data, name=name)
         return decode_image(data, name=name, upright=upright)
