@@ -126,13 +126,28 @@ def test_bad_input_is_one_line_and_leaves_no_trace(name, tmp_path, capsys):
         ([], "--config is missing"),
         (["--config=absent.py"], "there is no file absent.py"),
         (["--confg=x"], "unknown argument '--confg=x'"),
-        ([CONFIG, "--config.optim.lr", "1"], "set with --config.FIELD=VALUE"),
+        ([CONFIG, "--config.optim.lr"], "--config.optim.lr has no value"),
+        ([CONFIG, "--config.lora.dora", "--workdir=x"], "--config.lora.dora has no value"),
         ([CONFIG, "extra"], "unknown argument 'extra'"),
         ([CONFIG, "--mode=test"], "invalid choice: 'test'"),
         ([CONFIG, "--processes=two"], "--processes: invalid int value"),
         (["--mode=evaluate"], "needs --workdir"),
         (["--mode=evaluate", "--workdir=absent"], "absent holds no run"),
         (["--mode=predict", "--workdir=absent", "--images=a.png"], "absent holds no run"),
+        ([CONFIG, "--images=a.png"], "--images is a flag of predict, and this is train"),
+        ([CONFIG, "--out=x"], "--out is a flag of predict, and this is train"),
+        ([CONFIG, "--checkpoint=last"], "--checkpoint is a flag of evaluate, predict, robustness"),
+        ([CONFIG, "--devices=4"], "--devices is a flag of plan, and this is train"),
+        ([CONFIG, "--memory=3"], "--memory is a flag of plan, and this is train"),
+        ([CONFIG, "--mode=teach", "--workdir=x"], "--workdir is a flag of train, frozen, "),
+        ([CONFIG, "--mode=frozen", "--checkpoint=best"], "--checkpoint is a flag of"),
+        ([CONFIG, "--mode=evaluate"], "--config is a flag of train, frozen, teach, plan, and"),
+        (["--mode=evaluate", "--workdir=absent", "--images=a"], "--images is a flag of predict"),
+        ([CONFIG, "--plan", "--workdir=x"], "--workdir is a flag of"),
+        ([CONFIG, "--plan", "--mode=evaluate"], "leave it or --mode=evaluate out"),
+        ([CONFIG, "--process=0"], "--processes and --process go together"),
+        ([CONFIG, "--coordinator=auto", "--process=0"], "leave them out"),
+        ([CONFIG, "--work_dir=x"], "did you mean `--workdir`?"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):
@@ -161,6 +176,18 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path, capsys, monkey
     assert (tmp_path / "run" / "config.json").is_file()
 
 
+def test_every_flag_of_another_mode_has_its_line(capsys):
+    assert main.main([CONFIG, "--images", "a", "--memory=3", "--out=x"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["--images", "--out", "--memory"]
+
+
+def test_every_flag_is_of_modes_that_exist():
+    for modes, _ in main.FLAGS.values():
+        assert modes
+        assert set(modes) <= set(main.MODES)
+
+
 def test_ctrl_c_before_the_loop_is_one_line(tmp_path, capsys, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -178,6 +205,8 @@ def test_flags_reach_the_modes(tmp_path, monkeypatch):
     assert main.main([CONFIG, "--config.optim.lr=0.25"]) == 0
     config, workdir = seen[-1]
     assert (config.optim.lr, str(workdir)) == (0.25, "runs/vit_lora")
+    assert main.main([CONFIG, "--config.optim.lr", "0.5", "--config.mesh.data", "-1"]) == 0
+    assert (seen[-1][0].optim.lr, seen[-1][0].mesh.data) == (0.5, -1)
 
     assert main.main([run, "--mode=predict", "--images=a", "b", "--images", "c", "--out=o"]) == 0
     config, workdir, checkpoint, images, out = seen[-1]
@@ -196,6 +225,13 @@ def test_help_shows_modes_and_overrides(capsys):
         main.main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for part in ("train,evaluate,predict", "--config.FIELD=VALUE", "resumes", "--images"):
+    for part in (
+        "train,evaluate,predict",
+        "--checkpoint",
+        "of predict: files",
+        "--config.FIELD=VALUE",
+        "resumes",
+        "--images",
+    ):
         assert part in text
     assert jax.device_count() == 8

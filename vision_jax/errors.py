@@ -32,6 +32,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+class UserErrors(UserError):
+    """Several faults of one input, found together, so that they can be mended together.
+
+    Attributes:
+      each: one line for each, which `main` prints each on a line of its own.
+    """
+
+    def __init__(self, messages: Sequence[str]):
+        self.each = tuple(UserError(message) for message in messages)
+        super().__init__("; ".join(messages))
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """A clause that suggests the nearest name, or nothing."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

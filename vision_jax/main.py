@@ -21,12 +21,65 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from vision_jax.errors import UserError
+from ml_collections import ConfigDict
+
+from vision_jax.config import load_config
+from vision_jax.errors import UserError, UserErrors, nearest
 
 BAD_INPUT = 2  # exit code
+
+MODES = {
+    "train": "train or resume a run",
+    "evaluate": "reprint a finished one's numbers",
+    "predict": "name what --images show",
+    "robustness": "accuracy under attacks and corruptions",
+    "frozen": "nearest neighbours and few-shot regression on the weights' frozen features",
+    "teach": "store what a run's teachers say",
+    "plan": "compile the training step without running it: FLOPs, memory, communication",
+}
+FROM_CONFIG = ("train", "frozen", "teach", "plan")  # these take --config
+FROM_WORKDIR = ("evaluate", "predict", "robustness")  # these a finished run
+# Of each flag: the modes that look at it, in which alone it may stand, and argparse's words.
+FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
+    "config": (
+        FROM_CONFIG,
+        {"help": "a file with get_config(), for example configs/vit_lora.py"},
+    ),
+    "workdir": (
+        ("train", "frozen", *FROM_WORKDIR),
+        {"type": Path, "help": "where results go; runs/NAME_OF_THE_CONFIG by default"},
+    ),
+    "checkpoint": (
+        FROM_WORKDIR,
+        {"choices": ("last", "best"), "help": "which one is read; last by default"},
+    ),
+    "images": (
+        ("predict",),
+        {"nargs": "+", "action": "extend", "default": [], "help": "files or folders"},
+    ),
+    "out": (("predict",), {"type": Path, "help": "where files go; WORKDIR by default"}),
+    "devices": (("plan",), {"type": int, "help": "as many virtual CPU devices, for config.mesh"}),
+    "memory": (
+        ("plan",),
+        {"type": float, "help": "GiB of a device; also tells the largest batches that fit"},
+    ),
+    "coordinator": (
+        ("train", "frozen", *FROM_WORKDIR),
+        {"help": "HOST:PORT of process 0, or auto"},
+    ),
+    "processes": (
+        ("train", "frozen", *FROM_WORKDIR),
+        {"type": int, "help": "how many processes there are"},
+    ),
+    "process": (
+        ("train", "frozen", *FROM_WORKDIR),
+        {"type": int, "help": "which of them this one is"},
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
+    except UserErrors as errors:
+        for error in errors.each:
+            print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
     except (UserError, OSError) as error:  # what the operating system refuses is its user's too
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -44,43 +101,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     flags, overrides = _parse(arguments)
-    if flags.plan:
-        return _plan(flags, overrides)
-    _start_processes(flags)
-    from vision_jax import modes, train  # after the flags: importing JAX takes seconds
-    from vision_jax.config import load_config
-
-    if flags.mode in ("train", "frozen", "teach") and not flags.config:
-        raise UserError("--config is missing: for example --config=configs/vit_lora.py")
-    if not flags.config and not flags.workdir:
-        raise UserError(f"--mode={flags.mode} needs --workdir=DIR, the folder of a finished run")
-    workdir = flags.workdir or Path("runs") / _run_name(flags.config)
-    if flags.mode == "teach":
-        return modes.teach_once(load_config(flags.config, overrides))
-    if flags.mode in ("train", "frozen"):
-        run = train.run if flags.mode == "train" else modes.frozen
-        return run(load_config(flags.config, overrides), workdir)
-    if not (workdir / "config.json").is_file():
-        raise UserError(f"--workdir: {workdir} holds no run, there is no config.json in it")
-    config = load_config(str(workdir / "config.json"), overrides)
-    if flags.mode in ("evaluate", "robustness"):
-        mode = modes.evaluate if flags.mode == "evaluate" else modes.robustness
-        return mode(config, workdir, flags.checkpoint)
-    return modes.predict(config, workdir, flags.checkpoint, flags.images, flags.out)
-
-
-def _plan(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
-    """--plan; with --devices, for as many virtual devices of the CPU."""
-    if not flags.config:
-        raise UserError("--config is missing: for example --plan --config=configs/vit_lora.py")
+    config, workdir = _load(flags, overrides)  # first: importing JAX takes seconds
     if flags.devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
         count = f"--xla_force_host_platform_device_count={flags.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
-    from vision_jax import plan
-    from vision_jax.config import load_config
+    _start_processes(flags)
+    from vision_jax import modes, plan, train
 
-    return plan.run(load_config(flags.config, overrides), flags.memory)
+    match flags.mode:
+        case "train":
+            return train.run(config, workdir)
+        case "frozen":
+            return modes.frozen(config, workdir)
+        case "teach":
+            return modes.teach_once(config)
+        case "plan":
+            return plan.run(config, flags.memory)
+        case "evaluate":
+            return modes.evaluate(config, workdir, flags.checkpoint or "last")
+        case "robustness":
+            return modes.robustness(config, workdir, flags.checkpoint or "last")
+    return modes.predict(config, workdir, flags.checkpoint or "last", flags.images, flags.out)
+
+
+def _load(flags: argparse.Namespace, overrides: dict[str, str]) -> tuple[ConfigDict, Path]:
+    """(the config of a file or of a finished run, the folder of the run)."""
+    if flags.mode in FROM_CONFIG:
+        if not flags.config:
+            raise UserError("--config is missing: for example --config=configs/vit_lora.py")
+        workdir = flags.workdir or Path("runs") / _run_name(flags.config)
+        return load_config(flags.config, overrides), workdir
+    if not flags.workdir:
+        raise UserError(f"--mode={flags.mode} needs --workdir=DIR, the folder of a finished run")
+    if not (flags.workdir / "config.json").is_file():
+        raise UserError(f"--workdir: {flags.workdir} holds no run, there is no config.json in it")
+    return load_config(str(flags.workdir / "config.json"), overrides), flags.workdir
 
 
 def _run_name(config: str) -> str:
@@ -103,59 +159,62 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", help="a file with get_config(), for example configs/vit_lora.py"
-    )
-    parser.add_argument(
-        "--workdir", type=Path, help="where results go; runs/NAME_OF_THE_CONFIG by default"
-    )
-    parser.add_argument(
-        "--mode",
-        choices=("train", "evaluate", "predict", "frozen", "robustness", "teach"),
-        default="train",
-        help="train or resume a run; reprint a finished one's numbers; name what --images show; "
-        "nearest neighbours and few-shot regression on the weights' frozen features; accuracy "
-        "under attacks and corruptions; store what a run's teachers say",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        choices=("last", "best"),
-        default="last",
-        help="which checkpoint evaluate, predict and robustness read",
-    )
-    parser.add_argument(
-        "--images", nargs="+", action="extend", default=[], help="files or folders, for predict"
-    )
-    parser.add_argument("--out", type=Path, help="where predict writes; WORKDIR by default")
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="compile the training step without running it: parameters, FLOPs, memory, "
-        "communication",
-    )
-    parser.add_argument(
-        "--devices", type=int, help="of --plan: this many virtual CPU devices, for config.mesh"
-    )
-    parser.add_argument(
-        "--memory", type=float, help="of --plan: GiB of a device; the largest batches that fit"
-    )
-    parser.add_argument("--coordinator", help="HOST:PORT of process 0, or auto")
-    parser.add_argument("--processes", type=int, help="how many processes there are")
-    parser.add_argument("--process", type=int, help="which of them this one is")
+    what = "; ".join(f"{mode}: {text}" for mode, text in MODES.items())
+    parser.add_argument("--mode", choices=MODES, help=f"{what}. The first by default")
+    parser.add_argument("--plan", action="store_true", help="the same as --mode=plan")
+    for name, (modes, options) in FLAGS.items():
+        words = {**options, "help": f"of {', '.join(modes)}: {options['help']}"}
+        parser.add_argument(f"--{name}", **words)
     flags, rest = parser.parse_known_args(arguments)
-    overrides = {}
-    for argument in rest:
+    if flags.plan and flags.mode not in (None, "plan"):
+        raise UserError(f"--plan is a mode by itself: leave it or --mode={flags.mode} out")
+    flags.mode = "plan" if flags.plan else flags.mode or "train"
+    overrides: dict[str, str] = {}
+    while rest:
+        argument, *rest = rest
         if flags.images and not argument.startswith("-"):  # --images=A B is --images A B
             flags.images.append(argument)
             continue
         name, equals, value = argument.partition("=")
-        if not name.startswith("--config.") or not equals:
-            raise UserError(
-                f"unknown argument {argument!r}: config fields are set with --config.FIELD=VALUE, "
-                "and --help lists the rest"
-            )
+        if not name.startswith("--config."):
+            raise UserError(_unknown(argument))
+        if not equals:  # --config.FIELD VALUE
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"{name} has no value: write {name}=VALUE")
+            value, *rest = rest
         overrides[name.removeprefix("--config.")] = value
+    _check_flags(flags)
     return flags, overrides
+
+
+def _unknown(argument: str) -> str:
+    """What to say of an argument that there is not."""
+    name = argument.partition("=")[0]
+    known = [f"--{flag}" for flag in ("mode", "plan", *FLAGS)]
+    return (
+        f"unknown argument {argument!r}{nearest(name, known)}: config fields are set with "
+        "--config.FIELD=VALUE, and --help lists the rest"
+    )
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    """Refuses flags that the mode would not look at: people trust that what they type counts."""
+    given = [name for name in FLAGS if getattr(flags, name) not in (None, [])]
+    stray = [
+        f"--{name} is a flag of {', '.join(FLAGS[name][0])}, and this is {flags.mode}: leave it "
+        "out, or choose another --mode"
+        for name in given
+        if flags.mode not in FLAGS[name][0]
+    ]
+    if stray:
+        raise UserErrors(stray)
+    counted = {"processes", "process"} & {*given}
+    if flags.coordinator == "auto" and counted:
+        raise UserError("--coordinator=auto finds --processes and --process: leave them out")
+    if flags.coordinator != "auto" and 0 < len(counted) + bool(flags.coordinator) < 3:
+        raise UserError(
+            "--coordinator=HOST:PORT, --processes and --process go together: give all three"
+        )
 
 
 def _start_processes(flags: argparse.Namespace) -> None:
