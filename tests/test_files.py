@@ -54,7 +54,7 @@ def test_sizes_are_bounded(tmp_path):
     assert read_bytes(tmp_path / "a", 5) == b"12345"
     with pytest.raises(UserError, match="over the limit of 4 bytes"):
         read_bytes(tmp_path / "a", 4)
-    (tmp_path / "b").write_bytes(b"\xff\xfe")
+    (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="UTF-8"):
         read_text(tmp_path / "b")
 
@@ -171,3 +171,9 @@ def test_arrays(tmp_path):
         write(shape, data)
         with pytest.raises(UserError, match=reason):
             read_arrays(path, ["a"])
+
+
+def test_text_of_windows_editors(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "a").write_text("Kätzchen\n", encoding=encoding)
+        assert read_text(tmp_path / "a") == "Kätzchen\n"

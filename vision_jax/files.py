@@ -5,6 +5,7 @@ read, or would take more time or memory than a sound file does, is a UserError o
 bounds of all readers are the constants below.
 """
 
+import codecs
 import json
 import math
 import os
@@ -78,15 +79,25 @@ def read_bytes(path: str | os.PathLike[str], largest: int = MAX_TEXT_BYTES) -> b
 
 
 def read_text(path: str | os.PathLike[str], largest: int = MAX_TEXT_BYTES) -> str:
-    """A regular file in UTF-8, with or without a byte-order mark.
+    """A regular file in UTF-8, or in UTF-16 with a byte-order mark.
 
     Raises:
       UserError: as `read_bytes`, or another encoding.
     """
     try:
-        return read_bytes(path, largest).decode("utf-8-sig")
+        return decode_text(read_bytes(path, largest))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error})") from error
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 with or without a byte-order mark, and UTF-16 with one, as Windows' editors write it.
+
+    Raises:
+      UnicodeDecodeError: anything else.
+    """
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return data.decode("utf-16" if data.startswith(marks) else "utf-8-sig")
 
 
 def read_json(path: str | os.PathLike[str], largest: int = MAX_JSON_BYTES) -> Any:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.folders import list_files
 from vision_jax.data.sources import ASSETS, read_source, split_source, subset
 from vision_jax.errors import UserError
 
@@ -108,6 +110,107 @@ def test_empty_and_missing_folders(tmp_path):
         read_source(str(tmp_path / "cat" / "1.png"))
 
 
+def tree(root, *paths):
+    for path in paths:
+        write_image(root / path)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("paths", "named"),
+    [
+        (["train/ant/1.png", "train/bee/1.png", "val/ant/1.png", "val/bee/1.png"], "train"),
+        (["Train/ant/1.png", "Valid/ant/1.png", "Test/ant/1.png"], "Train"),
+        (["training/ant/1.png", "validation/ant/1.png"], "training"),
+        (["train/ant/1.png", "train/bee/1.png", "test/1.png"], "train"),  # a test set unlabelled
+        (["train/ant/1.png", "val/ant/1.png", "unlabeled/1.png"], "train"),
+        (["train/ant/1.png", "meta/a.npy.txt"], "train"),
+        (["seg_train/ant/1.png", "seg_test/ant/1.png"], "seg_train"),
+        (["train/ant/images/1.png", "val/images/1.png"], "train"),  # tiny ImageNet
+        (["val/ant/1.png", "test/ant/1.png"], "test"),
+        (["test/ant/1.png", "test/bee/1.png"], "test"),
+        (["data/ant/1.png", "data/bee/1.png"], "data"),  # one folder too many, from unpacking
+        (["data/train/ant/1.png", "data/val/ant/1.png"], "data/train"),
+    ],
+)
+def test_splits_are_no_classes(tmp_path, paths, named):
+    """A data set's root is refused, with the name of the folder that is meant."""
+    root = tmp_path / "root"
+    for path in paths:
+        if path.endswith(".txt"):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).touch()
+        else:
+            tree(root, path)
+    with pytest.raises(UserError, match=rf"use {root}/{named}( |$)"):
+        read_source(str(root))
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["train/1.png", "test/1.png"],  # classes of such names hold images
+        ["bus/a/1.png", "train/a/1.png", "tram/a/1.png"],
+        ["test tube/a/1.png", "train station/a/1.png", "bus/1.png"],
+        ["ant/left/1.png", "ant/right/1.png", "bee/1.png"],
+        ["ant/1.png"],
+        ["ant/old/1.png"],
+    ],
+)
+def test_classes_named_as_splits(tmp_path, paths):
+    source = read_source(str(tree(tmp_path / "root", *paths)))
+    assert source.class_names == tuple(sorted({path.split("/")[0] for path in paths}))
+    assert len(source) == len(paths)
+
+
+def test_a_part_with_one_known_class_is_no_root(tmp_path):
+    root = tree(tmp_path / "root", "ant/left/1.png", "ant/right/1.png")
+    assert read_source(str(root), class_names=("ant", "bee")).labels.tolist() == [0, 0]
+
+
+def test_links_are_followed_and_end(folder, tmp_path_factory):
+    """As torchvision does, but for links that lead back up, which it follows for ever."""
+    outside = tree(tmp_path_factory.mktemp("outside"), "1.png", "deep/2.png")
+    (outside / "deep/back").symlink_to(folder / "cat")
+    (outside / "deep/again").symlink_to(outside)
+    (folder / "cat/more").symlink_to(outside)
+    (folder / "cat/up").symlink_to(folder)
+    (folder / "cat/self").symlink_to(folder / "cat")
+    (folder / "cat/nowhere.png").symlink_to(folder / "nowhere.png")
+    (folder / "ewe").symlink_to(outside / "deep")
+    source = read_source(str(folder))
+    assert source.class_names == ("cat", "dog", "ewe")
+    assert [p for p in source.reader.paths if p.startswith("cat")] == [
+        "cat/1.png",
+        "cat/2.PNG",
+        "cat/3.bmp",
+        "cat/more/1.png",
+        "cat/more/deep/2.png",
+    ]
+
+
+def test_only_regular_files_are_images(folder):
+    os.mkfifo(folder / "cat/0.png")
+    (folder / "cat/9.png").mkdir()
+    tree(folder, "__MACOSX/cat/1.png")
+    assert read_source(str(folder)).labels.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_listing_asks_the_system_once_a_folder_and_not_once_a_file(folder, monkeypatch):
+    calls = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: calls.append(path) or scandir(path))
+    for name in ("stat", "lstat", "listdir", "access"):
+        monkeypatch.setattr(os, name, lambda *a, **k: calls.append(a) or pytest.fail(str(a)))
+    monkeypatch.setattr("os.path.realpath", str)  # of each class folder once
+    list_files(folder / "cat", [".png"])
+    assert len(calls) == 1
+    files, others = list_files(folder, [".png", ".bmp"])
+    assert files == ["cat/1.png", "cat/2.PNG", "cat/3.bmp", "dog/2.png", "dog/a/1.png"]
+    assert others == 5  # three files and two hidden folders
+    assert len(calls) == 1 + 4
+
+
 def write_list(folder, suffix: str, rows: list[tuple]) -> str:
     path = folder / f"list.{suffix}"
     if suffix == "csv":
@@ -165,7 +268,9 @@ class TestLists:
         (folder / "circle.png").symlink_to(folder / "circle.png")
         for path, message in (
             (str(outside / "secret.png"), "use a path relative to"),
-            (str(folder / "cat" / "1.png"), "use a path relative to"),
+            (str(outside / "cat" / "9.png"), "use a path relative to"),
+            ("C:\\\\secret.png", "use a path relative to"),
+            (str(outside / "linked" / "secret.png"), "use a path relative to"),
             ("cat/../../secret.png", "without `..`"),
             ("link.png", "leads out of"),
             ("linked/secret.png", "leads out of"),
@@ -177,6 +282,23 @@ class TestLists:
             with pytest.raises(UserError, match=message):
                 read_source(write_list(folder, suffix, [(path, 0)]))
         assert len(read_source(write_list(folder, suffix, [("inner.png", 0)]))) == 1
+
+    @pytest.mark.parametrize(
+        "stated",
+        [
+            "{folder}/dog/a/1.png",
+            "/home/somebody/elsewhere/dog/a/1.png",
+            "D:\\\\sets\\\\dog\\\\a\\\\1.png",
+            "dog\\\\a\\\\1.png",
+            "../{name}/dog/a/1.png",
+            "{name}/dog/a/1.png",
+            "./dog//a/1.png",
+        ],
+    )
+    def test_paths_that_mean_a_file_inside(self, folder, suffix, stated):
+        stated = stated.replace("\\\\", "\\").format(folder=folder, name=folder.name)
+        source = read_source(write_list(folder, suffix, [(stated, 0)]))
+        assert source[0]["image"][0, 0, 0] == 3
 
     def test_empty(self, folder, suffix):
         with pytest.raises(UserError, match="no images are listed"):
@@ -215,6 +337,31 @@ def test_malformed_lists(folder, name, text, message):
 def test_a_byte_order_mark_is_no_part_of_the_header(folder):
     (folder / "a.csv").write_bytes(b"\xef\xbb\xbfpath,label\ncat/1.png,cat\n")
     assert read_source(str(folder / "a.csv")).class_names == ("cat",)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("path;label\ncat/1.png;cat\n", "utf-8"),
+        ("label\tpath\r\ncat\tcat/1.png\r\n", "utf-16"),
+        ('"path", "label"\n"cat/1.png", "cat"\n\n', "utf-8"),
+        ("Filename|Class\ncat/1.png|cat \n", "utf-8-sig"),
+        ('id,file_name,label\n7,cat/1.png,"cat"\n', "utf-8"),
+    ],
+)
+def test_lists_as_spreadsheets_write_them(folder, text, encoding):
+    (folder / "a.csv").write_bytes(text.encode(encoding))
+    source = read_source(str(folder / "a.csv"))
+    assert source.class_names == ("cat",)
+    assert source.example_name(0) == str(folder / "cat/1.png")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lines_of_json_as_other_tools_write_them(folder, encoding):
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "cat/1.png", "label": "Kätzchen\u2028"}\n', encoding=encoding
+    )
+    assert read_source(str(folder / "metadata.jsonl")).class_names == ("Kätzchen\u2028",)
 
 
 def test_file_that_disappears_is_damaged(folder):

@@ -6,13 +6,16 @@
     cifar10:DIR/train                 DIR holds cifar10.npz, see scripts/fetch_cifar10.py; /test
     tfds:NAME/SPLIT[@DATA_DIR]        prepared as array_record; read without TensorFlow
     FOLDER                            one folder of images per class
-    FILE.csv                          a header `path,label`, paths relative to the file's folder
+    FILE.csv                          a header `path,label`, paths in the file's folder; separated
+                                      by commas, semicolons, tabs or bars
     FILE.jsonl                        {"path": ..., "label": ...} a line, likewise
 """
 
+import codecs
 import csv
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,17 @@ from typing import Any
 import numpy as np
 
 from vision_jax.data.decode import decode_array, decode_image, read_image_file
+from vision_jax.data.folders import Inside, list_files, list_folders, refuse_splits
 from vision_jax.errors import UserError
+from vision_jax.files import decode_text, read_bytes
 
 ASSETS = Path(__file__).parent / "assets"
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy"}
 )
+PATH_NAMES = ("path", "file_name", "filename", "filepath", "file_path", "image_path")
+LABEL_NAMES = ("label", "class", "class_name", "category")
+MAX_LIST_BYTES = 1_000_000_000
 MAX_INTEGER_LABEL = 1_000_000  # a slip of the pen in one label must not make 10¹² classes
 
 
@@ -231,70 +239,78 @@ def _refuse(error: UserError, problems: list[UserError] | None) -> None:
 def _read_folder(
     folder: Path, class_names: tuple[str, ...] | None, problems: list[UserError] | None = None
 ) -> Source:
-    """One folder per class, in sorted order; images may lie deeper inside it."""
-    class_folders = sorted(p for p in folder.iterdir() if p.is_dir() and not _is_hidden(p, folder))
-    if not class_folders:
+    """One folder per class, in sorted order; images may lie deeper inside it, and behind links."""
+    names, ignored = list_folders(folder)
+    if not names:
         raise UserError(
             f"{folder}: no class folders: put the images of each class into a folder of its name"
         )
-    paths: list[str] = []
-    labels: list[int] = []
-    ignored = sum(p.is_file() for p in folder.iterdir())
-    for label, class_folder in enumerate(class_folders):
-        files = sorted(p for p in class_folder.rglob("*") if p.is_file())
-        images = [
-            p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(p, folder)
-        ]
+    paths_of: dict[str, list[str]] = {}
+    for name in names:
+        paths_of[name], others = list_files(folder / name, IMAGE_SUFFIXES, follow_links=True)
+        ignored += others
+    if class_names is None or not set(names) <= set(class_names):
+        refuse_splits(folder, paths_of)
+    for name, images in paths_of.items():
         if not images:
-            text = f"{class_folder}: no image in this class folder: add"
+            text = f"{folder / name}: no image in this class folder: add"
             text += f" {', '.join(sorted(IMAGE_SUFFIXES))}, or remove the folder"
             _refuse(UserError(text), problems)
-        ignored += len(files) - len(images)
-        paths += [str(p.relative_to(folder)) for p in images]
-        labels += [label] * len(images)
+    paths = tuple(f"{name}/{path}" for name, images in paths_of.items() for path in images)
+    labels = np.repeat(np.arange(len(names)), [len(images) for images in paths_of.values()])
+    mapped, class_names = _map_by_name(str(folder), labels, tuple(names), class_names)
     note = f"{folder}: {ignored} hidden files or files that are no images ignored"
-    mapped, names = _map_by_name(
-        str(folder), np.array(labels), tuple(p.name for p in class_folders), class_names
-    )
-    reader = FileReader(folder, tuple(paths))
+    reader = FileReader(folder, paths)
     return Source(
-        str(folder), names, mapped, np.arange(len(paths)), reader, note if ignored else ""
+        str(folder), class_names, mapped, np.arange(len(paths)), reader, note if ignored else ""
     )
-
-
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
-    """(line number, path, label) of each row."""
-    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
-        reader = csv.DictReader(file, strict=True)
-        try:
-            missing = {"path", "label"} - set(reader.fieldnames or ())
-            if missing:
-                raise UserError(
-                    f"{path}:1: no column {', '.join(sorted(missing))}: begin with `path,label`"
-                )
-            for row in reader:
-                yield reader.line_num, row["path"], row["label"]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from error
+    """(line number, path, label) of each row; the header tells what separates the columns."""
+    number = 1
+    try:
+        text = decode_text(read_bytes(path, MAX_LIST_BYTES))
+        separator = max(",;\t|", key=text.partition("\n")[0].count)
+        rows = csv.reader(
+            io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
+        )
+        header = [name.strip().lower() for name in next(rows, [])]
+        columns = [_first_of(names, header) for names in (LABEL_NAMES, PATH_NAMES)]
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise UserError(f"{path}:1: no column {', '.join(missing)}: begin with `path,label`")
+        label_at, path_at = (header.index(name) for name in columns)
+        for row in rows:
+            number = rows.line_num
+            if row:
+                cells = [*row, *[None] * (len(header) - len(row))]
+                label = cells[label_at]
+                yield number, cells[path_at], label if label is None else label.strip()
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}:{number}: not readable as CSV ({error})") from error
 
 
 def _jsonl_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
     """(line number, path, label) of each line that isn't blank."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not a line of JSON ({error})") from error
-            if not isinstance(entry, dict):
-                raise UserError(f'{path}:{number}: not of the form {{"path": ..., "label": ...}}')
-            yield number, entry.get("path"), entry.get("label")
+    data = read_bytes(path, MAX_LIST_BYTES)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        data = data.decode("utf-16", "replace").encode()
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: not a line of JSON ({error})") from error
+        if not isinstance(entry, dict):
+            raise UserError(f'{path}:{number}: not of the form {{"path": ..., "label": ...}}')
+        yield number, entry.get(_first_of(PATH_NAMES, entry)), entry.get("label")
+
+
+def _first_of(names: Sequence[str], given: Container[str]) -> str:
+    """The first of equivalent names that is given, or the first of all."""
+    return next((name for name in names if name in given), names[0])
 
 
 def _read_list(
@@ -304,14 +320,14 @@ def _read_list(
     problems: list[UserError] | None = None,
 ) -> Source:
     """Labels are class names, or integers if all of them are (names are then "0", "1", ...)."""
-    folder, root = path.parent, path.parent.resolve()
+    inside = Inside(path.parent)
     places: list[str] = []  # FILE:LINE
     paths: list[str] = []
     raw_labels: list[str] = []
     for number, image_path, label in entries:
         place = f"{path}:{number}"
         try:
-            image_path = _check_path(place, folder, root, image_path)
+            image_path = _check_path(place, inside, image_path)
             if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
                 raise UserError(f"{place}: label {label!r}: use a class name or an integer from 0")
         except UserError as error:
@@ -328,26 +344,23 @@ def _read_list(
     labels = [
         _find_label(place, raw, position) for place, raw in zip(places, raw_labels, strict=True)
     ]
-    reader = FileReader(folder, tuple(paths))
+    reader = FileReader(path.parent, tuple(paths))
     return Source(str(path), class_names, np.array(labels, np.int32), np.arange(len(paths)), reader)
 
 
-def _check_path(place: str, folder: Path, root: Path, image_path: Any) -> str:
-    """A listed path, if it is a file inside the list's folder after all links are followed."""
+def _check_path(place: str, inside: Inside, image_path: Any) -> str:
+    """A listed path, relative to the list's folder, if it is a file in there."""
     if not isinstance(image_path, str) or not image_path or "\0" in image_path:
         raise UserError(f"{place}: path {image_path!r}: give the file's path")
-    if Path(image_path).is_absolute() or ".." in Path(image_path).parts:
+    found, verdict = inside.locate(image_path)
+    folder = inside.folder
+    if verdict == "elsewhere":
         raise UserError(f"{place}: {image_path}: use a path relative to {folder}, without `..`")
-    try:
-        resolved = (folder / image_path).resolve()
-        if not resolved.is_relative_to(root):
-            raise UserError(f"{place}: {image_path} leads out of {folder}: move the file inside")
-        exists = resolved.is_file()
-    except (OSError, RuntimeError):  # a name too long, or links in a circle
-        exists = False
-    if not exists:
+    if verdict == "outside":
+        raise UserError(f"{place}: {image_path} leads out of {folder}: move the file inside")
+    if verdict == "missing":
         raise MissingFileError(f"{place}: {image_path}: no such file in {folder}")
-    return image_path
+    return found
 
 
 _ENTRIES = {".csv": _csv_entries, ".jsonl": _jsonl_entries}
