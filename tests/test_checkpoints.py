@@ -1,15 +1,18 @@
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import runs  # noqa: F401  (sets how orbax cuts arrays)
 
-from vision_jax import sharding
-from vision_jax.checkpoints import Checkpoints, last_complete_step
+from vision_jax import sharding, steps
+from vision_jax.checkpoints import Checkpoints, last_complete_step, restore_state
 from vision_jax.errors import UserError
 
 RNG = np.random.default_rng()
@@ -76,6 +79,24 @@ def test_a_state_comes_back_on_any_mesh(saved, shape):
     np.testing.assert_array_equal(frozen["a/kernel"], KERNEL * 5)
     expected = numbers()
     assert next(data) == [next(expected) for _ in range(3)][2]
+
+
+def test_an_older_state_without_averaged_statistics_is_restored_with_the_last(tmp_path):
+    """And a newer one with its own."""
+    statistics = {"norm": {"mean": jnp.asarray([3.0, -1.0]), "count": jnp.int32(5)}}
+    newer = steps.make_state({"w": jnp.ones(2)}, statistics, tx=optax.sgd(0.1), ema=True)
+    newer = replace(newer, ema={path: leaf * 2 for path, leaf in newer.ema.items()})
+    older = replace(newer, ema={"w": newer.ema["w"]})
+    with closing(Checkpoints(tmp_path, "top1")) as checkpoints:
+        for step, state in ((1, older), (2, newer)):
+            checkpoints.save(step, state, numbers(), {"top1": 2.0 - step})
+    with closing(Checkpoints(tmp_path, "top1", read_only=True)) as checkpoints:
+        first, second = (restore_state(checkpoints, step, abstract(newer)) for step in (1, 2))
+    np.testing.assert_array_equal(first.ema["w"], [2.0, 2.0])
+    np.testing.assert_array_equal(first.ema["norm/mean"], [3.0, -1.0])
+    np.testing.assert_array_equal(first.ema["norm/count"], 5)
+    np.testing.assert_array_equal(second.ema["norm/mean"], [6.0, -2.0])
+    assert jax.tree.structure(first) == jax.tree.structure(second) == jax.tree.structure(newer)
 
 
 def test_reading_leaves_the_directory_alone(saved, tmp_path):

@@ -74,13 +74,39 @@ def test_moving_average_follows_its_warm_up():
         w = w - 0.1 * by_hand(w)[1]
         decay = min(0.3, (1 + index) / (10 + index))
         average = decay * average + (1 - decay) * w
-    np.testing.assert_allclose(steps.averaged(state)["w"], average, rtol=1e-5)
+    np.testing.assert_allclose(steps.averaged(state)[0]["w"], average, rtol=1e-5)
     np.testing.assert_allclose(state.trainable["w"], w, rtol=1e-5)
 
 
 def test_without_an_average_the_weights_themselves_are_evaluated():
     _, state = make()
-    assert steps.averaged(state) is state.trainable
+    trainable, model_state = steps.averaged(state)
+    assert trainable is state.trainable
+    assert model_state is state.model_state
+
+
+def test_statistics_are_averaged_with_the_weights_and_counts_are_not():
+    def moving(trainable, frozen, model_state, batch, key):
+        loss, (_, metrics) = squared_error(trainable, frozen, model_state, batch, key)
+        (norm,) = model_state.values()
+        return loss, ({"norm": {"mean": norm["mean"] * 2, "count": norm["count"] + 1}}, metrics)
+
+    tx = optax.sgd(0.1)
+    start = {"norm": {"mean": jnp.asarray([3.0, -1.0]), "count": jnp.int32(5)}}
+    state = steps.make_state({"w": jnp.zeros(3)}, start, tx=tx, ema=True)
+    step = steps.make_train_step(moving, tx, seed=0, schedule=lambda step: 0.1, ema_decay=0.15)
+    mean = average = np.array([3.0, -1.0])
+    for index in range(3):
+        state, _ = step(state, FROZEN, BATCH)
+        mean, decay = mean * 2, min(0.15, (1 + index) / (10 + index))
+        average = decay * average + (1 - decay) * mean
+    trainable, model_state = steps.averaged(state)
+    assert trainable.keys() == {"w"}
+    np.testing.assert_allclose(model_state["norm"]["mean"], average, rtol=1e-6)
+    np.testing.assert_allclose(state.model_state["norm"]["mean"], mean, rtol=1e-6)
+    assert model_state["norm"]["count"] == state.model_state["norm"]["count"] == 8
+    assert jax.tree.structure(model_state) == jax.tree.structure(state.model_state)
+    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "update"])

@@ -11,16 +11,20 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grain
 import grain.checkpoint
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from vision_jax.errors import UserError
+from vision_jax.steps import TrainState
+from vision_jax.trees import paths
 
 
 class Checkpoints:
@@ -108,6 +112,26 @@ class Checkpoints:
         """Waits and releases orbax's threads."""
         with _disk_errors(self.directory):
             self._manager.close()
+
+
+def restore_state(checkpoints: Checkpoints, step: int, target: TrainState) -> TrainState:
+    """`checkpoints.restore` of a train state, one of an older version too.
+
+    Versions before 0.2 kept no average of BatchNorm's statistics and evaluated with the last ones:
+    in such a checkpoint's state these are the average.
+    """
+    statistics = paths.flatten(target.model_state)
+    if not target.ema or not statistics:
+        return checkpoints.restore(step, target)
+    directory = checkpoints.directory / str(step)
+    with _damage_errors(directory), ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(directory / "state").item_metadata.tree["ema"]
+    if statistics.keys() <= saved.keys():
+        return checkpoints.restore(step, target)
+    _, weights = paths.partition(target.ema, set(statistics))
+    state = checkpoints.restore(step, replace(target, ema=weights))
+    last = jax.tree.map(jnp.copy, paths.flatten(state.model_state))  # a copy: both are donated
+    return replace(state, ema={**state.ema, **last})
 
 
 def last_complete_step(workdir: Path) -> int | None:

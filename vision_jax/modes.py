@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax import classify, convert, setup, sharding, teach
-from vision_jax.checkpoints import Checkpoints, last_complete_step
+from vision_jax.checkpoints import Checkpoints, last_complete_step, restore_state
 from vision_jax.config import check_ranges, load_config, write_json
 from vision_jax.convert import peft
 from vision_jax.data.pipeline import DamageLog
@@ -117,7 +117,7 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> setup.Trained
         step = checkpoints.last_step() if checkpoint == "last" else checkpoints.best_step()
         if step is None:
             raise UserError(f"{workdir} has no evaluation yet, and so no best checkpoint")
-        state = checkpoints.restore(step, abstract)
+        state = restore_state(checkpoints, step, abstract)
         frozen = checkpoints.restore_frozen(abstract_frozen)
     task = setup.find_task(config)
     exact = config.copy_and_resolve_references()

@@ -202,19 +202,24 @@ def is_orthogonalized(path: str, array: Array) -> bool:
 
 
 def update_ema(
-    ema: Mapping[str, Array], params: Mapping[str, Array], decay: float, step: jax.typing.ArrayLike
+    ema: Mapping[str, Array], arrays: Mapping[str, Array], decay: float, step: jax.typing.ArrayLike
 ) -> dict[str, Array]:
-    """One step of the exponential moving average of the weights, in the dtype of `ema`.
+    """One step of the exponential moving average of weights and statistics, in the dtype of `ema`.
 
-    The decay warms up as min(decay, (1 + t) / (10 + t)) with t the 0-based index of the update, so
+    Integers (BatchNorm's count of updates) are taken as they are, as timm's ModelEmaV3 does. The
+    decay warms up as min(decay, (1 + t) / (10 + t)) with t the 0-based index of the update, so
     that the first weights are soon forgotten (tf.train.ExponentialMovingAverage, `num_updates`).
     """
     t = jnp.asarray(step, jnp.float32)
     rate = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
-    return {
-        path: average + rate.astype(average.dtype) * (params[path].astype(average.dtype) - average)
-        for path, average in ema.items()
-    }
+
+    def follow(average: Array, array: Array) -> Array:
+        array = array.astype(average.dtype)
+        if not jnp.issubdtype(average.dtype, jnp.floating):
+            return array
+        return average + rate.astype(average.dtype) * (array - average)
+
+    return {path: follow(average, arrays[path]) for path, average in ema.items()}
 
 
 def _muon_or_adam(

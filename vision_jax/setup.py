@@ -131,7 +131,8 @@ class Trained:
     @property
     def arguments(self) -> tuple[Any, Any, Any]:
         """What `outputs_fn` takes before the batch."""
-        return steps.averaged(self.state), self.frozen, self.state.model_state
+        trainable, model_state = steps.averaged(self.state)
+        return trainable, self.frozen, model_state
 
 
 # Task -------------------------------------------------------------------------------------------

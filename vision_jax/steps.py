@@ -2,7 +2,7 @@
 
     train_step(state, frozen, batch) -> (state, metrics)
 
-Only `trainable` has gradients, optimizer state and a moving average. `frozen` is an argument of its
+Only `trainable` has gradients and optimizer state. `frozen` is an argument of its
 own, so that it is neither donated nor copied and a checkpoint of the state stays small.
 """
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from vision_jax import optim
+from vision_jax.trees import paths
 
 Flat = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -40,7 +41,9 @@ class TrainState:
       trainable: {path: array}.
       opt_state: optax's state for `trainable`.
       model_state: collections that the model updates by itself (BatchNorm statistics); {} without.
-      ema: moving average of `trainable`, or None.
+      ema: moving average of `trainable` and of the arrays of `model_state`, by path, or None.
+        Averaged weights beside the last weights' BatchNorm statistics would be a model that never
+        was.
     """
 
     step: jax.Array
@@ -74,13 +77,22 @@ def make_state(
         trainable=trainable,
         opt_state=tx.init(trainable),
         model_state=model_state,
-        ema=jax.tree.map(jnp.copy, trainable) if ema else None,  # a copy: both are donated
+        # A copy, because all are donated.
+        ema=jax.tree.map(jnp.copy, _averages(trainable, model_state)) if ema else None,
     )
 
 
-def averaged(state: TrainState) -> Flat:
-    """The trainable arrays that evaluation uses: the moving average if there is one."""
-    return state.trainable if state.ema is None else state.ema
+def averaged(state: TrainState) -> tuple[Flat, Any]:
+    """(trainable, model_state) that evaluation uses: the moving average if there is one."""
+    if state.ema is None:
+        return state.trainable, state.model_state
+    trainable, statistics = paths.partition(state.ema, set(state.trainable))
+    return trainable, paths.unflatten(state.model_state, statistics)
+
+
+def _averages(trainable: Flat, model_state: Any) -> Flat:
+    """What the moving average is of; the paths of statistics are no parameters'."""
+    return {**trainable, **paths.flatten(model_state)}
 
 
 def make_train_step(
@@ -106,7 +118,7 @@ def make_train_step(
       seed: the step's key is fold_in(key(seed), step), so any step can be replayed alone.
       schedule: learning rate by update, for the metrics only.
       accumulate: micro-batches per update; the batch is split among them and gradients averaged.
-      ema_decay: of the moving average of `trainable`; 0 keeps none.
+      ema_decay: of the moving average; 0 keeps none.
       replay: instead of one update a step; the loss function finds "perturbation" in the batch. Its
         metrics are means over the updates. Not with `accumulate`.
       average_prefix: under which the loss function finds the moving average among the frozen
@@ -122,7 +134,7 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         ema = state.ema
         if ema is not None:
-            ema = optim.update_ema(ema, trainable, ema_decay, number)
+            ema = optim.update_ema(ema, _averages(trainable, model_state), ema_decay, number)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         finite &= jnp.isfinite(optax.tree.norm(trainable))

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vision_jax import modes, setup, sharding, steps, teach
-from vision_jax.checkpoints import Checkpoints, last_complete_step
+from vision_jax.checkpoints import Checkpoints, last_complete_step, restore_state
 from vision_jax.config import check_ranges, differences, load_config, save_config
 from vision_jax.convert import Weights
 from vision_jax.data.pipeline import DamageLog
@@ -121,7 +121,7 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
             save_config(config, workdir / "config.json")  # last: from now on it holds this run
     else:
         frozen = checkpoints.restore_frozen(abstract_frozen)
-        state = checkpoints.restore(last, abstract_state)
+        state = restore_state(checkpoints, last, abstract_state)
         checkpoints.restore_data(last, data)
 
     log = resources.enter_context(closing(open_log(workdir, resume_step=last or 0, show=first)))
@@ -188,7 +188,8 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
                 report(*pending)  # a state that is not finite is never saved
                 pending, measured = None, None
                 if evaluating:
-                    result = evaluate(steps.averaged(state), frozen, state.model_state)
+                    trained, statistics = steps.averaged(state)
+                    result = evaluate(trained, frozen, statistics)
                     best = result.summary[task.best_metric]
                     measured = None if best is None else {task.best_metric: best}
                     history = read_metrics(workdir / "metrics.jsonl") if first else []
@@ -217,17 +218,18 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         return 128 + stop.signal
 
     # The results.
+    trained, statistics = steps.averaged(state)
     if result is None:  # this workdir was finished before
-        result = evaluate(steps.averaged(state), frozen, state.model_state)
+        result = evaluate(trained, frozen, statistics)
         log.say(f"step {step}: {result.line()}")
-    params = plan.assemble({**steps.averaged(state), **frozen})
+    params = plan.assemble({**trained, **frozen})
     modes.write_results(
         workdir,
         log,
         model,
         description,
         params,
-        state.model_state,
+        statistics,
         result,
         config=config,
         mesh=mesh,

@@ -242,6 +242,17 @@ def test_the_moving_average_teaches():
     assert seen[-1] > 0
 
 
+def test_the_moving_average_teaches_with_its_own_statistics():
+    def forward(trainable, frozen, model_state, view, key, *, train):
+        assert not train
+        return {"logits": (trainable, frozen, model_state)}, model_state
+
+    objective = Objective(look=None, forward=forward, criterion=None)
+    frozen = {"teacher_ema/w": 1, "teacher_ema/norm/mean": 2, "base": 3}
+    said = distillation.make_ask_average(objective)(frozen, {"norm": {"mean": 4}}, {})
+    assert said["logits"] == ({"w": 1}, {"base": 3}, {"norm": {"mean": 2}})
+
+
 def test_the_distillation_token_learns_of_the_teacher_and_the_other_of_labels(vit):
     arguments = "(('width', 32), ('depth', 1), ('num_heads', 2), ('mlp_width', 64), "
     arguments += "('patch_size', 8), ('distillation_token', True), ('position_prefix', 2))"

@@ -151,12 +151,17 @@ def make_ask(
 
 
 def make_ask_average(objective: Objective) -> Ask:
-    """The student's moving average as a teacher; steps.make_train_step puts it into `frozen`."""
+    """The student's moving average as a teacher; steps.make_train_step puts it into `frozen`.
+
+    Its BatchNorm statistics are the average's own.
+    """
 
     def ask(frozen, model_state, view):
         average = taken_from(frozen, AVERAGE_PREFIX)
+        statistics, average = paths.partition(average, set(paths.flatten(model_state)))
         rest = {path: leaf for path, leaf in frozen.items() if not path.startswith(AVERAGE_PREFIX)}
         key = jax.random.key(0)  # nothing is drawn
+        model_state = paths.unflatten(model_state, statistics)
         return objective.forward(average, rest, model_state, view, key, train=False)[0]
 
     return ask
