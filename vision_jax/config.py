@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vision_jax import files
 from vision_jax.errors import UserError, nearest
 
 Value = Any
@@ -231,10 +232,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       UserError: the file is damaged.
     """
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    record = files.read_json(path)
     if not isinstance(record, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return _tuples(record)

@@ -42,6 +42,7 @@ from vision_jax.data.diagnosis import (
 from vision_jax.data.scan import Reader, Scan, scan_images
 from vision_jax.data.sources import FileReader, MissingFileError, examine_source, open_tfds
 from vision_jax.errors import UserError
+from vision_jax.files import expand
 
 FOUND, BAD_INPUT = 1, 2  # exit codes
 EXAMPLES = 3  # printed of each finding
@@ -96,7 +97,7 @@ def examine(
         try:
             annotations, problems = examine_annotations(spec, images)
         except UserError:
-            if not spec.startswith("embedded:") and not _are_class_folders(Path(spec).expanduser()):
+            if not spec.startswith("embedded:") and not _are_class_folders(expand(spec)):
                 raise
         else:
             return _examine_boxes(annotations, problems, quick, console)

@@ -12,6 +12,7 @@ import os
 import stat
 import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from vision_jax.errors import UserError
 
 MAX_JSON_BYTES = 16 * 2**20  # a config is a few kB, the index of a large model's shards a few MB
 MAX_TEXT_BYTES = 10_000_000  # an XML file, a label file, a list of names
+MAX_LIST_BYTES = 1_000_000_000  # a .csv or .jsonl of paths and labels
 MAX_YAML_BYTES = 1_000_000  # its parser is slow
 MAX_ARRAY_BYTES = 4 * 2**30  # one array of a data set's .npz; CIFAR-10's largest has 154 MB
 MAX_COMPRESSION = 200  # of an array over 64 MiB
@@ -40,24 +42,33 @@ _KINDS = (
 )
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def expand(path: str | os.PathLike[str]) -> Path:
+    """A path whose ~ or ~user is replaced, where there is such a home."""
+    return Path(os.path.expanduser(path))
+
+
+def open_regular(path: str | os.PathLike[str], largest: int | None = None) -> BinaryIO:
     """Opens a regular file to read bytes; never waits, as opening a named pipe would.
 
     Raises:
-      UserError: no such file, none that may be read, or a folder, pipe, socket or device.
+      UserError: no such file, none that may be read, a folder, pipe, socket or device, or one of
+        more than `largest` bytes.
     """
     try:
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags)
-        mode = os.fstat(descriptor).st_mode
+        found = os.fstat(descriptor)
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
     except ValueError as error:  # a null character, half a surrogate pair
         raise UserError(f"{path!r}: can't be the name of a file ({error})") from error
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
-        kind = next((kind for test, kind in _KINDS if test(mode)), "something else")
+        kind = next((kind for test, kind in _KINDS if test(found.st_mode)), "something else")
         raise UserError(f"{path}: can't be read (it is {kind} and not a file)")
+    if largest is not None and found.st_size > largest:
+        os.close(descriptor)
+        raise UserError(f"{path}: over the limit of {largest:,} bytes")
     return cast(BinaryIO, os.fdopen(descriptor, "rb"))
 
 
@@ -67,15 +78,14 @@ def read_bytes(path: str | os.PathLike[str], largest: int = MAX_TEXT_BYTES) -> b
     Raises:
       UserError: as `open_regular`, or more than `largest` bytes.
     """
-    with open_regular(path) as file:
+    with open_regular(path, largest) as file:
         try:
-            if os.fstat(file.fileno()).st_size <= largest:
-                data = file.read(largest + 1)  # a file can grow
-                if len(data) <= largest:
-                    return data
+            data = file.read(largest + 1)
         except OSError as error:
             raise UserError(f"{path}: can't be read ({error.strerror})") from error
-    raise UserError(f"{path}: over the limit of {largest:,} bytes")
+    if len(data) > largest:  # it grew
+        raise UserError(f"{path}: over the limit of {largest:,} bytes")
+    return data
 
 
 def read_text(path: str | os.PathLike[str], largest: int = MAX_TEXT_BYTES) -> str:

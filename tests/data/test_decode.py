@@ -2,14 +2,29 @@
 
 import contextlib
 import io
+import os
 import struct
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from vision_jax.data.decode import DamagedImageError, decode_array, decode_image, read_header
+from vision_jax.data import decode as decode_module
+from vision_jax.data.decode import (
+    MAX_SCANS,
+    DamagedImageError,
+    _Room,
+    decode_array,
+    decode_image,
+    decode_thumbnail,
+    read_header,
+    read_image_file,
+    read_size,
+)
 
 # Pillow also warns about some of the damaged files and bombs made here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -99,6 +114,16 @@ def test_rgb_with_a_transparent_color():
     assert np.array_equal(decode(data), expected)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_large_transparent_images_are_composited_in_strips(mode, monkeypatch):
+    image = Image.fromarray(rng.integers(0, 256, (7, 5, 4), np.uint8)).convert(mode)
+    key = {"P": {"transparency": 3}, "RGB": {"transparency": (1, 2, 3)}}.get(mode, {})
+    data = encode(image, **key)
+    whole = decode(data)
+    monkeypatch.setattr(decode_module, "STRIP", 10)  # two rows
+    np.testing.assert_array_equal(decode(data), whole)
+
+
 def test_cmyk():
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # all magenta and yellow: red
     decoded = decode(encode(image, "JPEG", quality=95)).astype(int)
@@ -175,6 +200,46 @@ def test_exif_orientation_of_a_jpeg(orientation):
     assert np.abs(decoded - quadrants[..., None]).max() <= 12
 
 
+def test_threads_share_a_bound_of_pixels():
+    room, lock = _Room(100), threading.Lock()
+    now = most = 0
+
+    def decode_one(pixels: int) -> None:
+        nonlocal now, most
+        with room.take(pixels):
+            with lock:
+                now += min(pixels, 100)
+                most = max(most, now)
+            time.sleep(0.001)
+            with lock:
+                now -= min(pixels, 100)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode_one, [30, 60, 500, 40, 1] * 8))
+    assert 60 < most <= 100
+    assert now == 0
+
+
+def test_jpeg_of_too_many_scans():
+    data = encode(Image.fromarray(RGB), "JPEG", progressive=True)
+    assert decode(data).shape == (7, 5, 3)
+    start = data.rindex(b"\xff\xda")
+    many = data[:start] + MAX_SCANS * data[start:-2] + data[-2:]
+    for read in (decode, lambda data: decode_thumbnail(data, name="some.png")):
+        with pytest.raises(DamagedImageError, match=r"some\.png: .* more than 100 scans"):
+            read(many)
+
+
+def test_what_is_no_regular_file_is_damaged(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name in ("pipe.png", "pipe.npy"):
+        path = str(tmp_path / name)
+        for read in (read_image_file, read_size):
+            with pytest.raises(DamagedImageError, match="a named pipe"):
+                read(path)
+
+
 def test_damaged_exif_is_no_damaged_image():
     plain = encode(Image.fromarray(RGB))
     chunk = b"eXIf" + b"II*\0\xff\xff\xff\xff"
@@ -228,8 +293,9 @@ def test_truncated(file_format):
 
 @pytest.mark.parametrize("data", [b"", b"text", b"\x89PNG\r\n\x1a\n", bytes(100)])
 def test_no_image(data):
-    with pytest.raises(DamagedImageError, match=r"some\.png: not a readable image"):
+    with pytest.raises(DamagedImageError, match=r"some\.png: not a readable image") as found:
         decode(data)
+    assert "object" not in str(found.value)  # the address of one differs from run to run
 
 
 @pytest.mark.parametrize("file_format", ["PPM", "ICO", "PCX", "TGA"])

@@ -78,6 +78,35 @@ def test_cifar10(tmp_path):
         read_source(f"cifar10:{tmp_path}/nowhere/train")
 
 
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("train_images", np.zeros((4, 8, 8), np.float32), r"float32\[4, 8, 8\]: give uint8"),
+        ("train_images", np.zeros((4, 8, 8, 1), np.uint8), r"uint8\[4, 8, 8, 1\]: give uint8"),
+        ("train_images", np.zeros((4, 8), np.uint8), r"uint8\[4, 8\]: give uint8"),
+        ("train_images", np.zeros((0, 8, 8), np.uint8), "holds no image"),
+        ("train_labels", np.array(["0"] * 4), r"<U1\[4\]: give one whole number"),
+        ("train_labels", np.zeros(3, int), "each of the 4 images"),
+        ("train_labels", np.zeros((4, 1), int), "each of the 4 images"),
+        ("train_labels", np.array([0, 1, 2, 0]), "from 0 to 2, and there are 2"),
+        ("train_labels", np.array([0, 1, -1, 0]), "from -1 to 1"),
+        ("class_names", np.array([0, 1]), "give a list of texts"),
+        ("class_names", np.array("ab"), "give a list of texts"),
+        ("train_labels", None, "has no array `train_labels`"),
+    ],
+)
+def test_arrays_of_another_kind(tmp_path, name, array, message):
+    arrays = {
+        "train_images": np.zeros((4, 8, 8, 3), np.uint8),
+        "train_labels": np.array([0, 1, 1, 0]),
+        "class_names": np.array(["a", "b"]),
+        name: array,
+    }
+    np.savez(tmp_path / "cifar10.npz", **{n: a for n, a in arrays.items() if a is not None})
+    with pytest.raises(UserError, match=rf"cifar10\.npz: .*{message}"):
+        read_source(f"cifar10:{tmp_path}/train")
+
+
 def test_folder(folder):
     source = read_source(str(folder))
     assert source.class_names == ("cat", "dog")
@@ -316,16 +345,18 @@ class TestLists:
         (
             "a.jsonl",
             '{"path": "cat/1.png", "label": 0}\n{"path"\n',
-            "a.jsonl:2: not a line of JSON",
+            "a.jsonl:2: not readable as JSON",
         ),
         ("a.jsonl", "[1]\n", "a.jsonl:1: not of the form"),
-        ("a.jsonl", "[" * 100_000 + "\n", "a.jsonl:1: not a line of JSON"),
-        ("a.jsonl", b"\xff\n", "a.jsonl:1: not a line of JSON"),
+        ("a.jsonl", "[" * 100_000 + "\n", "a.jsonl:1: not readable as JSON"),
+        ("a.jsonl", b"\xff\n", "a.jsonl:1: not readable as JSON"),
         ("a.jsonl", '{"path": "cat/1.png"}\n', "label None"),
         ("a.jsonl", '{"path": "cat/1.png", "label": true}\n', "label True"),
         ("a.jsonl", '{"path": "cat/1.png", "label": 1.0}\n', "label 1.0"),
         ("a.jsonl", '{"path": 3, "label": 1}\n', "path 3"),
         ("a.jsonl", '{"path": "a\\u0000b", "label": 1}\n', "give the file's path"),
+        ("a.jsonl", '{"path": "\\ud800.png", "label": 1}\n', "a.jsonl:1: .*surrogates"),
+        ("a.jsonl", '{"path": "cat/1.png", "label": 1' + "0" * 5000 + "}", "out of range"),
     ],
 )
 def test_malformed_lists(folder, name, text, message):

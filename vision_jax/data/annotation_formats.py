@@ -22,7 +22,7 @@ import numpy as np
 from vision_jax.data.decode import DamagedImageError, read_header
 from vision_jax.data.sources import IMAGE_SUFFIXES, ArrayReader, TfdsReader, open_tfds
 from vision_jax.errors import UserError
-from vision_jax.files import read_bytes, read_text, read_yaml
+from vision_jax.files import expand, read_bytes, read_text, read_yaml
 
 IMAGES = IMAGE_SUFFIXES - {".npy"}
 MAX_JSON_BYTES = 2_000_000_000
@@ -539,7 +539,7 @@ def read_yolo_yaml(spec: str, images: Path | None) -> Reading:
     text, split = spec, "train"
     if not text.endswith((".yaml", ".yml")):
         text, _, split = spec.rpartition(":")
-    path = Path(text).expanduser()
+    path = expand(text)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     content = _load_yaml(path)

@@ -43,7 +43,7 @@ from vision_jax.data.annotation_formats import (
 from vision_jax.data.composites import read_composites
 from vision_jax.data.sources import ASSETS, ArrayReader, FileReader, TfdsReader
 from vision_jax.errors import UserError
-from vision_jax.files import open_regular
+from vision_jax.files import expand, open_regular
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ def examine_annotations(
         reading = read_composites(spec)
     elif spec.startswith("embedded:"):
         reading = _read_embedded(spec)
-    elif re.search(r"\.ya?ml(:\w+)?$", spec) and not Path(spec).expanduser().is_dir():
+    elif re.search(r"\.ya?ml(:\w+)?$", spec) and not expand(spec).is_dir():
         reading = read_yolo_yaml(spec, images)
     else:
-        path = Path(spec).expanduser()
+        path = expand(spec)
         if path.is_dir():
             reading = _read_folder(spec, path, images)
         elif path.is_file():

@@ -164,7 +164,7 @@ def read_header(file: Path | bytes, *, name: str = "") -> Header:
             # Pillow states a TIFF's size as if it had turned it already.
             orientation = 1 if image.format == "TIFF" else _orientation(image)
     except UserError as error:
-        reason = str(error).removeprefix(f"{file}: ")
+        reason = str(error).removeprefix("" if isinstance(file, bytes) else f"{file}: ")
         raise DamagedImageError(f"{name}: {reason}") from error
     except Exception as error:
         raise _unreadable(name, error) from error
@@ -191,7 +191,7 @@ def read_size(path: str) -> tuple[int, int]:
         raise DamagedImageError(str(error)) from error
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
-    if not (0 < height and 0 < width and height * width <= MAX_BYTES):
+    if min(shape) <= 0 or math.prod(shape) > MAX_BYTES:
         raise DamagedImageError(f"{path}: not a readable image (an array of {shape})")
     return height, width
 

@@ -25,6 +25,7 @@ from vision_jax.data.annotations import Annotations, read_annotations
 from vision_jax.data.decode import DamagedImageError, read_size
 from vision_jax.data.sources import FileReader, balanced_subset
 from vision_jax.errors import UserError
+from vision_jax.files import expand
 
 
 class Reader(Protocol):
@@ -139,7 +140,7 @@ def read_detection_source(
     """
     if not spec:
         raise UserError("no data: set config.data.train to a COCO annotation file, for example")
-    annotations = read_annotations(spec, Path(images).expanduser() if images else None)
+    annotations = read_annotations(spec, expand(images) if images else None)
     return make_detection_source(annotations, class_names=class_names)
 
 

@@ -14,7 +14,6 @@
 import codecs
 import csv
 import io
-import json
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,14 @@ import numpy as np
 from vision_jax.data.decode import decode_array, decode_image, read_image_file
 from vision_jax.data.folders import Inside, list_files, list_folders, refuse_splits
 from vision_jax.errors import UserError
-from vision_jax.files import decode_text, read_bytes
+from vision_jax.files import (
+    MAX_LIST_BYTES,
+    decode_text,
+    expand,
+    parse_json,
+    read_arrays,
+    read_bytes,
+)
 
 ASSETS = Path(__file__).parent / "assets"
 IMAGE_SUFFIXES = frozenset(
@@ -33,7 +39,6 @@ IMAGE_SUFFIXES = frozenset(
 )
 PATH_NAMES = ("path", "file_name", "filename", "filepath", "file_path", "image_path")
 LABEL_NAMES = ("label", "class", "class_name", "category")
-MAX_LIST_BYTES = 1_000_000_000
 MAX_INTEGER_LABEL = 1_000_000  # a slip of the pen in one label must not make 10¹² classes
 
 
@@ -84,7 +89,7 @@ def read_source(spec: str, *, class_names: tuple[str, ...] | None = None) -> Sou
         return _read_cifar10(spec, rest, class_names)
     if kind == "tfds":
         return _read_tfds(spec, class_names)
-    path = Path(spec).expanduser()
+    path = expand(spec)
     if path.is_dir():
         return _read_folder(path, class_names)
     if not path.is_file():
@@ -103,7 +108,7 @@ def examine_source(spec: str) -> tuple[Source, list[UserError]]:
     Goes on after empty class folders and bad lines of lists; raises UserError for the rest.
     """
     problems: list[UserError] = []
-    path = Path(spec).expanduser()
+    path = expand(spec)
     if path.is_dir():
         return _read_folder(path, None, problems), problems
     if path.is_file() and path.suffix in _ENTRIES:
@@ -196,9 +201,26 @@ def _read_npz(spec: str, folder: Path, rest: str, class_names: tuple[str, ...] |
     known = [f"{p.stem}/{s}" for p in sorted(folder.glob("*.npz")) for s in ("train", "test")]
     if rest not in known:
         raise UserError(f"{spec}: there is no {rest!r}: use one of {', '.join(known)}")
-    with np.load(folder / f"{stem}.npz", allow_pickle=False) as arrays:
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        own_names = tuple(str(name) for name in arrays["class_names"])
+    path, keys = folder / f"{stem}.npz", (f"{split}_images", f"{split}_labels", "class_names")
+    images, labels, held_names = read_arrays(path, keys).values()
+    own_names = tuple(map(str, held_names.ravel()))
+    if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
+        found = f"{images.dtype}{list(images.shape)}"
+        raise UserError(f"{path}: `{keys[0]}` is {found}: give uint8[N, H, W] or uint8[N, H, W, 3]")
+    if 0 in images.shape:
+        raise UserError(f"{path}: `{keys[0]}` holds no image: its shape is {images.shape}")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{path}: `{keys[1]}` is {labels.dtype}{list(labels.shape)}: give one whole number for"
+            f" each of the {len(images):,} images"
+        )
+    if held_names.dtype.kind != "U" or held_names.ndim != 1:
+        raise UserError(f"{path}: `class_names` is {held_names.dtype}: give a list of texts")
+    if labels.min() < 0 or labels.max() >= len(own_names):
+        raise UserError(
+            f"{path}: `{keys[1]}` goes from {labels.min()} to {labels.max()}, and there are"
+            f" {len(own_names)} `class_names`"
+        )
     labels, class_names = _map_by_name(spec, labels, own_names, class_names)
     return Source(spec, class_names, labels, np.arange(len(labels)), ArrayReader(spec, images))
 
@@ -299,10 +321,7 @@ def _jsonl_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not a line of JSON ({error})") from error
+        entry = parse_json(line, f"{path}:{number}")
         if not isinstance(entry, dict):
             raise UserError(f'{path}:{number}: not of the form {{"path": ..., "label": ...}}')
         yield number, entry.get(_first_of(PATH_NAMES, entry)), entry.get("label")

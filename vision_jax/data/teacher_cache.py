@@ -28,6 +28,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from vision_jax.errors import UserError
+from vision_jax.files import parse_json
 
 FORMAT = "vision_jax teacher cache 1"
 # Floats don't compress, and a group of one record is read without its neighbors.
@@ -150,12 +151,18 @@ def open_teacher_cache(path: str | Path, identity: Mapping[str, Any]) -> Teacher
     try:
         reader = ArrayRecordReader(str(path), options=_READ)
         count = reader.num_records() - 1
-        header = json.loads(reader.read([count])[0]) if count >= 0 else {}
-    except (RuntimeError, ValueError) as error:
+        header = parse_json(reader.read([count])[0], str(path)) if count >= 0 else {}
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise UserError(f"{path}: no stored teacher, or not all of one: store it again")
+        theirs, fields = _leaves(header["identity"]), header["fields"].items()
+        record = np.dtype([(name, np.dtype(kind), tuple(shape)) for name, (kind, shape) in fields])
+        whole = header["count"] == count and not record.hasobject
+    except UserError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT or header["count"] != count:
-        raise UserError(f"{path}: no stored teacher, or not all of one: store it again")
-    theirs = _leaves(header["identity"])
+    if not whole:
+        raise UserError(f"{path}: not all of a stored teacher: store it again")
     ours = _leaves(json.loads(json.dumps(identity)))
     for name in sorted(theirs | ours):
         if theirs.get(name) != ours.get(name):
@@ -163,8 +170,6 @@ def open_teacher_cache(path: str | Path, identity: Mapping[str, Any]) -> Teacher
                 f"{path}: stored with {name} {_short(theirs.get(name))}, and this run has "
                 f"{_short(ours.get(name))}: store it again, or run as it was stored"
             )
-    fields = header["fields"].items()
-    record = np.dtype([(name, np.dtype(kind), tuple(shape)) for name, (kind, shape) in fields])
     return TeacherCache(path, record, count)
 
 
