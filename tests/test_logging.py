@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from vision_jax import logging as run_logging
 from vision_jax.errors import UserError
+from vision_jax.event_file import EventFile
 from vision_jax.logging import (
     PARAMETER_COLUMNS,
     RunLog,
@@ -228,9 +228,7 @@ def test_table_shows_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_explained(tmp_path: Path) -> None:
     full = Path("/dev/full").open("a")  # noqa: SIM115  leaving a `with` would raise again
-    broken = RunLog(
-        tmp_path, metrics=full, events=EventsWriter(str(tmp_path / "events")), console=None
-    )
+    broken = RunLog(tmp_path, metrics=full, events=EventFile(tmp_path, 0), console=None)
     said = re.escape(f"no space left on the device that holds {tmp_path}")
     with pytest.raises(UserError, match=said):
         broken.scalars(1, {"x": 1.0})

@@ -29,11 +29,9 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from vision_jax.errors import UserError, printable
+from vision_jax.event_file import EventFile
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, when the output is not a terminal
 WIDTH_WITHOUT_TERMINAL = 120
@@ -60,13 +58,7 @@ def open_log(workdir: str | Path, *, resume_step: int, show: bool = True) -> "Ru
         events_path.mkdir(parents=True, exist_ok=True)
         _drop_after(metrics_path, resume_step)
         metrics = metrics_path.open("a", encoding="utf-8")
-        # The writer names its file by the second: without the suffix a quick restart overwrites it.
-        # TensorBoard reads the files of a folder in the order of their names.
-        events = EventsWriter(str(events_path / "events"), f".{time.time_ns()}")
-        first_step = resume_step + 1 if resume_step else 0
-        started = Event(session_log=SessionLog(status=SessionLog.START), step=first_step)
-        events.write_event(started)  # TensorBoard then forgets what older files say from there on
-        events.flush()
+        events = EventFile(events_path, resume_step + 1 if resume_step else 0)
 
     log = RunLog(workdir, metrics=metrics, events=events, console=_console())
     log.wrote(metrics_path, "metrics, one JSON object a line")
@@ -82,7 +74,7 @@ class RunLog:
         workdir: Path,
         *,
         metrics: IO[str] | None,
-        events: EventsWriter | None,
+        events: EventFile | None,
         console: Console | None,
     ):
         self._workdir = workdir
@@ -115,14 +107,10 @@ class RunLog:
             return
         now = time.time()
         floats = {name: float(value) for name, value in values.items()}
-        summary = Summary(
-            value=[Summary.Value(tag=name, simple_value=value) for name, value in floats.items()]
-        )
         with explain_write_errors(self._workdir):
             self._metrics.write(_line({"step": int(step), "time": now} | floats))
             self._metrics.flush()
-            self._events.write_event(Event(wall_time=now, step=int(step), summary=summary))
-            self._events.flush()
+            self._events.scalars(int(step), floats, now)
 
     @contextlib.contextmanager
     def progress(self, total: int, completed: int = 0) -> Iterator["Meter"]:
