@@ -3,9 +3,13 @@
 import copy
 import csv
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,21 @@ import pytest
 from PIL import Image
 from scipy.stats import fisher_exact
 
-from vision_jax.data.diagnosis import Subject, compare
+from vision_jax.data.annotations import read_annotations
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.detection import check_boxes, read_detection_source
+from vision_jax.data.diagnosis import (
+    TRAINING,
+    Subject,
+    compare,
+    diagnose_boxes,
+    diagnose_loose_files,
+)
 from vision_jax.data.scan import Scan
+from vision_jax.data.sources import read_source
 from vision_jax.doctor import examine, main
+from vision_jax.errors import UserError
+from vision_jax.evaluate.diagnosis_figure import draw_diagnosis
 
 # --- clean sets ---------------------------------------------------------------------------------
 
@@ -331,6 +347,30 @@ DEFECTS = {
 }
 
 
+EMPTYING = ("swapped", "swapped in x", "no width", "away")  # all of them so: no box is left
+
+
+def training_does(spec, images=None) -> str:
+    """What training does with a data set: the functions through which it reads its data tell."""
+    try:
+        source = read_detection_source(spec, images)
+        check_boxes(source)
+    except UserError:
+        return "refuses"
+    for i in range(len(source)):
+        try:
+            source[i]
+        except DamagedImageError:
+            return "leaves out"
+    stated = read_annotations(spec, images)
+    x, y, w, h = stated.boxes_xywh_px.T
+    same = sorted(np.stack([x, y, x + w, y + h], 1).tolist()) == sorted(
+        source.boxes_xyxy_px.values.tolist()
+    )
+    kept = len(source.class_names) == len(stated.category_names)
+    return "trains" if same and kept else "leaves out"
+
+
 @pytest.mark.parametrize("share", [0.05, 1])
 @pytest.mark.parametrize("name", DEFECTS)
 def test_defects_are_found(name, share, clean, tmp_path):
@@ -344,12 +384,16 @@ def test_defects_are_found(name, share, clean, tmp_path):
     assert code in found
     assert least * seeded <= found[code].count <= seeded
     assert found[code].examples
-    assert list(alarms(findings)) == [code]
+    told = list(alarms(findings))
+    none_left = share == 1 and name in EMPTYING
+    assert told == [code] + ["nothing-to-learn"] * none_left
+    expected = "refuses" if none_left else found[code].training
+    assert training_does(str(folder / "x.json")) == expected
     assert ("probably throughout" in found[code].title) == (name == "corners" and share == 1)
 
 
 @pytest.mark.parametrize(
-    ("share", "level"), [(0.05, "information"), (0.5, "warning"), (1, "error")]
+    ("share", "level"), [(0.05, "information"), (0.5, "warning"), (1, "warning")]
 )
 def test_images_without_boxes(share, level, clean, tmp_path):
     content = copy.deepcopy(clean[1])
@@ -357,6 +401,11 @@ def test_images_without_boxes(share, level, clean, tmp_path):
     _, findings = examine(write(tmp_path / "x.json", content), clean[0])
     found = {f.code: f for f in findings}["no-boxes"]
     assert (found.count, found.level) == (seeded, level)
+    told = {f.code: f.level for f in findings if f.training == "refuses"}
+    assert told == ({"nothing-to-learn": "error"} if share == 1 else {})
+    assert training_does(str(tmp_path / "x.json"), clean[0]) == (
+        "refuses" if share == 1 else "trains"
+    )
 
 
 def test_category_ids(clean, tmp_path):
@@ -410,7 +459,9 @@ def test_pixels_in_yolo(clean, tmp_path):
             np.savetxt(file, rows, fmt="%d %g %g %g %g")
             seeded += len(rows)
         _, findings = examine(folder)
-        assert list(alarms(findings)) == ["pixels-for-shares"]
+        assert list(alarms(findings))[:1] == ["pixels-for-shares"]
+        assert list(alarms(findings))[1:] == ["nothing-to-learn"] * (share == 1)
+        assert training_does(folder) == ("refuses" if share == 1 else "leaves out")
         assert next(f.count for f in findings if f.code == "pixels-for-shares") == seeded
 
 
@@ -435,6 +486,87 @@ def test_files_that_nothing_refers_to(clean, tmp_path, capsys):
     assert "not-referenced: 8 of 48 files" in one_line(capsys)
     main([*arguments, f"--against={two}", f"--against_images={folder}"])
     assert "not-referenced" not in one_line(capsys)
+
+
+def entry(content, part, place, **changed):
+    content[part][place].update(changed)
+
+
+OTHER_DEFECTS = {  # code: a defect of COCO's content
+    "ids-off-by-one": lambda c: [
+        a.update(category_id=a["category_id"] - 1) for a in c["annotations"]
+    ],
+    "repeated-name": lambda c: entry(c, "categories", 1, name=NAMES[0]),
+    "root-class": lambda c: (
+        [e.update(supercategory="root") for e in c["categories"]],
+        c["categories"].append({"id": 90, "name": "root"}),
+    ),
+    "id-holes": lambda c: (
+        entry(c, "categories", 5, id=9),
+        [a.update(category_id=9) for a in c["annotations"] if a["category_id"] == 6],
+    ),
+    "unused-class": lambda c: c["categories"].append({"id": 7, "name": "seven"}),
+    "imbalance": lambda c: [a.update(category_id=1) for a in c["annotations"][2:]],
+    "not-referenced": lambda c: (
+        c["images"].pop(),
+        c.update(annotations=[a for a in c["annotations"] if a["image_id"] < 47]),
+    ),
+    "no-boxes": lambda c: c.update(annotations=c["annotations"][8:]),
+    "nothing-to-learn": lambda c: c.update(categories=[], annotations=[]),
+}
+
+
+@pytest.mark.parametrize("code", OTHER_DEFECTS)
+def test_what_training_does_with_other_defects(code, clean, tmp_path, capsys):
+    content = copy.deepcopy(clean[1])
+    OTHER_DEFECTS[code](content)
+    spec = write(tmp_path / "x.json", content)
+    _, findings = examine(spec, clean[0])
+    findings += diagnose_loose_files(examine(spec, clean[0])[0], None)
+    [found] = [finding for finding in findings if finding.code == code]
+    assert training_does(spec, clean[0]) == found.training
+    assert found.training != "refuses" or found.level == "error"
+    main([spec, f"--images={clean[0]}", f"--json={tmp_path}/f.json"])
+    assert ("training refuses" in capsys.readouterr().out) == (found.training == "refuses")
+
+
+def test_what_training_does_with_files_of_other_formats(clean, tmp_path):
+    folder = Path(write_voc(tmp_path / "voc", *clean))
+    (folder / "Annotations" / f"{clean[1]['images'][0]['file_name'][:-4]}.xml").write_text("<a>")
+    [found] = [f for f in examine(str(folder))[1] if f.level == "error"]
+    assert (found.code, training_does(str(folder))) == ("unreadable-annotation", found.training)
+    plain = json.loads(Path(write_plain(tmp_path / "plain.json", clean[1])).read_text())
+    plain["images"][1]["width"] += 1
+    spec = write(tmp_path / "plain.json", plain)
+    [found] = [f for f in examine(spec, clean[0])[1] if f.level == "error"]
+    assert (found.code, training_does(spec, clean[0])) == ("conflicting-size", found.training)
+    # A damaged image is left out of any format, and of YOLO too, whose boxes need its size.
+    yolo = write_yolo(tmp_path / "yolo", *clean)
+    next(Path(yolo, "images").iterdir()).write_bytes(b"no image")
+    [found] = [f for f in examine(yolo)[1] if f.level == "error"]
+    assert (found.code, training_does(yolo)) == ("unreadable-image", found.training)
+    # The same file twice, in one split and in two.
+    images = tmp_path / "twice"
+    shutil.copytree(clean[0], images)
+    names = [image["file_name"] for image in clean[1]["images"]]
+    same = [n for n in names if n.endswith("png")][:2]
+    content = copy.deepcopy(clean[1])
+    sizes = {image["file_name"]: image for image in content["images"]}
+    sizes[same[1]].update({k: sizes[same[0]][k] for k in ("width", "height")})
+    shutil.copy(images / same[0], images / same[1])
+    keep = sizes[same[1]]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != keep]
+    spec = write(images / "x.json", content)
+    [found] = [f for f in examine(spec)[1] if f.code == "repeated-image"]
+    assert (training_does(spec), found.level) == (found.training, "information")
+
+
+def test_the_table_of_what_training_does_is_complete():
+    """Each code is in a test above or below, but for those of two splits, which training reads."""
+    tested = {code for code, *_ in DEFECTS.values()} | set(OTHER_DEFECTS)
+    tested |= {"unreadable-annotation", "conflicting-size", "repeated-image", "pixels-for-shares"}
+    tested |= {"conflicting-labels", "labels-off-by-one", "unknown-class"}
+    assert set(TRAINING) - tested == {"leak", "near-leak", "class-drift"}
 
 
 def one_line(capsys) -> str:
@@ -570,6 +702,62 @@ def test_defects_of_classes(tmp_path):
     assert "unreadable-image" in quick
 
 
+def test_what_training_does_with_classes(tmp_path):
+    """It reads what the doctor lets pass, and refuses what the doctor says that it refuses."""
+    rng = np.random.default_rng(6)
+    cut, empty, whole = tmp_path / "cut", tmp_path / "empty", tmp_path / "whole"
+    rows = make_classes(whole, rng, images=12)
+    shutil.copy(whole / "a/0.png", whole / "b/copy.png")
+    (whole / "notes.json").write_text('{"camera": 3}')  # no annotations
+    from_1 = write_csv(whole / "n.csv", [[n, 1 + "abc".index(c)] for n, c in rows])
+    broken = write_csv(whole / "m.csv", [*rows, ["a/nowhere.png", "a"]])
+    shutil.copytree(whole / "a", empty / "a")
+    (empty / "b").mkdir()
+    shutil.copytree(whole / "a", cut / "a")
+    shutil.copytree(whole / "b", cut / "b", ignore=shutil.ignore_patterns("copy*"))
+    (cut / "a/0.png").write_bytes((cut / "a/0.png").read_bytes()[:100])
+    for spec, code in (
+        (str(whole), "conflicting-labels"),
+        (from_1, "labels-off-by-one"),
+        (broken, "missing-file"),
+        (str(empty), "unusable-entry"),
+        (str(cut), "unreadable-image"),
+    ):
+        found = {finding.code: finding for finding in examine(spec)[1]}[code]
+        did = "trains"
+        try:
+            source = read_source(spec)
+            [source[i] for i in range(len(source))]
+        except DamagedImageError:
+            did = "leaves out"
+        except UserError:
+            did = "refuses"
+        assert did == found.training
+
+
+@pytest.mark.parametrize(
+    ("labels", "known"),
+    [(["a", "b"], True), (["a", "x"], False), ([0, 1], True), ([2, 0], True), ([3, 0], False)],
+)
+def test_classes_of_the_other_split_are_known_as_training_knows_them(
+    labels, known, tmp_path, capsys
+):
+    rng = np.random.default_rng(7)
+    one = write_csv(tmp_path / "one.csv", make_classes(tmp_path, rng, images=12))
+    names = [f"{label}{i}.png" for i, label in enumerate("ab")]
+    for name in names:
+        draw_image(rng, 40, 40).save(tmp_path / name)
+    other = write_csv(tmp_path / "other.csv", list(zip(names, labels, strict=True)))
+    main([one, f"--against={other}"])
+    assert ("unknown-class" not in capsys.readouterr().out) == known
+    try:
+        read_source(other, class_names=read_source(one).class_names)
+    except UserError:
+        assert not known
+    else:
+        assert known
+
+
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -602,6 +790,51 @@ def test_command(clean, tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_words(tmp_path, capsys, monkeypatch):
+    """Names are shown as they are, but for what a terminal obeys; the same text in two runs."""
+    monkeypatch.setenv("COLUMNS", "300")
+    rng = np.random.default_rng(8)
+    for name in ("$x^{$", "[red]a[bold]", "b\x1b[31m", os.fsdecode(b"c\xff")):
+        (tmp_path / name).mkdir()
+        draw_image(rng, 40, 40).save(tmp_path / name / "0.png")
+    (tmp_path / "[red]a[bold]/page.jpg").write_text("<html>Not found</html>")
+    (tmp_path / "b\x1b[31m/empty.jpg").write_bytes(b"")
+    (tmp_path / "no\nimages").mkdir()
+    texts = []
+    for _ in range(2):
+        assert main([str(tmp_path), f"--figure={tmp_path}/f.png", f"--json={tmp_path}/f.json"]) == 1
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert "[red]a[bold]/page.jpg: not a readable image (none of JPEG, PNG" in texts[0]
+    assert "b\\x1b[31m/empty.jpg" in texts[0]
+    assert "unusable-entry: 1 of 7 entries, 14 %; training refuses" in texts[0]
+    assert "no\\nimages" in texts[0]
+    assert f"wrote {tmp_path}/f.png" in texts[0]
+    assert all(c.isprintable() or c == "\n" for c in texts[0])
+    assert Image.open(tmp_path / "f.png").width == 1300
+    (tmp_path / "one").mkdir()
+    content = make_set(tmp_path / "one", rng, images=1)
+    content["images"][0]["file_name"] = "elsewhere.png"
+    main([write(tmp_path / "one/x.json", content)])
+    assert "missing-file: 1 of 1 file, 100 %; training refuses" in capsys.readouterr().out
+
+
+def test_a_figure_of_a_million_boxes(clean, tmp_path):
+    subject, findings = examine(write(tmp_path / "x.json", clean[1]), clean[0], quick=True)
+    rows = np.zeros(10**6, np.int64)  # of the first box
+    stated = subject.annotations
+    many = {
+        name: getattr(stated, name)[rows]
+        for name in ("box_image", "box_category", "boxes_xywh_px", "area", "crowd", "entries")
+    }
+    subject = replace(subject, annotations=replace(stated, **many))
+    findings = diagnose_boxes(subject, complete=True)
+    assert findings[0].code == "repeated-box"
+    start = time.process_time()
+    draw_diagnosis(subject, findings[:1], tmp_path / "f.png")
+    assert time.process_time() - start < 30  # 1 s on an idle machine; without a bound an hour
+
+
 def test_module_runs():
     command = [sys.executable, "-m", "vision_jax.doctor", "embedded:fashion_mnist/test", "--quick"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -610,7 +843,8 @@ def test_module_runs():
 
 
 def test_findings_are_documented():
-    """Each code that a test expects stands in docs/doctor.md."""
+    """Each code stands in docs/doctor.md, with what training does."""
     text = (Path(__file__).parents[1] / "docs/doctor.md").read_text()
-    for code in {code for code, *_ in DEFECTS.values()} | {"leak", "near-leak", "class-drift"}:
-        assert f"`{code}`" in text
+    for code, training in TRAINING.items():
+        [line] = [line for line in text.splitlines() if re.match(rf"\|.*`{code}`.*\|.*\|", line)]
+        assert line.endswith(f"| {training} |")

@@ -21,6 +21,7 @@ from vision_jax.attacks import norms
 from vision_jax.config import write_json
 from vision_jax.data.detection import (
     DetectionSource,
+    check_boxes,
     detection_subset,
     images_alone,
     part_of,
@@ -160,8 +161,7 @@ def training_data(
     damage: DamageLog,
 ) -> grain.DatasetIterator:
     """Endless batches of this process."""
-    if not len(source.label.values):
-        raise UserError(f"{source.name}: not one box in {len(source)} images: nothing to learn")
+    check_boxes(source)
     data = config.data
     return make_detection_train_iterator(
         source,

@@ -12,11 +12,14 @@ class folders, .csv, .jsonl, tfds:, embedded: or cifar10:. Exit code 0: nothing 
 """
 
 import argparse
+import contextlib
 import json
 import logging
+import signal
 import sys
+import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +35,25 @@ from vision_jax.data.diagnosis import (
     Finding,
     Subject,
     compare,
+    counted,
     diagnose_boxes,
     diagnose_categories,
     diagnose_classes,
     diagnose_images,
     diagnose_loose_files,
     diagnose_problems,
+    diagnose_training,
 )
+from vision_jax.data.folders import splits_among
 from vision_jax.data.scan import Reader, Scan, scan_images
-from vision_jax.data.sources import FileReader, MissingFileError, examine_source, open_tfds
-from vision_jax.errors import UserError
+from vision_jax.data.sources import (
+    FileReader,
+    MissingFileError,
+    examine_source,
+    open_tfds,
+    read_source,
+)
+from vision_jax.errors import UserError, printable
 from vision_jax.files import expand
 
 FOUND, BAD_INPUT = 1, 2  # exit codes
@@ -52,11 +64,17 @@ MARKS = {"error": ("✗", "bold red"), "warning": ("!", "bold yellow"), "informa
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are reported in any case
     try:
         return _run(_parse(sys.argv[1:] if arguments is None else arguments))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    except MemoryError:
+        print("error: not enough memory for such a data set; is a file damaged?", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return BAD_INPUT
 
 
 def _run(flags: argparse.Namespace) -> int:
@@ -68,6 +86,7 @@ def _run(flags: argparse.Namespace) -> int:
         other, _ = examine(flags.against, flags.against_images, quick=flags.quick, console=progress)
         if (subject.annotations is None) != (other.annotations is None):
             raise UserError(f"{flags.dataset} and {flags.against}: only one of them has boxes")
+        other = _with_classes_of(subject, other, flags.against)
         findings += compare(subject, other)
     findings += diagnose_loose_files(subject, other)
     order = list(MARKS)
@@ -75,13 +94,16 @@ def _run(flags: argparse.Namespace) -> int:
         key=lambda finding: (order.index(finding.level), -finding.count / max(finding.of, 1))
     )
     if flags.json:
-        content = {"dataset": flags.dataset, "findings": [asdict(finding) for finding in findings]}
+        told = [asdict(finding) | {"training": finding.training} for finding in findings]
+        content = {"dataset": flags.dataset, "findings": told}
         flags.json.write_text(json.dumps(content, indent=1) + "\n")
     if flags.figure:
         from vision_jax.evaluate.diagnosis_figure import draw_diagnosis
 
         draw_diagnosis(subject, findings, flags.figure)
     console.print(_report(subject, other, findings, quick=flags.quick))
+    for path in filter(None, (flags.json, flags.figure)):
+        console.print(Text(printable(f"wrote {path}")), soft_wrap=True)
     return FOUND if any(finding.level != "information" for finding in findings) else 0
 
 
@@ -112,9 +134,26 @@ def _has_classes(spec: str) -> bool:
 
 
 def _are_class_folders(path: Path) -> bool:
-    """Whether folders of images is all there is."""
-    others = {".json", ".xml", ".yaml", ".yml"}
-    return path.is_dir() and not find_files(path, others) and bool(find_files(path, IMAGES))
+    """Whether it is folders of images, not named as splits; other files may lie among them."""
+    if not path.is_dir():
+        return False
+    images, others = find_files(path, IMAGES), find_files(path, {".json", ".xml", ".yaml", ".yml"})
+    tops = {name.partition("/")[0] for name in images if "/" in name}
+    beside = {name.partition("/")[0] for name in others if "/" in name}
+    return bool(images) and (
+        not others or (len(tops) > 1 and beside <= tops and not splits_among(tops))
+    )
+
+
+def _with_classes_of(subject: Subject, other: Subject, spec: str) -> Subject:
+    """Another split of classes, labelled as training would label it, where it would take it."""
+    if other.annotations is None:
+        with contextlib.suppress(UserError):  # the comparison tells which classes are unknown
+            source = read_source(spec, class_names=subject.class_names)
+            labels = source.labels
+            shown = np.stack([np.arange(len(labels)), labels], 1)
+            return replace(other, class_names=source.class_names, labels=labels, shown=shown)
+    return other
 
 
 def _examine_boxes(
@@ -134,13 +173,16 @@ def _examine_boxes(
         annotations,
     )
     undeclared = {problem.value for problem in problems if problem.kind == "category"}
-    complete = not any(problem.kind in ("entry", "image", "file") for problem in problems)
-    return subject, [
+    complete = not any(
+        problem.kind in ("entry", "image", "file", "unreadable") for problem in problems
+    )
+    findings = [
         *diagnose_problems(subject, problems),
         *diagnose_categories(subject, undeclared),
         *diagnose_boxes(subject, complete=complete),
         *diagnose_images(subject),
     ]
+    return subject, findings + diagnose_training(subject, findings)
 
 
 def _examine_classes(
@@ -195,7 +237,7 @@ def _scan(
     )
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet)
     with bar:
-        task = bar.add_task(escape(name), total=count)
+        task = bar.add_task(escape(printable(name)), total=count)
         return scan_images(reader, count, quick=quick, skip=skip, advance=lambda: bar.advance(task))
 
 
@@ -207,21 +249,23 @@ def _report(
         parts.append(_heading(other))
     for finding in findings:
         mark, style = MARKS[finding.level]
-        share = finding.count / max(finding.of, 1)
-        count = f"{finding.count:,} of {finding.of:,} {finding.unit}, {100 * share:.2g} %"
+        count = f"{finding.count:,} of {counted(finding.of, finding.unit)}"
+        count += f", {_percent(finding.count, finding.of)} %"
+        count += "; training refuses" * (finding.training == "refuses")
         lines = [(6, example, "dim") for example in finding.examples[:EXAMPLES]]
         more = finding.count - len(lines)
         lines += [(6, f"… and {more:,} more", "dim")] * (more > 0 and bool(lines))
         parts += [Text(), Text.assemble((f"{mark} {finding.code}", style), f": {count}")]
         for indent, line, look in ((2, finding.title, ""), *lines, (2, f"→ {finding.advice}", "")):
-            shown = "".join(c if c.isprintable() else "�" for c in line)  # names can hold anything
-            text = Text(shown, style=look, overflow="fold")
+            text = Text(str(UserError(line)), style=look, overflow="fold")  # names hold anything
             parts.append(Padding(text, (0, 0, 0, indent), expand=False))
     levels = [finding.level for finding in findings]
     counts = [(levels.count(level), level) for level in ("error", "warning")]
     bad = [f"{count} {level}{'s' * (count > 1)}" for count, level in counts if count]
     if bad:
         verdict = Text(f"Found: {' and '.join(bad)}.", "bold red")
+        if any(finding.training == "refuses" for finding in findings):
+            verdict.append(" Training refuses such data.")
     else:
         verdict = Text("Nothing is wrong with it, as far as can be seen.", "bold green")
     if quick:
@@ -230,17 +274,27 @@ def _report(
 
 
 def _heading(subject: Subject) -> Text:
-    counts = [f"{len(subject.paths):,} images"]
+    counts = [counted(len(subject.paths), "images")]
     if subject.annotations is not None:
-        counts.append(f"{len(subject.annotations.box_image):,} boxes")
-    counts.append(f"{len(subject.class_names):,} classes")
-    counts = [
-        count.removesuffix("es" if count.endswith("classes") else "s")
-        if count.startswith("1 ")
-        else count
-        for count in counts
-    ]
-    return Text.assemble((subject.name, "bold"), f": {', '.join(counts)}")
+        counts.append(counted(len(subject.annotations.box_image), "boxes"))
+    counts.append(counted(len(subject.class_names), "classes"))
+    return Text.assemble((printable(subject.name), "bold"), f": {', '.join(counts)}")
+
+
+def _percent(count: int, total: int) -> str:
+    """A share for people: 100 only of all, 0 only of nothing.
+
+    >>> [_percent(*pair) for pair in ((3, 3), (999, 1000), (2, 3), (1, 30), (1, 10**6), (0, 3))]
+    ['100', '99.9', '67', '3.3', 'below 0.01', '0']
+    """
+    share = 100 * count / max(total, 1)
+    if count >= total > 0:
+        return "100"
+    if share >= 99:
+        return f"{min(share, 99.9):.1f}"
+    if share >= 10:
+        return f"{share:.0f}"
+    return f"{share:.2g}" if share >= 0.01 or not count else "below 0.01"
 
 
 class _Parser(argparse.ArgumentParser):

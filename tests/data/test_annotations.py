@@ -604,7 +604,7 @@ def test_bad_yolo_files(yolo):
     message = refused(str(folder))
     assert "labels/orphan.txt: labels without an image" in message
     assert "labels/b.txt: not a text file" in message
-    assert "c.jpg: not a readable image" in message
+    assert "c.jpg" not in message  # training skips and counts damaged images of any format
     (folder / "labels/b.txt").unlink()
     (folder / "labels/b.txt").symlink_to("/etc/passwd")
     message = refused(str(folder))

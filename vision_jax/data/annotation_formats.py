@@ -22,7 +22,7 @@ import numpy as np
 from vision_jax.data.decode import DamagedImageError, read_header
 from vision_jax.data.sources import IMAGE_SUFFIXES, ArrayReader, TfdsReader, open_tfds
 from vision_jax.errors import UserError
-from vision_jax.files import expand, read_bytes, read_text, read_yaml
+from vision_jax.files import MAX_INTEGER, expand, read_bytes, read_text, read_yaml
 
 IMAGES = IMAGE_SUFFIXES - {".npy"}
 MAX_JSON_BYTES = 2_000_000_000
@@ -41,8 +41,9 @@ class Problem:
 
     `kind`: "entry" (a value is missing, of the wrong type or not finite), "id" (given twice),
     "image" or "category" (an id that isn't declared), "path" (leads out of the folder), "missing"
-    (no such image file), "size" (stated twice, differently) or "file" (one of many can't be read).
-    `value` is the id or path in question.
+    (no such image file), "size" (stated twice, differently), "file" (one of many can't be read) or
+    "unreadable" (an image, which training skips and counts like any damaged one). `value` is the id
+    or path in question.
     """
 
     kind: str
@@ -233,8 +234,10 @@ def outline(content: Any) -> str:
 def _get_id(entry: dict, key: str) -> int | str | None:
     value = entry.get(key)
     if type(value) is float and value.is_integer():
-        return int(value)  # pandas writes whole numbers so
-    return value if type(value) is int or _is_text(value) else None
+        value = int(value)  # pandas writes whole numbers so
+    if type(value) is int:
+        return value if -MAX_INTEGER <= value < MAX_INTEGER else None
+    return value if _is_text(value) else None
 
 
 def _get_size(entry: dict) -> tuple[int, int] | None:
@@ -644,7 +647,7 @@ def _read_yolo(
         if found is None:
             reading.complain("path", reading.files[row], f"leads out of {label_folder}", label)
         if isinstance(size, str):
-            reading.complain("file", reading.files[row], size, reading.paths[row])
+            reading.complain("unreadable", reading.files[row], size, reading.paths[row])
         elif size is not None:
             reading.sizes[row] = size
             if found:
@@ -718,7 +721,7 @@ def read_tfds(spec: str) -> Reading:
         try:
             height, width = read_header(record["image"], name=place).upright_size
         except DamagedImageError as error:
-            reading.complain("file", place, str(error).removeprefix(f"{place}: "), place)
+            reading.complain("unreadable", place, str(error).removeprefix(f"{place}: "), place)
             height, width = 0, 0
         image_id: int | str = int(record["image/id"]) if "image/id" in features else row
         if image_id in reading.images:

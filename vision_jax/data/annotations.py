@@ -102,7 +102,8 @@ def read_annotations(spec: str, images: Path | None = None) -> Annotations:
     where its format keeps them. For data.yaml it replaces `path`. Raises UserError, one line with
     the first few of all that is wrong; annotations are never partly read.
     """
-    annotations, problems = examine_annotations(spec, images)
+    annotations, found = examine_annotations(spec, images)
+    problems = [problem for problem in found if problem.kind != "unreadable"]
     if problems:
         first = "; ".join(f"{p.place}: {p.text}" for p in problems[:3])
         more = f"; and {len(problems) - 3:,} more problems" if len(problems) > 3 else ""

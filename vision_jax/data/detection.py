@@ -192,6 +192,13 @@ def make_detection_source(
     )
 
 
+def check_boxes(source: DetectionSource) -> None:
+    """Raises UserError if there is not one box: training would learn to find nothing."""
+    if not len(source.label.values):
+        count = len(source)
+        raise UserError(f"{source.name}: not one box in {count} images: nothing to learn")
+
+
 def images_alone(names: Sequence[str], class_names: Sequence[str]) -> DetectionSource:
     """Image files without boxes, to predict; `names` are paths. None of them is read yet."""
     none = Ragged(np.zeros(0, np.int32), np.zeros(len(names) + 1, np.int64))

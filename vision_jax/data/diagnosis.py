@@ -7,7 +7,8 @@ between splits, states its significance: with ALPHA it alarms on one clean pair 
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -15,8 +16,10 @@ from scipy.stats import hypergeom
 
 from vision_jax.data.annotation_formats import IMAGES, YOLO_PLACE, Problem, find_files
 from vision_jax.data.annotations import Annotations
+from vision_jax.data.detection import DetectionSource, check_boxes, make_detection_source
 from vision_jax.data.scan import Reader, Scan, repeated_files, same_files, similar_images
 from vision_jax.data.sources import FileReader, TfdsReader
+from vision_jax.errors import UserError
 
 ALPHA = 0.001  # of alarming on two clean splits
 LEAST_DRIFT = 1.5  # ratio of shares below which a drift, however certain, does no harm
@@ -26,6 +29,46 @@ EXAMPLES = 20  # kept of each finding
 IMBALANCE = 50
 
 Level = Literal["error", "warning", "information"]
+Training = Literal["refuses", "leaves out", "trains"]
+
+# What training does with a data set of which this is found: it refuses all of it, leaves out (or
+# cuts) what is concerned and says so, or trains on everything.
+TRAINING: dict[str, Training] = {
+    "unusable-entry": "refuses",
+    "repeated-id": "refuses",
+    "unknown-image": "refuses",
+    "undeclared-category": "refuses",
+    "ids-off-by-one": "refuses",
+    "path-outside": "refuses",
+    "missing-file": "refuses",
+    "conflicting-size": "refuses",
+    "unreadable-annotation": "refuses",
+    "repeated-name": "refuses",
+    "unknown-class": "refuses",
+    "nothing-to-learn": "refuses",
+    "unreadable-image": "leaves out",
+    "wrong-size": "leaves out",
+    "swapped-corners": "leaves out",
+    "zero-area": "leaves out",
+    "outside-image": "leaves out",
+    "root-class": "leaves out",
+    "pixels-for-shares": "leaves out",
+    "corners-as-sizes": "leaves out",
+    "relative-units": "trains",
+    "conflicting-labels": "trains",
+    "leak": "trains",
+    "near-leak": "trains",
+    "repeated-box": "trains",
+    "exif-rotation": "trains",
+    "labels-off-by-one": "trains",
+    "class-drift": "trains",
+    "no-boxes": "trains",
+    "id-holes": "trains",
+    "unused-class": "trains",
+    "imbalance": "trains",
+    "not-referenced": "trains",
+    "repeated-image": "trains",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +91,11 @@ class Finding:
     images: tuple[int, ...] = ()
     boxes: tuple[int, ...] = ()
 
+    @property
+    def training(self) -> Training:
+        """What training does with such a data set."""
+        return TRAINING[self.code]
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -68,6 +116,17 @@ class Subject:
 
     def image(self, row: int) -> str:
         return self.paths[row]
+
+
+_IRREGULAR = {"entries": "entry", "categories": "category", "classes": "class", "boxes": "box"}
+
+
+def counted(count: int, unit: str) -> str:
+    """
+    >>> counted(1, "boxes"), counted(2000, "images")
+    ('1 box', '2,000 images')
+    """
+    return f"{count:,} {_IRREGULAR.get(unit, unit.removesuffix('s')) if count == 1 else unit}"
 
 
 # --- annotation files ---------------------------------------------------------------------------
@@ -119,11 +178,9 @@ _PROBLEMS: dict[str, tuple[str, str, str]] = {  # kind: (code, title, advice)
 def diagnose_problems(subject: Subject, problems: Sequence[Problem]) -> list[Finding]:
     """What the reader refused."""
     by_kind: dict[str, list[Problem]] = defaultdict(list)
-    paths = set(subject.paths)
     for problem in problems:
-        if problem.kind == "file" and problem.value in paths:
-            continue  # an image, which the scan reports
-        by_kind[problem.kind].append(problem)
+        if problem.kind != "unreadable":  # the scan reports images
+            by_kind[problem.kind].append(problem)
     entries = subject.annotations
     total = len(subject.paths) + (0 if entries is None else len(entries.box_image))
     rows = {path: row for row, path in enumerate(subject.paths)}
@@ -229,7 +286,8 @@ def diagnose_categories(subject: Subject, undeclared: set[int | str]) -> list[Fi
                 Finding(
                     "id-holes",
                     "information",
-                    f"category ids from {numbers[0]} to {numbers[-1]} leave out {holes:,} numbers",
+                    f"category ids from {numbers[0]} to {numbers[-1]} leave out"
+                    f" {counted(holes, 'numbers')}",
                     holes,
                     holes + len(numbers),
                     "ids",
@@ -265,7 +323,7 @@ def _balance(names: Sequence[str], counts: np.ndarray, unit: str) -> list[Findin
                 "imbalance",
                 "information",
                 f"the largest class has {used.max() / used.min():,.0f} times the smallest's {unit}",
-                sum(c * IMBALANCE <= used.max() for c, _ in order),
+                sum(c * IMBALANCE <= int(used.max()) for c, _ in order),
                 len(names),
                 "classes",
                 tuple(f"{n!r}: {c:,} {unit}" for c, n in (*order[:3], order[-1])),
@@ -381,13 +439,11 @@ def diagnose_boxes(subject: Subject, *, complete: bool) -> list[Finding]:
     count = len(annotations.paths)
     bare = np.flatnonzero(np.bincount(annotations.box_image, minlength=count) == 0)
     if len(bare):
-        level: Level = "information"
-        if complete and len(bare) >= count / 2:
-            level = "warning" if total else "error"
+        many = complete and len(bare) >= count / 2
         findings.append(
             Finding(
                 "no-boxes",
-                level,
+                "warning" if many else "information",
                 "images without boxes",
                 len(bare),
                 count,
@@ -399,6 +455,31 @@ def diagnose_boxes(subject: Subject, *, complete: bool) -> list[Finding]:
             )
         )
     return findings
+
+
+def diagnose_training(subject: Subject, findings: Sequence[Finding]) -> list[Finding]:
+    """What training itself says, where it would refuse for a reason that is not told yet."""
+    if any(finding.training == "refuses" for finding in findings):
+        return []
+    try:
+        check_boxes(_as_training_reads(subject))
+    except UserError as error:
+        count = len(subject.paths)
+        text = str(error).removeprefix(f"{subject.name}: ").partition(":")[0]
+        advice = "look for lost annotations, and for boxes outside of their images"
+        return [Finding("nothing-to-learn", "error", text, count, count, "images", (), advice)]
+    return []
+
+
+def _as_training_reads(subject: Subject) -> DetectionSource:
+    """The same images and boxes, cleaned and numbered. Raises UserError where training does."""
+    annotations = subject.annotations
+    assert annotations is not None
+    sizes = annotations.sizes.copy()
+    for row, header in enumerate(subject.scan.headers):  # which need not be read once more
+        if header is not None and not sizes[row].all():
+            sizes[row] = header.upright_size
+    return make_detection_source(replace(annotations, sizes=sizes))
 
 
 def _sizes(annotations: Annotations, scan: Scan) -> np.ndarray:
@@ -503,7 +584,8 @@ def diagnose_images(subject: Subject) -> list[Finding]:
             ],
             "keep each in one class",
         )
-        pairs = [pair for pair in pairs if pair not in set(clash)]
+        apart = set(clash)
+        pairs = [pair for pair in pairs if pair not in apart]
     return findings + finding(
         "repeated-image",
         "information",
@@ -592,7 +674,13 @@ def compare(one: Subject, other: Subject) -> list[Finding]:
                     (-1,) * len(some),
                 )
             )
-    unknown = sorted(set(_shown_names(other)) - set(one.class_names))
+    known = one.class_names
+    if one.annotations is not None:
+        with suppress(UserError):  # which one's own findings tell
+            known = _as_training_reads(one).class_names
+    # Of boxes only those that are there need a class; of images' classes each declared one.
+    needed = other.class_names if other.annotations is None else tuple(_shown_names(other))
+    unknown = sorted(set(needed) - set(known))
     if unknown:
         findings.append(
             Finding(

@@ -27,6 +27,7 @@ SIDE = 16  # of a thumbnail
 # Two images are nearly the same if their thumbnails, standardized, differ by no more than this:
 # re-encoding and resizing mostly stay below; of 1,000 × 4,000 pairs of clothes on black none does.
 MOST_RMS, MOST_ANYWHERE = 0.1, 0.5
+MOST_NEAR = 256  # images that one is compared with
 LEAST_CONTRAST = 4.0  # grey levels; what is flatter is like every other flat image
 
 
@@ -127,11 +128,15 @@ def similar_images(one: Scan, other: Scan) -> list[tuple[int, int]]:
     axes = np.linalg.svd(other_values[:: len(other_values) // 2000 + 1], full_matrices=False)[2][
         :12
     ]
-    reach = MOST_RMS * SIDE
+    reach = MOST_RMS * SIDE * (1 + 1e-6)
     tree = cKDTree(other_values @ axes.T)
     pairs = []
-    for i, near in enumerate(tree.query_ball_point(values @ axes.T, reach)):
-        if near:
+    for i, value in enumerate(values @ axes.T):
+        # Of a still camera's pictures all are near each other: the nearest ones are enough.
+        near = tree.query(value, k=min(MOST_NEAR, len(other_rows)), distance_upper_bound=reach)[1]
+        near = np.atleast_1d(near)
+        near = near[near < len(other_rows)]
+        if len(near):
             difference = np.abs(other_values[near] - values[i])  # [near, 256]
             rms = np.sqrt((difference**2).mean(1))
             rms[difference.max(1) > MOST_ANYWHERE] = np.inf

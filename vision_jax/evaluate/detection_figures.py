@@ -24,7 +24,9 @@ from vision_jax.evaluate.figures import INK, draw_confusion, save_figure, shorte
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 MOST_PICTURES = 16
 MOST_CURVES = 8  # classes up to which each has its own labeled curve
+MOST_BOXES = 300  # drawn on an image, the best ones where they have scores
 CELL, GAP = 400, 12  # pixels
+LARGEST_LETTERS = 200  # pixels
 
 
 def class_color(label: int) -> str:
@@ -90,7 +92,8 @@ def draw_detections(
     """The image with boxes, names and scores drawn on it.
 
     Lines and letters grow with the image. An image whose longer side has less than 480 pixels is
-    enlarged by a whole factor first, so that its names can be read.
+    enlarged by a whole factor first, so that its names can be read. At most 300 boxes are drawn,
+    those of the highest scores, or the first.
 
     Args:
       image: u8[H, W, C].
@@ -136,6 +139,7 @@ def draw_detection_grid(
         count = min(len(source), MOST_PICTURES)
         rows = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()
     pairs = []
+    drawn = f", {MOST_BOXES} drawn"
     for row in rows[:MOST_PICTURES]:
         try:
             image = source[row]["image"]
@@ -152,9 +156,9 @@ def draw_detection_grid(
         pairs.append(
             (
                 _cell(image, source.boxes_xyxy_px[row], source.label[row], truth, None),
-                f"{name}: {len(truth)} true",
+                f"{name}: {len(truth)} true{drawn * (len(truth) > MOST_BOXES)}",
                 _cell(image, found.boxes_xyxy_px, found.label, predicted, found.score),
-                f"{len(found)} predicted, score ≥ {score:g}",
+                f"{len(found)} predicted, score ≥ {score:g}{drawn * (len(found) > MOST_BOXES)}",
             )
         )
     return _save_pairs(pairs, Path(path))
@@ -213,9 +217,10 @@ def _annotate(
 ) -> None:
     """Draws boxes, the best on top, and a tag at each where it covers no other tag if it can."""
     draw = ImageDraw.Draw(picture)
-    letters = max(13, round(max(picture.size) / 60))
+    letters = min(max(13, round(max(picture.size) / 60)), LARGEST_LETTERS)
     line = max(3, round(letters / 6))
     order = np.argsort(-scores, kind="stable") if scores is not None else np.arange(len(labels))
+    order = order[:MOST_BOXES]
     boxes = np.clip(boxes_xyxy_px, 0, np.tile(np.array(picture.size) - 1, 2)).round().astype(int)
     for row in order[::-1]:
         x0, y0, x1, y1 = boxes[row].tolist()

@@ -1,7 +1,9 @@
 """The doctor's sheet: distributions of boxes and classes, and examples of each finding."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +17,8 @@ from vision_jax.evaluate.figures import BLUE, INK, RED, save_figure, shorten
 COLUMNS = 4
 MOST_FINDINGS = 12
 MOST_CLASSES = 20
+MOST_BOXES = 200  # of one image, those in question before the others
+LONGEST_SIDE = 800  # of an image as it is kept for drawing
 
 
 def draw_diagnosis(subject: Subject, findings: Sequence[Finding], path: str | Path) -> Path:
@@ -47,19 +51,27 @@ def draw_diagnosis(subject: Subject, findings: Sequence[Finding], path: str | Pa
 
 
 def _draw_image(axes: Axes, subject: Subject, row: int, finding: Finding) -> None:
-    axes.set_title(shorten(subject.paths[row], 40), fontsize=8, color=INK)
+    title = shorten(subject.paths[row], 40)
     try:
         image = subject.reader.read(row)
     except DamagedImageError:  # behind its header, where only that was read
+        axes.set_title(title, fontsize=8, color=INK, parse_math=False)
         axes.text(0.5, 0.5, "can't be read", ha="center", color=RED, transform=axes.transAxes)
         return
-    axes.imshow(image if image.shape[2] == 3 else image[..., 0], cmap="gray")
+    height, width = image.shape[:2]
+    step = math.ceil(max(height, width) / LONGEST_SIDE)
+    small = image[::step, ::step, : 3 if image.shape[2] == 3 else 1].copy()
+    axes.imshow(small, cmap="gray", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     annotations = subject.annotations
+    own: Any = [] if annotations is None else np.flatnonzero(annotations.box_image == row)
+    drawn = sorted(own, key=lambda box: box not in finding.boxes)[:MOST_BOXES]
+    if len(drawn) < len(own):
+        title += f"\n{len(drawn)} of its {len(own):,} boxes"
+    axes.set_title(title, fontsize=8, color=INK, parse_math=False)
     if annotations is None:
         return
-    height, width = image.shape[:2]
     left, top, right, bottom = 0.0, 0.0, float(width), float(height)
-    for box in np.flatnonzero(annotations.box_image == row):
+    for box in drawn:
         x, y, w, h = annotations.boxes_xywh_px[box]
         color, line = (RED, 2.0) if box in finding.boxes else (BLUE, 1.0)
         for edge, extra in (("white", 1.5), (color, 0.0)):
@@ -102,7 +114,7 @@ def _draw_classes(axes: Axes, subject: Subject) -> None:
     order = np.argsort(-counts, kind="stable")[:MOST_CLASSES]
     axes.bar(range(len(order)), counts[order], color=BLUE)
     names = [shorten(subject.class_names[i], 14) for i in order]
-    axes.set_xticks(range(len(order)), names, rotation=40, ha="right", fontsize=8)
+    axes.set_xticks(range(len(order)), names, rotation=40, ha="right", fontsize=8, parse_math=False)
     rest = len(counts) - len(order)
     title = f"The largest {len(order)} classes of {len(counts):,}" if rest else "Classes"
     _dress(axes, title, "images" if annotations is None else "boxes")

@@ -4,6 +4,7 @@ Figures are made as objects and drawn by Agg: no window, no global state, safe i
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from vision_jax.errors import printable
 
 BLUE, ORANGE, GREEN, RED, INK = "#2a6fbb", "#e07b39", "#2e8b57", "#c0392b", "#333333"
 MOST_IMAGES = 64
@@ -190,12 +193,18 @@ def _dress(axes: Axes, title: str, unit: str) -> None:
 
 
 def shorten(name: str, most: int = 20) -> str:
-    """The name, cut with an ellipsis where it is too long for a figure."""
+    """The name on one line, cut with an ellipsis where it is too long for a figure.
+
+    Whoever gives it to matplotlib says parse_math=False: to a name, $ is no mathematics.
+    """
+    name = printable(name[: 4 * most])
     return name if len(name) <= most else name[: most - 1].rstrip() + "…"
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes a PNG on white."""
     path = Path(path)
-    figure.savefig(path, format="png", facecolor="white")
+    with warnings.catch_warnings():  # of names in scripts that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(path, format="png", facecolor="white")
     return path
