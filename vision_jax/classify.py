@@ -19,7 +19,7 @@ from vision_jax import classify_robustness, sharding, steps
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
 from vision_jax.data.sources import FileReader, Source, read_source, split_source, subset
-from vision_jax.data.transforms import Preprocessing, eval_transform
+from vision_jax.data.transforms import Preprocessing, complete_crop, eval_transform
 from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
 from vision_jax.evaluate.classification import confusion_matrix, softmax, summarize
@@ -80,13 +80,15 @@ def make_preprocessing(
     """
     size = (config.model.image_size,) * 2 if config.model.image_size else None
     size = size or arguments.get("image_size") or own.get("image_size")
-    return size and Preprocessing(
+    if not size:
+        return None
+    crop = complete_crop(own, size)
+    return Preprocessing(
         image_size=tuple(size),
         mean=arguments["mean"],
         std=arguments["std"],
-        crop_pct=config.data.crop_pct or own.get("crop_pct") or 0.875,
         interpolation=config.data.interpolation or own.get("interpolation") or "bicubic",
-        crop_mode=own.get("crop_mode") or "center",
+        **crop | ({"crop_pct": config.data.crop_pct} if config.data.crop_pct else {}),
     )
 
 

@@ -195,5 +195,15 @@ def test_preprocessing_is_completed_as_timm_would():
         "std": arguments["std"],
         "crop_pct": 1.0,
         "crop_mode": "center",
+        "crop_rule": "torchvision",
         "interpolation": "bicubic",
     }
+
+
+def test_images_that_are_not_square_are_not_cut_unless_the_weights_say_so():
+    arguments, _ = small()
+    crop = {"crop_pct": 0.875, "crop_mode": "center", "crop_rule": "torchvision"}
+    whole = crop | {"crop_pct": 1.0, "crop_mode": "squash"}
+    for own, size, expected in [({}, (40, 40), crop), ({}, (40, 48), whole)]:
+        found = preprocessing_of(arguments | {"image_size": size}, own)
+        assert {key: found[key] for key in expected} == expected

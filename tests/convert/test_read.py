@@ -87,6 +87,7 @@ def test_a_folder_brings_config_and_preprocessing():
         "image_size": (12, 12),
         "crop_pct": 0.9,
         "crop_mode": "center",
+        "crop_rule": "torchvision",
         "interpolation": "bicubic",
     }
 
@@ -160,31 +161,54 @@ def test_without_torch_a_pickle_says_what_to_install(tmp_path, monkeypatch):
     fails(tmp_path / "x.pth", "vision_jax[torch]", allow_pickle=True)
 
 
-PROCESSORS = [
-    (
-        {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
-        | {"do_center_crop": True, "resample": 3},
-        {"image_size": (224, 224), "crop_pct": 1.0, "crop_mode": "center"}
-        | {"interpolation": "bicubic"},
-    ),
-    (
-        {"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": True},
-        {"image_size": (224, 224), "crop_pct": 0.875, "crop_mode": "center"},
-    ),
-    (
-        {"size": {"height": 384, "width": 256}, "resample": 2},
-        {"image_size": (384, 256), "crop_pct": 1.0, "crop_mode": "squash"}
-        | {"interpolation": "bilinear"},
-    ),
-    ({"size": 224, "do_normalize": False}, {"mean": (0.0,) * 3, "std": (1.0,) * 3}),
-    ({"image_mean": [0.1, 0.2, 0.3]}, {"mean": (0.1, 0.2, 0.3), "image_size": None}),
-]
+TIMM = {"mean": [0.4, 0.41, 0.42], "std": [0.2, 0.21, 0.22], "interpolation": "bilinear"} | {
+    "input_size": [3, 20, 24],
+    "crop_pct": 0.9,
+}
 
 
-@pytest.mark.parametrize(("config", "expected"), PROCESSORS)
-def test_preprocessor_configs_of_transformers(config, expected):
-    found = read_preprocessing({"preprocessor": config})
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (TIMM, {"mean": (0.4, 0.41, 0.42), "image_size": (20, 24), "crop_pct": 0.9}),
+        (TIMM, {"interpolation": "bilinear", "crop_mode": "center", "crop_rule": "torchvision"}),
+        ({"pretrained_cfg": {}}, {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}),
+        ({"pretrained_cfg": {"crop_mode": "border", "mean": None}}, {"crop_mode": "border"}),
+        (
+            {"pretrained_cfg": TIMM | {"fixed_input_size": True}, "model_args": {"img_size": 32}},
+            {"image_size": (32, 32)},
+        ),
+        (
+            {"pretrained_cfg": TIMM | {"mean": [0.5], "std": [0.5]}, "model_args": {"in_chans": 5}},
+            {"mean": (0.5,) * 5, "std": (0.5,) * 5},
+        ),
+    ],
+)
+def test_timms_config_in_its_forms(config, expected):
+    """Before timm 0.8 it was flat; what is left out is timm's default and not the family's."""
+    found = read_preprocessing({"config": {"architecture": "resnet18"} | config})
     assert {key: found[key] for key in expected} == expected
+
+
+def test_a_config_that_says_nothing_of_images():
+    assert read_preprocessing({"config": {"architecture": "resnet18", "num_classes": 3}}) is None
+    with pytest.raises(UserError, match=r"config\.json: images of 9223372036854775807 channels"):
+        read_preprocessing({"config": {"pretrained_cfg": {"input_size": [2**63 - 1, 8, 8]}}})
+
+
+def test_the_processor_of_models_of_several_inputs_goes_first(tmp_path):
+    """transformers 5 writes a CLIPProcessor's into processor_config.json."""
+    write_safetensors(tmp_path / "model.safetensors", {"a": np.ones(1)})
+    inner = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 48}}
+    inner["crop_size"] = 40
+    outer = {"image_processor_type": "ViTImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(outer))
+    other = {"processor_class": "CLIPProcessor", "image_processor": inner}
+    (tmp_path / "processor_config.json").write_text(json.dumps(other))
+    assert read_weights(str(tmp_path)).preprocessing["image_size"] == (40, 40)
+    inner["do_resize"] = False
+    (tmp_path / "processor_config.json").write_text(json.dumps(other))
+    fails(tmp_path, str(tmp_path), "processor_config.json: do_resize False")
 
 
 PROGRAM = """
@@ -254,18 +278,3 @@ def test_safetensors_written_elsewhere_are_read(tmp_path):
     tensors = {"x": RNG.normal(size=(3, 1)).astype(np.float32)}
     safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     assert read_weights(str(tmp_path / "x.safetensors")).tensors["x"].shape == (3, 1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "interpolation"),
-    [("RfDetrImageProcessor", "bilinear_aliased"), ("DetrImageProcessor", "bilinear")],
-)
-def test_squares_of_a_detector(kind, interpolation):
-    """The hub's RF-DETR files name DETR's processor, which antialiases."""
-    size = {"height": 384, "width": 384}
-    found = read_preprocessing(
-        {"preprocessor": {"image_processor_type": kind, "size": size, "resample": 2}}
-    )
-    assert found["short"] == found["longest"] == 384
-    assert found["square"] is True
-    assert found["interpolation"] == interpolation

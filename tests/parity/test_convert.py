@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
@@ -84,6 +85,67 @@ def test_torchvisions_preprocessing_comes_back(tmp_path):
     sizes = [int(found["image_size"][0] / found["crop_pct"]) for found in (own, again)]
     assert sizes == [235, 235]  # torchvision names the size, and timm the share
     assert {**again, "crop_pct": own["crop_pct"]} == own
+
+
+def head_of(folder, images):
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(images)).logits.numpy()
+
+
+@pytest.mark.parametrize(("size", "channels"), [((32, 16), 3), ((16, 16), 1), ((16, 48), 5)])
+def test_a_folder_without_a_preprocessor_goes_there_and_back(size, channels, tmp_path):
+    """Also by timm's folder: images that are not square are resized whole, which all can write."""
+    config = transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=256,
+        image_size=size, patch_size=8, num_labels=3, num_channels=channels, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "source")
+    run(tmp_path / "source", f"--out={tmp_path / 'out'}", "--to=transformers")
+    run(tmp_path / "source", f"--out={tmp_path / 'timm'}", "--to=timm")
+    run(tmp_path / "timm", f"--out={tmp_path / 'again'}", "--to=transformers")
+    images = np.random.default_rng().normal(size=(1, channels, *size)).astype(np.float32)
+    wanted = head_of(tmp_path / "source", images)
+    for folder in ("out", "again"):
+        np.testing.assert_array_equal(head_of(tmp_path / folder, images), wanted)
+        weights = convert.read_weights(str(tmp_path / folder))
+        assert weights.preprocessing["image_size"] == size
+        assert len(weights.preprocessing["mean"]) == channels
+        if channels < 5:  # what AutoImageProcessor makes of a photo fits the model
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                tmp_path / folder, backend="pil"
+            )
+            photo = Image.new("RGB" if channels == 3 else "L", (50, 41))
+            pixels = processor(photo, return_tensors="np")["pixel_values"]
+            assert pixels.shape == (1, channels, *size)
+
+
+def test_another_rounding_of_the_center_is_told(tmp_path, capsys):
+    save_for_hf(resnet(), tmp_path / "source", safe_serialization=True)
+    run(tmp_path / "source", f"--out={tmp_path / 'timm'}", "--to=timm")
+    assert "note:" not in capsys.readouterr().out
+    run(tmp_path / "source", f"--out={tmp_path / 'out'}", "--to=transformers")
+    told = capsys.readouterr().out
+    assert "transformers rounds the center of a crop otherwise than torchvision" in told
+
+
+@pytest.mark.parametrize("ids", [(0, 2, 3), (1, 2), (0, 1, 2), (2,)])
+def test_names_keep_their_ids(ids, tmp_path):
+    """Of an id2label with holes a number without a name is LABEL_i; past the head it is refused."""
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=16, patch_size=8, num_labels=3,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    content = json.loads(path.read_text())
+    content["id2label"] = {str(i): f"name {i}" for i in ids}
+    path.write_text(json.dumps(content))
+    command = [str(tmp_path / "source"), f"--out={tmp_path / 'out'}", "--to=transformers"]
+    assert main(command) == (2 if max(ids) > 2 else 0)
+    if max(ids) <= 2:
+        written = transformers.AutoConfig.from_pretrained(tmp_path / "out").id2label
+        assert written == {i: f"name {i}" if i in ids else f"LABEL_{i}" for i in range(3)}
 
 
 # timm:// and torchvision:// ----------------------------------------------------------------------

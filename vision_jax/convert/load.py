@@ -11,7 +11,8 @@ import numpy as np
 from vision_jax.convert import engine
 from vision_jax.convert.files import Tensors, held
 from vision_jax.convert.files import write_safetensors as write_safetensors
-from vision_jax.convert.read import Weights
+from vision_jax.convert.processors import shown
+from vision_jax.convert.read import Weights, timm_cfg
 from vision_jax.convert.table import Table
 from vision_jax.convert.tables import find_table, infer_arguments, naming_for_export, shapes_of
 from vision_jax.errors import UserError
@@ -165,6 +166,8 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 def adapt_values(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """A mean or std of three channels for another number: their mean for one, else in turn."""
+    if len(values) == 1:
+        return tuple(values) * channels
     if len(values) != 3:
         return tuple(values)
     if channels == 1:
@@ -222,15 +225,35 @@ def arguments_of(model: Any) -> dict[str, Any]:
 
 
 def class_names_of(weights: Weights) -> list[str] | None:
-    """Names of the classes where the weights bring them: our header, or the source's config."""
+    """Names of the classes where the weights bring them: our header, or the source's config.
+
+    A name keeps its number; numbers without a name are called LABEL_0 and so on, as transformers
+    calls them.
+
+    Raises:
+      UserError: names by something that is no number, or too large a one.
+    """
     ours = weights.metadata.get("vision_jax", {}).get("class_names")
     if isinstance(ours, list):
         return [str(name) for name in ours]
     config = weights.metadata.get("config", {})
-    listed = config.get("class_names") or config.get("label_names")  # of torchvision, of timm
-    if isinstance(listed, list):
-        return [str(name) for name in listed]
-    labels = config.get("id2label")
-    if isinstance(labels, dict) and all(re.fullmatch(r"\d+", str(key)) for key in labels):
-        return [str(labels[key]) for key in sorted(labels, key=int)]
+    timm = (timm_cfg(config) or {}).get("label_names")
+    for field, names in (
+        ("class_names", config.get("class_names")),  # of torchvision's folders
+        ("label_names", timm),
+        ("id2label", config.get("id2label")),
+    ):
+        if isinstance(names, list) and names:
+            return [str(name) for name in names]
+        if isinstance(names, dict) and names:
+            return _names_by_number(names, f"{weights.origin}: config.json: {field}")
     return None
+
+
+def _names_by_number(names: Mapping[str, Any], what: str) -> list[str]:
+    numbers: dict[int, str] = {}
+    for key, name in names.items():
+        if not re.fullmatch(r"[0-9]{1,6}", str(key)) or int(key) in numbers:
+            raise UserError(f"{what} has the key {shown(key)}: use each class's number, once")
+        numbers[int(key)] = str(name)
+    return [numbers.get(i, f"LABEL_{i}") for i in range(max(numbers) + 1)]

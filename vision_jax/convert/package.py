@@ -13,20 +13,15 @@ from vision_jax.convert.engine import Rule
 from vision_jax.convert.files import Tensors, held, write_safetensors, write_shards
 from vision_jax.convert.load import export_weights
 from vision_jax.convert.npz import write_npz
-from vision_jax.convert.read import (
-    ALIASED,
-    CONFIG_FILE,
-    PIL_FILTERS,
-    PREPROCESSOR_FILE,
-    SQUARE_PROCESSOR,
-    WEIGHTS_FILE,
-)
+from vision_jax.convert.processors import PREPROCESSOR_FILE, processor_config
+from vision_jax.convert.read import CONFIG_FILE, WEIGHTS_FILE
 from vision_jax.convert.table import Arguments, Table
 from vision_jax.convert.tables import shapes_of, table_for_export
+from vision_jax.data.transforms import complete_crop
 from vision_jax.errors import UserError
 
 NPZ_FILE = "model.npz"
-RESAMPLE = {name: number for number, name in PIL_FILTERS.items()}
+CROP_RULE_OF = {"timm": "torchvision", "torchvision": "torchvision", "transformers": "transformers"}
 
 
 def write_package(
@@ -85,7 +80,7 @@ def write_package(
     elif to == "transformers":
         files[CONFIG_FILE] = _transformers_config(table, arguments, class_names)
         if preprocessing:
-            files[PREPROCESSOR_FILE] = _processor_config(preprocessing)
+            files[PREPROCESSOR_FILE] = processor_config(preprocessing)
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
     size = sum(math.prod(shape) for shape in shapes_of(tensors).values()) * 4  # nearly all float32
     in_shards = bool(shard_bytes and size > shard_bytes)
@@ -207,45 +202,16 @@ def _transformers_config(
     return config
 
 
-def _processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """preprocessor_config.json: the processor class that resizes and crops as the model needs."""
-    config: dict[str, Any] = {
-        "do_resize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocessing["mean"]),
-        "image_std": list(preprocessing["std"]),
-        "resample": RESAMPLE[preprocessing["interpolation"].removesuffix(ALIASED)],
-    }
-    if "short" in preprocessing:
-        short, longest = preprocessing["short"], preprocessing["longest"]
-        size = {"shortest_edge": short, "longest_edge": longest}
-        if preprocessing["square"]:
-            size = {"height": short, "width": short}
-        aliased = preprocessing["interpolation"].endswith(ALIASED)
-        processor = SQUARE_PROCESSOR if aliased else "DetrImageProcessor"
-        kind = {"image_processor_type": processor, "format": "coco_detection"}
-        return {**kind, **config, "size": size, "do_pad": True}
-    height, width = preprocessing["image_size"]
-    if preprocessing["crop_mode"] == "squash":
-        share, crop = preprocessing["crop_pct"], {"height": height, "width": width}
-        if share == 1:
-            return {"image_processor_type": "ViTImageProcessor", **config, "size": crop}
-        resized = {side: math.floor(pixels / share) for side, pixels in crop.items()}
-        cut = {"size": resized, "do_center_crop": True, "crop_size": crop}
-        return {"image_processor_type": "DeiTImageProcessor", **config, **cut}
-    if preprocessing["crop_mode"] == "center" and height == width:
-        return {
-            "image_processor_type": "BitImageProcessor",
-            **config,
-            "size": {"shortest_edge": math.floor(height / preprocessing["crop_pct"])},
-            "do_center_crop": True,
-            "crop_size": {"height": height, "width": width},
-        }
-    raise UserError(
-        "transformers has no processor that prepares images so (crop_mode "
-        f"{preprocessing['crop_mode']!r}, {height} x {width} pixels): use --to=timm"
+def crop_note(preprocessing: Mapping[str, Any] | None, to: str) -> str:
+    """What to tell a person where `to` finds another center than the weights' own library did."""
+    if not preprocessing or "short" in preprocessing or to not in CROP_RULE_OF:
+        return ""
+    whole = preprocessing["crop_mode"] == "squash" and preprocessing["crop_pct"] == 1
+    if whole or preprocessing["crop_rule"] == CROP_RULE_OF[to]:
+        return ""
+    return (
+        f"note: {to} rounds the center of a crop otherwise than {preprocessing['crop_rule']} does: "
+        "of an odd number of pixels left over its views can lie one pixel beside"
     )
 
 
@@ -268,9 +234,8 @@ def preprocessing_of(arguments: Arguments, own: Mapping[str, Any] | None) -> dic
         "image_size": tuple(size),
         "mean": tuple(arguments["mean"]),
         "std": tuple(arguments["std"]),
-        "crop_pct": own.get("crop_pct") or 0.875,
-        "crop_mode": own.get("crop_mode") or "center",
         "interpolation": own.get("interpolation") or "bicubic",
+        **complete_crop(own, size),
     }
 
 

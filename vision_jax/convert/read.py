@@ -6,7 +6,6 @@ only when asked for by name, and then through torch's weights-only reader.
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,17 @@ from urllib.parse import urlparse
 import numpy as np
 
 from vision_jax.convert.files import INDEX_FILE, Tensors, open_npz, open_pickle, open_safetensors
+from vision_jax.convert.processors import (
+    ALIASED,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_CHANNELS,
+    PREPROCESSOR_FILE,
+    crop_share,
+    read_processor,
+    shown,
+)
+from vision_jax.convert.table import pair
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, nearest
 
@@ -26,7 +36,7 @@ WEIGHTS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
 RUN_FILE = "model.json"  # only in the folder of a run of ours
-PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"  # its image_processor goes before the other file
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 ALLOW_PICKLE = "--config.model.allow_pickle=True"
 JSON_LIMIT = 64 * 2**20  # bytes; a config is a few kB, the index of a large model a few MB
@@ -38,9 +48,6 @@ STANDARD: dict[str, Any] = {  # stands in for what a config leaves out, to check
     "crop_mode": "center",
     "interpolation": "bicubic",
 }
-SQUARE_PROCESSOR = "RfDetrImageProcessor"
-ALIASED = "_aliased"  # after an interpolation's name: without antialiasing
-PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,9 @@ class Weights:
       tensors: by the file's own names, without what a wrapper puts before all of them; half
         precision is widened to float32. Of files they are `Tensors`, read when asked for.
       metadata: "config" (config.json's contents) and "vision_jax" (our own header), where there.
-      preprocessing: mean, std, image_size (height, width), crop_pct, crop_mode, interpolation; each
-        None where unknown; `short`, `longest` and `square`, about the sides, of detectors alone.
-        None as a whole if nothing came with the weights.
+      preprocessing: mean, std, image_size (height, width), crop_pct, crop_mode, crop_rule and
+        interpolation; each None where unknown; `short`, `longest` and `square`, about the sides, of
+        detectors alone. None as a whole if nothing came with the weights.
       origin: where they came from, for people.
       files: that they were read from.
     """
@@ -286,7 +293,8 @@ def _download(spec: str, allow_pickle: bool, file: str | None = None) -> Path:
     from huggingface_hub import errors
 
     repository, revision = match.groups()
-    patterns = [CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors"]
+    configs = [CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE]
+    patterns = [*configs, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors"]
     if allow_pickle:
         patterns.append(PICKLE_FILE)
     if file is not None:
@@ -322,10 +330,14 @@ def _read_config(folder: Path, beside: Path | None = None) -> dict[str, Any]:
     """
     if beside is not None and beside.name not in (WEIGHTS_FILE, PICKLE_FILE):
         return {}
-    found = {}
+    found: dict[str, Any] = {}
     for key, name in (("config", CONFIG_FILE), ("preprocessor", PREPROCESSOR_FILE)):
         if (folder / name).is_file():
             found[key] = _read_json(folder / name)
+    if (folder / PROCESSOR_FILE).is_file():  # of models of several inputs, such as CLIP
+        inner = _read_json(folder / PROCESSOR_FILE).get("image_processor")
+        if isinstance(inner, dict):
+            found |= {"preprocessor": inner, "preprocessor_file": PROCESSOR_FILE}
     return found
 
 
@@ -357,28 +369,19 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
       UserError: a field that is there and makes no sense.
     """
     config, preprocessor = metadata.get("config", {}), metadata.get("preprocessor")
-    cfg = config.get("pretrained_cfg")
+    cfg = timm_cfg(config)
     channels = 3
     found: dict[str, Any]
     if isinstance(metadata.get("vision_jax", {}).get("preprocessing"), dict):
         found = metadata["vision_jax"]["preprocessing"]
         channels = len(found["mean"]) if isinstance(found.get("mean"), list) else 3
-    elif isinstance(cfg, dict):
-        size = cfg.get("input_size")
-        if isinstance(size, list) and len(size) == 3 and isinstance(size[0], int):
-            channels = size[0]
-        found = {
-            "mean": cfg.get("mean"),
-            "std": cfg.get("std"),
-            "image_size": size[-2:] if isinstance(size, list) else None,
-            "crop_pct": cfg.get("crop_pct"),
-            "crop_mode": cfg.get("crop_mode"),
-            "interpolation": cfg.get("interpolation"),
-        }
+    elif cfg is not None:
+        found, channels = _from_timm(config, cfg)
     elif isinstance(preprocessor, dict) and config.get("library") == "torchvision":
         found = _from_torchvision(preprocessor)
     elif isinstance(preprocessor, dict):
-        found = _from_preprocessor(preprocessor)
+        found = read_processor(preprocessor, config, metadata.get("preprocessor_file"))
+        channels = len(found["mean"])
     else:
         return None
     read: dict[str, Any] = {
@@ -387,6 +390,7 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         "image_size": _numbers(found.get("image_size"), 2, "image_size", int),
         "crop_pct": None if found.get("crop_pct") is None else float(found["crop_pct"]),
         "crop_mode": found.get("crop_mode"),
+        "crop_rule": found.get("crop_rule") or "torchvision",
         "interpolation": found.get("interpolation"),
     }
     known = {name: value for name, value in read.items() if value is not None}
@@ -397,64 +401,53 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     return read | edges | ({"square": bool(found.get("square"))} if edges else {})
 
 
+def timm_cfg(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """timm's pretrained_cfg in config.json, which before timm 0.8 was the whole of it; else None.
+
+    Names of classes stand inside or beside it. Source: timm 1.0.31, models/_hub.py
+    `_parse_model_cfg`.
+    """
+    cfg = config.get("pretrained_cfg")
+    if isinstance(cfg, dict):
+        return cfg | ({"label_names": config["label_names"]} if "label_names" in config else {})
+    told = {"mean", "std", "input_size", "crop_pct", "interpolation"} & set(config)
+    if not told or "model_type" in config or not isinstance(config.get("architecture"), str):
+        return None
+    return {**config, **({"label_names": config["labels"]} if "labels" in config else {})}
+
+
+def _from_timm(config: Mapping[str, Any], cfg: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """(fields as timm resolves them for evaluation, channels); what is left out is timm's default.
+
+    Source: timm 1.0.31, data/config.py `resolve_data_config`.
+    """
+    size, given = cfg.get("input_size"), config.get("model_args")
+    given = given if isinstance(given, dict) else {}
+    channels = size[0] if isinstance(size, list) and len(size) == 3 else 3
+    sides: Sequence[int] | None = size[-2:] if isinstance(size, list) else None
+    if isinstance(given.get("in_chans"), int):
+        channels = given["in_chans"]
+    if not (isinstance(channels, int) and 0 < channels <= MAX_CHANNELS):
+        raise UserError(f"config.json: images of {shown(channels)} channels")
+    if given.get("img_size") is not None and cfg.get("fixed_input_size"):
+        sides = pair(given["img_size"], "img_size")
+    found = {
+        "mean": cfg.get("mean") or IMAGENET_MEAN,
+        "std": cfg.get("std") or IMAGENET_STD,
+        "image_size": sides,
+        "crop_pct": cfg.get("crop_pct") or 0.875,
+        "crop_mode": cfg.get("crop_mode") or "center",
+        "interpolation": cfg.get("interpolation") or "bicubic",
+    }
+    return found, channels
+
+
 def _from_torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
     """What package.py writes: the arguments of torchvision's ImageClassification."""
     crop, resized = config["crop_size"], config["resize_size"]
     kept = {name: config.get(name) for name in ("mean", "std", "interpolation")}
     share = crop_share(crop, resized)
     return {**kept, "image_size": (crop, crop), "crop_pct": share, "crop_mode": "center"}
-
-
-def _from_preprocessor(config: Mapping[str, Any]) -> dict[str, Any]:
-    size, crop = _side(config.get("size")), _side(config.get("crop_size"))
-    center = bool(config.get("do_center_crop")) and crop is not None
-    by_edges = isinstance(config.get("size"), dict) and "height" in config["size"]
-    shortest = isinstance(config.get("size"), dict) and "shortest_edge" in config["size"]
-    crop_pct = crop_share(crop[0], size[0]) if center and crop and size else 1.0
-    if shortest and size and isinstance(config.get("crop_pct"), int | float):
-        # ConvNextImageProcessor: `size` is what remains, and from 384 pixels on nothing is cut.
-        shortest = size[0] < 384
-        crop_pct = float(config["crop_pct"]) if shortest else 1.0
-    mode = "center" if shortest or (center and not by_edges) else "squash"
-    normalize = config.get("do_normalize", True)
-    return {
-        "mean": config.get("image_mean") if normalize else [0.0] * 3,
-        "std": config.get("image_std") if normalize else [1.0] * 3,
-        "image_size": crop if center else size,
-        "crop_pct": crop_pct,
-        "crop_mode": mode,
-        "interpolation": PIL_FILTERS.get(config.get("resample", 2)),
-        **_edges(config),
-        **_square(config, size if by_edges else None),
-    }
-
-
-def _edges(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The limits of both sides, where a detector's processor has such; older ones say max_size."""
-    size: Any = config.get("size")
-    most = config.get("max_size")
-    if isinstance(size, dict):
-        size, most = size.get("shortest_edge"), size.get("longest_edge", most)
-    return {"short": size, "longest": most} if size and most else {}
-
-
-def _square(config: Mapping[str, Any], size: list[int] | None) -> dict[str, Any]:
-    """RF-DETR's squares: its own processor does not antialias; DETR's, which the hub names, does.
-
-    Source: transformers 5.24 models/rf_detr/image_processing_rf_detr.py.
-    """
-    kind = config.get("image_processor_type")
-    if size is None or size[0] != size[1] or kind not in (SQUARE_PROCESSOR, "DetrImageProcessor"):
-        return {}
-    side = {"short": size[0], "longest": size[0], "square": True}
-    aliased = {"interpolation": f"bilinear{ALIASED}"} if kind == SQUARE_PROCESSOR else {}
-    return side | aliased
-
-
-def crop_share(crop: int, resized: int) -> float:
-    """The share that a center crop keeps, such that floor(crop / share) is `resized` again."""
-    share = crop / resized
-    return math.nextafter(share, 0) if math.floor(crop / share) < resized else share
 
 
 def torchvision_preprocessing(preset: Any) -> dict[str, Any]:
@@ -470,24 +463,18 @@ def torchvision_preprocessing(preset: Any) -> dict[str, Any]:
     }
 
 
-def _side(size: Any) -> list[int] | None:
-    """Height and width of the ways in which preprocessor configs have written a size."""
-    if isinstance(size, int):
-        return [size, size]
-    if isinstance(size, dict) and "shortest_edge" in size:
-        return [size["shortest_edge"]] * 2
-    if isinstance(size, dict) and {"height", "width"} <= set(size):
-        return [size["height"], size["width"]]
-    return None
-
-
 def _numbers(values: Any, count: int, name: str, kind: type = float) -> tuple[Any, ...] | None:
+    """So many numbers; of a mean one is all channels', and three are adapted to the model's."""
     if values is None:
         return None
     try:
         numbers = tuple(kind(value) for value in values)
     except (TypeError, ValueError):
         numbers = ()
-    if len(numbers) != count:
-        raise UserError(f"the weights' preprocessing: {name} {values!r} is not {count} numbers")
+    if kind is float and len(numbers) == 1:
+        numbers *= count
+    if len(numbers) != count and not (kind is float and len(numbers) == 3):
+        raise UserError(
+            f"the weights' preprocessing: {name} {shown(values)} is not {count} numbers"
+        )
     return numbers

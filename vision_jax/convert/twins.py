@@ -377,16 +377,29 @@ def preprocessing(entry: Entry, twin: Twin) -> Reference | None:
         kind = {"dinov2_with_registers": "dinov2"}.get(kind, kind)
         names = IMAGE_PROCESSOR_MAPPING_NAMES[kind]
         name = names["pil"] if "pil" in names else names["torchvision"]
-        side = {"height": entry.image_size, "width": entry.image_size}
-        processor = getattr(transformers, name)(**({"size": side} if kind == "rf_detr" else {}))
+        processor = getattr(transformers, name)(**_sides(getattr(transformers, name), entry))
         return Reference(
-            f"transformers {name}, defaults",
+            f"transformers {name} at {entry.image_size} pixels",
             read_preprocessing({"preprocessor": json.loads(processor.to_json_string())}) or {},
             lambda image: processor(Image.fromarray(image), return_tensors="np")["pixel_values"][
                 0
             ].transpose(1, 2, 0),
         )
     return None
+
+
+def _sides(kind: Any, entry: Entry) -> dict[str, dict[str, int]]:
+    """The processor's sizes for a variant's: its class's own are one variant's only.
+
+    What is resized and then cut keeps the class's proportion of the two.
+    """
+    side, size, crop = entry.image_size, dict(kind.size), getattr(kind, "crop_size", None)
+    if "longest_edge" in size:  # a detector of any size
+        return {"size": {"height": side, "width": side}} if "RfDetr" in kind.__name__ else {}
+    if not getattr(kind, "do_center_crop", False):
+        return {"size": dict.fromkeys(size, side)}
+    resized = {key: round(side * value / crop["height"]) for key, value in size.items()}
+    return {"size": resized, "crop_size": {"height": side, "width": side}}
 
 
 def sample_images(count: int, image_size: tuple[int, int], channels: int, seed: int) -> np.ndarray:

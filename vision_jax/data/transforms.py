@@ -6,7 +6,9 @@ Augmentations that need arithmetic on pixels run on the device instead.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,6 +25,7 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
 }
 CROP_MODES = ("center", "squash", "border")
+CROP_RULES = ("torchvision", "transformers")
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,13 @@ class Preprocessing:
     """What a model expects of its images; it travels with the weights.
 
     `image_size` is (height, width). `mean` and `std` are per channel, for images in [0, 1]; the
-    model applies them, the host doesn't. `crop_pct` in (0, 1] and `crop_mode` have timm's meaning:
-    the image is resized to floor(image_size / crop_pct) and the center is cut out, where "center"
-    resizes the short side, "squash" both sides and "border" the long side (the rest is filled with
-    the mean color). A transformers processor that resizes to (height, width) is "squash" with
-    `crop_pct` 1.0; one with a `shortest_edge` is "center" with crop_size / shortest_edge. `mean`
-    has an entry for each channel that the model takes.
+    model applies them, the host doesn't. `crop_pct` and `crop_mode` have timm's meaning: the image
+    is resized to floor(image_size / crop_pct) and the center is cut out, where "center" resizes the
+    short side, "squash" both sides and "border" the long side (the rest is filled with the mean
+    color); a `crop_pct` over 1 leaves a black frame. A transformers processor that resizes to
+    (height, width) is "squash" with `crop_pct` 1.0; one with a `shortest_edge` is "center" with
+    crop_size / shortest_edge. `crop_rule` is whose center that is where an odd number of pixels is
+    left over, see `center_crop`. `mean` has an entry for each channel that the model takes.
     """
 
     image_size: tuple[int, int]
@@ -44,20 +48,37 @@ class Preprocessing:
     crop_pct: float
     interpolation: str
     crop_mode: str
+    crop_rule: str = "torchvision"  # timm's too; older records don't say it
 
     def __post_init__(self):
         for field, value, known in (
             ("interpolation", self.interpolation, INTERPOLATIONS),
             ("crop_mode", self.crop_mode, CROP_MODES),
+            ("crop_rule", self.crop_rule, CROP_RULES),
         ):
             if value not in known:
                 raise UserError(f"preprocessing {field} {value!r}: use one of {', '.join(known)}")
         if min(self.image_size) < 1:
             raise UserError(f"preprocessing image_size {self.image_size}: use positive numbers")
-        if not 0 < self.crop_pct <= 1:
-            raise UserError(f"preprocessing crop_pct {self.crop_pct}: use a number in (0, 1]")
+        if not 0 < self.crop_pct <= min(self.image_size):
+            raise UserError(f"preprocessing crop_pct {self.crop_pct}: use a positive number")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise UserError(f"preprocessing mean {self.mean}, std {self.std}: no normalization")
+
+
+def complete_crop(own: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """crop_pct, crop_mode and crop_rule as the weights say them, and timm's usual ones elsewhere.
+
+    Of images that are not square nothing is usual: where the weights say nothing, both sides are
+    resized and nothing is cut, which every library can do.
+    """
+    unknown = own.get("crop_pct") is None and own.get("crop_mode") is None
+    usual = (1.0, "squash") if unknown and size[0] != size[1] else (0.875, "center")
+    return {
+        "crop_pct": own.get("crop_pct") or usual[0],
+        "crop_mode": own.get("crop_mode") or usual[1],
+        "crop_rule": own.get("crop_rule") or CROP_RULES[0],
+    }
 
 
 def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -79,10 +100,11 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
 
 
 def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize and crop as timm does for evaluation, up to normalization, equal to the byte.
+    """Resize and crop as timm or transformers do, up to normalization, equal to the byte.
 
     uint8[H, W, C] → uint8[h, w, len(mean)], (h, w) = preprocessing.image_size. Source: timm 1.0.31,
-    data/transforms_factory.py `transforms_imagenet_eval`; torchvision's Resize and CenterCrop.
+    data/transforms_factory.py `transforms_imagenet_eval`; torchvision's Resize and CenterCrop;
+    transformers 5.24, image_processing_backends.py `PilBackend`.
     """
     size = preprocessing.image_size
     image = to_channels(image, len(preprocessing.mean))
@@ -104,7 +126,8 @@ def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
     else:
         ratio = min(height / target_h, width / target_w)
         resized = (round(height / ratio), round(width / ratio))
-    return center_crop(resize(image, resized, preprocessing.interpolation), size, fill)
+    image = resize(image, resized, preprocessing.interpolation)
+    return center_crop(image, size, fill, preprocessing.crop_rule)
 
 
 def resize(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
@@ -125,17 +148,31 @@ def resize(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.n
 
 
 def center_crop(
-    image: np.ndarray, size: tuple[int, int], fill: tuple[int, ...] = (0,)
+    image: np.ndarray,
+    size: tuple[int, int],
+    fill: tuple[int, ...] = (0,),
+    rule: str = "torchvision",
 ) -> np.ndarray:
-    """Cut the central (h, w) out; a side that is too short is padded with `fill` first."""
+    """Cut the central (h, w) out; a side that is too short is padded with `fill` first.
+
+    Of an odd number of pixels torchvision (and timm) cuts half to even at the top and left, and
+    pads the smaller half there; transformers cuts the smaller half and pads the larger one there.
+    Source: torchvision 0.29.1, `center_crop`; transformers 5.24, image_transforms.py `center_crop`
+    (its torchvision backend cuts alike and pads as torchvision does).
+    """
     (height, width), (h, w) = image.shape[:2], size
     pad_h, pad_w = max(h - height, 0), max(w - width, 0)
     if pad_h or pad_w:
         padded = np.empty((height + pad_h, width + pad_w, image.shape[2]), np.uint8)
         padded[:] = fill
-        padded[pad_h // 2 : pad_h // 2 + height, pad_w // 2 : pad_w // 2 + width] = image
+        more = rule == "transformers"
+        y, x = (pad_h + more) // 2, (pad_w + more) // 2
+        padded[y : y + height, x : x + width] = image
         image, (height, width) = padded, padded.shape[:2]
-    top, left = round((height - h) / 2), round((width - w) / 2)  # half to even, as torchvision
+    if rule == "transformers":
+        top, left = (height - h) // 2, (width - w) // 2
+    else:
+        top, left = round((height - h) / 2), round((width - w) / 2)
     return image[top : top + h, left : left + w]
 
 
