@@ -50,6 +50,7 @@ CERTIFICATES = Path("docs/certificates")
 TABLE = Path("docs/zoo.md")
 LIBRARIES = ("torch", "timm", "torchvision", "transformers", "jax", "flax", "numpy", "pillow")
 APART = 2e-6  # of the largest score: what keeps two proposals in their order in float32
+PIXELS_APART = 1  # of 255: RF-DETR's processor computes in floats
 ODD_SIZES = ((301, 417), (233, 199), (97, 512))  # (height, width) of the preprocessing's images,
 LEFT_OVER = 4  # and so many for each of which another number of pixels is left beside the crop
 
@@ -186,6 +187,8 @@ def certify_twin(
     reasons += [] if agreement == 1 else ["top-1 differs"]
     reasons += [] if identical else ["the round trip is not identical to the bit"]
     reasons += [] if strict is True else [f"the source cannot load the export: {strict}"]
+    apart = pixels["largest_difference_in_255ths"] if pixels else 0
+    reasons += [] if apart <= PIXELS_APART else [f"preprocessing differs by {apart:g} grey levels"]
     reasons += [] if rebuilt is None or rebuilt <= BARS["float32"] else ["rebuilt logits differ"]
     return {
         "family": family,

@@ -377,9 +377,10 @@ def preprocessing(entry: Entry, twin: Twin) -> Reference | None:
         kind = {"dinov2_with_registers": "dinov2"}.get(kind, kind)
         names = IMAGE_PROCESSOR_MAPPING_NAMES[kind]
         name = names["pil"] if "pil" in names else names["torchvision"]
-        processor = getattr(transformers, name)(**_sides(getattr(transformers, name), entry))
+        sides = _sides(getattr(transformers, name), entry)
+        processor = getattr(transformers, name)(**sides)
         return Reference(
-            f"transformers {name} at {entry.image_size} pixels",
+            f"transformers {name}, " + (f"{entry.image_size} pixels" if sides else "defaults"),
             read_preprocessing({"preprocessor": json.loads(processor.to_json_string())}) or {},
             lambda image: processor(Image.fromarray(image), return_tensors="np")["pixel_values"][
                 0
