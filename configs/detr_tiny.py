@@ -21,6 +21,7 @@ From COCO's weights, for real work: configs/detr_finetune.py.
 
 from ml_collections import ConfigDict
 
+from vision_jax.config import default_config
 from vision_jax.errors import UserError
 
 SETTINGS = {  # train, test, pixels a side, queries, batch, updates, rate, crop, no object's weight
@@ -32,30 +33,17 @@ SETTINGS = {  # train, test, pixels a side, queries, batch, updates, rate, crop,
 
 
 def get_config(data_set: str = "aerial") -> ConfigDict:
-    """Every field there is; set one on the command line with --config.FIELD=VALUE."""
+    """What differs from the defaults; see `python -m vision_jax.config`."""
     if data_set not in SETTINGS:
         raise UserError(f"configs/detr_tiny.py:{data_set}: use one of {', '.join(SETTINGS)}")
     train, test, side, queries, batch_size, steps, lr, crop, no_object = SETTINGS[data_set]
     jitter = 0.15 if data_set == "aerial" else 0.3
-    config = ConfigDict()
-    config.task = "detection"
-    config.seed = 0  # of initialization, data order, augmentation and dropout
-    config.batch_size = batch_size  # images per update, over all devices
-    config.total_steps = steps  # updates
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices: -1 takes what is left
-    config.sharding_rules = ()  # (path regex, mesh axes) before the default; see docs/training.md
-    # Which parameters train besides adapters: regexes over whole paths. (".*",) is everything.
-    config.trainable = (".*",)
-    # What is on, each with the section of its name: lora, adversarial, distill.
-    config.recipes = ()
+    config = default_config("detection")
+    config.batch_size = batch_size
+    config.total_steps = steps
 
-    config.model = model = ConfigDict()
-    # A .safetensors file, a folder in Hugging Face layout, hf://owner/name; "" starts from random
-    # initialization.
-    model.weights = ""
-    model.allow_pickle = False  # read .pth and .bin files too (needs torch; only if you trust them)
-    model.variant = "detr"  # such as "detr_resnet50"; "" takes the architecture from the weights
-    model.arguments = (  # more of the model's, as ((name, value), ...)
+    config.model.variant = "detr"
+    config.model.arguments = (
         ("depths", (1, 2)),  # two stages: the last map has an eighth of the image's side
         ("block", "basic"),
         ("widths", (32, 96)),
@@ -68,127 +56,24 @@ def get_config(data_set: str = "aerial") -> ConfigDict:
         ("decoder_depth", 3),
         ("grid_queries", True),  # without it, nothing is found in this many updates
     )
-    # Of bigger weights, what a smaller student keeps: ((row, indices or how many), ...)
-    model.layers = ()  # such as (("decoder", 3),); () keeps all; docs/distillation.md
-    model.width = 0  # of a narrower ViT, cut out of wider weights; 0 keeps theirs
-    model.mlp_width = 0
-    # Paths not taken from the weights: another set of classes keeps everything but this head.
-    model.reinitialize = ()
-    model.drop = ()  # tensors of the weights to leave out on purpose: regexes over their own names
-    model.image_size = side  # of square images, in pixels a side; 0 takes the weights' own way
-    model.mean = ()  # of the images in [0, 1], per channel; () takes the weights' own
-    model.std = ()
-    model.dtype = "float32"  # compute dtype; parameters are float32. bfloat16 on GPU and TPU
-    model.dropout = 0.0
-    model.drop_path = 0.0  # stochastic depth, where the architecture has it
-    model.freeze_norm = False  # BatchNorm keeps its running statistics in training
-    model.remat = False  # recompute activations in the backward pass: less memory, more time
-    model.scan = False  # one compiled block in a loop, where the architecture has it
+    config.model.image_size = side
 
-    config.lora = lora = ConfigDict()
-    lora.rules = ()  # kernels that get an adapter: regexes over whole paths
-    lora.rank = 8
-    lora.alpha = 16.0  # the update is scaled by alpha / rank
-    lora.rank_stabilized = False  # by alpha / sqrt(rank) instead
-    lora.dropout = 0.0  # on the adapter's input
-    lora.dora = False  # train each output's magnitude too (DoRA)
-    lora.qkv_parts = ""  # "q,v": adapters of their own for these parts of a fused qkv kernel
-    lora.init_from = ""  # a folder with a PEFT adapter to start from, instead of rules
+    config.optim.lr = lr
+    config.optim.ema_decay = 0.998
 
-    config.adversarial = adversarial = ConfigDict()  # training on attacked images
-    adversarial.method = "pgd"  # pgd, fast, free
-    adversarial.norm = "linf"  # of perturbations: linf, l2
-    adversarial.epsilon = 4 / 255  # their largest norm; images are in [0, 1]
-    adversarial.steps = 3  # of each attack (fast and free have one)
-    adversarial.step = 0.0  # its length as a share of epsilon; 0 takes the method's usual one
-    adversarial.beta = 6.0  # weight of the divergence, of trades and mart
-    adversarial.replays = 4  # updates a batch, of free
-    adversarial.weight_epsilon = 0.0  # kernels are shifted too, by this share of their norm (AWP)
-    adversarial.warmup_steps = 0  # epsilon grows linearly from 0 over them
+    config.data.train = train
+    config.data.eval = test
+    config.data.max_boxes = queries
+    config.data.crop = crop
+    config.data.brightness = jitter
+    config.data.contrast = jitter
+    config.data.saturation = jitter
 
-    config.distill = distill = ConfigDict()  # learning from teachers
-    # Finished runs, or weights as in model.weights; "ema" is the student's own moving average.
-    distill.teachers = ()
-    distill.teacher_weights = ()  # of several teachers; () for equal ones
-    distill.dtype = "float32"  # that teachers are kept and compute in: float32, bfloat16
-    distill.logits = "queries"  # what is learned of them: queries, none
-    distill.temperature = 1.0
-    distill.weight = 0.5  # of the logits' loss; that of the labels has the rest of 1
-    distill.token = False  # of classifiers
-    # ((kind, layer, layer of the first teacher, weight), ...): hint, attention_transfer,
-    # attention_maps, patch_tokens, relational_distance, relational_angle; docs/distillation.md
-    distill.features = ()
-    distill.top_k = 0  # of classifiers
-    distill.cache = ""  # a file of what they say, written by --mode=teach; "" asks them
+    config.loss.class_weight = 2.0
+    config.loss.no_object_weight = no_object
 
-    config.optim = optim = ConfigDict()
-    optim.name = "adamw"  # adamw, sgd, lars, lamb, lion, muon
-    optim.lr = lr
-    optim.schedule = "cosine"  # cosine, linear, constant, step; after the warm-up
-    optim.warmup_steps = 100
-    optim.drop_at = 2 / 3  # share of the updates after which step falls to a tenth
-    optim.weight_decay = 1e-4  # on kernels and adapters, not on biases, norms and embeddings
-    optim.b1 = 0.9
-    optim.b2 = 0.999
-    optim.momentum = 0.9  # sgd, lars, muon
-    optim.clip_norm = 0.1  # largest global gradient norm; 0 turns clipping off
-    optim.layer_decay = 1.0  # each earlier layer's rate is this times the next one's
-    optim.rates = ()  # (path regex, factor of the rate); the first counts
-    optim.accumulate = 1  # micro-batches per update
-    optim.ema_decay = 0.998  # moving average of what trains, used by evaluation; 0 for none
-
-    config.data = data = ConfigDict()
-    # COCO JSON, the plain JSON of one box an entry, a folder of Pascal VOC or YOLO files,
-    # data.yaml, tfds:NAME/SPLIT, embedded:aerial/SPLIT; see docs/detection_data.md
-    data.train = train
-    data.images = ""  # folder of the images; "" takes the annotation file's own
-    data.eval = test  # "" holds out a share of data.train
-    data.eval_images = ""  # "" takes data.images
-    data.holdout = 0.1  # that share
-    data.subset = 0  # train on this many images only, the classes in equal parts; 0 takes all
-    # The short side becomes `short` pixels unless the long one would exceed `longest`; 0 takes the
-    # weights' own, 800 and 1333 of DETR's.
-    data.short = 0
-    data.longest = 0
-    data.buckets = 5  # canvases that images are padded to: one compilation for each that occurs
-    data.interpolation = ""  # bicubic, bilinear, ...; "" takes the weights' own
-    data.max_boxes = queries  # an image, at most the model's queries; the largest are kept
-    # Training view: short sides, one drawn a batch, () for data.short alone; the share of images
-    # of which a window is cut out; mirrored or not; factors of color drawn from 1 ± these.
-    data.shorts = ()
-    data.crop = crop
-    data.flip = True
-    data.brightness = jitter
-    data.contrast = jitter
-    data.saturation = jitter
-    data.threads = 2  # that decode images
-    data.workers = 0  # processes that decode images; 0 uses threads alone
-    data.max_damaged = 0.01  # stop when a larger share of the images can't be read
-
-    config.loss = loss = ConfigDict()  # of pairs of query and box: to match them, then to train
-    loss.class_cost = 1.0
-    loss.l1_cost = 5.0
-    loss.giou_cost = 2.0
-    loss.class_weight = 2.0
-    loss.l1_weight = 5.0
-    loss.giou_weight = 2.0
-    loss.no_object_weight = no_object  # of a query without a box in DETR's class term
-
-    config.evaluate = evaluate = ConfigDict()
-    evaluate.every = 500  # updates, 0 for once an epoch; the end of training always evaluates
-    evaluate.batch_size = 50
-    evaluate.score = 0.5  # boxes below it are not drawn
-    evaluate.patience = 500  # updates after which predictions must not be empty or constant
-
-    config.robustness = robustness = ConfigDict()  # of --mode=robustness, on a finished run
-    robustness.images = 300  # evenly spread over the evaluation data; 0 takes all
-    robustness.batch_size = 50
-    robustness.norm = "linf"  # linf, l2 or l1: of what epsilons measure, in pixels from 0 to 1
-    robustness.epsilons = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
-    robustness.attacks = ("fgsm", "pgd")
-    robustness.steps = 10  # of pgd
-    robustness.restarts = 1
-
-    config.checkpoint_every = 500  # updates; evaluations are checkpointed too
-    config.log_every = 10  # updates between lines in metrics.jsonl
+    config.evaluate.every = 500
+    config.evaluate.batch_size = 50
+    config.robustness.images = 300
+    config.robustness.batch_size = 50
     return config

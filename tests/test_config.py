@@ -1,20 +1,31 @@
+import json
 import re
+import shutil
+import time
 import warnings
 
 import pytest
 import runs
 from ml_collections import ConfigDict
 
+from vision_jax import optim, setup
 from vision_jax.config import (
     check_ranges,
     differences,
     fields,
+    fields_of,
     load_config,
-    nearest,
+    read_config,
     read_json,
     save_config,
 )
-from vision_jax.errors import UserError
+from vision_jax.config.__main__ import main as show_config
+from vision_jax.config.fields import FIELDS, TASKS
+from vision_jax.config.hints import WORDS, suggest
+from vision_jax.config.literals import read_literal
+from vision_jax.data import pipeline
+from vision_jax.errors import UserError, UserErrors, nearest
+from vision_jax.models.families import DTYPES
 
 CONFIG = str(runs.ROOT / "configs/vit_lora.py")
 
@@ -34,9 +45,24 @@ CONFIG = str(runs.ROOT / "configs/vit_lora.py")
         ("lora.rules", r"block_\d+/mlp/(fc1|fc2)/kernel", (r"block_\d+/mlp/(fc1|fc2)/kernel",)),
         ("lora.rules", r"('a\d', 'b')", (r"a\d", "b")),
         ("lora.rules", "['a']", ("a",)),
-        ("lora.rules", "()", ()),
+        ("model.reinitialize", "()", ()),
         ("mesh.fsdp", "2", 2),
         ("model.mean", "(0.1, 0.2, 0.3)", (0.1, 0.2, 0.3)),
+        ("optim.lr", "1/8", 0.125),
+        ("optim.lr", " 2e-3 * 2 ", 0.004),
+        ("optim.lr", "2**-10", 2**-10),
+        ("adversarial.epsilon", "8/255", 8 / 255),
+        ("total_steps", "10_000", 10_000),
+        ("total_steps", "1e3", 1000),
+        ("total_steps", "5 * 64", 320),
+        ("robustness.epsilons", "(2/255,)", (2 / 255,)),
+        ("robustness.epsilons", "8/255", (8 / 255,)),
+        ("robustness.epsilons", "[1/255, -(-2)/255]", (1 / 255, 2 / 255)),
+        ("lora.dora", "TRUE", True),
+        ("data.eval", "''", ""),
+        ("data.train", '"a b/c"', "a b/c"),
+        ("recipes", "lora", ("lora",)),
+        ("optim.rates", "(('head/.*', 1/2),)", (("head/.*", 0.5),)),
     ],
 )
 def test_overrides_have_the_type_of_the_field(name, text, value):
@@ -60,7 +86,25 @@ def test_overrides_have_the_type_of_the_field(name, text, value):
         ("optim.lr", "fast", "takes float"),
         ("optim.lr", "True", "takes float"),
         ("lora.dora", "1", "takes bool"),
-        ("trainable", "3", "takes tuple"),
+        ("trainable", "3", "config.trainable is (3,): it must be a tuple of regular expressions"),
+        ("trainable", "None", "takes tuple"),
+        ("trainable", "(head", "it must be a tuple of regular expressions"),
+        ("batch_size", "1e20", "must be at least 1 and below 2**31"),
+        ("batch_size", "2.0**40", "must be at least 1 and below 2**31"),
+        ("optim.lr", "1/0", "takes float"),
+        ("optim.lr", "9**9**9", "takes float"),
+        ("optim.lr", "(-8)**0.5", "takes float"),
+        ("optim.lr", "__import__('os')", "takes float"),
+        ("optim.lr", "None", "takes float"),
+        ("optim.lr", "", "takes float"),
+        ("model.weights", "None", "takes text, not None: --config.model.weights= is empty"),
+        ("recipes", "('lora', 'lora')", "each at most once"),
+        ("recipes", "('lora', 'adversarail')", "a tuple of lora, adversarial, distill"),
+        ("optim", "1", "it is a section, set one of its fields, such as `optim.name`"),
+        ("optim.name", "adam", "config.optim.name is 'adam': it must be adamw, sgd, "),
+        ("optim.warmup_steps", "300", "the run has 200 updates"),
+        ("optim.accumulate", "3", "does not divide"),
+        ("task", "detection", "is a config of classification"),
         ("optim.lr", "{[]: 1}", "takes float"),
         ("optim.lr", "(" * 500, "takes float"),
     ],
@@ -83,6 +127,19 @@ def test_a_config_is_locked():
         (None, "there is no file"),
         ("x = 1", "defines no get_config"),
         ("def get_config(:", "is no Python file"),
+        ("import nothing_of_that_name", r"config.py:1: ModuleNotFoundError"),
+        ("def get_config():\n    return 1 / 0", r"config.py:2: ZeroDivisionError"),
+        ("def get_config():\n    return {}", "must return a ConfigDict"),
+        (
+            "from vision_jax.config import default_config\n"
+            "def get_config():\n    config = default_config('classification')\n"
+            "    config.optim.learning_rate = 1.0\n    return config\n",
+            r"config.py:4: .*learning_rate",
+        ),
+        (
+            "from vision_jax.config import default_config as get_config",
+            "takes no argument|required",
+        ),
     ],
 )
 def test_bad_config_files(tmp_path, content, message):
@@ -116,6 +173,188 @@ def test_differences_name_the_fields():
     old = ConfigDict({"a": 1, "b": {"c": 2.0, "gone": 0}})
     new = ConfigDict({"a": 1, "b": {"c": 3.0}})
     assert differences(old, new) == ["b.c: 2.0 -> 3.0", "b.gone: 0 -> None"]
+
+
+def test_all_that_is_wrong_is_told_at_once():
+    wrong = {"batch_size": "0", "optim.lrr": "1", "optim.lr": "fast", "augment.policy": "auto"}
+    with pytest.raises(UserErrors) as caught:
+        load_config(CONFIG, wrong)
+    lines = [str(error) for error in caught.value.each]
+    assert len(lines) == 4
+    for name in ("batch_size", "optim.lrr", "key `optim.lr`", "augment.policy"):
+        assert sum(name in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("learning_rate", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("train.lr", "optim.lr"),
+        ("optim.weight-decay", "optim.weight_decay"),
+        ("epochs", "total_steps"),
+        ("num_train_epochs", "total_steps"),
+        ("optim.epochs", "total_steps"),
+        ("max_steps", "total_steps"),
+        ("bs", "batch_size"),
+        ("data.batch_size", "batch_size"),
+        ("lora.r", "lora.rank"),
+        ("rank", "lora.rank"),
+        ("lora.target_modules", "lora.rules"),
+        ("model.pretrained", "model.weights"),
+        ("weights", "model.weights"),
+        ("model.img_size", "model.image_size"),
+        ("optimizer", "optim.name"),
+        ("warmup", "optim.warmup_steps"),
+        ("label_smoothing", "augment.label_smoothing"),
+        ("gradient_accumulation_steps", "optim.accumulate"),
+        ("optim.lrr", "optim.lr"),
+        ("modle.dtype", "model.dtype"),
+    ],
+)
+def test_hints_name_the_field_that_is_meant(typed, meant):
+    with pytest.raises(UserError, match=re.escape(f"`{typed}`: did you mean `{meant}`?")) as caught:
+        load_config(CONFIG, {typed: "1"})
+    assert ("an epoch is" in str(caught.value)) == ("epoch" in typed)
+
+
+def test_hints_are_fields_and_no_field_is_somebody_elses_word():
+    names = {field.name for field in FIELDS}
+    assert set(WORDS) <= names
+    words = [word for words in WORDS.values() for word in words.split()]
+    assert len(set(words)) == len(words)
+    assert suggest("nothing_like_it_at_all_xyz", sorted(names)) == ""
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, "10**60", "2**65", "-(2**64)", "a", "[1, b]", "f(1)"])
+def test_literals_are_bounded(text):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"beyond|digits|no literal"):
+        read_literal(text)
+    assert time.monotonic() - start < 5
+
+
+def test_defaults_are_in_range_and_every_field_is_explained():
+    for task in TASKS:
+        table = fields_of(task)
+        assert sum(task in field.tasks for field in FIELDS) == len(table)  # each once
+        for name, field in table.items():
+            assert field.check.fits(field.default), name
+            assert field.help, name
+
+
+def test_choices_are_those_of_the_code():
+    table = fields_of("classification")
+    for name, choices in (
+        ("optim.name", optim.OPTIMIZERS),
+        ("optim.schedule", optim.SCHEDULES),
+        ("data.crop", pipeline.CROPS),
+        ("model.dtype", DTYPES),
+    ):
+        assert all(map(table[name].check.fits, choices)), name
+        assert table[name].check.wanted == f"{', '.join([*choices][:-1])} or {[*choices][-1]}"
+    assert tuple(setup.TASKS) == TASKS
+
+
+@pytest.fixture
+def older(tmp_path):
+    """A function (change of a run's config.json) -> its path."""
+
+    def write(change):
+        config = load_config(CONFIG, {"optim.lr": "0.5"}).to_dict()
+        change(config)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "model.json").write_text("{}")
+        return str(tmp_path / "config.json")
+
+    return write
+
+
+def test_an_older_runs_config_is_filled_with_todays_defaults(older):
+    def change(config):
+        del config["optim"]["rates"]
+        del config["distill"]
+
+    config, notes = read_config(older(change), {"distill.weight": "0.25"})
+    wanted = load_config(CONFIG, {"optim.lr": "0.5", "distill.weight": "0.25"})
+    assert differences(wanted, config) == []
+    (note,) = notes
+    assert "config.json lacks fields" in note
+    assert "distill.*, optim.rates = ()" in note
+
+
+def test_fields_that_an_older_run_had_are_named_and_left_out(older):
+    def change(config):
+        config["optim"]["nesterov"] = True
+        config["old"] = {"a": 1, "b": 2}
+
+    config, notes = read_config(older(change), {})
+    assert differences(load_config(CONFIG, {"optim.lr": "0.5"}), config) == []
+    assert len(notes) == 1
+    assert "left out: old.a, old.b, optim.nesterov" in notes[0]
+
+
+def test_a_users_json_is_filled_and_its_mistakes_are_told(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"batch_size": 32.0, "optim": {"lr": 1}, "recipes": []}))
+    config, notes = read_config(str(path), {})
+    assert (config.batch_size, config.optim.lr, config.recipes) == (32, 1.0, ())
+    assert {n: type(v) for n, v in fields(config).items()} == {
+        n: type(f.default) for n, f in fields_of("classification").items()
+    }
+    assert "mine.json lacks fields" in notes[0]
+    path.write_text(json.dumps({"batch_size": "32", "optim": {"learning_rate": 1}, "model": 3}))
+    with pytest.raises(UserErrors) as caught:
+        read_config(str(path), {})
+    said = sorted(map(str, caught.value.each))
+    assert len(said) == 3
+    assert "config.batch_size is '32': it takes int" in said[0]
+    assert "`model`: it is a section" in said[1]
+    assert "did you mean `optim.lr`?" in said[2]
+
+
+def test_a_short_run_shortens_a_warm_up_that_nobody_asked_for(tmp_path):
+    config, notes = read_config(CONFIG, {"total_steps": "10"})
+    assert config.optim.warmup_steps == 1  # a tenth of the run, as in the file
+    assert notes == [
+        "optim.warmup_steps is 1 and not 20, for total_steps is 10 and not 200; "
+        "--config.optim.warmup_steps sets another"
+    ]
+    assert read_config(CONFIG, {"total_steps": "20"})[0].optim.warmup_steps == 20
+    with pytest.raises(UserError, match=r"warmup_steps is 20 and the run has 10 updates"):
+        load_config(CONFIG, {"total_steps": "10", "optim.warmup_steps": "20"})
+    save_config(config, tmp_path / "config.json")
+    again, notes = read_config(str(tmp_path / "config.json"), {})
+    assert (differences(config, again), notes) == ([], [])
+    (tmp_path / "mine.json").write_text('{"total_steps": 50}')  # the default's 100 of 1,000
+    assert load_config(str(tmp_path / "mine.json"), {}).optim.warmup_steps == 5
+
+
+def test_configs_that_come_along_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/vit_lora.py", {}).lora.rank == 8
+    assert load_config("./configs/detr_tiny.py:composites", {}).data.max_boxes == 12
+    with pytest.raises(UserError, match=r"did you mean `configs/vit_lora.py`"):
+        load_config("vit_lora", {})
+    with pytest.raises(UserError, match=r"the package brings configs/detr_finetune.py, "):
+        load_config("xyz", {})
+    with pytest.raises(UserError, match=r"fields are set with --config.FIELD=VALUE"):
+        load_config("optim.lr=1", {})
+    (tmp_path / "configs").mkdir()  # somebody's own folder comes first
+    shutil.copy(runs.ROOT / "configs/vit_lora_pgd.py", tmp_path / "configs/vit_lora.py")
+    assert "adversarial" in load_config("configs/vit_lora.py", {}).recipes
+
+
+def test_fields_are_shown_with_their_help(capsys):
+    assert show_config([CONFIG]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == len(fields_of("classification"))
+    assert any(line.startswith("* optim.lr = 0.005 ") for line in shown)
+    assert show_config(["detection"]) == 0
+    assert not any(line.startswith("*") for line in capsys.readouterr().out.splitlines())
+    assert show_config(["absent.py"]) == 2
+    assert "there is no file absent.py" in capsys.readouterr().err
 
 
 def test_nearest():

@@ -56,7 +56,7 @@ def test_torch_and_its_libraries_are_imported_where_their_files_are_read_or_cert
 def test_no_config_below_the_setup():
     allowed = {
         "main.py",
-        "config.py",
+        "config/load.py",
         "setup.py",
         "teach.py",
         "train.py",
@@ -66,7 +66,11 @@ def test_no_config_below_the_setup():
         "classify_robustness.py",
         "detect.py",
     }
-    users = {path.name for path in PACKAGE.rglob("*.py") if "ml_collections" in imported(path)}
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if "ml_collections" in imported(path)
+    }
     assert users <= allowed
 
 

@@ -261,11 +261,6 @@ def test_the_self_check_takes_another_run_s_attacks(tmp_path, capsys):
 
 
 def test_robustness_refuses_what_it_cannot_do(tmp_path):
-    config = runs.tiny_config()
-    with config.unlocked():
-        del config.robustness
-    with pytest.raises(UserError, match=r"older than --mode=robustness"):
-        modes.robustness(config, tmp_path, "last")
     with pytest.raises(UserError, match=r"config.robustness.norm is 'l3'"):
         modes.robustness(runs.tiny_config(robustness__norm="l3"), tmp_path, "last")
     with pytest.raises(UserError, match="unknown `fgsn`"):

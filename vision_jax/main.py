@@ -16,6 +16,7 @@ Cloud TPU and Slurm, --coordinator=auto is enough).
 """
 
 import argparse
+import difflib
 import logging
 import os
 import re
@@ -27,8 +28,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vision_jax.config import load_config
-from vision_jax.errors import UserError, UserErrors, nearest
+from vision_jax.config import TASKS, fields_of, read_config
+from vision_jax.config.hints import suggest
+from vision_jax.errors import UserError, UserErrors
 
 BAD_INPUT = 2  # exit code
 
@@ -126,17 +128,25 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _load(flags: argparse.Namespace, overrides: dict[str, str]) -> tuple[ConfigDict, Path]:
-    """(the config of a file or of a finished run, the folder of the run)."""
+    """(the config of a file or a finished run, the run's folder); says what it filled in."""
     if flags.mode in FROM_CONFIG:
         if not flags.config:
             raise UserError("--config is missing: for example --config=configs/vit_lora.py")
-        workdir = flags.workdir or Path("runs") / _run_name(flags.config)
-        return load_config(flags.config, overrides), workdir
-    if not flags.workdir:
-        raise UserError(f"--mode={flags.mode} needs --workdir=DIR, the folder of a finished run")
-    if not (flags.workdir / "config.json").is_file():
-        raise UserError(f"--workdir: {flags.workdir} holds no run, there is no config.json in it")
-    return load_config(str(flags.workdir / "config.json"), overrides), flags.workdir
+        path, workdir = flags.config, flags.workdir or Path("runs") / _run_name(flags.config)
+    else:
+        if not flags.workdir:
+            raise UserError(f"--mode={flags.mode} needs --workdir=DIR, a finished run's folder")
+        workdir, path = flags.workdir, str(flags.workdir / "config.json")
+        if not Path(path).is_file():
+            raise UserError(f"--workdir: {workdir} holds no run, there is no config.json in it")
+    config, notes = read_config(path, overrides)
+    held = workdir / "config.json"  # of the run that training resumes
+    if flags.mode == "train" and held.is_file():
+        notes += read_config(str(held), {})[1]
+    if not flags.process:
+        for note in notes:
+            print(f"note: {note}")
+    return config, workdir
 
 
 def _run_name(config: str) -> str:
@@ -189,11 +199,19 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]
 
 def _unknown(argument: str) -> str:
     """What to say of an argument that there is not."""
-    name = argument.partition("=")[0]
+    name, equals, value = argument.partition("=")
     known = [f"--{flag}" for flag in ("mode", "plan", *FLAGS)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    field = suggest(name.lstrip("-"), [*{n: 0 for task in TASKS for n in fields_of(task)}])
+    if near:
+        hint = f": did you mean `{near[0]}`?"
+    elif argument.startswith("-"):
+        hint = field.replace("`", "`--config.", 1).replace("`?", f"{equals}{value}`?", 1)
+    else:
+        hint = ""
     return (
-        f"unknown argument {argument!r}{nearest(name, known)}: config fields are set with "
-        "--config.FIELD=VALUE, and --help lists the rest"
+        f"unknown argument {argument!r}{hint}: config fields are set with --config.FIELD=VALUE, "
+        "and --help lists the rest"
     )
 
 

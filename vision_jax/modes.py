@@ -245,13 +245,8 @@ def robustness(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     its task can tell. WORKDIR/robustness.json and .png.
 
     Raises:
-      UserError: a run without the config's section, or bad input.
+      UserError: bad input.
     """
-    if "robustness" not in config:
-        raise UserError(
-            f"{workdir / 'config.json'} is older than --mode=robustness: copy the section "
-            "robustness from the config.json of a new run"
-        )
     check_ranges(config)
 
     def restore_other(folder: Path) -> setup.Trained:

@@ -1,0 +1,35 @@
+"""Experiments as files: what fields there are (fields.py) and how a config is read (load.py)."""
+
+from vision_jax.config.fields import FEATURES, FIELDS, RECIPES, TASKS, Check, Field, fields_of
+from vision_jax.config.load import (
+    check_ranges,
+    default_config,
+    differences,
+    fields,
+    find_config,
+    load_config,
+    read_config,
+    read_json,
+    save_config,
+    write_json,
+)
+
+__all__ = [
+    "FEATURES",
+    "FIELDS",
+    "RECIPES",
+    "TASKS",
+    "Check",
+    "Field",
+    "check_ranges",
+    "default_config",
+    "differences",
+    "fields",
+    "fields_of",
+    "find_config",
+    "load_config",
+    "read_config",
+    "read_json",
+    "save_config",
+    "write_json",
+]

@@ -1,0 +1,94 @@
+"""Which field somebody meant: other libraries' words for ours, and misspellings."""
+
+import difflib
+from collections.abc import Collection
+
+# The words of timm, transformers, ultralytics, PEFT and big_vision, without their sections.
+WORDS = {
+    "optim.lr": "learning_rate base_lr base_learning_rate peak_lr max_lr blr lr0 init_lr",
+    "total_steps": "epochs epoch num_epochs num_train_epochs max_epochs total_epochs steps "
+    "max_steps num_steps train_steps num_train_steps training_steps iterations max_iter num_iters "
+    "updates",
+    "optim.warmup_steps": "warmup warmup_epochs warmup_ratio warmup_iters num_warmup_steps",
+    "batch_size": "bs batch train_batch_size per_device_train_batch_size per_device_batch_size "
+    "global_batch_size",
+    "evaluate.batch_size": "eval_batch_size per_device_eval_batch_size val_batch_size",
+    "optim.weight_decay": "wd decay",
+    "optim.name": "optimizer opt optimizer_name",
+    "optim.schedule": "scheduler sched lr_scheduler lr_scheduler_type lr_schedule",
+    "optim.clip_norm": "grad_clip clip_grad max_grad_norm clip gradient_clip gradient_clip_val "
+    "grad_clip_norm",
+    "optim.accumulate": "gradient_accumulation_steps accum_steps accum_iter grad_accum "
+    "grad_accum_steps accumulation_steps accumulate_grad_batches",
+    "optim.ema_decay": "ema model_ema model_ema_decay",
+    "optim.layer_decay": "llrd layerwise_lr_decay layer_lr_decay",
+    "optim.b1": "beta1 adam_beta1 betas",
+    "optim.b2": "beta2 adam_beta2",
+    "model.weights": "pretrained checkpoint ckpt init model_name_or_path pretrained_model "
+    "initial_checkpoint finetune",
+    "model.variant": "arch architecture model_name backbone",
+    "model.image_size": "img_size imgsz input_size resolution image_res img",
+    "model.dtype": "precision amp fp16 bf16 mixed_precision half compute_dtype",
+    "model.drop_path": "drop_path_rate stochastic_depth",
+    "model.dropout": "drop drop_rate dropout_rate",
+    "model.remat": "gradient_checkpointing grad_checkpointing checkpointing",
+    "model.freeze_norm": "freeze_bn frozen_bn",
+    "trainable": "freeze unfreeze frozen freeze_layers",
+    "lora.rank": "r lora_r lora_rank",
+    "lora.alpha": "lora_alpha",
+    "lora.rules": "target_modules lora_targets",
+    "lora.dropout": "lora_dropout",
+    "lora.dora": "use_dora",
+    "lora.rank_stabilized": "use_rslora rslora",
+    "data.train": "dataset data_path data_dir data_root train_data train_dir train_path",
+    "data.eval": "val val_data val_dir val_path validation eval_data test eval_dir",
+    "data.holdout": "val_split validation_split test_size val_fraction",
+    "data.threads": "num_threads",
+    "data.workers": "num_workers dataloader_num_workers",
+    "augment.label_smoothing": "smoothing label_smoothing_factor",
+    "augment.erasing": "reprob random_erasing",
+    "augment.policy": "aa auto_augment randaugment rand_augment",
+    "augment.mixup": "mixup_alpha",
+    "augment.cutmix": "cutmix_alpha",
+    "evaluate.every": "eval_every eval_steps eval_interval val_interval eval_freq",
+    "checkpoint_every": "save_every save_steps save_interval checkpoint_interval save_freq",
+    "log_every": "logging_steps log_interval log_freq print_freq",
+    "seed": "random_seed rng_seed",
+    "adversarial.epsilon": "eps attack_eps",
+    "adversarial.steps": "attack_steps pgd_steps",
+    "distill.temperature": "tau distillation_tau",
+    "distill.teachers": "teacher teacher_model",
+    "evaluate.score": "score_threshold conf threshold",
+}
+EPOCHS = "; an epoch is the number of training images / batch_size updates"
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """A clause that names the field meant by `name`, or nothing.
+
+    >>> suggest("optim.learning_rate", ["optim.lr", "optim.rates"])
+    ': did you mean `optim.lr`?'
+    """
+    last = name.rpartition(".")[2].replace("-", "_").lower()
+    section = [one for one in known if one.startswith(f"{name}.")]
+    if section:
+        return f": it is a section, set one of its fields, such as `{section[0]}`"
+    word = next((field for field, words in WORDS.items() if last in words.split()), "")
+    same = [one for one in known if one.rpartition(".")[2] == last]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if near and not same:
+        field = near[0]
+    elif word in known:
+        field = word
+    elif len(same) == 1:
+        field = same[0]
+    else:
+        close = difflib.get_close_matches(name, same or known, n=1, cutoff=0.0 if same else 0.5)
+        lasts = {one.rpartition(".")[2]: one for one in known}
+        close = close or [
+            lasts[one] for one in difflib.get_close_matches(last, lasts, n=1, cutoff=0.6)
+        ]
+        if not close:
+            return ""
+        field = close[0]
+    return f": did you mean `{field}`?{EPOCHS if 'epoch' in last else ''}"

@@ -1,0 +1,371 @@
+"""Reading a config, overriding its fields, keeping it beside its results.
+
+A config file defines `get_config() -> ConfigDict`: `default_config(task)` with what it changes. A
+config in JSON, such as a run's own config.json, may leave fields out too: they have their defaults.
+All that is wrong with a config is told at once.
+"""
+
+import inspect
+import json
+import os
+import runpy
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vision_jax import files
+from vision_jax.config.fields import TASKS, Field, Value, fields_of
+from vision_jax.config.hints import suggest
+from vision_jax.config.literals import read_literal
+from vision_jax.errors import UserError, UserErrors, nearest
+
+PACKAGE = Path(__file__).parents[1]
+# Where a wheel has the configs that come with the package, and where a checkout has them.
+CONFIGS = (PACKAGE / "configs", PACKAGE.parent / "configs")
+LISTED = 8  # fields that a note names
+
+
+def default_config(task: str) -> ConfigDict:
+    """Every field of a task at its default; locked, so that a config file adds none by mistake.
+
+    Raises:
+      UserError: no such task.
+    """
+    return _nested({name: field.default for name, field in _table(task).items()})
+
+
+def load_config(path: str, overrides: Mapping[str, str]) -> ConfigDict:
+    """`read_config` without its notes."""
+    return read_config(path, overrides)[0]
+
+
+def read_config(path: str, overrides: Mapping[str, str]) -> tuple[ConfigDict, list[str]]:
+    """The config of a file with {"optim.lr": "0.001"} set in it, locked; and what was filled in.
+
+    `path` is FILE.py, whose `get_config()` is run, FILE.py:ARGUMENT, for `get_config(argument)`, or
+    a JSON file. What is missing in it has its default, and a note says so. A run's own config.json
+    may have fields of another version, which a note names and which are left out.
+
+    Raises:
+      UserError: no such file, no get_config in it, or one that fails.
+      UserErrors: all unknown fields (with the nearest ones), values of another type or out of
+        range, and fields that contradict each other.
+    """
+    stated, of_run = _read_file(path)
+    task = str(stated.get("task", "classification"))
+    table = _table(task)
+    problems, notes, values = [], [], {name: field.default for name, field in table.items()}
+    unknown = sorted(stated.keys() - table.keys())
+    if of_run and unknown:
+        notes.append(f"{path} has fields that this version has not, left out: {_list(unknown)}")
+    elif unknown:
+        problems += [f"{path}: {_unknown(name, table)}" for name in unknown]
+    for name in stated.keys() & table.keys():
+        try:
+            values[name] = _cast(table[name], stated[name])
+        except UserError as error:
+            problems.append(f"{path}: {error}")
+    if missing := [name for name in table if name not in stated]:
+        notes.append(f"{path} lacks fields, which have their defaults: {_fill(missing, values)}")
+    for name, text in overrides.items():
+        try:
+            if name not in table:
+                raise UserError(_unknown(name, table))
+            values[name] = _parse(table[name], text, values[name])
+        except UserError as error:
+            problems.append(str(error))
+    if values["task"] != task:
+        problems.append(f"config.task: {path} is a config of {task}: take one of {values['task']}")
+        values["task"] = task
+    if "optim.warmup_steps" not in overrides:
+        notes += _fit_warmup(values, table, stated)
+    problems += check_values(values)
+    if problems:
+        raise UserErrors(problems)
+    return _nested(values), notes
+
+
+def fields(config: ConfigDict) -> dict[str, Value]:
+    """All fields by dotted name.
+
+    >>> fields(ConfigDict({"seed": 0, "optim": {"lr": 0.1}}))
+    {'optim.lr': 0.1, 'seed': 0}
+    """
+    found: dict[str, Value] = {}
+    for name in sorted(config):
+        value = config[name]
+        if isinstance(value, ConfigDict):
+            found |= {f"{name}.{below}": leaf for below, leaf in fields(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Checks what can be told from the fields alone, before any file is opened.
+
+    Raises:
+      UserErrors: all fields that are out of range or contradict each other.
+    """
+    if problems := check_values(fields(config)):
+        raise UserErrors(problems)
+
+
+def check_values(values: Mapping[str, Value]) -> list[str]:
+    """What is wrong with fields by name: those out of range, else those that do not go together."""
+    table = _table(values["task"])
+    problems = [
+        f"config.{name} is {values[name]!r}: it must be {field.check.wanted}"
+        for name, field in table.items()
+        if name in values and not field.check.fits(values[name])
+    ]
+    return problems or [message for fits, message in _relations(values) if not fits]
+
+
+def _relations(values: Mapping[str, Value]) -> list[tuple[bool, str]]:
+    """(what must hold of several fields, what to say if it does not)."""
+    steps, warmup = values["total_steps"], values["optim.warmup_steps"]
+    updates = steps * _replays(values)
+    batch, parts = values["batch_size"], values["optim.accumulate"]
+    lora = "lora" in values["recipes"]
+    return [
+        (
+            warmup <= updates,
+            f"config.optim.warmup_steps is {warmup} and the run has {updates} updates "
+            f"(config.total_steps {steps}): shorten the warm-up or train longer",
+        ),
+        (
+            "adversarial" not in values["recipes"] or values["adversarial.warmup_steps"] <= updates,
+            f"config.adversarial.warmup_steps is {values['adversarial.warmup_steps']} and the run "
+            f"has {updates} updates: its epsilon would never be reached",
+        ),
+        (
+            batch % parts == 0,
+            f"config.batch_size {batch} does not divide into config.optim.accumulate {parts} parts",
+        ),
+        (
+            bool(values["data.eval"]) or 0 < values["data.holdout"] < 1,
+            f"config.data.holdout is {values['data.holdout']}: without config.data.eval it must be "
+            "a share between 0 and 1, say 0.1",
+        ),
+        (
+            not lora or bool(values["lora.rules"] or values["lora.init_from"]),
+            "config.recipes has lora: set config.lora.rules, or lora.init_from",
+        ),
+        (
+            not lora or not (values["lora.rules"] and values["lora.init_from"]),
+            "config.lora.init_from brings its own targets: set config.lora.rules=()",
+        ),
+    ]
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Fields that differ, as "optim.lr: 0.001 -> 0.002"."""
+    before, after = fields(old), fields(new)
+    return [
+        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def find_config(path: str) -> Path:
+    """The file that `path` names: as it stands, or configs/NAME.py of those that come along.
+
+    Raises:
+      UserError: no such file.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    shipped = {
+        f"configs/{file.name}": file
+        for folder in reversed(CONFIGS)
+        for file in sorted(folder.glob("[!_]*.py"))
+    }
+    if Path(path).as_posix() in shipped:
+        return shipped[Path(path).as_posix()]
+    if "=" in path:
+        raise UserError(f"--config={path}: fields are set with --config.FIELD=VALUE")
+    hint = nearest(path, list(shipped)) or f"; the package brings {', '.join(sorted(shipped))}"
+    raise UserError(f"--config: there is no file {path}{hint}")
+
+
+def _read_file(path: str) -> tuple[dict[str, Value], bool]:
+    """(fields by name, whether a run wrote them)."""
+    argument = ""
+    if not Path(path).is_file():
+        path, _, argument = path.partition(":")
+    file = find_config(path)
+    if file.suffix == ".json":
+        of_run = file.name == "config.json" and (file.parent / "model.json").is_file()
+        return fields(ConfigDict(read_json(file))), of_run
+    try:
+        namespace = runpy.run_path(str(file))
+        if "get_config" not in namespace:
+            raise UserError(f"--config: {path} defines no get_config()")
+        get_config = namespace["get_config"]
+        if argument and not inspect.signature(get_config).parameters:
+            raise UserError(f"--config: {path} takes no argument; what is {argument!r}?")
+        config = get_config(argument) if argument else get_config()
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"--config: {path} is no Python file: {error}") from error
+    except Exception as error:  # whatever the file does wrong is its author's to mend
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
+        ]
+        place = f"{path}:{lines[-1]}" if lines else path
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise UserError(f"--config: {place}: {type(error).__name__}: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config() of {path} must return a ConfigDict")
+    return fields(config), False
+
+
+def save_config(config: ConfigDict, path: Path) -> None:
+    """Writes the config as JSON, to be read again by `load_config`."""
+    write_json(config.to_dict(), path)
+
+
+def write_json(record: Any, path: Path) -> None:
+    """Writes a JSON file, whole or not at all."""
+    draft = path.with_name(path.name + ".draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote, lists as tuples: JSON has none, and configs have no lists.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    record = files.read_json(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return _tuples(record)
+
+
+def _tuples(value: Value) -> Value:
+    if isinstance(value, dict):
+        return {name: _tuples(below) for name, below in value.items()}
+    return tuple(_tuples(below) for below in value) if isinstance(value, list) else value
+
+
+# Values -----------------------------------------------------------------------------------------
+
+
+def _table(task: str) -> dict[str, Field]:
+    if task not in TASKS:
+        raise UserError(f"config.task: {task!r} is none of {', '.join(TASKS)}")
+    return fields_of(task)
+
+
+def _nested(values: Mapping[str, Value]) -> ConfigDict:
+    config = ConfigDict()
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        section = config
+        for parent in parents:
+            if parent not in section:
+                section[parent] = ConfigDict()
+            section = section[parent]
+        section[last] = value
+    return config.lock()
+
+
+def _unknown(name: str, table: Mapping[str, Field]) -> str:
+    return f"unknown config key `{name}`{suggest(name, list(table))}"
+
+
+def _cast(field: Field, value: Value) -> Value:
+    """`value` with the type of the field; whole numbers pass for floats and the reverse.
+
+    Raises:
+      UserError: it has another type.
+    """
+    like = field.default
+    if isinstance(like, float) and type(value) is int and abs(value) < 2**63:
+        return float(value)
+    if type(like) is int and type(value) is float and value.is_integer():
+        return int(value)
+    if isinstance(like, tuple) and isinstance(value, list):
+        return _tuples(value)
+    if type(value) is not type(like):
+        raise UserError(f"config.{field.name} is {value!r}: it takes {type(like).__name__}")
+    return value
+
+
+def _parse(field: Field, text: str, now: Value) -> Value:
+    """The value that `text` spells, of the type of the field."""
+    like = field.default
+    if isinstance(like, str):
+        quoted = len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]
+        text = text[1:-1] if quoted else text
+        if text == "None":
+            raise UserError(
+                f"config key `{field.name}` takes text, not None: --config.{field.name}= is empty"
+            )
+        return text
+    try:
+        value = read_literal(text)
+    except ValueError:
+        value = text
+    if isinstance(like, tuple) and not isinstance(value, tuple | bool | None):
+        value = (value,) if value != "" else ()  # a single rule needs no Python quoting
+    try:
+        return _cast(field, value)
+    except UserError:
+        raise UserError(
+            f"config key `{field.name}` takes {type(like).__name__} (now {now!r}), not {text!r}"
+        ) from None
+
+
+def _replays(values: Mapping[str, Value]) -> int:
+    """Updates a step: several in free adversarial training."""
+    free = "adversarial" in values["recipes"] and values["adversarial.method"] == "free"
+    return values["adversarial.replays"] if free else 1
+
+
+def _fit_warmup(
+    values: dict[str, Value], table: Mapping[str, Field], stated: Mapping[str, Value]
+) -> list[str]:
+    """Shortens a warm-up that nobody asked for where the run is shorter; returns what to say."""
+    warmup, total = values["optim.warmup_steps"], values["total_steps"]
+    updates = total * _replays(values)
+    lengths = [stated.get("total_steps", 0), table["total_steps"].default]
+    usual = next((n for n in lengths if type(n) is int and warmup <= n), None)
+    if warmup <= updates or usual is None:
+        return []
+    values["optim.warmup_steps"] = shorter = warmup * total // usual
+    return [
+        f"optim.warmup_steps is {shorter} and not {warmup}, for total_steps is {total} and not "
+        f"{usual}; --config.optim.warmup_steps sets another"
+    ]
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _fill(missing: Sequence[str], values: Mapping[str, Value]) -> str:
+    """Missing fields with their defaults, whole sections by their names."""
+    sections: dict[str, list[str]] = {}
+    for name in missing:
+        sections.setdefault(name.partition(".")[0], []).append(name)
+    parts = []
+    for section, names in sections.items():
+        whole = [name for name in values if name.startswith(f"{section}.")]
+        parts += [f"{section}.*"] if whole == names else [f"{n} = {values[n]!r}" for n in names]
+    return _list(parts)
