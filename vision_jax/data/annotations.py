@@ -18,6 +18,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +40,15 @@ from vision_jax.data.annotation_formats import (
     read_voc,
     read_yolo_folder,
     read_yolo_yaml,
+    without_collector,
 )
 from vision_jax.data.composites import read_composites
+from vision_jax.data.folders import Inside, splits_of
 from vision_jax.data.sources import ASSETS, ArrayReader, FileReader, TfdsReader
 from vision_jax.errors import UserError
 from vision_jax.files import expand, open_regular
+
+_YAMLS = ("data.yaml", "dataset.yaml")
 
 
 @dataclass(frozen=True)
@@ -124,29 +129,32 @@ def examine_annotations(
         raise UserError("no annotations: set config.data.train to a COCO JSON file, for example")
     if images is not None and not images.is_dir():
         raise UserError(f"{images}: no such folder of images")
-    if spec.startswith("tfds:"):
-        reading = read_tfds(spec)
-    elif spec.startswith("composites:"):
-        reading = read_composites(spec)
-    elif spec.startswith("embedded:"):
-        reading = _read_embedded(spec)
-    elif re.search(r"\.ya?ml(:\w+)?$", spec) and not expand(spec).is_dir():
-        reading = read_yolo_yaml(spec, images)
-    else:
-        path = expand(spec)
-        if path.is_dir():
-            reading = _read_folder(spec, path, images)
-        elif path.is_file():
-            reading = _read_file(spec, path, images)
-        else:
-            raise UserError(
-                f"{spec}: no such file or folder: give COCO or plain JSON, a Pascal VOC or YOLO"
-                " folder, data.yaml:SPLIT, tfds:NAME/SPLIT, embedded:aerial/train or composites:..."
-            )
+    with without_collector():
+        reading = _read(spec, images)
     annotations = _finish(reading)
     if not annotations.paths and not reading.problems:
         raise UserError(f"{spec}: lists no images")
     return annotations, tuple(reading.problems)
+
+
+def _read(spec: str, images: Path | None) -> Reading:
+    if spec.startswith("tfds:"):
+        return read_tfds(spec)
+    if spec.startswith("composites:"):
+        return read_composites(spec)
+    if spec.startswith("embedded:"):
+        return _read_embedded(spec)
+    path = expand(spec)
+    if re.search(r"\.ya?ml(:\w+)?$", spec) and not path.is_dir():
+        return read_yolo_yaml(spec, images)
+    if path.is_dir():
+        return _read_folder(spec, path, images)
+    if path.is_file():
+        return _read_file(spec, path, images)
+    raise UserError(
+        f"{spec}: no such file or folder: give COCO or plain JSON, a Pascal VOC or YOLO"
+        " folder, data.yaml:SPLIT, tfds:NAME/SPLIT, embedded:aerial/train or composites:..."
+    )
 
 
 def _read_embedded(spec: str) -> Reading:
@@ -167,25 +175,31 @@ def _read_folder(spec: str, path: Path, images: Path | None) -> Reading:
             path / "Annotations",
             images or default,
         )
-    if (path / "images").is_dir() and (path / "labels").is_dir():
+    labelled = (path / "images").is_dir() and (path / "labels").is_dir()
+    xml, json = find_files(path, {".xml"}), find_files(path, {".json"})
+    texts = find_files(path / "labels" if labelled else path, {".txt"})
+    _refuse_splits(spec, path, "images" if labelled else "", xml or texts or json)
+    if labelled:
         return read_yolo_folder(spec, images or path / "images", path / "labels", path)
-    xml, pictures = find_files(path, {".xml"}), find_files(path, IMAGES)
-    texts = {name.removesuffix(".txt") for name in find_files(path, {".txt"})}
     if xml:
         usual = path.parent / "JPEGImages"
         usual = usual if path.name == "Annotations" and usual.is_dir() else path
         return read_voc(spec, xml, path, images or usual)
-    files = [name for name in find_files(path, {".json"}) if "/" not in name]
+    files = [name for name in json if "/" not in name]
     if len(files) == 1:
         return _read_file(spec, path / files[0], images or path)
     if images is not None and texts:
         return read_yolo_folder(spec, images, path, path)
-    labels = labels_of(path) if labels_of(path).is_dir() else path
-    beside = any(os.path.splitext(name)[0] in texts for name in pictures)
+    labels, pictures = (
+        labels_of(path) if labels_of(path).is_dir() else path,
+        find_files(path, IMAGES),
+    )
+    stems = {os.path.splitext(name)[0] for name in texts}
+    beside = any(os.path.splitext(name)[0] in stems for name in pictures)
     if pictures and (labels != path or beside):
         return read_yolo_folder(spec, path, labels, path)
-    advice = f": give one of {', '.join(files[:5])}" if files else ""
-    for name in ("data.yaml", "dataset.yaml"):
+    advice = f": give one of {', '.join((files or json)[:5])}" if json else ""
+    for name in _YAMLS:
         if (path / name).is_file():
             advice = f": give {path / name}:train or another split of it"
     raise UserError(
@@ -195,9 +209,20 @@ def _read_folder(spec: str, path: Path, images: Path | None) -> Reading:
     )
 
 
+def _refuse_splits(spec: str, path: Path, images: str, files: Sequence[str]) -> None:
+    """A root whose annotations lie in train/ and val/ is no one set; the line names the parts."""
+    splits = splits_of(files)
+    yaml = next((path / name for name in _YAMLS if (path / name).is_file()), None)
+    if splits and yaml is not None:
+        raise UserError(f"{spec}: holds several splits: give {yaml}:train, or another split of it")
+    if splits:
+        parts = ", ".join(str(path / images / split) for split in splits)
+        raise UserError(f"{spec}: holds the splits {', '.join(splits)}: give one of {parts}")
+
+
 def _read_file(spec: str, path: Path, images: Path | None) -> Reading:
     with open_regular(path) as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        start = file.read(4096).lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")  # a mark of any encoding
     if start[:1] in (b"{", b"["):
         content = read_json(path)
         if isinstance(content, dict) and isinstance(content.get("images"), list):
@@ -214,12 +239,19 @@ def _read_file(spec: str, path: Path, images: Path | None) -> Reading:
         return read_voc(spec, [path.name], path.parent, images or path.parent)
     root = next((p for p in path.resolve().parents if (p / "Annotations").is_dir()), None)
     if path.suffix == ".txt" and root is not None:
-        names = [line.split()[0] + ".xml" for line in read_lines(path)]
+        names = [_listed_xml(line.strip(), root / "Annotations") for line in read_lines(path)]
         return read_voc(spec, names, root / "Annotations", images or root / "JPEGImages")
     raise UserError(
         f"{path}: not annotations that are known here: looked for JSON (COCO or plain), Pascal VOC"
         " (XML, or a list in a folder beside Annotations/) and YOLO's data.yaml"
     )
+
+
+def _listed_xml(line: str, folder: Path) -> str:
+    """A line of ImageSets/Main is a name, which may hold spaces; lists of a class add 1 or -1."""
+    names = [name for name in (line, re.sub(r"\s+-?[01]$", "", line)) if "\0" not in name]
+    inside = Inside(folder)
+    return next((f"{n}.xml" for n in names if inside.find(f"{n}.xml")), f"{names[-1]}.xml")
 
 
 def _finish(reading: Reading) -> Annotations:

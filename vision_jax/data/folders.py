@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -156,46 +156,54 @@ class Inside:
         """(the path relative to the folder, "found"), or (`path`, what is the matter).
 
         What was written on another machine is read as it can only be meant, and never leads out:
-        an absolute path, or one with `..`, by as many of its last parts as there are inside;
-        Windows' separators as such; and a path that begins with the folder's own name without it.
-        `by_end` treats relative paths like absolute ones.
+        an absolute path by as many of its last parts as there are inside; `..` where the path comes
+        back into the folder; Windows' separators as such; and a path that begins with the folder's
+        own name without it. `by_end` treats relative paths like absolute ones.
 
-        "outside": links lead out of the folder. "elsewhere": it is absolute or has `..`, and
-        nothing inside ends like it. "missing": there is no such file.
+        "outside": links lead out of the folder. "elsewhere": it is absolute or has `..`, and means
+        nothing inside. "missing": there is no such file.
         """
         leaves = leaves_its_folder(path)
         if not leaves:
             found = self.find(path)
             if found is not False:
                 return path, "found" if found else "outside"
-        for start in self._starts if leaves else ():
-            rest = path.removeprefix(start)
-            if rest != path and not leaves_its_folder(rest) and self.find(rest):
+        for rest in self._other_readings(path, by_end):
+            if rest and self.find(rest):
                 return rest, "found"
-        parts = [part for part in re.split(r"[\\/]", path) if part not in ("", ".")]
-        if ".." in parts:
-            parts = parts[len(parts) - parts[::-1].index("..") :]
-        if leaves or by_end:
-            ends = [parts[i:] for i in range(max(len(parts) - MOST_PARTS, 0), len(parts))]
-        else:
-            own = Path(self._root).name
-            ends = [parts] * ("\\" in path) + [parts[1:]] * (parts[:1] == [own])
-        for end in ends:
-            if end and self.find("/".join(end)):
-                return "/".join(end), "found"
         return path, "elsewhere" if leaves else "missing"
+
+    def _other_readings(self, path: str, by_end: bool) -> Iterator[str]:
+        """Paths without `..`, relative to the folder, that `path` can mean; the likeliest first."""
+        for start in self._starts:
+            if path.startswith(start) and not leaves_its_folder(path[len(start) :] or "."):
+                yield path[len(start) :]
+        path = path.replace("\\", "/")
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        own = Path(self._root).name
+        if ".." in parts:
+            if path[0] != "/":
+                rest = os.path.normpath(os.path.join(own, path)).split("/")
+                if rest[0] == own:
+                    yield "/".join(rest[1:])
+        elif by_end or leaves_its_folder(path):
+            for i in range(max(len(parts) - MOST_PARTS, 0), len(parts)):
+                yield "/".join(parts[i:])
+        else:
+            yield "/".join(parts)
+            if parts[:1] == [own]:
+                yield "/".join(parts[1:])
 
     def find(self, path: str) -> bool | None:
         """Whether there is such a file; None if the path leads out of the folder."""
-        parent, name = os.path.split(path)
-        full = os.path.join(self.folder, parent)
+        parent, _, name = path.rpartition("/")
         if parent not in self._listings:
-            self._listings[parent] = self._list(full)
+            self._listings[parent] = self._list(os.path.join(self.folder, parent))
         listing = self._listings[parent]
         if listing is None:
             return None
         if listing.get(name):
-            file = os.path.join(full, name)
+            file = os.path.join(self.folder, path)
             return os.path.isfile(file) if self.holds(file) else None
         return name in listing
 
@@ -216,5 +224,7 @@ class Inside:
 
 def leaves_its_folder(path: str) -> bool:
     """Whether a path could lead out of its folder by its form alone, on any system."""
+    if path[0] not in "/\\" and path[1:2] != ":" and ".." not in path:
+        return False
     parts = re.split(r"[\\/]", path)
     return not parts[0] or ".." in parts or re.fullmatch("[A-Za-z]:", parts[0]) is not None
