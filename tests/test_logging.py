@@ -197,6 +197,26 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(
     log.close()
 
 
+def test_the_time_left_leaves_out_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, shown = 0.0, {}
+    monkeypatch.setattr(run_logging.time, "monotonic", lambda: clock)
+    meter = run_logging.Meter(1000, lambda step, text: shown.update({step: text}))
+    clock += 100.0  # of the first step
+    for step in range(1, 401):
+        meter.update(step, 0.5, 1e-3, 10.0)
+        clock += 2.0
+        if step == 50:
+            clock += 70.0  # another canvas
+        if step % 100 == 0:
+            meter.pause()
+            clock += 90.0 if step == 100 else 30.0  # the first evaluation is compiled
+    assert shown[1].endswith("10 images/s")
+    # 2 seconds a step, and an evaluation of 30 each hundred
+    for step, pauses in ((2, 0), (50, 0), (60, 0), (250, 2)):
+        seconds = (1000 - step) * (2 + 30 * pauses / (step - 1))
+        assert shown[step].endswith(f" {run_logging._clock(seconds)} left")
+
+
 def test_progress_on_a_terminal_is_a_bar(tmp_path: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)

@@ -84,7 +84,7 @@ def test_schedule_is_its_formula(name, warmup):
     )
     for step in range(total + 1):
         if step < warmup:
-            expected = peak * step / warmup
+            expected = peak * (step + 1) / warmup
         else:
             done = (step - warmup) / (total - warmup) if total > warmup else 0.0
             shape = {"cosine": (1 + np.cos(np.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
@@ -92,6 +92,15 @@ def test_schedule_is_its_formula(name, warmup):
             if name == "step":
                 expected = peak / 10 if step >= 34 else peak  # 2/3 of 50 is 33.3
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_no_update_of_a_run_has_rate_0(name):
+    for warmup in (0, 1, 3, 10):
+        rate = optim.make_schedule(name, peak=0.3, total_steps=10, warmup_steps=warmup)
+        rates = [float(rate(step)) for step in range(10)]
+        assert min(rates) > 0
+        assert max(rates) == pytest.approx(0.3)
 
 
 def test_schedule_stays_at_its_end():

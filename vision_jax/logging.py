@@ -13,8 +13,10 @@ import math
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import IO, Any
 
 import numpy as np
@@ -35,6 +37,7 @@ from vision_jax.event_file import EventFile
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, when the output is not a terminal
 WIDTH_WITHOUT_TERMINAL = 120
+STEPS_OF_THE_RATE = 101  # whose median is the present rate
 PARAMETER_COLUMNS = ("parameters", "arrays", "numbers", "size", "share")
 
 
@@ -197,12 +200,22 @@ def show_progress(
 
 
 class Meter:
-    """Turns the figures of a step into one line of text, with the time left at the present rate."""
+    """Turns the figures of a step into one line of text, with the time left.
+
+    The time left is the steps left at the median of the last ones' times, and as many pauses as
+    there have been so far. What is compiled is left out: the first step, which ends before the
+    clock starts, other steps that take much longer than most, and the longest of the pauses, which
+    is the first evaluation.
+    """
 
     def __init__(self, total: int, show: Callable[[int, str], None]):
         self._total = total
         self._show = show
-        self._first: tuple[int, float] | None = None  # the first step is slow: it is compiled
+        self._begun: int | None = None  # the first step that was shown
+        self._last = (0, 0.0)  # the latest one, and when
+        self._paused = False
+        self._steps: deque[float] = deque(maxlen=STEPS_OF_THE_RATE)  # seconds of each
+        self._pauses: list[float] = []  # seconds of each
 
     def update(
         self, step: int, loss: float, learning_rate: float, images_per_second: float
@@ -210,12 +223,28 @@ class Meter:
         """Shows that `step` steps are done."""
         text = f"loss {loss:.4f}  lr {learning_rate:.2e}  {images_per_second:,.0f} images/s"
         now = time.monotonic()
-        self._first = self._first or (step, now)
-        first_step, first_time = self._first
-        if step > first_step:
-            seconds = (self._total - step) * (now - first_time) / (step - first_step)
-            text += f"  {_clock(seconds)} left"
+        if self._begun is None:
+            self._begun = step
+        elif step > self._last[0]:
+            seconds, count = now - self._last[1], step - self._last[0]
+            if self._paused:
+                self._pauses.append(max(seconds - count * self._of_a_step(), 0.0))
+            else:
+                self._steps.append(seconds / count)
+        self._last, self._paused = (step, now), False
+        if self._steps:
+            counted = sum(self._pauses) - max(self._pauses, default=0.0)
+            pauses = counted / max(len(self._pauses) - 1, 1) * len(self._pauses)
+            a_step = self._of_a_step() + pauses / max(step - self._begun, 1)
+            text += f"  {_clock((self._total - step) * a_step)} left"
         self._show(step, text)
+
+    def pause(self) -> None:
+        """What has happened since the last step, an evaluation say, is no part of the next one."""
+        self._paused = True
+
+    def _of_a_step(self) -> float:
+        return median(self._steps) if self._steps else 0.0
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -37,16 +37,17 @@ def make_schedule(
 ) -> Schedule:
     """The learning rate as a function of the 0-based index of the update.
 
-    The rate rises linearly from 0 at update 0 to `peak` at update `warmup_steps`, then falls along
-    half a cosine or a line and would reach `peak · final_fraction` at update `total_steps`; the
-    last update has index `total_steps - 1` and is one step above that. "constant" stays at `peak`
-    and ignores `final_fraction`. "step" falls to a tenth once, at update `drop_at · total_steps`,
-    as detectors' schedules do (DETR: 200 of 300 epochs), and ignores it too. Past `total_steps` the
-    rate stays at its end.
+    The n-th of `warmup_steps` updates, counted from 1, has the rate `peak · n / warmup_steps`: the
+    first one changes something and the last one has the peak. From there the rate falls along half
+    a cosine or a line, is the peak at update `warmup_steps` and would reach `peak · final_fraction`
+    at update `total_steps`; the last update has index `total_steps - 1` and is one step above that.
+    "constant" stays at `peak` and ignores `final_fraction`. "step" falls to a tenth once, at update
+    `drop_at · total_steps`, as detectors' schedules do (DETR: 200 of 300 epochs), and ignores it
+    too. Past `total_steps` the rate stays at its end.
 
     >>> rate = make_schedule("linear", peak=0.5, total_steps=6, warmup_steps=2)
     >>> [round(float(rate(step)), 3) for step in range(7)]
-    [0.0, 0.25, 0.5, 0.375, 0.25, 0.125, 0.0]
+    [0.25, 0.5, 0.5, 0.375, 0.25, 0.125, 0.0]
 
     Raises:
       UserError: an unknown name, or numbers that make no schedule.
@@ -70,7 +71,7 @@ def make_schedule(
     def schedule(step: jax.typing.ArrayLike) -> Array:
         step = jnp.asarray(step)
         progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
-        warming = peak * step / max(warmup_steps, 1)
+        warming = peak * ((step + 1) / max(warmup_steps, 1))
         if name == "cosine":
             remaining = (1 + jnp.cos(jnp.pi * progress)) / 2
         elif name == "linear":

@@ -320,6 +320,7 @@ class _Reporter:
     def restart_clock(self) -> None:
         """Leaves what has just happened, an evaluation say, out of the rate."""
         self._since = None
+        self._progress.pause()
 
 
 class _Stop:
