@@ -147,8 +147,9 @@ def test_predict_writes_boxes_and_pictures(finished, tmp_path, capsys):
     assert modes.predict(config, finished, "last", [str(folder)], tmp_path / "out") == 0
     record = json.loads((tmp_path / "out/predictions.json").read_text())
     assert [entry["file"] for entry in record] == [
-        str(folder / name) for name in ("a.png", "b.jpg")
+        str(folder / name) for name in ("a.png", "b.jpg", "broken.png")
     ]
+    assert (record[-1]["boxes"], record[-1]["error"]) == ([], "can't be read")
     for entry in record:
         scores = [box["score"] for box in entry["boxes"]]
         assert scores == sorted(scores, reverse=True)

@@ -1,7 +1,9 @@
 """Evaluation and prediction of a finished run."""
 
+import csv
 import dataclasses
 import json
+import os
 import re
 import shutil
 
@@ -142,6 +144,56 @@ def test_predict_prints_a_table_and_writes_a_grid(trained, pictures, tmp_path, c
     for row, index in zip(rows, (0, 1, 2, 0), strict=True):
         assert row[1] == runs.CLASSES[expected[index].argmax()]
         assert abs(float(row[2]) - expected[index].max()) < 6e-4
+
+    # And the files have them all.
+    for name in ("predictions.json", "predictions.csv"):
+        assert f"wrote {tmp_path / 'out' / name}" in screen
+    record = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert record["class_names"] == list(runs.CLASSES)
+    *read, damaged = record["images"]
+    assert [one["file"] for one in read] == [row[0] for row in rows]
+    assert damaged["file"] == str(pictures / "damaged.jpg")
+    assert "not a readable image" in damaged["error"]
+    with open(tmp_path / "out/predictions.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    for one, line, index in zip(read, table, (0, 1, 2, 0), strict=True):
+        best = int(expected[index].argmax())
+        assert (one["class"], one["label"]) == (runs.CLASSES[best], best)
+        assert one["probability"] == max(one["probabilities"])
+        np.testing.assert_allclose(one["probabilities"], expected[index], rtol=1e-4, atol=1e-6)
+        assert [p for _, p in one["top"]] == sorted(one["probabilities"], reverse=True)
+        assert dict(one["top"]) == dict(zip(runs.CLASSES, one["probabilities"], strict=True))
+        assert (line["file"], line["class"]) == (one["file"], one["class"])
+        assert [float(line[name]) for name in runs.CLASSES] == one["probabilities"]
+
+
+def test_predict_takes_odd_names_and_no_hidden_files(pictures, tmp_path, capsys):
+    folder = tmp_path / "odd"
+    (folder / ".thumbnails").mkdir(parents=True)
+    whole = (pictures / "a.png").read_bytes()
+    odd = [b"bad\xff.png", b"esc\x1b[31m\n.png", "\u202eright.png".encode(), b"-dash.png"]
+    try:
+        for name in odd:
+            (folder / os.fsdecode(name)).write_bytes(whole)
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    for hidden in ("._a.png", ".thumbnails/b.png"):
+        (folder / hidden).write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert modes.predict(runs.full_config(), runs.finished(), "last", [str(folder)], out) == 0
+    screen = capsys.readouterr().out
+    screen.encode()
+    assert screen.replace("\n", "").isprintable()
+    for shown in (r"bad\udcff.png", r"esc\x1b[31m\n.png", r"\u202eright.png", "-dash.png"):
+        assert screen.count(shown) == 1
+    assert "_a.png" not in screen
+    assert ".thumbnails" not in screen
+    record = json.loads((out / "predictions.json").read_bytes().decode())
+    names = {os.path.basename(one["file"]) for one in record["images"]}
+    assert names == {r"bad\xff.png", "esc\x1b[31m\n.png", "\u202eright.png", "-dash.png"}
+    for name in names:
+        name.encode()
+    (out / "predictions.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 detect.py answers the same calls for detection (setup.Task); the loop knows no difference.
 """
 
+import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +17,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax import classify_robustness, sharding, steps
+from vision_jax.config import write_json
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
 from vision_jax.data.sources import FileReader, Source, read_source, split_source, subset
 from vision_jax.data.transforms import Preprocessing, complete_crop, eval_transform
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, printable, utf8
 from vision_jax.evaluate import figures
 from vision_jax.evaluate.classification import confusion_matrix, softmax, summarize
 from vision_jax.evaluate.run import make_run_over
-from vision_jax.logging import RunLog
+from vision_jax.logging import RunLog, say
 from vision_jax.recipes import adversarial
 from vision_jax.recipes.objective import Objective
 from vision_jax.tasks import classification
@@ -39,6 +41,7 @@ reported = ("top1", "top5", "loss", "ece", "fgsm_top1", "pgd_top1")
 curves = ("top1",)  # of the former, in curves.png
 
 GRID = 40  # pictures in predictions.png
+SHOWN, LISTED = 3, 5  # most probable classes of a file, on the screen and in predictions.json
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -336,7 +339,10 @@ def predict(
     class_names: Sequence[str],
     out: Path,
 ) -> None:
-    """A table of the most probable classes of each file, and a grid of pictures.
+    """The most probable classes of each file on the screen, all in OUT/predictions.json and .csv.
+
+    Also a grid of pictures, OUT/predict.png. What can't be read is named in the JSON with the
+    reason.
 
     Args:
       config: the run's.
@@ -346,21 +352,23 @@ def predict(
       mesh: of the devices.
       preprocessing: of the images.
       class_names: by label.
-      out: folder for predict.png.
+      out: where to write.
 
     Raises:
       UserError: none of the files can be read.
     """
     reader = FileReader(Path(), tuple(names))
-    views, kept, damaged = [], [], []
+    views, kept = [], []
+    damaged: dict[str, str] = {}
     for row, name in enumerate(names):
         try:
             views.append(eval_transform(reader.read(row), preprocessing))
             kept.append(name)
         except DamagedImageError as error:
-            damaged.append(str(error))
+            damaged[name] = str(error)
     if not kept:
-        raise UserError(f"--images: not one of {len(names)} files could be read: {damaged[0]}")
+        first = next(iter(damaged.values()))
+        raise UserError(f"--images: not one of {len(names)} files could be read: {first}")
 
     size = -(-min(len(views), config.evaluate.batch_size) // jax.device_count())
     size *= jax.device_count()
@@ -384,17 +392,39 @@ def predict(
 
     if jax.process_index():
         return
-    width = max(len(name) for name in kept)
-    for name, row in zip(kept, probabilities, strict=True):
-        best = np.argsort(-row, kind="stable")[:3]
-        text = "  ".join(f"{class_names[index]} {row[index]:.3f}" for index in best)
-        print(f"{name:{width}}  {text}")
-    for reason in damaged:
-        print(f"skipped: {reason}")
+    order = np.argsort(-probabilities, axis=-1, kind="stable")
+    width = max(len(printable(name)) for name in kept)
+    for name, row, best in zip(kept, probabilities, order, strict=True):
+        text = "  ".join(f"{class_names[index]} {row[index]:.3f}" for index in best[:SHOWN])
+        say(f"{printable(name):{width}}  {text}")
+    for reason in damaged.values():
+        say(f"skipped: {reason}")
+    out.mkdir(parents=True, exist_ok=True)
+    shown = list(map(utf8, kept))
+    record: list[dict[str, Any]] = [
+        {
+            "file": name,
+            "class": utf8(class_names[best[0]]),
+            "label": int(best[0]),
+            "probability": float(row[best[0]]),
+            "top": [[utf8(class_names[index]), float(row[index])] for index in best[:LISTED]],
+            "probabilities": row.tolist(),
+        }
+        for name, row, best in zip(shown, probabilities, order, strict=True)
+    ]
+    record += [{"file": utf8(name), "error": text} for name, text in damaged.items()]
+    names_of_classes = list(map(utf8, class_names))
+    write_json({"class_names": names_of_classes, "images": record}, out / "predictions.json")
+    with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "class", "probability", *names_of_classes])
+        for name, row, best in zip(shown, probabilities, order, strict=True):
+            table.writerow([name, names_of_classes[best[0]], float(row[best[0]]), *row.tolist()])
     path = out / "predict.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     figures.draw_predictions(np.stack(views[:GRID]), None, probabilities[:GRID], class_names, path)
-    print(f"wrote {path}")
+    say(f"wrote {out / 'predictions.json'}, each file with its class and all probabilities")
+    say(f"wrote {out / 'predictions.csv'}, the same as a table")
+    say(f"wrote {path}")
 
 
 # Robustness -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 classify.py answers the same calls for classification (setup.Task).
 """
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,14 +39,14 @@ from vision_jax.data.detection_transforms import (
     default_buckets,
 )
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, printable, utf8
 from vision_jax.evaluate import detection as evaluation
 from vision_jax.evaluate import detection_figures as figures
 from vision_jax.evaluate import detection_robustness as robust
 from vision_jax.evaluate.detection import Detections
 from vision_jax.evaluate.robustness import show_epsilon
 from vision_jax.evaluate.run import make_run_over
-from vision_jax.logging import RunLog
+from vision_jax.logging import RunLog, say
 from vision_jax.models.families import family_of
 from vision_jax.ops import detection_losses
 from vision_jax.ops.detection_outputs import sigmoid_detections, softmax_detections
@@ -64,6 +64,7 @@ curves = ("ap", "ap50", "mean_iou_matched")  # of the former, in curves.png
 
 SHORT, LONGEST = 800, 1333  # DETR's sides in pixels
 PICTURES = 12  # in predictions.png
+LONGEST_STEM = 200  # bytes of a file name in the names of pictures
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -438,7 +439,7 @@ def robustness(
             summary = _evaluation(config, source, found, damaged).summary
             figures_of = {name: summary[name] for name in ("ap", "ap50", "ap75", "count")}
             if not jax.process_index():
-                print(robust.line(name, figures_of), flush=True)
+                say(robust.line(name, figures_of))
             return figures_of | {"epsilon": epsilon, "largest": float(found["size"].max())}
 
         return measure
@@ -464,8 +465,8 @@ def robustness(
         robust.draw_robustness(
             record, pictures, class_names, workdir / "robustness.png", score=config.evaluate.score
         )
-        print(f"wrote {workdir / 'robustness.json'}")
-        print(f"wrote {workdir / 'robustness.png'}")
+        say(f"wrote {workdir / 'robustness.json'}")
+        say(f"wrote {workdir / 'robustness.png'}")
     return record
 
 
@@ -537,28 +538,32 @@ def predict(
     every = every[every.score >= config.evaluate.score]
     folder = out / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
-    width = max(map(len, names))
-    record = []
+    width = max(len(printable(name)) for name in names)
+    record: list[dict[str, Any]] = []
     for index in found["index"]:
         rows = np.flatnonzero(every.index == index)
         best = every[rows[np.argsort(-every.score[rows], kind="stable")]]
         boxes = [
-            {"name": class_names[label], "label": label, "score": score, "box_xyxy_px": box}
+            {"name": utf8(class_names[label]), "label": label, "score": score, "box_xyxy_px": box}
             for label, score, box in zip(
                 best.label.tolist(), best.score.tolist(), best.boxes_xyxy_px.tolist(), strict=True
             )
         ]
-        record.append({"file": names[index], "boxes": boxes})
+        record.append({"file": utf8(names[index]), "boxes": boxes})
         text = "  ".join(f"{box['name']} {box['score']:.2f}" for box in boxes[:5])
         more = f"  and {len(boxes) - 5} more" if len(boxes) > 5 else ""
-        print(f"{names[index]:{width}}  {text or 'nothing'}{more}")
+        say(f"{printable(names[index]):{width}}  {text or 'nothing'}{more}")
         image = source[int(index)]["image"]
         picture = figures.draw_detections(
             image, best.boxes_xyxy_px, best.label, best.score, class_names
         )
-        Image.fromarray(picture).save(folder / f"{index:04d}_{Path(names[index]).stem}.png")
+        stem = re.sub(r"[^\w.-]", "_", utf8(Path(names[index]).stem)).encode()[:LONGEST_STEM]
+        name = f"{index:04d}_{stem.decode(errors='ignore')}.png"
+        Image.fromarray(picture).save(folder / name)
     for name in damaged:
-        print(f"skipped a damaged image: {name}")
-    (out / "predictions.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {out / 'predictions.json'}")
-    print(f"wrote {folder}, boxes that score at least {config.evaluate.score:g}")
+        say(f"skipped a damaged image: {name}")
+    unread = sorted({*range(len(names))} - {*map(int, found["index"])})
+    record += [{"file": utf8(names[i]), "boxes": [], "error": "can't be read"} for i in unread]
+    write_json(record, out / "predictions.json")
+    say(f"wrote {out / 'predictions.json'}")
+    say(f"wrote {folder}, boxes that score at least {config.evaluate.score:g}")

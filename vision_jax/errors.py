@@ -32,6 +32,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def utf8(name: str) -> str:
+    r"""A name as UTF-8 can hold it, for files that other programs read.
+
+    Systems allow any bytes in names. Python keeps those that are no UTF-8 as halves of characters,
+    which JSON can't hold; here they are spelled out.
+
+    >>> utf8("bad\udcff.png")
+    'bad\\xff.png'
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 class UserErrors(UserError):
     """Several faults of one input, found together, so that they can be mended together.
 

@@ -89,7 +89,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Prints a line; above the progress bar, if there is one."""
         if self._console:
-            self._console.print(Text(_printable(text)), soft_wrap=True)
+            self._console.print(Text(_lines(text)), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Prints a table, columns of numbers aligned to the right; an empty row draws a line."""
@@ -195,7 +195,7 @@ def show_progress(
         task = bar.add_task("", total=total)
         yield (
             lambda: bar.advance(task),
-            lambda text: bar.console.print(_printable(text), markup=False),
+            lambda text: bar.console.print(_lines(text), markup=False),
         )
 
 
@@ -289,6 +289,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     _console().print(_table(title, columns, rows), "")
 
 
+def say(text: str) -> None:
+    """Prints a line without any run's log: names in it can't reach the terminal raw."""
+    print(printable(text), flush=True)
+
+
 def _console() -> Console:
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -367,11 +372,11 @@ def _cell(value: Any) -> str:
     """Whole numbers with thousands separators, others with four digits, the rest as text."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:.4g}" if _is_number(value) else _printable(str(value))
+    return f"{value:.4g}" if _is_number(value) else printable(str(value))
 
 
-def _printable(text: str) -> str:
-    """Text of lines, each of them printable."""
+def _lines(text: str) -> str:
+    """`printable`, line by line."""
     return "\n".join(map(printable, text.split("\n")))
 
 

@@ -16,6 +16,7 @@ from vision_jax import classify, convert, setup, sharding, teach
 from vision_jax.checkpoints import Checkpoints, last_complete_step, restore_state
 from vision_jax.config import check_ranges, load_config, write_json
 from vision_jax.convert import peft
+from vision_jax.data.folders import list_files
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import IMAGE_SUFFIXES
 from vision_jax.data.teacher_cache import write_teacher_cache
@@ -23,7 +24,7 @@ from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
 from vision_jax.evaluate.frozen import few_shot_predict, knn_predict
 from vision_jax.evaluate.run import make_run_over
-from vision_jax.logging import RunLog, human_size, read_metrics, show_progress
+from vision_jax.logging import RunLog, human_size, read_metrics, say, show_progress
 from vision_jax.models.families import make_apply
 from vision_jax.tasks import classification
 from vision_jax.trees import lora, paths
@@ -145,18 +146,18 @@ def evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
         config, trained.outputs_fn, trained.mesh, source, trained.description.preprocessing
     )(*trained.arguments)
     if jax.process_index() == 0:
-        print(f"step {int(trained.state.step)}: {result.line()}")
+        say(f"step {int(trained.state.step)}: {result.line()}")
         for name in result.damaged:
-            print(f"skipped a damaged image: {name}")
+            say(f"skipped a damaged image: {name}")
         for line in result.lines():
-            print(line)
+            say(line)
     return 0
 
 
 def predict(
     config: ConfigDict, workdir: Path, checkpoint: str, images: Sequence[str], out: Path | None
 ) -> int:
-    """--mode=predict: what the model says of each file, as text and as pictures.
+    """--mode=predict: what the model says of each file, as text, in files and as pictures.
 
     Raises:
       UserError: no images given, or none that can be read.
@@ -203,7 +204,7 @@ def frozen(config: ConfigDict, workdir: Path) -> int:
         classify.make_batches(config, description.preprocessing),
         batch_size=config.evaluate.batch_size,
     )
-    print(f"features: {weights.origin} on {len(train)} + {len(held_out)} images of {train.name}")
+    say(f"features: {weights.origin} on {len(train)} + {len(held_out)} images of {train.name}")
     (found, _), (test, damaged) = (
         run_over(source, params, {}, model_state) for source in (train, held_out)
     )
@@ -230,13 +231,13 @@ def frozen(config: ConfigDict, workdir: Path) -> int:
         return 0
     for name, accuracies in results.items():
         spread = f" ± {np.std(accuracies):.4f}" if len(accuracies) > 1 else ""
-        print(f"  {name:24}  top1 {np.mean(accuracies):.4f}{spread}")
+        say(f"  {name:24}  top1 {np.mean(accuracies):.4f}{spread}")
     for name in damaged:
-        print(f"skipped a damaged image: {name}")
+        say(f"skipped a damaged image: {name}")
     workdir.mkdir(parents=True, exist_ok=True)
     record = {"weights": weights.origin, "sha256": weights.sha256, "data": train.name}
     write_json({**record, "features": features.shape[1], "top1": results}, workdir / "frozen.json")
-    print(f"wrote {workdir / 'frozen.json'}")
+    say(f"wrote {workdir / 'frozen.json'}")
     return 0
 
 
@@ -291,25 +292,24 @@ def teach_once(config: ConfigDict) -> int:
             advance()
 
     for teacher in teachers:
-        print(f"teacher: {teacher.weights.origin} (sha256 {teacher.weights.sha256[:16]})")
+        say(f"teacher: {teacher.weights.origin} (sha256 {teacher.weights.sha256[:16]})")
     with show_progress(config.total_steps) as (advance, _):
         count = write_teacher_cache(path, answers(advance), teach.identity(config, teachers, views))
     size = human_size(path.stat().st_size)
-    print(f"wrote {path}: what the teachers say of {count} images, {size}")
+    say(f"wrote {path}: what the teachers say of {count} images, {size}")
     return 0
 
 
 def _image_files(given: Sequence[str]) -> list[str]:
-    """The files given, and the images in the folders given, in order."""
+    """The files given, and the images in the folders given, in order; there no hidden ones."""
     if not given:
         raise UserError("--mode=predict needs --images=FILE or --images FILE FOLDER ...")
     names: list[str] = []
     for name in given:
-        path = Path(name)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            names += map(str, inside)
-        elif path.is_file():
+        if Path(name).is_dir():
+            inside, _ = list_files(name, IMAGE_SUFFIXES)
+            names += [str(Path(name, file)) for file in inside]
+        elif Path(name).is_file():
             names.append(name)
         else:
             raise UserError(f"--images: there is no file {name}")
