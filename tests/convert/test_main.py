@@ -81,8 +81,9 @@ def fails(capsys, out, *arguments):
 
 def test_it_says_what_it_found_and_names_each_file(source, tmp_path, capsys):
     out = tmp_path / "deep" / "out"
-    first, *rest = succeeds(capsys, source, f"--out={out}", "--to=transformers")
+    first, *rest, note = succeeds(capsys, source, f"--out={out}", "--to=transformers")
     assert first.startswith(f"{source}: timm vit")
+    assert note.startswith("note: transformers rounds the center of a crop otherwise")
     for words in ("width=32", "depth=2", "32 tensors consumed", "32 parameters filled"):
         assert words in first
     assert {line.split()[1] for line in rest} == {str(path) for path in out.iterdir()}
