@@ -4,6 +4,7 @@ The comparisons with PEFT itself are in tests/parity/test_peft.py.
 """
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,31 @@ def test_parts_round_trip_through_separate_modules(tmp_path):
     assert "vit.layers.0.attention.k_proj" not in config["target_modules"]
 
 
+def test_parts_of_different_scales_come_back_exactly(tmp_path):
+    """Each part has its own alpha in PEFT's file, and no factor is multiplied by anything."""
+    base = make_params()
+    params = attach(base, [r"block_\d+/attn/qkv/kernel"], qkv_parts="q,v")
+    leaf = params["block_1"]["attn"]["qkv"]["kernel"]
+    own = params["block_1"]["attn"]["qkv"] | {"kernel": replace(leaf, scale=(1.5, 0.1))}
+    params["block_1"]["attn"]["qkv"] = own
+    write_adapter(tmp_path, params, base_model_name="x", **MODEL, naming="transformers")
+    again = read_adapter(tmp_path, base, **MODEL)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["alpha_pattern"] == {"vit.layers.1.attention.v_proj": 0.2}
+    write_adapter(tmp_path, params, base_model_name="x", **MODEL, naming="timm")
+    one = read_adapter(tmp_path, base, **MODEL)["block_1"]["attn"]["qkv"]["kernel"]
+    np.testing.assert_allclose(*(lora.merge(x) for x in (one, own["kernel"])), rtol=1e-5, atol=1e-6)
+
+
+def test_a_named_adapter_lies_one_folder_deeper(tmp_path):
+    params = attach(make_params())
+    write_adapter(tmp_path / "mine", params, base_model_name="x", **MODEL, naming="timm")
+    with pytest.raises(UserError, match="there is one in mine"):
+        read_adapter(tmp_path, make_params(), **MODEL)
+
+
 def test_parts_become_one_adapter_of_the_summed_rank_in_timm(tmp_path):
     base = make_params()
     params = attach(base, [r"block_\d+/attn/.*"], qkv_parts="q,v")
@@ -159,12 +185,24 @@ HOSTILE = {
     "endless alpha": (edit_config(lora_alpha=float("inf")), "lora_alpha is 'inf'"),
     "flag as number": (edit_config(use_dora=1), "use_dora is '1'"),
     "another rank": (edit_config(r=3), r"lora_A.weight is \(2, .* for rank 3"),
-    "slow pattern": (edit_config(rank_pattern={"(a+)+b": 2}), "rank_pattern is"),
-    "broken pattern": (edit_config(alpha_pattern={"(": 2}), "alpha_pattern is"),
+    "broken pattern": (edit_config(alpha_pattern={"(": 2}), "alpha_pattern: '.' is no regular"),
+    "a pattern that looks ahead": (edit_config(rank_pattern={"(?=a)": 2}), "is no regular"),
+    "long pattern": (edit_config(rank_pattern={"a" * 10**6: 2}), "of at most 1000 characters"),
+    "deep pattern": (edit_config(rank_pattern={"(" * 900 + ")" * 900: 2}), "is no regular"),
+    "many slow patterns": (
+        edit_config(rank_pattern={f"({'a?b*' * 200}.*)*{i}": 2 for i in range(3000)}),
+        "rank_pattern: the patterns ask for too much work",
+    ),
+    "rank as text in a pattern": (edit_config(rank_pattern={"fc1": "2"}), "rank_pattern is"),
     "list of patterns": (edit_config(alpha_pattern=["fc1"]), "alpha_pattern is"),
     "DoRA without magnitude": (edit_config(use_dora=True), "magnitude_vector is missing"),
     "another variant": (edit_config(use_qalora=True), "use_qalora is set"),
+    "a field of tomorrow": (edit_config(use_new_arithmetic={"a": 1}), "use_new_arithmetic is set"),
     "a changed base": (edit_config(init_lora_weights="pissa_niter_4"), "changes the base"),
+    "an unknown start": (edit_config(init_lora_weights="tomorrow"), "changes the base"),
+    "a bias without lora_bias": (reshape(f"{QKV}.lora_B.bias", (18,)), "should be absent"),
+    "lora_bias without a bias": (edit_config(lora_bias=True), "lora_B.bias is missing"),
+    "a long name": (reshape("_orig_mod." * 60 + "x", (2, 6)), "a name of 601 characters"),
     "no B": (drop(f"{QKV}.lora_B.weight"), "qkv.lora_B.weight is missing"),
     "another width": (reshape(f"{QKV}.lora_A.weight", (2, 7)), r"is \(2, 7\) and should be \(2, 6"),
     "a flat tensor": (reshape(f"{QKV}.lora_B.weight", (36,)), r"is \(36,\) and should be \(18, 2"),
@@ -197,7 +235,7 @@ def test_hostile_adapter_is_refused_in_one_line(edit, message, tmp_path):
 
 def test_damaged_folder_is_refused_in_one_line(tmp_path):
     base = make_params()
-    with pytest.raises(UserError, match=r"adapter_config\.json"):
+    with pytest.raises(UserError, match=r"no adapter_config\.json in it"):
         read_adapter(tmp_path, base, **MODEL)
     write_adapter(
         tmp_path, attach(base, ["block_0/.*"]), base_model_name="x", **MODEL, naming="timm"
@@ -212,7 +250,7 @@ def test_damaged_folder_is_refused_in_one_line(tmp_path):
         read_adapter(tmp_path, base, **MODEL)
     for text in ("{", "[" * 100_000, "[]", '"LORA"'):
         config_file.write_text(text)
-        with pytest.raises(UserError, match=r"no JSON|peft_type"):
+        with pytest.raises(UserError, match=r"not readable as JSON|peft_type"):
             read_adapter(tmp_path, base, **MODEL)
     with pytest.raises(UserError, match="no adapter to write"):
         write_adapter(tmp_path, base, base_model_name="x", **MODEL, naming="timm")

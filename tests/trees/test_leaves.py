@@ -16,6 +16,7 @@ STRIDED = partial(convolve, strides=(2, 1), padding=((1, 2), (0, 1)))
 FORMS = {
     "dense": (dot, (3, 7, 12), (12, 18), {}),
     "parts": (dot, (3, 7, 12), (12, 18), {"parts": (3, (0, 2))}),
+    "parts of two scales": (dot, (3, 7, 12), (12, 18), {"parts": (3, (0, 2)), "scale": (0.7, 0.2)}),
     "dora": (dot, (5, 12), (12, 18), {"dora": True}),
     "dora of parts": (dot, (3, 7, 12), (12, 18), {"parts": (3, (1,)), "dora": True}),
     "convolution": (STRIDED, (2, 9, 8, 5), (3, 2, 5, 6), {}),
@@ -37,7 +38,9 @@ def make_case(form, dtype, dropout=0.0):
         count = len(parts[1])
         a, b = normal(count, shape[0], rank), normal(count, rank, shape[1] // parts[0])
     magnitude = jnp.abs(normal(shape[-1])) + 0.5 if options.get("dora") else None
-    return product, normal(*x_shape), LowRank(normal(*shape), a, b, magnitude, 0.7, parts, dropout)
+    scale = options.get("scale", 0.7)
+    leaf = LowRank(normal(*shape), a, b, magnitude, scale, parts, dropout)
+    return product, normal(*x_shape), leaf
 
 
 def numpy_merge(leaf):
@@ -47,10 +50,11 @@ def numpy_merge(leaf):
     if leaf.parts:
         columns = base.shape[1] // leaf.parts[0]
         for position, part in enumerate(leaf.parts[1]):
-            delta[:, part * columns : (part + 1) * columns] = a[position] @ b[position]
+            update = np.broadcast_to(leaf.scale, 2)[position] * (a[position] @ b[position])
+            delta[:, part * columns : (part + 1) * columns] = update
     else:
-        delta = np.einsum("...r,ro->...o", a, b)
-    kernel = base + 0.7 * delta
+        delta = leaf.scale * np.einsum("...r,ro->...o", a, b)
+    kernel = base + delta
     if leaf.magnitude is not None:
         norm = np.sqrt((kernel.reshape(-1, kernel.shape[-1]) ** 2).sum(0))
         kernel = kernel / norm * np.asarray(leaf.magnitude, np.float64)

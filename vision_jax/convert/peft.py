@@ -7,8 +7,8 @@ Reading and writing name modules by the tables of `convert/`. What PEFT says dif
   - q, k and v are modules of their own in transformers and one fused module in timm. Separate
     adapters of a fused kernel (`LowRank.parts`) go to timm as one adapter of the summed rank, whose
     B has a block for each part: the same update, and as many zeros as that takes;
-  - transformers 5 names the modules of its ViTs otherwise in memory than in its files. PEFT goes by
-    memory, so that is what we write; adapters from before have the files' names and are read too.
+  - transformers 5 names the modules of many models otherwise in memory than in its files. PEFT goes
+    by memory, so that is what we write; older adapters have the files' names and are read too.
 
 Source: peft 0.21, tuners/lora/{layer,dora,model}.py and utils/save_and_load.py.
 """
@@ -17,9 +17,9 @@ import dataclasses
 import json
 import math
 import os
-import re
+import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,52 +29,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vision_jax import files
 from vision_jax.convert.engine import (
     CONV,
+    COPY,
+    FUSE_BIAS,
     FUSE_LINEAR,
     LINEAR,
+    POINTWISE,
     Rule,
     export_tensors,
     import_tensors,
 )
 from vision_jax.convert.load import write_safetensors
+from vision_jax.convert.patterns import Matcher
 from vision_jax.convert.read import read_weights
 from vision_jax.convert.table import Arguments, Table
 from vision_jax.convert.tables import TABLES, naming_for_export
+from vision_jax.convert.vit import JOIN_BIAS, JOIN_LINEAR
 from vision_jax.errors import UserError
 from vision_jax.trees import lora, paths
-from vision_jax.trees.leaves import LowRank, merge_leaf, output_norm
+from vision_jax.trees.leaves import LowRank, merge_leaf, output_norm, part_scales
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+BIAS = ".lora_B.bias"
 
-# Names in transformers' files and, from version 5, in memory; the last three not in DINOv2.
-IN_MEMORY: tuple[tuple[str, str], ...] = (
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-    ("encoder.layer.", "layers."),
-)
-# Settings of PEFT that change what an adapter computes; then initializations that change the base.
-UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# What torch.compile and wrappers of a module put into the names of what is inside.
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Settings of PEFT that say which modules have adapters, which the tensors say too, how training
+# began and went, and where all came from. One that is neither here nor read may change what an
+# adapter computes, and is an error unless it is off.
+HARMLESS = {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
+    *("modules_to_save", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "qalora_group_size", "megatron_core", "runtime_config"),
+    *("ensure_weight_tying", "peft_type", "task_type", "auto_mapping", "inference_mode"),
+    *("base_model_name_or_path", "revision", "peft_version", "init_lora_weights"),
+}
+# Beginnings of adapters that leave the base alone; others (PiSSA, OLoRA, CorDA ...) change it.
+STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+MAX_NAME = 500  # characters
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,7 @@ class _Module:
       b: f[r, out].
       magnitude: f[out] of DoRA, or None.
       scale, dropout: as in LowRank.
+      bias: f[out] of `lora_bias`, scaled as the update is, or None.
     """
 
     a: np.ndarray
@@ -93,6 +91,7 @@ class _Module:
     magnitude: np.ndarray | None
     scale: float
     dropout: float
+    bias: np.ndarray | None = None
 
 
 def write_adapter(
@@ -124,25 +123,24 @@ def write_adapter(
     if not adapters:
         raise UserError(f"{directory}: no adapter to write; set lora.rules to attach some")
     arrays = paths.flatten(base)
-    table = naming_for_export(naming, family, arguments)
-    rules = _rules(table, arguments, arrays, in_memory=True)
-    modules = _modules(rules)
+    rules = _rules(_table_in_memory(naming, family, arguments), arguments, arrays)
+    modules = _owners(rules)
 
     dora = any(adapter.magnitude is not None for adapter in adapters.values())
     exported: dict[str, _Module] = {}
+    tensors: dict[str, np.ndarray] = {}
     for path, adapter in adapters.items():
-        names = modules.get(path)
-        if names is None:
+        owners = modules.get(path)
+        if owners is None:
             raise UserError(f"{path}: the {naming} model has no module of its own for this kernel")
         leaf = dataclasses.replace(adapter, base=jnp.asarray(arrays[path]))
         if dora and leaf.magnitude is None:  # PEFT has DoRA on all or none; a gain of 1 is none
             leaf = dataclasses.replace(leaf, magnitude=output_norm(merge_leaf(leaf)))
-        exported |= {names[part]: x for part, x in _modules_of(leaf, len(names)).items()}
-
-    tensors: dict[str, np.ndarray] = {}
-    for name, module in exported.items():
-        tensors |= _to_torch(name, module)
-    adapted = {name for path in adapters for name in modules[path]}
+        for part, module in _modules_of(leaf, len(owners.names)).items():
+            name = owners.names[part]
+            exported[name] = module
+            tensors |= _to_torch(name, module, pointwise=owners.pointwise)
+    adapted = {name for path in adapters for name in modules[path].names}
     whole_modules = set()
     saved = _with_siblings(modules_to_save, arrays.keys() - adapters.keys())
     host = {path: np.asarray(arrays[path]) for path in saved}
@@ -178,8 +176,12 @@ def read_adapter(
 ) -> lora.Params:
     """Puts the adapters of a PEFT folder on a plain tree, and the arrays that were saved with them.
 
-    Separate adapters of q, k and v become the parts of one LowRank leaf. Where their ranks differ
-    the smaller are filled up with zeros; where their scales differ B takes the difference.
+    Separate adapters of q, k and v become the parts of one LowRank leaf, each with its own scale.
+    Where their ranks differ the smaller are filled up with zeros.
+
+    Where two patterns of rank_pattern or alpha_pattern match one module, PEFT itself trains with
+    the first of its config and loads with the first in alphabetical order, in which it saves them.
+    Here the tensors tell the rank, alpha is the one that PEFT loads with, and a warning says so.
 
     Args:
       directory: a folder with adapter_config.json and adapter_model.safetensors.
@@ -193,6 +195,10 @@ def read_adapter(
         used, or the error names it.
     """
     directory = Path(directory)
+    if not (directory / CONFIG_FILE).exists():
+        inside = [path.parent.name for path in sorted(directory.glob(f"*/{CONFIG_FILE}"))]
+        hint = f"; there is one in {inside[0]}" if inside else ""
+        raise UserError(f"{directory}: no {CONFIG_FILE} in it; give the folder of an adapter{hint}")
     config = _read_config(directory / CONFIG_FILE)
     if not (directory / TENSORS_FILE).is_file():
         raise UserError(
@@ -201,39 +207,115 @@ def read_adapter(
         )
     found: dict[str, dict[str, np.ndarray]] = {}  # by module
     saved: dict[str, np.ndarray] = {}
-    for name, array in read_weights(str(directory / TENSORS_FILE)).tensors.items():
-        name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-        kind = next((kind for kind in (A, B, MAGNITUDE) if name.endswith(kind)), "")
+    called: dict[str, str] = {}  # a module's name as the patterns of the config know it
+    tensors = read_weights(str(directory / TENSORS_FILE)).tensors
+    for original in tensors:
+        if len(original) > MAX_NAME:
+            raise UserError(f"{directory / TENSORS_FILE}: a name of {len(original)} characters")
+        if _is_left_over(original, tensors):
+            continue
+        name = _unwrapped(original)
+        kind = next((kind for kind in (A, B, BIAS, MAGNITUDE) if name.endswith(kind)), "")
         group = found.setdefault(name.removesuffix(kind), {}) if kind else saved
         if (kind or name) in group:
             raise UserError(f"{directory / TENSORS_FILE}: {name} is in it twice")
-        group[kind or name] = array
+        group[kind or name] = tensors[original]
+        if kind:
+            called[name.removesuffix(kind)] = original.removeprefix(PREFIX).removesuffix(kind)
     if not found:
         raise UserError(f"{directory / TENSORS_FILE}: no tensor in it ends in {A}")
 
     arrays = paths.flatten(params)
     tables = [table for table in TABLES if table.family == family]
     rules = _recognize(tables, naming, arguments, found, saved, arrays, str(directory))
+    _settle_patterns(config, called, found, str(directory))
+    arrays |= _saved_arrays(saved, rules, arrays)
     adapters: dict[str, LowRank] = {}
-    for path, names in _modules(rules).items():
+    for path, owners in _owners(rules).items():
+        total = len(owners.names)
         *inputs, outputs = arrays[path].shape
-        shape = (*inputs, outputs // len(names))
         parts = {
-            part: _from_torch(name, found[name], shape, config, str(directory))
-            for part, name in enumerate(names)
+            part: _from_torch(
+                name,
+                found[name],
+                (*inputs, outputs // total),
+                config,
+                str(directory),
+                pointwise=owners.pointwise,
+            )
+            for part, name in enumerate(owners.names)
             if name in found
         }
         if parts:
-            adapters[path] = _leaf_of(parts, len(names), arrays[path])
-    target = {
-        path: arrays[path]
-        for rule in rules
-        for path in rule.paths
-        if any(name in saved for name in rule.names)
-    }
-    filled = import_tensors(saved, rules, target) if saved else {}
-    arrays |= {path: jnp.asarray(array) for path, array in filled.items()}
+            adapters[path] = _leaf_of(parts, total, arrays[path])
+        if config["lora_bias"] and parts:
+            bias = f"{path.removesuffix('kernel')}bias"
+            if bias not in arrays:
+                raise UserError(
+                    f"{directory}: the adapter has a bias for {owners.names[0]}, and the layer none"
+                )
+            arrays[bias] = _with_biases(arrays[bias], parts, total)
     return lora.apply_adapters(paths.unflatten(params, arrays), adapters)
+
+
+def _unwrapped(name: str) -> str:
+    """A tensor's name in the base model, without what wrappers and adapters add.
+
+    >>> _unwrapped("base_model.model._orig_mod.head.base_layer.bias")
+    'head.bias'
+    """
+    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return name.replace(".modules_to_save.", ".")
+
+
+def _is_left_over(name: str, tensors: Collection[str]) -> bool:
+    """Whether a tensor is written beside the one that counts, as bias="all" does of saved modules.
+
+    Of the head's bias the file then has the old one, the new one, and the new one once more under
+    the name that is read.
+    """
+    counts = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    return name != counts and (counts in tensors or ".original_module." in name)
+
+
+def _saved_arrays(
+    saved: Mapping[str, np.ndarray], rules: Sequence[Rule], arrays: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """The arrays that were saved whole, by path; of a fused one only some parts may be saved."""
+    target: dict[str, Any] = {}
+    single: list[Rule] = []
+    parts_of: dict[str, list[str]] = {}  # a fused array's path -> those of its parts
+    for rule in rules:
+        if not any(name in saved for name in rule.names):
+            continue
+        if rule.layout not in (FUSE_LINEAR, FUSE_BIAS, JOIN_LINEAR, JOIN_BIAS):
+            single.append(rule)
+            target |= {path: arrays[path] for path in rule.paths}
+            continue
+        (path,) = rule.paths
+        columns = jnp.split(arrays[path], len(rule.names), axis=-1)
+        parts_of[path] = [f"{path}/{part}" for part in range(len(columns))]
+        for name, own, array in zip(rule.names, parts_of[path], columns, strict=True):
+            if name in saved:
+                single.append(Rule((name,), (own,), LINEAR if array.ndim == 2 else COPY))
+            target[own] = array
+    read = {path for rule in single for path in rule.paths}
+    filled = import_tensors(saved, single, {path: target[path] for path in target if path in read})
+    placed = {path: jnp.asarray(array) for path, array in filled.items()}
+    for path, parts in parts_of.items():
+        fused = [placed.pop(own) if own in placed else target[own] for own in parts]
+        placed[path] = jnp.concatenate(fused, axis=-1)
+    return placed
+
+
+def _with_biases(bias: jax.Array, modules: Mapping[int, _Module], total: int) -> jax.Array:
+    """The layer's bias with those of its modules' adapters added."""
+    columns = jnp.split(bias, total)
+    for part, module in modules.items():
+        own = np.asarray(module.bias, np.promote_types(bias.dtype, np.float32)) * module.scale
+        columns[part] = columns[part] + own.astype(bias.dtype)
+    return jnp.concatenate(columns)
 
 
 def _with_siblings(chosen: Collection[str], candidates: Collection[str]) -> set[str]:
@@ -247,32 +329,47 @@ def _with_siblings(chosen: Collection[str], candidates: Collection[str]) -> set[
     return set(chosen) | {path for path in candidates if layer(path) in layers}
 
 
-def _rules(
-    table: Table, arguments: Arguments, arrays: Collection[str], *, in_memory: bool
-) -> list[Rule]:
+def _table_in_memory(naming: str, family: str, arguments: Arguments) -> Table:
+    """How the source names the modules of such a model, which may differ from its files' names."""
+    table = naming_for_export(naming, family, arguments)
+    kinds = (f"{table.kind} in memory", f"{table.kind}, in memory")
+    for other in TABLES:
+        if (other.source, other.family) == (table.source, family) and other.kind in kinds:
+            return other.with_prefix(table.prefixes[0])
+    return table
+
+
+def _rules(table: Table, arguments: Arguments, arrays: Collection[str]) -> list[Rule]:
     """The table's rules for the arrays that there are."""
-    renames = IN_MEMORY[:4] if table.kind.startswith("dinov2") else IN_MEMORY
-    if not in_memory or (table.source, table.family) != ("transformers", "vit"):
-        renames = ()
-
-    def rename(name: str) -> str:
-        for old, new in renames:
-            name = name.replace(old, new)
-        return name
-
     return [
-        dataclasses.replace(rule, names=tuple(map(rename, rule.names)))
+        rule
         for rule in table.rules(arguments)
         if isinstance(rule, Rule) and all(path in arrays for path in rule.paths)
     ]
 
 
-def _modules(rules: Sequence[Rule]) -> dict[str, list[str]]:
-    """The modules that each kernel is made of: one, or those of q, k and v."""
+@dataclass(frozen=True)
+class _Owners:
+    """The modules of PyTorch's that a kernel is made of: one, or those of q, k and v.
+
+    Attributes:
+      names: of the modules.
+      pointwise: whether it is a convolution with a window of 1 x 1 there, and dense here.
+    """
+
+    names: tuple[str, ...]
+    pointwise: bool
+
+
+def _owners(rules: Sequence[Rule]) -> dict[str, _Owners]:
+    """The modules by the path of the kernel that they make."""
     return {
-        rule.paths[0]: [name.removesuffix(".weight") for name in rule.names]
+        rule.paths[0]: _Owners(
+            tuple(name.removesuffix(".weight") for name in rule.names), rule.layout is POINTWISE
+        )
         for rule in rules
-        if rule.layout in (LINEAR, CONV, FUSE_LINEAR) and rule.names[0].endswith(".weight")
+        if rule.layout in (LINEAR, CONV, POINTWISE, FUSE_LINEAR, JOIN_LINEAR)
+        and rule.names[0].endswith(".weight")
     }
 
 
@@ -291,16 +388,15 @@ def _recognize(
         if naming not in ("auto", table.source):
             continue
         for prefix in table.prefixes:
-            for in_memory in (True, False):
-                rules = _rules(table.with_prefix(prefix), arguments, arrays, in_memory=in_memory)
-                modules = {name for names in _modules(rules).values() for name in names}
-                names = {name for rule in rules for name in rule.names}
-                unknown = [name for name in found if name not in modules]
-                unknown += [name for name in saved if name not in names]
-                if not unknown:
-                    return rules
-                if fewest is None or len(unknown) < len(fewest):
-                    fewest = unknown
+            rules = _rules(table.with_prefix(prefix), arguments, arrays)
+            modules = {name for owners in _owners(rules).values() for name in owners.names}
+            names = {name for rule in rules for name in rule.names}
+            unknown = [name for name in found if name not in modules]
+            unknown += [name for name in saved if name not in names]
+            if not unknown:
+                return rules
+            if fewest is None or len(unknown) < len(fewest):
+                fewest = unknown
     if fewest is None:
         raise UserError(f"naming {naming!r}: use auto, timm, transformers or torchvision")
     raise UserError(
@@ -313,25 +409,28 @@ def _modules_of(leaf: LowRank, total: int) -> dict[int, _Module]:
     """The adapters of the `total` modules that a kernel is made of, by the module's position."""
     a, b = np.asarray(leaf.a), np.asarray(leaf.b)
     magnitude = None if leaf.magnitude is None else np.asarray(leaf.magnitude)
-    whole = partial(_Module, scale=leaf.scale, dropout=leaf.dropout)
+    whole = partial(_Module, dropout=leaf.dropout)
     magnitudes = [None] * total if magnitude is None else np.split(magnitude, total)
+    scales = part_scales(leaf)
     if leaf.parts is None:  # one A serves all modules
         columns = np.split(b, total, axis=1)
-        return {part: whole(a, columns[part], magnitudes[part]) for part in range(total)}
+        return {part: whole(a, columns[part], magnitudes[part], scales[0]) for part in range(total)}
     if total == 1:  # adapters of parts as one of the summed rank: the same update
         count, rows, rank = a.shape
+        scale = max(scales, key=abs) or 1.0  # of all, so that none is divided by zero
         blocks = np.zeros((count, rank, leaf.parts[0], b.shape[-1]), b.dtype)
         for position, part in enumerate(leaf.parts[1]):
-            blocks[position, :, part] = b[position]
+            blocks[position, :, part] = b[position] * (scales[position] / scale)
         a = a.transpose(1, 0, 2).reshape(rows, count * rank)
-        return {0: whole(a, blocks.reshape(count * rank, -1), magnitude)}
+        return {0: whole(a, blocks.reshape(count * rank, -1), magnitude, scale)}
     modules = {
-        part: whole(a[position], b[position], magnitudes[part])
+        part: whole(a[position], b[position], magnitudes[part], scales[position])
         for position, part in enumerate(leaf.parts[1])
     }
     if magnitude is not None:  # a part without an update may still have a trained magnitude
         for part in set(range(total)) - set(modules):
-            modules[part] = whole(np.zeros_like(a[0]), np.zeros_like(b[0]), magnitudes[part])
+            zeros = np.zeros_like(a[0]), np.zeros_like(b[0])
+            modules[part] = whole(*zeros, magnitudes[part], scales[0])
     return modules
 
 
@@ -348,23 +447,25 @@ def _leaf_of(modules: Mapping[int, _Module], total: int, kernel: jax.Array) -> L
         module = modules[part]
         fill = rank - module.a.shape[-1]
         a.append(np.pad(module.a, [(0, 0)] * (module.a.ndim - 1) + [(0, fill)]))
-        b.append(np.pad(module.b * (module.scale / first.scale), ((0, fill), (0, 0))))
+        b.append(np.pad(module.b, ((0, fill), (0, 0))))
         if module.magnitude is not None:
             magnitudes.append(jnp.asarray(module.magnitude, dtype))
+    scales = tuple(modules[part].scale for part in sorted(modules))
     return LowRank(
         base=None,  # type: ignore[arg-type]
         a=jnp.asarray(np.stack(a) if total > 1 else a[0], dtype),
         b=jnp.asarray(np.stack(b) if total > 1 else b[0], dtype),
         magnitude=None if first.magnitude is None else jnp.concatenate(magnitudes),
-        scale=first.scale,
+        scale=first.scale if len(set(scales)) == 1 else scales,
         parts=(total, tuple(sorted(modules))) if total > 1 else None,
         dropout=first.dropout,
     )
 
 
-def _to_torch(name: str, module: _Module) -> dict[str, np.ndarray]:
+def _to_torch(name: str, module: _Module, *, pointwise: bool) -> dict[str, np.ndarray]:
     """PEFT's tensors of one module."""
-    a = np.moveaxis(module.a, (-1, -2), (0, 1))  # [r, in] or [r, in, h, w]
+    a = module.a[None, None] if pointwise else module.a
+    a = np.moveaxis(a, (-1, -2), (0, 1))  # [r, in] or [r, in, h, w]
     ones = (1,) * (a.ndim - 2)
     tensors = {name + A: a, name + B: module.b.T.reshape(-1, len(a), *ones)}
     if module.magnitude is not None:
@@ -379,38 +480,81 @@ def _from_torch(
     kernel_shape: tuple[int, ...],
     config: Mapping[str, Any],
     origin: str,
+    *,
+    pointwise: bool,
 ) -> _Module:
     """One module's adapter, for a kernel [in, out] or [h, w, in, out]."""
-    rank = _pattern(config["rank_pattern"], name, config["r"])
-    alpha = _pattern(config["alpha_pattern"], name, config["lora_alpha"])
-    *window, rows, columns = kernel_shape
+    rank, alpha = config["of_module"].get(name, (config["r"], config["lora_alpha"]))
+    *window, rows, columns = (1, 1, *kernel_shape) if pointwise else kernel_shape
     ones = (1,) * len(window)
     expected = {A: (rank, rows, *window), B: (columns, rank, *ones)}
     if config["use_dora"]:
         expected[MAGNITUDE] = (1, columns, 1, 1) if window else (columns,)
+    if config["lora_bias"]:
+        expected[BIAS] = (columns,)
     for kind in sorted(set(expected) | set(tensors)):
         shape = tensors[kind].shape if kind in tensors else "missing"
         if shape != expected.get(kind):
             raise UserError(
                 f"{origin}: {name}{kind} is {shape} and should be "
-                f"{expected.get(kind, 'absent (use_dora is false)')}, for rank {rank} of "
+                f"{expected.get(kind, 'absent')}, for rank {rank} of "
                 f"{CONFIG_FILE} and a kernel {kernel_shape} of this model"
             )
     return _Module(
-        a=np.moveaxis(tensors[A], (0, 1), (-1, -2)),
+        a=np.moveaxis(tensors[A], (0, 1), (-1, -2)).reshape(*kernel_shape[:-1], rank),
         b=tensors[B].reshape(columns, rank).T,
         magnitude=tensors[MAGNITUDE].reshape(-1) if config["use_dora"] else None,
         scale=alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank,
         dropout=config["lora_dropout"],
+        bias=tensors.get(BIAS),
     )
 
 
-def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that ends the module's name decides."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+def _settle_patterns(
+    config: dict[str, Any],
+    called: Mapping[str, str],
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    origin: str,
+) -> None:
+    """Adds to the config "of_module": (rank, alpha) of each module that a pattern matches.
+
+    Args:
+      config: of `_read_config`.
+      called: a module's name in the base model -> the one that the patterns are for.
+      tensors: of each module.
+      origin: of the adapter, for errors.
+    """
+    values: dict[str, dict[str, list[Any]]] = {}
+    for field in ("rank_pattern", "alpha_pattern"):
+        found = values[field] = {name: [] for name in called.values()}
+        matcher = Matcher(list(found))
+        for pattern, value in config[field].items():
+            try:
+                matched = matcher.matches(pattern)
+            except UserError as error:
+                raise UserError(f"{origin}/{CONFIG_FILE}: {field}: {error}") from None
+            for name in matched:
+                found[name].append(value)
+    doubtful = [
+        f"{field} of {name} ({', '.join(map(str, own))})"
+        for field, found in values.items()
+        for name, own in found.items()
+        if len(set(own)) > 1
+    ]
+    config["of_module"] = {}
+    for name, original in called.items():
+        ranks = values["rank_pattern"][original] or [config["r"]]
+        own = tensors[name][A].shape[0] if A in tensors[name] and tensors[name][A].ndim else None
+        alphas = values["alpha_pattern"][original] or [config["lora_alpha"]]
+        config["of_module"][name] = (own if own in ranks else ranks[0], alphas[0])
+    if doubtful:
+        warnings.warn(
+            f"{origin}/{CONFIG_FILE}: several patterns match one module: {doubtful[0]}"
+            f"{f' and {len(doubtful) - 1} more' * (len(doubtful) > 1)}. PEFT trains with the first "
+            "of its config and loads with the first in alphabetical order; here the tensors tell "
+            "the rank, and alpha is what PEFT loads with",
+            stacklevel=3,
+        )
 
 
 def _make_config(
@@ -420,6 +564,15 @@ def _make_config(
     # Rank-stabilized or not, PEFT divides alpha by the rank, so this alpha gives the same scale.
     alphas = {name: _tidy(module.scale * ranks[name]) for name, module in modules.items()}
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
+
+    def patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+        """A name that others end in (`conv1`) is anchored, or it would speak for them too."""
+        return {
+            "^" * any(other.endswith(f".{name}") for other in modules) + name: value
+            for name, value in values.items()
+            if value != default
+        }
+
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -429,8 +582,8 @@ def _make_config(
         "lora_alpha": alpha,
         "lora_dropout": max(module.dropout for module in modules.values()),
         "target_modules": list(modules),
-        "rank_pattern": {name: x for name, x in ranks.items() if x != rank},
-        "alpha_pattern": {name: x for name, x in alphas.items() if x != alpha},
+        "rank_pattern": patterns(ranks, rank),
+        "alpha_pattern": patterns(alphas, alpha),
         "modules_to_save": whole_modules or None,
         "use_rslora": False,
         "use_dora": dora,
@@ -451,22 +604,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     Raises:
       UserError: no such file, no JSON, another kind of adapter, a value of the wrong type.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the folder of a PEFT adapter") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: no JSON; copy or download it again") from None
+    content = files.read_json(path)
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is not LORA; only LoRA adapters are read")
-    for name in UNSUPPORTED:
-        if content.get(name):
-            raise UserError(f"{path}: {name} is set; plain LoRA, rsLoRA and DoRA are read")
-    start = str(content.get("init_lora_weights")).lower()
-    if start.startswith(CHANGES_BASE):
+    start = str(content.get("init_lora_weights", True)).lower()
+    if start not in STARTS:
         raise UserError(
-            f"{path}: init_lora_weights is {start!r}, which changes the base; save it in peft with "
-            "path_initial_model_for_weight_conversion"
+            f"{path}: init_lora_weights is {start[:80]!r}, which changes the base; save it in peft "
+            "with path_initial_model_for_weight_conversion"
         )
 
     def is_rank(value: Any) -> bool:
@@ -481,36 +626,32 @@ def _read_config(path: Path) -> dict[str, Any]:
     def is_rate(value: Any) -> bool:
         return type(value) in (int, float) and 0 <= value < 1
 
-    fields = {
+    fields: dict[str, tuple[Any, Callable[[Any], bool]]] = {
         "r": (8, is_rank),
         "lora_alpha": (8, is_alpha),
         "lora_dropout": (0.0, is_rate),
         "use_rslora": (False, is_flag),
         "use_dora": (False, is_flag),
+        "lora_bias": (False, is_flag),
         "rank_pattern": ({}, lambda x: _is_pattern(x, is_rank)),
         "alpha_pattern": ({}, lambda x: _is_pattern(x, is_alpha)),
     }
+    for name, value in content.items():
+        if value and name not in HARMLESS and name not in fields:
+            raise UserError(
+                f"{path}: {name[:80]} is set, which may change what the adapter computes; LoRA, "
+                "rsLoRA and DoRA are read"
+            )
     config = {}
     for name, (default, valid) in fields.items():
         config[name] = content.get(name, default)
+        if config[name] is None and name.endswith("_pattern"):
+            config[name] = default
         if not valid(config[name]):
             raise UserError(f"{path}: {name} is {str(config[name])[:80]!r}, which makes no sense")
     return config
 
 
-def _is_pattern(value: Any, valid: Any) -> bool:
-    """A dict from regular expressions to valid values; none that could take forever to match."""
-    if not isinstance(value, dict) or not all(map(valid, value.values())):
-        return False
-    for pattern in value:
-        if (
-            len(pattern) > 200
-            or re.search(r"\)[*+{]", pattern)
-            or len(re.findall("[*+{]", pattern)) > 3
-        ):
-            return False
-        try:
-            re.compile(pattern)
-        except re.error:
-            return False
-    return True
+def _is_pattern(value: Any, valid: Callable[[Any], bool]) -> bool:
+    """A dict from regular expressions, which `Matcher` checks, to valid values."""
+    return isinstance(value, dict) and all(map(valid, value.values()))

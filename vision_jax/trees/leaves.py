@@ -42,7 +42,7 @@ class LowRank:
       b: [r, out]; with `parts`, [len(chosen), r, out / total].
       magnitude: None, or DoRA's [out]: the kernel is magnitude · (W + sAB) / ‖W + sAB‖, where the
         norm is taken over each output's inputs and held constant in the gradient, as PEFT does.
-      scale: s, usually alpha / r.
+      scale: s, usually alpha / r; with `parts` it may be a tuple with one for each.
       parts: None, or (total, chosen): the output columns of a fused kernel split into `total` equal
         parts, of which `chosen` have adapters of their own; (3, (0, 2)) is q and v of a fused qkv.
       dropout: rate on the adapter's input, in training only.
@@ -52,7 +52,7 @@ class LowRank:
     a: Array
     b: Array
     magnitude: Array | None = None
-    scale: float = field(default=1.0)
+    scale: float | tuple[float, ...] = field(default=1.0)
     parts: tuple[int, tuple[int, ...]] | None = None
     dropout: float = 0.0
 
@@ -77,14 +77,24 @@ Kernel = Array | LowRank
 
 def low_rank_delta(leaf: LowRank) -> Array:
     """The update s·A·B as a dense array of the kernel's shape."""
+    product = leaf.a @ leaf.b  # with parts [P, in, out / total]
+    if isinstance(leaf.scale, tuple):
+        blocks = jnp.array(leaf.scale, product.dtype)[:, None, None] * product
+    else:
+        blocks = leaf.scale * product
     if leaf.parts is None:
-        return leaf.scale * (leaf.a @ leaf.b)
+        return blocks
     total, chosen = leaf.parts
-    blocks = leaf.scale * (leaf.a @ leaf.b)  # [P, in, out / total]
     rows, columns = blocks.shape[1:]
     delta = jnp.zeros((rows, total, columns), blocks.dtype)
     delta = delta.at[:, jnp.array(chosen)].set(blocks.swapaxes(0, 1))  # [in, total, out / total]
     return delta.reshape(rows, total * columns)
+
+
+def part_scales(leaf: LowRank) -> tuple[float, ...]:
+    """The scale of each of the chosen parts; one scale of a leaf without parts."""
+    count = 1 if leaf.parts is None else len(leaf.parts[1])
+    return leaf.scale if isinstance(leaf.scale, tuple) else (leaf.scale,) * count
 
 
 def output_norm(kernel: Array) -> Array:
@@ -215,12 +225,13 @@ def _multiply(product: Any, x: Array, kernel: Kernel, dropout_key: Array | None)
 def _factored_update(product: Any, x: Array, leaf: LowRank) -> Array:
     """s · (x·A)·B by the skinny products; the merged form is cheaper wherever it applies."""
     dense = _dense_product(x)
+    scales = part_scales(leaf)
     if leaf.parts is None:
-        return leaf.scale * dense(product(x, leaf.a), leaf.b)
+        return scales[0] * dense(product(x, leaf.a), leaf.b)
     total, chosen = leaf.parts
     columns = [jnp.zeros((*x.shape[:-1], leaf.b.shape[-1]), x.dtype)] * total
-    for position, part in enumerate(chosen):
-        columns[part] = leaf.scale * dense(product(x, leaf.a[position]), leaf.b[position])
+    for position, (part, scale) in enumerate(zip(chosen, scales, strict=True)):
+        columns[part] = scale * dense(product(x, leaf.a[position]), leaf.b[position])
     return jnp.concatenate(columns, axis=-1)  # [..., out]
 
 
