@@ -133,10 +133,11 @@ def test_cmyk():
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 def test_16_bit_grey_is_scaled_and_not_clipped(file_format):
+    """The upper 8 bits, which is all that Pillow keeps of 16-bit colors: one rule for both."""
     deep = rng.integers(0, 65536, (7, 5), np.uint16)
     deep[0, :2] = 0, 65535
     decoded = decode(encode(Image.fromarray(deep), file_format))
-    assert np.array_equal(decoded[..., 0], np.round(deep / 65535 * 255))
+    assert np.array_equal(decoded[..., 0], deep >> 8)
     assert (decoded == decoded[..., :1]).all()
 
 
@@ -144,13 +145,62 @@ def test_16_bit_rgb_png():
     deep = rng.integers(0, 65536, (7, 5, 3), np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
     decoded = decode(png(5, 7, bit_depth=16, color_type=2, rows=rows))
-    assert np.abs(decoded - deep / 257).max() <= 1
+    assert np.array_equal(decoded, deep >> 8)
+
+
+def test_16_bit_png_with_alpha():
+    deep = rng.integers(0, 65536, (7, 5, 4), np.uint16)
+    for channels, color_type in (([0, 1, 2, 3], 6), ([0, 3], 4)):
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep[..., channels])
+        colors = (deep[..., :3] if color_type == 6 else deep[..., [0, 0, 0]]) >> 8
+        decoded = decode(png(5, 7, bit_depth=16, color_type=color_type, rows=rows))
+        assert np.abs(decoded - on_white(colors, deep[..., 3] >> 8)).max() <= 1
+
+
+@pytest.mark.parametrize("bit_depth", [1, 2, 4, 8, 16])
+def test_grey_png_with_a_transparent_level(bit_depth):
+    """The level is stated in the file's own depth."""
+    levels = rng.integers(0, 2**bit_depth, (7, 8))
+    levels[0] = 1
+    bits = (levels[..., None] >> np.arange(bit_depth)[::-1]) & 1
+    rows = b"".join(b"\0" + np.packbits(row.ravel()).tobytes() for row in bits)
+    stated = (b"tRNS", struct.pack(">H", 1))
+    expected = levels >> 8 if bit_depth == 16 else levels * 255 // (2**bit_depth - 1)
+    data = png(8, 7, bit_depth=bit_depth, color_type=0, rows=rows)
+    assert np.array_equal(decode(data)[..., 0], expected)
+    data = png(8, 7, bit_depth=bit_depth, color_type=0, rows=rows, before=stated)
+    assert np.array_equal(decode(data)[..., 0], np.where(levels == 1, 255, expected))
+
+
+def test_16_bit_png_with_a_transparent_color_is_refused():
+    """Pillow loses the lower bits, without which the color can't be told from its neighbors."""
+    stated = (b"tRNS", struct.pack(">HHH", 1, 2, 3))
+    data = png(1, 1, bit_depth=16, color_type=2, rows=bytes(7), before=stated)
+    with pytest.raises(DamagedImageError, match="16-bit PNG with a transparent color"):
+        decode(data)
+    with pytest.raises(DamagedImageError, match="16-bit PNG with a transparent color"):
+        read_header(data)
+
+
+def test_animations_give_their_first_frame():
+    frames = [Image.new("RGB", (6, 6), color) for color in ("red", "blue")]
+    for file_format, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("GIF", {})):
+        data = encode(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+        assert np.array_equal(decode(data), np.broadcast_to((255, 0, 0), (6, 6, 3)))
+
+
+def test_cmyk_jpeg_without_adobes_marker():
+    """Their values are inverted with the marker and without it."""
+    data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    start = data.index(b"\xff\xee")
+    plain = data[:start] + data[start + 2 + int.from_bytes(data[start + 2 : start + 4]) :]
+    assert np.abs(decode(plain).astype(int) - (255, 0, 0)).max() <= 3
 
 
 def test_big_endian_16_bit_tiff():
     deep = rng.integers(0, 65536, (7, 5), np.uint16)
     image = Image.frombytes("I;16B", (5, 7), deep.astype(">u2").tobytes())
-    assert np.array_equal(decode(encode(image, "TIFF"))[..., 0], np.round(deep / 257))
+    assert np.array_equal(decode(encode(image, "TIFF"))[..., 0], deep >> 8)
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
@@ -247,7 +297,15 @@ def test_damaged_exif_is_no_damaged_image():
     assert np.array_equal(decode(plain[:33] + broken + plain[33:]), RGB)
 
 
-def png(width: int, height: int, *, bit_depth: int, color_type: int, rows: bytes) -> bytes:
+def png(
+    width: int,
+    height: int,
+    *,
+    bit_depth: int,
+    color_type: int,
+    rows: bytes,
+    before: tuple[bytes, bytes] | None = None,
+) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         checked = kind + body
         return struct.pack(">I", len(body)) + checked + struct.pack(">I", zlib.crc32(checked))
@@ -256,6 +314,7 @@ def png(width: int, height: int, *, bit_depth: int, color_type: int, rows: bytes
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
+        + (chunk(*before) if before else b"")
         + chunk(b"IDAT", zlib.compress(rows))
         + chunk(b"IEND", b"")
     )

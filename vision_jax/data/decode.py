@@ -1,7 +1,9 @@
 """Image files, which may be hostile, to uint8[H, W, 3]; .npy files to uint8[H, W, C].
 
 Every file becomes three channels as its author saw it: EXIF orientation applied, palettes and grey
-expanded, transparency composited on white, 16 bits scaled (not clipped) to 8.
+expanded, transparency composited on white, and of more than 8 bits the upper 8 taken. (Pillow does
+so with most 16-bit files, as libpng and OpenCV do, and loses the others, so the rule is for all.)
+What Pillow reads wrong without a word is refused.
 """
 
 import io
@@ -15,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from vision_jax.errors import UserError
 from vision_jax.files import open_regular, read_bytes
@@ -29,6 +31,12 @@ MAX_PIXELS_AT_ONCE = 2 * MAX_PIXELS  # of all threads; a pixel takes up to 15 by
 STRIP = 2**20  # pixels that are composited on white at once
 
 _EXIF_ORIENTATION = 0x0112
+_BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR = 258, 259, 262, 277, 284  # tags of TIFF
+_PREDICTOR, _SAMPLE_FORMAT = 317, 339
+_GREYS, _YCBCR, _CIELAB = (0, 1), 6, 8  # photometric interpretations
+_WORD_ALIGNED_FAX = 32771
+_GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow's raw modes of PNGs with 2 and 4 bits
+_PREDICTED = (5, 8, 32946, 34925, 50000)  # LZW, deflate (two numbers), LZMA, Zstandard
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -107,6 +115,7 @@ def decode_image(
                     f"{name}: {width} × {height} pixels, over the limit of {max_pixels}: shrink it"
                 )
             _check_scans(image, data, name)
+            _check_layout(image, name)
             with _ROOM.take(width * height):
                 image.load()  # also reads what follows the pixels: a PNG's EXIF may stand there
                 rgb = _to_rgb(image, name)
@@ -123,6 +132,41 @@ def _check_scans(image: Image.Image, data: bytes, name: str) -> None:
         raise DamagedImageError(
             f"{name}: a progressive JPEG of more than {MAX_SCANS} scans: save it again"
         )
+
+
+def _check_layout(image: Image.Image, name: str) -> None:
+    """Refuses TIFFs and PNGs whose pixels Pillow 12 and 13 get wrong without an error.
+
+    Found by a matrix of what tifffile writes, which tests/data/test_tiff.py repeats.
+    """
+    raw_mode = image.tile[0].args if isinstance(image, PngImagePlugin.PngImageFile) else None
+    if "transparency" in image.info and raw_mode == "RGB;16B":
+        raise DamagedImageError(
+            f"{name}: a 16-bit PNG with a transparent color: save it with an alpha channel"
+        )
+    if "transparency" in image.info and raw_mode in _GREY_STEPS:
+        image.info["transparency"] *= _GREY_STEPS[raw_mode]  # Pillow scales all pixels but not this
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return
+    tag = image.tag_v2
+    bits, signs = max(tag.get(_BITS, (1,))), tag.get(_SAMPLE_FORMAT, (1,))
+    compression, photometric = tag.get(_COMPRESSION, 1), tag.get(_PHOTOMETRIC)
+    count, planar = tag.get(_SAMPLES, 1), tag.get(_PLANAR, 1) == 2
+    fault = ""
+    if (bits == 12 and compression != 1) or compression == _WORD_ALIGNED_FAX:
+        fault = f"{bits} bits compressed by method {compression}"
+    elif 2 in signs and bits <= 16:
+        fault = "signed numbers, whose black and white are not defined"
+    elif photometric in _GREYS and count > 2:
+        fault = f"{count} grey channels"
+    elif planar and count > 1 and bits > 8 and compression == 1:
+        fault = "uncompressed 16-bit channels, one plane after the other"
+    elif planar and count > 1 and photometric in (*_GREYS, _CIELAB, _YCBCR):
+        fault = "channels in one plane after the other, and not RGB or CMYK"
+    elif tag.get(_PREDICTOR, 1) != 1 and compression not in _PREDICTED:
+        fault = "a predictor beside a compression that has none, which readers differ on"
+    if fault:
+        raise DamagedImageError(f"{name}: a TIFF of {fault}: save it as PNG, or as plain RGB")
 
 
 def _unreadable(name: str, error: Exception) -> DamagedImageError:
@@ -159,10 +203,13 @@ def read_header(file: Path | bytes, *, name: str = "") -> Header:
             Image.open(opened, formats=FORMATS) as image,
         ):
             width, height = image.size
+            _check_layout(image, name)
             if image.format == "PNG" and not _has_late_exif(image):
                 image.info.setdefault("exif", b"")  # else Pillow decodes all of it in search of one
             # Pillow states a TIFF's size as if it had turned it already.
             orientation = 1 if image.format == "TIFF" else _orientation(image)
+    except DamagedImageError:
+        raise
     except UserError as error:
         reason = str(error).removeprefix("" if isinstance(file, bytes) else f"{file}: ")
         raise DamagedImageError(f"{name}: {reason}") from error
@@ -205,6 +252,7 @@ def decode_thumbnail(data: bytes, *, name: str, side: int = 16) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_scans(image, data, name)
+            _check_layout(image, name)
             image.draft("L", (4 * side, 4 * side))
             with _ROOM.take(math.prod(image.size)):
                 image.load()
@@ -237,10 +285,13 @@ def decode_array(data: bytes, *, name: str) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255. 65535 / 257 = 255, so this rounds to nearest.
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # [H, W]
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        bits, inverted = _grey_depth(image)
+        deep = np.asarray(image)  # [H, W]
+        grey = (deep >> (bits - 8)).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[deep == image.info["transparency"]] = 255
+        return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
     if image.mode in ("I", "F"):
         raise DamagedImageError(
             f"{name}: 32-bit pixels have no defined white: save it with 8 or 16 bits a channel"
@@ -255,6 +306,13 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             rgb.paste(Image.alpha_composite(white, colors).convert("RGB"), box)
         return rgb
     return image.convert("RGB")
+
+
+def _grey_depth(image: Image.Image) -> tuple[int, bool]:
+    """(bits, whether 0 is white) of an image that Pillow decoded to 16-bit grey as it is stored."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 16, False
+    return image.tag_v2.get(_BITS, (16,))[0], image.tag_v2.get(_PHOTOMETRIC) == 0
 
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
