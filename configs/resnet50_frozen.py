@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     """What differs from the defaults; see `python -m vision_jax.config`."""
     config = default_config("classification")
     config.batch_size = 256
-    config.trainable = ("head/.*",)
+    config.trainable = ("head(_dist)?/.*",)
 
     config.model.weights = "hf://timm/resnet50.tv_in1k"
     config.model.image_size = 224

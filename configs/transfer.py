@@ -11,7 +11,7 @@ Expected:  depends on the data; first ask what the frozen features are worth:
 
 The name after the colon is one of docs/zoo.md, with or without timm's tag: timm/NAME[.TAG],
 torchvision/NAME, transformers/NAME. Weights of your own replace the published ones:
---config.model.weights=FILE. A linear probe is --config.trainable="head/.*"
+--config.model.weights=FILE. A linear probe is --config.trainable="head(_dist)?/.*"
 --config.model.freeze_norm=True, LoRA on top of it --config.recipes=lora
 --config.lora.rules=".*mlp/fc\\d/kernel".
 """

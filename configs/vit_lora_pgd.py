@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     """What differs from the defaults; see `python -m vision_jax.config`."""
     config = default_config("classification")
     config.total_steps = 200
-    config.trainable = ("head/.*",)
+    config.trainable = ("head(_dist)?/.*",)
     config.recipes = ("lora", "adversarial")
 
     config.model.weights = "embedded:vit_cifar10"

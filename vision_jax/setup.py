@@ -7,7 +7,7 @@ strictly, the rest initialized where it will live, adapters attached, then train
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,6 @@ from vision_jax.trees import lora, paths
 Flat = dict[str, Any]
 
 ADAPTER_COPY = "initial_adapter"  # in the workdir
-HEADS = tuple(f"{name}/{leaf}" for name in ("head", "head_dist") for leaf in ("kernel", "bias"))
 
 
 @dataclass(frozen=True)
@@ -311,10 +310,12 @@ def describe(
         arguments |= shrinking.after
     if "image_size" in known.arguments:
         arguments["image_size"] = preprocessing.image_size
-    if not headless:
-        _check_head(model.reinitialize, arguments.get("num_classes"), len(class_names))
+    head_of = arguments.get("num_classes")
     arguments["num_classes"] = 0 if headless else len(class_names)
     arguments = {name: value for name, value in arguments.items() if name not in RUN_ARGUMENTS}
+    if not headless and head_of not in (None, len(class_names)):
+        built = families.build_model(family, **arguments)
+        _check_head(model.reinitialize, built, preprocessing.image_size, head_of)
     return Description(
         config.task,
         family,
@@ -499,16 +500,8 @@ def plan_parameters(
       adapter: the folder of the adapter to start from, if any.
       projections: shapes of what trains besides (see Description).
     """
+    shapes = _shapes(model, image_size)
     key = jax.random.key(0)
-    try:
-        shapes = jax.eval_shape(lambda key: initialize(model, key, image_size), key)
-    except UserError:
-        raise
-    except Exception as error:  # sizes that don't fit each other fail anywhere in the model
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise UserError(
-            f"there is no such model ({reason}): check config.model.image_size and arguments"
-        ) from error
     attach = partial(_attach, config, model, adapter)
     like = jax.eval_shape(attach, shapes["params"], key)
     model_state = shapes.get("batch_stats", {})
@@ -572,8 +565,7 @@ def headless_parameters(
     weights: convert.Weights,
 ) -> tuple[Any, Any]:
     """(params, model_state) of a model without head, all from the weights."""
-    key = jax.random.key(0)
-    like = jax.eval_shape(lambda key: initialize(model, key, image_size), key)["params"]
+    like = _shapes(model, image_size)["params"]
     shardings = sharding.parameter_shardings(paths.flatten(like), mesh, config.sharding_rules)
     params, model_state, _ = _plain_parameters(
         config, model, image_size, shardings, mesh, weights, headless=True
@@ -592,7 +584,7 @@ def _plain_parameters(
 ) -> tuple[Any, Any, list[str]]:
     """(params without adapters, model_state, paths that were initialized at random)."""
     key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(lambda key: initialize(model, key, image_size), key)
+    shapes = _shapes(model, image_size)
     base, statistics = (paths.flatten(shapes.get(name, {})) for name in ("params", "batch_stats"))
     shardings = {path: shardings.get(path) or shardings[f"{path}/base"] for path in base}
     shardings |= dict.fromkeys(statistics, sharding.replicated(mesh))
@@ -604,7 +596,7 @@ def _plain_parameters(
         rules = () if headless else config.model.reinitialize
         fresh = paths.select(target, rules, field="config.model.reinitialize")
         paths.select(weights.tensors, config.model.drop, field="config.model.drop")
-        reinitialized = HEADS if headless else sorted(fresh)
+        reinitialized = sorted(_find_head(model, image_size)[0] if headless else fresh)
         shrinking = find_shrinking(config, weights)
         if shrinking is None:
             placed = convert.import_weights(
@@ -642,6 +634,36 @@ def _plain_parameters(
         shapes.get("batch_stats", {}), {path: everything[path] for path in statistics}
     )
     return params, model_state, names
+
+
+def head_warnings(
+    weights: convert.Weights,
+    model: Any,
+    description: Description,
+    fresh: Collection[str],
+    plan: Parameters,
+) -> list[str]:
+    """What a user should know of the head of a new run from weights; `fresh` began anew."""
+    warnings = []
+    idle = [path for path in fresh if path in plan.shardings and path not in plan.trainable]
+    if idle:
+        warnings.append(
+            f"{', '.join(idle)}: re-initialized, and not among what trains: it stays as it was "
+            "drawn; add it to config.trainable"
+        )
+    own, names = convert.class_names_of(weights), description.class_names
+    if own is None or len(own) != len(names) or all(re.fullmatch(r"LABEL_\d+", n) for n in own):
+        return warnings
+    others = [label for label, name in enumerate(names) if own[label] != name]
+    head, _ = _find_head(model, description.preprocessing.image_size) if others else (set(), set())
+    if head - set(fresh):
+        label = others[0]
+        warnings.append(
+            f"the head is the weights' own, and {len(others)} of its {len(names)} classes have "
+            f"other names there: label {label} is {own[label]!r} there and {names[label]!r} in the "
+            f"data; --config.model.reinitialize={_rules_of(head)} begins with a new head"
+        )
+    return warnings
 
 
 def make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any, Any]:
@@ -744,14 +766,56 @@ def _attach(
     )
 
 
-def _check_head(reinitialize: tuple[str, ...], own: int | None, wanted: int) -> None:
-    """The weights' head serves as it is only for as many classes."""
-    if own in (None, wanted) or any(re.fullmatch(rule, "head/kernel") for rule in reinitialize):
-        return
-    raise UserError(
-        f"the weights have a head of {own} classes and config.data.train has {wanted}: set "
-        "config.model.reinitialize='head/.*' to begin with a new head"
+def _shapes(model: Any, image_size: tuple[int, int]) -> Any:
+    """The model's variables as ShapeDtypeStructs.
+
+    Raises:
+      UserError: sizes that don't fit each other.
+    """
+    try:
+        return jax.eval_shape(lambda key: initialize(model, key, image_size), jax.random.key(0))
+    except UserError:
+        raise
+    except Exception as error:  # anywhere in the model
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise UserError(
+            f"there is no such model ({reason}): check config.model.image_size and arguments"
+        ) from error
+
+
+def _find_head(model: Any, image_size: tuple[int, int]) -> tuple[set[str], set[str]]:
+    """(paths of what is made for a number of classes, all paths), whatever the architecture."""
+    one, two = (
+        paths.flatten(_shapes(model.clone(num_classes=model.num_classes + more), image_size))
+        for more in (1, 2)
     )
+    every = {path.partition("/")[2]: leaf.shape != one[path].shape for path, leaf in two.items()}
+    return {path for path, differs in every.items() if differs}, set(every)
+
+
+def _check_head(
+    reinitialize: tuple[str, ...], model: Any, image_size: tuple[int, int], own: int
+) -> None:
+    """What weights have that was made for `own` classes serves the model for no other number."""
+    head, every = _find_head(model, image_size)
+    kept = sorted(head - paths.select(every, reinitialize, field="config.model.reinitialize"))
+    if not kept:
+        return
+    have = f"a head of {own} classes" if own else "no head"
+    raise UserError(
+        f"the weights have {have} and config.data.train has {model.num_classes}: set "
+        f"--config.model.reinitialize={_rules_of(kept, reinitialize)} to begin with a new head "
+        f"({', '.join(kept)})"
+    )
+
+
+def _rules_of(names: Collection[str], others: Sequence[str] = ()) -> str:
+    """Path rules that match the parameters' modules, after others, as a command line takes them."""
+    # Without backslashes: the words are the same to a shell, to Python and to a reader.
+    modules = (re.sub(r"\d+", "[0-9]+", name.rpartition("/")[0]) for name in sorted(names))
+    rules = dict.fromkeys([*others, *(f"{module}/.*" for module in modules)])
+    said = ", ".join(f"'{rule}'" for rule in rules)
+    return said if len(rules) == 1 else f'"({said})"'
 
 
 def _checked_arguments(pairs: tuple[tuple[str, Any], ...], known: list[str]) -> dict[str, Any]:

@@ -136,6 +136,8 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         if (shrinking := setup.find_shrinking(config, weights)) is not None:
             log.say(f"taken of them: {shrinking.line()}")
         log.say(f"re-initialized as config.model.reinitialize says: {', '.join(fresh) or 'none'}")
+        for warning in setup.head_warnings(weights, model, description, fresh, plan):
+            log.say(f"warning: {warning}")
     else:
         log.say("parameters: random initialization")
     if adapter is not None:

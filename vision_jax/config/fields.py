@@ -217,7 +217,7 @@ FIELDS = (
     _field("model.mlp_width", 0, FROM_0, "likewise"),
     _field(
         "model.reinitialize",
-        ("head/.*",),
+        ("head(_dist)?/.*",),
         RULES,
         "paths not taken from the weights: another set of classes",
         detection=(),
