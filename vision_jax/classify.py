@@ -40,6 +40,8 @@ reported = ("top1", "top5", "loss", "ece", "fgsm_top1", "pgd_top1")
 
 curves = ("top1",)  # of the former, in curves.png
 
+whole = ()  # of a batch, what losses count over a whole update: each image's is its own
+
 GRID = 40  # pictures in predictions.png
 SHOWN, LISTED = 3, 5  # most probable classes of a file, on the screen and in predictions.json
 

@@ -62,6 +62,9 @@ reported = ("ap", "ap50", "ap75", "ar_100", "mean_iou_top1", "mean_iou_matched")
 
 curves = ("ap", "ap50", "mean_iou_matched")  # of the former, in curves.png
 
+# Of a batch, what the loss of a micro-batch counts over all of its update (steps.make_train_step).
+whole = ("target_mask", "mask")
+
 SHORT, LONGEST = 800, 1333  # DETR's sides in pixels
 PICTURES = 12  # in predictions.png
 LONGEST_STEM = 200  # bytes of a file name in the names of pictures
@@ -232,14 +235,20 @@ def _make_set_loss(config: ConfigDict, model: Any, *, alone: bool = False) -> de
     def set_loss(outputs, batch):
         targets = (batch["label"], batch["boxes_cxcywh_01"], batch["target_mask"], batch["mask"])
         predicted = (outputs["logits"], outputs["boxes_cxcywh_01"])
+        counted = tuple(batch["whole"][name] for name in whole) if "whole" in batch else None
         if family_of(model) == "detr":
             return detection_losses.detr_loss(
-                *predicted, *targets, **weights, no_object_weight=loss.no_object_weight
+                *predicted,
+                *targets,
+                **weights,
+                whole=counted,
+                no_object_weight=loss.no_object_weight,
             )
         return detection_losses.sigmoid_detr_loss(
             *predicted,
             *targets,
             **weights,
+            whole=counted,
             encoder_logits=outputs["encoder_logits"],
             encoder_boxes_cxcywh_01=outputs["encoder_boxes_cxcywh_01"],
             groups=outputs["logits"].shape[2] // model.num_queries,  # one in evaluation

@@ -6,7 +6,7 @@ Only `trainable` has gradients and optimizer state. `frozen` is an argument of i
 own, so that it is neither donated nor copied and a checkpoint of the state stays small.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from vision_jax.trees import paths
 Flat = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # loss_fn(trainable, frozen, model_state, batch, key) -> (loss, (model_state, metrics))
-# The batch it gets also has "step" i32[], updates done.
+# The batch it gets also has "step" i32[], updates done, and perhaps "whole" (make_train_step).
 LossFn = Callable[[Flat, Flat, Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, Any]]
 
 REPLAY = 1_000_003  # folded into a step's key, which its updates share
@@ -102,6 +102,7 @@ def make_train_step(
     seed: int,
     schedule: Callable[[Any], Any],
     accumulate: int = 1,
+    whole: Sequence[str] = (),
     ema_decay: float = 0.0,
     replay: Replay | None = None,
     average_prefix: str = "",
@@ -117,7 +118,10 @@ def make_train_step(
       tx: the optimizer of `trainable`.
       seed: the step's key is fold_in(key(seed), step), so any step can be replayed alone.
       schedule: learning rate by update, for the metrics only.
-      accumulate: micro-batches per update; the batch is split among them and gradients averaged.
+      accumulate: micro-batches per update; the batch is split among them, and losses, metrics and
+        gradients are averaged.
+      whole: names of the batch's arrays that micro-batches also get as they are, under "whole": a
+        loss that is divided by a count, of boxes, say, must count over all of the update.
       ema_decay: of the moving average; 0 keeps none.
       replay: instead of one update a step; the loss function finds "perturbation" in the batch. Its
         metrics are means over the updates. Not with `accumulate`.
@@ -162,7 +166,7 @@ def make_train_step(
                 )
             else:
                 loss, model_state, metrics, gradients = _accumulated(
-                    gradient, accumulate, state, frozen, batch, key
+                    gradient, accumulate, whole, state, frozen, batch, key
                 )
             new, metrics = update(state, state.step, loss, model_state, metrics, gradients)
         new = jax.tree.map(lambda new, old: jnp.where(metrics["finite"], new, old), new, state)
@@ -180,7 +184,7 @@ def _with_average(frozen: Flat, prefix: str, state: TrainState) -> Flat:
     return {**frozen, **{prefix + path: leaf for path, leaf in state.ema.items()}}
 
 
-def _accumulated(gradient, accumulate, state, frozen, batch, key):
+def _accumulated(gradient, accumulate, whole, state, frozen, batch, key):
     """Loss, metrics and gradients averaged over micro-batches, one in memory at a time."""
 
     def split(array):  # [B, ...] -> [accumulate, B / accumulate, ...]
@@ -188,12 +192,16 @@ def _accumulated(gradient, accumulate, state, frozen, batch, key):
         rows = array.reshape(array.shape[0] // accumulate, accumulate, *array.shape[1:])
         return rows.swapaxes(0, 1)
 
+    undivided = {"step": state.step}
+    if whole:
+        undivided["whole"] = {name: batch[name] for name in whole}
+
     def body(carry, micro):
         model_state, total = carry
         index, rows = micro
         # Sharded parameters are gathered for each micro-batch anew, and not kept whole for all.
         trainable, fixed, rows = jax.lax.optimization_barrier((state.trainable, frozen, rows))
-        rows = {**rows, "step": state.step}
+        rows = {**rows, **undivided}
         (loss, (model_state, metrics)), gradients = gradient(
             trainable, fixed, model_state, rows, jax.random.fold_in(key, index)
         )
@@ -207,7 +215,7 @@ def _accumulated(gradient, accumulate, state, frozen, batch, key):
         state.trainable,
         frozen,
         state.model_state,
-        {**first[1], "step": state.step},
+        {**first[1], **undivided},
         key,
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, gradients))

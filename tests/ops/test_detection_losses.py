@@ -232,18 +232,29 @@ def test_proposals_are_one_layer_more_and_not_the_last():
     assert metrics["loss_ce"] == pytest.approx(float(same["loss_ce"]), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["detr", "ia_bce"])
-def test_parts_of_a_batch_can_be_divided_by_the_boxes_of_the_whole(name):
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_mean_over_micro_batches_is_the_whole_batch(name, size):
+    """Loss, every metric and the gradient, though images have 0 to 5 boxes and some are padding."""
     problem = make_problem(name)
-    loss = jax.jit(LOSSES[name])
-    count = float((problem[4] & problem[5][:, None]).sum())
-    (_, whole), _ = COMPILED[name](*problem)
-    parts = [
-        loss(*(x[:, rows] for x in problem[:2]), *(x[rows] for x in problem[2:]), num_boxes=count)
-        for rows in (slice(0, 4), slice(4, 8))
-    ]
-    for term in ("loss_bbox", "loss_giou", *(["loss_ce"] if name == "ia_bce" else [])):
-        np.testing.assert_allclose(sum(m[term] for _, m in parts), whole[term], rtol=5e-6)
+    (loss, metrics), (logits_slope, boxes_slope) = COMPILED[name](*problem)
+    parts = jax.jit(
+        jax.value_and_grad(
+            lambda *arrays, whole: mean_of(LOSSES[name])(*arrays, whole=whole), (0, 1), has_aux=True
+        )
+    )
+    found = []
+    for rows in (slice(start, start + size) for start in range(0, EXAMPLES, size)):
+        arrays = [x[:, rows] for x in problem[:2]] + [x[rows] for x in problem[2:]]
+        found.append(parts(*arrays, whole=(problem[4], problem[5])))
+    share = size / EXAMPLES
+    np.testing.assert_allclose(share * sum(part[0][0] for part in found), loss, rtol=3e-6)
+    for key, value in metrics.items():
+        total = share * sum(part[0][1][key] for part in found)
+        np.testing.assert_allclose(total, value, rtol=5e-6, atol=1e-7, err_msg=key)
+    for number, slope in enumerate((logits_slope, boxes_slope)):
+        joined = share * np.concatenate([part[1][number] for part in found], axis=1)
+        np.testing.assert_allclose(joined, slope, rtol=0, atol=3e-6 * np.abs(slope).max())
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -220,7 +220,7 @@ FIELDS = (
         ("head(_dist)?/.*",),
         RULES,
         "paths not taken from the weights: another set of classes",
-        detection=(),
+        detection=(r"(proposals_\d+/)?class_head/.*",),
     ),
     _field(
         "model.drop",

@@ -5,9 +5,11 @@
 
 Both take all decoder layers at once, f[L, B, Q, ...], match each of them on its own, and return the
 weighted sum over layers of each image, f[B], with metrics of the last one. The mean of them is the
-loss of the batch, whose sums are divided by something of the whole batch. Boxes are cxcywh in
-shares of the image. A plain sum over B is the sum over the global batch under `jit`, on any number
-of devices. Everything is computed in float32, or in float64 where the logits are.
+loss of the batch, whose sums are divided by something of the whole batch, such as its boxes. A
+micro-batch of an update is told what there is to count in all of it (`whole`): then the means over
+the micro-batches are the loss and metrics of the update. Boxes are cxcywh in shares of the image.
+A plain sum over B is the sum over the global batch under `jit`, on any number of devices.
+Everything is computed in float32, or in float64 where the logits are.
 
 Batches of targets are padded: `label` i32[B, T], `target_boxes` f[B, T, 4], `target_mask`
 bool[B, T]; and so are the examples, `mask` bool[B]. What is masked counts nothing.
@@ -23,6 +25,7 @@ from vision_jax.ops.matching import match
 
 Array = jax.Array
 Metrics = dict[str, Array]
+Masks = tuple[Array, Array]  # target_mask bool[B, T], mask bool[B]
 
 CLASS_LOSSES = ("ia_bce", "focal")
 LEAST_QUALITY = 0.01  # that IoU-aware BCE trains a matched query towards
@@ -43,7 +46,7 @@ def detr_loss(
     l1_weight: float = 5.0,
     giou_weight: float = 2.0,
     no_object_weight: float = 0.1,
-    num_boxes: Array | float | None = None,
+    whole: Masks | None = None,
     alone: bool = False,
 ) -> tuple[Array, Metrics]:
     """DETR's set loss (Carion et al. 2020, https://arxiv.org/abs/2005.12872, section 3.1).
@@ -62,8 +65,7 @@ def detr_loss(
       class_cost, l1_cost, giou_cost: of the matching.
       class_weight, l1_weight, giou_weight: of the terms of each layer.
       no_object_weight: of a query without a target in the class term.
-      num_boxes: divides the box terms, at least 1; by default the real targets of the batch, which
-        a caller that sees a part of the batch must count over the whole.
+      whole: `target_mask` and `mask` of the whole update, where this batch is a part of it.
       alone: each image's loss is what it is in a batch of this image only. Else a batch's boxes
         decide how an image's class term weighs against its box terms.
 
@@ -92,17 +94,22 @@ def detr_loss(
     log_likelihood = _at(jax.nn.log_softmax(logits), classes[..., None])[..., 0]
     weights = jnp.where(classes == no_object, no_object_weight, 1.0).astype(logits.dtype)
     weights *= mask[None, :, None]
-    count = _count(target_mask, num_boxes, alone).astype(logits.dtype)
+    whole_targets, whole_mask = _whole((target_mask, mask), whole)
+    boxes_a_row, images_a_row = (_a_row(x, logits.dtype) for x in (whole_targets, whole_mask))
+    count = _alone(target_mask) if alone else boxes_a_row
     terms, iou = _box_terms(boxes, query, target_boxes, target_mask, count)
-    total = weights.sum(2)  # [L, B]
-    total = total if alone else total.mean(1, keepdims=True)
+    # Of each image: a query for each target, and the others, which are without.
+    found = (target_mask if alone else whole_targets).sum(1)
+    total = no_object_weight * (logits.shape[2] - found) + found
+    total = jnp.where(mask if alone else whole_mask, total, 0).astype(logits.dtype)
+    total = total[None] if alone else total.mean()
     terms["loss_ce"] = -(weights * log_likelihood).sum(2) / jnp.where(total > 0, total, 1)
 
     best = jnp.argmax(logits[-1], axis=-1)  # [B, Q]
     metrics = {
-        "cardinality_error": _cardinality_error(best != no_object, target_mask, mask),
-        "class_error": _mean(_at(best, query[-1]) != label, target_mask),
-        "matched_iou": _mean(iou[-1], target_mask),
+        "cardinality_error": _cardinality_error(best != no_object, target_mask, mask, images_a_row),
+        "class_error": _mean(_at(best, query[-1]) != label, target_mask, boxes_a_row),
+        "matched_iou": _mean(iou[-1], target_mask, boxes_a_row),
     }
     totals, last = _weighted(terms, class_weight, l1_weight, giou_weight)
     return totals.sum(0), {**last, "loss_aux": totals[:-1].sum(0).mean(), **metrics}
@@ -127,7 +134,7 @@ def sigmoid_detr_loss(
     l1_weight: float = 5.0,
     giou_weight: float = 2.0,
     alpha: float = 0.25,
-    num_boxes: Array | float | None = None,
+    whole: Masks | None = None,
     alone: bool = False,
 ) -> tuple[Array, Metrics]:
     """The set loss of detectors with a sigmoid for each class.
@@ -157,7 +164,7 @@ def sigmoid_detr_loss(
       class_cost, l1_cost, giou_cost: of the matching.
       class_weight, l1_weight, giou_weight: of the terms of each layer.
       alpha: of IoU-aware BCE or of the focal loss, and of the matching.
-      num_boxes: as `detr_loss` has it; `groups` times as many divide the terms.
+      whole: as `detr_loss` has it.
       alone: as `detr_loss` has it.
 
     Returns:
@@ -191,8 +198,10 @@ def sigmoid_detr_loss(
     # Each group's copy of the targets is from here on just more targets.
     label, all_mask = (jnp.tile(array, (1, groups)) for array in (label, target_mask))
     target_boxes = jnp.tile(target_boxes, (1, groups, 1))
-    all_boxes = None if num_boxes is None else groups * num_boxes
-    count = _count(all_mask, all_boxes, alone).astype(logits.dtype)
+    whole_targets, whole_mask = _whole((target_mask, mask), whole)
+    images_a_row = _a_row(whole_mask, logits.dtype)
+    boxes_a_row = _a_row(jnp.tile(whole_targets, (1, groups)), logits.dtype)
+    count = _alone(all_mask) if alone else boxes_a_row
     terms, iou = _box_terms(boxes, query, target_boxes, all_mask, count)
     flat = logits.reshape(*logits.shape[:2], -1)  # [L, B, groups · Q · K]
     matched = _at(flat, query * logits.shape[-1] + label[None])  # [L, B, groups · T]
@@ -210,9 +219,9 @@ def sigmoid_detr_loss(
     sure = logits[-1, :, :queries].max(-1) > 0  # [B, Q], a probability above a half
     best = jnp.argmax(logits[-1], axis=-1)  # [B, groups · Q]
     metrics = {
-        "cardinality_error": _cardinality_error(sure, target_mask, mask),
-        "class_error": _mean(_at(best, query[-1]) != label, all_mask),
-        "matched_iou": _mean(iou[-1], all_mask),
+        "cardinality_error": _cardinality_error(sure, target_mask, mask, images_a_row),
+        "class_error": _mean(_at(best, query[-1]) != label, all_mask, boxes_a_row),
+        "matched_iou": _mean(iou[-1], all_mask, boxes_a_row),
     }
     totals, last = _weighted(terms, class_weight, l1_weight, giou_weight)
     if encoder_logits is not None:
@@ -245,12 +254,22 @@ def _box_cost(boxes: Array, target_boxes: Array, l1_cost: float, giou_cost: floa
     return l1_cost * l1 - giou_cost * box_ops.giou_xyxy(*corners)
 
 
-def _count(target_mask: Array, num_boxes: Array | float | None, alone: bool) -> Array:
-    """What an image's sums are divided by: its boxes, [1, B], or the mean number of them, []."""
-    if alone:
-        return jnp.maximum(target_mask.sum(1), 1)[None]
-    total = target_mask.sum() if num_boxes is None else num_boxes
-    return jnp.maximum(total, 1) / len(target_mask)
+def _whole(own: Masks, whole: Masks | None) -> Masks:
+    """The masks to count by; a padded example has no targets."""
+    if whole is None:
+        return own
+    target_mask, mask = whole
+    return target_mask & mask[:, None], mask
+
+
+def _a_row(mask: Array, dtype: jnp.dtype) -> Array:
+    """How many of a mask[B, ...] are true in the mean over B, f[]; at least one in all."""
+    return (jnp.maximum(mask.sum(), 1) / len(mask)).astype(dtype)
+
+
+def _alone(target_mask: Array) -> Array:
+    """What an image's sums are divided by if it is alone: its boxes, i[1, B], at least 1."""
+    return jnp.maximum(target_mask.sum(1), 1)[None]
 
 
 def _box_terms(
@@ -298,9 +317,11 @@ def _weighted(
     return totals, {name: term[-1].mean() for name, term in terms.items()}
 
 
-def _cardinality_error(has_class: Array, target_mask: Array, mask: Array) -> Array:
+def _cardinality_error(
+    has_class: Array, target_mask: Array, mask: Array, images_a_row: Array
+) -> Array:
     """How far the number of queries with a class, bool[B, Q], is from that of targets."""
-    return _mean(jnp.abs(has_class.sum(-1) - target_mask.sum(-1)), mask)
+    return _mean(jnp.abs(has_class.sum(-1) - target_mask.sum(-1)), mask, images_a_row)
 
 
 def _at(values: Array, index: Array, axis: int = -1) -> Array:
@@ -308,7 +329,6 @@ def _at(values: Array, index: Array, axis: int = -1) -> Array:
     return jnp.take_along_axis(values, index, axis=axis, mode="clip")
 
 
-def _mean(values: Array, weights: Array) -> Array:
-    """Weighted mean; 0 where nothing has a weight."""
-    total = weights.sum()
-    return (weights * values).sum() / jnp.where(total > 0, total, 1)
+def _mean(values: Array, mask: Array, a_row: Array) -> Array:
+    """The mean of what is in mask[B, ...], of which there are `a_row` in the mean over B."""
+    return jnp.where(mask, values, 0).sum() / len(mask) / a_row
