@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
     )
 
     config.model.weights = "hf://facebook/detr-resnet-50"
-    config.model.reinitialize = ("class_head/.*",)  # another set of classes keeps all but this
     config.model.dropout = 0.1
     config.model.freeze_norm = True
 

@@ -32,8 +32,6 @@ def get_config() -> ConfigDict:
     config.total_steps = 5_000
 
     config.model.weights = "hf://Roboflow/rf-detr-nano"
-    # Another set of classes keeps everything but these heads.
-    config.model.reinitialize = (r"(proposals_\d+/)?class_head/.*",)
     config.model.freeze_norm = True
 
     config.optim.schedule = "constant"

@@ -219,13 +219,6 @@ def test_a_new_head_that_does_not_train_is_told(tmp_path):
     assert warning.startswith("head_dist/bias, head_dist/kernel: re-initialized, and not among")
 
 
-def test_a_rule_that_is_no_expression_is_one_line(tmp_path):
-    write(tmp_path / "weights.safetensors", "vit", SQUARE)
-    config = config_of("vit", tmp_path / "weights.safetensors", model__reinitialize="(head")
-    with pytest.raises(UserError, match="reinitialize: '\\(head' is not a regular expression"):
-        begin(config)
-
-
 def test_a_detector_learns_other_classes(tmp_path, capsys):
     """Trained by the README's config, evaluated, asked for boxes, and written for transformers."""
     short = {**MODELS["DETR"][1], "decoder_depth": 1}
