@@ -96,6 +96,35 @@ def test_the_file_written_in_timms_naming_loads_by_itself(name, tmp_path):
     assert all(np.array_equal(flat_again[path], flat[path]) for path in flat)
 
 
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"id2label": {"0": "a", "2": "c"}}, ["a", "LABEL_1", "c"]),
+        (
+            {"id2label": {"10": "k", **{str(i): f"n{i}" for i in range(10)}}},
+            [*(f"n{i}" for i in range(10)), "k"],
+        ),
+        ({"id2label": {}}, None),
+        ({"class_names": ["a", "b"]}, ["a", "b"]),
+        ({"pretrained_cfg": {"label_names": ["a", "b"]}}, ["a", "b"]),
+        ({"pretrained_cfg": {"label_names": ["a"]}, "label_names": ["b"]}, ["b"]),
+        ({"pretrained_cfg": {"label_names": {"1": "b", "0": "a"}}}, ["a", "b"]),
+        ({"architecture": "x", "crop_pct": 0.9, "labels": ["a", "b"]}, ["a", "b"]),
+        ({"architecture": "x", "crop_pct": 0.9, "label_names": ["a", "b"]}, ["a", "b"]),
+    ],
+)
+def test_names_of_classes_keep_their_numbers(config, names):
+    found = class_names_of(Weights({}, {"config": config}, None, "x"))
+    assert found == names
+
+
+@pytest.mark.parametrize("key", ["cat", "-1", "1.0", "9999999", "00", "\u0663", ""])
+def test_names_by_what_is_no_number_of_a_class(key):
+    weights = Weights({}, {"config": {"id2label": {"0": "a", key: "b"}}}, None, "x")
+    with pytest.raises(UserError, match=r"x: config\.json: id2label has the key "):
+        class_names_of(weights)
+
+
 SQUARE = {"image_size": (8, 8)}  # as torchvision, and transformers' towers and DINOv2 have it
 VARIANTS = {
     "timm norm": ("timm", {}),

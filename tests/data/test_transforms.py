@@ -6,6 +6,7 @@ from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.transforms import (
     Preprocessing,
     center_crop,
+    complete_crop,
     eval_transform,
     random_crop_padded,
     random_flip,
@@ -56,6 +57,27 @@ def test_squash_shows_everything():
     assert out[7, 7, 0] == 255
 
 
+def test_of_an_odd_number_of_pixels_each_library_cuts_its_own_half():
+    """Three pixels left over: torchvision cuts 2 at the top and left, transformers 1."""
+    image = np.arange(5, dtype=np.uint8)[:, None, None].repeat(5, 1)
+    assert center_crop(image, (2, 5))[:, 0, 0].tolist() == [2, 3]
+    assert center_crop(image, (2, 5), rule="transformers")[:, 0, 0].tolist() == [1, 2]
+    framed = center_crop(image + 1, (8, 5), (9,))
+    assert framed[:, 0, 0].tolist() == [9, 1, 2, 3, 4, 5, 9, 9]
+    framed = center_crop(image + 1, (8, 5), (9,), "transformers")
+    assert framed[:, 0, 0].tolist() == [9, 9, 1, 2, 3, 4, 5, 9]
+
+
+def test_what_the_weights_say_of_the_crop_is_kept():
+    own = {"crop_pct": 0.9, "crop_mode": None, "crop_rule": "transformers"}
+    assert complete_crop(own, (8, 6)) == own | {"crop_mode": "center"}
+    usual = {"crop_pct": 0.875, "crop_mode": "center", "crop_rule": "torchvision"}
+    assert complete_crop({}, (8, 8)) == usual
+    assert complete_crop({}, (8, 6)) == usual | {"crop_pct": 1.0, "crop_mode": "squash"}
+    older = {key: value for key, value in vars(preprocessing()).items() if key != "crop_rule"}
+    assert Preprocessing(**older).crop_rule == "torchvision"  # model.json of before it was said
+
+
 def test_center_crop_pads_small_images():
     out = center_crop(np.full((3, 2, 3), 9, np.uint8), (6, 5))
     expected = np.zeros((6, 5, 3), np.uint8)
@@ -78,7 +100,14 @@ def test_a_strip_does_not_become_a_bomb():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("interpolation", "cubic"), ("crop_mode", "middle"), ("crop_pct", 0), ("image_size", (0, 8))],
+    [
+        ("interpolation", "cubic"),
+        ("crop_mode", "middle"),
+        ("crop_rule", "half"),
+        ("crop_pct", 0),
+        ("crop_pct", 9.0),
+        ("image_size", (0, 8)),
+    ],
 )
 def test_bad_preprocessing(field, value):
     with pytest.raises(UserError, match=field):
