@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import nbformat
@@ -38,12 +39,11 @@ def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for full, small in SMALL[name].items():
         assert full in parameters.source
         parameters.source = parameters.source.replace(full, small)
-    # The kernel starts in an empty folder and finds the package as an installed one would be.
+    # The kernel starts in an empty folder, where an editable installation is found by its path.
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(runs.ROOT), os.environ.get("PYTHONPATH", "")])
     )
     monkeypatch.setenv("XLA_FLAGS", runs.xla_flags(1))
-    (folder / "configs").symlink_to(runs.ROOT / "configs")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute()
     return "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
@@ -52,6 +52,40 @@ def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_every_notebook_is_run_here():
     assert {path.stem for path in (runs.ROOT / "colabs").glob("*.ipynb")} == set(SMALL)
+
+
+def installing_cell(name: str) -> str:
+    notebook = nbformat.read(runs.ROOT / "colabs" / f"{name}.ipynb", as_version=4)
+    return next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.mark.parametrize("place", ["clone/colabs", ".", "other"])
+def test_the_first_cell_installs_a_clone_wherever_it_is(place, tmp_path, monkeypatch):
+    cells = {installing_cell(name) for name in SMALL}
+    assert len(cells) == 1
+    for folder in ("clone/vision_jax", "clone/colabs", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "clone/vision_jax/main.py").write_text("")
+    monkeypatch.chdir(tmp_path / place)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    commands: list[list[str]] = []
+    monkeypatch.setattr("subprocess.check_call", commands.append)
+    (cell,) = cells
+    if place == "other":
+        with pytest.raises(RuntimeError, match="clone its repository, or set REPOSITORY"):
+            exec(cell, {})
+        cell = cell.replace('REPOSITORY = ""', f"REPOSITORY = {str(tmp_path / 'clone')!r}")
+    exec(cell, {})
+    (command,) = commands
+    assert command[:-1] == [sys.executable, "-m", "pip", "install", "--quiet", "--editable"]
+    assert command[-1].partition("[")[0] == sys.path[0] == str((tmp_path / "clone").resolve())
+
+
+def test_the_first_cell_leaves_an_installation_alone(monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda command: pytest.fail(str(command)))
+    exec(installing_cell("any_checkpoint"), {})
 
 
 def test_finetune_your_images(tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """The command line: a bad request ends in one line and exit code 2, and leaves no trace."""
 
+import os
 import pickle
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -238,3 +241,40 @@ def test_help_shows_modes_and_overrides(capsys):
     ):
         assert part in text
     assert jax.device_count() == 8
+
+
+def outside(folder, *arguments):
+    """`python -m ...` in another folder than the repository's, with the package installed."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(runs.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_package_says_what_commands_there_are(tmp_path):
+    shown = outside(tmp_path, "vision_jax", "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    for name in ("main", "config", "doctor", "convert", "certify"):
+        assert f"python -m vision_jax.{name} " in shown.stdout
+    assert all(f"  {mode} " in shown.stdout for mode in main.MODES)
+
+
+def test_commands_and_modes_run_from_any_folder(tmp_path):
+    for command, message in (
+        (["vision_jax", "docter"], "did you mean `doctor`?"),
+        (["vision_jax", "xyz"], "--help lists them"),
+        (["vision_jax", "evaluate", "--workdir=absent"], "absent holds no run"),
+        (["vision_jax", "config", "absent.py"], "there is no file absent.py"),
+        (
+            ["vision_jax.main", "--config=configs/vit_lora.py", "--config.no_such=1"],
+            "unknown config key `no_such`",
+        ),
+    ):
+        refused = outside(tmp_path, *command)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.startswith("error: ")
+        assert refused.stderr.count("\n") == 1
+        assert message in refused.stderr
