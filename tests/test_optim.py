@@ -22,11 +22,14 @@ SHAPES = {
     "block_0/attn/qkv/kernel/b": (2, 4, 8),
     "block_0/mlp/fc1/kernel": (8, 16),
     "block_0/mlp/fc1/bias": (16,),
+    "block_0/attn/relative_position_bias_table": (9, 2),
+    "block_0/attn/logit_scale": (2, 1, 1),
+    "block_0/attn/cpb_mlp/hidden/kernel": (2, 8),
     "head/kernel": (8, 4),
     "head/bias": (4,),
 }
-DECAYED = {path for path in SHAPES if "kernel" in path}
-INSIDE = {path for path in DECAYED if path.startswith("block_0")}
+DECAYED = {path for path in SHAPES if "kernel" in path and "cpb_mlp" not in path}
+INSIDE = {path for path in SHAPES if "kernel" in path and path.startswith("block_0")}
 LR, WD, B1, B2, EPS, MOMENTUM = 1e-2, 0.3, 0.8, 0.95, 1e-8, 0.7
 
 
@@ -151,7 +154,8 @@ def sgd_rule(path, memory, p, g, t, decay):
 def lars_rule(path, memory, p, g, t, decay):
     direction = g + decay * p
     if path in DECAYED:
-        direction = 0.001 * norm_ratio(p, direction) * direction
+        size = np.linalg.norm(p)
+        direction = 0.001 * size / (np.linalg.norm(g) + decay * size + 1e-8) * direction
     memory["m"] = MOMENTUM * memory.get("m", 0) + LR * direction
     return p - memory["m"]
 
@@ -173,14 +177,14 @@ def muon_rule(path, memory, p, g, t, decay):
     if path not in INSIDE:
         return adamw_rule(path, memory, p, g, t, decay)
     m = memory["m"] = MOMENTUM * memory.get("m", 0) + (1 - MOMENTUM) * g
-    m = MOMENTUM * m / (1 - MOMENTUM ** (t + 1)) + (1 - MOMENTUM) * g / (1 - MOMENTUM**t)
+    m = MOMENTUM * m + (1 - MOMENTUM) * g
     direction = np.stack([orthogonalize(x) for x in m.reshape(-1, *m.shape[-2:])]).reshape(m.shape)
     return p - LR * (0.2 * np.sqrt(max(p.shape[-2:])) * direction + decay * p)
 
 
 def orthogonalize(x):
     transposed = x.shape[0] > x.shape[1]
-    x = (x.T if transposed else x) / np.linalg.norm(x)
+    x = (x.T if transposed else x) / (np.linalg.norm(x) + 1e-7)
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x

@@ -108,14 +108,17 @@ def make_optimizer(
 
     - adamw: Loshchilov and Hutter 2019, as torch.optim.AdamW: θ -= lr · (Adam(g) + λθ).
     - sgd: heavy-ball momentum with coupled decay, as torch.optim.SGD: the momentum sees g + λθ.
-    - lars: You et al. 2017, coupled decay, trust coefficient 0.001; arrays without decay get plain
-      momentum SGD, as is customary for biases and norms.
+    - lars: You et al. 2017, https://arxiv.org/abs/1708.03888, eq. 6: coupled decay, g + λθ times
+      0.001 · ‖θ‖ / (‖g‖ + λ‖θ‖), as in timm; arrays without decay get plain momentum SGD, as is
+      customary for biases and norms.
     - lamb: You et al. 2020; arrays without decay get a trust ratio of 1, as in timm.
     - lion: Chen et al. 2023, decoupled decay. Its usual rate is a tenth of AdamW's.
-    - muon: Jordan et al. 2024 (Nesterov, five Newton-Schulz steps) with `momentum` for the kernels
-      that `is_orthogonalized` names, Adam with `b1`, `b2`, `eps` for the rest, decoupled decay. Its
-      updates are scaled to the size of AdamW's (0.2 · sqrt(max(in, out)), Liu et al. 2025,
-      https://arxiv.org/abs/2502.16982, eq. 4), so that AdamW's rate and decay serve both.
+    - muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon (Nesterov momentum without
+      bias correction, five Newton-Schulz steps), as torch.optim.Muon in more precise arithmetic,
+      with `momentum` for the kernels that `is_orthogonalized` names; Adam with `b1`, `b2`, `eps`
+      for the rest, decoupled decay. Its updates are scaled to the size of AdamW's
+      (0.2 · sqrt(max(in, out)), Liu et al. 2025, https://arxiv.org/abs/2502.16982, eq. 4), so that
+      AdamW's rate and decay serve both.
 
     Args:
       name: one of the above.
@@ -130,7 +133,7 @@ def make_optimizer(
       layer_of: path -> layer, from 0 (embeddings) to num_layers - 1 (head).
       num_layers: how many layers `layer_of` counts.
       layer_decay: update and decay of layer l are multiplied by layer_decay^(num_layers - 1 - l),
-        as timm's lr_scale does; 1 is off.
+        as timm's lr_scale does (param_groups_layer_decay); 1 is off.
       rates: (regex over whole paths, factor of update and decay); the first that matches counts, a
         rule that matches nothing is an error. A detector's backbone: (("backbone/.*", 0.1),).
 
@@ -157,8 +160,7 @@ def make_optimizer(
         rule = [decay, optax.trace(momentum), descend]
     elif name == "lars":
         # The rate enters before the momentum, as in the paper's algorithm 1.
-        trust = optax.scale_by_trust_ratio(trust_coefficient=0.001)
-        rule = [decay, optax.masked(trust, decayed), descend, optax.trace(momentum)]
+        rule = [_lars_direction(decayed, weight_decay), descend, optax.trace(momentum)]
     elif name == "lamb":
         rule = [adam, decay, optax.masked(optax.scale_by_trust_ratio(), decayed), descend]
     elif name == "lion":
@@ -185,6 +187,9 @@ def make_optimizer(
 def is_decayed(path: str, array: Array) -> bool:
     """Whether weight decay applies: to kernels, not to biases, norms, tokens or positions.
 
+    Positions are tables, absolute or relative, and what computes them in Swin v2, whose attention's
+    `logit_scale` does not decay either: as timm's `no_weight_decay` of each model has it.
+
     LoRA's factors count as kernels, as in the Hugging Face trainer: decay pulls the update, and not
     the merged weight, towards zero. DoRA's magnitude and LayerScale are vectors and do not decay.
 
@@ -192,7 +197,8 @@ def is_decayed(path: str, array: Array) -> bool:
     >>> is_decayed("head/kernel", matrix), is_decayed("pos_embed", matrix)
     (True, False)
     """
-    return array.ndim >= 2 and not path.endswith(("_embed", "_token"))
+    positions = ("_embed", "_token", "relative_position_bias_table", "logit_scale")
+    return array.ndim >= 2 and not path.endswith(positions) and "/cpb_mlp/" not in path
 
 
 def is_orthogonalized(path: str, array: Array) -> bool:
@@ -223,12 +229,32 @@ def update_ema(
     return {path: follow(average, arrays[path]) for path, average in ema.items()}
 
 
+def _lars_direction(
+    decayed: Mapping[str, bool], weight_decay: float
+) -> optax.GradientTransformation:
+    """The decayed arrays' g + λθ, as long as LARS has it; the gradient of the others."""
+
+    def direct(path: str, gradient: Array, array: Array) -> Array:
+        if not decayed[path]:
+            return gradient
+        size, steepness = jnp.linalg.norm(array), jnp.linalg.norm(gradient)
+        trust = 0.001 * size / (steepness + weight_decay * size + 1e-8)
+        trust = jnp.where((size > 0) & (steepness > 0), trust, 1.0)
+        return trust * (gradient + weight_decay * array)
+
+    def update(updates: dict[str, Array], params: dict[str, Array]) -> dict[str, Array]:
+        return {path: direct(path, update, params[path]) for path, update in updates.items()}
+
+    return optax.stateless(update)
+
+
 def _muon_or_adam(
     params: Mapping[str, Array], momentum: float, adam: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """Muon's direction for the kernels inside, Adam's for the rest.
 
-    optax.contrib.muon itself cannot be used: it decays all of its Adam's arrays or none.
+    optax.contrib.muon itself cannot be used: it decays all of its Adam's arrays or none, and
+    corrects the bias of its momentum, which shifts the weight between gradient and momentum.
     """
     labels = {
         path: "muon" if is_orthogonalized(path, array) else "adam" for path, array in params.items()
@@ -253,8 +279,20 @@ def _muon_or_adam(
             for path, update in updates.items()
         }
 
-    direction = contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=dimensions)
-    muon = optax.chain(direction, optax.stateless(match_adam))
+    newton_schulz = contrib.scale_by_muon(
+        beta=0.0, nesterov=False, eps=1e-7, weight_dimension_numbers=dimensions
+    )
+
+    def orthogonalize(updates: dict[str, Any], params: object) -> Any:
+        del params
+        return newton_schulz.update(updates, newton_schulz.init(updates))[0]
+
+    muon = optax.chain(
+        optax.trace(momentum, nesterov=True),
+        optax.scale(1 - momentum),
+        optax.stateless(orthogonalize),
+        optax.stateless(match_adam),
+    )
     return optax.partition({"muon": muon, "adam": adam}, labels)
 
 

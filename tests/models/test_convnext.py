@@ -138,7 +138,8 @@ def test_layers_cover_every_parameter_in_order(form):
     assert layers[model.stem] == layers["stem_norm/scale"] == 0
     assert layers["stage_1/downsample_conv/kernel"] == layers["stage_1/block_0/norm/bias"] == 2
     assert layers["stage_1/block_1/mlp/fc1/kernel"] == 3
-    assert layers["norm/scale"] == layers["head/bias"] == 4
+    assert layers["norm/scale"] == (3 if model.norm_before_pool else 4)
+    assert layers["head/bias"] == 4
 
 
 def test_response_normalization_is_its_definition():

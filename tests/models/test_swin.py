@@ -329,7 +329,8 @@ def test_layers_for_rate_decay():
     assert {layers["patch_embed/kernel"], layers["patch_norm/scale"]} == {0}
     assert layers["stage_0/block_1/mlp/fc1/kernel"] == 2
     assert layers["stage_1/downsample/norm/scale"] == layers["stage_1/block_0/norm1/bias"] == 3
-    assert layers["norm/scale"] == layers["head/kernel"] == 5
+    assert layers["norm/scale"] == 4
+    assert layers["head/kernel"] == 5
 
 
 def test_normalization_is_inside():

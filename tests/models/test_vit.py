@@ -286,7 +286,8 @@ def test_layers_for_rate_decay():
     assert max(layers.values()) == model.num_layers - 1
     assert {layers[name] for name in ("pos_embed", "cls_token", "norm_pre/scale")} == {0}
     assert layers["block_1/mlp/fc1/kernel"] == 2
-    assert layers["norm/scale"] == layers["head/kernel"] == 3
+    assert layers["norm/scale"] == layers["block_1/norm1/scale"]  # as in timm
+    assert layers["head/kernel"] == small(norm_after_pool=True).layer_of("norm/scale") == 3
 
 
 @pytest.mark.parametrize("variant", ["b16", "x/16", "b/15", "/16", "b/16/2"])

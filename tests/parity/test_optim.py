@@ -1,22 +1,32 @@
 """Optimizers, clipping and the loss against torch over 20 updates, in float64."""
 
+import json
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-from vision_jax import optim
+from vision_jax import convert, optim
+from vision_jax.convert.tables import find_table, shapes_of
+from vision_jax.models.families import build_model, initialize
 from vision_jax.ops import losses
+from vision_jax.trees import paths
 
 RNG = np.random.default_rng()
 STEPS, LR, WD, MOMENTUM, BETAS, EPS = 20, 3e-3, 0.2, 0.9, (0.85, 0.97), 1e-8
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.5])
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "lars"])
 def test_same_weights_as_torch(name, clip_norm):
+    """Or as timm, which has what torch has not."""
     shapes = {"head/kernel": (16, 8), "head/bias": (8,)}
     start = {path: RNG.normal(size=shape) for path, shape in shapes.items()}
     gradients = [
@@ -27,6 +37,12 @@ def test_same_weights_as_torch(name, clip_norm):
     groups = [{"params": [kernel], "weight_decay": WD}, {"params": [bias], "weight_decay": 0.0}]
     if name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
+    elif name == "lamb":
+        optimizer = timm.optim.Lamb(groups, lr=LR, betas=BETAS, eps=EPS, max_grad_norm=None)
+    elif name == "lion":
+        optimizer = timm.optim.Lion(groups, lr=LR, betas=BETAS)
+    elif name == "lars":
+        optimizer = timm.optim.Lars(groups, lr=LR, momentum=MOMENTUM)
     else:
         optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
     for gradient in gradients:
@@ -60,6 +76,36 @@ def test_same_weights_as_torch(name, clip_norm):
             np.testing.assert_allclose(params[path], expected, rtol=0, atol=1e-6 * change)
 
 
+def test_muon_is_torchs():
+    """torch rounds to bfloat16 inside, which a bias correction of the momentum would exceed."""
+    start = RNG.normal(size=(24, 16))
+    gradients = [RNG.normal(size=start.shape) for _ in range(4)]
+    twin = torch.nn.Parameter(torch.tensor(start.T))  # [out, in]
+    optimizer = torch.optim.Muon(
+        [twin], lr=LR, weight_decay=WD, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
+    )
+    for gradient in gradients:
+        twin.grad = torch.tensor(gradient.T)
+        optimizer.step()
+
+    with jax.enable_x64(True):
+        params = {"block_0/mlp/fc1/kernel": jnp.asarray(start)}
+        tx = optim.make_optimizer(
+            "muon",
+            schedule=optim.make_schedule("constant", peak=LR, total_steps=STEPS),
+            params=params,
+            weight_decay=WD,
+            momentum=MOMENTUM,
+        )
+        state = tx.init(params)
+        for gradient in gradients:
+            updates, state = tx.update(dict.fromkeys(params, jnp.asarray(gradient)), state, params)
+            params = optax.apply_updates(params, updates)
+    expected = twin.detach().numpy().T
+    change = np.linalg.norm(expected - start)
+    assert np.linalg.norm(params["block_0/mlp/fc1/kernel"] - expected) < 0.02 * change
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_same_cross_entropy_as_torch(smoothing):
     logits, labels = 4 * RNG.normal(size=(32, 11)).astype(np.float32), RNG.integers(0, 11, 32)
@@ -69,3 +115,78 @@ def test_same_cross_entropy_as_torch(smoothing):
     targets = losses.one_hot_targets(jnp.asarray(labels), 11, smoothing)
     result = losses.cross_entropy(jnp.asarray(logits), targets)
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+
+
+VIT = {"img_size": 32, "depth": 2}
+BEIT = {"img_size": 32, "depth": 2, "embed_dim": 64, "num_heads": 1}
+SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2)}
+CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+GROUPED = {
+    "vit": ("vit_tiny_patch16_224", VIT),
+    "mean of tokens": ("vit_tiny_patch16_224", VIT | {"global_pool": "avg", "qk_norm": True}),
+    "SigLIP": (
+        "vit_tiny_patch16_224",
+        VIT
+        | {"class_token": False, "global_pool": "map", "reg_tokens": 2, "init_values": 0.1}
+        | {"pre_norm": True},
+    ),
+    "deit": ("deit_tiny_distilled_patch16_224", VIT),
+    "beit": ("beit_base_patch16_224", BEIT),
+    "class token of beit": ("beit_base_patch16_224", BEIT | {"global_pool": "token"}),
+    "shared table": (
+        "beit_base_patch16_224",
+        BEIT
+        | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+        | {"use_abs_pos_emb": True},
+    ),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "swinv2": ("swinv2_tiny_window8_256", SWIN),
+    "convnext": ("convnext_atto", CONVNEXT),
+    "norm before pooling": ("convnext_tiny_hnf", CONVNEXT),
+    "convnextv2": ("convnextv2_atto", CONVNEXT),
+    "resnet": ("resnet18", {"layers": (1, 2, 1, 1)}),
+    "regnet": ("regnety_002", {}),
+    "mobilenet": ("mobilenetv2_050", {}),
+    "efficientnet": ("efficientnet_b0", {}),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), GROUPED.values(), ids=GROUPED)
+def test_weight_decay_and_layers_are_timms(name, arguments, tmp_path):
+    """Which parameters decay, and by which power of layer_decay each one's rate is multiplied."""
+    twin = timm.create_model(name, num_classes=5, **arguments)
+    save_file(twin.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": name, "num_classes": 5, "model_args": arguments}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = convert.read_weights(str(tmp_path))
+    family, own = convert.recognize(weights)
+    model = build_model(family, **own)
+    size = own.get("image_size", (64, 64))
+    like = jax.eval_shape(lambda key: initialize(model, key, size), jax.random.key(0))["params"]
+    shapes = paths.flatten(like)
+    named = {
+        tensor: rule.paths
+        for rule in find_table(shapes_of(weights.tensors)).rules(convert.arguments_of(model))
+        for tensor in getattr(rule, "names", ())
+    }
+
+    exempt = getattr(twin, "no_weight_decay", set)()
+    names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    decayed = {
+        names[id(parameter)]: group["weight_decay"] > 0
+        for group in param_groups_weight_decay(twin, 0.1, no_weight_decay_list=exempt)
+        for parameter in group["params"]
+    }
+    powers = {
+        names[id(parameter)]: round(-math.log2(group["lr_scale"]))
+        for group in param_groups_layer_decay(twin, layer_decay=0.5, no_weight_decay_list=exempt)
+        for parameter in group["params"]
+    }
+    compared = set()
+    for tensor in decayed:
+        for path in set(named[tensor]) & shapes.keys():
+            power = model.num_layers - 1 - model.layer_of(path)
+            got = optim.is_decayed(path, shapes[path]), power
+            assert got == (decayed[tensor], powers[tensor]), (tensor, path)
+            compared.add(path)
+    assert compared == shapes.keys()

@@ -198,11 +198,14 @@ class Beit(nn.Module):
     def layer_of(self, path: str) -> int:
         """Depth of a parameter: embeddings 0, block i at i + 1, what follows at depth + 1.
 
-        A shared table is among the embeddings, as in timm.
+        As in timm, a shared table is among the embeddings, and a final norm of the tokens counts
+        with the last block.
         """
         top = path.split("/")[0]
         if top.startswith("block_"):
             return int(top.removeprefix("block_")) + 1
+        if top == "norm" and not self.norm_after_pool:
+            return self.depth
         first = ("patch_embed", "pos_embed", "cls_token", "relative_position_bias_table")
         return 0 if top in first else self.depth + 1
 

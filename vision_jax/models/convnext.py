@@ -226,9 +226,12 @@ class ConvNeXt(nn.Module):
     def layer_of(self, path: str) -> int:
         """Depth of a parameter: the stem 0, block by block, what follows last.
 
-        A stage's downsampling counts with its first block, as in timm's group_matcher.
+        As in timm's group_matcher, a stage's downsampling counts with its first block, and a last
+        norm of pixels with the last block.
         """
         top, _, rest = path.partition("/")
+        if top == "norm" and self.norm_before_pool:
+            return sum(self.depths)
         if not top.startswith("stage_"):
             return 0 if top.startswith("stem") else sum(self.depths) + 1
         before = sum(self.depths[: int(top.removeprefix("stage_"))])

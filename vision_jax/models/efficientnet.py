@@ -230,12 +230,17 @@ class EfficientNet(nn.Module):
         return sum(self.depths) + 2
 
     def layer_of(self, path: str) -> int:
-        """Depth of a parameter: the stem 0, block by block, the last convolution and head last."""
+        """Depth of a parameter: the stem 0, block by block, the head last.
+
+        As in timm, the last convolution and its BatchNorm count with the last block.
+        """
         top, _, rest = path.partition("/")
         if top.startswith("stage_"):
             before = sum(self.depths[: int(top.removeprefix("stage_"))])
             return before + 1 + int(rest.split("/")[0].removeprefix("block_"))
-        return 0 if top.startswith("stem") else sum(self.depths) + 1
+        if top.startswith("stem"):
+            return 0
+        return sum(self.depths) + (0 if top.startswith("last_") else 1)
 
     @nn.compact
     def __call__(self, images, *, train: bool = False, return_features: bool = False):

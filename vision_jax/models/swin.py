@@ -417,14 +417,16 @@ class Swin(nn.Module):
     def layer_of(self, path: str) -> int:
         """Depth of a parameter: the embedding 0, then block by block, what follows last.
 
-        Merged patches belong to the block that they enter.
+        As in timm, merged patches belong to the block that they enter, and the final norm counts
+        with the last block.
         """
         top, _, rest = path.partition("/")
         if top.startswith("stage_"):
             stage, block = int(top.removeprefix("stage_")), rest.split("/")[0]
             index = 0 if block == "downsample" else int(block.removeprefix("block_"))
             return sum(self.depths[:stage]) + index + 1
-        return 0 if top in ("patch_embed", "patch_norm") else sum(self.depths) + 1
+        last = sum(self.depths)
+        return {"patch_embed": 0, "patch_norm": 0, "norm": last}.get(top, last + 1)
 
     @nn.compact
     def __call__(self, images, *, train: bool = False, return_features: bool = False):

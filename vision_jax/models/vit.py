@@ -353,10 +353,15 @@ class ViT(nn.Module):
         return self.depth + 2
 
     def layer_of(self, path: str) -> int:
-        """Depth of a parameter: embeddings 0, block i at i + 1, what follows at depth + 1."""
+        """Depth of a parameter: embeddings 0, block i at i + 1, what follows at depth + 1.
+
+        As in timm, a final norm of the tokens counts with the last block.
+        """
         top = path.split("/")[0]
         if top.startswith("block_"):
             return int(top.removeprefix("block_")) + 1
+        if top == "norm" and not self.norm_after_pool:
+            return self.depth
         embeddings = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token")
         return 0 if top in (*embeddings, "norm_pre") else self.depth + 1
 
