@@ -1,5 +1,7 @@
 """Recipes as overrides of one config, each for one step through the public functions."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from safetensors.numpy import load_file
 
 from vision_jax import classify, modes, setup, sharding, steps, train
 from vision_jax.data.sources import read_source
+from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.models import families
 from vision_jax.tasks import classification
@@ -152,6 +155,27 @@ def test_a_description_comes_back_from_its_file(tmp_path):
     description = setup.load_description(runs.finished() / "model.json")
     setup.save_description(description, tmp_path / "model.json")
     assert setup.load_description(tmp_path / "model.json") == description
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"family": "no_such"}, "no_such"),
+        ({"family": ["vit"]}, "unknown family"),
+        ({"arguments": {"depth": 10**9}}, "depth 1000000000 is not from 0 to"),
+        ({"arguments": {"width": "32"}}, "width '32' is no whole number"),
+        ({"arguments": ["width"]}, "items"),
+        ({"arguments": {"mean": [float("inf"), 0.5, 0.5]}}, "mean"),
+        ({"task": "sorting"}, "sorting"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_description_that_no_model_can_be_is_one_line(change, word, tmp_path):
+    record = json.loads((runs.finished() / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(record | change))
+    with pytest.raises(UserError, match=word) as caught:
+        setup.load_description(tmp_path / "model.json")
+    assert "model.json" in str(caught.value)
 
 
 def test_keys_and_weights_decide_the_parameters():

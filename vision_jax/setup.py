@@ -225,7 +225,11 @@ def read_weights(config: ConfigDict) -> convert.Weights | None:
     """The weights that the config names, or None for random initialization."""
     if not config.model.weights:
         return None
-    return convert.read_weights(config.model.weights, allow_pickle=config.model.allow_pickle)
+    return convert.read_weights(
+        config.model.weights,
+        allow_pickle=config.model.allow_pickle,
+        dropped=config.model.drop,
+    )
 
 
 def _architecture(
@@ -477,9 +481,11 @@ def load_description(path: Path) -> Description:
     record = read_json(path)
     try:
         preprocessing = TASKS[record["task"]].load_preprocessing(record.pop("preprocessing"))
-        return Description(**record, preprocessing=preprocessing)
-    except (KeyError, TypeError) as error:
+        description = Description(**record, preprocessing=preprocessing)
+        families.check_arguments(description.family, description.arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged, or of another version: {error}") from error
+    return description
 
 
 # Parameters -------------------------------------------------------------------------------------
@@ -598,7 +604,6 @@ def _plain_parameters(
     if weights is not None:
         rules = () if headless else config.model.reinitialize
         fresh = paths.select(target, rules, field="config.model.reinitialize")
-        paths.select(weights.tensors, config.model.drop, field="config.model.drop")
         reinitialized = sorted(_find_head(model, image_size)[0] if headless else fresh)
         shrinking = find_shrinking(config, weights)
         if shrinking is None:
@@ -607,7 +612,6 @@ def _plain_parameters(
                 target,
                 convert.arguments_of(model),
                 reinitialized=reinitialized,
-                dropped=config.model.drop,
                 place=lambda path, array: sharding.place(array, shardings[path]),
             )
         else:
@@ -617,7 +621,6 @@ def _plain_parameters(
                 shrinking,
                 image_size,
                 reinitialized=reinitialized,
-                dropped=config.model.drop,
                 shardings=shardings,
                 mesh=mesh,
             )

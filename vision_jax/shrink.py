@@ -127,7 +127,6 @@ def import_student(
     image_size: tuple[int, int],
     *,
     reinitialized: Collection[str],
-    dropped: Sequence[str],
     shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
 ) -> Flat:
@@ -141,7 +140,6 @@ def import_student(
       shrinking: how it came about.
       image_size: in pixels.
       reinitialized: paths of the student that the caller initializes itself.
-      dropped: see convert.import_weights.
       shardings: of the student's arrays.
       mesh: of the devices.
 
@@ -169,7 +167,6 @@ def import_student(
         whole,
         convert.arguments_of(bigger),
         reinitialized=sorted({sources.get(p, p) for p in reinitialized} - set(taken.values())),
-        dropped=dropped,
         place=place,
     )
     placed = {path: array for arrays in imported.values() for path, array in arrays.items()}

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -455,7 +456,89 @@ def test_prefixes_come_off_when_all_have_them(prefix, source, tmp_path, capsys):
     convert.write_safetensors(source, wrapped)
     assert set(convert.read_weights(str(source)).tensors) == set(tensors)
     convert.write_safetensors(source, {**wrapped, "other": np.zeros(1)})
-    assert set(convert.read_weights(str(source)).tensors) == {*wrapped, "other"}
+    kept = {name.replace("_orig_mod.", "") for name in wrapped}  # a compiler's word comes off alone
+    assert set(convert.read_weights(str(source)).tensors) == {*kept, "other"}
+    dropped = convert.read_weights(str(source), dropped=["other"])
+    assert set(dropped.tensors) == set(tensors)
+
+
+def test_a_losss_tensors_beside_the_model_are_named_and_dropped(source, capsys):
+    """What Lightning writes: the model under `model.`, the loss beside it."""
+    wrapped = {f"model.{name}": array for name, array in load_file(source).items()}
+    beside = {"criterion.pos_weight": np.ones(4, np.float32)}
+    header = {"vision_jax": golden_header(source)}
+    convert.write_safetensors(source, {**wrapped, **beside}, header)
+    assert main([str(source), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "timm vit" in said
+    assert "criterion.pos_weight" in said
+    rule = re.search(r"for example (\S+)", said)[1]
+    assert main([str(source), "--dry-run", f"--drop={rule}"]) == 0
+    assert main([str(source), "--dry-run", "--drop=nothing_such"]) == 2
+    assert "--drop: rule 'nothing_such' matches no" in capsys.readouterr().err
+    assert main([str(source), "--dry-run", "--drop=("]) == 2
+    assert "--drop: '(' is not a regular expression" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "word", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+)
+def test_words_of_wrapped_submodules_come_off_inside_of_names(word, source):
+    tensors = load_file(source)
+    wrapped = {name.replace("blocks.0.", f"blocks.0.{word}."): x for name, x in tensors.items()}
+    convert.write_safetensors(source, {f"module.{name}": x for name, x in wrapped.items()})
+    assert set(convert.read_weights(str(source)).tensors) == set(tensors)
+
+
+def test_a_header_that_asks_for_too_much_is_one_line(source, capsys):
+    def ask(**arguments):
+        header, data = read_header(source)
+        own = json.loads(header["__metadata__"]["vision_jax"])
+        own["arguments"] |= arguments
+        header["__metadata__"]["vision_jax"] = json.dumps(own)
+        odd = source.with_name("odd.safetensors")
+        write_header(odd, header, data)
+        assert main([str(odd), "--dry-run"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert next(iter(arguments)) in said
+
+    header, data = read_header(source)
+    header["cls_token"]["shape"] += [1] * 70
+    write_header(source.with_name("axes.safetensors"), header, data)
+    assert main([str(source.with_name("axes.safetensors")), "--dry-run"]) == 2
+    assert "cls_token has 73 axes" in capsys.readouterr().err
+    convert.write_safetensors(source, load_file(source), {"vision_jax": golden_header(source)})
+    for arguments in (
+        {"in_channels": 10**9},
+        {"depth": 10**9},
+        {"width": -1},
+        {"image_size": [10**6, 10**6]},
+        {"image_size": [32]},
+        {"layer_norm_eps": float("nan")},
+        {"num_heads": "12"},
+        {"pool": "sum"},
+        {"qkv_bias": 1},
+        {"no_such": 1},
+    ):
+        ask(**arguments)
+
+
+def read_header(path):
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:start]), raw[start:]
+
+
+def write_header(path, header, data):
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def golden_header(source):
+    """Our header, for a file that has none."""
+    family, arguments = convert.recognize(convert.read_weights(str(source)))
+    return json.dumps({"family": family, "arguments": arguments})
 
 
 def test_our_writer_writes_what_the_formats_library_writes(tmp_path):

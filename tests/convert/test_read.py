@@ -62,6 +62,16 @@ def test_a_truncated_file_is_named(keep, tmp_path):
     fails(path, str(path), "damaged", "again")
 
 
+def test_names_of_a_tied_tensor_are_followed(tmp_path):
+    """What safetensors.torch.save_model notes of tensors that share their memory."""
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": RNG.normal(size=(2, 3)).astype(np.float32)}
+    write_safetensors(path, tensors, {"format": "pt", "b": "a", "c": "nothing", "a": "a"})
+    found = read_weights(str(path)).tensors
+    assert set(found) == {"a", "b"}
+    np.testing.assert_array_equal(found["b"], tensors["a"])
+
+
 def test_random_bytes_are_no_safetensors(tmp_path):
     path = tmp_path / "x.safetensors"
     for _ in range(20):
@@ -94,7 +104,7 @@ def test_a_folder_brings_config_and_preprocessing():
 
 def test_broken_configs_are_named(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", {"a": np.ones(1)})
-    for text, word in [("{", "not JSON"), ("[1]", "list"), ("[" * 100_000, "not JSON")]:
+    for text, word in [("{", "as JSON"), ("[1]", "list"), ("[" * 100_000, "as JSON")]:
         (tmp_path / "config.json").write_text(text)
         fails(tmp_path, "config.json", word)
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": "grey"}}))

@@ -23,7 +23,8 @@ def fails(path: Path, *words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrapper", [None, "state_dict", "model", "model_ema", "ema", "net", "params_ema", "teacher"]
+    "wrapper",
+    [None, "state_dict", "model", "model_ema", "ema", "net", "params_ema", "teacher", "mine"],
 )
 @pytest.mark.parametrize("prefix", ["", "module.", "module.model.", "_orig_mod.", "backbone."])
 def test_wrappers_and_prefixes_come_off(wrapper, prefix, tmp_path):
@@ -44,6 +45,20 @@ def test_wrappers_inside_wrappers_beside_a_programs_other_things(tmp_path):
     weights = read_weights(str(tmp_path / "x.pth.tar"), allow_pickle=True)
     assert set(weights.tensors) == set(TENSORS)  # the averaged ones, as timm takes them
     np.testing.assert_array_equal(weights.tensors["a.bias"], TENSORS["a.bias"].numpy())
+
+
+@pytest.mark.parametrize("loss", [0.3, torch.tensor(0.3)])
+def test_pytorchs_tutorial(loss, tmp_path):
+    moments = {"state": {0: {"exp_avg": torch.randn(3)}}, "param_groups": []}
+    content = {"epoch": 1, "optimizer_state_dict": moments, "loss": loss}
+    torch.save(content | {"model_state_dict": TENSORS}, tmp_path / "x.pth")
+    weights = read_weights(str(tmp_path / "x.pth"), allow_pickle=True)
+    assert set(weights.tensors) == set(TENSORS)
+
+
+def test_which_of_several_models_is_for_a_person_to_say(tmp_path):
+    torch.save({"generator": TENSORS, "critic": TENSORS, "step": 3}, tmp_path / "x.pth")
+    fails(tmp_path / "x.pth", "generator, critic")
 
 
 def test_torchs_averaged_model_and_a_programs_flags(tmp_path):

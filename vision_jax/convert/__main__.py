@@ -104,6 +104,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="read pickles too, by torch's weights-only reader, which runs no code in them",
     )
     parser.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="leave out tensors whose whole name matches, a loss's beside the model's, say",
+    )
+    parser.add_argument(
         "--checkpoint",
         choices=("last", "best"),
         help="of a run: this checkpoint instead of the model that its end wrote",
@@ -128,7 +135,7 @@ def _run(flags: argparse.Namespace) -> int:
 
     if flags.out is not None:
         _check_free(flags.out)
-    model = read_model(flags.source, flags.allow_pickle, flags.checkpoint)
+    model = read_model(flags.source, flags.allow_pickle, flags.checkpoint, flags.drop)
     print(model.recognized, flush=True)
     to = flags.to or own_naming(model.family)
     if flags.dry_run:
@@ -148,13 +155,16 @@ def _check_free(out: Path) -> None:
         raise UserError(f"--out: {out} is there already: name a new or an empty folder")
 
 
-def read_model(source: str, allow_pickle: bool, checkpoint: str | None) -> Model:
+def read_model(
+    source: str, allow_pickle: bool, checkpoint: str | None, dropped: Sequence[str] = ()
+) -> Model:
     """Reads and checks everything but the values.
 
     Args:
       source: as on the command line.
       allow_pickle: read pickles too.
       checkpoint: "last" or "best" of a run's folder; None for the model that it wrote at its end.
+      dropped: regular expressions of tensors to leave out.
 
     Raises:
       UserError: nothing there, damaged, not known, or not wholly this model's.
@@ -167,7 +177,9 @@ def read_model(source: str, allow_pickle: bool, checkpoint: str | None) -> Model
         raise UserError(f"--checkpoint is of the folder of a run, and {source} is none")
     if is_run and (checkpoint or not (folder / WEIGHTS_FILE).is_file()):
         return _from_checkpoint(folder, checkpoint or "last")
-    return _from_weights(read_weights(source, allow_pickle=allow_pickle))
+    return _from_weights(
+        read_weights(source, allow_pickle=allow_pickle, dropped=dropped, field="--drop")
+    )
 
 
 def _from_weights(weights: Any) -> Model:

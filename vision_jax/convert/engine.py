@@ -401,6 +401,6 @@ def _complaint(
         hint = f"; the nearest known name to {unexpected[0]} is {near[0]}" if near else ""
         parts.append(
             f"{len(unexpected)} tensors have no place: {_some(unexpected)}{hint}; "
-            "config.model.drop names the ones to leave out on purpose"
+            "config.model.drop (--drop of the converter) names the ones to leave out on purpose"
         )
     return "the weights are not this model's: " + " | ".join(parts)

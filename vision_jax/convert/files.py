@@ -25,6 +25,7 @@ import safetensors
 
 from vision_jax.convert.npz import read_headers, read_npz
 from vision_jax.errors import UserError
+from vision_jax.limits import check_shape
 
 # The names of the format, in the order in which its own library sorts a file's tensors, the last
 # first, and then by name.
@@ -48,9 +49,11 @@ DTYPES: dict[str, Any] = {
 NARROW = (ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, np.float16, ml_dtypes.bfloat16)
 # Where a training program may keep its weights beside other things. The averaged ones come first:
 # they are what the program evaluates, and what timm takes of a file that has both.
-EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "params_ema")
-PLAIN_WRAPPERS = ("state_dict", "model", "net", "params", "teacher", "module", "network")
-WRAPPERS = (*EMA_WRAPPERS, *PLAIN_WRAPPERS)
+EMA_WRAPPERS = ("state_dict_ema", "model_ema", "model_ema_state_dict", "ema_state_dict", "ema")
+PLAIN_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "teacher")
+WRAPPERS = (*EMA_WRAPPERS, "params_ema", *PLAIN_WRAPPERS, "params", "module", "network")
+# Dicts that a program keeps beside its model's: never the weights.
+BESIDE = re.compile(r"(?i).*(optim|sched|scaler|loss|criterion|rng|callback|loop|param|arg|conf)")
 PREFIXES = (
     "module.",
     "model.",
@@ -58,6 +61,8 @@ PREFIXES = (
     "backbone.",
     "net.",
 )  # of all names alike, in any order
+# What torch.compile, FSDP and activation checkpointing write into names, wherever they wrap.
+INSIDE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 INDEX_FILE = "model.safetensors.index.json"
 PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -96,15 +101,25 @@ class Tensors(Mapping[str, np.ndarray]):
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def without_prefixes(self) -> "Tensors":
-        """The tensors by names without what wrappers of a module put before each of them."""
-        entries = self.entries
-        while entries:
-            shared = (p for p in PREFIXES if all(name.startswith(p) for name in entries))
-            prefix = next(shared, None)
-            if prefix is None or prefix in entries:
-                break
-            entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
-        return Tensors(entries)
+        """The tensors by names without what wrappers of a module put into them."""
+        return Tensors(strip_prefixes(self.entries))
+
+
+def strip_prefixes(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by names without what wrappers put before each, or inside of some."""
+    bare = {INSIDE.sub("", name): value for name, value in entries.items()}
+    entries = bare if len(bare) == len(entries) else dict(entries)
+    # torch's AveragedModel counts its updates beside the `module.` that it averages.
+    averaged = {name: value for name, value in entries.items() if name != "n_averaged"}
+    if averaged and all(name.startswith("module.") for name in averaged):
+        entries = averaged
+    while entries:
+        shared = (p for p in PREFIXES if all(name.startswith(p) for name in entries))
+        prefix = next(shared, None)
+        if prefix is None or prefix in entries:
+            break
+        entries = {name.removeprefix(prefix): value for name, value in entries.items()}
+    return entries
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -126,6 +141,9 @@ def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         header = json.loads(mapped[8:start])
         header.pop("__metadata__", None)
         entries = {name: _mapped(mapped, start, name, entry) for name, entry in header.items()}
+        # save_model writes tensors that share memory once, and the other names into the metadata.
+        tied = {name: entries[kept] for name, kept in metadata.items() if kept in entries}
+        entries = {**tied, **entries}
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -138,6 +156,7 @@ def _mapped(mapped: mmap.mmap, start: int, name: str, entry: Mapping[str, Any]) 
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name} has dtype {entry['dtype']}")
     shape, dtype = tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]])
+    check_shape(f"tensor {name}", shape)
     first, last = (start + offset for offset in entry["data_offsets"])
     # Kept weakly: who asks twice gets one array, and its pages are given back with the last holder.
     kept: Callable[[], np.ndarray | None] | None = None
@@ -209,24 +228,39 @@ def open_pickle(path: Path) -> Tensors:
         raise UserError(f"{path}: not a file of weights alone ({_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a {type(content).__name__} and not a dict of tensors by name")
-    tensors = _unwrap(content)
+    try:
+        tensors = _unwrap(content)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if not tensors:
         raise UserError(f"{path}: a dict without any tensor; keys: {sorted(map(str, content))[:5]}")
     return Tensors({name: _of_torch(path, name, tensor) for name, tensor in tensors.items()})
 
 
 def _unwrap(content: Mapping[Any, Any], depth: int = 3) -> dict[str, Any]:
-    """The tensors by name of a checkpoint, {} if there are none."""
+    """The tensors by name of a checkpoint, {} if there are none.
+
+    Raises:
+      ValueError: several dicts of tensors under names that don't tell which is the model's.
+    """
     import torch
 
-    inner = (content[name] for name in WRAPPERS if isinstance(content.get(name), dict))
-    if depth:
-        for candidate in inner:
-            if found := _unwrap(candidate, depth - 1):
-                return found
-    # torch's AveragedModel counts its updates beside the `module.` that it averages.
-    found = {str(n): value for n, value in content.items() if isinstance(value, torch.Tensor)}
-    return {name: value for name, value in found.items() if name != "n_averaged"}
+    def inside(name: Any) -> dict[str, Any]:
+        dictionary = isinstance(content.get(name), dict)
+        return _unwrap(content[name], depth - 1) if dictionary and depth else {}
+
+    for name in WRAPPERS:
+        if found := inside(name):
+            return found
+    own = {str(n): value for n, value in content.items() if isinstance(value, torch.Tensor)}
+    if any(tensor.ndim for tensor in own.values()):
+        return own
+    # Nothing but counts and losses here: the weights stand under a name of the program's own.
+    others = {str(n): inside(n) for n in content if not BESIDE.match(str(n))}
+    others = {name: found for name, found in others.items() if found}
+    if len(others) > 1:
+        raise ValueError(f"dicts of tensors under {', '.join(others)}: save the model's alone")
+    return next(iter(others.values()), own)
 
 
 def _of_torch(path: Path, name: str, tensor: Any) -> Tensor:
@@ -236,6 +270,10 @@ def _of_torch(path: Path, name: str, tensor: Any) -> Tensor:
     plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
     if not plain or tensor.dtype.is_complex:
         raise UserError(f"{path}: {name} is a {tensor.dtype} tensor of a kind that no model has")
+    try:
+        check_shape(name, tuple(tensor.shape))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise UserError(f"{path}: {name} has {tensor.numel()} numbers, of which the file has fewer")
     name_of = str(tensor.dtype).removeprefix("torch.")

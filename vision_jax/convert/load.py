@@ -16,7 +16,7 @@ from vision_jax.convert.read import Weights, timm_cfg
 from vision_jax.convert.table import Table
 from vision_jax.convert.tables import find_table, infer_arguments, naming_for_export, shapes_of
 from vision_jax.errors import UserError
-from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, build_model
+from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, build_model, check_arguments
 
 
 def recognize(weights: Weights) -> tuple[str, dict[str, Any]]:
@@ -30,11 +30,6 @@ def recognize(weights: Weights) -> tuple[str, dict[str, Any]]:
     """
     table, arguments = _recognize(weights)
     arguments = {name: value for name, value in arguments.items() if name not in RUN_ARGUMENTS}
-    if unknown := sorted(set(arguments) - set(FAMILIES[table.family].arguments)):
-        raise UserError(
-            f"{weights.origin}: its header has the argument {unknown[0]!r}, which {table.family} "
-            "hasn't; it was written by another version of vision_jax"
-        )
     preprocessing = weights.preprocessing or {}
     arguments |= {name: preprocessing[name] for name in ("mean", "std") if preprocessing.get(name)}
     for name in ("mean", "std"):
@@ -63,10 +58,13 @@ def _recognize(weights: Weights) -> tuple[Table, dict[str, Any]]:
         raise UserError(
             f"{weights.origin}: what its config or header says makes no sense ({reason})"
         ) from None
+    try:
+        check_arguments(table.family, inferred)
+    except UserError as error:
+        raise UserError(f"{weights.origin}: its config or header: {error}") from None
     stages = inferred.get("depths", inferred.get("depth", 0))
-    counts = stages if isinstance(stages, tuple) else (stages,)
     # Before anything is built by it: a block has at least a tensor.
-    if not all(isinstance(n, int) and 0 <= n <= len(shapes) for n in counts):
+    if sum(stages if isinstance(stages, tuple) else (stages,)) > len(shapes):
         raise UserError(
             f"{weights.origin}: its header or config says {stages!r} blocks, of {len(shapes)} "
             "tensors in all; download it again"

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from vision_jax.errors import UserError
+from vision_jax.limits import check_shape
 
 Header = tuple[tuple[int, ...], np.dtype]
 
@@ -33,8 +34,9 @@ def read_headers(path: Path) -> dict[str, Header]:
                     old = version == (1, 0)
                     read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
                     shape, _, dtype = read(file)
+                    check_shape(name, shape)
                     told = math.prod(shape) * dtype.itemsize
-                    if told != entry.file_size - file.tell() or min(shape, default=0) < 0:
+                    if told != entry.file_size - file.tell():
                         raise ValueError(f"{name} has not the size that its header says")
                 headers[name] = shape, _dtype(name, dtype)
     except Exception as error:  # a hostile archive: any kind of damage

@@ -19,6 +19,7 @@ from vision_jax.convert.table import Arguments, Table
 from vision_jax.convert.tables import shapes_of, table_for_export
 from vision_jax.data.transforms import complete_crop
 from vision_jax.errors import UserError
+from vision_jax.files import read_json
 
 NPZ_FILE = "model.npz"
 CROP_RULE_OF = {"timm": "torchvision", "torchvision": "torchvision", "transformers": "transformers"}
@@ -111,7 +112,7 @@ def write_package(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a written folder."""
-    return json.loads((folder / CONFIG_FILE).read_text())
+    return read_json(folder / CONFIG_FILE)
 
 
 def _timm_config(

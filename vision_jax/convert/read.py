@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,8 @@ from vision_jax.convert.processors import (
 from vision_jax.convert.table import pair
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, nearest
+from vision_jax.files import open_regular, parse_json, read_json
+from vision_jax.trees.paths import select
 
 WEIGHTS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
@@ -39,7 +41,6 @@ RUN_FILE = "model.json"  # only in the folder of a run of ours
 PROCESSOR_FILE = "processor_config.json"  # its image_processor goes before the other file
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 ALLOW_PICKLE = "--config.model.allow_pickle=True"
-JSON_LIMIT = 64 * 2**20  # bytes; a config is a few kB, the index of a large model a few MB
 STANDARD: dict[str, Any] = {  # stands in for what a config leaves out, to check the rest
     "image_size": (1, 1),
     "mean": (0.5,),
@@ -76,13 +77,19 @@ class Weights:
         """Of the weight file, or of all shards one after another; computed when asked for."""
         digest = hashlib.sha256()
         for path in self.files:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 while chunk := file.read(2**22):
                     digest.update(chunk)
         return digest.hexdigest()
 
 
-def read_weights(spec: str, *, allow_pickle: bool = False) -> Weights:
+def read_weights(
+    spec: str,
+    *,
+    allow_pickle: bool = False,
+    dropped: Sequence[str] = (),
+    field: str = "config.model.drop",
+) -> Weights:
     """Reads weights.
 
     Args:
@@ -95,12 +102,34 @@ def read_weights(spec: str, *, allow_pickle: bool = False) -> Weights:
         `torchvision://BUILDER[@WEIGHTS]`, torchvision's, by default those it recommends.
       allow_pickle: read pickled files too, with torch's weights-only reader. The files that timm
         and torchvision themselves name are read so in any case.
+      dropped: regular expressions of whole names of tensors to leave out, as the file names them
+        or without what a wrapper puts before all the rest; each must match something.
+      field: where `dropped` comes from, for the error message.
 
     Raises:
       UserError: nothing there, damaged, or not weights.
     """
     if spec.startswith("embedded:"):
         return _read_embedded(spec.removeprefix("embedded:"))
+    weights = _read(spec, allow_pickle)
+    return replace(weights, tensors=_bare(weights.tensors, dropped, field))
+
+
+def _bare(tensors: Any, dropped: Sequence[str], field: str) -> Tensors:
+    """Without the dropped, and then without the prefixes that only the rest has in common."""
+    seen: set[str] = set(tensors)
+    while True:
+        left_out = select(seen, dropped, field=field, strict=False)
+        kept = {name: entry for name, entry in tensors.entries.items() if name not in left_out}
+        bare = Tensors(kept).without_prefixes()
+        if set(bare) == set(tensors):
+            select(seen, dropped, field=field)  # each rule matches something
+            return bare
+        tensors = bare
+        seen |= set(tensors)
+
+
+def _read(spec: str, allow_pickle: bool) -> Weights:
     if spec.startswith("hf://"):
         return _read_folder(_download(spec, allow_pickle), allow_pickle, spec)
     if spec.startswith("timm://"):
@@ -199,7 +228,7 @@ def _assemble(
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{origin}: its preprocessing makes no sense ({reason})") from None
-    return Weights(tensors.without_prefixes(), metadata, preprocessing, origin, tuple(paths))
+    return Weights(tensors, metadata, preprocessing, origin, tuple(paths))
 
 
 # Published weights -------------------------------------------------------------------------------
@@ -342,21 +371,15 @@ def _read_config(folder: Path, beside: Path | None = None) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > JSON_LIMIT:
-        raise UserError(f"{path}: {path.stat().st_size} bytes is no config; download it again")
-    return _parse_json(path.read_bytes(), str(path))
+    return _object(read_json(path), str(path))
 
 
 def _header_json(header: Mapping[str, str], path: Path) -> dict[str, Any]:
-    text = header.get("vision_jax")
-    return _parse_json(text.encode(), f"{path}: the header's vision_jax entry") if text else {}
+    what = f"{path}: the header's vision_jax entry"
+    return _object(parse_json(text, what), what) if (text := header.get("vision_jax")) else {}
 
 
-def _parse_json(text: bytes, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not JSON ({error}); download it again") from None
+def _object(content: Any, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{what} is a {type(content).__name__} and not an object")
     return content

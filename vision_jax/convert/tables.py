@@ -1,6 +1,8 @@
 """All tables, and which of them a file is."""
 
 import difflib
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +17,7 @@ from vision_jax.convert import (
     swin,
     vit,
 )
-from vision_jax.convert.files import Tensors
+from vision_jax.convert.files import Tensors, strip_prefixes
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, without_prefix
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES
@@ -61,12 +63,34 @@ def find_table(shapes: Shapes) -> Table:
         + (next((a for a in table.anchors if a not in shapes), "") or "other shapes")
         for table in nearest
     )
+    if beside := _beside(shapes):
+        raise UserError(beside)
     families = sorted({table.family for table in TABLES})
     first = ", ".join(sorted(shapes)[:5])
     raise UserError(
         f"no architecture that is known here ({', '.join(families)}): the nearest candidates: "
         f"{lacks}; the file has {len(shapes)} tensors: {first} ..."
     )
+
+
+def _beside(shapes: Shapes) -> str:
+    """What to drop of a file in which other tensors stand beside a known model's, or nothing."""
+    parts = Counter(name.partition(".")[0] for name in shapes if "." in name)
+    for part, _ in parts.most_common(CANDIDATES):
+        inside = {name: shape for name, shape in shapes.items() if name.startswith(f"{part}.")}
+        bare = strip_prefixes({name.removeprefix(f"{part}."): inside[name] for name in inside})
+        table = next((table for table in TABLES if table.matches(bare) is not None), None)
+        others = sorted(set(shapes) - set(inside))
+        if table is not None and others:
+            tops = dict.fromkeys(name.partition(".")[0] for name in others)
+            rule = "|".join(re.escape(top) for top in list(tops)[:CANDIDATES])
+            return (
+                f"{len(inside)} tensors under {part!r} are {table.source} {table.family} "
+                f"({table.kind}), and {len(others)} others are beside them: "
+                f"{', '.join(others[:CANDIDATES])}; leave those out with config.model.drop (--drop "
+                f"of the converter), for example ({rule})(\\..*)?"
+            )
+    return ""
 
 
 def infer_arguments(table: Table, shapes: Shapes, metadata: Metadata) -> dict[str, Any]:

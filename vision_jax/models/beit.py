@@ -21,6 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from vision_jax.errors import UserError
+from vision_jax.limits import CELLS
 from vision_jax.models.attention import attend
 from vision_jax.models.layers import Conv, Dense, add_bias, drop_path, layer_norm, normalize
 from vision_jax.models.swin import position_index
@@ -60,6 +61,8 @@ def relative_index(grid: tuple[int, int]) -> np.ndarray:
            [4, 1, 0],
            [4, 2, 1]])
     """
+    if grid[0] * grid[1] > CELLS:
+        raise UserError(f"relative positions of {grid[0]} x {grid[1]} patches: {CELLS} at most")
     rows = num_offsets(grid)
     index = np.pad(position_index(grid), ((1, 0), (1, 0)))
     index[0], index[:, 0], index[0, 0] = rows, rows + 1, rows + 2

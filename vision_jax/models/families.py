@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from vision_jax import limits
 from vision_jax.errors import UserError, nearest
 from vision_jax.models import (
     beit,
@@ -100,13 +101,29 @@ def build_model(family: str, **arguments: Any) -> Any:
     """Builds a model of a family from its arguments.
 
     Raises:
-      UserError: an argument that the family has not.
+      UserError: see `check_arguments`.
     """
-    known = FAMILIES[family].arguments
-    for name in arguments:
-        if name not in known:
-            raise UserError(f"{family} has no argument `{name}`{nearest(name, known)}")
+    check_arguments(family, arguments)
     return FAMILIES[family].model(**arguments)
+
+
+def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
+    """Checks arguments of a model before anything is made by them; some may be left out.
+
+    Raises:
+      UserError: no such family or argument, a value of another type, or beyond its bound.
+    """
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"unknown family {str(family)!r}{nearest(str(family), list(FAMILIES))}")
+    known = FAMILIES[family]
+    kinds = {f.name: f.type for f in fields(known.model)}  # type: ignore[arg-type]
+    for name, value in arguments.items():
+        if name not in known.arguments:
+            raise UserError(f"{family} has no argument `{name}`{nearest(name, known.arguments)}")
+        try:
+            limits.check_argument(name, value, kinds[name])
+        except ValueError as error:
+            raise UserError(f"{family}: {name} {value!r} {error}") from None
 
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # a config's names

@@ -54,13 +54,16 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def select(paths: Iterable[str], rules: Sequence[str], *, field: str) -> set[str]:
+def select(
+    paths: Iterable[str], rules: Sequence[str], *, field: str, strict: bool = True
+) -> set[str]:
     """The paths that at least one rule matches whole; each rule must match something.
 
     Args:
       paths: paths to choose among.
       rules: regular expressions.
       field: the config field that the rules come from, for the error message.
+      strict: False takes rules that match nothing, too.
 
     Raises:
       UserError: a rule that is no regular expression, or that matches nothing (with the nearest).
@@ -73,7 +76,7 @@ def select(paths: Iterable[str], rules: Sequence[str], *, field: str) -> set[str
         except re.error as error:
             raise UserError(f"{field}: {rule!r} is not a regular expression: {error}") from None
         matched = {path for path in paths if pattern.fullmatch(path)}
-        if not matched:
+        if strict and not matched:
             raise UserError(f"{field}: rule {rule!r} matches no parameter{_nearest(rule, paths)}")
         chosen |= matched
     return chosen
