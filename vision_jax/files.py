@@ -247,6 +247,9 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
             done += count
         if done < size or file.read(1):  # at the end of an entry zipfile compares its checksum
             raise ValueError(f"`{name}` is cut short")
+    if dtype.kind == "U":
+        for text in array.tolist():  # raises where its numbers are no characters
+            text.encode()
     return array.reshape(shape, order="F" if fortran else "C")
 
 

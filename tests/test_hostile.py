@@ -1,0 +1,457 @@
+"""Damaged and hostile files by the dozen: each reader of outside files reads or raises UserError.
+
+Sound files of each format are changed at random: bytes turned, cut and repeated; words replaced by
+odd ones; values of JSON by others, by numbers without end, halves of characters and deep lists.
+HOSTILE_FILES says how many files of each format are tried.
+"""
+
+import contextlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from vision_jax import setup
+from vision_jax.config import load_config, save_config
+from vision_jax.convert import arguments_of, read_weights
+from vision_jax.convert.__main__ import read_model
+from vision_jax.convert.peft import read_adapter, write_adapter
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.detection import check_boxes, read_detection_source
+from vision_jax.data.sources import read_source
+from vision_jax.data.teacher_cache import open_teacher_cache, write_teacher_cache
+from vision_jax.data.transforms import Preprocessing
+from vision_jax.doctor import main as doctor
+from vision_jax.errors import UserError
+from vision_jax.evaluate.figures import draw_curves
+from vision_jax.logging import read_metrics
+from vision_jax.models.families import RUN_ARGUMENTS
+from vision_jax.models.vit import build_vit
+from vision_jax.trees import lora
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's and NumPy's, of damaged files
+FILES = int(os.environ.get("HOSTILE_FILES", "12"))
+HALF = "\ue000"  # stands for half of a surrogate pair until the text is written
+ODD_WORDS = (
+    *("", "0", "-1", "1e400", "-0", "nan", "inf", "1" * 5000, "9223372036854775808", "0x10", "1_0"),
+    *(
+        "a\0b",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "~nobody/x",
+        "$x^{$",
+        "[red]",
+        "\x1b[31m",
+        "\u202e",
+    ),
+    *(
+        "\ufeff",
+        "x" * 70_000,
+        "%s%n",
+        "{0.__class__}",
+        "true",
+        "null",
+        "*",
+        "&a",
+        "<",
+        "]]>",
+        "'",
+        '"',
+    ),
+    *(",", ":", "\n", "\r", "a/../b", "C:\\x", "CON", ".", "..", "/", "𝔘", "é"),
+)
+ODD_VALUES = (
+    *(None, True, -1, 0, 1, 2**31, 2**63 - 1, 0.5, 1e300, -1e-300, [], {}, [[]], [None], {"": 0}),
+    *ODD_WORDS,
+    HALF,
+)
+RAW = (
+    "1e400",
+    "-1e400",
+    "NaN",
+    "Infinity",
+    "1" + "0" * 5000,
+    "[" * 3000 + "]" * 3000,
+    "1.0",
+    "-0.0",
+)
+
+
+def turn_bytes(rng: np.random.Generator, data: bytes) -> bytes:
+    """Some bytes changed, taken away, repeated, or all after one."""
+    start, length = int(rng.integers(len(data) + 1)), int(2 ** rng.integers(0, 9))
+    kind = rng.integers(5)
+    if kind == 0:
+        return data[:start]
+    if kind == 1:
+        return data[:start] + data[start + length :]
+    if kind == 2:
+        return data[: start + length] + data[start:]
+    if kind == 3:
+        return data[:start] + rng.bytes(length) + data[start + length :]
+    changed = np.frombuffer(data, np.uint8).copy()
+    changed[rng.integers(len(data), size=3)] ^= 1 << rng.integers(8, size=3).astype(np.uint8)
+    return changed.tobytes()
+
+
+def replace_words(rng: np.random.Generator, data: bytes) -> bytes:
+    """A few words, numbers or separators replaced by odd ones."""
+    text = data.decode()
+    for _ in range(rng.integers(1, 4)):
+        start = int(rng.integers(len(text) + 1))
+        end = start + int(rng.integers(0, 12))
+        text = text[:start] + str(rng.choice(np.array(ODD_WORDS, object))) + text[end:]
+    return text.encode()
+
+
+def replace_values(rng: np.random.Generator, data: bytes) -> bytes:
+    """A few values of JSON replaced, taken away, renamed or put in two places."""
+    content = json.loads(data)
+    raws = []
+    for _ in range(rng.integers(1, 4)):
+        places = list(containers(content))
+        if not places:
+            break
+        place = places[rng.integers(len(places))]
+        key = list(place)[rng.integers(len(place))] if isinstance(place, dict) else 0
+        key = int(rng.integers(len(place))) if isinstance(place, list) else key
+        kind = rng.integers(6)
+        if kind == 0:
+            del place[key]
+        elif kind == 1 and isinstance(place, dict):
+            place[str(rng.choice(np.array(ODD_WORDS, object)))] = place.pop(key)
+        elif kind == 2:
+            raws.append(RAW[rng.integers(len(RAW))])
+            place[key] = f"RAW{len(raws) - 1}RAW"
+        elif kind == 3:
+            other = places[rng.integers(len(places))]
+            place[key] = json.loads(json.dumps(other))
+        else:
+            value = ODD_VALUES[rng.integers(len(ODD_VALUES))]
+            place[key] = json.loads(json.dumps(value))
+    text = json.dumps(content).replace(json.dumps(HALF)[1:-1], "\\ud800")
+    for number, raw in enumerate(raws):
+        text = text.replace(f'"RAW{number}RAW"', raw)
+    return text.encode()
+
+
+def containers(value) -> Iterator[dict | list]:
+    if isinstance(value, dict | list) and value:
+        yield value
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from containers(below)
+
+
+def attack(path: Path, read: Callable[[], object], *changes: Callable) -> None:
+    """Reads the file as it is, and then changed in many ways; nothing but a UserError may come."""
+    whole = path.read_bytes()
+    read()
+    rng = np.random.default_rng()  # one seed of all tests; it is printed
+    for _ in range(FILES):
+        change = changes[rng.integers(len(changes))]
+        data = change(rng, whole)
+        path.write_bytes(data)
+        try:
+            with contextlib.suppress(UserError):
+                read()
+        except BaseException:
+            (path.parent.parent / f"culprit{path.suffix}").write_bytes(data)
+            print(f"{change.__name__} of {path}: {data[:2000]!r}")
+            raise
+    path.write_bytes(whole)
+
+
+# --- data sets ----------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, names: list[str], size=(24, 32)) -> None:
+    rng = np.random.default_rng(0)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / name)
+
+
+def train_on_boxes(spec: str, images: Path | None = None) -> None:
+    source = read_detection_source(spec, images)
+    check_boxes(source)
+    for i in range(len(source)):
+        try:
+            source[i]
+        except DamagedImageError:
+            continue
+
+
+def examine(*arguments: object) -> None:
+    assert doctor([*map(str, arguments)]) in (0, 1, 2)
+
+
+COCO = {
+    "images": [
+        {"id": i, "file_name": f"{i}.png", "width": 32, "height": 24, "license": 1}
+        for i in range(3)
+    ],
+    "annotations": [
+        {"id": i, "image_id": i % 3, "category_id": 1 + i % 2, "bbox": [1.5, 2, 10, 9 + i],
+         "area": 90, "iscrowd": 0, "segmentation": [[1, 2, 3, 4, 5, 6]]}
+        for i in range(5)
+    ],
+    "categories": [
+        {"id": i, "name": name, "supercategory": "all"} for i, name in ((1, "ant"), (2, "bee"))
+    ],
+}  # fmt: skip
+PLAIN = {
+    "images": [
+        {"file_name": f"{i}.png", "width": 32, "height": 24, "xmin": 1, "ymin": 2, "xmax": 9.5,
+         "ymax": 12, "category_id": 1}
+        for i in range(3)
+    ]
+}  # fmt: skip
+VOC = """<annotation><folder>x</folder><filename>a.png</filename><size><width>32</width><height>24
+</height><depth>3</depth></size><object><name>ant</name><difficult>0</difficult><bndbox><xmin>1
+</xmin><ymin>2</ymin><xmax>9</xmax><ymax>12</ymax></bndbox></object></annotation>"""
+
+
+@pytest.mark.parametrize("content", [COCO, PLAIN], ids=["coco", "plain"])
+def test_json_of_boxes(content, tmp_path, capsys):
+    path = tmp_path / "images/boxes.json"
+    write_images(tmp_path / "images", ["0.png", "1.png", "2.png"])
+    path.write_text(json.dumps(content))
+    changes = (replace_values, replace_values, turn_bytes, replace_words)
+    attack(path, lambda: train_on_boxes(str(path)), *changes)
+    attack(path, lambda: examine(path), *changes)
+
+
+def test_voc_and_yolo(tmp_path, capsys):
+    voc, yolo = tmp_path / "voc", tmp_path / "yolo"
+    write_images(voc / "JPEGImages", ["a.png", "b.png"])
+    (voc / "Annotations").mkdir()
+    for name in "ab":
+        (voc / f"Annotations/{name}.xml").write_text(VOC.replace("a.png", f"{name}.png"))
+    changes = (replace_words, turn_bytes)
+    path = voc / "Annotations/b.xml"
+    attack(path, lambda: train_on_boxes(str(voc)), *changes)
+    attack(path, lambda: examine(voc), *changes)
+    write_images(yolo / "images", ["a.png", "b.png"])
+    (yolo / "labels").mkdir()
+    for name in "ab":
+        (yolo / f"labels/{name}.txt").write_text("0 .5 .5 .25 .25\n1 .2 .3 .1 .1\n")
+    data = "path: .\ntrain: images\nval: [images]\nnames: {0: ant, 1: bee}\nnc: 2\n"
+    (yolo / "data.yaml").write_text(data)
+    for path in (yolo / "labels/b.txt", yolo / "data.yaml"):
+        attack(path, lambda: train_on_boxes(f"{yolo / 'data.yaml'}:train"), *changes)
+        attack(path, lambda: examine(yolo), *changes)
+    (yolo / "data.yaml").unlink()
+    (yolo / "classes.txt").write_text("ant\nbee\n")
+    attack(yolo / "classes.txt", lambda: examine(yolo), *changes)
+    (yolo / "list.txt").write_text("images/a.png\n./images/b.png\n")
+    (yolo / "data.yaml").write_text(data.replace("train: images", "train: list.txt"))
+    attack(yolo / "list.txt", lambda: train_on_boxes(f"{yolo / 'data.yaml'}:train"), *changes)
+
+
+def test_lists_and_arrays_of_classes(tmp_path, capsys):
+    names = [f"{kind}/{i}.png" for kind in ("ant", "bee") for i in range(2)]
+    write_images(tmp_path, names)
+    rows = [(name, name.partition("/")[0]) for name in names]
+    (tmp_path / "a.csv").write_text("path,label\n" + "".join(f"{p},{c}\n" for p, c in rows))
+    lines = [json.dumps({"path": p, "label": c}) for p, c in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+
+    def a_line(rng, data):
+        lines = data.splitlines()
+        number = rng.integers(len(lines))
+        lines[number] = replace_values(rng, lines[number])
+        return b"\n".join(lines)
+
+    def read(spec):
+        source = read_source(spec)
+        for i in range(len(source)):
+            source[i]
+
+    for name, changes in (("a.csv", ()), ("a.jsonl", (a_line, a_line))):
+        spec = str(tmp_path / name)
+        attack(Path(spec), lambda spec=spec: read(spec), replace_words, turn_bytes, *changes)
+        attack(Path(spec), lambda spec=spec: examine(spec), replace_words, turn_bytes, *changes)
+
+    arrays = {"train_images": np.zeros((4, 8, 8, 3), np.uint8), "train_labels": np.arange(4) % 2}
+    np.savez(tmp_path / "cifar10.npz", **arrays, class_names=np.array(["a", "b"]))
+    spec = f"cifar10:{tmp_path}/train"
+    attack(tmp_path / "cifar10.npz", lambda: read(spec), turn_bytes, rewrite_arrays)
+    attack(tmp_path / "cifar10.npz", lambda: examine(spec), turn_bytes, rewrite_arrays)
+
+
+def rewrite_arrays(rng, data):
+    """A header of NumPy that says something else, in an archive that is whole."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        chosen = old.namelist()[rng.integers(len(old.namelist()))]
+        for name in old.namelist():
+            part = old.read(name)
+            if name == chosen:
+                head, rest = part[:10], part[10:]
+                words = ((b"3", b"-3"), (b"8", b"9" * 30), (b"4,", b"4," * 60), (b"<", b">"))
+                words += ((b"|u1", b"|O"), (b"False", b"True"), (b"'shape'", b"'x'"), (b"2", b"0"))
+                before, after = words[rng.integers(len(words))]
+                part = head + rest.replace(before, after, 1)
+            new.writestr(name, part)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp", "tiff", "npy"])
+def test_images_of_classes(suffix, tmp_path, capsys):
+    write_images(tmp_path, ["ant/0.png", "bee/1.png"])
+    path = tmp_path / f"ant/x.{suffix}"
+    image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    np.save(path, image) if suffix == "npy" else Image.fromarray(image).save(path)
+    attack(path, lambda: examine(tmp_path), turn_bytes)
+
+
+def tiny_vit():
+    size = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 8}
+    return build_vit(**size, image_size=(16, 16), num_classes=3)
+
+
+# --- models and runs ----------------------------------------------------------------------------
+
+
+def header_of(data: bytes) -> tuple[bytes, bytes]:
+    start = 8 + int.from_bytes(data[:8], "little")
+    return data[8:start], data[start:]
+
+
+def rewrite_header(rng, data):
+    """Another header of safetensors, whose length is right."""
+    header, rest = header_of(data)
+    content = json.loads(header)
+    own = content.get("__metadata__", {}).get("vision_jax")
+    if own and rng.integers(2):
+        content["__metadata__"]["vision_jax"] = replace_values(rng, own.encode()).decode()
+        header = json.dumps(content).encode()
+    else:
+        header = replace_values(rng, header)
+    return len(header).to_bytes(8, "little") + header + rest
+
+
+def test_weights(tmp_path):
+    weights = tmp_path / "in/weights.safetensors"
+    weights.parent.mkdir()
+    runs.write_weights(weights)
+
+    def read(source):
+        model = read_model(str(source), False, None)
+        next(iter(model.params.values()))  # reads one tensor
+
+    attack(weights, lambda: read(weights), rewrite_header, rewrite_header, turn_bytes)
+    np.savez(tmp_path / "in/weights.npz", **load_file(weights))
+    archive = tmp_path / "in/weights.npz"
+    attack(archive, lambda: dict(read_weights(str(archive)).tensors), turn_bytes, rewrite_arrays)
+
+
+def test_folders_of_weights(tmp_path):
+    """Tensors alone, and what timm or transformers write beside them."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    runs.write_weights(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
+    timm = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 3,
+        "model_args": {"num_heads": 2, "patch_size": 8},
+        "label_names": ["a", "b", "c"],
+        "pretrained_cfg": {
+            "input_size": [3, 16, 16], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
+            "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic", "num_classes": 3,
+        },
+    }  # fmt: skip
+    processor = {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_normalize": True,
+        "size": {"height": 16, "width": 16}, "resample": 2, "do_rescale": True,
+        "rescale_factor": 0.00392156862745098, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    config = folder / "config.json"
+    config.write_text(json.dumps(timm))
+    changes = (replace_values, replace_values, replace_values, turn_bytes)
+    attack(config, lambda: read_model(str(folder), False, None), *changes)
+    timm.pop("pretrained_cfg")
+    config.write_text(json.dumps(timm))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    path = folder / "preprocessor_config.json"
+    attack(path, lambda: read_model(str(folder), False, None), *changes)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 1}} | index))
+    attack(path, lambda: read_weights(str(folder)), *changes)
+
+
+def test_adapters(tmp_path):
+    model = {"family": "vit", "arguments": arguments_of(tiny_vit())}
+    kernel = jnp.ones((32, 64))
+    params = {"block_0": {"mlp": {"fc1": {"kernel": kernel, "bias": jnp.ones(64)}}}}
+    adapted = lora.attach(
+        params, ["block_0/mlp/fc1/kernel"], key=jax.random.key(0), rank=2, alpha=3.0
+    )
+    write_adapter(tmp_path / "a", adapted, base_model_name="x", naming="timm", **model)
+    config = tmp_path / "a/adapter_config.json"
+    content = json.loads(config.read_text()) | {
+        "rank_pattern": {"fc1": 2},
+        "alpha_pattern": {"x": 1},
+    }
+    config.write_text(json.dumps(content))
+    tensors = tmp_path / "a/adapter_model.safetensors"
+
+    def read():
+        read_adapter(tmp_path / "a", params, **model)
+
+    attack(config, read, replace_values, replace_values, turn_bytes)
+    attack(tensors, read, rewrite_header, rewrite_header, turn_bytes)
+
+
+def test_files_of_a_run(tmp_path):
+    config = runs.tiny_config()
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run/config.json"
+    save_config(config, path)
+    changes = (replace_values, replace_values, turn_bytes)
+    attack(path, lambda: load_config(str(path), {}), *changes)
+    model = tmp_path / "run/model.json"
+    preprocessing = {
+        "image_size": (16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
+        "interpolation": "bicubic", "crop_mode": "center",
+    }  # fmt: skip
+    own = arguments_of(tiny_vit()).items()
+    arguments = {name: value for name, value in own if name not in RUN_ARGUMENTS}
+    description = setup.Description(
+        "classification", "vit", arguments, Preprocessing(**preprocessing), ("a", "b", "c"), "", ""
+    )
+    setup.save_description(description, model)
+
+    def rebuild():
+        setup.build_model(config, setup.load_description(model))
+
+    attack(model, rebuild, *changes)
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_text(
+        "".join(f'{{"step": {i}, "train/loss": 0.5, "time": 1.0}}\n' for i in range(5))
+    )
+    attack(metrics, lambda: draw_curves(read_metrics(metrics), tmp_path / "c.png"), *changes[2:])
+    attack(metrics, lambda: read_metrics(metrics), replace_words, turn_bytes)
+
+
+def test_stored_teachers(tmp_path):
+    path = tmp_path / "a/teacher.array_record"
+    path.parent.mkdir()
+    identity = {"teacher": "ab" * 32, "preprocessing": {"mean": [0.5, 0.5]}}
+    arrays = {"values": np.ones((6, 3), np.float16), "classes": np.ones((6, 3), np.int32)}
+    write_teacher_cache(path, [arrays], identity)
+    attack(path, lambda: open_teacher_cache(path, identity).read(range(6)), turn_bytes)
