@@ -255,7 +255,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):  # of JSON and of UTF-8
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append({name: _number(value) for name, value in record.items()})
+                numbers = {name: _number(value) for name, value in record.items()}
+                records.append({n: value for n, value in numbers.items() if _is_number(value)})
     return records
 
 

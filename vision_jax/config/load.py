@@ -204,7 +204,12 @@ def _read_file(path: str) -> tuple[dict[str, Value], bool]:
     file = find_config(path)
     if file.suffix == ".json":
         of_run = file.name == "config.json" and (file.parent / "model.json").is_file()
-        return fields(ConfigDict(read_json(file))), of_run
+        try:
+            return fields(ConfigDict(read_json(file))), of_run
+        except UserError:
+            raise
+        except (AttributeError, TypeError, ValueError) as error:  # of no name that a field can have
+            raise UserError(f"{path} is damaged: {error}") from error
     try:
         namespace = runpy.run_path(str(file))
         if "get_config" not in namespace:

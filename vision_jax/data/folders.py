@@ -209,7 +209,10 @@ class Inside:
 
     def holds(self, path: str | Path) -> bool:
         """Whether `path` is inside after all links are followed."""
-        real = os.path.realpath(path)
+        try:
+            real = os.path.realpath(path)
+        except ValueError:  # a null character, half of a character
+            return False
         return real == self._root or real.startswith(self._root.rstrip(os.sep) + os.sep)
 
     def _list(self, path: str) -> dict[str, bool] | None:
