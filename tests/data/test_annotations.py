@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from vision_jax.data.annotations import examine_annotations, read_annotations
+from vision_jax.doctor import examine
 from vision_jax.errors import UserError
 
 rng = np.random.default_rng()
@@ -546,6 +548,15 @@ def test_roots_of_splits(yolo, images):
     message = refused(str(folder))
     assert f"give one of {folder}/images/train, {folder}/images/val" in message
     assert read_annotations(f"{folder}/images/val").paths == ("1.png",)
+    with pytest.raises(UserError, match="holds the splits train, val"):  # the doctor says the same
+        examine(str(folder))
+    for split in ("train", "valid"):  # Roboflow's YOLO without its data.yaml
+        (folder / "flow" / split).mkdir(parents=True)
+        shutil.copytree(folder / "images/train", folder / f"flow/{split}/images")
+        shutil.copytree(folder / "labels/train", folder / f"flow/{split}/labels")
+    write(folder / "flow/README.dataset.txt", "words")
+    assert f"give one of {folder}/flow/train, {folder}/flow/valid" in refused(str(folder / "flow"))
+    assert read_annotations(str(folder / "flow/valid")).paths == ("1.png",)
     for split in ("train", "valid"):  # Roboflow's COCO
         (folder / "set" / split).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / f"set/{split}/1.png")

@@ -677,7 +677,7 @@ def read_yolo_yaml(spec: str, images: Path | None) -> Reading:
     places = content.get(split)
     places = [places] if isinstance(places, str) else places
     if not isinstance(places, list) or not places or not all(isinstance(p, str) for p in places):
-        known = ", ".join(k for k in ("train", "val", "test") if k in content) or "none of them"
+        known = ", ".join(k for k in ("train", "val", "test") if content.get(k)) or "none of them"
         raise UserError(
             f"{path}: `{split}` names no folder of images; of train, val, test: {known}"
         )

@@ -178,7 +178,8 @@ def _read_folder(spec: str, path: Path, images: Path | None) -> Reading:
     labelled = (path / "images").is_dir() and (path / "labels").is_dir()
     xml, json = find_files(path, {".xml"}), find_files(path, {".json"})
     texts = find_files(path / "labels" if labelled else path, {".txt"})
-    _refuse_splits(spec, path, "images" if labelled else "", xml or texts or json)
+    nested = [name for name in texts if "/" in name]  # a README lies beside the splits
+    _refuse_splits(spec, path, "images" if labelled else "", xml or nested or json)
     if labelled:
         return read_yolo_folder(spec, images or path / "images", path / "labels", path)
     if xml:
