@@ -135,7 +135,7 @@ def _has_classes(spec: str) -> bool:
 
 def _are_class_folders(path: Path) -> bool:
     """Whether it is folders of images, not named as splits; other files may lie among them."""
-    if not path.is_dir():
+    if not path.is_dir() or ((path / "images").is_dir() and (path / "labels").is_dir()):
         return False
     images, others = find_files(path, IMAGES), find_files(path, {".json", ".xml", ".yaml", ".yml"})
     tops = {name.partition("/")[0] for name in images if "/" in name}
