@@ -202,7 +202,7 @@ HOSTILE = {
     "an unknown start": (edit_config(init_lora_weights="tomorrow"), "changes the base"),
     "a bias without lora_bias": (reshape(f"{QKV}.lora_B.bias", (18,)), "should be absent"),
     "lora_bias without a bias": (edit_config(lora_bias=True), "lora_B.bias is missing"),
-    "a long name": (reshape("_orig_mod." * 60 + "x", (2, 6)), "a name of 601 characters"),
+    "a long name": (reshape("abcdefghi." * 60 + "x", (2, 6)), "a name of 601 characters"),
     "no B": (drop(f"{QKV}.lora_B.weight"), "qkv.lora_B.weight is missing"),
     "another width": (reshape(f"{QKV}.lora_A.weight", (2, 7)), r"is \(2, 7\) and should be \(2, 6"),
     "a flat tensor": (reshape(f"{QKV}.lora_B.weight", (36,)), r"is \(36,\) and should be \(18, 2"),
