@@ -435,7 +435,11 @@ def test_files_of_a_run(tmp_path):
         "classification", "vit", arguments, Preprocessing(**preprocessing), ("a", "b", "c"), "", ""
     )
     setup.save_description(description, model)
-    attack(model, lambda: setup.load_description(model), *changes)
+
+    def rebuild():
+        setup.build_model(config, setup.load_description(model))
+
+    attack(model, rebuild, *changes)
     metrics = tmp_path / "run/metrics.jsonl"
     metrics.write_text(
         "".join(f'{{"step": {i}, "train/loss": 0.5, "time": 1.0}}\n' for i in range(5))

@@ -243,3 +243,20 @@ def test_the_tree_is_assembled_from_both_parts():
     prepared = Prepared()
     tree = prepared.plan.assemble({**prepared.trainable, **prepared.frozen})
     assert set(paths.flatten(tree)) == set(prepared.trainable) | set(prepared.frozen)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_names": [1, 2]}, "class_names"),
+        ({"class_names": "ab"}, "class_names"),
+        ({"projections": {"x": [0, 4]}}, "projections"),
+        ({"projections": 3}, "damaged"),
+        ({"arguments": {}}, "missing"),
+    ],
+)
+def test_a_damaged_description_is_one_line(change, message, tmp_path):
+    record = json.loads((runs.finished() / "model.json").read_text()) | change
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=message):
+        setup.build_model(runs.tiny_config(), setup.load_description(tmp_path / "model.json"))

@@ -463,10 +463,14 @@ def certify_all(only: str, jobs: int, out: Path, again: bool) -> int:
                 for line in process.stdout:
                     if line.startswith(("PASS", "FAIL")):
                         progress.advance(task)
-                        progress.console.print(line.rstrip(), highlight=False, soft_wrap=True)
+                        progress.console.print(
+                            line.rstrip(), highlight=False, markup=False, soft_wrap=True
+                        )
                         failed.extend([line] if line.startswith("FAIL") else [])
                     elif line.startswith("error:"):
-                        progress.console.print(line.rstrip(), highlight=False, soft_wrap=True)
+                        progress.console.print(
+                            line.rstrip(), highlight=False, markup=False, soft_wrap=True
+                        )
                         failed.append(line)
 
         with ThreadPoolExecutor(jobs) as pool:

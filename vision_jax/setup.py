@@ -483,6 +483,11 @@ def load_description(path: Path) -> Description:
         preprocessing = TASKS[record["task"]].load_preprocessing(record.pop("preprocessing"))
         description = Description(**record, preprocessing=preprocessing)
         families.check_arguments(description.family, description.arguments)
+        names, shapes = description.class_names, description.projections
+        if not all(isinstance(name, str) for name in names) or isinstance(names, str):
+            raise TypeError("`class_names` is no list of texts")
+        if not all(type(side) is int and side > 0 for pair in shapes.values() for side in pair):
+            raise TypeError("`projections` is no map to shapes")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged, or of another version: {error}") from error
     return description

@@ -101,10 +101,13 @@ def build_model(family: str, **arguments: Any) -> Any:
     """Builds a model of a family from its arguments.
 
     Raises:
-      UserError: see `check_arguments`.
+      UserError: see `check_arguments`; or one that has no default is missing.
     """
     check_arguments(family, arguments)
-    return FAMILIES[family].model(**arguments)
+    try:
+        return FAMILIES[family].model(**arguments)
+    except TypeError as error:  # "missing 1 required positional argument"
+        raise UserError(f"{family}: {error}") from error
 
 
 def check_arguments(family: str, arguments: Mapping[str, Any]) -> None:
