@@ -12,6 +12,7 @@ from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.detection import (
     detection_subset,
     make_detection_source,
+    part_of,
     read_detection_source,
     split_detection_source,
 )
@@ -113,7 +114,14 @@ def test_boxes_are_clipped_and_empty_ones_left_out(tmp_path):
     for own, boxes in zip(source.boxes_xyxy_px, expected, strict=True):
         assert own.tolist() == boxes
     assert 0 < left_out < 400
-    assert f"{left_out} of 400 boxes left out: empty in the image, the first bo" in source.note
+    assert f"{left_out} of 400 boxes left out of training: empty in the image, " in source.note
+    assert ", the first bo" in source.note
+    # For evaluation they are as they were written, of a part of the source too.
+    finite = table[np.isfinite(table).all(1)]
+    for kept in (np.ones(20, bool), rng.random(20) < 0.5):
+        stated = part_of(source, kept).stated
+        for own, image in zip(stated.boxes_xywh_px, np.flatnonzero(kept), strict=True):
+            np.testing.assert_array_equal(own, finite[finite[:, 0] == image, 2:])
 
 
 def test_a_root_without_boxes_is_no_class(tmp_path):
@@ -255,5 +263,5 @@ def test_fields_are_pinned():
     names = [field.name for field in dataclasses.fields(many(Path("."), 2))]
     assert names == [
         "name", "class_names", "category_ids", "image_ids", "paths", "sizes", "boxes_xyxy_px",
-        "label", "crowd", "area", "rows", "reader", "note",
+        "label", "crowd", "area", "rows", "reader", "note", "stated",
     ]  # fmt: skip

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detection_cases import make_detections, make_truth, random_case
+from PIL import Image
 
-from vision_jax.data.detection import DetectionSource, Ragged
+from vision_jax.data.detection import DetectionSource, Ragged, read_detection_source
 from vision_jax.errors import UserError
 from vision_jax.evaluate import classification, detection
 from vision_jax.evaluate.detection import Detections, diagnose
@@ -19,6 +20,35 @@ NOTHING = make_detections([])
 
 def test_doctests() -> None:
     assert doctest.testmod(classification).failed == 0
+
+
+def test_truth_past_the_edge_is_measured_as_its_file_states_it(tmp_path: Path) -> None:
+    """28 of 50 pixels of its width are in the image: an IoU of .56, above two of ten thresholds."""
+    boxes = [[-22, 10, 50, 50], [300, 10, 20, 20], [10, 10, 0, 9]]
+    content = {
+        "images": [{"id": "a", "file_name": "a.png", "width": 200, "height": 100}],
+        "categories": [{"id": 3, "name": "cat"}],
+        "annotations": [
+            {"id": i, "image_id": "a", "category_id": 3, "bbox": box, "area": 1, "iscrowd": 0}
+            for i, box in enumerate(boxes, start=1)
+        ],
+    }
+    found = make_detections([(0, 0, 0.9, [0, 10, 28, 60])])
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    for count in (1, 2, 3):  # those that no image shows are missed
+        part = {**content, "annotations": content["annotations"][:count]}
+        (tmp_path / "truth.json").write_text(json.dumps(part))
+        source = read_detection_source(str(tmp_path / "truth.json"))
+        figures = detection.summarize(found, source)
+        recalls = {1: 101, 2: 51, 3: 34}[count]  # of 101 up to 1 / count
+        assert figures["ap"] == pytest.approx(0.2 * recalls / 101, abs=1e-12)
+        assert figures["ar_100"] == pytest.approx(0.2 / count, abs=1e-12)
+        assert figures["mean_iou_matched"] == pytest.approx(0.56 / count, abs=1e-12)
+        assert figures["true_boxes"] == count
+        assert detection.confusion_matrix(found, source).tolist() == [[1, count - 1], [0, 0]]
+        written = json.loads(detection.write_coco(tmp_path / "again.json", source).read_text())
+        assert [entry["bbox"] for entry in written["annotations"]] == boxes[:count]
+        np.testing.assert_array_equal(source.boxes_xyxy_px.values, [[0, 10, 28, 60]])  # to train
 
 
 def test_perfect_and_half_right() -> None:

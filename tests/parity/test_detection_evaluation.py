@@ -76,6 +76,50 @@ def test_random_cases_equal_pycocotools(tmp_path: Path) -> None:
     assert min(seen.values()) >= 10, seen  # each kind did occur
 
 
+def test_a_file_with_odd_boxes_equals_pycocotools_on_that_file(tmp_path: Path) -> None:
+    """Boxes past the edge, beside the image, of no width or a negative one, areas that are none."""
+    names = [f"{row}.png" for row in range(6)]
+    for name in names:
+        Image.new("RGB", (160, 120)).save(tmp_path / name)
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        ids = [f"im{9 - row}" if seed % 3 else row for row in range(6)]
+        truth, rows = [], []
+        for number in range(24):
+            x, y, w, h = rng.uniform((-30, -30, 5, 5), (140, 100, 60, 60))
+            found = np.array([x, y, x + w, y + h]) + rng.normal(0, 2.5, 4)
+            if number % 2:
+                found = np.clip(found, 0, [160, 120, 160, 120])
+            x, w, h = {0: (x, 0.0, h), 1: (210.0, w, h), 2: (x, -w, h), 3: (x, w, 1e6)}.get(
+                kind := int(rng.integers(0, 9)), (x, w, h)
+            )
+            area = float(rng.choice([0, -3, 10, 5000, 1e12])) if kind == 5 else w * h
+            truth.append(
+                {"id": number + 1, "image_id": ids[number // 4], "category_id": number % 2 + 1,
+                 "bbox": [x, y, w, h], "area": area, "iscrowd": int(kind == 4)}
+            )  # fmt: skip
+            if (found[2:] > found[:2] + 1).all():
+                rows.append((number // 4, number % 2, float(rng.random()), found.tolist()))
+        content = {
+            "images": [
+                {"id": key, "file_name": name, "width": 160, "height": 120}
+                for key, name in zip(ids, names, strict=True)
+            ],
+            "categories": [{"id": 1, "name": "ant"}, {"id": 2, "name": "bee"}],
+            "annotations": truth,
+        }
+        (tmp_path / "odd.json").write_text(json.dumps(content))
+        source, detections = (
+            read_detection_source(str(tmp_path / "odd.json")),
+            make_detections(rows),
+        )
+        _assert_equal(detections, source, tmp_path)  # on the files written here
+        theirs = _pycocotools(tmp_path / "odd.json", tmp_path / "results.json")
+        precision, recall = detection.coco_curves(detections, source)
+        np.testing.assert_array_equal(precision, theirs.eval["precision"])
+        np.testing.assert_array_equal(recall, theirs.eval["recall"])
+
+
 def test_a_class_has_more_than_100_detections_in_an_image(tmp_path: Path) -> None:
     """The right box is the 101st: COCO doesn't count it."""
     _, source = next(case for seed in range(99) if len((case := random_case(seed))[1].label[0]) > 1)

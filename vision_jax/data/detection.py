@@ -59,6 +59,20 @@ class Ragged(Sequence[np.ndarray]):
 
 
 @dataclass(frozen=True)
+class StatedBoxes:
+    """Boxes as a file states them: past the edge of their image, beside it or without a width.
+
+    Of image i: boxes_xywh_px[i] f64[S, 4] (left, top, width, height), label[i] i32[S], crowd[i]
+    bool[S], area[i] f64[S].
+    """
+
+    boxes_xywh_px: Ragged
+    label: Ragged
+    crowd: Ragged
+    area: Ragged
+
+
+@dataclass(frozen=True)
 class DetectionSource:
     """Images with boxes by random access: `source[i]`, 0 ≤ i < len(source). Picklable.
 
@@ -71,6 +85,8 @@ class DetectionSource:
     `category_ids` are the file's ids by label, for results files; the class's name where the file
     lacks the class. `rows` i64[N] are the positions of the images in what `reader` reads, so that a
     part of a source is a source. `note` says what was left out, for the log ("" if nothing was).
+    `stated` are the boxes before they were clipped and some left out, by which COCO's AP goes (see
+    `as_stated`); None if they are the same.
 
     Boxes are in pixels of the stated width and height. Images are upright by EXIF, unless their
     stated size fits only the file as it is stored: then the boxes were drawn on that, and the
@@ -90,6 +106,7 @@ class DetectionSource:
     rows: np.ndarray
     reader: Reader
     note: str = ""
+    stated: StatedBoxes | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,7 +167,8 @@ def make_detection_source(
     """Clean the boxes and number the classes; see `DetectionSource` and `read_detection_source`.
 
     A category that labels no box and is the supercategory of another one is no class. Boxes are
-    clipped to the image; what is empty then, or not finite, is left out. `note` counts both.
+    clipped to the image; what is empty then, or not finite, is left out, which `note` counts.
+    `stated` keeps them for evaluation, but for numbers that are not finite.
     """
     name, count = annotations.name, len(annotations.paths)
     if not count:
@@ -163,17 +181,24 @@ def make_detection_source(
     with np.errstate(invalid="ignore", over="ignore"):  # infinite numbers are left out below
         corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         boxes = np.clip(corners, 0, limit)
-    kept = np.isfinite(xywh).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-    order = np.flatnonzero(kept)
-    order = order[np.argsort(annotations.box_image[order], kind="stable")]
-    offsets = _offsets(np.bincount(annotations.box_image[order], minlength=count))
+    finite = np.isfinite(xywh).all(1)
+    kept = finite & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    by_image = np.argsort(annotations.box_image, kind="stable")
+
+    def ragged(values: np.ndarray, of_box: np.ndarray) -> Ragged:
+        order = by_image[of_box[by_image]]
+        counts = np.bincount(annotations.box_image[order], minlength=count)
+        return Ragged(values[order], _offsets(counts))
+
+    label, crowd, area = label_of[annotations.box_category], annotations.crowd, annotations.area
     left_out = [f"classes {', '.join(map(repr, roots))} left out: roots without boxes"] * bool(
         roots
     )
     if not kept.all():
         first = annotations.place(int(np.flatnonzero(~kept)[0]))
         left_out.append(
-            f"{(~kept).sum()} of {len(kept)} boxes left out: empty in the image, the first {first}"
+            f"{(~kept).sum()} of {len(kept)} boxes left out of training: empty in the image, the"
+            f" first {first}"
         )
     return DetectionSource(
         name,
@@ -182,14 +207,28 @@ def make_detection_source(
         annotations.image_ids,
         annotations.paths,
         sizes,
-        Ragged(boxes[order], offsets),
-        Ragged(label_of[annotations.box_category[order]], offsets),
-        Ragged(annotations.crowd[order], offsets),
-        Ragged(annotations.area[order], offsets),
+        ragged(boxes, kept),
+        ragged(label, kept),
+        ragged(crowd, kept),
+        ragged(area, kept),
         np.arange(count),
         reader,
         f"{name}: {'; '.join(left_out)}" if left_out else "",
+        StatedBoxes(*(ragged(values, finite) for values in (xywh, label, crowd, area))),
     )
+
+
+def as_stated(source: DetectionSource) -> DetectionSource:
+    """The source with all boxes as their file states them, in corners: the truth of evaluation.
+
+    COCO's AP counts a box that no image shows as missed, and takes the IoU with all of a box.
+    """
+    if source.stated is None:
+        return source
+    xywh, label, crowd, area = vars(source.stated).values()
+    corners = np.concatenate([xywh.values[:, :2], xywh.values[:, :2] + xywh.values[:, 2:]], axis=1)
+    boxes = Ragged(corners, xywh.offsets)
+    return replace(source, boxes_xyxy_px=boxes, label=label, crowd=crowd, area=area)
 
 
 def check_boxes(source: DetectionSource) -> None:
@@ -257,18 +296,23 @@ def detection_subset(source: DetectionSource, count: int, seed: int) -> Detectio
 def part_of(source: DetectionSource, kept: np.ndarray) -> DetectionSource:
     """The images for which `kept` bool[N] is true, in their order."""
     places = np.flatnonzero(kept)
-    counts = np.diff(source.label.offsets)
-    offsets, of_box = _offsets(counts[kept]), np.repeat(kept, counts)
+
+    def part(ragged: Ragged) -> Ragged:
+        counts = np.diff(ragged.offsets)
+        return Ragged(ragged.values[np.repeat(kept, counts)], _offsets(counts[kept]))
+
+    stated = source.stated
     return replace(
         source,
         image_ids=tuple(source.image_ids[i] for i in places),
         paths=tuple(source.paths[i] for i in places),
         sizes=source.sizes[kept],
-        boxes_xyxy_px=Ragged(source.boxes_xyxy_px.values[of_box], offsets),
-        label=Ragged(source.label.values[of_box], offsets),
-        crowd=Ragged(source.crowd.values[of_box], offsets),
-        area=Ragged(source.area.values[of_box], offsets),
+        boxes_xyxy_px=part(source.boxes_xyxy_px),
+        label=part(source.label),
+        crowd=part(source.crowd),
+        area=part(source.area),
         rows=source.rows[kept],
+        stated=stated and StatedBoxes(*map(part, vars(stated).values())),
     )
 
 

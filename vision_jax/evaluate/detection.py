@@ -15,7 +15,7 @@ from typing import Any
 import hotcoco
 import numpy as np
 
-from vision_jax.data.detection import DetectionSource
+from vision_jax.data.detection import DetectionSource, Ragged, StatedBoxes, as_stated
 from vision_jax.errors import UserError
 from vision_jax.evaluate.classification import distinct_names
 
@@ -75,7 +75,8 @@ def coco_curves(
 
     The axes are IOU_THRESHOLDS, (recall,) class, AREAS, MOST_DETECTIONS, as in pycocotools 2.0.11's
     `COCOeval.eval`; -1 where a class has no true box in the range of areas. Images rank by their
-    file's id, as there, so that ties in scores across images give the same AP.
+    file's id, as there, so that ties in scores across images give the same AP. True boxes are as
+    the file states them, past an image's edge or beside it too.
 
     Raises:
       UserError: a row that points outside the source, or a score or box that is not finite.
@@ -84,11 +85,12 @@ def coco_curves(
     ids = np.asarray(source.image_ids)
     rank = np.empty(len(ids), np.int64)
     rank[np.argsort(ids, kind="stable")] = np.arange(len(ids))
-    truth = hotcoco.COCO.from_arrays(
+    truth = _truth(source)
+    reference = hotcoco.COCO.from_arrays(
         [{"id": row} for row in range(len(ids))],
         [{"id": row, "name": name} for row, name in enumerate(source.class_names)],
-        rank[_image_of_box(source)], source.label.values, _xywh(source.boxes_xyxy_px.values),
-        area=source.area.values, iscrowd=source.crowd.values,
+        rank[_image_of_box(truth)], truth.label.values, truth.boxes_xywh_px.values,
+        area=truth.area.values, iscrowd=truth.crowd.values,
     )  # fmt: skip
     rows = np.concatenate(
         [
@@ -99,7 +101,7 @@ def coco_curves(
         ],
         axis=1,
     )  # [D, 7]
-    evaluator = hotcoco.COCOeval(truth, truth.load_res(rows), "bbox")
+    evaluator = hotcoco.COCOeval(reference, reference.load_res(rows), "bbox")
     evaluator.evaluate()
     evaluator.accumulate()
     curves = evaluator.eval
@@ -132,6 +134,7 @@ def summarize(detections: Detections, source: DetectionSource) -> dict[str, Any]
     if not len(source):
         raise UserError("evaluation: the dataset has no images; check its split and paths")
     precision, recall = coco_curves(detections, source)
+    source = as_stated(source)
     per_class = [_mean(precision[:, :, label, 0, 2]) for label in range(precision.shape[2])]
     top1, matched = _mean_ious(detections, source)
     crowds = int(source.crowd.values.sum())
@@ -166,6 +169,7 @@ def confusion_matrix(
       iou: least overlap of a pair.
     """
     _check(detections, source)
+    source = as_stated(source)
     background = len(source.class_names)
     matrix = np.zeros((background + 1, background + 1), np.int64)
     confident = detections[detections.score >= score]
@@ -208,6 +212,7 @@ def write_results(path: str | Path, detections: Detections, source: DetectionSou
 
 def write_coco(path: str | Path, source: DetectionSource) -> Path:
     """The truth of any source as a COCO annotation file; annotations are numbered from 1."""
+    truth = _truth(source)
     head = {
         "images": [
             {"id": _plain(key), "file_name": str(name), "height": int(h), "width": int(w)}
@@ -219,11 +224,11 @@ def write_coco(path: str | Path, source: DetectionSource) -> Path:
         ],
     }
     columns = (
-        _image_of_box(source).tolist(),
-        source.label.values.tolist(),
-        _xywh(source.boxes_xyxy_px.values).tolist(),
-        source.area.values.tolist(),
-        source.crowd.values.tolist(),
+        _image_of_box(truth).tolist(),
+        truth.label.values.tolist(),
+        truth.boxes_xywh_px.values.tolist(),
+        truth.area.values.tolist(),
+        truth.crowd.values.tolist(),
     )
     rows = (
         {
@@ -389,8 +394,17 @@ def _xywh(boxes_xyxy: np.ndarray) -> np.ndarray:  # f64[N, 4]
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def _image_of_box(source: DetectionSource) -> np.ndarray:  # i64[M]
-    return np.repeat(np.arange(len(source)), np.diff(source.label.offsets))
+def _truth(source: DetectionSource) -> StatedBoxes:
+    """What COCO's numbers are measured against."""
+    if source.stated is not None:
+        return source.stated
+    boxes = source.boxes_xyxy_px
+    xywh = Ragged(_xywh(boxes.values), boxes.offsets)
+    return StatedBoxes(xywh, source.label, source.crowd, source.area)
+
+
+def _image_of_box(truth: StatedBoxes) -> np.ndarray:  # i64[M]
+    return np.repeat(np.arange(len(truth.label)), np.diff(truth.label.offsets))
 
 
 def _rows_by_image(detections: Detections, images: int) -> Iterator[np.ndarray]:
