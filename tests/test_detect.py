@@ -46,6 +46,20 @@ def test_a_run_leaves_its_numbers_pictures_and_model(finished):
     assert "train/loss_giou" in records[0]
 
 
+def test_weights_that_were_used_to_squares_get_squares():
+    """transformers' DetrImageProcessor with height and width: the aspect ratio is not kept."""
+    config = detection_runs.tiny_config(data__short=0, data__longest=0)
+    mean = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    own = {"short": 96, "longest": 96, "square": True, "interpolation": "bilinear"}
+    found = detect.make_preprocessing(config, own, mean)
+    assert (found.short, found.square, found.buckets) == (96, True, ((96, 96),))
+    own |= {"square": False, "longest": 128}
+    assert not detect.make_preprocessing(config, own, mean).square
+    own |= {"square": True, "longest": 96}
+    config = detection_runs.tiny_config(data__short=64, data__longest=96)
+    assert not detect.make_preprocessing(config, own, mean).square
+
+
 def test_the_label_map_is_kept(finished):
     kept = json.loads((finished / "categories.json").read_text())["categories"]
     file = json.loads((detection_runs.data() / "train/train.json").read_text())

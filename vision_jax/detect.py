@@ -130,11 +130,14 @@ def make_preprocessing(
 ) -> DetectionPreprocessing:
     """How images are prepared: as the config says, else as the weights (`own`) were used to.
 
-    Square where the model has an image size, which is config.model.image_size or its own.
+    Square where the model has an image size, which is config.model.image_size or its own, and where
+    the weights were used to squares and the config says no other sides.
     """
     data = config.data
     side = (config.model.image_size,) * 2 if config.model.image_size else None
     side = side or arguments.get("image_size")
+    if not side and own.get("square") and not (data.short or data.longest):
+        side = (own["short"],) * 2
     if side:
         short = longest = int(side[0])
         buckets: tuple[tuple[int, int], ...] = ((short, short),)

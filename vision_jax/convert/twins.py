@@ -394,12 +394,13 @@ def _sides(kind: Any, entry: Entry) -> dict[str, dict[str, int]]:
 
     What is resized and then cut keeps the class's proportion of the two.
     """
-    side, size, crop = entry.image_size, dict(kind.size), getattr(kind, "crop_size", None)
+    side, size = entry.image_size, dict(kind.size)
     if "longest_edge" in size:  # a detector of any size
         return {"size": {"height": side, "width": side}} if "RfDetr" in kind.__name__ else {}
     if not getattr(kind, "do_center_crop", False):
         return {"size": dict.fromkeys(size, side)}
-    resized = {key: round(side * value / crop["height"]) for key, value in size.items()}
+    cut = kind.crop_size["height"]
+    resized = {key: round(side * value / cut) for key, value in size.items()}
     return {"size": resized, "crop_size": {"height": side, "width": side}}
 
 
