@@ -20,10 +20,10 @@ from vision_jax.config import (
     save_config,
 )
 from vision_jax.config.__main__ import main as show_config
-from vision_jax.config.fields import FIELDS, TASKS
-from vision_jax.config.hints import WORDS, suggest
+from vision_jax.config.fields import FIELDS, FILTERS, TASKS
+from vision_jax.config.hints import ELSEWHERE, WORDS, suggest
 from vision_jax.config.literals import read_literal
-from vision_jax.data import pipeline
+from vision_jax.data import pipeline, transforms
 from vision_jax.errors import UserError, UserErrors, nearest
 from vision_jax.models.families import DTYPES
 
@@ -134,8 +134,9 @@ def test_a_config_is_locked():
             "from vision_jax.config import default_config\n"
             "def get_config():\n    config = default_config('classification')\n"
             "    config.optim.learning_rate = 1.0\n    return config\n",
-            r"config.py:4: .*learning_rate",
+            r"config.py:4: .*`learning_rate`: did you mean `optim.lr`?",
         ),
+        ("raise SystemExit(0)", "config.py:1: SystemExit: 0"),
         (
             "from vision_jax.config import default_config as get_config",
             "takes no argument|required",
@@ -183,6 +184,14 @@ def test_all_that_is_wrong_is_told_at_once():
     assert len(lines) == 4
     for name in ("batch_size", "optim.lrr", "key `optim.lr`", "augment.policy"):
         assert sum(name in line for line in lines) == 1
+    wrong = {"optim.lr": "-1", "batch_size": "8", "optim.accumulate": "3", "lora.rank": "0"}
+    wrong |= {"total_steps": "10", "optim.warmup_steps": "20", "data.holdout": "7"}
+    with pytest.raises(UserErrors) as caught:  # what doesn't go together, too
+        load_config(CONFIG, wrong)
+    lines = [str(error) for error in caught.value.each]
+    assert len(lines) == 5
+    for name in ("optim.lr is", "optim.accumulate 3", "lora.rank", "warmup_steps is 20", "holdout"):
+        assert sum(name in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(
@@ -211,6 +220,8 @@ def test_all_that_is_wrong_is_told_at_once():
         ("gradient_accumulation_steps", "optim.accumulate"),
         ("optim.lrr", "optim.lr"),
         ("modle.dtype", "model.dtype"),
+        ("model.name", "model.variant"),
+        ("data.root", "data.train"),
     ],
 )
 def test_hints_name_the_field_that_is_meant(typed, meant):
@@ -222,8 +233,11 @@ def test_hints_name_the_field_that_is_meant(typed, meant):
 def test_hints_are_fields_and_no_field_is_somebody_elses_word():
     names = {field.name for field in FIELDS}
     assert set(WORDS) <= names
-    words = [word for words in WORDS.values() for word in words.split()]
+    words = [word for words in [*WORDS.values(), *ELSEWHERE.values()] for word in words.split()]
     assert len(set(words)) == len(words)
+    assert "the flag --workdir=DIR" in suggest("train.output_dir", sorted(names))
+    assert "classes are counted" in suggest("model.num_classes", sorted(names))
+    assert suggest("old_field", sorted(names)) == ""
     assert suggest("nothing_like_it_at_all_xyz", sorted(names)) == ""
 
 
@@ -255,6 +269,7 @@ def test_choices_are_those_of_the_code():
         assert all(map(table[name].check.fits, choices)), name
         assert table[name].check.wanted == f"{', '.join([*choices][:-1])} or {[*choices][-1]}"
     assert tuple(setup.TASKS) == TASKS
+    assert tuple(transforms.INTERPOLATIONS) == FILTERS
 
 
 @pytest.fixture

@@ -565,7 +565,7 @@ def test_the_table_of_what_training_does_is_complete():
     """Each code is in a test above or below, but for those of two splits, which training reads."""
     tested = {code for code, *_ in DEFECTS.values()} | set(OTHER_DEFECTS)
     tested |= {"unreadable-annotation", "conflicting-size", "repeated-image", "pixels-for-shares"}
-    tested |= {"conflicting-labels", "labels-off-by-one", "unknown-class"}
+    tested |= {"conflicting-labels", "labels-off-by-one", "unknown-class", "single-class"}
     assert set(TRAINING) - tested == {"leak", "near-leak", "class-drift"}
 
 
@@ -681,6 +681,9 @@ def test_defects_of_classes(tmp_path):
     assert alarms(examine(from_1)[1]) == {
         "labels-off-by-one": "labels begin at 1: class 0 has no image"
     }
+    one = write_csv(tmp_path / "one.csv", [[name, "b"] for name, label in rows if label == "b"])
+    assert alarms(examine(one)[1]) == {"single-class": "one class has all images: b"}
+    assert len(read_source(one)) == sum(label == "b" for _, label in rows)  # training takes it
     for count in (2, 60):
         bad = [[f"x/{name}" if i < count else name, c] for i, (name, c) in enumerate(rows)]
         found = {f.code: f for f in examine(write_csv(tmp_path / "m.csv", bad))[1]}

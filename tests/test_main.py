@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import runs
 from safetensors.numpy import save_file
 
 from vision_jax import main, train
+from vision_jax.config import TASKS, fields_of
 from vision_jax.data.pipeline import DamageLog  # noqa: F401  (imported before the clock starts)
 
 
@@ -154,6 +156,12 @@ def test_bad_input_is_one_line_and_leaves_no_trace(name, tmp_path, capsys):
         ([CONFIG, "--process=0"], "--processes and --process go together"),
         ([CONFIG, "--coordinator=auto", "--process=0"], "leave them out"),
         ([CONFIG, "--work_dir=x"], "did you mean `--workdir`?"),
+        ([CONFIG, "--output_dir=x"], "results go to the folder of the flag --workdir=DIR"),
+        (["configs/vit_lora.py"], "did you mean `--config=configs/vit_lora.py`?"),
+        (["evaluate", "--workdir=x"], "did you mean `--mode=evaluate`?"),
+        ([CONFIG, "optim.lr=1e-3"], "did you mean `--config.optim.lr=1e-3`?"),
+        ([CONFIG, "--plan", "--devices=0"], "--devices is 0: it must be at least 1"),
+        ([CONFIG, "--plan", "--memory=nan"], "--memory is nan: it must be a size above 0"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):
@@ -224,6 +232,42 @@ def test_flags_reach_the_modes(tmp_path, monkeypatch):
     assert main.main([run, "--mode=evaluate", *more]) == 0
     config, _, checkpoint = seen[-1]
     assert (config.evaluate.batch_size, checkpoint) == (7, "best")
+
+
+def test_fields_of_training_are_refused_of_a_finished_run(capsys):
+    for mode in ("evaluate", "predict", "robustness"):
+        given = [
+            "--config.model.image_size=32",
+            "--config.optim.lr=1",
+            "--config.trainable=head/.*",
+        ]
+        images = ["--images=a.png"] if mode == "predict" else []
+        assert main.main([f"--mode={mode}", f"--workdir={runs.finished()}", *images, *given]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split()[1] for line in lines] == [text.partition("=")[0] for text in given]
+    names = {name for task in TASKS for name in fields_of(task)}
+    kept = {name for name in names if main.KEPT.fullmatch(name)}
+    assert {"model.variant", "data.crop_pct", "batch_size", "loss.class_cost"} <= kept
+    used = (
+        "data.train",
+        "data.eval",
+        "data.images",
+        "data.holdout",
+        "data.threads",
+        "data.workers",
+    )
+    assert not kept & {*used, "seed", "mesh.data", "model.dtype", "evaluate.batch_size"}
+    assert not any(name.startswith("robustness.") for name in kept)
+
+
+def test_a_home_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
+    """Shells replace no ~ there, and a folder of that name is nobody's wish."""
+    seen = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(train, "run", lambda *given: seen.append(given) or 0)
+    shutil.copy(runs.ROOT / "configs/vit_lora.py", tmp_path / "mine.py")
+    assert main.main(["--config=~/mine.py", "--workdir=~/run"]) == 0
+    assert seen[-1][1] == tmp_path / "run"
 
 
 def test_help_shows_modes_and_overrides(capsys):

@@ -116,6 +116,7 @@ def pictures(tmp_path):
 
 
 def test_predict_prints_a_table_and_writes_a_grid(trained, pictures, tmp_path, capsys):
+    np.save(pictures / "five.npy", np.zeros((8, 8, 5), np.uint8))
     given = [str(pictures), str(pictures / "a.png")]
     assert modes.predict(runs.full_config(), runs.finished(), "last", given, tmp_path / "out") == 0
     screen = capsys.readouterr().out
@@ -123,6 +124,7 @@ def test_predict_prints_a_table_and_writes_a_grid(trained, pictures, tmp_path, c
     names = ["a.png", "b.PNG", "below/c.png", "a.png"]
     assert [row[0] for row in rows] == [str(pictures / name) for name in names]
     assert f"skipped: {pictures / 'damaged.jpg'}: not a readable image" in screen
+    assert f"skipped: {pictures / 'five.npy'}: the image has 5 channels" in screen
     assert f"wrote {tmp_path / 'out' / 'predict.png'}" in screen
     with Image.open(tmp_path / "out" / "predict.png") as grid:
         assert min(grid.size) > 100
@@ -150,7 +152,7 @@ def test_predict_prints_a_table_and_writes_a_grid(trained, pictures, tmp_path, c
         assert f"wrote {tmp_path / 'out' / name}" in screen
     record = json.loads((tmp_path / "out/predictions.json").read_text())
     assert record["class_names"] == list(runs.CLASSES)
-    *read, damaged = record["images"]
+    *read, damaged, _ = record["images"]
     assert [one["file"] for one in read] == [row[0] for row in rows]
     assert damaged["file"] == str(pictures / "damaged.jpg")
     assert "not a readable image" in damaged["error"]
@@ -194,6 +196,13 @@ def test_predict_takes_odd_names_and_no_hidden_files(pictures, tmp_path, capsys)
     for name in names:
         name.encode()
     (out / "predictions.csv").read_text(encoding="utf-8")
+
+
+def test_predictions_without_a_place_are_refused_before_any_work(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(modes, "restore", lambda *given: pytest.fail("too late"))
+    for out in (pictures / "a.png", pictures / "a.png/below"):
+        with pytest.raises(UserError, match=f"--out: {out} can't be a folder"):
+            modes.predict(runs.full_config(), runs.finished(), "last", [str(pictures)], out)
 
 
 @pytest.mark.parametrize(

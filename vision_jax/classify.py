@@ -367,7 +367,8 @@ def predict(
             views.append(eval_transform(reader.read(row), preprocessing))
             kept.append(name)
         except DamagedImageError as error:
-            damaged[name] = str(error)
+            text = str(error)  # of a number of channels doesn't say whose
+            damaged[name] = text if printable(name) in text else f"{name}: {text}"
     if not kept:
         first = next(iter(damaged.values()))
         raise UserError(f"--images: not one of {len(names)} files could be read: {first}")

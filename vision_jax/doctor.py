@@ -313,21 +313,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("dataset", metavar="DATASET", help="what config.data.train takes")
     parser.add_argument(
-        "--images", type=Path, help="the folder of the images, as config.data.images"
+        "--images", type=expand, help="the folder of the images, as config.data.images"
     )
     parser.add_argument(
         "--against", help="the other split, to find images in both, and classes that drift"
     )
     parser.add_argument(
-        "--against_images", type=Path, help="the folder of the other split's images"
+        "--against_images", type=expand, help="the folder of the other split's images"
     )
     parser.add_argument(
         "--quick",
         action="store_true",
         help="read only the images' headers: no duplicates, no damage",
     )
-    parser.add_argument("--json", type=Path, help="write the findings to this file")
-    parser.add_argument("--figure", type=Path, help="draw examples and distributions to this PNG")
+    parser.add_argument("--json", type=expand, help="write the findings to this file")
+    parser.add_argument("--figure", type=expand, help="draw examples and distributions to this PNG")
     return parser.parse_args(arguments)
 
 

@@ -18,6 +18,7 @@ Cloud TPU and Slurm, --coordinator=auto is enough).
 import argparse
 import difflib
 import logging
+import math
 import os
 import re
 import signal
@@ -31,6 +32,7 @@ from ml_collections import ConfigDict
 from vision_jax.config import TASKS, fields_of, read_config
 from vision_jax.config.hints import suggest
 from vision_jax.errors import UserError, UserErrors
+from vision_jax.files import expand
 
 BAD_INPUT = 2  # exit code
 
@@ -45,6 +47,13 @@ MODES = {
 }
 FROM_CONFIG = ("train", "frozen", "teach", "plan")  # these take --config
 FROM_WORKDIR = ("evaluate", "predict", "robustness")  # these a finished run
+# Fields that a finished run keeps: what it is and was trained with.
+KEPT = re.compile(
+    r"task|total_steps|batch_size|(checkpoint|log)_every|trainable|recipes|evaluate\.(every|patience)"
+    r"|(lora|distill|optim|augment|loss)\..*|model\.(?!dtype$|scan$).*"
+    r"|data\.(subset|short|longest|shorts|crop.*|interpolation|flip|brightness|contrast|saturation"
+    r"|max_damaged)"
+)
 # Of each flag: the modes that look at it, in which alone it may stand, and argparse's words.
 FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
     "config": (
@@ -53,7 +62,7 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
     ),
     "workdir": (
         ("train", "frozen", *FROM_WORKDIR),
-        {"type": Path, "help": "where results go; runs/NAME_OF_THE_CONFIG by default"},
+        {"type": expand, "help": "where results go; runs/NAME_OF_THE_CONFIG by default"},
     ),
     "checkpoint": (
         FROM_WORKDIR,
@@ -63,7 +72,7 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         ("predict",),
         {"nargs": "+", "action": "extend", "default": [], "help": "files or folders"},
     ),
-    "out": (("predict",), {"type": Path, "help": "where files go; WORKDIR by default"}),
+    "out": (("predict",), {"type": expand, "help": "where files go; WORKDIR by default"}),
     "devices": (("plan",), {"type": int, "help": "as many virtual CPU devices, for config.mesh"}),
     "memory": (
         ("plan",),
@@ -139,6 +148,14 @@ def _load(flags: argparse.Namespace, overrides: dict[str, str]) -> tuple[ConfigD
         workdir, path = flags.workdir, str(flags.workdir / "config.json")
         if not Path(path).is_file():
             raise UserError(f"--workdir: {workdir} holds no run, there is no config.json in it")
+        if kept := [name for name in overrides if KEPT.fullmatch(name)]:
+            raise UserErrors(
+                [
+                    f"--config.{name} is a field of training, and --mode={flags.mode} takes the "
+                    "finished run as it is: leave it out"
+                    for name in kept
+                ]
+            )
     config, notes = read_config(path, overrides)
     held = workdir / "config.json"  # of the run that training resumes
     if flags.mode == "train" and held.is_file():
@@ -205,8 +222,12 @@ def _unknown(argument: str) -> str:
     field = suggest(name.lstrip("-"), [*{n: 0 for task in TASKS for n in fields_of(task)}])
     if near:
         hint = f": did you mean `{near[0]}`?"
-    elif argument.startswith("-"):
+    elif argument in MODES:
+        hint = f": did you mean `--mode={argument}`?"
+    elif argument.startswith("-") or equals:
         hint = field.replace("`", "`--config.", 1).replace("`?", f"{equals}{value}`?", 1)
+    elif argument.partition(":")[0].endswith((".py", ".json")):
+        hint = f": did you mean `--config={argument}`?"
     else:
         hint = ""
     return (
@@ -226,6 +247,11 @@ def _check_flags(flags: argparse.Namespace) -> None:
     ]
     if stray:
         raise UserErrors(stray)
+    for name, fewest in (("devices", 1), ("processes", 1), ("process", 0)):
+        if name in given and getattr(flags, name) < fewest:
+            raise UserError(f"--{name} is {getattr(flags, name)}: it must be at least {fewest}")
+    if "memory" in given and not 0 < flags.memory < math.inf:
+        raise UserError(f"--memory is {flags.memory:g}: it must be a size above 0, in GiB")
     counted = {"processes", "process"} & {*given}
     if flags.coordinator == "auto" and counted:
         raise UserError("--coordinator=auto finds --processes and --process: leave them out")

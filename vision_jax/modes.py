@@ -24,6 +24,7 @@ from vision_jax.errors import UserError
 from vision_jax.evaluate import figures
 from vision_jax.evaluate.frozen import few_shot_predict, knn_predict
 from vision_jax.evaluate.run import make_run_over
+from vision_jax.files import expand
 from vision_jax.logging import RunLog, human_size, read_metrics, say, show_progress
 from vision_jax.models.families import make_apply
 from vision_jax.tasks import classification
@@ -163,6 +164,11 @@ def predict(
       UserError: no images given, or none that can be read.
     """
     names = _image_files(images)
+    out = out or workdir
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # before any work
+        raise UserError(f"--out: {out} can't be a folder ({error.strerror})") from error
     trained = restore(config, workdir, checkpoint)
     setup.find_task(config).predict(
         config,
@@ -172,7 +178,7 @@ def predict(
         trained.mesh,
         trained.description.preprocessing,
         trained.description.class_names,
-        out or workdir,
+        out,
     )
     return 0
 
@@ -305,7 +311,7 @@ def _image_files(given: Sequence[str]) -> list[str]:
     if not given:
         raise UserError("--mode=predict needs --images=FILE or --images FILE FOLDER ...")
     names: list[str] = []
-    for name in given:
+    for name in map(str, map(expand, given)):
         if Path(name).is_dir():
             inside, _ = list_files(name, IMAGE_SUFFIXES)
             names += [str(Path(name, file)) for file in inside]

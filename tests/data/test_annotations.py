@@ -292,7 +292,8 @@ def test_a_folder_of_one_json(images):
     write(images / "_annotations.coco.json", coco())
     assert read_annotations(str(images)).image_ids == (7, 8, 9)
     write(images / "second.json", coco())
-    assert "_annotations.coco.json, second.json" in refused(str(images))
+    message = refused(str(images))
+    assert f"give one of {images}/_annotations.coco.json, {images}/second.json" in message
 
 
 def test_boxes_at_once_are_boxes_one_by_one(images, tmp_path, monkeypatch):
@@ -336,6 +337,32 @@ def test_boxes_from_polygons(images, tmp_path):
         entry["segmentation"] = other
         spec = write(tmp_path / "a.json", coco(annotations=[entry]))
         assert "bbox None: give 4 finite numbers" in refused(spec, images)
+    for missing in (None, []):  # as loadRes takes them
+        entries = [entry | {"bbox": missing, "segmentation": polygons}]
+        read = read_annotations(write(tmp_path / "a.json", coco(annotations=entries)), images)
+        assert read.boxes_xywh_px.tolist() == [[5, 20, 25, 24.5]]
+
+
+def test_data_beside_labels_json(images, tmp_path):
+    """FiftyOne's layout of COCO."""
+    images.rename(tmp_path / "data")
+    write(tmp_path / "labels.json", coco())
+    for spec in (tmp_path, tmp_path / "labels.json"):
+        read = read_annotations(str(spec))
+        assert (read.folder, read.paths) == (tmp_path / "data", tuple(SIZES))
+
+
+def test_images_in_one_folder_and_their_xml_in_another(voc):
+    """FiftyOne's data/ and labels/, and images/ and annotations/ of many sets."""
+    whole = read_annotations(str(voc))
+    (voc / "Annotations").rename(voc / "labels")
+    (voc / "JPEGImages").rename(voc / "data")
+    read = read_annotations(str(voc))
+    assert read.paths == tuple(f"data/{name}" for name in SIZES)
+    assert np.array_equal(read.boxes_xywh_px, whole.boxes_xywh_px)
+    (voc / "more").mkdir()
+    shutil.copy(voc / "data/a.jpg", voc / "more/a.jpg")  # which of them?
+    assert "'a.jpg': no such file" in refused(str(voc))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
@@ -567,7 +594,8 @@ def test_roots_of_splits(yolo, images):
     assert read_annotations(str(folder / "set/valid")).paths == ("1.png",)
     (folder / "coco/annotations").mkdir(parents=True)
     write(folder / "coco/annotations/instances_train.json", coco())
-    assert "give one of annotations/instances_train.json" in refused(str(folder / "coco"))
+    message = refused(str(folder / "coco"))
+    assert f"give one of {folder}/coco/annotations/instances_train.json" in message
 
 
 TFDS_PROGRAM = """

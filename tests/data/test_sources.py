@@ -91,6 +91,7 @@ def test_cifar10(tmp_path):
         ("train_labels", np.array([0, 1, 2, 0]), "from 0 to 2, and there are 2"),
         ("train_labels", np.array([0, 1, -1, 0]), "from -1 to 1"),
         ("class_names", np.array([0, 1]), "give a list of texts"),
+        ("class_names", np.array(["a", "a"]), "has a name twice"),
         ("class_names", np.array("ab"), "give a list of texts"),
         ("train_labels", None, "has no array `train_labels`"),
     ],
@@ -385,6 +386,29 @@ def test_lists_as_spreadsheets_write_them(folder, text, encoding):
     source = read_source(str(folder / "a.csv"))
     assert source.class_names == ("cat",)
     assert source.example_name(0) == str(folder / "cat/1.png")
+
+
+def test_rows_of_nothing_are_none(folder):
+    (folder / "a.csv").write_text("path,label\n\ncat/1.png,cat\n  \n,,\n")
+    assert len(read_source(str(folder / "a.csv"))) == 1
+
+
+def test_lists_of_several_splits_are_refused(folder):
+    rows = [("cat/1.png", "train"), ("cat/1.png", "val")]
+    for several in (True, False):
+        some = rows if several else rows[:1] * 2
+        table = [f"{path},cat,{split}" for path, split in some]
+        (folder / "a.csv").write_text("\n".join(["path,label,Split", *table]))
+        lines = [json.dumps({"path": p, "label": "cat", "split": s}) for p, s in some]
+        (folder / "a.jsonl").write_text("\n".join(lines))
+        for name in ("a.csv", "a.jsonl"):
+            if not several:
+                assert len(read_source(str(folder / name))) == 2
+                continue
+            with pytest.raises(
+                UserError, match=rf"{name}: .* by `split`: train, val: write a list"
+            ):
+                read_source(str(folder / name))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

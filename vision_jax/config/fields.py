@@ -128,6 +128,8 @@ COUNTS = Check(
 )
 EPSILONS = Check(_every(lambda value: _is_number(value) and value > 0), "numbers above 0")
 
+FILTERS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")  # data/transforms.py
+FILTER = Check(lambda value: value in ("", *FILTERS), f"{', '.join(FILTERS)}, or empty")
 SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 RECIPE_NAMES = Check(
     lambda names: all(name in RECIPES and names.count(name) == 1 for name in names),
@@ -455,7 +457,7 @@ FIELDS = (
         "evaluation view: center crop of this share; 0 takes the weights' own",
         CLASSIFICATION,
     ),
-    _field("data.interpolation", "", ANY, "bicubic, bilinear, ...; empty: the weights' own"),
+    _field("data.interpolation", "", FILTER, "of resizing; empty: the weights' own"),
     _field(
         "data.max_boxes",
         100,

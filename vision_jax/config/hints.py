@@ -26,7 +26,7 @@ WORDS = {
     "optim.b2": "beta2 adam_beta2",
     "model.weights": "pretrained checkpoint ckpt init model_name_or_path pretrained_model "
     "initial_checkpoint finetune",
-    "model.variant": "arch architecture model_name backbone",
+    "model.variant": "arch architecture model_name backbone model.name model.arch",
     "model.image_size": "img_size imgsz input_size resolution image_res img",
     "model.dtype": "precision amp fp16 bf16 mixed_precision half compute_dtype",
     "model.drop_path": "drop_path_rate stochastic_depth",
@@ -40,7 +40,8 @@ WORDS = {
     "lora.dropout": "lora_dropout",
     "lora.dora": "use_dora",
     "lora.rank_stabilized": "use_rslora rslora",
-    "data.train": "dataset data_path data_dir data_root train_data train_dir train_path",
+    "data.train": "data.root data.path data.dir dataset data_path data_dir data_root train_data "
+    "train_dir train_path",
     "data.eval": "val val_data val_dir val_path validation eval_data test eval_dir",
     "data.holdout": "val_split validation_split test_size val_fraction",
     "data.threads": "num_threads",
@@ -60,11 +61,20 @@ WORDS = {
     "distill.teachers": "teacher teacher_model",
     "evaluate.score": "score_threshold conf threshold",
 }
+# What is no field here, and what to do instead.
+ELSEWHERE = {
+    "results go to the folder of the flag --workdir=DIR": "workdir work_dir output_dir out_dir "
+    "output save_dir log_dir logdir logging_dir exp_dir run_dir project",
+    "the data's classes are counted": "num_classes nb_classes n_classes num_labels nc",
+    "the same command run again resumes": "resume resume_from resume_from_checkpoint auto_resume",
+    "JAX takes all devices that it finds; JAX_PLATFORMS=cpu in the environment chooses": "device "
+    "devices gpu gpus num_gpus n_gpu cuda accelerator use_gpu",
+}
 EPOCHS = "; an epoch is the number of training images / batch_size updates"
 
 
 def suggest(name: str, known: Collection[str]) -> str:
-    """A clause that names the field meant by `name`, or nothing.
+    """A clause that names the field meant by `name` or says what to do instead, or nothing.
 
     >>> suggest("optim.learning_rate", ["optim.lr", "optim.rates"])
     ': did you mean `optim.lr`?'
@@ -73,9 +83,12 @@ def suggest(name: str, known: Collection[str]) -> str:
     section = [one for one in known if one.startswith(f"{name}.")]
     if section:
         return f": it is a section, set one of its fields, such as `{section[0]}`"
-    word = next((field for field, words in WORDS.items() if last in words.split()), "")
+    word = next((f for f, words in WORDS.items() if {last, name} & {*words.split()}), "")
+    instead = next((text for text, words in ELSEWHERE.items() if last in words.split()), "")
     same = [one for one in known if one.rpartition(".")[2] == last]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if instead and not same:
+        return f": {instead}"
     if near and not same:
         field = near[0]
     elif word in known:
@@ -83,10 +96,10 @@ def suggest(name: str, known: Collection[str]) -> str:
     elif len(same) == 1:
         field = same[0]
     else:
-        close = difflib.get_close_matches(name, same or known, n=1, cutoff=0.0 if same else 0.5)
+        close = difflib.get_close_matches(name, same or known, n=1, cutoff=0.0 if same else 0.65)
         lasts = {one.rpartition(".")[2]: one for one in known}
         close = close or [
-            lasts[one] for one in difflib.get_close_matches(last, lasts, n=1, cutoff=0.6)
+            lasts[one] for one in difflib.get_close_matches(last, lasts, n=1, cutoff=0.7)
         ]
         if not close:
             return ""

@@ -8,6 +8,7 @@ All that is wrong with a config is told at once.
 import inspect
 import json
 import os
+import re
 import runpy
 import traceback
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,7 @@ def read_config(path: str, overrides: Mapping[str, str]) -> tuple[ConfigDict, li
     stated, of_run = _read_file(path)
     task = str(stated.get("task", "classification"))
     table = _table(task)
+    stated = {n: v for n, v in stated.items() if n in table or not isinstance(v, dict)}
     problems, notes, values = [], [], {name: field.default for name, field in table.items()}
     unknown = sorted(stated.keys() - table.keys())
     if of_run and unknown:
@@ -115,47 +117,58 @@ def check_ranges(config: ConfigDict) -> None:
 
 
 def check_values(values: Mapping[str, Value]) -> list[str]:
-    """What is wrong with fields by name: those out of range, else those that do not go together."""
+    """What is wrong with fields by name: those out of range, and those that do not go together."""
     table = _table(values["task"])
-    problems = [
-        f"config.{name} is {values[name]!r}: it must be {field.check.wanted}"
+    wrong = {
+        name: f"config.{name} is {values[name]!r}: it must be {field.check.wanted}"
         for name, field in table.items()
         if name in values and not field.check.fits(values[name])
+    }
+    sound = {**values, **{name: table[name].default for name in wrong}}
+    return [*wrong.values()] + [
+        message
+        for names, fits, message in _relations(sound)
+        if not fits and not wrong.keys() & {*names.split()}
     ]
-    return problems or [message for fits, message in _relations(values) if not fits]
 
 
-def _relations(values: Mapping[str, Value]) -> list[tuple[bool, str]]:
-    """(what must hold of several fields, what to say if it does not)."""
+def _relations(values: Mapping[str, Value]) -> list[tuple[str, bool, str]]:
+    """(several fields, whether they go together, what to say if they do not)."""
     steps, warmup = values["total_steps"], values["optim.warmup_steps"]
     updates = steps * _replays(values)
     batch, parts = values["batch_size"], values["optim.accumulate"]
     lora = "lora" in values["recipes"]
     return [
         (
+            "optim.warmup_steps total_steps recipes adversarial.replays",
             warmup <= updates,
             f"config.optim.warmup_steps is {warmup} and the run has {updates} updates "
             f"(config.total_steps {steps}): shorten the warm-up or train longer",
         ),
         (
+            "adversarial.warmup_steps total_steps recipes adversarial.replays",
             "adversarial" not in values["recipes"] or values["adversarial.warmup_steps"] <= updates,
             f"config.adversarial.warmup_steps is {values['adversarial.warmup_steps']} and the run "
             f"has {updates} updates: its epsilon would never be reached",
         ),
         (
+            "batch_size optim.accumulate",
             batch % parts == 0,
             f"config.batch_size {batch} does not divide into config.optim.accumulate {parts} parts",
         ),
         (
+            "data.eval data.holdout",
             bool(values["data.eval"]) or 0 < values["data.holdout"] < 1,
             f"config.data.holdout is {values['data.holdout']}: without config.data.eval it must be "
             "a share between 0 and 1, say 0.1",
         ),
         (
+            "recipes lora.rules lora.init_from",
             not lora or bool(values["lora.rules"] or values["lora.init_from"]),
             "config.recipes has lora: set config.lora.rules, or lora.init_from",
         ),
         (
+            "recipes lora.rules lora.init_from",
             not lora or not (values["lora.rules"] and values["lora.init_from"]),
             "config.lora.init_from brings its own targets: set config.lora.rules=()",
         ),
@@ -181,8 +194,8 @@ def find_config(path: str) -> Path:
     Raises:
       UserError: no such file.
     """
-    if Path(path).is_file():
-        return Path(path)
+    if files.expand(path).is_file():
+        return files.expand(path)
     shipped = {
         f"configs/{file.name}": file
         for folder in reversed(CONFIGS)
@@ -199,17 +212,12 @@ def find_config(path: str) -> Path:
 def _read_file(path: str) -> tuple[dict[str, Value], bool]:
     """(fields by name, whether a run wrote them)."""
     argument = ""
-    if not Path(path).is_file():
+    if not files.expand(path).is_file():
         path, _, argument = path.partition(":")
     file = find_config(path)
     if file.suffix == ".json":
         of_run = file.name == "config.json" and (file.parent / "model.json").is_file()
-        try:
-            return fields(ConfigDict(read_json(file))), of_run
-        except UserError:
-            raise
-        except (AttributeError, TypeError, ValueError) as error:  # of no name that a field can have
-            raise UserError(f"{path} is damaged: {error}") from error
+        return _flatten(read_json(file)), of_run
     try:
         namespace = runpy.run_path(str(file))
         if "get_config" not in namespace:
@@ -222,16 +230,30 @@ def _read_file(path: str) -> tuple[dict[str, Value], bool]:
         raise
     except SyntaxError as error:
         raise UserError(f"--config: {path} is no Python file: {error}") from error
-    except Exception as error:  # whatever the file does wrong is its author's to mend
+    except (Exception, SystemExit) as error:  # whatever the file does wrong is its author's to mend
         lines = [
             f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
         ]
         place = f"{path}:{lines[-1]}" if lines else path
         reason = str(error).splitlines()[0] if str(error) else ""
+        absent = re.match(r"\W*(?:Key )?\W*(\w+)\W*(?:does not exist|$)", reason)
+        if isinstance(error, AttributeError) and absent:  # what a ConfigDict says of its fields
+            known = {name: field for task in TASKS for name, field in fields_of(task).items()}
+            reason = _unknown(absent[1], known)
         raise UserError(f"--config: {place}: {type(error).__name__}: {reason}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config() of {path} must return a ConfigDict")
     return fields(config), False
+
+
+def _flatten(record: Mapping[str, Any], above: str = "") -> dict[str, Value]:
+    """`fields` of a JSON object, whose keys may be dotted names too."""
+    found: dict[str, Value] = {}
+    for key, value in record.items():
+        name = above + key
+        section = isinstance(value, dict) and value
+        found |= _flatten(value, f"{name}.") if section else {name: value}
+    return found
 
 
 def save_config(config: ConfigDict, path: Path) -> None:

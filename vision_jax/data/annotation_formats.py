@@ -177,7 +177,7 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def _drop_masks(entry: dict) -> dict:
-    if "bbox" in entry:
+    if entry.get("bbox"):
         entry.pop("segmentation", None)  # most of a COCO file
     return entry
 
@@ -284,6 +284,7 @@ def _find_images(path: Path, names: Iterable[Any]) -> Path:
     for folder in (
         parent,
         parent / "images",
+        parent / "data",  # FiftyOne's, beside labels.json
         parent.parent / part,
         parent.parent / "images" / part,
         parent.parent / "images",
@@ -405,8 +406,8 @@ def _add_boxes(
             reading.complain("entry", f"{path}: annotations[{i}]", f"{_short(entry)} is no object")
             continue
         box, area, crowd = entry.get("bbox"), entry.get("area"), entry.get("iscrowd")
-        if box is None:
-            box = _box_of_polygons(entry.get("segmentation"))
+        if box is None or box == []:
+            box = _box_of_polygons(entry.get("segmentation")) or box
         image_id, category_id = _get_id(entry, "image_id"), _get_id(entry, "category_id")
         fault = None
         if not _are_numbers(box, 4):
@@ -552,13 +553,19 @@ def _parse_xml(data: bytes) -> ElementTree.Element:
 def read_voc(spec: str, names: Sequence[str], folder: Path, images: Path) -> Reading:
     """XML files `names` in `folder`; an image is found by the XML file's name, else by `filename`.
 
+    Either may lie in another folder of the set (images/ and annotations/, data/ and labels/), where
+    only one image has the name.
+
     The format counts pixels from 1 and includes the last. A set with a coordinate of 0 can't mean
     that (many tools write plain coordinates) and is read without the shift.
     """
     reading = Reading(spec, images, "{file}: object {entry}")
     by_stem: dict[str, list[str]] = {}
+    by_last: dict[str, list[str]] = {}  # part of the stem
     for path in find_files(images, IMAGES):
-        by_stem.setdefault(os.path.splitext(path)[0], []).append(path)
+        stem = os.path.splitext(path)[0]
+        by_stem.setdefault(stem, []).append(path)
+        by_last.setdefault(os.path.basename(stem), []).append(path)
     objects: list[tuple[int, str, tuple[float, float, float, float], int, bool]] = []
     inside = Inside(folder)
     for name in names:
@@ -580,6 +587,9 @@ def read_voc(spec: str, names: Sequence[str], folder: Path, images: Path) -> Rea
         stated = (root.findtext("filename") or "").strip()
         last = re.split(r"[\\/]", stated)[-1]
         found = by_stem.get(stem) or by_stem.get(os.path.splitext(last)[0]) or [stated]
+        alike = by_last.get(os.path.basename(stem), [])
+        if found == [stated] and len(alike) == 1 and reading.inside.find(stated) is False:
+            found = alike
         named = next((path for path in found if os.path.basename(path) == last), found[0])
         image = reading.check_path(place, named, by_end=True)
         if image is None:

@@ -188,7 +188,7 @@ def _read_folder(spec: str, path: Path, images: Path | None) -> Reading:
         return read_voc(spec, xml, path, images or usual)
     files = [name for name in json if "/" not in name]
     if len(files) == 1:
-        return _read_file(spec, path / files[0], images or path)
+        return _read_file(spec, path / files[0], images)
     if images is not None and texts:
         return read_yolo_folder(spec, images, path, path)
     labels, pictures = (
@@ -199,7 +199,8 @@ def _read_folder(spec: str, path: Path, images: Path | None) -> Reading:
     beside = any(os.path.splitext(name)[0] in stems for name in pictures)
     if pictures and (labels != path or beside):
         return read_yolo_folder(spec, path, labels, path)
-    advice = f": give one of {', '.join((files or json)[:5])}" if json else ""
+    advice = ", ".join(str(path / name) for name in (files or json)[:5])
+    advice = f": give one of {advice}" if advice else ""
     for name in _YAMLS:
         if (path / name).is_file():
             advice = f": give {path / name}:train or another split of it"

@@ -61,6 +61,7 @@ TRAINING: dict[str, Training] = {
     "repeated-box": "trains",
     "exif-rotation": "trains",
     "labels-off-by-one": "trains",
+    "single-class": "trains",
     "class-drift": "trains",
     "no-boxes": "trains",
     "id-holes": "trains",
@@ -642,6 +643,20 @@ def diagnose_classes(subject: Subject) -> list[Finding]:
             )
         )
         names, counts = names[1:], counts[1:]
+    if np.count_nonzero(counts) == 1:
+        (only,) = (name for name, count in zip(names, counts, strict=True) if count)
+        findings.append(
+            Finding(
+                "single-class",
+                "warning",
+                f"one class has all images: {only}",
+                len(subject.labels),
+                len(subject.labels),
+                "images",
+                (subject.paths[0],),
+                "there is nothing to tell it from; is the folder above meant?",
+            )
+        )
     return findings + _balance(names, counts, "images")
 
 

@@ -14,7 +14,7 @@
 import codecs
 import csv
 import io
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vision_jax.data.decode import decode_array, decode_image, read_image_file
-from vision_jax.data.folders import Inside, list_files, list_folders, refuse_splits
+from vision_jax.data.folders import Inside, list_files, list_folders, refuse_splits, splits_among
 from vision_jax.errors import UserError
 from vision_jax.files import (
     MAX_LIST_BYTES,
@@ -38,6 +38,7 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy"}
 )
 PATH_NAMES = ("path", "file_name", "filename", "filepath", "file_path", "image_path")
+SPLIT_NAMES = ("split", "subset", "partition")
 LABEL_NAMES = ("label", "class", "class_name", "category")
 MAX_INTEGER_LABEL = 1_000_000  # a slip of the pen in one label must not make 10¹² classes
 
@@ -216,6 +217,8 @@ def _read_npz(spec: str, folder: Path, rest: str, class_names: tuple[str, ...] |
         )
     if held_names.dtype.kind != "U" or held_names.ndim != 1:
         raise UserError(f"{path}: `class_names` is {held_names.dtype}: give a list of texts")
+    if len(set(own_names)) < len(own_names):
+        raise UserError(f"{path}: `class_names` has a name twice: rename one of them")
     if labels.min() < 0 or labels.max() >= len(own_names):
         raise UserError(
             f"{path}: `{keys[1]}` goes from {labels.min()} to {labels.max()}, and there are"
@@ -303,12 +306,17 @@ def _csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
         if missing:
             raise UserError(f"{path}:1: no column {', '.join(missing)}: begin with `path,label`")
         label_at, path_at = (header.index(name) for name in columns)
+        split = _first_of(SPLIT_NAMES, header)
+        splits: set[str | None] = set()
         for row in rows:
             number = rows.line_num
-            if row:
+            if any(row):  # spreadsheets end with rows of nothing
                 cells = [*row, *[None] * (len(header) - len(row))]
+                if split in header:
+                    splits.add(cells[header.index(split)])
                 label = cells[label_at]
                 yield number, cells[path_at], label if label is None else label.strip()
+        _refuse_mixed(path, split, splits)
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}:{number}: not readable as CSV ({error})") from error
 
@@ -318,13 +326,27 @@ def _jsonl_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
     data = read_bytes(path, MAX_LIST_BYTES)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16", "replace").encode()
+    splits: set[str | None] = set()
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue
         entry = parse_json(line, f"{path}:{number}")
         if not isinstance(entry, dict):
             raise UserError(f'{path}:{number}: not of the form {{"path": ..., "label": ...}}')
+        split = entry.get(_first_of(SPLIT_NAMES, entry))
+        splits.add(split if isinstance(split, str) else None)
         yield number, entry.get(_first_of(PATH_NAMES, entry)), entry.get("label")
+    _refuse_mixed(path, SPLIT_NAMES[0], splits)
+
+
+def _refuse_mixed(path: Path, column: str, values: Iterable[str | None]) -> None:
+    """A list that says of each image which split it belongs to is no one set."""
+    splits = splits_among(filter(None, values))
+    if len(splits) > 1:
+        raise UserError(
+            f"{path}: its images belong to several splits, by `{column}`: {_few(splits)}: write a"
+            " list of each, one to train on and another to evaluate on"
+        )
 
 
 def _first_of(names: Sequence[str], given: Container[str]) -> str:
