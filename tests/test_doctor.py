@@ -793,6 +793,22 @@ def test_command(clean, tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_flags_that_count_for_nothing_and_files_without_a_place_are_refused(tmp_path, capsys):
+    rows = make_classes(tmp_path, np.random.default_rng(6), images=3)
+    spec = write_csv(tmp_path / "a.csv", rows)
+    folder = str(tmp_path)
+    for arguments, message in (
+        ([spec, "--images", folder], "--images is for boxes"),
+        ([spec, "--against", spec, "--against_images", folder], "--against_images is for boxes"),
+        ([spec, "--against_images", folder], "--against_images goes with --against"),
+        ([spec, "--json", f"{folder}/none/a.json"], "none/a.json: can't be written"),
+        ([spec, "--figure", folder], "can't be written"),
+        ([""], "no data set is named"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_words(tmp_path, capsys, monkeypatch):
     """Names are shown as they are, but for what a terminal obeys; the same text in two runs."""
     monkeypatch.setenv("COLUMNS", "300")

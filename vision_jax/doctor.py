@@ -80,6 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(flags: argparse.Namespace) -> int:
     console = Console(highlight=False)
     progress = Console(stderr=True)
+    for path in filter(None, (flags.json, flags.figure)):  # before the work, not after it
+        if not path.parent.is_dir() or path.is_dir():
+            raise UserError(f"{path}: can't be written: name a file in a folder that is there")
+    if flags.against_images and not flags.against:
+        raise UserError("--against_images goes with --against: give the other split, or leave it")
     subject, findings = examine(flags.dataset, flags.images, quick=flags.quick, console=progress)
     other = None
     if flags.against:
@@ -88,6 +93,12 @@ def _run(flags: argparse.Namespace) -> int:
             raise UserError(f"{flags.dataset} and {flags.against}: only one of them has boxes")
         other = _with_classes_of(subject, other, flags.against)
         findings += compare(subject, other)
+    for flag, folder, one in (
+        ("--images", flags.images, subject),
+        ("--against_images", flags.against_images, other),
+    ):
+        if folder and one is not None and one.annotations is None:
+            raise UserError(f"{flag} is for boxes, and {one.name} has classes: leave it out")
     findings += diagnose_loose_files(subject, other)
     order = list(MARKS)
     findings.sort(
@@ -115,6 +126,8 @@ def examine(
     With `quick` only headers of the images are read: images in both splits and damage behind the
     headers stay unseen. `console` shows progress.
     """
+    if not spec:
+        raise UserError("no data set is named: give what config.data.train takes")
     if not _has_classes(spec):
         try:
             annotations, problems = examine_annotations(spec, images)
