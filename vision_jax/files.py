@@ -2,16 +2,19 @@
 
 Everything that a user names and everything that lies in a folder goes through here. What can't be
 read, or would take more time or memory than a sound file does, is a UserError of one line. The
-bounds of all readers are the constants below.
+bounds of all readers are the constants below. At the end: files of ours, written whole or not at
+all.
 """
 
 import codecs
 import json
 import math
 import os
+import shutil
 import stat
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -32,6 +35,8 @@ MAX_DEPTH = 64  # of lists and objects in one another
 MAX_INTEGER = 2**63  # what any array, index or size can hold
 MAX_YAML_NODES = 100_000  # with everything that an alias repeats
 MAX_YAML_NUMBER = 64  # characters
+
+DRAFT = ".draft"  # after the name of a file or folder that is being written
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -255,3 +260,28 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def write_whole(content: bytes, path: Path) -> None:
+    """Writes a file, whole or not at all. What a kill leaves, the next call writes over."""
+    draft = path.with_name(path.name + DRAFT)
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+@contextmanager
+def draft_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, to be filled and moved there; what is left of it is removed.
+
+    What a kill leaves, the next call for the same path removes.
+    """
+    folder = path.with_name(f".{path.name}{DRAFT}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,6 @@ All that is wrong with a config is told at once.
 
 import inspect
 import json
-import os
 import re
 import runpy
 import traceback
@@ -263,12 +262,7 @@ def save_config(config: ConfigDict, path: Path) -> None:
 
 def write_json(record: Any, path: Path) -> None:
     """Writes a JSON file, whole or not at all."""
-    draft = path.with_name(path.name + ".draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    files.write_whole((json.dumps(record, indent=2) + "\n").encode(), path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,18 +16,16 @@ tensors' names and shapes. vision_jax itself reads the result too, as config.mod
 
 import argparse
 import dataclasses
-import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vision_jax.errors import UserError
+from vision_jax.files import draft_folder
 
 BAD_INPUT = 2  # exit code
 TARGETS = ("timm", "torchvision", "transformers", "npz", "detr")
@@ -287,10 +285,9 @@ def write_model(model: Model, out: Path, to: str, shard_bytes: int | None = None
     _check_free(out)
     place = out.resolve()  # a link stays
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-    try:
+    with draft_folder(place) as draft:
         files = write_package(
-            temporary,
+            draft,
             model.params,
             model.family,
             model.arguments,
@@ -299,12 +296,7 @@ def write_model(model: Model, out: Path, to: str, shard_bytes: int | None = None
             preprocessing=model.preprocessing,
             shard_bytes=shard_bytes,
         )
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp's are for their maker only
-        temporary.replace(place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # renamed, it is not there
+        draft.replace(place)
     return [out / path.name for path in files]
 
 

@@ -5,12 +5,12 @@ only while somebody holds them; nothing here knows an architecture.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import mmap
 import os
 import re
-import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +25,7 @@ import safetensors
 
 from vision_jax.convert.npz import read_headers, read_npz
 from vision_jax.errors import UserError
+from vision_jax.files import DRAFT
 from vision_jax.limits import check_shape
 
 # The names of the format, in the order in which its own library sorts a file's tensors, the last
@@ -302,7 +303,7 @@ def write_safetensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file, whole or not at all: a temporary file beside it is renamed.
+    """Writes a safetensors file, whole or not at all: a draft beside it is renamed.
 
     Equal tensors give equal bytes, those that the format's own library writes, with the metadata
     sorted. `Tensors` are read one at a time.
@@ -317,10 +318,9 @@ def write_safetensors(
         else {name: held(np.asarray(array)) for name, array in tensors.items()}
     )
     names, header = _header(entries, metadata or {})
-    temporary = None
+    draft = path.with_name(path.name + DRAFT)  # what a kill leaves, the next call writes over
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            temporary = Path(file.name)
+        with draft.open("wb") as file:
             file.write(header)
             for name in names:
                 array = np.asarray(entries[name].read(), order="C")
@@ -329,13 +329,12 @@ def write_safetensors(
                 file.write(array.reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        draft.replace(path)
     except OSError as error:
         raise UserError(f"{path}: not written ({error.strerror}); nothing was lost") from error
     finally:  # once renamed it is not there
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def write_shards(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from vision_jax.convert.table import Arguments, Table
 from vision_jax.convert.tables import shapes_of, table_for_export
 from vision_jax.data.transforms import complete_crop
 from vision_jax.errors import UserError
-from vision_jax.files import read_json
+from vision_jax.files import draft_folder, read_json
 
 NPZ_FILE = "model.npz"
 CROP_RULE_OF = {"timm": "torchvision", "torchvision": "torchvision", "transformers": "transformers"}
@@ -90,8 +89,7 @@ def write_package(
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:  # all files are there, or none
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as directory:
-            made = Path(directory)
+        with draft_folder(folder / "files") as made:
             if to == "npz":
                 write_npz(made / NPZ_FILE, tensors)
             elif in_shards:

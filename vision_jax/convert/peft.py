@@ -48,6 +48,7 @@ from vision_jax.convert.table import Arguments, Table
 from vision_jax.convert.tables import TABLES, naming_for_export
 from vision_jax.convert.vit import JOIN_BIAS, JOIN_LINEAR
 from vision_jax.errors import UserError
+from vision_jax.files import write_whole
 from vision_jax.trees import lora, paths
 from vision_jax.trees.leaves import LowRank, merge_leaf, output_norm, part_scales
 
@@ -156,7 +157,7 @@ def write_adapter(
     config = _make_config(exported, base_model_name, dora, sorted(whole_modules))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        write_whole((json.dumps(config, indent=2) + "\n").encode(), directory / CONFIG_FILE)
     except OSError as error:
         raise UserError(f"{directory}: not written ({error.strerror})") from error
     write_safetensors(

@@ -16,9 +16,8 @@ must compute from the same form of a live teacher: see ops.distillation.compress
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from vision_jax.errors import UserError
-from vision_jax.files import parse_json
+from vision_jax.files import draft_folder, parse_json
 
 FORMAT = "vision_jax teacher cache 1"
 # Floats don't compress, and a group of one record is read without its neighbors.
@@ -112,10 +111,9 @@ def write_teacher_cache(
     """
     path = Path(path)
     record, count = None, 0
-    with _explained(path):
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name)
-    with folder:
-        draft = Path(folder.name) / path.name
+    with ExitStack() as stack:
+        with _explained(path):
+            draft = stack.enter_context(draft_folder(path)) / path.name
         with _explained(path):
             writer = ArrayRecordWriter(str(draft), _WRITE)
         for batch in batches:
