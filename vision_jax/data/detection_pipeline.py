@@ -271,6 +271,7 @@ def make_detection_train_iterator(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    first_batch: int = 0,
     max_damaged: float,
     damage_log: DamageLog | None = None,
 ) -> grain.DatasetIterator:
@@ -278,10 +279,11 @@ def make_detection_train_iterator(
 
     Args:
       max_boxes: T; of an image with more boxes the largest are kept. Crowds are left out.
-      seed, num_threads, num_workers, process_index, process_count, max_damaged, damage_log: as in
-        `vision_jax.data.pipeline.make_train_iterator`. All processes draw the same canvas.
+      seed, num_threads, num_workers, process_index, process_count, first_batch, max_damaged,
+        damage_log: as in `vision_jax.data.pipeline.make_train_iterator`. All processes draw the
+        same canvas.
 
-    Returns grain's iterator; `get_state()` and `set_state()` are exact.
+    Returns grain's iterator.
     """
     if max_boxes < 1:
         raise UserError(f"data max_boxes {max_boxes}: use 1 or more, say 100")
@@ -303,7 +305,7 @@ def make_detection_train_iterator(
         .batch(batch_size, drop_remainder=True, batch_fn=_collate)
     )
     count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
-    return iterate(batches, count, num_threads, num_workers)
+    return iterate(batches, count, num_threads, num_workers, first_batch)
 
 
 # --- evaluation ---------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 A batch is {"image": uint8[B, h, w, 3], "label": int32[B], "index": int32[B], "mask": bool[B]};
 `index` is the row in the source. Training order is a pure function of (seed, step): thread, worker
-and process counts don't change which examples a global batch holds, nor their augmentation.
+and process counts don't change which examples a global batch holds, nor their augmentation. So the
+number of batches taken is all that a run must remember of its data.
 
 A damaged image is replaced by another one, drawn at random, so that no other example moves. It is
 reported beside the batch and counted on this side of the workers, so counts are exact.
@@ -169,6 +170,7 @@ def make_train_iterator(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    first_batch: int = 0,
     max_damaged: float,
     damage_log: DamageLog | None = None,
 ) -> grain.DatasetIterator:
@@ -182,12 +184,13 @@ def make_train_iterator(
       num_workers: 0, or the number of processes to spawn: 5–10 s to the first batch, for data
         whose decoding holds Python's lock.
       process_index, process_count: this process reads every `process_count`-th example.
+      first_batch: where to begin; the batches before it are neither read nor drawn. A run that has
+        made n steps goes on at n, with any number of threads, workers and processes.
       max_damaged: the share of the data set, in [0, 1], that may be damaged: such images are
         skipped; with more of them the iterator raises UserError.
       damage_log: filled with what was skipped, if the caller wants to report it.
 
-    Returns grain's iterator: `get_state()` and `set_state()` are exact, and it may be handed to
-    `grain.checkpoint.CheckpointSave` as it is. A state fits the same `num_workers` only.
+    Returns grain's iterator.
     """
     if crop not in CROPS:
         raise UserError(f"data crop {crop!r}: use one of {', '.join(CROPS)}")
@@ -202,16 +205,23 @@ def make_train_iterator(
         .batch(batch_size, drop_remainder=True, batch_fn=_collate)
     )
     count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
-    return iterate(batches, count, num_threads, num_workers)
+    return iterate(batches, count, num_threads, num_workers, first_batch)
 
 
 def iterate(
-    batches: grain.MapDataset, count_damaged: CountDamaged, num_threads: int, num_workers: int
+    batches: grain.MapDataset,
+    count_damaged: CountDamaged,
+    num_threads: int,
+    num_workers: int,
+    first_batch: int,
 ) -> grain.DatasetIterator:
-    """Make the batches (each with the damaged images met) ahead in threads, and workers if any."""
+    """The batches from `first_batch` on, made ahead in threads, and in workers if there are any.
+
+    Each comes with the damaged images met. Workers take turns, so their number changes no order.
+    """
     # A thread makes a whole batch: handing over single examples cost more than small images.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
-    ahead = batches.to_iter_dataset(options)
+    ahead = batches.slice(slice(first_batch, None)).to_iter_dataset(options)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # grain's workers read flags; a library has none to parse
             flags.FLAGS.mark_as_parsed()

@@ -1,0 +1,111 @@
+"""What a run's training data was when it began, to be compared when it goes on.
+
+Of each example the name, the size of its file in bytes and a checksum of its annotations: whatever
+is added, removed or relabelled shows, and so does an edited file whose size has changed. Files are
+not read: 100,000 of them take a second.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vision_jax.data.detection import DetectionSource
+from vision_jax.data.sources import ArrayReader, FileReader, Source
+from vision_jax.errors import UserError
+from vision_jax.files import write_whole
+
+MAX_BYTES = 2**30  # of a fingerprint; ten million images have as many
+
+Fingerprint = dict[str, list[Any]]  # "name", "size" and "annotations", each with an entry a row
+
+
+def take_fingerprint(source: Source | DetectionSource) -> Fingerprint:
+    """Of the source's examples, in their order."""
+    reader, rows = source.reader, source.rows.tolist()
+    if isinstance(reader, FileReader):
+        names = [reader.paths[row] for row in rows]
+        sizes = [_size(os.path.join(reader.folder, name)) for name in names]
+    else:
+        names = [reader.example_name(row) for row in rows]
+        arrays = reader.images if isinstance(reader, ArrayReader) else None
+        sizes = [0 if arrays is None else zlib.crc32(arrays[r].tobytes()) for r in rows]
+    if isinstance(source, Source):
+        annotations = source.labels.tolist()
+    else:
+        parts = (source.boxes_xyxy_px, source.label, source.crowd, source.sizes)
+        annotations = [_checksum(one) for one in zip(*parts, strict=True)]
+    return {"name": names, "size": sizes, "annotations": annotations}
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # it is skipped, counted and named when its turn comes
+        return -1
+
+
+def _checksum(arrays: tuple[np.ndarray, ...]) -> int:
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(array.tobytes(), value)
+    return value
+
+
+def digest(fingerprint: Fingerprint) -> str:
+    """In 64 characters."""
+    return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
+
+
+def describe_changes(before: Fingerprint, now: Fingerprint) -> str:
+    """What differs, with the first name of each kind, or "".
+
+    >>> before = {"name": ["a", "b"], "size": [1, 2], "annotations": [0, 0]}
+    >>> describe_changes(before, {"name": ["b", "c"], "size": [3, 2], "annotations": [0, 0]})
+    "1 added ('c'), 1 removed ('a'), 1 edited ('b')"
+    """
+    if before == now:
+        return ""
+    old, new = _by_name(before), _by_name(now)
+    kinds = {
+        "added": [name for name in new if name not in old],
+        "removed": [name for name in old if name not in new],
+        "edited": [name for name in new if name in old and old[name][0] != new[name][0]],
+        "annotated otherwise": [
+            name for name in new if name in old and old[name][1] != new[name][1]
+        ],
+    }
+    found = [f"{len(names):,} {kind} ({names[0]!r})" for kind, names in kinds.items() if names]
+    return ", ".join(found) or "the same examples in another order, or some of them more often"
+
+
+def _by_name(fingerprint: Fingerprint) -> dict[str, tuple[Any, Any]]:
+    columns = (fingerprint[name] for name in ("name", "size", "annotations"))
+    return {name: (size, annotations) for name, size, annotations in zip(*columns, strict=True)}
+
+
+def write_fingerprint(fingerprint: Fingerprint, path: Path) -> None:
+    """Writes it, whole or not at all."""
+    write_whole(gzip.compress(json.dumps(fingerprint).encode(), 1, mtime=0), path)
+
+
+def read_fingerprint(path: Path) -> Fingerprint | None:
+    """Reads what `write_fingerprint` wrote; None where there is no file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with gzip.open(path) as file:
+            found = json.loads(file.read(MAX_BYTES))
+        _by_name(found)
+    except Exception as error:  # gzip, zlib, JSON and what is no table raise many types
+        raise UserError(f"{path} is damaged: {error}") from error
+    return found
