@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 import runs
 
-from vision_jax import main, modes, steps, train
+from vision_jax import main, modes, steps, workdirs
 from vision_jax.checkpoints import Checkpoints
 from vision_jax.evaluate import figures
 
@@ -80,7 +80,7 @@ SCENARIOS: tuple[tuple[str, str, Callable[[], object]], ...] = (
     ("uninterrupted", "whole", lambda: None),
     # One run that is killed wherever it hurts, each time a little later.
     ("writing frozen", "killed", lambda: after(ocp.StandardCheckpointer, "save", die)),
-    ("before config", "killed", lambda: before(train, "save_config", die)),
+    ("before config", "killed", lambda: before(workdirs, "save_config", die)),
     ("before checkpoint", "killed", lambda: before(Checkpoints, "save", die)),
     ("writing checkpoint", "killed", lambda: after(ocp.CheckpointManager, "save", die)),
     ("mid-run", "killed", lambda: after(ocp.CheckpointManager, "save", die, call=3)),

@@ -60,6 +60,8 @@ def test_no_config_below_the_setup():
         "setup.py",
         "teach.py",
         "train.py",
+        "continuation.py",
+        "workdirs.py",
         "modes.py",
         "plan.py",
         "classify.py",

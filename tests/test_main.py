@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -217,8 +218,10 @@ def test_flags_reach_the_modes(tmp_path, monkeypatch):
     monkeypatch.setattr("vision_jax.modes.predict", lambda *given: seen.append(given) or 0)
     monkeypatch.setattr("vision_jax.modes.evaluate", lambda *given: seen.append(given) or 0)
     assert main.main([CONFIG, "--config.optim.lr=0.25"]) == 0
-    config, workdir = seen[-1]
-    assert (config.optim.lr, str(workdir)) == (0.25, "runs/vit_lora")
+    config, workdir, start_from = seen[-1]
+    assert (config.optim.lr, str(workdir), start_from) == (0.25, "runs/vit_lora", None)
+    assert main.main([CONFIG, "--from=a/run"]) == 0
+    assert seen[-1][2] == Path("a/run")
     assert main.main([CONFIG, "--config.optim.lr", "0.5", "--config.mesh.data", "-1"]) == 0
     assert (seen[-1][0].optim.lr, seen[-1][0].mesh.data) == (0.5, -1)
 

@@ -1,39 +1,49 @@
-"""Checkpoints of a run: what training changes, with the data's position, and once what is frozen.
+"""Checkpoints of a run: what training changes, and once what is frozen.
 
     WORKDIR/frozen/             the frozen parameters, written once
-    WORKDIR/checkpoints/STEP/   the train state and the data iterator, asynchronously
+    WORKDIR/checkpoints/STEP/   the train state, asynchronously
 
 Orbax writes each directory under another name and renames it when it is complete, so a kill at any
-moment leaves the last complete step usable.
+moment leaves the last complete step usable. Before that rename the directory gets the checksums of
+its files (checksums.py), which each restore compares. The position of the data is the step itself:
+so many batches have been taken.
 """
 
+import asyncio
+import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grain
-import grain.checkpoint
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.path import atomicity
 
+from vision_jax import files, processes
+from vision_jax.checksums import DamagedFileError, verify_checksums, write_checksums
 from vision_jax.errors import UserError
 from vision_jax.steps import TrainState
 from vision_jax.trees import paths
 
+SET_ASIDE = "damaged"  # folder in the workdir
+
 
 class Checkpoints:
-    """The checkpoints of one workdir; keeps the last and the best by `best_metric`."""
+    """Writes the checkpoints of one workdir; keeps the last and the best by `best_metric`."""
 
-    def __init__(self, workdir: Path, best_metric: str, *, read_only: bool = False):
-        """Opens WORKDIR/checkpoints; `best_metric` is a key of `save`'s metrics.
+    def __init__(self, workdir: Path, best_metric: str):
+        """Makes WORKDIR/checkpoints, and removes what a killed run left half written there.
 
-        Without `read_only` the directory is made, and what a killed run left half written removed.
+        Args:
+          workdir: the run's folder.
+          best_metric: a key of `save`'s metrics.
         """
         self.directory = (workdir / "checkpoints").absolute()
         self.frozen = (workdir / "frozen").absolute()
@@ -49,59 +59,28 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                 [checkpoint_managers.LatestN(1), best]
             ),
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=True,
+            temporary_path_class=_SealedPath,
         )
         with _damage_errors(self.directory), _disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def last_step(self) -> int | None:
-        """The newest complete step, or None."""
-        return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        """The complete step with the highest metric, or None."""
-        return self._manager.best_step()
-
-    def save(
-        self, step: int, state: Any, data: grain.DatasetIterator, metrics: dict[str, float] | None
-    ) -> None:
-        """Starts writing `state` and the position of `data`; returns once the arrays are copied."""
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
+        """Starts writing `state`; returns once the arrays are copied."""
         if step in self._manager.all_steps():
             return
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)
-        )
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state))
         with _disk_errors(self.directory):
             self._manager.save(step, args=arguments, metrics=metrics, force=True)
-
-    def restore(self, step: int, target: Any) -> Any:
-        """The state at `step` with the shapes and shardings of `target` (ShapeDtypeStructs)."""
-        with _damage_errors(self.directory / str(step)):
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            )
-        return restored["state"]
-
-    def restore_data(self, step: int, data: grain.DatasetIterator) -> None:
-        """Moves `data` to where it was at `step`."""
-        with _damage_errors(self.directory / str(step)):
-            self._manager.restore(
-                step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data))
-            )
 
     def save_frozen(self, frozen: dict[str, jax.Array]) -> None:
         """Writes the frozen parameters, whole or not at all, over those of a killed start."""
         if frozen:
-            with _disk_errors(self.frozen), ocp.StandardCheckpointer() as checkpointer:
+            with (
+                _disk_errors(self.frozen),
+                ocp.StandardCheckpointer(temporary_path_class=_SealedPath) as checkpointer,
+            ):
                 checkpointer.save(self.frozen, frozen, force=True)
-
-    def restore_frozen(self, target: dict[str, Any]) -> dict[str, jax.Array]:
-        """The frozen parameters with the shapes and shardings of `target`."""
-        if not target:
-            return {}
-        with _damage_errors(self.frozen), ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(self.frozen, target)
 
     def wait(self) -> None:
         """Blocks until everything that was saved is on the disk."""
@@ -114,29 +93,177 @@ class Checkpoints:
             self._manager.close()
 
 
-def restore_state(checkpoints: Checkpoints, step: int, target: TrainState) -> TrainState:
-    """`checkpoints.restore` of a train state, one of an older version too.
+class _SealedPath(atomicity.AtomicRenameTemporaryPath):
+    """A directory that gets the checksums of all its files before the rename that completes it.
+
+    Orbax finalizes in a thread of its own, so training goes on meanwhile.
+    """
+
+    async def finalize(self) -> None:
+        if store := vars(self)["_checkpoint_metadata_store"]:
+            await asyncio.to_thread(store.wait_until_finished)
+            self._checkpoint_metadata_store = None  # would write once more, after the checksums
+        folder = Path(self.get())
+        # As the base class writes it, once more.
+        committed = f"Checkpoint commit was successful to {self._final_path}"
+        (folder / atomicity.COMMIT_SUCCESS_FILE).write_text(committed)
+        if atomicity.TMP_DIR_SUFFIX not in folder.parent.name:  # else it is a part of such a one
+            await asyncio.to_thread(write_checksums, folder)
+        await super().finalize()
+
+
+# Reading ----------------------------------------------------------------------------------------
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    """The complete steps in a workdir that may not exist, oldest first; touches nothing."""
+    return sorted(ocp.utils.checkpoint_steps(workdir / "checkpoints"))
+
+
+def last_complete_step(workdir: Path) -> int | None:
+    """The newest of them, or None."""
+    return max(complete_steps(workdir), default=None)
+
+
+def best_step(workdir: Path, best_metric: str) -> int | None:
+    """The complete step with the highest metric, or None."""
+    measured = {step: _metrics(workdir, step).get(best_metric) for step in complete_steps(workdir)}
+    known = {step: value for step, value in measured.items() if isinstance(value, int | float)}
+    return max(known, key=lambda step: (known[step], step), default=None)
+
+
+def _metrics(workdir: Path, step: int) -> dict[str, Any]:
+    folder = workdir / "checkpoints" / str(step)
+    with _damage_errors(folder.absolute()):
+        verify_checksums(folder, only="metrics/")
+        path = folder / "metrics" / "metrics"
+        return dict(json.loads(files.read_bytes(path))) if path.is_file() else {}
+
+
+def restore(workdir: Path, step: int, target: Any) -> tuple[Any, list[str]]:
+    """A checkpoint's state, and what its user should know.
+
+    Args:
+      workdir: the run's folder.
+      step: one of `complete_steps`.
+      target: ShapeDtypeStructs with shardings.
+
+    Raises:
+      UserError: it is damaged, or of other shapes.
+    """
+    folder = (workdir / "checkpoints" / str(step)).absolute()
+    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored, notes = _restore(folder, lambda: checkpointer.restore(folder, args=arguments))
+    return restored["state"], notes
+
+
+def restore_frozen(workdir: Path, target: dict[str, Any]) -> tuple[dict[str, jax.Array], list[str]]:
+    """The frozen parameters, likewise."""
+    if not target:
+        return {}, []
+    folder = (workdir / "frozen").absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        return _restore(folder, lambda: checkpointer.restore(folder, target))
+
+
+def _restore(folder: Path, read: Any) -> tuple[Any, list[str]]:
+    """Calls `read()` and compares checksums; all processes find the same."""
+
+    def verify() -> bool:
+        with _damage_errors(folder):
+            return verify_checksums(folder, part=jax.process_index(), parts=jax.process_count())
+
+    with _damage_errors(folder):
+        if jax.process_count() == 1:
+            # In this order a disk's read error is an exception there; in a mapped file it is fatal.
+            restored = read()
+            sealed = verify()
+        else:  # each a part; in this order no process waits in orbax for one that found damage
+            sealed = processes.together(verify)
+            restored = read()
+    note = f"{folder} is of an older version, without checksums: damage would go unnoticed"
+    return restored, [] if sealed else [note]
+
+
+def restore_state(workdir: Path, step: int, target: Any) -> tuple[Any, list[str]]:
+    """`restore` of a train state, one of an older version too.
 
     Versions before 0.2 kept no average of BatchNorm's statistics and evaluated with the last ones:
     in such a checkpoint's state these are the average.
     """
-    statistics = paths.flatten(target.model_state)
-    if not target.ema or not statistics:
-        return checkpoints.restore(step, target)
-    directory = checkpoints.directory / str(step)
-    with _damage_errors(directory), ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(directory / "state").item_metadata.tree["ema"]
+    statistics = paths.flatten(target.model_state) if isinstance(target, TrainState) else {}
+    if not statistics or not target.ema:
+        return restore(workdir, step, target)
+    folder = (workdir / "checkpoints" / str(step)).absolute()
+    with _damage_errors(folder), ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(folder / "state").item_metadata.tree["ema"]
     if statistics.keys() <= saved.keys():
-        return checkpoints.restore(step, target)
+        return restore(workdir, step, target)
     _, weights = paths.partition(target.ema, set(statistics))
-    state = checkpoints.restore(step, replace(target, ema=weights))
+    state, notes = restore(workdir, step, replace(target, ema=weights))
     last = jax.tree.map(jnp.copy, paths.flatten(state.model_state))  # a copy: both are donated
-    return replace(state, ema={**state.ema, **last})
+    return replace(state, ema={**state.ema, **last}), notes
 
 
-def last_complete_step(workdir: Path) -> int | None:
-    """The newest complete step in a workdir that may not exist; touches nothing."""
-    return max(ocp.utils.checkpoint_steps(workdir / "checkpoints"), default=None)
+def restore_newest(workdir: Path, target: Any) -> tuple[int, Any, list[str]]:
+    """The newest whole checkpoint: its step, its state, and what its user should know.
+
+    A damaged one is passed over where there is an older one that is whole. Training may go on
+    meanwhile, and remove what it has replaced.
+
+    Raises:
+      UserError: no complete checkpoint, or none that is whole.
+    """
+    first: UserError | None = None
+    notes: list[str] = []
+    tried: set[int] = set()
+    while left := set(complete_steps(workdir)) - tried:
+        step = max(left)
+        tried.add(step)
+        try:
+            state, said = restore_state(workdir, step, target)
+        except UserError as error:
+            steps = complete_steps(workdir)
+            if step in steps and max(steps) == max(tried):  # else training has replaced it
+                first = first or error
+                notes.append(str(error))
+            continue
+        if notes:
+            said = [*notes, f"step {step} is whole and is taken instead", *said]
+        return step, state, said
+    raise first or UserError(f"{workdir} has no complete checkpoint yet: train first")
+
+
+def set_aside(workdir: Path, step: int) -> list[str]:
+    """Moves damaged checkpoints out of the way of new ones, to WORKDIR/damaged.
+
+    Args:
+      workdir: the run's folder.
+      step: that was restored; all later ones are damaged, and so are those whose metrics are.
+
+    Returns:
+      Where each of them is now.
+    """
+    notes = []
+    for other in complete_steps(workdir):
+        try:
+            _metrics(workdir, other)
+            whole = other <= step
+        except UserError:
+            whole = False
+        if not whole:
+            folder = workdir / SET_ASIDE
+            folder.mkdir(exist_ok=True)
+            name = next(n for n in _names(str(other)) if not (folder / n).exists())
+            shutil.move(workdir / "checkpoints" / str(other), folder / name)
+            notes.append(f"the damaged checkpoint of step {other} is kept in {folder / name}")
+    return notes
+
+
+def _names(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}.{number}" for number in range(1, 10_000))
 
 
 @contextmanager
@@ -170,6 +297,11 @@ def _damage_errors(directory: Path) -> Iterator[None]:
     """Turns what orbax and tensorstore raise about a damaged checkpoint into one line."""
     try:
         yield
+    except DamagedFileError as error:
+        raise UserError(
+            f"checkpoint {directory} is damaged ({error}): restore it from a copy, or start in "
+            "another --workdir"
+        ) from error
     except UserError:
         raise
     except Exception as error:

@@ -103,9 +103,13 @@ def load_preprocessing(record: Mapping[str, Any]) -> Preprocessing:
 
 
 def training_data(
-    config: ConfigDict, source: Source, preprocessing: Preprocessing, damage: DamageLog
+    config: ConfigDict,
+    source: Source,
+    preprocessing: Preprocessing,
+    damage: DamageLog,
+    first_batch: int = 0,
 ) -> grain.DatasetIterator:
-    """Endless batches of this process."""
+    """Endless batches of this process, from `first_batch` on."""
     channels = len(preprocessing.mean)
     if config.augment.policy != "none" and channels != 3:
         raise UserError(
@@ -124,6 +128,7 @@ def training_data(
         num_workers=config.data.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        first_batch=first_batch,
         max_damaged=config.data.max_damaged,
         damage_log=damage,
     )

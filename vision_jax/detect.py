@@ -166,8 +166,9 @@ def training_data(
     source: DetectionSource,
     preprocessing: DetectionPreprocessing,
     damage: DamageLog,
+    first_batch: int = 0,
 ) -> grain.DatasetIterator:
-    """Endless batches of this process."""
+    """Endless batches of this process, from `first_batch` on."""
     check_boxes(source)
     data = config.data
     return make_detection_train_iterator(
@@ -188,6 +189,7 @@ def training_data(
         num_workers=data.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        first_batch=first_batch,
         max_damaged=data.max_damaged,
         damage_log=damage,
     )

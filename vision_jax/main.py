@@ -2,6 +2,7 @@
 
     python -m vision_jax.main --config=configs/vit_lora.py
     python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs/b --config.optim.lr=1e-3
+    python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs/c --from=runs/b
     python -m vision_jax.main --mode=evaluate --workdir=runs/vit_lora
     python -m vision_jax.main --mode=predict --workdir=runs/vit_lora --images cat.jpg dog.png
     python -m vision_jax.main --mode=robustness --workdir=runs/vit_lora
@@ -10,9 +11,9 @@
         --config.distill.cache=said.array_record
     python -m vision_jax.main --plan --config=configs/vit_lora.py --devices=8 --memory=16
 
-Running a training command again resumes it. Any field of the config file can be set with
---config.FIELD=VALUE. On several processes, give each --coordinator, --processes and --process (on
-Cloud TPU and Slurm, --coordinator=auto is enough).
+Running a training command again resumes it; --from begins a new run with another one's weights.
+Any field of the config file can be set with --config.FIELD=VALUE. On several processes, give each
+--coordinator, --processes and --process (on Cloud TPU and Slurm, --coordinator=auto is enough).
 """
 
 import argparse
@@ -23,13 +24,14 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vision_jax.config import TASKS, fields_of, read_config
+from vision_jax.config import TASKS, fields, fields_of, read_config
 from vision_jax.config.hints import suggest
 from vision_jax.errors import UserError, UserErrors
 from vision_jax.files import expand
@@ -68,6 +70,10 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         FROM_WORKDIR,
         {"choices": ("last", "best"), "help": "which one is read; last by default"},
     ),
+    "from": (
+        ("train",),
+        {"type": Path, "help": "the folder of a run, with whose weights a new run begins"},
+    ),
     "images": (
         ("predict",),
         {"nargs": "+", "action": "extend", "default": [], "help": "files or folders"},
@@ -96,33 +102,51 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises
+    arguments = sys.argv[1:] if arguments is None else arguments
+    several = any(argument.startswith("--coordinator") for argument in arguments)
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        code = _run(arguments)
     except UserErrors as errors:
-        for error in errors.each:
-            print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        code, text = BAD_INPUT, "\n".join(f"error: {error}" for error in errors.each)
     except (UserError, OSError) as error:  # what the operating system refuses is its user's too
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        code, text = BAD_INPUT, f"error: {error}"
     except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
-        return 128 + signal.SIGINT
+        code = 128 + signal.SIGINT
+        text = "stopped; run the same command again to resume"
+    except Exception:
+        if not several:
+            raise
+        code, text = 1, traceback.format_exc()
+    else:
+        text = ""
+    if several:
+        from vision_jax import processes
+
+        processes.end(text, code)
+    elif text:
+        print(text, file=sys.stderr)
+    return code
 
 
 def _run(arguments: Sequence[str]) -> int:
     flags, overrides = _parse(arguments)
-    config, workdir = _load(flags, overrides)  # first: importing JAX takes seconds
+    if flags.coordinator:  # first: what fails on one process only is told to the others
+        from vision_jax import processes
+
+        processes.connect(flags.coordinator, flags.processes, flags.process)
+    config, workdir = _load(flags, overrides)  # before importing JAX, which takes seconds
     if flags.devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
         count = f"--xla_force_host_platform_device_count={flags.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
-    _start_processes(flags)
     from vision_jax import modes, plan, train
+
+    if flags.coordinator:
+        processes.check_equal("config", {"--mode": flags.mode} | _of_all(config))
 
     match flags.mode:
         case "train":
-            return train.run(config, workdir)
+            return train.run(config, workdir, getattr(flags, "from"))
         case "frozen":
             return modes.frozen(config, workdir)
         case "teach":
@@ -261,16 +285,9 @@ def _check_flags(flags: argparse.Namespace) -> None:
         )
 
 
-def _start_processes(flags: argparse.Namespace) -> None:
-    """Connects this process to the others, when there are any."""
-    if not flags.coordinator:
-        return
-    import jax
-
-    if flags.coordinator == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(flags.coordinator, flags.processes, flags.process)
+def _of_all(config: ConfigDict) -> dict[str, Any]:
+    """The fields that must be the same on all processes: the machines may differ."""
+    return {name: value for name, value in fields(config).items() if name != "data.threads"}
 
 
 def command() -> None:

@@ -1,8 +1,8 @@
 """What a trained model is asked for: numbers over a dataset, predictions for files, results."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vision_jax import classify, convert, setup, sharding, teach
-from vision_jax.checkpoints import Checkpoints, last_complete_step, restore_state
+from vision_jax import classify, convert, setup, sharding, teach, workdirs
+from vision_jax.checkpoints import best_step, restore_frozen, restore_newest, restore_state
 from vision_jax.config import check_ranges, load_config, write_json
 from vision_jax.convert import peft
 from vision_jax.data.folders import list_files
@@ -63,44 +63,61 @@ def write_results(
     for name, what in files.items():
         log.wrote(workdir / name, what)
 
-    if any(lora.is_adapter_path(path) for path in plan.trainable):
-        whole_leaves = {
-            path
-            for path in plan.trainable - plan.projections.keys()
-            if not lora.is_adapter_path(path)
-        }
-        peft.write_adapter(
-            workdir / "adapter",
-            host,
-            base_model_name=description.weights,
-            family=description.family,
-            arguments=arguments,
-            naming=naming,
-            modules_to_save=whole_leaves,
+    with workdirs.writing(workdir, "model.safetensors", "adapter/"):
+        if any(lora.is_adapter_path(path) for path in plan.trainable):
+            whole_leaves = {
+                path
+                for path in plan.trainable - plan.projections.keys()
+                if not lora.is_adapter_path(path)
+            }
+            peft.write_adapter(
+                workdir / "adapter",
+                host,
+                base_model_name=description.weights,
+                family=description.family,
+                arguments=arguments,
+                naming=naming,
+                modules_to_save=whole_leaves,
+            )
+            log.wrote(workdir / "adapter", "the adapter, for peft.PeftModel.from_pretrained")
+        tensors, metadata = convert.export_weights(
+            {**paths.flatten(lora.merge(host)), **paths.flatten(statistics)},
+            description.family,
+            arguments,
+            to=naming,
+            class_names=description.class_names,
+            preprocessing=dataclasses.asdict(description.preprocessing),
         )
-        log.wrote(workdir / "adapter", "the adapter, for peft.PeftModel.from_pretrained")
-    tensors, metadata = convert.export_weights(
-        {**paths.flatten(lora.merge(host)), **paths.flatten(statistics)},
-        description.family,
-        arguments,
-        to=naming,
-        class_names=description.class_names,
-        preprocessing=dataclasses.asdict(description.preprocessing),
-    )
-    convert.write_safetensors(workdir / "model.safetensors", tensors, metadata)
-    log.wrote(workdir / "model.safetensors", f"the merged model, in {naming}'s naming")
+        convert.write_safetensors(workdir / "model.safetensors", tensors, metadata)
+        log.wrote(workdir / "model.safetensors", f"the merged model, in {naming}'s naming")
 
 
 def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> setup.Trained:
-    """Rebuilds a run from its workdir alone.
+    """`read_run`, which says on the error output what its user should know."""
+
+    def warn(notes: Sequence[str]) -> None:
+        for note in notes if jax.process_index() == 0 else ():
+            print(f"warning: {note}", file=sys.stderr, flush=True)
+
+    warn(workdirs.check_records(workdir))  # first: they may be why the rest fails
+    trained, notes = read_run(config, workdir, checkpoint)
+    warn(notes)
+    return trained
+
+
+def read_run(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[setup.Trained, list[str]]:
+    """Rebuilds a run from its workdir alone, also while it trains.
 
     Args:
       config: the run's own, from WORKDIR/config.json.
       workdir: the run's folder.
       checkpoint: "last" or "best".
 
+    Returns:
+      (the run, what its user should know: a damaged checkpoint that was passed over, say)
+
     Raises:
-      UserError: no run in `workdir`, or no complete checkpoint.
+      UserError: no run in `workdir`, or no whole checkpoint.
     """
     description = setup.load_description(workdir / "model.json")
     mesh = sharding.make_mesh(**config.mesh)
@@ -111,21 +128,19 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> setup.Trained
     abstract_trainable, abstract_frozen = plan.abstract()
     _, tx = setup.make_optimizer(config, model, abstract_trainable)
     abstract, _ = setup.abstract_state(config, tx, plan, mesh)
-    if last_complete_step(workdir) is None:
-        raise UserError(f"{workdir} has no complete checkpoint yet: train first")
-    with closing(
-        Checkpoints(workdir, setup.find_task(config).best_metric, read_only=True)
-    ) as checkpoints:
-        step = checkpoints.last_step() if checkpoint == "last" else checkpoints.best_step()
+    task = setup.find_task(config)
+    if checkpoint == "last":
+        _, state, said = restore_newest(workdir, abstract)
+    else:
+        step = best_step(workdir, task.best_metric)
         if step is None:
             raise UserError(f"{workdir} has no evaluation yet, and so no best checkpoint")
-        state = restore_state(checkpoints, step, abstract)
-        frozen = checkpoints.restore_frozen(abstract_frozen)
-    task = setup.find_task(config)
+        state, said = restore_state(workdir, step, abstract)
+    frozen, of_frozen = restore_frozen(workdir, abstract_frozen)
     exact = config.copy_and_resolve_references()
     exact.model.dtype = "float32"
     apply = make_apply(model)
-    return setup.Trained(
+    trained = setup.Trained(
         mesh=mesh,
         description=description,
         model=model,
@@ -136,6 +151,7 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> setup.Trained
         state=state,
         frozen=frozen,
     )
+    return trained, [*said, *of_frozen]
 
 
 def evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:

@@ -8,7 +8,7 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vision_jax import classify, convert, detect, optim, sharding, shrink, steps, teach
+from vision_jax.checksums import verify_checksums
 from vision_jax.config import read_json, write_json
 from vision_jax.convert import load, peft
 from vision_jax.data.pipeline import DamageLog
@@ -56,6 +57,7 @@ class Description:
       sha256: of the weights' file or files, "" without.
       teachers: (origin, sha256) of each teacher.
       projections: shapes of the arrays that train beside the model's own, by path.
+      started_from: the run and its step that this one began with (--from), "" without.
     """
 
     task: str
@@ -67,6 +69,7 @@ class Description:
     sha256: str
     teachers: tuple[tuple[str, str], ...] = ()
     projections: dict[str, tuple[int, int]] = field(default_factory=dict)
+    started_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,12 @@ class Task(Protocol):
     ) -> Any: ...
     def load_preprocessing(self, record: Mapping[str, Any]) -> Any: ...
     def training_data(
-        self, config: ConfigDict, source: Any, preprocessing: Any, damage: DamageLog
+        self,
+        config: ConfigDict,
+        source: Any,
+        preprocessing: Any,
+        damage: DamageLog,
+        first_batch: int = 0,
     ) -> Any: ...
     def batch_shapes(self, config: ConfigDict, preprocessing: Any) -> dict[str, Any]: ...
     def make_objective(
@@ -283,8 +291,11 @@ def describe(
     class_names: tuple[str, ...],
     *,
     headless: bool = False,
+    old: Description | None = None,
 ) -> Description:
     """Architecture and preprocessing: the weights' own, changed where the config says so.
+
+    Of a run that begins with another one's parameters they are that one's, `old`.
 
     Of a part of the weights (see `find_shrinking`) the arguments are the smaller model's.
     `headless` leaves the head out: the model then gives its pooled features.
@@ -294,9 +305,12 @@ def describe(
         number of classes that differs from the weights' while the head is not re-initialized.
     """
     model = config.model
-    family, arguments = _architecture(config, weights)
+    if old is not None:
+        family, arguments, own = old.family, dict(old.arguments), asdict(old.preprocessing)
+    else:
+        family, arguments = _architecture(config, weights)
+        own = (weights.preprocessing if weights is not None else None) or {}
     known = FAMILIES[family]
-    own = (weights.preprocessing if weights is not None else None) or {}
     if "in_channels" not in arguments:
         arguments["in_channels"] = known.defaults["in_channels"]
     for name, given in (("mean", model.mean), ("std", model.std)):
@@ -677,16 +691,22 @@ def head_warnings(
     return warnings
 
 
-def make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any, Any]:
-    """(schedule, optax transformation) of the config, for these trainable arrays."""
+def make_schedule(config: ConfigDict) -> optim.Schedule:
+    """The learning rate by the index of the update."""
     settings = config.optim
-    schedule = optim.make_schedule(
+    return optim.make_schedule(
         settings.schedule,
         peak=settings.lr,
         total_steps=config.total_steps * replays(config),
         warmup_steps=settings.warmup_steps,
         drop_at=settings.drop_at,
     )
+
+
+def make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any, Any]:
+    """(schedule, optax transformation) of the config, for these trainable arrays."""
+    settings = config.optim
+    schedule = make_schedule(config)
     tx = optim.make_optimizer(
         settings.name,
         schedule=schedule,
@@ -738,6 +758,8 @@ def find_adapter(config: ConfigDict) -> Path | None:
     folder = Path(config.lora.init_from).expanduser()
     if not (folder / peft.CONFIG_FILE).is_file():
         raise UserError(f"config.lora.init_from: {folder} holds no {peft.CONFIG_FILE}")
+    if folder.name == "adapter":  # of a run, whose folder has its checksums
+        verify_checksums(folder.parent, only="adapter/")
     return folder
 
 

@@ -3,10 +3,11 @@
     config -> data, model, parameters -> step -> loop -> evaluation, figures, adapter, merged model
 
 Everything written goes to the workdir. Running the same command again continues from the last
-checkpoint: the state, the data's position and all keys are functions of (seed, step), so an
-interrupted run ends with the same parameters as an uninterrupted one, to the bit.
+checkpoint: the order of the data and all keys are functions of (seed, step), so an interrupted run
+ends with the same parameters as an uninterrupted one, to the bit.
 """
 
+import dataclasses
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -20,47 +21,53 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vision_jax import modes, setup, sharding, steps, teach
-from vision_jax.checkpoints import Checkpoints, last_complete_step, restore_state
-from vision_jax.config import check_ranges, differences, load_config, save_config
-from vision_jax.convert import Weights
+from vision_jax import continuation, modes, processes, setup, sharding, steps, teach, workdirs
+from vision_jax.checkpoints import (
+    Checkpoints,
+    last_complete_step,
+    restore_frozen,
+    restore_newest,
+    set_aside,
+)
+from vision_jax.config import check_ranges
+from vision_jax.data.fingerprint import (
+    Fingerprint,
+    describe_changes,
+    digest,
+    read_fingerprint,
+    take_fingerprint,
+)
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.logging import (
     PARAMETER_COLUMNS,
     Meter,
     RunLog,
-    explain_write_errors,
     open_log,
     read_metrics,
     summarize_parameters,
 )
 from vision_jax.models.families import make_apply
 
-# Fields that may differ between the run that a workdir holds and the one that continues it.
-FREE_FIELDS = (
-    "mesh.",
-    "sharding_rules",
-    "data.threads",
-    "log_every",
-    "model.remat",
-    "model.scan",
-    "distill.cache",  # the same to the bit
-)
 STEPS_BETWEEN_AGREEMENTS = 8  # of several processes on whether to stop: they wait for each other
 
 
-def run(config: ConfigDict, workdir: Path) -> int:
+def run(config: ConfigDict, workdir: Path, start_from: Path | None = None) -> int:
     """Trains, or continues, and evaluates; returns the process's exit code.
+
+    Args:
+      config: of the run.
+      workdir: its folder.
+      start_from: the folder of another run, with whose weights a new one begins.
 
     Raises:
       UserError: bad input, before anything in the workdir is touched, or a run that cannot go on.
     """
     with ExitStack() as resources:  # closes what is open, whatever happens
-        return _run(config, workdir, resources)
+        return _run(config, workdir, start_from, resources)
 
 
-def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
+def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: ExitStack) -> int:
     first = jax.process_index() == 0
     task = setup.find_task(config)
     check_ranges(config)
@@ -72,25 +79,41 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         )
 
     # The run's fixed facts: read from the workdir if it holds the run, else written there below.
-    resuming = (workdir / "config.json").is_file()
+    lock = processes.together(
+        lambda: resources.enter_context(workdirs.locked(workdir)) if first else None
+    )
     last = last_complete_step(workdir)
-    _check_workdir(config, workdir, resuming, last)
+    held = workdirs.read_held(config, workdir, last)
     train_source, eval_source = task.read_sources(config)
-    weights = setup.read_weights(config) if last is None else None
+    fingerprint = take_fingerprint(train_source)
     teachers = teach.find_teachers(config)
-    if resuming:
+    weights = origin = None
+    notes: list[str] = []
+    if held is not None:
+        notes += workdirs.check_records(workdir)
         description = setup.load_description(workdir / "model.json")
-        _check_same_data(train_source, description)
-        _check_same_weights(weights, description, teachers)
+        workdirs.check_origin(start_from, description.started_from, workdir)
+        _check_same_data(train_source, fingerprint, description, workdir)
+        _check_same_teachers(description, teachers)
         adapter = setup.kept_adapter(config, workdir)
+    elif start_from is not None:
+        origin = continuation.read_origin(config, start_from, workdir)
+        notes += origin.notes
+        description = continuation.describe(config, origin, train_source.class_names)
+        adapter = setup.kept_adapter(config, start_from)
     else:
+        weights = setup.read_weights(config)
         description = setup.describe(config, weights, train_source.class_names)
         adapter = setup.find_adapter(config)
     model = setup.build_model(config, description)
     image_size = description.preprocessing.image_size
     teach.check(config, model, teachers, description.class_names)
-    if not resuming:
+    if held is None:
         description = setup.describe_teachers(config, description, model, teachers)
+    processes.check_equal(
+        "data, model or weights",
+        {"data": digest(fingerprint)} | dataclasses.asdict(description),
+    )
     plan = setup.plan_parameters(config, model, image_size, mesh, adapter, description.projections)
 
     abstract_trainable, abstract_frozen = plan.abstract()
@@ -98,39 +121,52 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     abstract_state, shardings = setup.abstract_state(config, tx, plan, mesh)
 
     loss_fn = setup.make_loss(config, model, plan.assemble, teachers, image_size)
-    damage = DamageLog()
     views = teach.view_preprocessing(description.preprocessing, teachers)
-    data = task.training_data(config, train_source, views, damage)
     stored = teach.open_stored(config, teachers, views)
-    if last is None:
+    step, fresh = 0, list[str]()
+    if held is not None:
+        step, state, of_state = restore_newest(workdir, abstract_state)
+        frozen, of_frozen = restore_frozen(workdir, abstract_frozen)
+        notes += [*of_state, *of_frozen]
+    elif origin is not None:
+        state, frozen, of_optimizer = continuation.make_state(
+            config, tx, plan, origin, shardings, abstract_state
+        )
+        del origin  # and with it the old run's arrays
+    else:
         trainable, frozen, model_state, fresh = setup.make_parameters(
             config, model, image_size, plan, mesh, weights, adapter
         )
         state = setup.new_state(config, tx, trainable, model_state, shardings)
+    damage = DamageLog()
+    data = task.training_data(config, train_source, views, damage, step)
 
     # From here on the workdir is written to.
-    with explain_write_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+    if first and lock is not None:
+        lock.used = True
+        notes += [lock.note] if lock.note else []
+        workdirs.remove_drafts(workdir)
+    if held is not None:
+        notes += processes.together(lambda: set_aside(workdir, step) if first else [])
     checkpoints = resources.enter_context(closing(Checkpoints(workdir, task.best_metric)))
-    if last is None:
+    if held is None:
         checkpoints.save_frozen(frozen)
-        if first and adapter is not None and not resuming:
-            setup.keep_adapter(adapter, workdir)
-        if first:
-            setup.save_description(description, workdir / "model.json")
-            save_config(config, workdir / "config.json")  # last: from now on it holds this run
-    else:
-        frozen = checkpoints.restore_frozen(abstract_frozen)
-        state = restore_state(checkpoints, last, abstract_state)
-        checkpoints.restore_data(last, data)
+    if first:
+        workdirs.write_records(
+            workdir, config, held, description, fingerprint, None if held else adapter
+        )
 
-    log = resources.enter_context(closing(open_log(workdir, resume_step=last or 0, show=first)))
+    log = resources.enter_context(closing(open_log(workdir, resume_step=step, show=first)))
+    for note in notes:
+        log.say(f"warning: {note}")
     for source in (train_source, eval_source):
         log.say(f"data: {source.name}, {len(source)} images, {len(source.class_names)} classes")
         if source.note:
             log.say(f"data: {source.note}")
-    if last is not None:
-        log.say(f"resumed at step {last} from {checkpoints.directory / str(last)}")
+    if held is not None:
+        log.say(f"resumed at step {step} from {checkpoints.directory / str(step)}")
+    elif start_from is not None:
+        log.say(f"parameters: those of {description.started_from}; {of_optimizer}")
     elif weights is not None:
         log.say(f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})")
         if (shrinking := setup.find_shrinking(config, weights)) is not None:
@@ -147,9 +183,11 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         log.say(f"{said}, as stored in {config.distill.cache}" if stored else said)
     log.wrote(workdir / "config.json", "every field of this run's config")
     log.wrote(workdir / "model.json", "architecture, preprocessing and class names")
+    log.wrote(workdir / "train_data.json.gz", "names and sizes of the training data")
+    log.wrote(workdir / "checksums.json", "of these and of the results")
     if abstract_frozen:
         log.wrote(workdir / "frozen", "the frozen parameters")
-    log.wrote(workdir / "checkpoints", "the last and the best state, with the data's position")
+    log.wrote(workdir / "checkpoints", "the last and the best state")
     if first:
         task.announce(log, workdir, train_source, eval_source)
     rows = summarize_parameters(abstract_trainable, abstract_frozen)
@@ -168,7 +206,6 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
         return place({**next(data), **(stored(step) if stored else {})})
 
     # The loop.
-    step = last or 0
     result = None
     stop = _Stop()
     with stop.watched(), log.progress(config.total_steps, completed=step) as progress:
@@ -200,11 +237,11 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
                     log.say(f"step {step}: {result.line()}")
                     for warning in result.warnings(step, history):
                         log.say(f"warning: {warning}")
-                checkpoints.save(step, state, data, measured)
+                checkpoints.save(step, state, measured)
                 report.restart_clock()
             if stopping:
                 break
-            if not finished:  # after the data's position is saved, while the device computes
+            if not finished:  # while the device computes
                 batch = next_batch(step)
 
     for name in damage.names:
@@ -241,46 +278,28 @@ def _run(config: ConfigDict, workdir: Path, resources: ExitStack) -> int:
     return 0
 
 
-def _check_workdir(config: ConfigDict, workdir: Path, resuming: bool, last: int | None) -> None:
-    """A workdir holds one run: another config in it would be neither, and other files be lost."""
-    if not resuming and (last is not None or (workdir / "model.safetensors").exists()):
-        raise UserError(
-            f"{workdir} has files that a run would overwrite but no config.json of a run: give "
-            "another --workdir"
-        )
-    if not resuming:
-        return
-    held = load_config(str(workdir / "config.json"), {})
-    changed = [line for line in differences(held, config) if not line.startswith(FREE_FIELDS)]
-    if changed:
-        raise UserError(
-            f"{workdir} holds a run of another config ({'; '.join(changed[:3])}): give this one "
-            "another --workdir, or remove that folder"
-        )
-
-
-def _check_same_data(source: Any, description: setup.Description) -> None:
-    if source.class_names != description.class_names:
-        raise UserError(
-            f"the classes of {source.name} have changed since this run began: start in another "
-            "--workdir"
-        )
-
-
-def _check_same_weights(
-    weights: Weights | None, description: setup.Description, teachers: Sequence[teach.Teacher]
+def _check_same_data(
+    source: Any, fingerprint: Fingerprint, description: setup.Description, workdir: Path
 ) -> None:
+    """Raises UserError if the order of the data could be another one than when the run began."""
+    before = read_fingerprint(workdir / workdirs.DATA_FILE)
+    changes = describe_changes(before, fingerprint) if before is not None else ""
+    if source.class_names != description.class_names:
+        changes = "other classes" + (f"; {changes}" if changes else "")
+    if changes:
+        raise UserError(
+            f"{source.name} has changed since this run began: {changes}. Bring it back as it was, "
+            f"or give another --workdir, where --from={workdir} begins with this run's weights"
+        )
+
+
+def _check_same_teachers(description: setup.Description, teachers: Sequence[teach.Teacher]) -> None:
     for teacher, (origin, sha256) in zip(teachers, description.teachers, strict=True):
         if teacher.weights.sha256 != sha256:
             raise UserError(
                 f"the teacher {origin} has changed since this run began (sha256 "
                 f"{teacher.weights.sha256[:16]}, was {sha256[:16]}): start in another --workdir"
             )
-    if weights is not None and weights.sha256 != description.sha256:
-        raise UserError(
-            f"{weights.origin} has changed since this run began (sha256 {weights.sha256[:16]}, was "
-            f"{description.sha256[:16]}): start in another --workdir"
-        )
 
 
 class _Reporter:
@@ -316,7 +335,8 @@ class _Reporter:
             text = ", ".join(f"{name} {value:g}" for name, value in sorted(values.items()))
             raise UserError(
                 f"step {step} is not finite ({text}): lower config.optim.lr or set "
-                "config.optim.clip_norm; the last checkpoint is from before it"
+                "config.optim.clip_norm, in a new run; --from begins it with the last checkpoint "
+                "of this one, which is from before that step"
             )
 
     def restart_clock(self) -> None:

@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 
+from vision_jax.checksums import DamagedFileError, verify_checksums
 from vision_jax.convert.files import INDEX_FILE, Tensors, open_npz, open_pickle, open_safetensors
 from vision_jax.convert.processors import (
     ALIASED,
@@ -165,7 +166,17 @@ def _read_folder(
 ) -> Weights:
     """`default` is the config of a folder that has none."""
     # The config.json of a finished run is the run's own; what is the model's is in the header.
-    config = {} if (folder / RUN_FILE).is_file() else dict(default or {}) | _read_config(folder)
+    is_run = (folder / RUN_FILE).is_file()
+    if is_run:
+        try:
+            verify_checksums(folder, only=WEIGHTS_FILE)
+        except DamagedFileError as error:
+            raise UserError(
+                f"{error}: run that run's training command again, which writes it anew from the "
+                "last checkpoint, or convert that with `python -m vision_jax.convert "
+                f"{folder} --checkpoint=last`"
+            ) from error
+    config = {} if is_run else dict(default or {}) | _read_config(folder)
     if (folder / WEIGHTS_FILE).is_file():
         return _assemble([folder / WEIGHTS_FILE], allow_pickle, origin, config)
     if (folder / INDEX_FILE).is_file():
