@@ -173,7 +173,7 @@ def test_a_run_that_moves_to_another_mesh_is_the_same_run(tmp_path, monkeypatch)
 
 
 def assert_same_numbers(workdir, other, later=2e-3, exact=2):
-    """Losses and gradients agree; after `exact` steps within `later`, for Adam enlarges rounding."""
+    """Losses and gradients agree; after `exact` steps within `later`: Adam enlarges rounding."""
     names = ("train/loss", "train/grad_norm", "eval/loss")
     ours, theirs = (
         {
