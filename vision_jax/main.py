@@ -72,7 +72,7 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
     ),
     "from": (
         ("train",),
-        {"type": Path, "help": "the folder of a run, with whose weights a new run begins"},
+        {"type": expand, "help": "the folder of a run, with whose weights a new run begins"},
     ),
     "images": (
         ("predict",),
