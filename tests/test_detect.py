@@ -264,6 +264,42 @@ def test_the_same_step_on_one_and_on_eight_devices(trained):
         np.testing.assert_allclose(gradient[path], sharded[path], rtol=0, atol=2e-5 * norm)
 
 
+@pytest.mark.parametrize("family", ["detr", "rf_detr"])
+def test_accumulation_is_the_larger_batch(family):
+    """Boxes are counted over the update: images have 1 to 4."""
+    config = detection_runs.tiny_config(
+        trainable=("class_head/.*", "box_head/.*"),
+        model__dropout=0.0,
+        optim__rates=(),
+        optim__clip_norm=0.0,
+        **(detection_runs.RF_DETR if family == "rf_detr" else {}),
+    )
+    source, _ = detect.read_sources(config)
+    description = setup.describe(config, None, source.class_names)
+    model = setup.build_model(config, description)
+    mesh = setup.sharding.make_mesh(data=-1, fsdp=1)
+    size = description.preprocessing.image_size
+    plan = setup.plan_parameters(config, model, size, mesh, None)
+    arrays = jax.device_get(setup.make_parameters(config, model, size, plan, mesh, None, None))
+    batch = next(detect.training_data(config, source, description.preprocessing, None))
+    batch = {name: np.concatenate([array, array[::-1]]) for name, array in batch.items()}
+    batch["target_mask"][8:, 1:] = False  # fewer boxes in the second half
+    counts = batch["target_mask"].sum(1)
+    assert len(set(counts[::2] + counts[1::2])) > 1
+    loss_fn = setup.make_loss(config, model, plan.assemble)
+    schedule, tx = setup.make_optimizer(config, model, plan.abstract()[0])
+    _, shardings = setup.abstract_state(config, tx, plan, mesh)
+    found = []
+    for accumulate in (1, 2):  # on 8 devices, so an image each
+        config.optim.accumulate = accumulate
+        state = setup.new_state(config, tx, arrays[0], arrays[2], shardings)
+        step = setup.make_train_step(config, loss_fn, tx, schedule, shardings)
+        _, metrics = step(state, arrays[1], setup.sharding.make_batch_placer(mesh)(batch))
+        found.append(jax.device_get(metrics))
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
 def test_frozen_parameters_stay_and_adapters_train(tmp_path):
     config = detection_runs.tiny_config(
         trainable=("class_head/.*",),

@@ -47,6 +47,27 @@ def test_one_step_is_the_gradient_of_the_whole_batch(accumulate):
     assert bool(metrics["finite"])
 
 
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_what_is_counted_is_counted_over_the_whole_update(accumulate):
+    """A mean over some of the rows, of which micro-batches have different numbers."""
+    some = np.array([True, True, True, False, True, False, False, False])
+
+    def loss_of_some(trainable, frozen, model_state, batch, key):
+        error = batch["x"] @ trainable["w"] + frozen["offset"] - batch["y"]
+        counted = batch["whole"]["some"] if "whole" in batch else batch["some"]
+        losses = jnp.where(batch["some"], error**2, 0) / (counted.sum() / len(counted))
+        return losses.mean(), (model_state, {})
+
+    found = []
+    for parts in (1, accumulate):
+        step, state = make(loss_of_some, accumulate=parts, whole=("some",))
+        found.append(step(state, FROZEN, {**BATCH, "some": jnp.asarray(some)}))
+    (one, whole), (other, split) = found
+    np.testing.assert_allclose(other.trainable["w"], one.trainable["w"], rtol=1e-5)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(split[name], whole[name], rtol=1e-5)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_one_trace_over_50_steps(accumulate, ema_decay):
