@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -194,21 +195,26 @@ def assert_same_numbers(workdir, other, later=2e-3, exact=2):
 # Several processes ------------------------------------------------------------------------------
 
 
-def test_two_processes_are_one_run(tmp_path):
+def start_two(workdir, fields, program=("-m", "vision_jax.main"), others=None, devices=1):
+    """Two processes of one run; `others` are fields of the second one alone."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    fields = runs.overrides(mesh__fsdp=2, **runs.FULL)
-    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     config = f"--config={runs.ROOT / 'configs/vit_lora.py'}"
-    children = [
+    return [
         python(
-            *("-m", "vision_jax.main", config, f"--workdir={tmp_path / 'two'}", *overrides),
+            *(*program, config, f"--workdir={workdir}"),
+            *(f"--config.{name}={value}" for name, value in {**fields, **more}.items()),
             *(f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={process}"),
-            devices=2,
+            devices=devices,
         )
-        for process in range(2)
+        for process, more in enumerate(({}, others or {}))
     ]
+
+
+def test_two_processes_are_one_run(tmp_path):
+    fields = runs.overrides(mesh__fsdp=2, **runs.FULL)
+    children = start_two(tmp_path / "two", fields, devices=2)
     screens = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0, 0], screens
     assert "Files written:" in screens[0][0]
@@ -218,6 +224,44 @@ def test_two_processes_are_one_run(tmp_path):
     # Dropout, which the first step doesn't feel, falls on other images: processes take turns in
     # the order of the data, and each has its own part of the batch.
     assert_same_numbers(tmp_path / "two", runs.finished(), later=0.05, exact=1)
+
+
+def test_processes_of_different_configs_stop_and_name_the_field(tmp_path):
+    children = start_two(tmp_path / "two", runs.overrides(), others={"optim.lr": 0.5})
+    screens = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [2, 2], screens
+    for _, errors in screens:
+        (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
+        assert "another config than process 0 (optim.lr: 0.01 -> 0.5)" in line
+    assert not (tmp_path / "two").exists()
+
+
+# Process 1 fails between two steps, while process 0 waits for it in the next one.
+FAILING = """
+import sys, time
+from vision_jax import main, train
+report = train._Reporter.__call__
+def fail(self, step, metrics):
+    report(self, step, metrics)
+    if step == 2 and "--process=1" in sys.argv:
+        sys.stderr.write(f"failed at {time.time()}\\n")
+        raise RuntimeError("something unforeseen")
+train._Reporter.__call__ = fail
+main.command()
+"""
+
+
+def test_the_failure_of_one_process_ends_the_other_within_seconds(tmp_path):
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING)
+    children = start_two(tmp_path / "two", runs.overrides(total_steps=1000), (str(program),))
+    (_, errors), (_, other_errors) = (child.communicate(timeout=200) for child in children)
+    ended = time.time()
+    assert [child.returncode for child in children] == [2, 1], errors + other_errors
+    assert ended - float(re.search(r"failed at (\S+)", other_errors)[1]) < 60  # 7 on a free machine
+    assert "error: process 1: RuntimeError: something unforeseen" in errors.splitlines()
+    assert "Traceback" not in errors
+    assert "RuntimeError: something unforeseen" in other_errors
 
 
 # Deaths -----------------------------------------------------------------------------------------
