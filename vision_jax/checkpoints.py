@@ -168,20 +168,18 @@ def restore_frozen(workdir: Path, target: dict[str, Any]) -> tuple[dict[str, jax
 
 
 def _restore(folder: Path, read: Any) -> tuple[Any, list[str]]:
-    """Calls `read()` and compares checksums; all processes find the same."""
+    """Compares checksums, each process of its part of the files, and calls `read()`.
+
+    All processes find the same, so none waits in orbax for one that has found damage.
+    """
 
     def verify() -> bool:
         with _damage_errors(folder):
             return verify_checksums(folder, part=jax.process_index(), parts=jax.process_count())
 
+    sealed = processes.together(verify)
     with _damage_errors(folder):
-        if jax.process_count() == 1:
-            # In this order a disk's read error is an exception there; in a mapped file it is fatal.
-            restored = read()
-            sealed = verify()
-        else:  # each a part; in this order no process waits in orbax for one that found damage
-            sealed = processes.together(verify)
-            restored = read()
+        restored = read()
     note = f"{folder} is of an older version, without checksums: damage would go unnoticed"
     return restored, [] if sealed else [note]
 

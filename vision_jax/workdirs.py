@@ -25,9 +25,10 @@ from vision_jax.checksums import (
     DamagedFileError,
     changed_files,
     read_checksums,
+    save_checksums,
     write_checksums,
 )
-from vision_jax.config import differences, load_config, save_config, write_json
+from vision_jax.config import differences, load_config, save_config
 from vision_jax.data.fingerprint import Fingerprint, write_fingerprint
 from vision_jax.errors import UserError
 from vision_jax.files import DRAFT
@@ -161,7 +162,7 @@ def writing(workdir: Path, *names: str) -> Iterator[None]:
         kept = {}
     kept = {name: value for name, value in kept.items() if not name.startswith(names)}
     if (workdir / CHECKSUMS_FILE).exists():
-        write_json(kept, workdir / CHECKSUMS_FILE)
+        save_checksums(kept, workdir)
     yield
     write_checksums(workdir, _expand(workdir, names or RECORDS), kept=kept)
 
