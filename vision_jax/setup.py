@@ -58,6 +58,7 @@ class Description:
       teachers: (origin, sha256) of each teacher.
       projections: shapes of the arrays that train beside the model's own, by path.
       started_from: the run and its step that this one began with (--from), "" without.
+      assumed: of weights that no config came with, what their tensors don't show.
     """
 
     task: str
@@ -70,6 +71,7 @@ class Description:
     teachers: tuple[tuple[str, str], ...] = ()
     projections: dict[str, tuple[int, int]] = field(default_factory=dict)
     started_from: str = ""
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -344,6 +346,7 @@ def describe(
         class_names,
         weights.origin if weights is not None else "",
         weights.sha256 if weights is not None else "",
+        assumed=convert.assumptions(weights) if weights is not None and not model.variant else (),
     )
 
 

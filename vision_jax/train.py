@@ -30,6 +30,7 @@ from vision_jax.checkpoints import (
     set_aside,
 )
 from vision_jax.config import check_ranges
+from vision_jax.convert import unknown_fields
 from vision_jax.data.fingerprint import (
     Fingerprint,
     describe_changes,
@@ -169,6 +170,10 @@ def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: 
         log.say(f"parameters: those of {description.started_from}; {of_optimizer}")
     elif weights is not None:
         log.say(f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})")
+        if description.assumed:
+            log.say(f"assumed, since no config came with them: {', '.join(description.assumed)}")
+        if ignored := unknown_fields(weights):
+            log.say(f"fields of its config.json that nobody knows: {', '.join(ignored[:8])}")
         if (shrinking := setup.find_shrinking(config, weights)) is not None:
             log.say(f"taken of them: {shrinking.line()}")
         log.say(f"re-initialized as config.model.reinitialize says: {', '.join(fresh) or 'none'}")

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vision_jax.convert import arguments_of, import_weights, own_naming, read_weights, recognize
+from vision_jax.convert import (
+    arguments_of,
+    import_weights,
+    own_naming,
+    read_weights,
+    recognize,
+    unknown_fields,
+)
 from vision_jax.convert.package import write_package
 from vision_jax.errors import UserError
 from vision_jax.models.families import build_model
@@ -61,6 +68,47 @@ def test_a_file_comes_back_to_the_bit(to, tmp_path):
     # Another library's file says the same by its names and shapes alone.
     family, arguments = recognize(dataclasses.replace(weights, metadata={}, preprocessing=None))
     assert build_model(family, **arguments) == model
+
+
+def test_an_unequal_decoder_goes_to_transformers_alone(tmp_path):
+    model, params = small(num_heads=4, decoder_heads=2, decoder_mlp_width=40)
+    write_package(tmp_path / "hf", params, "detr", arguments_of(model), to="transformers")
+    weights = read_weights(str(tmp_path / "hf"))
+    theirs = dataclasses.replace(weights, metadata={"config": weights.metadata["config"]})
+    family, arguments = recognize(theirs)
+    assert build_model(family, **arguments) == model
+    with pytest.raises(UserError, match="it can go to transformers"):
+        write_package(tmp_path / "detr", params, "detr", arguments_of(model), to="detr")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("auxiliary_loss", True, "set it to false"),
+        ("encoder_layers", 7, "encoder_layers 7, and the tensors are of 1"),
+        ("model_type", "conditional_detr", "model_type 'conditional_detr'"),
+        ("activation_function", "gelu", "computes with 'relu'"),
+        ("backbone_config", {"output_stride": 8}, "output_stride 8"),
+        ("backbone_config", {"out_indices": [1, 2]}, "do not end with the last"),
+        ("backbone_config", 3, "not an object"),
+    ],
+)
+def test_a_field_that_changes_the_arithmetic_is_named(field, value, words, tmp_path):
+    model, params = small()
+    write_package(tmp_path, params, "detr", arguments_of(model), to="transformers")
+    weights = read_weights(str(tmp_path))
+    config = {**weights.metadata["config"], field: value}
+    with pytest.raises(UserError, match=words):
+        recognize(dataclasses.replace(weights, metadata={"config": config}))
+
+
+def test_unknown_fields_are_told(tmp_path):
+    model, params = small()
+    write_package(tmp_path, params, "detr", arguments_of(model), to="transformers")
+    weights = read_weights(str(tmp_path))
+    config = {**weights.metadata["config"], "my_note": "x"}
+    told = unknown_fields(dataclasses.replace(weights, metadata={"config": config}))
+    assert told == ("my_note",)
 
 
 def test_another_number_of_classes_keeps_everything_else(tmp_path):

@@ -1,5 +1,6 @@
 """From golden PyTorch files into the model and back into files, without torch."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -14,6 +15,7 @@ import safetensors.numpy
 from vision_jax.convert import (
     Weights,
     arguments_of,
+    assumptions,
     class_names_of,
     export_weights,
     import_weights,
@@ -23,6 +25,8 @@ from vision_jax.convert import (
 )
 from vision_jax.convert.tables import find_table, infer_arguments, shapes_of
 from vision_jax.errors import UserError
+from vision_jax.models import vit
+from vision_jax.models.families import build_model
 from vision_jax.models.vit import build_vit
 from vision_jax.ops.position_embedding import resample_positions
 from vision_jax.trees.paths import flatten, unflatten
@@ -335,3 +339,47 @@ def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
     assert safetensors.numpy.load_file(path)["a"].tolist() == [1, 1, 1]
     with pytest.raises(UserError, match="not written"):
         write_safetensors(tmp_path / "none" / "x.safetensors", {})
+
+
+def bare_resnet(folder, name):
+    """A file of a plain ResNet without any config, as timm publishes them."""
+    model = build_model("resnet", num_classes=3, depths=(1, 1, 1, 1), widths=(8, 8, 8, 8))
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    flat = {p: np.zeros(x.shape, x.dtype) for t in like.values() for p, x in flatten(t).items()}
+    tensors, _ = export_weights(flat, "resnet", arguments_of(model))
+    write_safetensors(folder / name, tensors)
+    return read_weights(str(folder / name))
+
+
+def test_what_a_bare_file_does_not_say_is_told(tmp_path):
+    weights = bare_resnet(tmp_path, "mine.safetensors")
+    assert "pooling and strides without blur" in assumptions(weights)
+    assert recognize(weights)[0] == "resnet"
+    # The name of the file settles it, or not: of other sizes it is another network's.
+    assert "ReLU" in assumptions(bare_resnet(tmp_path, "resnet50-0676ba61.safetensors"))
+    for name in ("resnetaa50-1.safetensors", "resnetblur50.safetensors"):
+        with pytest.raises(UserError, match="So says the name of the file"):
+            recognize(bare_resnet(tmp_path, name))
+
+
+def test_the_name_of_a_file_is_taken_where_its_sizes_are(tmp_path):
+    """OpenAI's CLIP has timm's quick GELU, which no tensor shows."""
+    name = "vit_base_patch32_clip_quickgelu_224"
+    sizes = {**vit.VARIANTS[name], "num_classes": 0}
+    model = build_model("vit", **sizes)
+    like = flatten(abstract(model))
+    flat = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in like.items()}
+    tensors, _ = export_weights(flat, "vit", arguments_of(model))
+    weights = Weights(tensors, {}, None, "x", [tmp_path / f"{name}.openai.safetensors"])
+    assert recognize(weights)[1]["activation"] == "quick_gelu"
+    assert assumptions(weights) == (f"timm's {name}, by the name of the file",)
+    unnamed = Weights(tensors, {}, None, "x", [tmp_path / "x.safetensors"])
+    assert recognize(unnamed)[1]["activation"] == "gelu"
+    assert "activation=gelu" in assumptions(unnamed)
+
+
+def test_a_builder_of_torchvision_that_computes_otherwise_is_refused(tmp_path):
+    weights = bare_resnet(tmp_path, "mine.safetensors")
+    dilated = {"library": "torchvision", "kwargs": {"replace_stride_with_dilation": [0, 1, 1]}}
+    with pytest.raises(UserError, match="replace_stride_with_dilation"):
+        recognize(dataclasses.replace(weights, metadata={"config": dilated}))

@@ -105,6 +105,16 @@ def test_everything_equals_the_twin_and_goes_back():
     assert set(certificate["errors"]["float64"]) == layers | stages | outputs
 
 
+@pytest.mark.parametrize("name", list(TWINS)[:2])
+def test_an_unequal_encoder_and_decoder(name):
+    """In layers, heads and hidden widths."""
+    twin = twin_of(name, encoder_layers=2, decoder_attention_heads=8, decoder_ffn_dim=40)
+    certificate = certify_twin(twin, SIZE, whole=True)
+    assert certificate["pass"], (certificate["reasons"], certificate["errors"])
+    sizes = ("num_heads", "decoder_heads", "mlp_width", "decoder_mlp_width", "encoder_depth")
+    assert [certificate["arguments"][size] for size in sizes] == [4, 8, 48, 40, 2]
+
+
 def imported(spec, dtype=jnp.float64, **changed):
     """(model, variables) of weights."""
     weights = convert.read_weights(str(spec), allow_pickle=True)
@@ -321,9 +331,9 @@ def test_an_unusual_one_goes_where_it_can(tmp_path):
     ("change", "message"),
     [
         ({"position_embedding_type": "learned"}, "position_embedding_type 'learned'"),
-        ({"activation_function": "gelu"}, "activation_function 'gelu': this model has relu"),
+        ({"activation_function": "gelu"}, "activation_function 'gelu' is not supported"),
         ({"model_type": "conditional_detr"}, "model_type 'conditional_detr'"),
-        ({"decoder_attention_heads": 8}, "encoder_attention_heads and decoder_attention_heads"),
+        ({"auxiliary_loss": True}, "auxiliary_loss true"),
         ({"backbone_config": {"downsample_in_bottleneck": True}}, "stride_first True"),
     ],
 )

@@ -176,5 +176,5 @@ def test_a_config_of_another_activation_is_refused(tmp_path):
     twin.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_act": "silu"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="hidden_act 'silu': this model has relu"):
+    with pytest.raises(UserError, match="hidden_act 'silu' is not supported"):
         convert.recognize(convert.read_weights(str(tmp_path)))

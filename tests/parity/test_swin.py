@@ -386,5 +386,5 @@ def test_what_cannot_be_known_or_is_another_model_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no architecture that is known here"):
         find_table(other)
     twin, _ = transformers_twin("SwinModel", 32, 4, use_absolute_embeddings=True)
-    with pytest.raises(UserError, match="absolute position embeddings"):
+    with pytest.raises(UserError, match="use_absolute_embeddings True"):
         convert.recognize(convert.read_weights(twin.save(tmp_path)))

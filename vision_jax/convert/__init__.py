@@ -2,10 +2,12 @@
 
 from vision_jax.convert.load import (
     arguments_of,
+    assumptions,
     class_names_of,
     export_weights,
     import_weights,
     recognize,
+    unknown_fields,
     write_safetensors,
 )
 from vision_jax.convert.read import Weights, read_weights
@@ -14,11 +16,13 @@ from vision_jax.convert.tables import own_naming
 __all__ = [
     "Weights",
     "arguments_of",
+    "assumptions",
     "class_names_of",
     "export_weights",
     "import_weights",
     "own_naming",
     "read_weights",
     "recognize",
+    "unknown_fields",
     "write_safetensors",
 ]

@@ -43,6 +43,7 @@ class Model:
       class_names: by label, where known.
       preprocessing: complete, or None where nothing is known of it.
       recognized: for people: what the source was found to be.
+      remarks: for people: what was assumed, and what of the config was ignored.
     """
 
     params: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Model:
     class_names: Sequence[str] | None
     preprocessing: Mapping[str, Any] | None
     recognized: str
+    remarks: Sequence[str] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,6 +137,8 @@ def _run(flags: argparse.Namespace) -> int:
         _check_free(flags.out)
     model = read_model(flags.source, flags.allow_pickle, flags.checkpoint, flags.drop)
     print(model.recognized, flush=True)
+    for remark in model.remarks:
+        print(remark)
     to = flags.to or own_naming(model.family)
     if flags.dry_run:
         table_for_export(to, model.family, model.arguments).config(model.arguments)
@@ -205,7 +209,19 @@ def _from_weights(weights: Any) -> Model:
         f"{weights.origin}: {table.source} {family} ({table.kind}; "
         f"{_differing(family, arguments)}): {consumed} tensors consumed{dropped}, "
         f"{len(params)} parameters filled",
+        _remarks(weights),
     )
+
+
+def _remarks(weights: Any) -> list[str]:
+    from vision_jax import convert
+
+    remarks = []
+    if assumed := convert.assumptions(weights):
+        remarks.append(f"assumed, since no config came with it: {', '.join(assumed)}")
+    if ignored := convert.unknown_fields(weights):
+        remarks.append(f"fields of its config.json that nobody knows: {', '.join(ignored[:8])}")
+    return remarks
 
 
 def _class_names(weights: Any, num_classes: int) -> list[str] | None:

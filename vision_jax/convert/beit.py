@@ -27,6 +27,7 @@ from vision_jax.convert.engine import (
     one,
     tree_shapes,
 )
+from vision_jax.convert.fields import Fields
 from vision_jax.convert.table import (
     Arguments,
     Entry,
@@ -129,6 +130,25 @@ _ACTIVATIONS = {
     "relu": "relu",
     "relu6": "relu6",
 }
+
+
+_FIELDS = Fields(
+    types=("beit", "data2vec-vision"),
+    used="layer_norm_eps hidden_act",
+    seen="image_size patch_size num_channels hidden_size num_hidden_layers num_attention_heads "
+    "intermediate_size use_absolute_position_embeddings use_relative_position_bias "
+    "use_shared_relative_position_bias use_mean_pooling layer_scale_init_value",
+    # Training, the mask token of pretraining, and the heads for segmentation.
+    free="hidden_dropout_prob attention_probs_dropout_prob initializer_range drop_path_rate "
+    "use_mask_token vocab_size pool_scales use_auxiliary_head auxiliary_loss_weight "
+    "auxiliary_channels auxiliary_num_convs auxiliary_concat_input semantic_loss_ignore_index "
+    "add_fpn reshape_hidden_states stage_names out_features out_indices segmentation_indices",
+)
+_MASKED_FIELDS = replace(  # without a pooler
+    _FIELDS,
+    seen=_FIELDS.seen.replace("use_mean_pooling ", ""),
+    free=f"{_FIELDS.free} use_mean_pooling",
+)
 
 
 def _rules(names: Names, arguments: Arguments) -> Rules:
@@ -443,6 +463,7 @@ def _table(source: str, kind: str, names: Names, *anchors: str, **arguments: Any
         rules=partial(_rules, names),
         recognizes=partial(_is_beit, names),
         modules=partial(_modules, source),
+        unseen=("activation", "pool", "layer_norm_eps"),
         adapt=adapt,
         **arguments,
     )
@@ -461,6 +482,7 @@ TABLES = (
         "timm",
         _TIMM,
         # Microsoft's files of the pretraining: its token, its head and v2's decoder.
+        file_names=r"beit(v2)?_(base|large)_patch16_\d{3}",
         dropped=("mask_token", r"lm_head\..*", r"cls_pt_layers\..*"),
         holds=partial(_holds, "timm"),
         config=_timm_config,
@@ -474,6 +496,8 @@ TABLES = (
         prefixes=("beit.",),
         dropped=(_MASK_TOKEN, r"lm_head\..*"),
         holds=_nothing_holds,
+        config=_transformers_config,
+        fields=_MASKED_FIELDS,
     ),
     _table(
         "transformers",
@@ -483,6 +507,7 @@ TABLES = (
         dropped=(_MASK_TOKEN,),
         holds=partial(_holds, "transformers"),
         config=_transformers_config,
+        fields=_FIELDS,
     ),
     _table(
         "transformers",
@@ -491,6 +516,8 @@ TABLES = (
         prefixes=("beit.", ""),
         dropped=(_MASK_TOKEN,),
         holds=_nothing_holds,
+        config=_transformers_config,
+        fields=_FIELDS,
     ),
 )
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from vision_jax.convert.engine import CONV, COPY, LINEAR, POINTWISE, Layout, Rule, affine, norm, one
+from vision_jax.convert.fields import Fields
 from vision_jax.convert.table import (
     Arguments,
     Entry,
@@ -34,6 +35,16 @@ _PER_CHANNEL = Layout(
 )
 _LAST_AXIS = Layout(
     lambda xs: [x[0, 0, 0] for x in xs], lambda xs: [x[None, None, None] for x in xs]
+)
+
+
+_FIELDS = Fields(
+    types=("convnext", "convnextv2"),
+    used="layer_norm_eps",  # of the last norm
+    seen="num_channels patch_size num_stages hidden_sizes depths",
+    free="initializer_range layer_scale_init_value drop_path_rate image_size out_features "
+    "out_indices stage_names",
+    only={"hidden_act": ("gelu",)},
 )
 
 
@@ -162,8 +173,6 @@ def _from_torchvision(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
 
 def _from_transformers(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     config = metadata.get("config", {})
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"config.json: hidden_act {config['hidden_act']!r}: this model has gelu")
     depths = count_blocks(shapes, r"encoder\.stages\.(\d+)\.layers\.(\d+)\.dwconv\.weight")
     first = "encoder.stages.{}.layers.0.{}"
     stem = shapes["embeddings.patch_embeddings.weight"]
@@ -295,6 +304,8 @@ def _transformers_table(kind: str, grn: bool) -> Table:
         holds=lambda a: a["grn"] == grn and _holds("transformers", a),
         config=_transformers_config,
         modules=partial(_modules, "transformers"),
+        fields=_FIELDS,
+        unseen=("head_norm_eps", "GELU"),
     )
 
 
@@ -309,6 +320,8 @@ TABLES = (
         holds=partial(_holds, "timm"),
         config=_timm_config,
         modules=partial(_modules, "timm"),
+        file_names=r"convnext(v2)?_[a-z]+(_(ols|hnf|rms|mlp))*",
+        unseen=("layer_norm_eps", "GELU", "output stride 32"),
     ),
     Table(
         "torchvision",

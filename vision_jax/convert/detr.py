@@ -22,6 +22,7 @@ from vision_jax.convert.engine import (
     norm,
     one,
 )
+from vision_jax.convert.fields import Fields
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES
@@ -34,6 +35,32 @@ _STRUCTURE = ("depths", "block", "widths", "stem_width")
 _TIMM = tuple(f"resnet{size}" for size in (18, 26, 34, 50, 101, 152, 200))
 _TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _RESNETS = {table.source: table.with_prefix("") for table in resnet.TABLES}
+
+
+_LOSS = (
+    "class_cost bbox_cost giou_cost mask_loss_coefficient dice_loss_coefficient "
+    "bbox_loss_coefficient giou_loss_coefficient eos_coefficient"
+)
+_FIELDS = Fields(
+    types=("detr",),
+    used="auxiliary_loss encoder_attention_heads decoder_attention_heads dilation backbone_kwargs",
+    seen="num_channels num_queries encoder_layers encoder_ffn_dim decoder_layers decoder_ffn_dim "
+    "d_model backbone",
+    free=f"encoder_layerdrop decoder_layerdrop dropout attention_dropout activation_dropout "
+    f"init_std init_xavier_std {_LOSS} use_timm_backbone use_pretrained_backbone hidden_size "
+    "num_attention_heads num_hidden_layers max_position_embeddings classifier_dropout "
+    "scale_embedding",
+    only={"activation_function": ("relu",), "position_embedding_type": ("sine",)},
+    inner={
+        "backbone_config": replace(
+            resnet.FIELDS,
+            types=(*resnet.FIELDS.types, "timm_backbone"),
+            used=f"{resnet.FIELDS.used} backbone output_stride out_features out_indices",
+            free="stage_names features_only freeze_batch_norm_2d use_pretrained_backbone "
+            "use_timm_backbone",
+        )
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -182,15 +209,21 @@ def _arguments(names: Names, shapes: Shapes, metadata: Metadata) -> dict[str, An
                 f"the backbone is a ResNet with {name} {value}: not supported in a DETR"
             )
     queries, width = shapes[names.queries]
+    mlp_widths = [
+        shapes[f"{layer.replace('{i}', '0')}{names.mlp[0]}.weight"][0]
+        for layer in (names.encoder, names.decoder)
+    ]
+    from_config = _from_original if names is _ORIGINAL else _from_transformers
     return {
         "num_classes": shapes[f"{names.classes}.weight"][0] - 1,
         **{name: found[name] for name in (*_STRUCTURE, "in_channels")},
         "num_queries": queries,
         "width": width,
-        "mlp_width": shapes[f"{names.encoder.replace('{i}', '0')}{names.mlp[0]}.weight"][0],
+        "mlp_width": mlp_widths[0],
+        "decoder_mlp_width": None if mlp_widths[1] == mlp_widths[0] else mlp_widths[1],
         "encoder_depth": _count(shapes, names.encoder + names.norms[0][0]),
         "decoder_depth": _count(shapes, names.decoder + names.norms[1][0]),
-        **(_from_original(config) if names is _ORIGINAL else _from_transformers(config)),
+        **from_config(config, len(found["depths"])),
     }
 
 
@@ -199,23 +232,38 @@ def _count(shapes: Shapes, name: str) -> int:
     return sum(re.fullmatch(pattern, name) is not None for name in shapes)
 
 
-def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
-    for name, ours in (
-        ("model_type", "detr"),
-        ("activation_function", "relu"),
-        ("position_embedding_type", "sine"),
-    ):
-        if config.get(name, ours) != ours:
-            raise UserError(f"config.json: {name} {config[name]!r}: this model has {ours}")
+def _from_transformers(config: Mapping[str, Any], stages: int) -> dict[str, Any]:
+    if config.get("auxiliary_loss"):
+        raise UserError(
+            "config.json: auxiliary_loss true: transformers 5 then normalizes what a layer of the "
+            "decoder hands to the next, which neither this model nor the original does; set it to "
+            "false if the weights were trained otherwise, as by transformers 4"
+        )
+    # What is left of older configs decides where there is no backbone_config.
+    backbone = config.get("backbone_config") or config.get("backbone_kwargs")
+    stride = backbone.get("output_stride") if backbone else 16 * bool(config.get("dilation"))
+    if stride not in (None, 0, 16, 32):
+        raise UserError(f"config.json: backbone's output_stride {stride!r} is none of 16, 32")
+    names, indices = ((backbone or {}).get(key) for key in ("out_features", "out_indices"))
+    last = (names or [f"stage{stages}"])[-1], (indices or [stages])[-1] % (stages + 1)
+    if last not in ((f"stage{stages}", stages), (f"layer{stages}", stages)):  # timm's name
+        raise UserError(
+            f"config.json: the backbone's out_features {names!r} and out_indices {indices!r} do "
+            f"not end with the last of its {stages} stages"
+        )
     heads = config.get("encoder_attention_heads", HEADS)
-    if config.get("decoder_attention_heads", heads) != heads:
-        raise UserError("config.json: encoder_attention_heads and decoder_attention_heads differ")
-    backbone = config.get("backbone_config")
-    strides = (backbone.get("output_stride"),) if backbone else (16 * bool(config.get("dilation")),)
-    return {"num_heads": heads, "dilation": strides == (16,)}
+    decoding = config.get("decoder_attention_heads", HEADS)
+    return {
+        "num_heads": heads,
+        "decoder_heads": None if decoding == heads else decoding,
+        "dilation": stride == 16,
+    }
 
 
-def _from_original(config: Mapping[str, Any]) -> dict[str, Any]:
+def _from_original(config: Mapping[str, Any], stages: int) -> dict[str, Any]:
+    for name, ours in (("position_embedding", "sine"), ("pre_norm", False), ("masks", False)):
+        if config.get(name, ours) != ours:
+            raise UserError(f"config.json: {name} {config[name]!r}: this model has {ours!r}")
     return {
         "num_heads": config.get("nheads", HEADS),
         "dilation": bool(config.get("dilation", False)),
@@ -229,9 +277,18 @@ def _named(arguments: Arguments) -> str | None:
     return next((name for name in _TIMM if {**defaults, **VARIANTS[name]} == own), None)
 
 
+def decoder_size(arguments: Arguments, name: str) -> int:
+    """The decoder's heads or mlp_width, which are the encoder's unless they are given."""
+    return arguments.get(f"decoder_{name}") or arguments[_ENCODERS[name]]
+
+
+_ENCODERS = {"heads": "num_heads", "mlp_width": "mlp_width"}
+
+
 def _holds(names: Names, arguments: Arguments) -> bool:
     if names is _ORIGINAL:
-        named = _named(arguments) in _TORCHVISION
+        equal = all(decoder_size(arguments, n) == arguments[e] for n, e in _ENCODERS.items())
+        named = equal and _named(arguments) in _TORCHVISION
         return named and (arguments["block"] == BOTTLENECK or not arguments["dilation"])
     if names.resnet == "timm":
         return _named(arguments) is not None
@@ -248,8 +305,11 @@ def _transformers_config(names: Names, arguments: Arguments) -> dict[str, Any]:
         "activation_function": "relu",
         "position_embedding_type": "sine",
         **{f"{part}_layers": a[f"{part}_depth"] for part in ("encoder", "decoder")},
-        **{f"{part}_attention_heads": a["num_heads"] for part in ("encoder", "decoder")},
-        **{f"{part}_ffn_dim": a["mlp_width"] for part in ("encoder", "decoder")},
+        "encoder_attention_heads": a["num_heads"],
+        "decoder_attention_heads": decoder_size(a, "heads"),
+        "encoder_ffn_dim": a["mlp_width"],
+        "decoder_ffn_dim": decoder_size(a, "mlp_width"),
+        "num_channels": a["in_channels"],
     }
     if names.resnet == "timm":
         backbone = {"use_timm_backbone": True, "backbone": _named(a), "dilation": a["dilation"]}
@@ -314,8 +374,10 @@ def _table(source: str, kind: str, names: Names, exported: bool = True) -> Table
         arguments=partial(_arguments, names),
         rules=partial(_rules, names),
         holds=partial(_holds, names) if exported else lambda arguments: False,
+        unseen=("num_heads", "decoder_heads", "dilation"),
         config=own_config,
         modules=partial(_modules, names),
+        fields=None if names is _ORIGINAL else _FIELDS,
     )
 
 

@@ -1,19 +1,22 @@
 """Tables for MobileNetV2, EfficientNet and EfficientNet-Lite.
 
-timm, torchvision's MobileNetV2, transformers' MobileNetV2, and the naming of the packages
-efficientnet-pytorch and efficientnet-lite-pytorch, in which the real Lite checkpoints are.
+timm, torchvision's MobileNetV2 and EfficientNet, transformers' MobileNetV2, and the naming of the
+packages efficientnet-pytorch and efficientnet-lite-pytorch, in which the real Lite checkpoints are.
 
 Sources: timm 1.0 efficientnet.py and _efficientnet_blocks.py; torchvision 0.29
-models/mobilenetv2.py; transformers 5.23 models/mobilenet_v2; efficientnet_lite_pytorch 0.1.0.
+models/mobilenetv2.py and models/efficientnet.py; transformers 5.23 models/mobilenet_v2;
+efficientnet_lite_pytorch 0.1.0.
 """
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 from vision_jax.convert.engine import CONV, POINTWISE, Rule, affine, batch_norm, one
+from vision_jax.convert.fields import Fields
 from vision_jax.convert.table import (
     Arguments,
     Entry,
@@ -48,7 +51,18 @@ _DEFAULTS = {
     if name in _STRUCTURE
 }
 _KNOWN_DEPTHS = {sum(sizes["depths"]): sizes["depths"] for sizes in VARIANTS.values()}
+_TV_SIZES = (224, 240, 288, 300, 380, 456, 528, 600)  # pixels of b0 to b7
 _TV_WIDTHS = tuple(percent / 100 for percent in range(10, 301, 5))
+
+
+_FIELDS = Fields(
+    types=("mobilenet_v2",),
+    used="tf_padding layer_norm_eps",
+    seen="num_channels depth_multiplier finegrained_output depth_divisible_by min_depth "
+    "expand_ratio",
+    free="image_size classifier_dropout_prob initializer_range semantic_loss_ignore_index",
+    only={"output_stride": (32,), "hidden_act": ("relu6",), "first_layer_is_expansion": (True,)},
+)
 
 
 def _rules(
@@ -124,6 +138,33 @@ def _torchvision_rules(a: Arguments) -> list[Rule]:
         ("", ""),
         "classifier.1",
     )
+
+
+def _torchvision_b_rules(a: Arguments) -> list[Rule]:
+    """torchvision's EfficientNet, whose blocks stand in stages and whose gate is one of them."""
+
+    def conv(part: str, expanded: bool) -> tuple[str, str]:
+        # Within a block: expand, depthwise, the gate, project.
+        index = {"expand": 0, "depthwise": 1, "project": 3}[part] - (not expanded)
+        return f"block.{index}.0", f"block.{index}.1"
+
+    end = len(a["depths"]) + 1
+    rules = _rules(
+        a,
+        ("features.0.0", "features.0.1"),
+        (f"features.{end}.0", f"features.{end}.1"),
+        lambda stage, block: f"features.{stage + 1}.{block}",
+        conv,
+        ("block.GATE.fc1", "block.GATE.fc2"),
+        "classifier.1",
+    )
+
+    def gate(name: str) -> str:
+        stage = name.split(".")[1]
+        expanded = ".GATE." in name and a["expansions"][int(stage) - 1] != 1
+        return name.replace("GATE", "2" if expanded else "1")
+
+    return [replace(rule, names=tuple(map(gate, rule.names))) for rule in rules]
 
 
 def _transformers_rules(a: Arguments) -> list[Rule]:
@@ -281,11 +322,39 @@ def _from_torchvision(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     )
 
 
+def _from_torchvision_b(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
+    depths = count_blocks(shapes, r"features\.(\d+)\.(\d+)\.block\.0\.0\.weight")
+    stages = []
+    for stage, depth in enumerate(depths, 1):
+        names = []
+        for block in range(depth):
+            name = f"features.{stage}.{block}.block."
+            expanded = f"{name}3.0.weight" in shapes
+            parts = {"expand": "0.0", "depthwise": "1.0", "squeeze": "2.fc1", "project": "3.0"}
+            if not expanded:
+                parts = {"depthwise": "0.0", "squeeze": "1.fc1", "project": "2.0"}
+            names.append((name, parts))
+        stages.append(_blocks(shapes, names))
+    last = f"features.{len(depths) + 1}.0"
+    found = _from_stages(shapes, stages, "features.0.0", last, "classifier.1")
+    # Its builders of b5, b6 and b7 have another epsilon than those of b0 to b4.
+    large = _torchvision_b({**_DEFAULTS, **found, "batch_norm_eps": 1e-3})
+    return found | {"batch_norm_eps": 1e-3 if large else 1e-5}
+
+
+def _torchvision_b(a: Arguments) -> str | None:
+    """torchvision's builder of an EfficientNet, or None."""
+    structure = {name: a[name] for name in _STRUCTURE}
+    for size in range(8):
+        eps = 1e-3 if size >= 5 else 1e-5
+        known = {**_DEFAULTS, **VARIANTS[f"efficientnet_b{size}"], "batch_norm_eps": eps}
+        if structure == known:
+            return f"efficientnet_b{size}"
+    return None
+
+
 def _from_transformers(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     config = metadata.get("config", {})
-    for name, expected in (("output_stride", 32), ("hidden_act", "relu6")):
-        if config.get(name, expected) != expected:
-            raise UserError(f"config.json: {name} {config[name]!r}: this model has {expected!r}")
     if "conv_stem.expand_1x1.convolution.weight" in shapes:
         raise UserError("config.json: first_layer_is_expansion=False is not supported")
     layers = _count(shapes, r"layer\.(\d+)\.conv_3x3\.convolution\.weight")
@@ -378,6 +447,9 @@ def _modules(source: str, a: Arguments) -> dict[str, str]:
     if source == "timm":
         stages = {f"stage_{i}": f"blocks.{i}" for i in range(len(ends))}
         return {"stem": "bn1", **stages, "pooled": "global_pool"}
+    if source == "torchvision_b":
+        stages = {f"stage_{i}": f"features.{i + 1}" for i in range(len(ends))}
+        return {"stem": "features.0", **stages, "pooled": "avgpool"}
     if source == "torchvision":
         stages = {f"stage_{i}": f"features.{end + 1}" for i, end in enumerate(ends)}
         return {"stem": "features.0", **stages, "pooled": "classifier.0"}
@@ -397,6 +469,8 @@ TABLES = (
         holds=lambda a: _named(a) is not None,
         config=lambda a: {"architecture": _named(a), "model_args": {}},
         modules=partial(_modules, "timm"),
+        file_names=r"(tf_)?(mobilenetv2_\d+d?|efficientnet_(lite|b)\d)",
+        unseen=("same_padding", "batch_norm_eps", "activation", "output stride 32"),
     ),
     Table(
         "torchvision",
@@ -410,6 +484,18 @@ TABLES = (
         modules=partial(_modules, "torchvision"),
     ),
     Table(
+        "torchvision",
+        "efficientnet",
+        "efficientnet",
+        ("features.0.0.weight", "features.1.0.block.1.fc1.weight", "features.2.0.block.3.0.weight"),
+        arguments=_from_torchvision_b,
+        rules=_torchvision_b_rules,
+        holds=lambda a: _torchvision_b(a) is not None,
+        config=lambda a: {"model": _torchvision_b(a), "kwargs": {}},
+        modules=partial(_modules, "torchvision_b"),
+        unseen=("batch_norm_eps",),
+    ),
+    Table(
         "transformers",
         "efficientnet",
         "mobilenet_v2",
@@ -420,6 +506,8 @@ TABLES = (
         holds=lambda a: _transformers_config(a) != {},
         config=_transformers_config,
         modules=partial(_modules, "transformers"),
+        fields=_FIELDS,
+        unseen=("same_padding", "batch_norm_eps", "output stride 32"),
     ),
     Table(
         "efficientnet_pytorch",
@@ -473,7 +561,18 @@ def _entries() -> tuple[Entry, ...]:
         published="torchvision://mobilenet_v2",
         license="BSD-3-Clause",
     )
-    return (*mobile, torchvision, *hub, *lite, *plain)
+    builders = [
+        Entry(
+            f"torchvision/efficientnet_b{i}",
+            "EfficientNet",
+            f"efficientnet_b{i}",
+            image_size=size,
+            published=f"torchvision://efficientnet_b{i}",
+            license="BSD-3-Clause",
+        )
+        for i, size in enumerate(_TV_SIZES)
+    ]
+    return (*mobile, torchvision, *builders, *hub, *lite, *plain)
 
 
 ZOO = _entries()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vision_jax.convert import engine
+from vision_jax.convert.fields import check_values
 from vision_jax.convert.files import Tensors, held
 from vision_jax.convert.files import write_safetensors as write_safetensors
 from vision_jax.convert.processors import shown
@@ -46,11 +47,53 @@ def table_of(weights: Weights) -> Table:
     return _recognize(weights)[0]
 
 
+def assumptions(weights: Weights) -> tuple[str, ...]:
+    """What was assumed of weights without a config, of what their tensors don't show.
+
+    Other networks have such tensors too, whose configs say what they compute.
+    """
+    if weights.metadata.get("config") or weights.metadata.get("vision_jax"):
+        return ()
+    table, arguments = _recognize(weights)
+    name = _named(weights, table)
+    if name and FAMILIES[table.family].variant(name) is not None:
+        return (f"timm's {name}, by the name of the file",)
+    return tuple(f"{it}={arguments[it]}" if it in arguments else it for it in table.unseen)
+
+
+def unknown_fields(weights: Weights) -> tuple[str, ...]:
+    """Names of the fields of config.json that its source ignores, and so does this reader."""
+    fields = _recognize(weights)[0].fields
+    return tuple(check_values(weights.metadata.get("config", {}), fields)) if fields else ()
+
+
+def _named(weights: Weights, table: Table) -> str:
+    """timm's architecture that a lone file is called by, if its tensors are of such sizes."""
+    match = weights.files and re.match(table.file_names, weights.files[0].name.lower())
+    if not table.file_names or not match:
+        return ""
+    sizes = FAMILIES[table.family].variant(match[0]) or {}
+    config = {"architecture": match[0]}
+    try:
+        found = infer_arguments(table, shapes_of(weights.tensors), {"config": config})
+    except UserError as error:
+        raise UserError(
+            f"{error}. So says the name of the file; if it is wrong, rename the file"
+        ) from None
+    told = ("width", "widths", "depth", "depths")
+    agree = all(found[key] == sizes[key] for key in told if key in found and key in sizes)
+    return match[0] if agree else ""
+
+
 def _recognize(weights: Weights) -> tuple[Table, dict[str, Any]]:
     shapes = shapes_of(weights.tensors)
+    metadata = weights.metadata
     try:
         table = find_table(shapes)
-        inferred = infer_arguments(table, shapes, weights.metadata)
+        if not (metadata.get("config") or metadata.get("vision_jax")):
+            if name := _named(weights, table):
+                metadata = {**metadata, "config": {"architecture": name}}
+        inferred = infer_arguments(table, shapes, metadata)
     except UserError as error:
         raise UserError(f"{weights.origin}: {error}") from None
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from vision_jax.convert.engine import CONV, POINTWISE, Rule, affine, batch_norm, one
+from vision_jax.convert.fields import Fields
 from vision_jax.convert.table import (
     Arguments,
     Entry,
@@ -42,6 +43,14 @@ _TORCHVISION = {
     "regnety_320": "regnet_y_32gf",
     "regnety_1280": "regnet_y_128gf",
 }
+
+
+_FIELDS = Fields(
+    types=("regnet",),
+    used="downsample_in_first_stage",
+    seen="num_channels embedding_size hidden_sizes depths groups_width layer_type",
+    only={"hidden_act": ("relu",)},
+)
 
 
 def _rules(
@@ -166,8 +175,6 @@ def _from_torchvision(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
 
 def _from_transformers(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     config = metadata.get("config", {})
-    if config.get("hidden_act", "relu") != "relu":
-        raise UserError(f"config.json: hidden_act {config['hidden_act']!r}: this model has relu")
     block = r"encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.0\.convolution\.weight"
     depths = count_blocks(shapes, block)
     names = {
@@ -247,6 +254,8 @@ TABLES = (
         holds=lambda a: _named(a) is not None,
         config=lambda a: {"architecture": _named(a), "model_args": {}},
         modules=partial(_modules, "stem", "s{}", "head.global_pool", 1),
+        file_names=r"regnet[a-z]_[a-z]?\d+(_sgn|_evos)?",
+        unseen=("ReLU", "output stride 32"),
     ),
     Table(
         "torchvision",
@@ -275,6 +284,8 @@ TABLES = (
         holds=lambda a: a["se_ratio"] in (0, 0.25) and _group_width(a) is not None,
         config=_transformers_config,
         modules=partial(_modules, "{p}embedder", "{{p}}encoder.stages.{}", "{p}pooler", 0),
+        fields=_FIELDS,
+        unseen=("first_stride", "ReLU"),
     ),
 )
 

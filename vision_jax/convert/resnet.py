@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from vision_jax.convert.engine import CONV, Rule, affine, batch_norm, one
+from vision_jax.convert.fields import Fields
 from vision_jax.convert.table import (
     Arguments,
     Entry,
@@ -56,6 +57,15 @@ _STRUCTURE = (
     "stem_pool",
 )
 _DEFAULTS = {name: getattr(ResNet, name) for name in _STRUCTURE if name != "depths"}
+
+
+FIELDS = Fields(
+    types=("resnet",),
+    used="downsample_in_bottleneck downsample_in_first_stage",
+    seen="num_channels embedding_size hidden_sizes depths layer_type",
+    free="out_features out_indices stage_names",
+    only={"hidden_act": ("relu",)},
+)
 
 
 def _convolutions(arguments: Arguments) -> range:
@@ -151,8 +161,6 @@ def _from_transformers(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     bottleneck = first.format(0, 2) in shapes
     outputs = [shapes[first.format(s, 2 if bottleneck else 1)][0] for s in range(len(depths))]
     stem = shapes["embedder.embedder.convolution.weight"]
-    if config.get("hidden_act", "relu") != "relu":
-        raise UserError(f"config.json: hidden_act {config['hidden_act']!r}: this model has relu")
     return {
         "num_classes": shapes["classifier.1.weight"][0] if "classifier.1.weight" in shapes else 0,
         "in_channels": stem[1],
@@ -270,6 +278,8 @@ TABLES = (
             holds=partial(_holds, source),
             config=config,
             modules=partial(_modules, source),
+            file_names=r"(wide_)?[a-z]*resne[xs]?t[a-z0-9]*",
+            unseen=("ReLU", "pooling and strides without blur", "output stride 32"),
         )
         for source, config in (("timm", _timm_config), ("torchvision", _torchvision_config))
     ),
@@ -289,6 +299,8 @@ TABLES = (
         holds=partial(_holds, "transformers"),
         config=_transformers_config,
         modules=partial(_modules, "transformers"),
+        fields=FIELDS,
+        unseen=("stride_first", "first_stride", "ReLU"),
     ),
 )
 

@@ -22,6 +22,7 @@ from vision_jax.convert.engine import (
     norm,
     one,
 )
+from vision_jax.convert.fields import Fields
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
 from vision_jax.convert.vit import Unused
 from vision_jax.errors import UserError
@@ -36,21 +37,43 @@ _PACKED_LINEAR = Layout(
     lambda xs: [np.concatenate([x.T for x in xs])],
 )
 _PACKED_BIAS = Layout(lambda xs: np.split(xs[0], 3), lambda xs: [np.concatenate(xs)])
-# What the config must say, since the model has nothing else.
-_ONLY = {
-    "activation_function": "silu",
-    "decoder_activation_function": "relu",
-    "attention_bias": True,
-    "num_feature_levels": 1,
-}
-_ONLY_BACKBONE = {
-    "hidden_act": "gelu",
-    "use_swiglu_ffn": False,
-    "qkv_bias": True,
-    "apply_layernorm": True,
-    "reshape_hidden_states": True,
-    "layer_norm_eps": 1e-6,
-}
+_FIELDS = Fields(
+    types=("rf_detr",),
+    used="layer_norm_eps decoder_self_attention_heads decoder_cross_attention_heads "
+    "decoder_n_points",
+    seen="hidden_expansion c2f_num_blocks d_model decoder_ffn_dim decoder_layers num_queries "
+    "group_detr",
+    # Training, the loss, and the heads for masks.
+    free="dropout attention_dropout activation_dropout init_std disable_custom_kernels class_cost "
+    "bbox_cost giou_cost class_loss_coefficient dice_loss_coefficient bbox_loss_coefficient "
+    "giou_loss_coefficient eos_coefficient focal_alpha auxiliary_loss mask_loss_coefficient "
+    "mask_point_sample_ratio mask_downsample_ratio mask_class_loss_coefficient "
+    "mask_dice_loss_coefficient segmentation_head_activation_function intermediate_size",
+    only={
+        "activation_function": ("silu",),
+        "decoder_activation_function": ("relu",),
+        "attention_bias": (True,),
+        "num_feature_levels": (1,),
+    },
+    inner={
+        "backbone_config": Fields(
+            types=("rf_detr_dinov2",),
+            used="num_attention_heads num_windows out_features out_indices window_block_indexes",
+            seen="image_size patch_size num_channels hidden_size num_hidden_layers mlp_ratio",
+            free="hidden_dropout_prob attention_probs_dropout_prob initializer_range "
+            "layerscale_value drop_path_rate use_mask_token stage_names",
+            only={
+                "hidden_act": ("gelu",),
+                "use_swiglu_ffn": (False,),
+                "qkv_bias": (True,),
+                "apply_layernorm": (True,),
+                "reshape_hidden_states": (True,),
+                "layer_norm_eps": (1e-6,),
+                "num_register_tokens": (0,),
+            },
+        )
+    },
+)
 
 
 def _rules(arguments: Arguments) -> Rules:
@@ -192,10 +215,6 @@ def _from_config(config: dict[str, Any], arguments: Arguments) -> dict[str, Any]
     """What only config.json says; where it is silent, transformers' defaults."""
     absent = {"num_attention_heads": 6, "out_features": ["stage2", "stage5", "stage8", "stage11"]}
     backbone: dict[str, Any] = config.get("backbone_config") or absent
-    for given, only in ((config, _ONLY), (backbone, _ONLY_BACKBONE)):
-        for name, value in only.items():
-            if given.get(name, value) != value:
-                raise UserError(f"config.json: {name} {given[name]!r}: this model has {value!r}")
     depth = arguments["backbone_depth"]
     stages = ["stem", *(f"stage{index}" for index in range(1, depth + 1))]
     if names := backbone.get("out_features"):
@@ -285,6 +304,8 @@ TABLES = (
         holds=_holds,
         config=_config,
         modules=_modules,
+        fields=_FIELDS,
+        unseen=("num_heads", "cross_heads", "num_windows", "feature_depths", "projector_eps"),
     ),
 )
 

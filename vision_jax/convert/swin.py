@@ -27,6 +27,7 @@ from vision_jax.convert.engine import (
     one,
     tree_shapes,
 )
+from vision_jax.convert.fields import Fields
 from vision_jax.convert.table import (
     Arguments,
     Entry,
@@ -147,6 +148,16 @@ _STRUCTURE = (
     "activation",
 )
 _DEFAULTS = {name: getattr(Swin, name) for name in _STRUCTURE if hasattr(Swin, name)}
+
+_FIELDS = Fields(
+    types=("swin", "swinv2"),
+    used="pretrained_window_sizes layer_norm_eps hidden_act",
+    seen="image_size patch_size num_channels embed_dim depths num_heads window_size mlp_ratio "
+    "qkv_bias",
+    free="hidden_dropout_prob attention_probs_dropout_prob drop_path_rate initializer_range "
+    "encoder_stride num_layers hidden_size stage_names out_features out_indices path_norm",
+    only={"use_absolute_embeddings": (False,)},
+)
 
 # q's and v's bias beside each other in one of ours, whose middle third is nobody's: [D] x 2, [3·D].
 _Q_V = Layout(
@@ -361,8 +372,6 @@ def _from_timm_config(config: Mapping[str, Any], stages: int) -> dict[str, Any]:
 
 
 def _from_transformers_config(config: Mapping[str, Any], stages: int) -> dict[str, Any]:
-    if config.get("use_absolute_embeddings"):
-        raise UserError("config.json: a Swin with absolute position embeddings is not supported")
     said: dict[str, Any] = {}
     if "image_size" in config:
         said["image_size"] = pair(config["image_size"], "image_size")
@@ -544,6 +553,7 @@ def _table(library: str, kind: str, names: Names, *anchors: str, **arguments: An
         arguments=partial(_arguments, names, library),
         rules=partial(_rules, names, library),
         modules=partial(_modules, library),
+        unseen=("image_size", "windows", "pretrained_windows", "activation", "layer_norm_eps"),
         adapt=adapt,
         **arguments,
     )
@@ -560,9 +570,11 @@ def _transformers_table(kind: str, prefix: str, names: Names, anchor: str, versi
         dropped=(r"{p}embeddings\.mask_token", r"decoder\..*"),  # of masked image modeling
         holds=lambda a: a["version"] == version and _holds("transformers", a),
         config=_transformers_config,
+        fields=_FIELDS,
     )
 
 
+_NAMES = r"swin(v2|_s3)?_[a-z0-9_]+?_\d{3}(?=\W|_|$)"
 _BLOCK = "layers.0.blocks.0.attn.proj.weight"
 
 # Microsoft's files, and timm's before 0.9, stand first: they have timm's names, others for merging.
@@ -574,9 +586,18 @@ TABLES = (
         _BLOCK,
         "layers.0.downsample.reduction.weight",
         dropped=(r".*\.attn_mask",),
+        file_names=_NAMES,
         holds=lambda arguments: False,
     ),
-    _table("timm", "timm", _TIMM, _BLOCK, holds=partial(_holds, "timm"), config=_timm_config),
+    _table(
+        "timm",
+        "timm",
+        _TIMM,
+        _BLOCK,
+        file_names=_NAMES,
+        holds=partial(_holds, "timm"),
+        config=_timm_config,
+    ),
     _table(
         "torchvision",
         "torchvision",

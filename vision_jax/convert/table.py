@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vision_jax.convert.engine import Fixed, Rule, Rules
+from vision_jax.convert.fields import Fields
 from vision_jax.errors import UserError
 
 Arguments = Mapping[str, Any]
@@ -88,6 +89,11 @@ class Table:
         the fields of its config, "architectures" and "model_type" among them.
       modules: arguments -> {named intermediate of ours: module of the source's whose output it is}.
       adapt: (path, array, own arguments, wanted arguments) -> array for another image size.
+      fields: all that is known of config.json, where the source is transformers.
+      unseen: what the tensors don't show and the model computes by: arguments, whose values
+        `arguments` takes from config.json, and in words what the model has no argument for.
+      file_names: how timm's architectures of the family begin the names of files, which then say
+        what no config does.
     """
 
     source: str
@@ -103,6 +109,9 @@ class Table:
     config: Callable[[Arguments], dict[str, Any]] = _nothing
     modules: Callable[[Arguments], dict[str, str]] = _nothing
     adapt: Callable[[str, np.ndarray, Arguments, Arguments], np.ndarray] = _unchanged
+    fields: Fields | None = None
+    unseen: tuple[str, ...] = ()
+    file_names: str = ""
 
     def with_prefix(self, prefix: str) -> "Table":
         """The table with `{p}` filled in."""

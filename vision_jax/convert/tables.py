@@ -17,10 +17,11 @@ from vision_jax.convert import (
     swin,
     vit,
 )
+from vision_jax.convert.fields import check_seen, check_values
 from vision_jax.convert.files import Tensors, strip_prefixes
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, without_prefix
 from vision_jax.errors import UserError
-from vision_jax.models.families import FAMILIES
+from vision_jax.models.families import FAMILIES, check_arguments
 
 # The first that matches is the one, so where one table's anchors contain another's it stands first.
 TABLES: tuple[Table, ...] = (
@@ -103,7 +104,33 @@ def infer_arguments(table: Table, shapes: Shapes, metadata: Metadata) -> dict[st
     if isinstance(ours, dict):  # JSON keeps tuples as lists
         return {name: _tuples(value) for name, value in ours.items()}
     (prefix,) = table.prefixes
-    return table.arguments(without_prefix(shapes, prefix), metadata)
+    bare, config = without_prefix(shapes, prefix), metadata.get("config", {})
+    if config.get("library") == "torchvision":
+        _check_builder(config.get("kwargs") or {})
+    if table.fields is None or not config:
+        return table.arguments(bare, metadata)
+    check_values(config, table.fields)
+    found = table.arguments(bare, metadata)
+    check_arguments(table.family, found)
+    check_seen(config, table.fields, table.config({**FAMILIES[table.family].defaults, **found}))
+    return found
+
+
+# Arguments of torchvision's builders that the tensors show, that a table reads, or of training.
+_BUILDER = (
+    "num_classes image_size patch_size num_layers num_heads hidden_dim mlp_dim width_mult groups "
+    "width_per_group embed_dim depths window_size mlp_ratio block downsample_layer dropout "
+    "attention_dropout stochastic_depth_prob zero_init_residual progress weights"
+)
+
+
+def _check_builder(given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if name not in _BUILDER.split() and value not in (None, False):
+            raise UserError(
+                f"config.json: {name} {value!r} of torchvision's builder is not supported: the "
+                "model may compute otherwise"
+            )
 
 
 def table_for_export(to: str, family: str, arguments: Arguments) -> Table:

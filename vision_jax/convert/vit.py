@@ -36,6 +36,7 @@ from vision_jax.convert.engine import (
     norm,
     one,
 )
+from vision_jax.convert.fields import Fields
 from vision_jax.convert.table import Arguments, Entry, Table
 from vision_jax.convert.vit_arguments import infer_arguments
 from vision_jax.models.vit import VARIANTS, ViT
@@ -430,9 +431,8 @@ def _transformers_config(kind: str, a: Arguments) -> dict[str, Any]:
         "layer_norm_eps": a["layer_norm_eps"],
     }
     if model_type.startswith("dinov2"):
-        config["mlp_ratio"] = a["mlp_width"] // a["width"]
-        if a["gated_mlp"]:
-            config |= {"mlp_ratio": _swiglu_ratio(a), "use_swiglu_ffn": True}
+        ratio = _swiglu_ratio(a) if a["gated_mlp"] else a["mlp_width"] // a["width"]
+        config |= {"mlp_ratio": ratio, "use_swiglu_ffn": a["gated_mlp"]}
         if model_type == "dinov2":
             config["use_mask_token"] = False
         else:
@@ -450,6 +450,47 @@ def _transformers_config(kind: str, a: Arguments) -> dict[str, Any]:
         config = {"vision_config": tower}
     architecture = headed if a["num_classes"] else headless
     return {"model_type": model_type, "architectures": [architecture], **config}
+
+
+_OF_ALL = "hidden_size num_hidden_layers num_attention_heads image_size patch_size num_channels"
+_BLOCKS = Fields(
+    used="hidden_act layer_norm_eps",
+    seen=f"{_OF_ALL} intermediate_size qkv_bias",
+    # Dropout, the pooler that is no part of the features, and the heads of pretraining.
+    free="hidden_dropout_prob attention_probs_dropout_prob initializer_range encoder_stride "
+    "pooler_output_size pooler_act decoder_num_attention_heads decoder_hidden_size "
+    "decoder_num_hidden_layers decoder_intermediate_size mask_ratio norm_pix_loss",
+)
+_TOWER_FIELDS = Fields(
+    used="hidden_act layer_norm_eps",
+    seen=f"{_OF_ALL} intermediate_size projection_dim",
+    free="attention_dropout dropout initializer_range initializer_factor logit_scale_init_value",
+    only={"vision_use_head": (True,)},
+)
+
+
+def _fields(kind: str) -> Fields:
+    """What config.json may say beside such tensors."""
+    if kind.startswith("deit"):
+        return replace(_BLOCKS, types=("deit",))
+    if kind.startswith("dinov2"):
+        return Fields(
+            types=("dinov2_with_registers" if "registers" in kind else "dinov2",),
+            used="hidden_act layer_norm_eps",
+            seen=f"{_OF_ALL} mlp_ratio use_swiglu_ffn num_register_tokens qkv_bias",
+            free="hidden_dropout_prob attention_probs_dropout_prob initializer_range "
+            "layerscale_value drop_path_rate apply_layernorm reshape_hidden_states use_mask_token "
+            "stage_names out_features out_indices interpolate_antialias interpolate_offset",
+        )
+    if kind == "vit":
+        return replace(_BLOCKS, types=("vit", "vit_mae"))
+    name = kind.partition("_")[0]
+    tower = replace(_TOWER_FIELDS, types=(f"{name}_vision_model", name))
+    if kind == "siglip_classifier":  # its attention pooling takes no part
+        tower = replace(tower, free=f"{tower.free} vision_use_head", only={})
+    both = {"vision_config": tower, "vision_config_dict": tower}
+    texts = "text_config text_config_dict projection_dim"
+    return replace(tower, free=f"{tower.free} {texts}", inner=both)
 
 
 # Named intermediates ------------------------------------------------------------------------------
@@ -501,6 +542,7 @@ def _table(
         arguments=partial(infer_arguments, source, bare, defaults or {}),
         rules=expanded,
         adapt=adapt,
+        unseen=("num_heads", "activation", "pool", "layer_norm_eps"),
         **more,
     )
 
@@ -528,6 +570,7 @@ def _transformers(
         holds=partial(_holds_transformers, kind) if written else lambda arguments: False,
         config=partial(_transformers_config, kind),
         modules=partial(_modules, *modules),
+        fields=_fields(kind),
         **more,
     )
 
@@ -586,6 +629,7 @@ TABLES = (
             defaults,
             # MAE's and DINOv2's own pretraining files name their encoders as timm does.
             dropped=("mask_token", r"decoder_.*"),
+            file_names=r"(vit|deit3?)_[a-z0-9_]+?(?=[-.]|$)",
             holds=partial(_holds_timm, after),
             config=_timm_config,
             modules=partial(_modules, "norm_pre", "blocks.{}", "fc_norm"),

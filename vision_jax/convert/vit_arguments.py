@@ -44,7 +44,9 @@ TIMM_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"_large_patch16_siglip_(gap_)?512$", {"activation": "gelu_tanh"}),
 )
 # Same tensors as a ViT, other arithmetic: reading them as a ViT would be silently wrong.
-TIMM_OTHER = r"_rpn_|^vit_d?pwee_|^vit_d(wee|little)_|_(xp|relpos|srelpos|mci|rope)_|radio|^eva"
+TIMM_OTHER = (
+    r"_rpn_|_pe_|^vit_d?pwee_|^vit_d(wee|little)_|_(xp|relpos|srelpos|mci|rope)_|radio|^eva"
+)
 
 
 def infer_arguments(
@@ -126,8 +128,7 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_transformers_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(config.get("vision_config"), dict):  # of a model with a text tower
-        config = config["vision_config"]
+    config = vision_config(config)
     said: dict[str, Any] = {}
     if "num_attention_heads" in config:
         said["num_heads"] = config["num_attention_heads"]
@@ -138,6 +139,15 @@ def _from_transformers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "image_size" in config:
         said["image_size"] = pair(config["image_size"], "image_size")
     return said
+
+
+def vision_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a model with a text tower the image tower's, as transformers reads it."""
+    tower = config.get("vision_config")
+    older = config.get("vision_config_dict")  # which comes before the other
+    if not (isinstance(tower, dict) or isinstance(older, dict)):
+        return config
+    return {**(tower or {}), **(older or {})}
 
 
 def from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str, Any]:

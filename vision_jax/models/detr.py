@@ -115,8 +115,9 @@ class Detr(nn.Module):
       depths, block, widths, stem_width: of the ResNet, as there.
       dilation: the ResNet's last stage keeps the grid of the one before (DC5).
       num_queries: Q, the most objects that an image can have.
-      width: of the transformer, a multiple of 4 and of `num_heads`.
+      width: of the transformer, a multiple of 4 and of the heads.
       num_heads, mlp_width, encoder_depth, decoder_depth: of the transformer.
+      decoder_heads, decoder_mlp_width: the decoder's, if not the encoder's.
       grid_queries: queries start in a grid and attend near their boxes; not in the references.
       in_channels: of the images; `mean` and `std` have as many entries.
       mean, std: per-channel normalization of the images.
@@ -141,6 +142,8 @@ class Detr(nn.Module):
     mlp_width: int = 2048
     encoder_depth: int = 6
     decoder_depth: int = 6
+    decoder_heads: int | None = None
+    decoder_mlp_width: int | None = None
     grid_queries: bool = False
     in_channels: int = 3
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -229,6 +232,8 @@ class Detr(nn.Module):
 
         layer_of = nn.remat(Layer, static_argnums=(3,)) if self.remat else Layer
         shared = (self.num_heads, self.mlp_width, self.dropout, self.dtype)
+        heads = self.decoder_heads or self.num_heads
+        decoding = (heads, self.decoder_mlp_width or self.mlp_width, *shared[2:])
         for index in range(self.encoder_depth):
             x = layer_of(*shared, name=f"encoder_{index}")(x, positions, train, bias)
             features[f"encoder_{index}"] = x
@@ -244,8 +249,8 @@ class Detr(nn.Module):
             near = bias
             if self.grid_queries:
                 box = lax.stop_gradient(box)
-                near = bias + _nearness(nn.sigmoid(box), valid, self.num_heads)
-            layer = layer_of(*shared, name=f"decoder_{index}")
+                near = bias + _nearness(nn.sigmoid(box), valid, heads)
+            layer = layer_of(*decoding, name=f"decoder_{index}")
             y = layer(y, queries, train, near, x, positions)
             features[f"decoder_{index}"] = y
             outputs.append(norm(y))
