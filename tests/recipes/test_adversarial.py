@@ -284,9 +284,8 @@ def test_without_attacks_an_evaluation_says_nothing_of_them():
     ],
 )
 def test_what_is_refused(fields, named, tmp_path):
-    config = runs.tiny_config(recipes=ON, **fields)
     with pytest.raises(UserError) as caught:
-        train.run(config, tmp_path / "run")
+        train.run(runs.tiny_config(recipes=ON, **fields), tmp_path / "run")
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
