@@ -90,9 +90,9 @@ def _recognize(weights: Weights) -> tuple[Table, dict[str, Any]]:
     metadata = weights.metadata
     try:
         table = find_table(shapes)
-        if not (metadata.get("config") or metadata.get("vision_jax")):
-            if name := _named(weights, table):
-                metadata = {**metadata, "config": {"architecture": name}}
+        bare = not (metadata.get("config") or metadata.get("vision_jax"))
+        if bare and (name := _named(weights, table)):
+            metadata = {**metadata, "config": {"architecture": name}}
         inferred = infer_arguments(table, shapes, metadata)
     except UserError as error:
         raise UserError(f"{weights.origin}: {error}") from None
