@@ -68,12 +68,12 @@ def end(text: str, code: int) -> None:
     """
     client = _store()
     if client is None:
-        print(text, file=sys.stderr) if text else None
+        if text:
+            print(text, file=sys.stderr)
         return
     if text and "error: " not in text:
-        time.sleep(
-            GRACE
-        )  # a collective breaks when a process ends: that one's reason is the reason
+        # A collective breaks when another process ends: that one's reason is the reason.
+        time.sleep(GRACE)
     if not _ending.acquire(blocking=False):
         time.sleep(4 * GRACE)  # the watch is ending this process
     if not text:
