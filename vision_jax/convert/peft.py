@@ -41,9 +41,9 @@ from vision_jax.convert.engine import (
     export_tensors,
     import_tensors,
 )
+from vision_jax.convert.files import open_safetensors
 from vision_jax.convert.load import write_safetensors
 from vision_jax.convert.patterns import Matcher
-from vision_jax.convert.read import read_weights
 from vision_jax.convert.table import Arguments, Table
 from vision_jax.convert.tables import TABLES, naming_for_export
 from vision_jax.convert.vit import JOIN_BIAS, JOIN_LINEAR
@@ -209,7 +209,8 @@ def read_adapter(
     found: dict[str, dict[str, np.ndarray]] = {}  # by module
     saved: dict[str, np.ndarray] = {}
     called: dict[str, str] = {}  # a module's name as the patterns of the config know it
-    tensors = read_weights(str(directory / TENSORS_FILE)).tensors
+    # By the names that stand in the file: the patterns of the config are about those.
+    tensors, _ = open_safetensors(directory / TENSORS_FILE)
     for original in tensors:
         if len(original) > MAX_NAME:
             raise UserError(f"{directory / TENSORS_FILE}: a name of {len(original)} characters")
