@@ -95,14 +95,20 @@ def detr_loss(
     weights = jnp.where(classes == no_object, no_object_weight, 1.0).astype(logits.dtype)
     weights *= mask[None, :, None]
     whole_targets, whole_mask = _whole((target_mask, mask), whole)
-    boxes_a_row, images_a_row = (_a_row(x, logits.dtype) for x in (whole_targets, whole_mask))
+    num_boxes, num_images = _counts(whole_targets, whole_mask)
+    boxes_a_row, images_a_row = (
+        _a_row(n, whole_mask, logits.dtype) for n in (num_boxes, num_images)
+    )
     count = _alone(target_mask) if alone else boxes_a_row
     terms, iou = _box_terms(boxes, query, target_boxes, target_mask, count)
     # Of each image: a query for each target, and the others, which are without.
-    found = (target_mask if alone else whole_targets).sum(1)
-    total = no_object_weight * (logits.shape[2] - found) + found
-    total = jnp.where(mask if alone else whole_mask, total, 0).astype(logits.dtype)
-    total = total[None] if alone else total.mean()
+    if alone:
+        found = target_mask.sum(1)
+        total = no_object_weight * (logits.shape[2] - found) + found
+        total = jnp.where(mask, total, 0).astype(logits.dtype)[None]
+    else:
+        total = no_object_weight * (logits.shape[2] * num_images - num_boxes) + num_boxes
+        total = (total / len(whole_mask)).astype(logits.dtype)
     terms["loss_ce"] = -(weights * log_likelihood).sum(2) / jnp.where(total > 0, total, 1)
 
     best = jnp.argmax(logits[-1], axis=-1)  # [B, Q]
@@ -199,8 +205,9 @@ def sigmoid_detr_loss(
     label, all_mask = (jnp.tile(array, (1, groups)) for array in (label, target_mask))
     target_boxes = jnp.tile(target_boxes, (1, groups, 1))
     whole_targets, whole_mask = _whole((target_mask, mask), whole)
-    images_a_row = _a_row(whole_mask, logits.dtype)
-    boxes_a_row = _a_row(jnp.tile(whole_targets, (1, groups)), logits.dtype)
+    num_boxes, num_images = _counts(whole_targets, whole_mask)
+    images_a_row = _a_row(num_images, whole_mask, logits.dtype)
+    boxes_a_row = _a_row(groups * num_boxes, whole_mask, logits.dtype)
     count = _alone(all_mask) if alone else boxes_a_row
     terms, iou = _box_terms(boxes, query, target_boxes, all_mask, count)
     flat = logits.reshape(*logits.shape[:2], -1)  # [L, B, groups · Q · K]
@@ -262,9 +269,18 @@ def _whole(own: Masks, whole: Masks | None) -> Masks:
     return target_mask & mask[:, None], mask
 
 
-def _a_row(mask: Array, dtype: jnp.dtype) -> Array:
-    """How many of a mask[B, ...] are true in the mean over B, f[]; at least one in all."""
-    return (jnp.maximum(mask.sum(), 1) / len(mask)).astype(dtype)
+def _counts(target_mask: Array, mask: Array) -> Array:
+    """i[2], the true ones of target_mask[B, T] and of mask[B].
+
+    Both in one sum over B: of sums that wait for nothing, devices of one CPU may begin one each and
+    wait for each other for ever.
+    """
+    return jnp.stack([target_mask.sum(1), mask.astype(int)]).sum(1)
+
+
+def _a_row(count: Array, mask: Array, dtype: jnp.dtype) -> Array:
+    """The count in the mean over B of mask[B], f[]; at least one in all."""
+    return (jnp.maximum(count, 1) / len(mask)).astype(dtype)
 
 
 def _alone(target_mask: Array) -> Array:
