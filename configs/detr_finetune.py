@@ -9,10 +9,11 @@ Expected:  depends on the data; some hundred images with boxes reach a usable AP
 stay at 0. Other recipes are overrides of this one:
 
     the whole paper's schedule   --config.total_steps=... --config.optim.schedule=step
-    a frozen backbone            --config.trainable="(?!backbone).*" --config.optim.rates="()"
+    a frozen backbone            --config.trainable="(?!backbone).*"
+                                 --config.optim.lr_multipliers="()"
     LoRA                         --config.recipes=lora --config.lora.rules=".*attn/(q|v)/kernel"
                                  --config.trainable="(class_head|box_head)/.*"
-                                 --config.optim.rates="()"
+                                 --config.optim.lr_multipliers="()"
     dilated C5                   --config.model.weights=hf://facebook/detr-resnet-50-dc5
     smaller, faster              --config.data.short=480 --config.data.longest=800
 """
@@ -35,7 +36,7 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.1
     config.model.freeze_norm = True
 
-    config.optim.rates = (("backbone/.*", 0.1),)
+    config.optim.lr_multipliers = (("backbone/.*", 0.1),)
 
     config.data.shorts = (480, 544, 608, 672, 736, 800)
     config.data.threads = 4

@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.optim.schedule = "constant"
     config.optim.warmup_steps = 0
     config.optim.layer_decay = 0.8
-    config.optim.rates = (("backbone/.*", 0.735), (r"(decoder_|position_fc).*", 0.7))
+    config.optim.lr_multipliers = (("backbone/.*", 0.735), (r"(decoder_|position_fc).*", 0.7))
     config.optim.ema_decay = 0.993
 
     config.data.buckets = 1  # all images are squares of model.image_size

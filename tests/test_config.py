@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from vision_jax import optim, setup
 from vision_jax.config import (
     check_ranges,
+    default_config,
     differences,
     fields,
     fields_of,
@@ -20,8 +21,8 @@ from vision_jax.config import (
     save_config,
 )
 from vision_jax.config.__main__ import main as show_config
-from vision_jax.config.fields import FIELDS, FILTERS, TASKS
-from vision_jax.config.hints import ELSEWHERE, WORDS, suggest
+from vision_jax.config.fields import FIELDS, FILTERS, RECIPES, TASKS
+from vision_jax.config.hints import ELSEWHERE, RENAMED, WORDS, suggest
 from vision_jax.config.literals import read_literal
 from vision_jax.data import pipeline, transforms
 from vision_jax.errors import UserError, UserErrors, nearest
@@ -62,7 +63,7 @@ CONFIG = str(runs.ROOT / "configs/vit_lora.py")
         ("data.eval", "''", ""),
         ("data.train", '"a b/c"', "a b/c"),
         ("recipes", "lora", ("lora",)),
-        ("optim.rates", "(('head/.*', 1/2),)", (("head/.*", 0.5),)),
+        ("optim.lr_multipliers", "(('head/.*', 1/2),)", (("head/.*", 0.5),)),
     ],
 )
 def test_overrides_have_the_type_of_the_field(name, text, value):
@@ -249,10 +250,56 @@ def test_literals_are_bounded(text):
     assert time.monotonic() - start < 5
 
 
+def test_a_field_that_was_renamed_names_the_new_one(tmp_path):
+    """Old names of RENAMED; what else is asked of a command line, a config and a JSON file."""
+    said = "`optim.rates`: it is `optim.lr_multipliers` now"
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_config(CONFIG, {"optim.rates": "()"})
+    (tmp_path / "mine.json").write_text('{"optim": {"rates": []}}')
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_config(str(tmp_path / "mine.json"), {})
+    (tmp_path / "mine.py").write_text(
+        "from vision_jax.config import default_config\n"
+        "def get_config():\n    config = default_config('detection')\n"
+        "    config.optim.rates = ()\n    return config\n"
+    )
+    with pytest.raises(UserError, match=r"mine.py:4: .*`rates`: it is `optim.lr_multipliers` now"):
+        load_config(str(tmp_path / "mine.py"), {})
+    names = {field.name for field in FIELDS}
+    assert set(RENAMED.values()) <= names
+    assert not names & set(RENAMED)
+
+
+def test_an_older_runs_renamed_field_keeps_its_value(older):
+    def change(config):
+        del config["optim"]["lr_multipliers"]
+        config["optim"]["rates"] = [["head/.*", 0.5]]
+
+    config, notes = read_config(older(change), {})
+    assert config.optim.lr_multipliers == (("head/.*", 0.5),)
+    (note,) = notes
+    assert note.endswith("optim.rates is optim.lr_multipliers now, and keeps its value")
+
+
+def test_a_task_is_one_more_line_of_the_list(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"'dummy' is none of classification, detection"):
+        default_config("dummy")
+    monkeypatch.setitem(TASKS, "dummy", "nowhere")
+    monkeypatch.setitem(RECIPES, "shake", "nowhere")
+    (tmp_path / "mine.json").write_text('{"task": "dummy", "recipes": ["shake"]}')
+    config = load_config(str(tmp_path / "mine.json"), {})
+    assert (config.task, config.recipes) == ("dummy", ("shake",))
+    shared = {field.name for field in FIELDS if field.tasks is None}
+    assert fields(config).keys() == fields_of("dummy").keys() == shared
+    with pytest.raises(UserError, match="must be a tuple of lora, adversarial, distill, shake"):
+        load_config(str(tmp_path / "mine.json"), {"recipes": "shale"})
+    assert fields_of("classification")["task"].check.wanted.endswith("detection or dummy")
+
+
 def test_defaults_are_in_range_and_every_field_is_explained():
     for task in TASKS:
         table = fields_of(task)
-        assert sum(task in field.tasks for field in FIELDS) == len(table)  # each once
+        assert sum(task in (field.tasks or TASKS) for field in FIELDS) == len(table)  # each once
         for name, field in table.items():
             assert field.check.fits(field.default), name
             assert field.help, name
@@ -268,7 +315,7 @@ def test_choices_are_those_of_the_code():
     ):
         assert all(map(table[name].check.fits, choices)), name
         assert table[name].check.wanted == f"{', '.join([*choices][:-1])} or {[*choices][-1]}"
-    assert tuple(setup.TASKS) == TASKS
+    assert list(setup.TASKS) == list(TASKS)
     assert tuple(transforms.INTERPOLATIONS) == FILTERS
 
 
@@ -288,7 +335,7 @@ def older(tmp_path):
 
 def test_an_older_runs_config_is_filled_with_todays_defaults(older):
     def change(config):
-        del config["optim"]["rates"]
+        del config["optim"]["lr_multipliers"]
         del config["distill"]
 
     config, notes = read_config(older(change), {"distill.weight": "0.25"})
@@ -296,7 +343,7 @@ def test_an_older_runs_config_is_filled_with_todays_defaults(older):
     assert differences(wanted, config) == []
     (note,) = notes
     assert "config.json lacks fields" in note
-    assert "distill.*, optim.rates = ()" in note
+    assert "distill.*, optim.lr_multipliers = ()" in note
 
 
 def test_fields_that_an_older_run_had_are_named_and_left_out(older):

@@ -140,7 +140,7 @@ def test_one_compile_a_canvas(tmp_path, monkeypatch):
         data__longest=64,
         data__buckets=2,
         trainable=("class_head/.*",),
-        optim__rates=(),
+        optim__lr_multipliers=(),
         total_steps=20,
         evaluate__every=20,
         checkpoint_every=20,
@@ -217,7 +217,7 @@ def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
         ({"data__eval": "missing.json"}, r"missing\.json"),
         ({"task": "segmentation"}, "config.task"),
         ({"data__interpolation": "cubic"}, "interpolation"),
-        ({"optim__rates": (("spine/.*", 0.1),)}, "config.optim.rates"),
+        ({"optim__lr_multipliers": (("spine/.*", 0.1),)}, "config.optim.lr_multipliers"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, changes, message):
@@ -235,7 +235,7 @@ def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(tmp_path)
         data__eval_images="",
         data__holdout=0.25,
         trainable=("class_head/.*", "box_head/.*"),
-        optim__rates=(),
+        optim__lr_multipliers=(),
         total_steps=4,
         evaluate__every=0,  # once an epoch: 12 images in batches of 8
     )
@@ -270,7 +270,7 @@ def test_accumulation_is_the_larger_batch(family):
     config = detection_runs.tiny_config(
         trainable=("class_head/.*", "box_head/.*"),
         model__dropout=0.0,
-        optim__rates=(),
+        optim__lr_multipliers=(),
         optim__clip_norm=0.0,
         **(detection_runs.RF_DETR if family == "rf_detr" else {}),
     )

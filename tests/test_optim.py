@@ -259,7 +259,7 @@ def test_rates_multiply_on_top_of_layers_and_the_first_that_matches_counts():
 
     layers = {"layer_of": layer_of, "num_layers": 3, "layer_decay": 0.5}
     plain = first_update(**layers)
-    scaled = first_update(**layers, rates=(("head/.*", 0.25), (".*kernel", 4.0)))
+    scaled = first_update(**layers, lr_multipliers=(("head/.*", 0.25), (".*kernel", 4.0)))
     for path in params:
         factor = 0.25 if path.startswith("head") else 4.0 if path.endswith("kernel") else 1.0
         np.testing.assert_array_equal(scaled[path], factor * plain[path])
@@ -335,7 +335,7 @@ def test_average_follows_the_weights_with_a_warmed_up_decay():
         ("adamw", {"layer_decay": 0.0}, "layer_decay"),
         ("adamw", {"layer_decay": 0.9}, "needs layer_of"),
         ("adamw", {"layer_decay": 0.9, "layer_of": lambda path: 5, "num_layers": 3}, "in layer 5"),
-        ("adamw", {"rates": (("bakbone/.*", 0.1),)}, "optim.rates: rule"),
+        ("adamw", {"lr_multipliers": (("bakbone/.*", 0.1),)}, "optim.lr_multipliers: rule"),
     ],
 )
 def test_impossible_optimizer_is_a_user_error(name, changed, message):

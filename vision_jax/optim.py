@@ -100,7 +100,7 @@ def make_optimizer(
     layer_of: Callable[[str], int] | None = None,
     num_layers: int = 1,
     layer_decay: float = 1.0,
-    rates: Sequence[tuple[str, float]] = (),
+    lr_multipliers: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
     """The whole chain from a gradient to the number that is added to each parameter.
 
@@ -134,8 +134,9 @@ def make_optimizer(
       num_layers: how many layers `layer_of` counts.
       layer_decay: update and decay of layer l are multiplied by layer_decay^(num_layers - 1 - l),
         as timm's lr_scale does (param_groups_layer_decay); 1 is off.
-      rates: (regex over whole paths, factor of update and decay); the first that matches counts, a
-        rule that matches nothing is an error. A detector's backbone: (("backbone/.*", 0.1),).
+      lr_multipliers: (regex over whole paths, factor of update and decay); the first that matches
+        counts, a rule that matches nothing is an error. A detector's backbone:
+        (("backbone/.*", 0.1),).
 
     Raises:
       UserError: an unknown name, a number out of range, or a layer out of range.
@@ -175,10 +176,11 @@ def make_optimizer(
             raise UserError(f"layer_decay = {layer_decay} needs layer_of, which counts the layers")
         depths = {path: layer_of(path) for path in params}
         factors = _layer_factors(depths, num_layers, layer_decay)
-    if rates:
-        paths.select(params, [pattern for pattern, _ in rates], field="config.optim.rates")
+    if lr_multipliers:
+        patterns = [pattern for pattern, _ in lr_multipliers]
+        paths.select(params, patterns, field="config.optim.lr_multipliers")
         for path in params:
-            chosen = (factor for pattern, factor in rates if re.fullmatch(pattern, path))
+            chosen = (factor for pattern, factor in lr_multipliers if re.fullmatch(pattern, path))
             factors[path] = factors.get(path, 1.0) * next(chosen, 1.0)
     scale = [_scale_paths(factors)] if factors else []
     return optax.chain(*clip, *rule, *scale)

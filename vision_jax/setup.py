@@ -725,7 +725,7 @@ def make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any
         ),
         num_layers=model.num_layers,
         layer_decay=settings.layer_decay,
-        rates=settings.rates,
+        lr_multipliers=settings.lr_multipliers,
     )
     return schedule, tx
 

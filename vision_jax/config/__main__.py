@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from vision_jax.config import TASKS, default_config, fields, fields_of, read_config
+from vision_jax.config.fields import CLASSIFICATION
 from vision_jax.errors import UserError
 
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", nargs="?", default=TASKS[0], help="a task or a config file")
+    parser.add_argument("config", nargs="?", default=CLASSIFICATION, help="a task or a config file")
     given = parser.parse_args(arguments).config
     try:
         config = default_config(given) if given in TASKS else read_config(given, {})[0]

@@ -5,15 +5,20 @@ A config is these fields with what its file changes. `python -m vision_jax.confi
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Value = Any
 
-TASKS = ("classification", "detection")
-CLASSIFICATION, DETECTION = TASKS
-RECIPES = ("lora", "adversarial", "distill")
+# What there is to choose from, and the module of each; looked up when a config is checked.
+TASKS = {"classification": "vision_jax.classify", "detection": "vision_jax.detect"}
+RECIPES = {
+    "lora": "vision_jax.trees.lora",
+    "adversarial": "vision_jax.recipes.adversarial",
+    "distill": "vision_jax.recipes.distillation",
+}
+CLASSIFICATION, DETECTION = "classification", "detection"
 # What distill.features may compare (recipes/distillation.py).
 FEATURES = (
     "hint",
@@ -30,7 +35,11 @@ class Check:
     """What a value must be beside its type: the test, and "it must be `wanted`"."""
 
     fits: Callable[[Value], bool]
-    wanted: str
+    words: str | Callable[[], str]
+
+    @property
+    def wanted(self) -> str:
+        return self.words if isinstance(self.words, str) else self.words()
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Field:
       default: what it is where nobody says otherwise; also its type.
       check: what a value must be.
       help: one line.
-      tasks: that have it.
+      tasks: that have it; None for all there are.
       instead: defaults of other tasks, by task.
     """
 
@@ -50,7 +59,7 @@ class Field:
     default: Value
     check: Check
     help: str
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] | None = None
     instead: Mapping[str, Value] = field(default_factory=dict)
 
 
@@ -59,8 +68,17 @@ class Field:
 
 def one_of(*names: str) -> Check:
     """One of these texts."""
-    *most, last = names
-    return Check(lambda value: value in names, f"{', '.join(most)} or {last}")
+    return _one_of(names)
+
+
+def _one_of(names: Collection[str]) -> Check:
+    """`one_of` a collection that may grow."""
+
+    def words() -> str:
+        *most, last = names
+        return f"{', '.join(most)} or {last}"
+
+    return Check(lambda value: value in names, words)
 
 
 def _every(fits: Callable[[Value], bool]) -> Callable[[Value], bool]:
@@ -100,7 +118,7 @@ def _is_row(value: Value) -> bool:
     return all(type(x) is int for x in (value[1] if isinstance(value[1], tuple) else value[1:]))
 
 
-def _is_rate(value: Value) -> bool:
+def _is_multiplier(value: Value) -> bool:
     return _is_pair(value) and _is_regex(value[0]) and _is_number(value[1])
 
 
@@ -133,7 +151,7 @@ FILTER = Check(lambda value: value in ("", *FILTERS), f"{', '.join(FILTERS)}, or
 SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 RECIPE_NAMES = Check(
     lambda names: all(name in RECIPES and names.count(name) == 1 for name in names),
-    f"a tuple of {', '.join(RECIPES)}, each at most once",
+    lambda: f"a tuple of {', '.join(RECIPES)}, each at most once",
 )
 ROWS = Check(
     lambda value: _every(_is_row)(value) and len(dict(value)) == len(value),
@@ -145,7 +163,7 @@ MATCHES = Check(
     _every(_is_match),
     "a tuple of (kind, layer, teacher's layer, weight), kind being one of " + ", ".join(FEATURES),
 )
-RATES = Check(_every(_is_rate), "a tuple of pairs (path regex, factor)")
+MULTIPLIERS = Check(_every(_is_multiplier), "a tuple of pairs (path regex, factor)")
 SHORTS = Check(
     _every(lambda value: type(value) is int and 0 < value < MOST), "positive whole numbers, or ()"
 )
@@ -159,13 +177,13 @@ SEVERITIES = Check(
 def _field(
     name: str, default: Value, check: Check, help: str, *tasks: str, **instead: Value
 ) -> Field:
-    return Field(name, default, check, help, tasks or TASKS, instead)
+    return Field(name, default, check, help, tasks or None, instead)
 
 
 # The fields -------------------------------------------------------------------------------------
 
 FIELDS = (
-    _field("task", CLASSIFICATION, one_of(*TASKS), "what the model learns", detection=DETECTION),
+    _field("task", CLASSIFICATION, _one_of(TASKS), "what the model learns"),
     _field("seed", 0, SEED, "of initialization, data order, augmentation and dropout"),
     _field("batch_size", 64, COUNT, "images per update, over all devices", detection=8),
     _field("total_steps", 1_000, COUNT, "updates", detection=10_000),
@@ -187,7 +205,7 @@ FIELDS = (
         "recipes",
         (),
         RECIPE_NAMES,
-        "what is on, each with the section of its name: lora, adversarial, distill",
+        "what is on, each with the section of its name",
     ),
     # The model.
     _field(
@@ -406,7 +424,10 @@ FIELDS = (
         "optim.layer_decay", 1.0, UP_TO_1, "each earlier layer's rate is this times the next one's"
     ),
     _field(
-        "optim.rates", (), RATES, "(path regex, factor of the rate); the first that matches counts"
+        "optim.lr_multipliers",
+        (),
+        MULTIPLIERS,
+        "(path regex, factor of the rate); the first that matches counts",
     ),
     _field("optim.accumulate", 1, COUNT, "micro-batches per update"),
     _field(
@@ -631,8 +652,9 @@ FIELDS = (
 
 def fields_of(task: str) -> dict[str, Field]:
     """The fields of a task by name, each with the default that it has there."""
-    return {
-        one.name: Field(one.name, one.instead.get(task, one.default), one.check, one.help)
+    table = {
+        one.name: replace(one, default=one.instead.get(task, one.default))
         for one in FIELDS
-        if task in one.tasks
+        if one.tasks is None or task in one.tasks
     }
+    return table | {"task": replace(table["task"], default=task)}

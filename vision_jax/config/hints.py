@@ -70,15 +70,20 @@ ELSEWHERE = {
     "JAX takes all devices that it finds; JAX_PLATFORMS=cpu in the environment chooses": "device "
     "devices gpu gpus num_gpus n_gpu cuda accelerator use_gpu",
 }
+# Fields that had another name: old -> new. A run's own config.json is read by the old name too.
+RENAMED = {"optim.rates": "optim.lr_multipliers"}
 EPOCHS = "; an epoch is the number of training images / batch_size updates"
 
 
 def suggest(name: str, known: Collection[str]) -> str:
     """A clause that names the field meant by `name` or says what to do instead, or nothing.
 
-    >>> suggest("optim.learning_rate", ["optim.lr", "optim.rates"])
+    >>> suggest("optim.learning_rate", ["optim.lr", "optim.schedule"])
     ': did you mean `optim.lr`?'
     """
+    for old, new in RENAMED.items():
+        if name in (old, old.rpartition(".")[2]) and new in known:
+            return f": it is `{new}` now"
     last = name.rpartition(".")[2].replace("-", "_").lower()
     section = [one for one in known if one.startswith(f"{name}.")]
     if section:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vision_jax import files
 from vision_jax.config.fields import TASKS, Field, Value, fields_of
-from vision_jax.config.hints import suggest
+from vision_jax.config.hints import RENAMED, suggest
 from vision_jax.config.literals import read_literal
 from vision_jax.errors import UserError, UserErrors, nearest
 
@@ -47,7 +47,8 @@ def read_config(path: str, overrides: Mapping[str, str]) -> tuple[ConfigDict, li
 
     `path` is FILE.py, whose `get_config()` is run, FILE.py:ARGUMENT, for `get_config(argument)`, or
     a JSON file. What is missing in it has its default, and a note says so. A run's own config.json
-    may have fields of another version, which a note names and which are left out.
+    may be of another version: fields that were renamed keep their values, those that are gone are
+    left out, and notes name both.
 
     Raises:
       UserError: no such file, no get_config in it, or one that fails.
@@ -59,6 +60,10 @@ def read_config(path: str, overrides: Mapping[str, str]) -> tuple[ConfigDict, li
     table = _table(task)
     stated = {n: v for n, v in stated.items() if n in table or not isinstance(v, dict)}
     problems, notes, values = [], [], {name: field.default for name, field in table.items()}
+    for old, new in RENAMED.items() if of_run else ():
+        if old in stated and new in table:
+            stated[new] = stated.pop(old)
+            notes.append(f"{path}: {old} is {new} now, and keeps its value")
     unknown = sorted(stated.keys() - table.keys())
     if of_run and unknown:
         notes.append(f"{path} has fields that this version has not, left out: {_list(unknown)}")
