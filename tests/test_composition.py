@@ -104,7 +104,7 @@ def prepare(cell, devices):
         "adversarial__steps": STEPS,
         "optim__warmup_steps": 0,  # heads begin at zero, and so do attacks' gradients
         "optim__name": "sgd",  # Adam makes a step of a gradient that is rounding alone
-        "optim__rates": (),  # DETR's names a backbone that may be frozen
+        "optim__lr_multipliers": (),  # DETR's names a backbone that may be frozen
         "optim__ema_decay": 0.9 if average else 0.0,
         "optim__accumulate": 2 if accumulation else 1,
     }

@@ -225,7 +225,7 @@ def test_a_detector_learns_other_classes(tmp_path, capsys):
     write(tmp_path / "weights.safetensors", "detr", short)
     fields = detection_runs.overrides(
         trainable="class_head/.*",
-        optim__rates=(),
+        optim__lr_multipliers=(),
         total_steps=1,
         evaluate__every=1,
         evaluate__score=0.0,

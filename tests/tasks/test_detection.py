@@ -139,7 +139,7 @@ def test_adversarial_training_keeps_off_the_padding(norm):
 STILL = {
     "model__dropout": 0.0,
     "trainable": ("class_head/.*", "box_head/.*"),
-    "optim__rates": (),
+    "optim__lr_multipliers": (),
     "total_steps": 1000,
     "optim__warmup_steps": 1000,
     "optim__lr": 0.01,
