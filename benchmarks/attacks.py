@@ -29,7 +29,8 @@ import torchattacks
 from vision_jax import convert
 from vision_jax.attacks import gradient, losses
 from vision_jax.attacks.carlini_wagner import carlini_wagner
-from vision_jax.convert.twins import make_twin, randomize, randomize_statistics, sample_images
+from vision_jax.certify.random_weights import randomize, randomize_statistics, sample_images
+from vision_jax.certify.references import make_reference
 from vision_jax.models.families import build_model
 from vision_jax.trees import paths
 
@@ -49,7 +50,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Normalized(torch.nn.Module):
-    """The twin on images in [0, 1]."""
+    """The reference on images in [0, 1]."""
 
     def __init__(self, module, arguments):
         super().__init__()
@@ -64,11 +65,11 @@ class Normalized(torch.nn.Module):
 
 def make_models(build, given, size):
     """(logits_of_images, the peers' model), of the same random weights."""
-    twin = make_twin("timm", build, {"num_classes": 10, **given})
-    randomize(twin.module, 0)
-    randomize_statistics(twin, (size, size), 3, 0)
+    reference = make_reference("timm", build, {"num_classes": 10, **given})
+    randomize(reference.module, 0)
+    randomize_statistics(reference, (size, size), 3, 0)
     with tempfile.TemporaryDirectory() as folder:
-        weights = convert.read_weights(twin.save(Path(folder)))
+        weights = convert.read_weights(reference.save(Path(folder)))
         family, arguments = convert.recognize(weights)
         model = build_model(family, **arguments)
         like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
@@ -79,9 +80,9 @@ def make_models(build, given, size):
         name: paths.unflatten(tree, {path: flat[path] for path in paths.flatten(tree)})
         for name, tree in like.items()
     }
-    return lambda images: model.apply(variables, images), Normalized(twin.module, arguments).to(
-        DEVICE
-    )
+    return lambda images: model.apply(variables, images), Normalized(
+        reference.module, arguments
+    ).to(DEVICE)
 
 
 def make_attacks(logits_of_images, peer, labels, flags):

@@ -55,7 +55,7 @@ def make_model(name: str):
                norm_after_pool=True, position_prefix=0, **VIT)  # fmt: skip
 
 
-def make_twin(name: str, model, variables) -> torch.nn.Module:
+def make_reference(name: str, model, variables) -> torch.nn.Module:
     """timm's module with the same weights, its normalization in front."""
     flat = {}
     for tree in variables.values():
@@ -205,7 +205,7 @@ def main() -> None:
         train_epsilon, epsilon = EPSILONS[name]
         epsilon = options.epsilon or epsilon
         variables = train(model, images, labels, epsilon=train_epsilon, steps=options.steps)
-        module = make_twin(name, model, variables)
+        module = make_reference(name, model, variables)
         print(f"{name}: {len(test_images)} images, {options.norm} {epsilon}", flush=True)
 
         def logits_fn(variables, images, model=model):

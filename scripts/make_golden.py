@@ -18,7 +18,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "parity")]
 
-import vit_twins as twins  # noqa: E402 (found through the path above)
+import vit_references as references  # noqa: E402 (found through the path above)
 
 from vision_jax.convert import (  # noqa: E402
     read_weights,
@@ -29,17 +29,17 @@ from vision_jax.convert import (  # noqa: E402
 SMALL = {"patch_size": 4, "embed_dim": 32, "num_heads": 2, "img_size": 12, "num_classes": 5}
 TOWER = {"image_size": 12, "patch_size": 4, "hidden_size": 32, "intermediate_size": 48}
 VARIANTS = {
-    "timm_deit_distilled": twins.timm_twin(
+    "timm_deit_distilled": references.timm_reference(
         "deit_tiny_distilled_patch16_224", **SMALL, mlp_ratio=1.5
     ),
-    "timm_dinov2_swiglu_registers": twins.timm_twin(
+    "timm_dinov2_swiglu_registers": references.timm_reference(
         "vit_giant_patch14_reg4_dinov2", **SMALL, mlp_ratio=1.5
     ),
-    "transformers_clip": twins.transformers_twin(
-        "CLIPVisionModel", "CLIPVisionConfig", twins.pooled, **TOWER
+    "transformers_clip": references.transformers_reference(
+        "CLIPVisionModel", "CLIPVisionConfig", references.pooled, **TOWER
     ),
-    "transformers_siglip": twins.transformers_twin(
-        "SiglipVisionModel", "SiglipVisionConfig", twins.pooled, **TOWER
+    "transformers_siglip": references.transformers_reference(
+        "SiglipVisionModel", "SiglipVisionConfig", references.pooled, **TOWER
     ),
 }
 
@@ -50,9 +50,9 @@ def main() -> None:
         folder = ROOT / "tests" / "golden" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        twin = build()
-        twins.randomize(twin.model, seed)
-        weights = read_weights(twin.save(twin.model, folder))
+        reference = build()
+        references.randomize(reference.model, seed)
+        weights = read_weights(reference.save(reference.model, folder))
         for path in folder.iterdir():
             if path.name not in ("model.safetensors", "config.json"):
                 path.unlink()
@@ -61,7 +61,7 @@ def main() -> None:
         _, arguments = recognize(weights)
         size = arguments["image_size"]
         images = np.random.default_rng(seed).random((2, *size, 3)).astype(np.float32)
-        outputs = twin.outputs(images, arguments)
+        outputs = reference.outputs(images, arguments)
         write_safetensors(folder / "outputs.safetensors", {"images": images, **outputs})
         print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir())} bytes")
 

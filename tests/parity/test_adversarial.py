@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from vision_jax import convert, steps
 from vision_jax.attacks.examples import keys_of
-from vision_jax.convert.twins import make_twin, randomize, randomize_statistics
+from vision_jax.certify.random_weights import randomize, randomize_statistics
+from vision_jax.certify.references import make_reference
 from vision_jax.models.families import build_model
 from vision_jax.ops import losses
 from vision_jax.recipes import adversarial
@@ -46,20 +47,20 @@ def float64():
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory):
-    twin = make_twin("transformers", "ResNetForImageClassification", SMALL)
-    randomize(twin.module, 3)
-    randomize_statistics(twin, SIZE, 3, 3)
-    weights = convert.read_weights(twin.save(tmp_path_factory.mktemp("twin")))
+def reference(tmp_path_factory):
+    reference = make_reference("transformers", "ResNetForImageClassification", SMALL)
+    randomize(reference.module, 3)
+    randomize_statistics(reference, SIZE, 3, 3)
+    weights = convert.read_weights(reference.save(tmp_path_factory.mktemp("reference")))
     _, arguments = convert.recognize(weights)
-    return twin, weights, arguments
+    return reference, weights, arguments
 
 
 class Ours:
     """Our model and a batch, in float64."""
 
-    def __init__(self, twin, low=0.0, high=1.0):
-        _, weights, self.arguments = twin
+    def __init__(self, reference, low=0.0, high=1.0):
+        _, weights, self.arguments = reference
         self.model = build_model("resnet", **self.arguments, dtype=jnp.float64)
         shape = (1, *SIZE, 3)
         like = jax.eval_shape(self.model.init, jax.random.key(0), jnp.zeros(shape))
@@ -114,8 +115,8 @@ class Ours:
 class Theirs:
     """The same in torch."""
 
-    def __init__(self, twin, ours):
-        source, _, arguments = twin
+    def __init__(self, reference, ours):
+        source, _, arguments = reference
         self.net = copy.deepcopy(source.module).double()
         self.mean, self.std = (
             torch.tensor(arguments[n], dtype=torch.float64).reshape(3, 1, 1)
@@ -246,10 +247,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_loss_gradient_and_statistics_are_the_papers(name, twin):
+def test_loss_gradient_and_statistics_are_the_papers(name, reference):
     method, restated, attack_steps, step, gamma = CASES[name]
-    ours = Ours(twin)
-    theirs = Theirs(twin, ours)
+    ours = Ours(reference)
+    theirs = Theirs(reference, ours)
     threat = Threat("linf", EPSILON, step=step, steps=attack_steps)
     goal = adversarial.harden(ours.objective(), method, threat, beta=BETA, weight_epsilon=gamma)
     (value, (model_state, _)), gradient = jax.jit(
@@ -279,11 +280,11 @@ def test_loss_gradient_and_statistics_are_the_papers(name, twin):
     assert_same(ours, ours.named(gradient, model_state), theirs)
 
 
-def test_free_training_is_the_papers(twin):
+def test_free_training_is_the_papers(reference):
     """Three updates on a batch: SGD's, each with the perturbation that the last backward left."""
     times, rate = 3, 0.05
-    ours = Ours(twin, 0.3, 0.7)  # nowhere near the box
-    theirs = Theirs(twin, ours)
+    ours = Ours(reference, 0.3, 0.7)  # nowhere near the box
+    theirs = Theirs(reference, ours)
     threat = Threat("linf", EPSILON, step=1.0, steps=1)
     replay = adversarial.make_replay(threat, times)
     tx = optax.sgd(rate, momentum=0.9)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torchattacks
-from vit_twins import timm_twin
+from vit_references import timm_reference
 
 from vision_jax import convert
 from vision_jax.attacks import gradient, losses
 from vision_jax.attacks.carlini_wagner import carlini_wagner
-from vision_jax.convert.twins import make_twin, randomize, randomize_statistics, sample_images
+from vision_jax.certify.random_weights import randomize, randomize_statistics, sample_images
+from vision_jax.certify.references import make_reference
 from vision_jax.models.families import build_model
 from vision_jax.trees import paths
 
@@ -29,7 +30,7 @@ BATCHNORM = "timm", "resnet18", RESNET
 
 
 class Peer(torch.nn.Module):
-    """The twin with its normalization, which keeps the images that it is given."""
+    """The reference with its normalization, which keeps the images that it is given."""
 
     def __init__(self, module, mean, std):
         super().__init__()
@@ -48,8 +49,8 @@ class Peer(torch.nn.Module):
 class Case:
     """One model in both libraries, in float64, with images and labels that it predicts."""
 
-    def __init__(self, twin, size, folder):
-        weights = convert.read_weights(twin.save(folder))
+    def __init__(self, reference, size, folder):
+        weights = convert.read_weights(reference.save(folder))
         family, arguments = convert.recognize(weights)
         model = build_model(family, **arguments, dtype=jnp.float64)
         like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
@@ -64,7 +65,7 @@ class Case:
         self.seen = []
         images = sample_images(COUNT, size, 3, 1)
         self.images = 0.05 + 0.9 * images  # C&W's peers cannot start at black and white
-        self.peer = Peer(twin.module.double(), arguments["mean"], arguments["std"])
+        self.peer = Peer(reference.module.double(), arguments["mean"], arguments["std"])
 
         def logits_of_images(images):
             jax.debug.callback(self.seen.append, images, ordered=False)
@@ -107,13 +108,13 @@ def float64():
 def make_case(name):
     size = (32, 32)
     if name == "vit":
-        twin, size = timm_twin("vit_tiny_patch16_224", 32, embed_dim=48)
+        reference, size = timm_reference("vit_tiny_patch16_224", 32, embed_dim=48)
     else:
-        twin = make_twin(*BATCHNORM)
-    randomize(twin.module, 3)
-    randomize_statistics(twin, size, 3, 3)
+        reference = make_reference(*BATCHNORM)
+    randomize(reference.module, 3)
+    randomize_statistics(reference, size, 3, 3)
     with tempfile.TemporaryDirectory() as folder:
-        return Case(twin, size, Path(folder))
+        return Case(reference, size, Path(folder))
 
 
 @pytest.fixture(params=["resnet", "vit"])

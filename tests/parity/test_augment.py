@@ -25,8 +25,8 @@ GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_same_operations_strengths_and_signs(policy):
-    twin, strengths = POLICIES[policy]
-    space = twin()._AUGMENTATION_SPACE
+    reference, strengths = POLICIES[policy]
+    space = reference()._AUGMENTATION_SPACE
     assert {NAMES[name] for name in augment.OPERATIONS} == set(space)
     for name, table in strengths.items():
         make, signed = space[NAMES[name]]
@@ -39,7 +39,7 @@ def test_same_operations_strengths_and_signs(policy):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", augment.OPERATIONS)
 def test_every_strength_gives_torchvisions_image(policy, name):
-    twin, strengths = POLICIES[policy]
+    reference, strengths = POLICIES[policy]
     values = np.unique(strengths[name])
     if name in augment.SIGNED:
         values = np.concatenate([values, -values])
@@ -59,7 +59,7 @@ def test_every_strength_gives_torchvisions_image(policy, name):
     interpolation = v2.InterpolationMode.NEAREST
     for value, result in zip(values, results, strict=True):
         arguments = NAMES[name], float(value), interpolation, {torch.Tensor: None}
-        expected = twin()._apply_image_or_video_transform(as_bytes, *arguments)
+        expected = reference()._apply_image_or_video_transform(as_bytes, *arguments)
         levels = np.abs(255 * result - expected.permute(1, 2, 0).numpy())
         if name in GEOMETRIC:
             assert (levels > 1e-3).any(-1).sum() <= 2, value
@@ -69,7 +69,7 @@ def test_every_strength_gives_torchvisions_image(policy, name):
             # The uint8 kernels round down, and round what they blend with; the float ones do not.
             bound = {"color": 2, "contrast": 2, "sharpness": 1.5}.get(name, 1)
             assert levels.max() < bound + 1e-3, value
-            exact = twin()._apply_image_or_video_transform(as_floats, *arguments)
+            exact = reference()._apply_image_or_video_transform(as_floats, *arguments)
             np.testing.assert_allclose(result, exact.permute(1, 2, 0), rtol=0, atol=1e-6)
 
 
@@ -82,8 +82,8 @@ def test_cutmix_leaves_the_share_that_timm_leaves():
         return mixed[1][0, 0]
 
     shares = np.sort(jax.jit(jax.vmap(share))(jax.random.split(key, count)))
-    twins = np.sort([cutmix_bbox_and_lam(size, RNG.beta(1, 1))[1] for _ in range(count)])
+    references = np.sort([cutmix_bbox_and_lam(size, RNG.beta(1, 1))[1] for _ in range(count)])
     # Kolmogorov and Smirnov's distance of two samples: above 0.044 once in a thousand.
-    places = np.union1d(shares, twins) + 1e-6
-    distance = np.abs(np.searchsorted(shares, places) - np.searchsorted(twins, places)).max()
+    places = np.union1d(shares, references) + 1e-6
+    distance = np.abs(np.searchsorted(shares, places) - np.searchsorted(references, places)).max()
     assert distance / count < 0.05

@@ -1,6 +1,7 @@
 """Our BEiT against timm and transformers: every feature and the logits, from files.
 
-Worst relative error measured on a CPU over the twins below: 5.7e-7 in float32, 1.9e-15 in float64.
+Worst relative error measured on a CPU over the references below:
+5.7e-7 in float32, 1.9e-15 in float64.
 """
 
 import dataclasses
@@ -15,11 +16,12 @@ import torch
 import transformers
 
 from vision_jax import convert
-from vision_jax.certify import certify_twin, relative_error
+from vision_jax.certify.measure import certify_reference, relative_error
+from vision_jax.certify.random_weights import randomize
+from vision_jax.certify.references import make_reference, rebuild
 from vision_jax.convert.package import write_package
 from vision_jax.convert.read import Weights
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
-from vision_jax.convert.twins import make_twin, randomize, rebuild
 from vision_jax.errors import UserError
 from vision_jax.models.beit import VARIANTS, relative_index
 from vision_jax.models.families import FAMILIES, build_model
@@ -39,47 +41,49 @@ CLASSIFIER = "BeitForImageClassification"
 SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
 
 
-def timm_twin(size, **arguments):
+def timm_reference(size, **arguments):
     given = {**SMALL, "num_classes": 7, "img_size": size, **arguments}
-    return make_twin("timm", BASE, given), size
+    return make_reference("timm", BASE, given), size
 
 
-def hf_twin(name, side, **arguments):
+def hf_reference(name, side, **arguments):
     given = {**HF, "image_size": side, "num_labels": 7, **arguments}
-    return make_twin("transformers", name, given), (side, side)
+    return make_reference("transformers", name, given), (side, side)
 
 
-TWINS = {
-    "timm": lambda: timm_twin((32, 48)),
-    "timm, odd size": lambda: timm_twin((45, 30), patch_size=7, init_values=None),
-    "timm, shared table": lambda: timm_twin((40, 40), in_chans=1, **SHARED),
-    "timm, both tables": lambda: timm_twin(
+REFERENCES = {
+    "timm": lambda: timm_reference((32, 48)),
+    "timm, odd size": lambda: timm_reference((45, 30), patch_size=7, init_values=None),
+    "timm, shared table": lambda: timm_reference((40, 40), in_chans=1, **SHARED),
+    "timm, both tables": lambda: timm_reference(
         (24, 40), use_shared_rel_pos_bias=True, use_abs_pos_emb=True, num_classes=1
     ),
-    "timm, absolute positions": lambda: timm_twin(
+    "timm, absolute positions": lambda: timm_reference(
         (16, 40), use_rel_pos_bias=False, use_abs_pos_emb=True, in_chans=5
     ),
-    "timm, no positions": lambda: timm_twin((16, 24), use_rel_pos_bias=False),
-    "timm, class token": lambda: timm_twin((32, 32), global_pool="token", mlp_ratio=4),
-    "timm, norm before mean": lambda: timm_twin((32, 24), use_fc_norm=False),
-    "timm, norm after token": lambda: timm_twin((32, 24), global_pool="token", use_fc_norm=True),
-    "timm, no bias": lambda: timm_twin((32, 24), qkv_bias=False, embed_dim=36, depth=1),
-    "timm, no head": lambda: timm_twin((32, 40), num_classes=0),
-    "timm, one patch": lambda: timm_twin((8, 8)),
+    "timm, no positions": lambda: timm_reference((16, 24), use_rel_pos_bias=False),
+    "timm, class token": lambda: timm_reference((32, 32), global_pool="token", mlp_ratio=4),
+    "timm, norm before mean": lambda: timm_reference((32, 24), use_fc_norm=False),
+    "timm, norm after token": lambda: timm_reference(
+        (32, 24), global_pool="token", use_fc_norm=True
+    ),
+    "timm, no bias": lambda: timm_reference((32, 24), qkv_bias=False, embed_dim=36, depth=1),
+    "timm, no head": lambda: timm_reference((32, 40), num_classes=0),
+    "timm, one patch": lambda: timm_reference((8, 8)),
     "timm v2": lambda: (
-        make_twin("timm", "beitv2_base_patch16_224", {**SMALL, "img_size": 32}),
+        make_reference("timm", "beitv2_base_patch16_224", {**SMALL, "img_size": 32}),
         (32, 32),
     ),
-    "transformers": lambda: hf_twin(CLASSIFIER, 32),
-    "transformers, odd size": lambda: hf_twin(CLASSIFIER, 45, patch_size=7, num_channels=1),
-    "transformers, shared table": lambda: hf_twin(
+    "transformers": lambda: hf_reference(CLASSIFIER, 32),
+    "transformers, odd size": lambda: hf_reference(CLASSIFIER, 45, patch_size=7, num_channels=1),
+    "transformers, shared table": lambda: hf_reference(
         CLASSIFIER,
         32,
         use_relative_position_bias=False,
         use_shared_relative_position_bias=True,
         layer_scale_init_value=0.0,
     ),
-    "transformers, all positions": lambda: hf_twin(
+    "transformers, all positions": lambda: hf_reference(
         CLASSIFIER,
         40,
         use_shared_relative_position_bias=True,
@@ -88,28 +92,30 @@ TWINS = {
         hidden_act="gelu_pytorch_tanh",
         layer_norm_eps=1e-3,
     ),
-    "transformers, absolute positions": lambda: hf_twin(
+    "transformers, absolute positions": lambda: hf_reference(
         CLASSIFIER, 24, use_relative_position_bias=False, use_absolute_position_embeddings=True
     ),
-    "transformers, class token": lambda: hf_twin(CLASSIFIER, 32, use_mean_pooling=False),
-    "transformers, no head": lambda: hf_twin("BeitModel", 32),
-    "transformers, no head, class token": lambda: hf_twin("BeitModel", 32, use_mean_pooling=False),
+    "transformers, class token": lambda: hf_reference(CLASSIFIER, 32, use_mean_pooling=False),
+    "transformers, no head": lambda: hf_reference("BeitModel", 32),
+    "transformers, no head, class token": lambda: hf_reference(
+        "BeitModel", 32, use_mean_pooling=False
+    ),
 }
 
 
-def twin_of(name):
-    twin, size = TWINS[name]()
-    randomize(twin.module, sum(map(ord, name)))
-    for key, parameter in twin.module.named_parameters():
+def reference_of(name):
+    reference, size = REFERENCES[name]()
+    randomize(reference.module, sum(map(ord, name)))
+    for key, parameter in reference.module.named_parameters():
         if key.endswith("relative_position_bias_table"):  # so that positions decide something
             parameter.data = torch.randn(parameter.shape) * 2
-    return twin, size
+    return reference, size
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_everything_equals_the_twin_and_goes_back(name):
-    twin, size = twin_of(name)
-    certificate = certify_twin(twin, size, whole=True)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_everything_equals_the_reference_and_goes_back(name):
+    reference, size = reference_of(name)
+    certificate = certify_reference(reference, size, whole=True)
     print(f"{name:40s} {certificate['worst']}")
     assert certificate["pass"], certificate["reasons"]
     assert certificate["family"] == "beit"
@@ -162,14 +168,14 @@ def images_of(size, channels=3):
 )
 def test_there_and_back_between_libraries(name, to, tmp_path):
     """timm's model as transformers', whose file gives the same parameters and timm's tensors."""
-    twin, size = twin_of(name)
-    weights = convert.read_weights(twin.save(tmp_path / "timm"))
+    reference, size = reference_of(name)
+    weights = convert.read_weights(reference.save(tmp_path / "timm"))
     _, _, flat, arguments = imported(weights)
     other = rebuild(
         table_for_export(to, "beit", arguments), "beit", arguments, flat, None, tmp_path / to
     )
     images = images_of(size, arguments["in_channels"])
-    theirs = twin.outputs(normalized(images, arguments))["logits"]
+    theirs = reference.outputs(normalized(images, arguments))["logits"]
     assert relative_error(other.outputs(normalized(images, arguments))["logits"], theirs) <= 1e-5
     again = convert.read_weights(other.save(tmp_path / "again"))
     _, _, flat_again, arguments_again = imported(again)
@@ -202,8 +208,8 @@ def test_what_a_library_has_not(arguments, to):
 @pytest.mark.parametrize("size", [(56, 40), (24, 24), (72, 72)])
 @pytest.mark.parametrize("more", [{}, {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": True}])
 def test_another_image_size_resamples_as_timm_does(size, more):
-    old = randomize(timm_twin((40, 40), **more)[0].module, 6)
-    new, _ = timm_twin(size, **more)
+    old = randomize(timm_reference((40, 40), **more)[0].module, 6)
+    new, _ = timm_reference(size, **more)
     filtered = timm.models.beit.checkpoint_filter_fn(old.state_dict(), new.module)
     new.module.load_state_dict(filtered, strict=True)
     weights = weights_of(old.state_dict(), architecture=BASE, model_args={"img_size": 40})
@@ -214,16 +220,16 @@ def test_another_image_size_resamples_as_timm_does(size, more):
 
 
 def test_a_table_that_is_not_square_resamples_as_timm_does():
-    twin, _ = timm_twin((24, 40), use_abs_pos_emb=True)
-    randomize(twin.module, 7)
+    reference, _ = timm_reference((24, 40), use_abs_pos_emb=True)
+    randomize(reference.module, 7)
     weights = weights_of(
-        {key: x.clone() for key, x in twin.module.state_dict().items()},
+        {key: x.clone() for key, x in reference.module.state_dict().items()},
         model_args={"img_size": [24, 40]},
     )
     model, like, flat, arguments = imported(weights, image_size=(40, 32))
-    twin.module.set_input_size((40, 32))
+    reference.module.set_input_size((40, 32))
     images = images_of((40, 32))
-    theirs = twin.outputs(normalized(images, arguments))["logits"]
+    theirs = reference.outputs(normalized(images, arguments))["logits"]
     assert relative_error(logits_of(model, like, flat, images), theirs) <= 1e-5
 
 
@@ -255,7 +261,7 @@ def test_named_variants_are_timms(name):
 
 
 def test_microsofts_own_files_with_their_indices():
-    module = randomize(timm_twin((32, 32), use_shared_rel_pos_bias=True)[0].module, 5)
+    module = randomize(timm_reference((32, 32), use_shared_rel_pos_bias=True)[0].module, 5)
     index = torch.from_numpy(relative_index((4, 4)))
     modules = ["rel_pos_bias", "blocks.0.attn", "blocks.1.attn"]
     indices = {f"{name}.relative_position_index": index for name in modules}
@@ -274,12 +280,12 @@ def test_microsofts_own_files_with_their_indices():
 
 @pytest.mark.parametrize("name", ["transformers", "transformers, all positions"])
 def test_transformers_as_it_is_in_memory_and_as_it_was(name, tmp_path):
-    twin, _ = twin_of(name)
-    weights = convert.read_weights(twin.save(tmp_path))
+    reference, _ = reference_of(name)
+    weights = convert.read_weights(reference.save(tmp_path))
     _, _, flat, arguments = imported(weights)
     config = json.loads((tmp_path / "config.json").read_text())
     for tensors in (
-        twin.module.state_dict(),
+        reference.module.state_dict(),
         with_indices(weights.tensors, arguments),
         {key.replace("beit.", "data2vec_vision."): x for key, x in weights.tensors.items()},
     ):
@@ -304,11 +310,11 @@ def with_indices(tensors, arguments):
 def test_data2vec_is_a_beit(shared, tmp_path):
     """With another prefix; it goes out as transformers' BEiT and gives the same logits."""
     given = {"use_shared_relative_position_bias": shared, "layer_norm_eps": 1e-6}
-    twin, size = hf_twin("Data2VecVisionForImageClassification", 32, **given)
-    randomize(twin.module, 8)
-    model, like, flat, arguments = imported(convert.read_weights(twin.save(tmp_path)))
+    reference, size = hf_reference("Data2VecVisionForImageClassification", 32, **given)
+    randomize(reference.module, 8)
+    model, like, flat, arguments = imported(convert.read_weights(reference.save(tmp_path)))
     images = images_of(size)
-    theirs = twin.outputs(normalized(images, arguments))["logits"]
+    theirs = reference.outputs(normalized(images, arguments))["logits"]
     assert relative_error(logits_of(model, like, flat, images), theirs) <= 1e-5
     for to in ("transformers", "timm"):
         table = table_for_export(to, "beit", arguments)
@@ -320,19 +326,19 @@ def test_data2vec_is_a_beit(shared, tmp_path):
 
 def test_the_encoder_of_masked_image_modeling(tmp_path):
     """Its head is dropped; the features are means of normalized patch tokens."""
-    twin, size = hf_twin("BeitForMaskedImageModeling", 32, use_mask_token=True)
-    randomize(twin.module, 9)
-    model, like, flat, arguments = imported(convert.read_weights(twin.save(tmp_path)))
+    reference, size = hf_reference("BeitForMaskedImageModeling", 32, use_mask_token=True)
+    randomize(reference.module, 9)
+    model, like, flat, arguments = imported(convert.read_weights(reference.save(tmp_path)))
     assert (arguments["num_classes"], arguments["pool"]) == (0, "avg")
     images = images_of(size)
-    seen = twin.outputs(normalized(images, arguments), {"tokens": "layernorm"})
+    seen = reference.outputs(normalized(images, arguments), {"tokens": "layernorm"})
     theirs = seen["tokens"][:, 1:].mean(1)
     assert relative_error(logits_of(model, like, flat, images), theirs) <= 1e-5
 
 
 def test_a_package_opens_by_the_libraries_own_means(tmp_path):
-    twin, size = twin_of("timm, class token")
-    _, _, flat, arguments = imported(convert.read_weights(twin.save(tmp_path / "own")))
+    reference, size = reference_of("timm, class token")
+    _, _, flat, arguments = imported(convert.read_weights(reference.save(tmp_path / "own")))
     preprocessing = {
         "image_size": size,
         "mean": arguments["mean"],
@@ -342,13 +348,13 @@ def test_a_package_opens_by_the_libraries_own_means(tmp_path):
         "interpolation": "bicubic",
     }
     images = images_of(size)
-    theirs = twin.outputs(normalized(images, arguments))["logits"]
+    theirs = reference.outputs(normalized(images, arguments))["logits"]
     for to in ("timm", "transformers"):
         write_package(tmp_path / to, flat, "beit", arguments, to=to, preprocessing=preprocessing)
     auto = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "transformers")
     own = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     for module in (auto, own):
-        other = dataclasses.replace(twin, module=module.eval())
+        other = dataclasses.replace(reference, module=module.eval())
         assert (
             relative_error(other.outputs(normalized(images, arguments))["logits"], theirs) <= 1e-5
         )
@@ -377,9 +383,9 @@ def test_what_cannot_be_known_or_is_another_model_is_an_error(tmp_path):
     complaint(without, {"architecture": "eva_giant_patch14_224"}, "must name its architecture")
     unknown = meta(BASE, **SMALL, img_size=40, use_rel_pos_bias=False)
     complaint(unknown, {"architecture": "beit_mine"}, "don't say the image size")
-    twin = make_twin("transformers", CLASSIFIER, {**HF, "image_size": [32, 40]})
+    reference = make_reference("transformers", CLASSIFIER, {**HF, "image_size": [32, 40]})
     with pytest.raises(UserError, match="32 x 40 pixels: transformers exchanges rows and columns"):
-        convert.recognize(convert.read_weights(twin.save(tmp_path)))
+        convert.recognize(convert.read_weights(reference.save(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import timm
 import torch
 
 from vision_jax import convert
-from vision_jax.certify import certify_twin, relative_error
+from vision_jax.certify.measure import certify_reference, relative_error
+from vision_jax.certify.random_weights import randomize, sample_images
+from vision_jax.certify.references import make_reference, rebuild
 from vision_jax.convert.read import Weights
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
-from vision_jax.convert.twins import make_twin, randomize, rebuild, sample_images
 from vision_jax.errors import UserError
 from vision_jax.models.convnext import VARIANTS
 from vision_jax.models.families import FAMILIES, build_model
@@ -23,7 +24,7 @@ SMALL = {"depths": (1, 2, 1, 1), "dims": (16, 24, 24, 24), "num_classes": 7}
 HUB = {"depths": [1, 2], "hidden_sizes": [16, 24], "num_stages": 2, "num_labels": 7}
 ODD = (71, 58)
 EVEN = (68, 56)  # behind overlapping convolutions the maps are as large as behind ODD's patches
-TWINS = {
+REFERENCES = {
     "timm v1": ("timm", "convnext_tiny", SMALL, ODD),
     "timm v2, one channel, no head": (
         "timm",
@@ -67,17 +68,17 @@ TWINS = {
 MORE = {"torchvision": ("torchvision", "convnext_tiny", {"num_classes": 5}, ODD)}
 
 
-def twin_of(name):
-    source, build, arguments, size = (TWINS | MORE)[name]
-    twin = make_twin(source, build, arguments)
-    randomize(twin.module, 3)
-    return twin, size
+def reference_of(name):
+    source, build, arguments, size = (REFERENCES | MORE)[name]
+    reference = make_reference(source, build, arguments)
+    randomize(reference.module, 3)
+    return reference, size
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_everything_equals_the_twin_and_goes_back(name):
-    twin, size = twin_of(name)
-    certificate = certify_twin(twin, size, whole=True)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_everything_equals_the_reference_and_goes_back(name):
+    reference, size = reference_of(name)
+    certificate = certify_reference(reference, size, whole=True)
     print(name, certificate["worst"])
     assert certificate["pass"], (certificate["reasons"], certificate["errors"])
     assert certificate["family"] == "convnext"
@@ -87,9 +88,9 @@ def test_everything_equals_the_twin_and_goes_back(name):
     assert set(certificate["errors"]["float64"]) == {"stem", "pooled", "logits"} | stages
 
 
-def imported(twin, size, folder):
+def imported(reference, size, folder):
     folder.mkdir()
-    weights = convert.read_weights(twin.save(folder))
+    weights = convert.read_weights(reference.save(folder))
     family, arguments = convert.recognize(weights)
     model = build_model(family, **arguments)
     images = jnp.zeros((1, *size, arguments["in_channels"]))
@@ -108,12 +109,12 @@ def imported(twin, size, folder):
     ],
 )
 def test_a_model_goes_to_the_libraries_that_have_such(name, others, tmp_path):
-    twin, size = twin_of(name)
-    family, arguments, flat = imported(twin, size, tmp_path / "source")
+    reference, size = reference_of(name)
+    family, arguments, flat = imported(reference, size, tmp_path / "source")
     images = sample_images(2, size, 3, 1)
     images = ((images - arguments["mean"]) / arguments["std"]).astype(np.float32)
-    theirs = twin.outputs(images)["logits"]
-    for to in {"timm", "torchvision", "transformers"} - {twin.source}:
+    theirs = reference.outputs(images)["logits"]
+    for to in {"timm", "torchvision", "transformers"} - {reference.source}:
         if to not in others:
             with pytest.raises(UserError, match=f"{to} has no convnext that is such a model"):
                 table_for_export(to, family, arguments)
@@ -142,7 +143,7 @@ def test_named_variants_are_timms(name):
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large"])
 def test_torchvisions_builders_are_named(name):
     with torch.device("meta"):
-        module = make_twin("torchvision", f"convnext_{name}", {}).module
+        module = make_reference("torchvision", f"convnext_{name}", {}).module
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     full = {**FAMILIES["convnext"].defaults, **infer_arguments(find_table(shapes), shapes, {})}
     table = table_for_export("torchvision", "convnext", full)
@@ -161,7 +162,7 @@ def test_its_relatives_are_no_convnext(name):
 
 
 def test_a_config_of_another_activation_is_refused(tmp_path):
-    make_twin("transformers", "ConvNextForImageClassification", HUB).save(tmp_path)
+    make_reference("transformers", "ConvNextForImageClassification", HUB).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_act": "relu"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="hidden_act 'relu' is not supported"):

@@ -51,25 +51,25 @@ def config(groups: int) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def settings(twin: SimpleNamespace) -> dict[str, float]:
+def settings(reference: SimpleNamespace) -> dict[str, float]:
     return {
-        "class_cost": twin.class_cost,
-        "l1_cost": twin.bbox_cost,
-        "giou_cost": twin.giou_cost,
-        "class_weight": twin.class_loss_coefficient,
-        "l1_weight": twin.bbox_loss_coefficient,
-        "giou_weight": twin.giou_loss_coefficient,
+        "class_cost": reference.class_cost,
+        "l1_cost": reference.bbox_cost,
+        "giou_cost": reference.giou_cost,
+        "class_weight": reference.class_loss_coefficient,
+        "l1_weight": reference.bbox_loss_coefficient,
+        "giou_weight": reference.giou_loss_coefficient,
     }
 
 
-def reference(function, twin, predictions, labels, dtype):
+def reference_losses(function, reference, predictions, labels, dtype):
     """Loss, terms and gradients of transformers; the last layer is the prediction."""
     tensors = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in predictions]
     labels = [{**x, "boxes": torch.tensor(x["boxes"], dtype=dtype)} for x in labels]
     logits, predicted, *encoder = tensors
     torch.set_default_dtype(dtype)  # of the class weights that it makes
     loss, terms, _ = function(
-        logits[-1], labels, "cpu", predicted[-1], twin, logits, predicted, *encoder
+        logits[-1], labels, "cpu", predicted[-1], reference, logits, predicted, *encoder
     )
     torch.set_default_dtype(torch.float32)
     loss.backward()
@@ -110,16 +110,16 @@ def check(function, torch_function, case: str, groups: int, dtype: str, **argume
         if groups:
             predictions += [logits[LAYERS], predicted[LAYERS]]
         targets, labels = make_targets(CASES[case])
-        twin = config(groups)
-        expected, terms, gradients = reference(
-            torch_function, twin, predictions, labels, getattr(torch, dtype)
+        reference = config(groups)
+        expected, terms, gradients = reference_losses(
+            torch_function, reference, predictions, labels, getattr(torch, dtype)
         )
         assert len(terms) == 4 * shape[0]
 
         if groups:
             arguments["groups"] = groups
         step, metrics_of = compiled(
-            function, dtype, len(predictions), **arguments, **settings(twin)
+            function, dtype, len(predictions), **arguments, **settings(reference)
         )
         targets = targets[0], jnp.asarray(targets[1], dtype), targets[2]
         (loss, metrics), ours = step([jnp.asarray(x, dtype) for x in predictions], *targets)
@@ -161,8 +161,8 @@ def test_rf_detr(case, groups, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES)
 def test_deformable_detr(case, dtype):
-    function, twin = detection_losses.sigmoid_detr_loss, DeformableDetrForObjectDetectionLoss
-    check(function, twin, case, 0, dtype, class_loss="focal")
+    function, reference = detection_losses.sigmoid_detr_loss, DeformableDetrForObjectDetectionLoss
+    check(function, reference, case, 0, dtype, class_loss="focal")
 
 
 def test_overlaps_are_torchvisions():

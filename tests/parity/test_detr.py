@@ -14,19 +14,13 @@ from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
 from vision_jax import convert
 from vision_jax.attacks import gradient
-from vision_jax.certify import certify_twin, relative_error
+from vision_jax.certify.measure import certify_reference, relative_error
+from vision_jax.certify.random_weights import randomize, randomize_statistics, sample_images
+from vision_jax.certify.references import load_weights, make_reference, rebuild
 from vision_jax.convert.__main__ import main
 from vision_jax.convert.read import Weights
 from vision_jax.convert.table import Entry
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
-from vision_jax.convert.twins import (
-    load_weights,
-    make_twin,
-    randomize,
-    randomize_statistics,
-    rebuild,
-    sample_images,
-)
 from vision_jax.errors import UserError
 from vision_jax.models.detr import VARIANTS
 from vision_jax.models.families import FAMILIES, build_model
@@ -67,7 +61,7 @@ def own_backbone():
     return {**SMALL, "backbone_config": transformers.ResNetConfig(**RESNET)}
 
 
-TWINS = {
+REFERENCES = {
     "transformers, R50's shape": ("transformers", DETECTOR, own_backbone),
     "transformers, timm's DC5": (
         "transformers",
@@ -78,19 +72,19 @@ TWINS = {
 }
 
 
-def twin_of(name, **more):
-    source, build, arguments = TWINS[name]
-    twin = make_twin(source, build, {**arguments(), **more})
-    randomize(twin.module, 3)
-    randomize_statistics(twin, SIZE, 3, 3)
-    return twin
+def reference_of(name, **more):
+    source, build, arguments = REFERENCES[name]
+    reference = make_reference(source, build, {**arguments(), **more})
+    randomize(reference.module, 3)
+    randomize_statistics(reference, SIZE, 3, 3)
+    return reference
 
 
-def test_everything_equals_the_twin_and_goes_back():
+def test_everything_equals_the_reference_and_goes_back():
     """Among padding, of two sizes, in two precisions, and after an export that loads strictly."""
     entry = Entry("transformers/small", "DETR", DETECTOR)
-    certificate = certify_twin(
-        twin_of("transformers, R50's shape"), SIZE, of_entry=entry, whole=True
+    certificate = certify_reference(
+        reference_of("transformers, R50's shape"), SIZE, of_entry=entry, whole=True
     )
     print(certificate["worst"])
     assert certificate["pass"], (certificate["reasons"], certificate["errors"])
@@ -105,11 +99,11 @@ def test_everything_equals_the_twin_and_goes_back():
     assert set(certificate["errors"]["float64"]) == layers | stages | outputs
 
 
-@pytest.mark.parametrize("name", list(TWINS)[:2])
+@pytest.mark.parametrize("name", list(REFERENCES)[:2])
 def test_an_unequal_encoder_and_decoder(name):
     """In layers, heads and hidden widths."""
-    twin = twin_of(name, encoder_layers=2, decoder_attention_heads=8, decoder_ffn_dim=40)
-    certificate = certify_twin(twin, SIZE, whole=True)
+    reference = reference_of(name, encoder_layers=2, decoder_attention_heads=8, decoder_ffn_dim=40)
+    certificate = certify_reference(reference, SIZE, whole=True)
     assert certificate["pass"], (certificate["reasons"], certificate["errors"])
     sizes = ("num_heads", "decoder_heads", "mlp_width", "decoder_mlp_width", "encoder_depth")
     assert [certificate["arguments"][size] for size in sizes] == [4, 8, 48, 40, 2]
@@ -142,10 +136,10 @@ def normalized(images, model):
 
 def test_all_layers_and_gradients_equal_the_original(tmp_path):
     """Of a padded batch, for every parameter, statistics aside; in float64."""
-    twin = twin_of("original")
+    reference = reference_of("original")
     images, mask = padded_batch()
     with jax.enable_x64(True):
-        model, variables = imported(twin.save(tmp_path), mask_padding=False)
+        model, variables = imported(reference.save(tmp_path), mask_padding=False)
         rng = np.random.default_rng(0)
         outputs = jax.eval_shape(model.apply, variables, jnp.asarray(images), jnp.asarray(mask))
         probes = {name: rng.normal(size=x.shape) for name, x in outputs.items()}
@@ -156,7 +150,7 @@ def test_all_layers_and_gradients_equal_the_original(tmp_path):
 
         gradients, found = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
         gradients = {path: np.asarray(x) for path, x in flatten(gradients).items()}
-    module = twin.module.double()
+    module = reference.module.double()
     given = torch.from_numpy(normalized(images, model) * mask[..., None]).permute(0, 3, 1, 2)
     result = module(given, pixel_mask=torch.from_numpy(mask))
     layers = [*result.auxiliary, (result.logits, result.pred_boxes)]
@@ -181,10 +175,10 @@ def test_all_layers_and_gradients_equal_the_original(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["transformers, R50's shape", "transformers, timm's DC5"])
-def test_a_padded_batch_is_the_twins_or_that_of_each_image_alone(name, tmp_path):
-    twin = twin_of(name)
+def test_a_padded_batch_is_the_references_or_that_of_each_image_alone(name, tmp_path):
+    reference = reference_of(name)
     images, mask = padded_batch()
-    twin.save(tmp_path)
+    reference.save(tmp_path)
     with jax.enable_x64(True):
         model, variables = imported(tmp_path)
         ours, theirs_way = (
@@ -194,13 +188,13 @@ def test_a_padded_batch_is_the_twins_or_that_of_each_image_alone(name, tmp_path)
             }
             for form in (model, dataclasses.replace(model, mask_padding=False))
         )
-    padded = twin.outputs(normalized(images, model) * mask[..., None], pixel_mask=mask)
+    padded = reference.outputs(normalized(images, model) * mask[..., None], pixel_mask=mask)
     for output, value in theirs_way.items():
         assert relative_error(value, padded[output]) <= 1e-12, output
     for index in range(3):
         height, width = mask[index, :, 0].sum(), mask[index, 0].sum()
         alone = normalized(images[index : index + 1, :height, :width], model)
-        theirs = twin.outputs(alone)
+        theirs = reference.outputs(alone)
         for name, value in ours.items():
             assert relative_error(value[index : index + 1], theirs[name]) <= 1e-12, (name, index)
     assert relative_error(ours["logits"], padded["logits"]) > 1e-3
@@ -209,10 +203,10 @@ def test_a_padded_batch_is_the_twins_or_that_of_each_image_alone(name, tmp_path)
 @pytest.mark.parametrize("name", ["transformers, R50's shape", "transformers, timm's DC5"])
 def test_names_in_memory_and_stray_counts(name, tmp_path):
     """torch.save(model.state_dict()) has other names than the model's files."""
-    twin = twin_of(name)
-    twin.save(tmp_path / "files")
+    reference = reference_of(name)
+    reference.save(tmp_path / "files")
     (tmp_path / "memory").mkdir()
-    state = twin.module.state_dict()
+    state = reference.module.state_dict()
     stray = next(key for key in state if key.endswith("running_var"))
     state[stray.replace("running_var", "num_batches_tracked")] = torch.tensor(7)
     torch.save(state, tmp_path / "memory" / "pytorch_model.bin")
@@ -232,8 +226,8 @@ def test_names_in_memory_and_stray_counts(name, tmp_path):
 
 def test_an_original_checkpoint_goes_to_transformers_and_back(tmp_path, capsys):
     """By the command line, with the very tensors at the end, and the same boxes in between."""
-    twin = twin_of("original")
-    state = {name: x.clone() for name, x in twin.module.state_dict().items()}
+    reference = reference_of("original")
+    state = {name: x.clone() for name, x in reference.module.state_dict().items()}
     torch.save({"model": state, "epoch": 3}, tmp_path / "detr.pth")
     there = [str(tmp_path / "detr.pth"), "--allow-pickle", f"--out={tmp_path / 'hub'}"]
     assert main(there) == 0  # to transformers, since timm has none
@@ -244,8 +238,8 @@ def test_an_original_checkpoint_goes_to_transformers_and_back(tmp_path, capsys):
     assert not any(report.values()), report
     images, mask = padded_batch()
     given = images.astype(np.float32)
-    theirs = twin.outputs(given * mask[..., None], pixel_mask=mask)
-    hub = type(twin)("transformers", module.eval(), DETECTOR, {})
+    theirs = reference.outputs(given * mask[..., None], pixel_mask=mask)
+    hub = type(reference)("transformers", module.eval(), DETECTOR, {})
     found = hub.outputs(given * mask[..., None], pixel_mask=mask)
     model, variables = imported(
         tmp_path / "detr.pth", jnp.float32, mask_padding=False, mean=(0.0,) * 3, std=(1.0,) * 3
@@ -255,7 +249,7 @@ def test_an_original_checkpoint_goes_to_transformers_and_back(tmp_path, capsys):
         assert relative_error(found[name], value) <= 1e-5, name
         assert relative_error(np.asarray(ours[name][-1]), value) <= 1e-5, name
     assert main([str(tmp_path / "hub"), f"--out={tmp_path / 'back'}", "--to=detr"]) == 0
-    other = make_twin("detr", "DETR", ORIGINAL)
+    other = make_reference("detr", "DETR", ORIGINAL)
     load_weights(other, tmp_path / "back" / "model.safetensors")
     for name, value in other.module.state_dict().items():
         assert torch.equal(value, state[name]), name
@@ -263,8 +257,8 @@ def test_an_original_checkpoint_goes_to_transformers_and_back(tmp_path, capsys):
 
 def test_classes_and_preprocessing_travel(tmp_path):
     names = {0: "N/A", 1: "person", 2: "kite"}
-    twin = twin_of("transformers, R50's shape", id2label=names)
-    twin.save(tmp_path / "hub")
+    reference = reference_of("transformers, R50's shape", id2label=names)
+    reference.save(tmp_path / "hub")
     sides = {"shortest_edge": 480, "longest_edge": 640}
     transformers.DetrImageProcessor(size=sides).save_pretrained(tmp_path / "hub")
     weights = convert.read_weights(str(tmp_path / "hub"))
@@ -296,7 +290,7 @@ def test_named_variants_are_the_published_ones(name, source):
         (DETECTOR, "num_labels") if source == "transformers" else ("DETR", "num_classes")
     )
     with torch.device("meta"):
-        module = make_twin(source, build, {**given, classes: 91}).module
+        module = make_reference(source, build, {**given, classes: 91}).module
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     config = {"config": given}
     table = find_table(shapes)
@@ -338,18 +332,18 @@ def test_an_unusual_one_goes_where_it_can(tmp_path):
     ],
 )
 def test_its_relatives_are_refused(change, message, tmp_path):
-    twin = make_twin("transformers", DETECTOR, own_backbone())
-    twin.save(tmp_path)
+    reference = make_reference("transformers", DETECTOR, own_backbone())
+    reference.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | change
     shapes = convert.read_weights(str(tmp_path)).tensors
     with pytest.raises(UserError, match=message):
         convert.recognize(Weights(shapes, {"config": config}, None, "here", ""))
 
 
-def test_a_rebuilt_twin_is_strict(tmp_path):
+def test_a_rebuilt_reference_is_strict(tmp_path):
     """A tensor that transformers misses is found out: the certificate's strictness is real."""
-    twin = twin_of("transformers, R50's shape")
-    weights = convert.read_weights(twin.save(tmp_path / "source"))
+    reference = reference_of("transformers, R50's shape")
+    weights = convert.read_weights(reference.save(tmp_path / "source"))
     family, arguments = convert.recognize(weights)
     model = build_model(family, **arguments)
     like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
@@ -364,13 +358,13 @@ def test_a_rebuilt_twin_is_strict(tmp_path):
 @pytest.mark.parametrize(
     ("attack", "norm", "alone"), [("pgd", "linf", True), ("fgsm", "l2", False)]
 )
-def test_attacks_climb_as_on_the_twin(attack, norm, alone, tmp_path):
+def test_attacks_climb_as_on_the_reference(attack, norm, alone, tmp_path):
     """From the same start, on a padded batch, in float64: the steps are those of its set loss.
 
     `alone`, each image is a batch of its own there.
     """
-    twin = twin_of("transformers, R50's shape")
-    twin.save(tmp_path)
+    reference = reference_of("transformers, R50's shape")
+    reference.save(tmp_path)
     images, mask = padded_batch()
     images[~mask] = 0.7  # what stands in the padding must not matter and not move
     rng = np.random.default_rng()
@@ -401,7 +395,7 @@ def test_attacks_climb_as_on_the_twin(attack, norm, alone, tmp_path):
             climbed = functools.partial(gradient.pgd, loss_of_images, keys=None, **own, **limits)
         ours = np.asarray(jax.jit(climbed)(images=jnp.asarray(images)))
 
-    module = twin.module.double()
+    module = reference.module.double()
     states: list[torch.Tensor] = []
     for layer in module.model.decoder.layers:
         layer.register_forward_hook(lambda module, inputs, output: states.append(output))

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torchvision
 
-from vision_jax.certify import certify_twin
+from vision_jax.certify.measure import certify_reference
+from vision_jax.certify.random_weights import randomize, randomize_statistics
+from vision_jax.certify.references import make_reference
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
-from vision_jax.convert.twins import make_twin, randomize, randomize_statistics
 from vision_jax.models.efficientnet import VARIANTS, EfficientNet
 
 
@@ -31,9 +32,9 @@ def test_each_builder_is_known_by_its_tensors(size):
 
 def test_logits_and_the_way_back():
     size = (40, 64)
-    twin = make_twin("torchvision", "efficientnet_b0", {"num_classes": 5})
-    randomize(twin.module, 0)
-    randomize_statistics(twin, size, 3, 0)
-    certificate = certify_twin(twin, size, whole=True)
+    reference = make_reference("torchvision", "efficientnet_b0", {"num_classes": 5})
+    randomize(reference.module, 0)
+    randomize_statistics(reference, size, 3, 0)
+    certificate = certify_reference(reference, size, whole=True)
     assert certificate["pass"], (certificate["reasons"], certificate["errors"])
     assert certificate["tensors_consumed"] == certificate["tensors"]

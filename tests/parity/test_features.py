@@ -7,33 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from vit_twins import TWINS
+from vit_references import REFERENCES
 
 from vision_jax import convert
-from vision_jax.convert.twins import randomize
+from vision_jax.certify.random_weights import randomize
 from vision_jax.models.families import apply_with_features, build_model
 from vision_jax.trees.paths import flatten, unflatten
 
 
 @pytest.mark.parametrize("name", ["timm deit distilled", "timm with qk_norm"])
 def test_attention_and_heads_equal_timm(name, tmp_path):
-    twin, size = TWINS[name]()
-    randomize(twin.module, seed=int(np.random.default_rng().integers(1000)))
-    family, arguments = convert.recognize(weights := convert.read_weights(twin.save(tmp_path)))
+    reference, size = REFERENCES[name]()
+    randomize(reference.module, seed=int(np.random.default_rng().integers(1000)))
+    family, arguments = convert.recognize(weights := convert.read_weights(reference.save(tmp_path)))
     images = np.random.default_rng().random((2, *size, 3))
     mean, std = np.asarray(arguments["mean"]), np.asarray(arguments["std"])
     expected = {}
-    for index, block in enumerate(twin.module.blocks):
+    for index, block in enumerate(reference.module.blocks):
         block.attn.fused_attn = False  # so that the probabilities pass through the dropout
         keep = partial(expected.__setitem__, f"block_{index}/attention")
         block.attn.attn_drop.register_forward_hook(lambda *given, keep=keep: keep(given[-1]))
     with torch.no_grad():
         normalized = torch.tensor(((images - mean) / std).transpose(0, 3, 1, 2))
         if "distilled" in name:
-            twin.module.train().set_distilled_training(True)  # without dropout it computes the same
-            expected["head"], expected["head_dist"] = twin.module.double()(normalized)
+            reference.module.train().set_distilled_training(
+                True
+            )  # without dropout it computes the same
+            expected["head"], expected["head_dist"] = reference.module.double()(normalized)
         else:
-            twin.module.double()(normalized)
+            reference.module.double()(normalized)
     with jax.enable_x64(True):
         model = build_model(family, **arguments, dtype=jnp.float64)
         like = jax.eval_shape(model.init, jax.random.key(0), images)["params"]

@@ -15,10 +15,11 @@ import torch
 import transformers
 
 from vision_jax import convert
-from vision_jax.certify import relative_error
+from vision_jax.certify.measure import relative_error
+from vision_jax.certify.random_weights import randomize, sample_images
+from vision_jax.certify.references import Reference, make_reference
 from vision_jax.convert.fields import Fields
 from vision_jax.convert.load import table_of
-from vision_jax.convert.twins import Twin, make_twin, randomize, sample_images
 from vision_jax.errors import UserError
 from vision_jax.models.families import build_model
 from vision_jax.trees import paths
@@ -106,12 +107,14 @@ def other_values(name, value):
     return []
 
 
-def reference(twin, images):
-    if isinstance(twin.module, transformers.CLIPModel):
-        output = twin.module.vision_model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+def reference_logits(reference, images):
+    if isinstance(reference.module, transformers.CLIPModel):
+        output = reference.module.vision_model(
+            torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        )
         with torch.no_grad():
-            return twin.module.visual_projection(output.pooler_output).detach().numpy()
-    found = twin.outputs(images)
+            return reference.module.visual_projection(output.pooler_output).detach().numpy()
+    found = reference.outputs(images)
     return np.concatenate([found[k].ravel() for k in ("logits", "boxes_cxcywh_01") if k in found])
 
 
@@ -171,22 +174,22 @@ def parts(fields, config, within=()):
 @pytest.mark.parametrize("build", CLASSES)
 def test_every_field_is_used_harmless_or_named(build, tmp_path):
     side = 64 if "Detr" in build else 32
-    twin = make_twin("transformers", build, CLASSES[build])
-    randomize(twin.module, 0)
+    reference = make_reference("transformers", build, CLASSES[build])
+    randomize(reference.module, 0)
     folder = tmp_path / "same"
-    twin.save(folder)
+    reference.save(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     table = table_of(convert.read_weights(str(folder)))
     ours = Ours()
     images = images_of(config, side)
-    expected = reference(twin, images).ravel()
+    expected = reference_logits(reference, images).ravel()
     assert relative_error(ours(folder, images), expected) < 2e-5
 
-    model_class = type(twin.module)
+    model_class = type(reference.module)
     missed, agreed, refused, lines = [], [], [], []
     # The class's own fields, those that its file leaves out too.
-    full = json.loads(twin.module.config.to_json_string(use_diff=False))
+    full = json.loads(reference.module.config.to_json_string(use_diff=False))
     for names, value in parts(table.fields, full | config):
         assert names[-1] in owner(table.fields, names).known, names
         for other in other_values(names[-1], value):
@@ -197,8 +200,8 @@ def test_every_field_is_used_harmless_or_named(build, tmp_path):
                 module, report = model_class.from_pretrained(folder, output_loading_info=True)
                 if any(report.values()):
                     continue
-                theirs = Twin("transformers", module.eval(), build, {})
-                expected = reference(theirs, images).ravel()
+                theirs = Reference("transformers", module.eval(), build, {})
+                expected = reference_logits(theirs, images).ravel()
             except Exception:  # no such model of transformers either
                 continue
             try:

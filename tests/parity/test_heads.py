@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from vision_jax import convert, setup
+from vision_jax.certify import references
 from vision_jax.config import load_config
-from vision_jax.convert import twins
 from vision_jax.convert.package import write_package
 from vision_jax.convert.tables import ZOO, table_for_export
 from vision_jax.errors import UserError
@@ -32,15 +32,15 @@ def smallest():
     return [found[title][sorted(found[title])[turn % len(found[title])]] for turn, title in turns]
 
 
-def save(twin, folder):
+def save(reference, folder):
     folder.mkdir()
-    return twin.save(folder)
+    return reference.save(folder)
 
 
 @pytest.mark.parametrize("entry", smallest(), ids=lambda entry: f"{entry.title}-{entry.name}")
 def test_other_classes_keep_all_but_the_head_and_go_back(entry, tmp_path):
-    twin = twins.build_twin(entry)
-    spec = save(twin, tmp_path / "source")
+    reference = references.build_reference(entry)
+    spec = save(reference, tmp_path / "source")
     weights = convert.read_weights(spec)
     family, own = convert.recognize(weights)
     fields = {"model.weights": spec}
@@ -69,7 +69,7 @@ def test_other_classes_keep_all_but_the_head_and_go_back(entry, tmp_path):
     if entry.source == "transformers" and not own["num_classes"] and model_is_unlike(arguments):
         return
     table = table_for_export(entry.source, family, arguments)
-    back = twins.rebuild(table, family, arguments, arrays, None, tmp_path / "back")  # strictly
+    back = references.rebuild(table, family, arguments, arrays, None, tmp_path / "back")  # strictly
     count = len(NAMES) + (family == "detr")
     assert sum(count in p.shape for p in back.module.parameters()) >= len(fresh)
     if entry.source in ("timm", "transformers"):
@@ -79,7 +79,7 @@ def test_other_classes_keep_all_but_the_head_and_go_back(entry, tmp_path):
         names = said.get("label_names") or [said["id2label"][str(i)] for i in range(len(NAMES))]
         assert tuple(names) == NAMES
         written = load_file(folder / "model.safetensors")
-        kept = {name: x for name, x in twin.module.state_dict().items() if name in written}
+        kept = {name: x for name, x in reference.module.state_dict().items() if name in written}
         changed = [name for name, x in kept.items() if x.shape != written[name].shape]
         assert len(changed) <= len(fresh), changed  # a file may name them otherwise than memory
 

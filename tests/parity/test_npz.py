@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from vit_twins import npz_twin
+from vit_references import npz_reference
 
 from vision_jax import convert
-from vision_jax.certify import relative_error
+from vision_jax.certify.measure import relative_error
+from vision_jax.certify.random_weights import randomize
+from vision_jax.certify.references import load_npz, load_weights, make_reference
 from vision_jax.convert.tables import find_table, shapes_of
-from vision_jax.convert.twins import load_npz, load_weights, make_twin, randomize
 from vision_jax.errors import UserError
 from vision_jax.models.families import build_model
 from vision_jax.trees.paths import flatten, unflatten
@@ -147,15 +148,15 @@ def written(name, folder):
     values = random_values(file_shapes(**given))
     tensors = {prefix + key: x for key, x in values.items()} | random_values(others)
     np.savez(folder / "model.npz", **tensors)
-    twin = make_twin("timm", "vit_tiny_patch16_224", {**SMALL, **timms})
-    randomize(twin.module, 1)  # what the reader leaves alone shows
-    twin.module.load_pretrained(str(folder / "model.npz"))
-    return values, twin, convert.read_weights(str(folder / "model.npz"))
+    reference = make_reference("timm", "vit_tiny_patch16_224", {**SMALL, **timms})
+    randomize(reference.module, 1)  # what the reader leaves alone shows
+    reference.module.load_pretrained(str(folder / "model.npz"))
+    return values, reference, convert.read_weights(str(folder / "model.npz"))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_give_what_timm_makes_of_them(name, tmp_path):
-    values, twin, weights = written(name, tmp_path)
+    values, reference, weights = written(name, tmp_path)
     family, arguments = convert.recognize(weights)
     assert (family, arguments["activation"], arguments["num_heads"]) == ("vit", "gelu_tanh", HEADS)
     size, channels = arguments["image_size"], arguments["in_channels"]
@@ -168,7 +169,7 @@ def test_files_give_what_timm_makes_of_them(name, tmp_path):
     flat = convert.import_weights(weights, flatten(like), arguments)
     for dtype, limit in (("float32", 1e-5), ("float64", 1e-12)):
         x = ((images - arguments["mean"]) / arguments["std"]).astype(dtype)
-        theirs = twin.outputs(x)["logits"]
+        theirs = reference.outputs(x)["logits"]
         with jax.enable_x64(dtype == "float64"):
             model = build_model(family, **arguments, dtype=jnp.dtype(dtype))
             params = {path: jnp.asarray(np.asarray(v), dtype) for path, v in flat.items()}
@@ -189,7 +190,7 @@ def test_files_give_what_timm_makes_of_them(name, tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_we_write_timm_reads_to_the_bit(name, tmp_path):
-    _, twin, weights = written(name, tmp_path)
+    _, reference, weights = written(name, tmp_path)
     family, arguments = convert.recognize(weights)
     model = build_model(family, **arguments)
     images = jnp.zeros((1, *model.image_size, model.in_channels))
@@ -198,26 +199,26 @@ def test_what_we_write_timm_reads_to_the_bit(name, tmp_path):
     tensors, _ = convert.export_weights(flat, family, arguments, to="npz")
     (tmp_path / "back").mkdir()
     np.savez(tmp_path / "back" / "model.npz", **tensors)
-    again = make_twin("timm", twin.build, twin.arguments)
+    again = make_reference("timm", reference.build, reference.arguments)
     load_npz(again.module, tmp_path / "back" / "model.npz")
-    for key, value in twin.module.state_dict().items():
+    for key, value in reference.module.state_dict().items():
         assert torch.equal(again.module.state_dict()[key], value), key
 
 
 def test_loading_by_timm_is_strict(tmp_path):
-    values, twin, _ = written("augreg", tmp_path)
+    values, reference, _ = written("augreg", tmp_path)
     path = tmp_path / "other.npz"
 
     def complaint(tensors, match):
         np.savez(path, **tensors)
         with pytest.raises(RuntimeError, match=match):
-            load_npz(twin.module, path)
+            load_npz(reference.module, path)
 
     complaint({**values, "more": np.zeros(3, np.float32)}, "numbers, the model")
     complaint({k: x for k, x in values.items() if k != "cls"}, "timm finds no .*cls")
     headless = {k: x for k, x in values.items() if not k.startswith("head")}
     complaint(headless, r"nothing for head\.weight")
-    npz, _ = npz_twin("vit_tiny_patch16_224", 32)
+    npz, _ = npz_reference("vit_tiny_patch16_224", 32)
     with pytest.raises(UserError, match="is not for vit_tiny_patch16_224"):
         load_weights(npz, path)
 

@@ -68,8 +68,8 @@ def test_same_weights_as_torch(name, clip_norm):
         for gradient in gradients:
             updates, state = update(jax.tree.map(jnp.asarray, gradient), state, params)
             params = optax.apply_updates(params, updates)
-        for path, twin in (("head/kernel", kernel), ("head/bias", bias)):
-            expected = twin.detach().numpy()
+        for path, reference in (("head/kernel", kernel), ("head/bias", bias)):
+            expected = reference.detach().numpy()
             # The rate and the bias correction are float32, and torch adds 1e-6 to the norm it
             # clips by: the error is relative to what was learned.
             change = np.abs(expected - start[path]).max()
@@ -80,12 +80,12 @@ def test_muon_is_torchs():
     """torch rounds to bfloat16 inside, which a bias correction of the momentum would exceed."""
     start = RNG.normal(size=(24, 16))
     gradients = [RNG.normal(size=start.shape) for _ in range(4)]
-    twin = torch.nn.Parameter(torch.tensor(start.T))  # [out, in]
+    reference = torch.nn.Parameter(torch.tensor(start.T))  # [out, in]
     optimizer = torch.optim.Muon(
-        [twin], lr=LR, weight_decay=WD, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
+        [reference], lr=LR, weight_decay=WD, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
     )
     for gradient in gradients:
-        twin.grad = torch.tensor(gradient.T)
+        reference.grad = torch.tensor(gradient.T)
         optimizer.step()
 
     with jax.enable_x64(True):
@@ -101,7 +101,7 @@ def test_muon_is_torchs():
         for gradient in gradients:
             updates, state = tx.update(dict.fromkeys(params, jnp.asarray(gradient)), state, params)
             params = optax.apply_updates(params, updates)
-    expected = twin.detach().numpy().T
+    expected = reference.detach().numpy().T
     change = np.linalg.norm(expected - start)
     assert np.linalg.norm(params["block_0/mlp/fc1/kernel"] - expected) < 0.02 * change
 
@@ -154,8 +154,8 @@ GROUPED = {
 @pytest.mark.parametrize(("name", "arguments"), GROUPED.values(), ids=GROUPED)
 def test_weight_decay_and_layers_are_timms(name, arguments, tmp_path):
     """Which parameters decay, and by which power of layer_decay each one's rate is multiplied."""
-    twin = timm.create_model(name, num_classes=5, **arguments)
-    save_file(twin.state_dict(), tmp_path / "model.safetensors")
+    reference = timm.create_model(name, num_classes=5, **arguments)
+    save_file(reference.state_dict(), tmp_path / "model.safetensors")
     config = {"architecture": name, "num_classes": 5, "model_args": arguments}
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = convert.read_weights(str(tmp_path))
@@ -170,16 +170,18 @@ def test_weight_decay_and_layers_are_timms(name, arguments, tmp_path):
         for tensor in getattr(rule, "names", ())
     }
 
-    exempt = getattr(twin, "no_weight_decay", set)()
-    names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    exempt = getattr(reference, "no_weight_decay", set)()
+    names = {id(parameter): name for name, parameter in reference.named_parameters()}
     decayed = {
         names[id(parameter)]: group["weight_decay"] > 0
-        for group in param_groups_weight_decay(twin, 0.1, no_weight_decay_list=exempt)
+        for group in param_groups_weight_decay(reference, 0.1, no_weight_decay_list=exempt)
         for parameter in group["params"]
     }
     powers = {
         names[id(parameter)]: round(-math.log2(group["lr_scale"]))
-        for group in param_groups_layer_decay(twin, layer_decay=0.5, no_weight_decay_list=exempt)
+        for group in param_groups_layer_decay(
+            reference, layer_decay=0.5, no_weight_decay_list=exempt
+        )
         for parameter in group["params"]
     }
     compared = set()

@@ -40,15 +40,15 @@ def dtype(request):
         yield request.param
 
 
-def timm_twin(dtype, directory):
+def timm_reference(dtype, directory):
     """A timm ViT with random weights, our model, and the same weights in our tree."""
     model = timm.models.VisionTransformer(
         img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5
     )
-    return twins(model, dtype, directory)
+    return references(model, dtype, directory)
 
 
-def transformers_twin(dtype, directory, config_class=transformers.ViTConfig):
+def transformers_reference(dtype, directory, config_class=transformers.ViTConfig):
     """The same for transformers' ViT or DINOv2."""
     config = config_class(
         hidden_size=24,
@@ -64,7 +64,7 @@ def transformers_twin(dtype, directory, config_class=transformers.ViTConfig):
         attn_implementation="sdpa",  # eager rounds to float32
     )
     dinov2 = config_class is transformers.Dinov2Config
-    return twins(
+    return references(
         model,
         dtype,
         directory,
@@ -74,7 +74,7 @@ def transformers_twin(dtype, directory, config_class=transformers.ViTConfig):
     )
 
 
-def twins(model, dtype, directory, **arguments):
+def references(model, dtype, directory, **arguments):
     model = model.to(getattr(torch, dtype)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -142,7 +142,7 @@ FROM_TIMM = {
 
 @pytest.mark.parametrize("settings", FROM_TIMM.values(), ids=FROM_TIMM)
 def test_timm_adapter_from_peft(settings, dtype, tmp_path):
-    model, ours, base = timm_twin(dtype, tmp_path)
+    model, ours, base = timm_reference(dtype, tmp_path)
     adapted = save_from_peft(model, tmp_path, modules_to_save=["head"], **settings)
     params = read_adapter(tmp_path, base, **described(ours))
     assert relative_difference(adapted, ours, params, dtype) < TOLERANCE[dtype]
@@ -170,7 +170,7 @@ FROM_TRANSFORMERS = {
 
 @pytest.mark.parametrize("settings", FROM_TRANSFORMERS.values(), ids=FROM_TRANSFORMERS)
 def test_transformers_adapter_from_peft(settings, dtype, tmp_path):
-    model, ours, base = transformers_twin(dtype, tmp_path)
+    model, ours, base = transformers_reference(dtype, tmp_path)
     adapted = save_from_peft(model, tmp_path, modules_to_save=["classifier"], **settings)
     params = read_adapter(tmp_path, base, **described(ours))
     assert relative_difference(adapted, ours, params, dtype) < TOLERANCE[dtype]
@@ -178,7 +178,7 @@ def test_transformers_adapter_from_peft(settings, dtype, tmp_path):
 
 
 def test_dinov2_adapter_from_peft(tmp_path):
-    model, ours, base = transformers_twin("float32", tmp_path, transformers.Dinov2Config)
+    model, ours, base = transformers_reference("float32", tmp_path, transformers.Dinov2Config)
     targets = ["q_proj", "v_proj", "o_proj", "fc1", "projection"]
     adapted = save_from_peft(model, tmp_path, target_modules=targets, r=3)
     params = read_adapter(tmp_path, base, **described(ours))
@@ -188,7 +188,7 @@ def test_dinov2_adapter_from_peft(tmp_path):
 
 def test_adapter_of_transformers_4(tmp_path):
     """Its modules had the names that the files still have."""
-    model, ours, base = transformers_twin("float32", tmp_path)
+    model, ours, base = transformers_reference("float32", tmp_path)
     adapted = save_from_peft(model, tmp_path, target_modules=["q_proj", "v_proj", "fc1"], r=3)
     file = tmp_path / "adapter_model.safetensors"
     older = {
@@ -216,8 +216,8 @@ ATTACHED = {
 @pytest.mark.parametrize("naming", ["timm", "transformers"])
 @pytest.mark.parametrize("settings", ATTACHED.values(), ids=ATTACHED)
 def test_adapter_to_peft(settings, naming, dtype, tmp_path):
-    twin = timm_twin if naming == "timm" else transformers_twin
-    model, ours, base = twin(dtype, tmp_path)
+    reference = timm_reference if naming == "timm" else transformers_reference
+    model, ours, base = reference(dtype, tmp_path)
     params = attach_random(base, [*RULES, "patch_embed/kernel"], rank=3, alpha=7.0, **settings)
     # What was trained besides: the head, a bias under an adapter, a norm and a bare parameter.
     trained = ["head/kernel", "head/bias", "block_1/attn/qkv/bias", "norm/scale", "pos_embed"]
@@ -228,7 +228,7 @@ def test_adapter_to_peft(settings, naming, dtype, tmp_path):
     write_adapter(
         tmp_path,
         params,
-        base_model_name="twin",
+        base_model_name="reference",
         **described(ours),
         naming=naming,
         modules_to_save=trained,
@@ -245,10 +245,10 @@ def test_adapter_to_peft(settings, naming, dtype, tmp_path):
 
 def test_leaves_of_different_kinds_to_peft(tmp_path):
     """Ranks, scales and DoRA that differ between leaves: patterns and gains of 1 keep the sums."""
-    model, ours, base = timm_twin("float32", tmp_path)
+    model, ours, base = timm_reference("float32", tmp_path)
     params = attach_random(base, ["block_0/attn/qkv/kernel"], rank=2, alpha=3.0, dora=True)
     params = attach_random(params, [r"block_1/mlp/fc\d/kernel"], rank=5, alpha=4.0)
-    write_adapter(tmp_path, params, base_model_name="twin", **described(ours), naming="timm")
+    write_adapter(tmp_path, params, base_model_name="reference", **described(ours), naming="timm")
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     assert relative_difference(loaded, ours, params, "float32") < 1e-5
     again = read_adapter(tmp_path, base, **described(ours))
@@ -428,7 +428,7 @@ def test_adapters_of_every_kind_there_and_back(make, settings, tmp_path):
     write_adapter(
         tmp_path / "ours",
         params,
-        base_model_name="twin",
+        base_model_name="reference",
         **described,
         naming=naming,
         modules_to_save=changed,
@@ -478,7 +478,7 @@ def test_two_patterns_for_one_module(field, tmp_path):
 def test_parts_of_different_scales_in_a_float32_file(tmp_path):
     """Of a float64 model: nothing is rescaled in the file's own precision."""
     with jax.enable_x64(True):
-        model, ours, base = transformers_twin("float64", tmp_path)
+        model, ours, base = transformers_reference("float64", tmp_path)
         settings = {"target_modules": QV, "r": 3, "alpha_pattern": {"q_proj": 11, "v_proj": 0.7}}
         save_from_peft(model, tmp_path, **settings)
         file = tmp_path / "adapter_model.safetensors"

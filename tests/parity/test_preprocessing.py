@@ -76,11 +76,11 @@ def test_torchvision(size):
     """The preset of torchvision's ViT-B/16 weights: resize 256, crop 224, bilinear."""
     image = random_image(*size)
     bilinear = transforms.InterpolationMode.BILINEAR
-    twin = transforms.Compose(
+    reference = transforms.Compose(
         [transforms.Resize(256, bilinear), transforms.CenterCrop(224), transforms.PILToTensor()]
     )
     preprocessing = Preprocessing((224, 224), MEAN, STD, 224 / 256, "bilinear", "center")
-    expected = twin(Image.fromarray(image)).numpy().transpose(1, 2, 0)
+    expected = reference(Image.fromarray(image)).numpy().transpose(1, 2, 0)
     assert np.array_equal(eval_transform(image, preprocessing), expected)
 
 

@@ -15,7 +15,8 @@ import torchvision
 from PIL import Image
 
 from vision_jax import convert
-from vision_jax.convert import package, twins
+from vision_jax.certify import references
+from vision_jax.convert import package
 from vision_jax.convert.tables import table_for_export
 from vision_jax.data.decode import decode_image
 from vision_jax.data.transforms import Preprocessing, eval_transform
@@ -56,7 +57,7 @@ def our_logits(path: Path, preprocessing: Preprocessing, files: list[Path]) -> n
         [eval_transform(decode_image(f.read_bytes(), name=f.name), preprocessing) for f in files]
     )
     images = jnp.asarray(views, jnp.float32) / 255
-    target = twins_target(model, images)
+    target = references_target(model, images)
     flat = convert.import_weights(weights, target, arguments)
     variables = {
         collection: paths.unflatten(tree, {p: jnp.asarray(flat[p]) for p in paths.flatten(tree)})
@@ -69,7 +70,7 @@ def shapes_of(model, images):
     return jax.eval_shape(model.init, jax.random.key(0), images[:1])
 
 
-def twins_target(model, images):
+def references_target(model, images):
     return {
         path: leaf
         for tree in shapes_of(model, images).values()
@@ -118,15 +119,15 @@ def test_efficientnet_lite(folder, number, tmp_path):
     )
     model = build_model(family, **arguments)
     flat = convert.import_weights(
-        weights, twins_target(model, jnp.zeros((1, size, size, 3))), arguments
+        weights, references_target(model, jnp.zeros((1, size, size, 3))), arguments
     )
     table = table_for_export("timm", family, arguments)
     assert table.config(arguments)["architecture"] == f"tf_efficientnet_lite{number}"
     package.write_package(tmp_path / "timm", flat, family, arguments, to="timm")
-    twin = twins.rebuild(table, family, arguments, flat, None, tmp_path / "again")
+    reference = references.rebuild(table, family, arguments, flat, None, tmp_path / "again")
     config = {"input_size": (3, size, size), "crop_pct": 0.875, "interpolation": "bicubic"}
     transform = timm.data.create_transform(**config, mean=(0.5,) * 3, std=(0.5,) * 3)
     with torch.no_grad():
         batch = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
-        theirs = twin.module(batch).numpy()
+        theirs = reference.module(batch).numpy()
     check(our_logits(path, preprocessing, list(files)), theirs, list(labels), 15)

@@ -10,17 +10,12 @@ import timm
 import torch
 
 from vision_jax import convert
-from vision_jax.certify import certify_twin, relative_error
+from vision_jax.certify.measure import certify_reference, relative_error
+from vision_jax.certify.random_weights import randomize, randomize_statistics, sample_images
+from vision_jax.certify.references import make_reference, rebuild
 from vision_jax.convert import resnet
 from vision_jax.convert.read import Weights
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
-from vision_jax.convert.twins import (
-    make_twin,
-    randomize,
-    randomize_statistics,
-    rebuild,
-    sample_images,
-)
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, build_model
 from vision_jax.models.resnet import VARIANTS
@@ -32,7 +27,7 @@ BASIC = {**HUB, "layer_type": "basic", "hidden_sizes": [16, 24]}
 WIDE = {**HUB, "layer_type": "bottleneck", "hidden_sizes": [32, 64]}
 CLASSIFIER = "ResNetForImageClassification"
 ODD = (71, 58)
-TWINS = {  # few and of many traits each
+REFERENCES = {  # few and of many traits each
     "timm basic": ("timm", "resnet18", SMALL, ODD),
     "timm groups, no head": (
         "timm",
@@ -68,19 +63,19 @@ MORE = {
 }
 
 
-def twin_of(name):
-    source, build, arguments, size = (TWINS | MORE)[name]
-    twin = make_twin(source, build, arguments)
-    randomize(twin.module, 3)
+def reference_of(name):
+    source, build, arguments, size = (REFERENCES | MORE)[name]
+    reference = make_reference(source, build, arguments)
+    randomize(reference.module, 3)
     channels = arguments.get("in_chans", arguments.get("num_channels", 3))
-    randomize_statistics(twin, size, channels, 3)
-    return twin, size
+    randomize_statistics(reference, size, channels, 3)
+    return reference, size
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_everything_equals_the_twin_and_goes_back(name):
-    twin, size = twin_of(name)
-    certificate = certify_twin(twin, size, whole=True)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_everything_equals_the_reference_and_goes_back(name):
+    reference, size = reference_of(name)
+    certificate = certify_reference(reference, size, whole=True)
     print(name, certificate["worst"])
     assert certificate["pass"], (certificate["reasons"], certificate["errors"])
     assert certificate["family"] == "resnet"
@@ -90,9 +85,9 @@ def test_everything_equals_the_twin_and_goes_back(name):
     assert set(certificate["errors"]["float64"]) == {"stem", "pooled", "logits"} | stages
 
 
-def imported(twin, size, folder):
+def imported(reference, size, folder):
     folder.mkdir()
-    weights = convert.read_weights(twin.save(folder))
+    weights = convert.read_weights(reference.save(folder))
     family, arguments = convert.recognize(weights)
     model = build_model(family, **arguments)
     like = jax.eval_shape(
@@ -115,12 +110,12 @@ def imported(twin, size, folder):
     ],
 )
 def test_a_model_goes_to_the_libraries_that_have_such(name, others, tmp_path):
-    twin, size = twin_of(name)
-    family, arguments, flat = imported(twin, size, tmp_path / "source")
+    reference, size = reference_of(name)
+    family, arguments, flat = imported(reference, size, tmp_path / "source")
     images = sample_images(2, size, 3, 1)
     images = ((images - arguments["mean"]) / arguments["std"]).astype(np.float32)
-    theirs = twin.outputs(images)["logits"].reshape(2, -1)
-    for to in {"timm", "torchvision", "transformers"} - {twin.source}:
+    theirs = reference.outputs(images)["logits"].reshape(2, -1)
+    for to in {"timm", "torchvision", "transformers"} - {reference.source}:
         if to not in others:
             with pytest.raises(UserError, match=f"{to} has no resnet that is such a model"):
                 table_for_export(to, family, arguments)
@@ -150,7 +145,7 @@ def test_named_variants_are_timms(name):
 @pytest.mark.parametrize("builder", sorted(resnet._TORCHVISION.values()))
 def test_torchvisions_builders_are_named(builder):
     with torch.device("meta"):
-        module = make_twin("torchvision", builder, {}).module
+        module = make_reference("torchvision", builder, {}).module
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     full = {**FAMILIES["resnet"].defaults, **infer_arguments(find_table(shapes), shapes, {})}
     table = table_for_export("torchvision", "resnet", full)
@@ -172,8 +167,8 @@ def test_its_relatives_are_no_resnet(name):
 
 
 def test_a_config_of_another_activation_is_refused(tmp_path):
-    twin = make_twin("transformers", CLASSIFIER, BASIC)
-    twin.save(tmp_path)
+    reference = make_reference("transformers", CLASSIFIER, BASIC)
+    reference.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_act": "silu"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="hidden_act 'silu' is not supported"):

@@ -18,12 +18,12 @@ from transformers import RfDetrConfig, RfDetrForObjectDetection
 from transformers.models.rf_detr.modeling_rf_detr import MultiScaleDeformableAttention
 
 from vision_jax import convert
-from vision_jax.certify import relative_error
+from vision_jax.certify.measure import relative_error
+from vision_jax.certify.random_weights import randomize, sample_images
 from vision_jax.convert.engine import export_tensors
 from vision_jax.convert.package import write_package
 from vision_jax.convert.rf_detr import TABLES
 from vision_jax.convert.tables import find_table, infer_arguments, shapes_of
-from vision_jax.convert.twins import randomize, sample_images
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, build_model
 from vision_jax.models.rf_detr import VARIANTS, RfDetr
@@ -91,7 +91,7 @@ CASES = {
 }
 
 
-def twin_of(backbone, rest, seed=3):
+def reference_of(backbone, rest, seed=3):
     config = RfDetrConfig(backbone_config={**BACKBONE, **backbone}, **{**REST, **rest})
     module = RfDetrForObjectDetection._from_config(config, attn_implementation="sdpa").eval()
     randomize(module, seed)
@@ -123,7 +123,7 @@ def imported(module, folder):
     return weights, arguments, convert.import_weights(weights, flatten(like), arguments), like
 
 
-def of_twin(module, images, arguments, mask, train, dtype):
+def of_reference(module, images, arguments, mask, train, dtype):
     """Outputs by our names."""
     module.to(getattr(torch, dtype)).train(train)
     mean, std = (np.asarray(arguments[name]) for name in ("mean", "std"))
@@ -149,14 +149,14 @@ def tree_of(flat, like, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_intermediates_equal_the_twins(name, tmp_path):
+def test_outputs_and_intermediates_equal_the_references(name, tmp_path):
     backbone, rest, side, mask, train = CASES[name]
-    module = twin_of(backbone, rest)
+    module = reference_of(backbone, rest)
     _, arguments, flat, like = imported(module, tmp_path)
     images = sample_images(2, (side, side), 3, 1)
     for dtype, bar in BARS.items():
         with torch.no_grad():
-            outputs, features = of_twin(module, images, arguments, mask, train, dtype)
+            outputs, features = of_reference(module, images, arguments, mask, train, dtype)
         with jax.enable_x64(dtype == "float64"):
             model = build_model("rf_detr", **arguments, dtype=jnp.dtype(dtype))
             apply = jax.jit(partial(model.apply, train=train, return_features=True))
@@ -173,12 +173,12 @@ def test_outputs_and_intermediates_equal_the_twins(name, tmp_path):
         assert max(errors.values()) <= bar, errors
 
 
-def test_gradients_equal_the_twins(tmp_path):
+def test_gradients_equal_the_references(tmp_path):
     """In float64, of all parameters, through all outputs of all groups in training."""
-    module = twin_of({}, {}, seed=5)
+    module = reference_of({}, {}, seed=5)
     weights, arguments, flat, like = imported(module, tmp_path / "weights")
     images = sample_images(2, (32, 32), 3, 1)
-    outputs, _ = of_twin(module, images, arguments, MASK, True, "float64")
+    outputs, _ = of_reference(module, images, arguments, MASK, True, "float64")
     rng = np.random.default_rng(0)
     pulls = {name: rng.normal(size=tuple(x.shape)) for name, x in outputs.items()}
     sum((torch.from_numpy(pulls[name]) * x).sum() for name, x in outputs.items()).backward()
@@ -234,7 +234,7 @@ def test_deformable_attention_alone():
 @pytest.mark.parametrize("name", ["plain", "odd"])
 def test_the_export_is_the_file_and_loads_strictly(name, tmp_path):
     backbone, rest, side, *_ = CASES[name]
-    module = twin_of(backbone, rest)
+    module = reference_of(backbone, rest)
     with torch.no_grad():
         module.model.backbone.backbone.embeddings.mask_token.zero_()
     weights, arguments, flat, _ = imported(module, tmp_path / "source")
@@ -271,7 +271,7 @@ def test_a_checkpoint_of_rfdetr_tells_its_variant(name):
 
 
 def test_a_pickle_of_rfdetr_and_its_relatives(tmp_path):
-    module = twin_of({}, {})
+    module = reference_of({}, {})
     weights, *_ = imported(module, tmp_path)
     tensors = {name: torch.from_numpy(np.array(x)) for name, x in weights.tensors.items()}
     tensors["_kp_active_mask"] = torch.zeros(0, dtype=torch.bool)
@@ -299,7 +299,7 @@ def test_a_pickle_of_rfdetr_and_its_relatives(tmp_path):
     ],
 )
 def test_what_the_model_cannot_be_is_refused(change, message, tmp_path):
-    weights, *_ = imported(twin_of({}, {}), tmp_path)
+    weights, *_ = imported(reference_of({}, {}), tmp_path)
     shapes = shapes_of(weights.tensors)
     with pytest.raises(UserError, match=message):
         infer_arguments(find_table(shapes), shapes, {"config": change})

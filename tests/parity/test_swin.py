@@ -1,6 +1,7 @@
 """Our Swin against timm, torchvision and transformers: every feature and the logits, from files.
 
-Worst relative error measured on a CPU over the twins below: 7.1e-7 in float32, 2.6e-15 in float64.
+Worst relative error measured on a CPU over the references below:
+7.1e-7 in float32, 2.6e-15 in float64.
 """
 
 import dataclasses
@@ -17,11 +18,12 @@ import transformers
 from timm.layers import resize_rel_pos_bias_table
 
 from vision_jax import convert
-from vision_jax.certify import relative_error
+from vision_jax.certify.measure import relative_error
+from vision_jax.certify.random_weights import randomize
+from vision_jax.certify.references import make_reference
 from vision_jax.convert import swin
 from vision_jax.convert.read import Weights
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
-from vision_jax.convert.twins import make_twin, randomize
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, build_model
 from vision_jax.models.swin import VARIANTS, position_offsets
@@ -38,63 +40,63 @@ SECOND = {
 }
 
 
-def timm_twin(name, size, **arguments):
-    return make_twin("timm", name, {**SMALL, "img_size": size, **arguments}), size
+def timm_reference(name, size, **arguments):
+    return make_reference("timm", name, {**SMALL, "img_size": size, **arguments}), size
 
 
-def torchvision_twin(size, window, **arguments):
+def torchvision_reference(size, window, **arguments):
     given = {**SMALL, "patch_size": [4, 4], "window_size": window, **arguments}
-    return make_twin("torchvision", f"{TORCHVISION}SwinTransformer", given), size
+    return make_reference("torchvision", f"{TORCHVISION}SwinTransformer", given), size
 
 
-def transformers_twin(name, size, window, **arguments):
+def transformers_reference(name, size, window, **arguments):
     given = {key: value for key, value in SMALL.items() if key != "num_classes"}
     given |= {"image_size": size, "window_size": window, "num_labels": 7, **arguments}
-    twin = make_twin("transformers", name, given)
-    return twin, (size, size) if isinstance(size, int) else size
+    reference = make_reference("transformers", name, given)
+    return reference, (size, size) if isinstance(size, int) else size
 
 
 # Maps of 15 x 11 and 8 x 6 tokens, or 16 x 12 where the image is padded.
 ODD = (62, 45)
-TWINS = {
-    "timm v1": lambda: timm_twin(V1, (64, 96), window_size=4),
-    "timm v1, windows clipped": lambda: timm_twin(V1, (40, 40), mlp_ratio=3.3),
-    "timm v1, maps padded": lambda: timm_twin(V1, ODD, window_size=4, qkv_bias=False),
-    "timm v1, windows by stage": lambda: timm_twin(
+REFERENCES = {
+    "timm v1": lambda: timm_reference(V1, (64, 96), window_size=4),
+    "timm v1, windows clipped": lambda: timm_reference(V1, (40, 40), mlp_ratio=3.3),
+    "timm v1, maps padded": lambda: timm_reference(V1, ODD, window_size=4, qkv_bias=False),
+    "timm v1, windows by stage": lambda: timm_reference(
         V1, (48, 72), window_size=((4, 6), (6, 5)), patch_size=3
     ),
-    "timm v1, no head": lambda: timm_twin(V1, (32, 32), depths=(1, 1), num_classes=0),
-    "timm v2": lambda: timm_twin(V2, (64, 96), window_size=4),
-    "timm v2, windows clipped": lambda: timm_twin(V2, (40, 40), qkv_bias=False),
-    "timm v2, maps padded": lambda: timm_twin(
+    "timm v1, no head": lambda: timm_reference(V1, (32, 32), depths=(1, 1), num_classes=0),
+    "timm v2": lambda: timm_reference(V2, (64, 96), window_size=4),
+    "timm v2, windows clipped": lambda: timm_reference(V2, (40, 40), qkv_bias=False),
+    "timm v2, maps padded": lambda: timm_reference(
         V2, ODD, window_size=(4, 6), pretrained_window_sizes=(3, 0), act_layer="silu"
     ),
-    "torchvision v1": lambda: torchvision_twin((64, 96), [4, 4]),
-    "torchvision v1, large windows": lambda: torchvision_twin((40, 40), [7, 7], mlp_ratio=2.5),
-    "torchvision v1, maps padded": lambda: torchvision_twin(ODD, [4, 4]),
-    "torchvision v2, maps padded": lambda: torchvision_twin(ODD, [4, 6], **SECOND),
-    "transformers v1": lambda: transformers_twin("SwinForImageClassification", 64, 4),
-    "transformers v1, image padded": lambda: transformers_twin(
+    "torchvision v1": lambda: torchvision_reference((64, 96), [4, 4]),
+    "torchvision v1, large windows": lambda: torchvision_reference((40, 40), [7, 7], mlp_ratio=2.5),
+    "torchvision v1, maps padded": lambda: torchvision_reference(ODD, [4, 4]),
+    "torchvision v2, maps padded": lambda: torchvision_reference(ODD, [4, 6], **SECOND),
+    "transformers v1": lambda: transformers_reference("SwinForImageClassification", 64, 4),
+    "transformers v1, image padded": lambda: transformers_reference(
         "SwinForImageClassification", ODD, 4, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-3
     ),
-    "transformers v1, no shift": lambda: transformers_twin("SwinModel", (32, 64), 4),
-    "transformers v1, one channel": lambda: transformers_twin(
+    "transformers v1, no shift": lambda: transformers_reference("SwinModel", (32, 64), 4),
+    "transformers v1, one channel": lambda: transformers_reference(
         "SwinForImageClassification", 32, 4, num_channels=1, qkv_bias=False
     ),
-    "transformers v2": lambda: transformers_twin(
+    "transformers v2": lambda: transformers_reference(
         "Swinv2ForImageClassification", 64, 4, pretrained_window_sizes=(3, 2)
     ),
-    "transformers v2, windows clipped": lambda: transformers_twin(
+    "transformers v2, windows clipped": lambda: transformers_reference(
         "Swinv2ForImageClassification", (45, 62), 7
     ),
-    "transformers v2, image padded": lambda: transformers_twin("Swinv2Model", ODD, 6),
+    "transformers v2, image padded": lambda: transformers_reference("Swinv2Model", ODD, 6),
 }
 
 
 def read(name, tmp_path):
-    twin, size = TWINS[name]()
-    randomize(twin.module, sum(map(ord, name)))
-    return twin, size, twin.save(tmp_path)
+    reference, size = REFERENCES[name]()
+    randomize(reference.module, sum(map(ord, name)))
+    return reference, size, reference.save(tmp_path)
 
 
 def target(arguments):
@@ -131,15 +133,15 @@ def outputs(model, like, flat, images, dtype="float32"):
     return {**features, "logits": logits}
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_everything_equals_the_twin_and_goes_back(name, tmp_path):
-    twin, size, path = read(name, tmp_path)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_everything_equals_the_reference_and_goes_back(name, tmp_path):
+    reference, size, path = read(name, tmp_path)
     weights = convert.read_weights(path)
     model, like, flat, arguments = load(weights, size)
-    table = table_for_export(twin.source, "swin", arguments)
+    table = table_for_export(reference.source, "swin", arguments)
     images = np.random.default_rng(1).random((2, *size, arguments["in_channels"]))
     for dtype, limit in LIMITS.items():
-        theirs = twin.outputs(normalized(images, arguments, dtype), table.modules(arguments))
+        theirs = reference.outputs(normalized(images, arguments, dtype), table.modules(arguments))
         with jax.enable_x64(dtype == "float64"):
             ours = outputs(model, like, flat, images, dtype)
             errors = {key: relative_error(np.asarray(ours[key]), theirs[key]) for key in ours}
@@ -147,7 +149,7 @@ def test_everything_equals_the_twin_and_goes_back(name, tmp_path):
         print(f"{name:40s} {dtype} {max(errors.values()):.1e}")
         assert max(errors.values()) <= limit, errors
 
-    tensors, _ = convert.export_weights(flat, "swin", arguments, to=twin.source)
+    tensors, _ = convert.export_weights(flat, "swin", arguments, to=reference.source)
     assert set(tensors) == set(weights.tensors)
     for key, tensor in weights.tensors.items():
         assert tensors[key].dtype == tensor.dtype
@@ -167,9 +169,9 @@ def rebuild(table, arguments, flat, folder):
     channels, classes = arguments["in_channels"], arguments["num_classes"]
     if table.source == "timm":
         given = {**config["model_args"], "num_classes": classes, "in_chans": channels}
-        twin = make_twin("timm", config["architecture"], given)
+        reference = make_reference("timm", config["architecture"], given)
     elif table.source == "torchvision":
-        twin = make_twin(
+        reference = make_reference(
             "torchvision", config["model"], config["kwargs"] | {"num_classes": classes}
         )
     else:
@@ -182,22 +184,24 @@ def rebuild(table, arguments, flat, folder):
             folder / "back", output_loading_info=True
         )
         assert not any(report.values()), report
-        return dataclasses.replace(make_twin("transformers", build, {}), module=module.eval())
-    twin.module.load_state_dict({k: torch.from_numpy(x) for k, x in tensors.items()}, strict=True)
-    return twin
+        return dataclasses.replace(make_reference("transformers", build, {}), module=module.eval())
+    reference.module.load_state_dict(
+        {k: torch.from_numpy(x) for k, x in tensors.items()}, strict=True
+    )
+    return reference
 
 
 @pytest.mark.parametrize("name", ["timm v2", "torchvision v2, maps padded", "transformers v2"])
 def test_v2s_scale_has_a_limit(name, tmp_path):
     """In float64: at cosines times 100, torch's float32 is as far from its float64 as ours is."""
-    twin, size = TWINS[name]()
-    randomize(twin.module, 9)
-    for key, parameter in twin.module.named_parameters():
+    reference, size = REFERENCES[name]()
+    randomize(reference.module, 9)
+    for key, parameter in reference.module.named_parameters():
         if key.endswith("logit_scale"):
             parameter.data[0] = 5.0  # over log 100
-    model, like, flat, arguments = load(convert.read_weights(twin.save(tmp_path)), size)
+    model, like, flat, arguments = load(convert.read_weights(reference.save(tmp_path)), size)
     images = np.random.default_rng(3).random((2, *size, arguments["in_channels"]))
-    theirs = twin.outputs(normalized(images, arguments, "float64"))["logits"]
+    theirs = reference.outputs(normalized(images, arguments, "float64"))["logits"]
     with jax.enable_x64(True):
         logits = outputs(model, like, flat, images, "float64")["logits"]
         assert relative_error(np.asarray(logits), theirs) <= LIMITS["float64"]
@@ -220,11 +224,11 @@ def test_v2s_scale_has_a_limit(name, tmp_path):
     ],
 )
 def test_a_model_goes_to_the_libraries_whose_windows_it_has(name, others, tmp_path):
-    twin, size, path = read(name, tmp_path)
+    reference, size, path = read(name, tmp_path)
     _, _, flat, arguments = load(convert.read_weights(path), size)
     images = np.random.default_rng(2).random((2, *size, 3))
-    theirs = twin.outputs(normalized(images, arguments))["logits"]
-    for to in {"timm", "torchvision", "transformers"} - {twin.source}:
+    theirs = reference.outputs(normalized(images, arguments))["logits"]
+    for to in {"timm", "torchvision", "transformers"} - {reference.source}:
         if to not in others:
             with pytest.raises(UserError, match=f"{to} has no swin that is such a model"):
                 table_for_export(to, "swin", arguments)
@@ -260,7 +264,7 @@ def test_named_variants_are_timms(name):
 @pytest.mark.parametrize("builder", swin._BUILDERS)
 def test_torchvisions_builders_are_named_variants(builder):
     with torch.device("meta"):
-        module = make_twin("torchvision", builder, {}).module
+        module = make_reference("torchvision", builder, {}).module
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     table = find_table(shapes)
     arguments = infer_arguments(table, shapes, {})
@@ -290,7 +294,7 @@ def imported(weights, **overrides):
 @pytest.mark.parametrize("name", [V1, V2])
 def test_microsofts_own_files_give_timms_parameters(name):
     """They merge at a stage's end, and have buffers that timm computes."""
-    module = randomize(timm_twin(name, (64, 64), window_size=4)[0].module, 5)
+    module = randomize(timm_reference(name, (64, 64), window_size=4)[0].module, 5)
     timms = module.state_dict()
     buffers = ("relative_position_index", "relative_coords_table", "attn_mask")
     kept = {key: x for key, x in module.named_buffers() if key.split(".")[-1] in buffers}
@@ -311,9 +315,9 @@ def test_microsofts_own_files_give_timms_parameters(name):
 
 
 def test_transformers_v1_as_it_is_in_memory(tmp_path):
-    twin, _, path = read("transformers v1", tmp_path)
+    reference, _, path = read("transformers v1", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    in_memory, arguments, _ = imported(weights_of(twin.module.state_dict(), **config))
+    in_memory, arguments, _ = imported(weights_of(reference.module.state_dict(), **config))
     from_file, same, _ = imported(convert.read_weights(path))
     assert arguments == same
     assert in_memory.keys() == from_file.keys()
@@ -325,9 +329,9 @@ def test_transformers_v1_as_it_is_in_memory(tmp_path):
     ("size", "window"), [((88, 56), None), ((56, 56), ((5, 5), (5, 5)))], ids=["image", "window"]
 )
 def test_another_image_or_window_resamples_v1s_tables_as_timm_does(size, window):
-    old = randomize(timm_twin(V1, (40, 40))[0].module, 6)
+    old = randomize(timm_reference(V1, (40, 40))[0].module, 6)
     given = {"img_size": size} | ({"window_size": window} if window else {})
-    new = make_twin("timm", V1, {**SMALL, **given})
+    new = make_reference("timm", V1, {**SMALL, **given})
     filtered = timm.models.swin_transformer.checkpoint_filter_fn(old.state_dict(), new.module)
     new.module.load_state_dict(filtered, strict=True)
     config = {"architecture": V1, "model_args": {"img_size": [40, 40]}}
@@ -385,6 +389,6 @@ def test_what_cannot_be_known_or_is_another_model_is_an_error(tmp_path):
     other, _ = meta("swinv2_cr_tiny_224")
     with pytest.raises(UserError, match="no architecture that is known here"):
         find_table(other)
-    twin, _ = transformers_twin("SwinModel", 32, 4, use_absolute_embeddings=True)
+    reference, _ = transformers_reference("SwinModel", 32, 4, use_absolute_embeddings=True)
     with pytest.raises(UserError, match="use_absolute_embeddings True"):
-        convert.recognize(convert.read_weights(twin.save(tmp_path)))
+        convert.recognize(convert.read_weights(reference.save(tmp_path)))

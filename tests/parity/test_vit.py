@@ -9,14 +9,15 @@ import pytest
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from vit_twins import CLASSES, TWINS, timm_twin, transformers_twin
+from vit_references import CLASSES, REFERENCES, timm_reference, transformers_reference
 
 from vision_jax import convert
-from vision_jax.certify import certify_twin, relative_error
+from vision_jax.certify.measure import certify_reference, relative_error
+from vision_jax.certify.random_weights import randomize
+from vision_jax.certify.references import make_reference, rebuild
 from vision_jax.convert import vit
 from vision_jax.convert.read import Weights
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
-from vision_jax.convert.twins import make_twin, randomize, rebuild
 from vision_jax.convert.vit_arguments import TIMM_OTHER
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, build_model
@@ -26,9 +27,9 @@ from vision_jax.trees.paths import flatten, unflatten
 
 
 def made(name):
-    twin, size = TWINS[name]()
-    randomize(twin.module, sum(map(ord, name)))
-    return twin, size
+    reference, size = REFERENCES[name]()
+    randomize(reference.module, sum(map(ord, name)))
+    return reference, size
 
 
 def target(arguments):
@@ -55,10 +56,10 @@ def normalized(images, arguments, dtype="float32"):
     return ((images - arguments["mean"]) / arguments["std"]).astype(dtype)
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_everything_equals_the_twin_and_goes_back(name):
-    twin, size = made(name)
-    certificate = certify_twin(twin, size, whole=True)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_everything_equals_the_reference_and_goes_back(name):
+    reference, size = made(name)
+    certificate = certify_reference(reference, size, whole=True)
     worst = certificate["worst"]
     print(f"{name:40s} {worst['float32']:.1e} {worst['float64']:.1e}")
     assert certificate["pass"], certificate["reasons"]
@@ -103,14 +104,14 @@ GOES = {
 
 @pytest.mark.parametrize("name", GOES)
 def test_a_model_goes_where_it_is_held(name, tmp_path):
-    twin, size = made(name)
+    reference, size = made(name)
     (tmp_path / "from").mkdir()
-    arguments, _, flat = imported(convert.read_weights(twin.save(tmp_path / "from")))
+    arguments, _, flat = imported(convert.read_weights(reference.save(tmp_path / "from")))
     images = normalized(
         np.random.default_rng(2).random((2, *size, arguments["in_channels"])), arguments
     )
-    theirs = twin.outputs(images)["logits"]
-    for to in {"timm", "torchvision", "transformers", "npz"} - {twin.source}:
+    theirs = reference.outputs(images)["logits"]
+    for to in {"timm", "torchvision", "transformers", "npz"} - {reference.source}:
         if to not in GOES[name]:
             with pytest.raises(UserError, match=f"{to} has no vit that is such a model"):
                 table_for_export(to, "vit", arguments)
@@ -120,12 +121,12 @@ def test_a_model_goes_where_it_is_held(name, tmp_path):
         assert relative_error(again.outputs(images)["logits"], theirs) <= 1e-5, to
 
 
-@pytest.mark.parametrize("name", [n for n in TWINS if re.match("timm|transformers", n)])
+@pytest.mark.parametrize("name", [n for n in REFERENCES if re.match("timm|transformers", n)])
 def test_configs_alone_say_the_arguments_that_the_header_says(name, tmp_path):
-    twin, _ = made(name)
+    reference, _ = made(name)
     (tmp_path / "from").mkdir()
-    arguments, _, flat = imported(convert.read_weights(twin.save(tmp_path / "from")))
-    table = table_for_export(twin.source, "vit", arguments)
+    arguments, _, flat = imported(convert.read_weights(reference.save(tmp_path / "from")))
+    table = table_for_export(reference.source, "vit", arguments)
     rebuild(table, "vit", arguments, flat, None, tmp_path / "back")
     weights = convert.read_weights(str(tmp_path / "back"))
     assert "vision_jax" in weights.metadata
@@ -140,7 +141,7 @@ def test_configs_alone_say_the_arguments_that_the_header_says(name, tmp_path):
 
 IN_MEMORY = [
     name
-    for name in TWINS
+    for name in REFERENCES
     if re.match("transformers (vit|deit|mae|dinov2)", name) and "channel" not in name
 ]
 
@@ -148,9 +149,9 @@ IN_MEMORY = [
 @pytest.mark.parametrize("name", IN_MEMORY)
 def test_transformers_names_in_memory_give_the_same(name, tmp_path):
     """What torch.save(model.state_dict()) writes; a file from save_pretrained names otherwise."""
-    twin, _ = made(name)
-    weights = convert.read_weights(twin.save(tmp_path))
-    tensors = {key: value.numpy() for key, value in twin.module.state_dict().items()}
+    reference, _ = made(name)
+    weights = convert.read_weights(reference.save(tmp_path))
+    tensors = {key: value.numpy() for key, value in reference.module.state_dict().items()}
     assert set(tensors) != set(weights.tensors)
     memory = Weights(tensors, weights.metadata, weights.preprocessing, "x", ())
     arguments, _, flat = imported(weights)
@@ -162,8 +163,8 @@ def test_transformers_names_in_memory_give_the_same(name, tmp_path):
 
 
 def test_published_files_of_torchvision_are_older(tmp_path):
-    twin, _ = made("torchvision b/16")
-    weights = convert.read_weights(twin.save(tmp_path))
+    reference, _ = made("torchvision b/16")
+    weights = convert.read_weights(reference.save(tmp_path))
     names = {".mlp.0.": ".mlp.linear_1.", ".mlp.3.": ".mlp.linear_2."}
 
     def old(key):
@@ -181,14 +182,14 @@ def test_published_files_of_torchvision_are_older(tmp_path):
 def test_mae_files_for_pretraining_give_their_encoder(tmp_path):
     decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1}
     decoder |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 32}
-    twin, size = transformers_twin("ViTMAEForPreTraining", mask_ratio=0.0, **decoder)
-    randomize(twin.module, 11)
-    arguments, model, flat = imported(convert.read_weights(twin.save(tmp_path)))
+    reference, size = transformers_reference("ViTMAEForPreTraining", mask_ratio=0.0, **decoder)
+    randomize(reference.module, 11)
+    arguments, model, flat = imported(convert.read_weights(reference.save(tmp_path)))
     images = np.random.default_rng(3).random((2, *size, 3)).astype(np.float32)
     x = torch.from_numpy(normalized(images, arguments)).permute(0, 3, 1, 2)
     noise = torch.linspace(0, 1, 9).expand(2, -1)
     with torch.no_grad():
-        theirs = twin.module.vit(x, noise=noise).last_hidden_state[:, 0].numpy()
+        theirs = reference.module.vit(x, noise=noise).last_hidden_state[:, 0].numpy()
     assert relative_error(logits(model, flat, images), theirs) <= 1e-5
 
 
@@ -205,24 +206,26 @@ def test_resampled_positions_equal_timms(old, new, prefix):
 
 @pytest.mark.parametrize("name", ["timm ti/16", "timm deit3", "timm with registers"])
 def test_another_image_size_gives_timms_logits(name, tmp_path):
-    twin, _ = made(name)
-    weights = convert.read_weights(twin.save(tmp_path))
+    reference, _ = made(name)
+    weights = convert.read_weights(reference.save(tmp_path))
     arguments, model, flat = imported(weights, image_size=(80, 64))
-    twin.module.set_input_size((80, 64))
+    reference.module.set_input_size((80, 64))
     images = np.random.default_rng(9).random((2, 80, 64, 3)).astype(np.float32)
-    theirs = twin.outputs(normalized(images, arguments))["logits"]
+    theirs = reference.outputs(normalized(images, arguments))["logits"]
     assert relative_error(logits(model, flat, images), theirs) <= 1e-5
 
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channels_are_adapted_as_timm_does(channels, tmp_path):
-    twin, size = made("timm ti/16")
-    weights = convert.read_weights(twin.save(tmp_path))
-    kernel = timm.models.adapt_input_conv(channels, twin.module.patch_embed.proj.weight.detach())
+    reference, size = made("timm ti/16")
+    weights = convert.read_weights(reference.save(tmp_path))
+    kernel = timm.models.adapt_input_conv(
+        channels, reference.module.patch_embed.proj.weight.detach()
+    )
     each = {"in_channels": channels, "mean": (0.4,) * channels, "std": (0.3,) * channels}
     arguments, model, flat = imported(weights, **each)
-    other, _ = timm_twin("vit_tiny_patch16_224", size, in_chans=channels)
-    state = {**twin.module.state_dict(), "patch_embed.proj.weight": kernel}
+    other, _ = timm_reference("vit_tiny_patch16_224", size, in_chans=channels)
+    state = {**reference.module.state_dict(), "patch_embed.proj.weight": kernel}
     other.module.load_state_dict(state, strict=True)
     images = np.random.default_rng(9).random((2, *size, channels)).astype(np.float32)
     theirs = other.outputs(normalized(images, arguments))["logits"]
@@ -280,7 +283,7 @@ def test_named_variants_are_timms(name):
 @pytest.mark.parametrize("builder", vit._BUILDERS)
 def test_torchvisions_builders_are_named(builder):
     with torch.device("meta"):
-        module = make_twin("torchvision", builder, {"image_size": 224}).module
+        module = make_reference("torchvision", builder, {"image_size": 224}).module
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     table = find_table(shapes)
     arguments = {**FAMILIES["vit"].defaults, **infer_arguments(table, shapes, {})}

@@ -165,7 +165,7 @@ class Entry:
       name: "SOURCE/NAME": "timm/resnet50d", "torchvision/regnet_y_400mf", "transformers/swin-tiny".
       title: the family's name for people, "ResNeXt"; the zoo's table counts and groups by it.
       build: for timm an architecture and for torchvision a builder; for transformers the class.
-      arguments: keywords for the twin: of the builder, or of the transformers config.
+      arguments: keywords for the reference: of the builder, or of the transformers config.
       reduced: keywords that reduce the depth of a giant, for its certificate only.
       image_size: pixels a side.
       published: where weights are, as `read_weights` takes it ("hf://microsoft/resnet-50").

@@ -1,8 +1,4 @@
-"""PyTorch twins: the same architecture in the library it comes from, with every statistic random.
-
-The one module of the package that imports torch, timm, torchvision and transformers (extra
-`parity`), beside the original DETR that it imports; nothing else imports it but `certify`.
-"""
+"""PyTorch references: the same architecture in the library that it comes from."""
 
 import json
 import tempfile
@@ -17,23 +13,16 @@ import timm
 import torch
 import torchvision
 import transformers
-from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
+from vision_jax.certify.reference_detr import DETR
 from vision_jax.convert.engine import Rule
 from vision_jax.convert.load import recognize, write_safetensors
 from vision_jax.convert.package import NPZ_FILE, read_config, write_package
-from vision_jax.convert.read import (
-    CONFIG_FILE,
-    read_preprocessing,
-    read_weights,
-    torchvision_preprocessing,
-)
+from vision_jax.convert.read import CONFIG_FILE, read_weights
 from vision_jax.convert.table import Entry, Table
 from vision_jax.convert.tables import find_table, infer_arguments
-from vision_jax.convert.twin_detr import DETR
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES
 
@@ -42,7 +31,7 @@ transformers.utils.logging.set_verbosity_error()
 
 
 @dataclass
-class Twin:
+class Reference:
     """A PyTorch model.
 
     Attributes:
@@ -143,13 +132,13 @@ def result_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
     return output.last_hidden_state[:, 0].detach()  # an encoder without pooling: its class token
 
 
-def build_twin(entry: Entry, *, reduced: bool = True) -> Twin:
-    """The twin of a variant, with its initial weights; giants in reduced depth if asked."""
+def build_reference(entry: Entry, *, reduced: bool = True) -> Reference:
+    """The reference of a variant, with its initial weights; giants in reduced depth if asked."""
     given = {**dict(entry.arguments), **(dict(entry.reduced) if reduced else {})}
-    return make_twin(entry.source, entry.build, given)
+    return make_reference(entry.source, entry.build, given)
 
 
-def make_twin(source: str, build: str, arguments: Mapping[str, Any]) -> Twin:
+def make_reference(source: str, build: str, arguments: Mapping[str, Any]) -> Reference:
     """A model by its source's own name and arguments.
 
     Args:
@@ -177,7 +166,7 @@ def make_twin(source: str, build: str, arguments: Mapping[str, Any]) -> Twin:
         model_class = getattr(transformers, build)
         config = model_class.config_class(**arguments)
         module = model_class._from_config(config, **_attention(model_class))
-    return Twin(source, module.eval(), build, arguments)
+    return Reference(source, module.eval(), build, arguments)
 
 
 def _attention(model_class: Any) -> dict[str, str]:
@@ -194,7 +183,7 @@ def rebuild(
     params: Mapping[str, np.ndarray],
     preprocessing: Mapping[str, Any] | None,
     folder: Path,
-) -> Twin:
+) -> Reference:
     """The model that the source library makes of what we write, loaded with strict=True.
 
     Raises:
@@ -205,9 +194,9 @@ def rebuild(
         config = table.config(arguments)  # the file says no more than its tensors
         given = {**config["model_args"], "num_classes": arguments["num_classes"]}
         given["in_chans"] = arguments["in_channels"]
-        twin = make_twin("npz", config["architecture"], given)
-        load_npz(twin.module, folder / NPZ_FILE)
-        return twin
+        reference = make_reference("npz", config["architecture"], given)
+        load_npz(reference.module, folder / NPZ_FILE)
+        return reference
     config = read_config(folder)
     if table.source == "transformers":
         model_class = getattr(transformers, config["architectures"][0])
@@ -222,34 +211,36 @@ def rebuild(
         wrong = {kind: names for kind, names in report.items() if names}
         if wrong:
             raise RuntimeError(f"transformers finds {wrong}")
-        return Twin("transformers", module.eval(), config["architectures"][0], {})
+        return Reference("transformers", module.eval(), config["architectures"][0], {})
     if table.source == "torchvision":
-        twin = make_twin("torchvision", config["model"], config["kwargs"])
+        reference = make_reference("torchvision", config["model"], config["kwargs"])
     elif table.source == "detr":
-        twin = make_twin("detr", "DETR", table.config(arguments))
+        reference = make_reference("detr", "DETR", table.config(arguments))
     else:
         given = {**config["model_args"], "num_classes": config["num_classes"]}
-        twin = make_twin("timm", config["architecture"], given)
-    twin.module.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-    return twin
+        reference = make_reference("timm", config["architecture"], given)
+    reference.module.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return reference
 
 
-def load_weights(twin: Twin, path: Path) -> None:
-    """Loads a file into the twin, strictly.
+def load_weights(reference: Reference, path: Path) -> None:
+    """Loads a file into the reference, strictly.
 
     Raises:
       UserError: the file is not this model's.
     """
-    if twin.source == "npz":
+    if reference.source == "npz":
         try:
-            return load_npz(twin.module, path)
+            return load_npz(reference.module, path)
         except RuntimeError as error:
-            raise UserError(f"{path} is not for {twin.build}: {error}") from None
+            raise UserError(f"{path} is not for {reference.build}: {error}") from None
     tensors = {k: torch.from_numpy(v) for k, v in read_weights(str(path)).tensors.items()}
     try:
-        twin.module.load_state_dict(tensors, strict=True)
+        reference.module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise UserError(f"{path} is not for {twin.build}: {str(error).splitlines()[-1]}") from None
+        raise UserError(
+            f"{path} is not for {reference.build}: {str(error).splitlines()[-1]}"
+        ) from None
 
 
 def load_npz(module: torch.nn.Module, path: Path) -> None:
@@ -276,7 +267,7 @@ def load_npz(module: torch.nn.Module, path: Path) -> None:
 def _save_npz(module: torch.nn.Module, folder: Path) -> Path:
     """Writes a timm model as an npz file, and has timm load that again.
 
-    So the twin computes with what timm understands the file to be.
+    So the reference computes with what timm understands the file to be.
     """
     tensors = {name: value.numpy() for name, value in module.state_dict().items()}
     vit = cast(Any, module)
@@ -313,182 +304,23 @@ def license_of(entry: Entry) -> str:
 def full_arguments(entry: Entry) -> tuple[str, dict[str, Any]]:
     """(family, arguments) of a giant in its whole depth, from shapes alone."""
     if entry.source == "transformers":
-        twin = build_twin(entry)
+        reference = build_reference(entry)
         with tempfile.TemporaryDirectory() as folder:
-            family, arguments = recognize(read_weights(twin.save(Path(folder))))
+            family, arguments = recognize(read_weights(reference.save(Path(folder))))
         whole = getattr(transformers, entry.build).config_class(**dict(entry.arguments))
         if "depths" in arguments:
             return family, {**arguments, "depths": tuple(whole.depths)}
         return family, {**arguments, "depth": whole.num_hidden_layers}
     try:
         with torch.device("meta"):
-            twin = build_twin(entry, reduced=False)
+            reference = build_reference(entry, reduced=False)
     except NotImplementedError:  # torchvision's RegNet computes its widths by tensors
-        twin = build_twin(entry, reduced=False)
-    shapes = {name: tuple(value.shape) for name, value in twin.module.state_dict().items()}
+        reference = build_reference(entry, reduced=False)
+    shapes = {name: tuple(value.shape) for name, value in reference.module.state_dict().items()}
     config = {"architecture": entry.build, "model_args": dict(entry.arguments)}
-    pool = getattr(twin.module, "global_pool", None)
+    pool = getattr(reference.module, "global_pool", None)
     if isinstance(pool, str):
         config["global_pool"] = pool
     table = find_table(shapes)
     arguments = infer_arguments(table, shapes, {"config": config})
     return table.family, {**FAMILIES[table.family].defaults, **arguments}
-
-
-@dataclass
-class Reference:
-    """A source's own preprocessing.
-
-    Attributes:
-      name: what it is.
-      ours: what we read of it: the fields of `Preprocessing`.
-      transform: uint8[H, W, 3] -> f32[h, w, 3], normalized.
-    """
-
-    name: str
-    ours: dict[str, Any]
-    transform: Callable[[np.ndarray], np.ndarray]
-
-
-def preprocessing(entry: Entry, twin: Twin) -> Reference | None:
-    """What the source does to an image, and what we understand of it."""
-    if entry.source == "timm":
-        config = timm.data.resolve_data_config({}, model=twin.module)
-        if config["input_size"][0] != 3:
-            return None
-        transform = timm.data.create_transform(**config)
-        metadata = {"config": {"pretrained_cfg": {**config, "input_size": [*config["input_size"]]}}}
-        return Reference(
-            "timm create_transform",
-            read_preprocessing(metadata) or {},
-            lambda image: transform(Image.fromarray(image)).permute(1, 2, 0).numpy(),
-        )
-    if entry.source == "torchvision":
-        weights = torchvision.models.get_model_weights(entry.name.partition("/")[2]).DEFAULT
-        preset = weights.transforms()
-        return Reference(
-            f"torchvision {weights}, Pillow",
-            torchvision_preprocessing(preset),
-            lambda image: preset(Image.fromarray(image)).permute(1, 2, 0).numpy(),
-        )
-    if entry.source == "transformers":
-        kind = twin.module.config.model_type
-        kind = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}.get(kind, kind)
-        kind = {"dinov2_with_registers": "dinov2"}.get(kind, kind)
-        names = IMAGE_PROCESSOR_MAPPING_NAMES[kind]
-        name = names["pil"] if "pil" in names else names["torchvision"]
-        sides = _sides(getattr(transformers, name), entry)
-        processor = getattr(transformers, name)(**sides)
-        return Reference(
-            f"transformers {name}, " + (f"{entry.image_size} pixels" if sides else "defaults"),
-            read_preprocessing({"preprocessor": json.loads(processor.to_json_string())}) or {},
-            lambda image: processor(Image.fromarray(image), return_tensors="np")["pixel_values"][
-                0
-            ].transpose(1, 2, 0),
-        )
-    return None
-
-
-def _sides(kind: Any, entry: Entry) -> dict[str, dict[str, int]]:
-    """The processor's sizes for a variant's: its class's own are one variant's only.
-
-    What is resized and then cut keeps the class's proportion of the two.
-    """
-    side, size = entry.image_size, dict(kind.size)
-    if "longest_edge" in size:  # a detector of any size
-        return {"size": {"height": side, "width": side}} if "RfDetr" in kind.__name__ else {}
-    if not getattr(kind, "do_center_crop", False):
-        return {"size": dict.fromkeys(size, side)}
-    cut = kind.crop_size["height"]
-    resized = {key: round(side * value / cut) for key, value in size.items()}
-    return {"size": resized, "crop_size": {"height": side, "width": side}}
-
-
-def sample_images(count: int, image_size: tuple[int, int], channels: int, seed: int) -> np.ndarray:
-    """Images f64[B, H, W, C] in [0, 1] with noise of all scales, as photos have it.
-
-    Of white noise all places look alike to deep layers, and a norm would divide by next to nothing.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    scales = (1, 2, 4, 8, 16, 32, 64, 128)
-    total = torch.zeros((count, channels, *image_size), dtype=torch.float64)
-    for cells in scales:
-        noise = torch.randn((count, channels, cells, cells), generator=generator).double()
-        total += torch.nn.functional.interpolate(noise, image_size, mode="bilinear")
-    return torch.sigmoid(total / len(scales) ** 0.5).permute(0, 2, 3, 1).numpy()
-
-
-def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Every parameter random and of order one, so that no term hides behind a zero.
-
-    BatchNorm's are such that most activations are on: a deep random network that centers them is
-    chaotic, in any library (https://arxiv.org/abs/1902.08129), and its float32 is noise.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.randn(tensor.shape, generator=generator)
-
-    frozen = [  # scales and biases of a frozen norm are buffers
-        (f"{name}.{part}", getattr(norm, part))
-        for name, norm in module.named_modules()
-        if norm in batch_norms(module) and not isinstance(norm.weight, torch.nn.Parameter)
-        for part in ("weight", "bias")
-    ]
-    for name, parameter in [*module.named_parameters(), *frozen]:
-        value = noise(parameter)
-        if name.endswith(("logit_scale",)):
-            value = 1 + 0.3 * value
-        elif parameter.ndim >= 2 and (
-            "bbox_embed" in name  # heads, as RF-DETR calls them
-            or "class_embed" in name
-            or ("emb" not in name and "token" not in name)
-        ):
-            value *= max(parameter[0].numel(), 1) ** -0.5
-        elif parameter.ndim == 1 and name.endswith((".weight", "gamma", "lambda1")):
-            value = 1 + 0.3 * value
-        else:
-            value *= 0.3
-        if "bbox_embed" in name:
-            # Boxes scale by the exponent of this head, and a detector that samples a random map
-            # far from its cells multiplies rounding from layer to layer.
-            value *= 0.5
-        parameter.data = value.to(parameter.dtype)
-    for norm in batch_norms(module):
-        norm.weight.data *= 0.7
-        norm.bias.data = 1 + 0.5 / 0.3 * norm.bias.data
-    return module
-
-
-def batch_norms(module: torch.nn.Module) -> list[Any]:
-    """The modules with running statistics."""
-    return [m for m in module.modules() if getattr(m, "running_var", None) is not None]
-
-
-def randomize_statistics(twin: Twin, image_size: tuple[int, int], channels: int, seed: int) -> None:
-    """Random BatchNorm statistics for a randomized twin (see `randomize`).
-
-    One pass over random images sets each norm's from what reaches it, behind norms that are
-    disturbed already; otherwise the disturbances would add up from layer to layer.
-    """
-    norms = batch_norms(twin.module)
-    if not norms:
-        return
-    generator = torch.Generator().manual_seed(seed)
-
-    def disturb(norm: Any, inputs: Any) -> None:
-        var, mean = torch.var_mean(inputs[0], (0, 2, 3))
-        spread = (var + 0.03 * inputs[0].square().mean((0, 2, 3)) + 0.01 * var.mean()).sqrt()
-        width = norm.running_var.shape
-        norm.running_mean = mean + 0.3 * spread * torch.randn(width, generator=generator)
-        norm.running_var = spread**2 * (1 + 0.3 * (2 * torch.rand(width, generator=generator) - 1))
-        if getattr(norm, "num_batches_tracked", None) is not None:
-            norm.num_batches_tracked.fill_(int(torch.randint(1, 10**6, (), generator=generator)))
-
-    hooks = [norm.register_forward_pre_hook(disturb) for norm in norms]
-    images = 4 * (sample_images(4, image_size, channels, seed) - 0.5)
-    images = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
-    with torch.no_grad():
-        twin.module(images)
-    for hook in hooks:
-        hook.remove()

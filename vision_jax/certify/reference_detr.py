@@ -1,7 +1,7 @@
-"""The original DETR in PyTorch, restated: the twin of the files of its own repository.
+"""The original DETR in PyTorch, restated: the PyTorch reference of the files of its own repository.
 
 https://github.com/facebookresearch/detr, models/detr.py, backbone.py and transformer.py, in
-evaluation mode, with its names of modules and tensors. Nothing imports it but `twins`.
+evaluation mode, with its names of modules and tensors.
 """
 
 import math
