@@ -31,7 +31,7 @@ from vision_jax.data.detection import check_boxes, read_detection_source
 from vision_jax.data.sources import read_source
 from vision_jax.data.teacher_cache import open_teacher_cache, write_teacher_cache
 from vision_jax.data.transforms import Preprocessing
-from vision_jax.doctor import main as doctor
+from vision_jax.doctor.__main__ import main as doctor
 from vision_jax.errors import UserError
 from vision_jax.evaluate.figures import _series
 from vision_jax.logging import read_metrics

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vision_jax.data.annotations import examine_annotations, read_annotations
-from vision_jax.doctor import examine
+from vision_jax.doctor.examine import examine
 from vision_jax.errors import UserError
 
 rng = np.random.default_rng()
@@ -647,7 +647,7 @@ values = [int(read.reader.read(k)[0, 0, 0]) + 50 for k in range(4)]
 assert tuple(values) == read.image_ids
 assert read.place(0).endswith("objects[0]")
 
-from vision_jax.doctor import examine
+from vision_jax.doctor.examine import examine
 _, findings = examine(f"tfds:tiny_boxes/train@{folder}")
 found = {f.code: f.count for f in findings if f.level != "information"}
 assert found == {"repeated-box": 1}, found

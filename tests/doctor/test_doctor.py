@@ -20,18 +20,16 @@ from scipy.stats import fisher_exact
 from vision_jax.data.annotations import read_annotations
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.detection import check_boxes, read_detection_source
-from vision_jax.data.diagnosis import (
-    TRAINING,
-    Subject,
-    compare,
-    diagnose_boxes,
-    diagnose_loose_files,
-)
-from vision_jax.data.scan import Scan
 from vision_jax.data.sources import read_source
-from vision_jax.doctor import examine, main
+from vision_jax.doctor.__main__ import main
+from vision_jax.doctor.boxes import diagnose_boxes
+from vision_jax.doctor.examine import examine
+from vision_jax.doctor.figure import draw_diagnosis
+from vision_jax.doctor.finding import TRAINING, Subject
+from vision_jax.doctor.images import diagnose_loose_files
+from vision_jax.doctor.scan import Scan
+from vision_jax.doctor.splits import compare
 from vision_jax.errors import UserError
-from vision_jax.evaluate.diagnosis_figure import draw_diagnosis
 
 # --- clean sets ---------------------------------------------------------------------------------
 
@@ -863,7 +861,7 @@ def test_module_runs():
 
 def test_findings_are_documented():
     """Each code stands in docs/doctor.md, with what training does."""
-    text = (Path(__file__).parents[1] / "docs/doctor.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/doctor.md").read_text()
     for code, training in TRAINING.items():
         [line] = [line for line in text.splitlines() if re.match(rf"\|.*`{code}`.*\|.*\|", line)]
         assert line.endswith(f"| {training} |")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from vision_jax.data.decode import DamagedImageError
-from vision_jax.data.diagnosis import Finding, Subject
+from vision_jax.doctor.finding import Finding, Subject
 from vision_jax.evaluate.figures import BLUE, INK, RED, save_figure, shorten
 
 COLUMNS = 4

@@ -1,0 +1,128 @@
+"""Examines a data set before any training, and prints what is wrong, where, and what to do.
+
+    python -m vision_jax.doctor annotations.json --images=DIR
+    python -m vision_jax.doctor train.json --images=train --against=val.json --against_images=val
+    python -m vision_jax.doctor data.yaml:train --against=data.yaml:val --figure=doctor.png
+    python -m vision_jax.doctor folder_of_class_folders --quick
+
+DATASET is what config.data.train takes: for detection COCO or plain JSON, a Pascal VOC or YOLO
+folder, data.yaml:SPLIT, tfds:NAME/SPLIT, embedded: or composites:; for classification a folder of
+class folders, .csv, .jsonl, tfds:, embedded: or cifar10:. Exit code 0: nothing wrong, 1: findings,
+2: it can't be examined.
+"""
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.text import Text
+
+from vision_jax.doctor.examine import examine, with_classes_of
+from vision_jax.doctor.images import diagnose_loose_files
+from vision_jax.doctor.report import MARKS, report
+from vision_jax.doctor.splits import compare
+from vision_jax.errors import UserError, printable
+from vision_jax.files import expand
+
+FOUND, BAD_INPUT = 1, 2  # exit codes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are reported in any case
+    try:
+        return _run(_parse(sys.argv[1:] if arguments is None else arguments))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except MemoryError:
+        print("error: not enough memory for such a data set; is a file damaged?", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return BAD_INPUT
+
+
+def _run(flags: argparse.Namespace) -> int:
+    console = Console(highlight=False)
+    progress = Console(stderr=True)
+    for path in filter(None, (flags.json, flags.figure)):  # before the work, not after it
+        if not path.parent.is_dir() or path.is_dir():
+            raise UserError(f"{path}: can't be written: name a file in a folder that is there")
+    if flags.against_images and not flags.against:
+        raise UserError("--against_images goes with --against: give the other split, or leave it")
+    subject, findings = examine(flags.dataset, flags.images, quick=flags.quick, console=progress)
+    other = None
+    if flags.against:
+        other, _ = examine(flags.against, flags.against_images, quick=flags.quick, console=progress)
+        if (subject.annotations is None) != (other.annotations is None):
+            raise UserError(f"{flags.dataset} and {flags.against}: only one of them has boxes")
+        other = with_classes_of(subject, other, flags.against)
+        findings += compare(subject, other)
+    for flag, folder, one in (
+        ("--images", flags.images, subject),
+        ("--against_images", flags.against_images, other),
+    ):
+        if folder and one is not None and one.annotations is None:
+            raise UserError(f"{flag} is for boxes, and {one.name} has classes: leave it out")
+    findings += diagnose_loose_files(subject, other)
+    order = list(MARKS)
+    findings.sort(
+        key=lambda finding: (order.index(finding.level), -finding.count / max(finding.of, 1))
+    )
+    if flags.json:
+        told = [asdict(finding) | {"training": finding.training} for finding in findings]
+        content = {"dataset": flags.dataset, "findings": told}
+        flags.json.write_text(json.dumps(content, indent=1) + "\n")
+    if flags.figure:
+        from vision_jax.doctor.figure import draw_diagnosis
+
+        draw_diagnosis(subject, findings, flags.figure)
+    console.print(report(subject, other, findings, quick=flags.quick))
+    for path in filter(None, (flags.json, flags.figure)):
+        console.print(Text(printable(f"wrote {path}")), soft_wrap=True)
+    return FOUND if any(finding.level != "information" for finding in findings) else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad flag in one line, like every other bad input."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m vision_jax.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("dataset", metavar="DATASET", help="what config.data.train takes")
+    parser.add_argument(
+        "--images", type=expand, help="the folder of the images, as config.data.images"
+    )
+    parser.add_argument(
+        "--against", help="the other split, to find images in both, and classes that drift"
+    )
+    parser.add_argument(
+        "--against_images", type=expand, help="the folder of the other split's images"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="read only the images' headers: no duplicates, no damage",
+    )
+    parser.add_argument("--json", type=expand, help="write the findings to this file")
+    parser.add_argument("--figure", type=expand, help="draw examples and distributions to this PNG")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

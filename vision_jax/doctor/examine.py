@@ -1,0 +1,167 @@
+"""Everything that is found in one data set, whichever kind it is."""
+
+import contextlib
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vision_jax.data.annotation_formats import IMAGES, Problem, find_files
+from vision_jax.data.annotations import Annotations, examine_annotations
+from vision_jax.data.folders import splits_among
+from vision_jax.data.sources import (
+    FileReader,
+    MissingFileError,
+    examine_source,
+    open_tfds,
+    read_source,
+)
+from vision_jax.doctor.boxes import diagnose_boxes
+from vision_jax.doctor.classes import diagnose_categories, diagnose_classes
+from vision_jax.doctor.entries import diagnose_problems
+from vision_jax.doctor.finding import Finding, Subject
+from vision_jax.doctor.images import diagnose_images
+from vision_jax.doctor.scan import Reader, Scan, scan_images
+from vision_jax.doctor.training import diagnose_training
+from vision_jax.errors import UserError, printable
+from vision_jax.files import expand
+
+
+def examine(
+    spec: str, images: Path | None = None, *, quick: bool = False, console: Console | None = None
+) -> tuple[Subject, list[Finding]]:
+    """Everything that is found in one data set. Raises UserError where nothing can be read.
+
+    With `quick` only headers of the images are read: images in both splits and damage behind the
+    headers stay unseen. `console` shows progress.
+    """
+    if not spec:
+        raise UserError("no data set is named: give what config.data.train takes")
+    if not _has_classes(spec):
+        try:
+            annotations, problems = examine_annotations(spec, images)
+        except UserError:
+            if not spec.startswith("embedded:") and not _are_class_folders(expand(spec)):
+                raise
+        else:
+            return _examine_boxes(annotations, problems, quick, console)
+    return _examine_classes(spec, quick, console)
+
+
+def _has_classes(spec: str) -> bool:
+    """Whether a specification by itself says that it labels whole images."""
+    if spec.startswith("tfds:"):
+        return "label" in open_tfds(spec)[0]
+    return spec.startswith("cifar10:") or spec.endswith((".csv", ".jsonl"))
+
+
+def _are_class_folders(path: Path) -> bool:
+    """Whether it is folders of images, not named as splits; other files may lie among them."""
+    if not path.is_dir() or ((path / "images").is_dir() and (path / "labels").is_dir()):
+        return False
+    images, others = find_files(path, IMAGES), find_files(path, {".json", ".xml", ".yaml", ".yml"})
+    tops = {name.partition("/")[0] for name in images if "/" in name}
+    beside = {name.partition("/")[0] for name in others if "/" in name}
+    return bool(images) and (
+        not others or (len(tops) > 1 and beside <= tops and not splits_among(tops))
+    )
+
+
+def with_classes_of(subject: Subject, other: Subject, spec: str) -> Subject:
+    """Another split of classes, labelled as training would label it, where it would take it."""
+    if other.annotations is None:
+        with contextlib.suppress(UserError):  # the comparison tells which classes are unknown
+            source = read_source(spec, class_names=subject.class_names)
+            labels = source.labels
+            shown = np.stack([np.arange(len(labels)), labels], 1)
+            return replace(other, class_names=source.class_names, labels=labels, shown=shown)
+    return other
+
+
+def _examine_boxes(
+    annotations: Annotations, problems: Sequence[Problem], quick: bool, console: Console | None
+) -> tuple[Subject, list[Finding]]:
+    missing = {problem.value for problem in problems if problem.kind == "missing"}
+    skip = {row for row, path in enumerate(annotations.paths) if path in missing}
+    count = len(annotations.category_ids)
+    pairs = np.unique(annotations.box_image.astype(np.int64) * count + annotations.box_category)
+    subject = Subject(
+        annotations.name,
+        annotations.reader,
+        annotations.paths,
+        annotations.category_names,
+        np.stack([pairs // max(count, 1), pairs % max(count, 1)], 1),
+        _scan(annotations.name, annotations.reader, len(annotations.paths), skip, quick, console),
+        annotations,
+    )
+    undeclared = {problem.value for problem in problems if problem.kind == "category"}
+    complete = not any(
+        problem.kind in ("entry", "image", "file", "unreadable") for problem in problems
+    )
+    findings = [
+        *diagnose_problems(subject, problems),
+        *diagnose_categories(subject, undeclared),
+        *diagnose_boxes(subject, complete=complete),
+        *diagnose_images(subject),
+    ]
+    return subject, findings + diagnose_training(subject, findings)
+
+
+def _examine_classes(
+    spec: str, quick: bool, console: Console | None
+) -> tuple[Subject, list[Finding]]:
+    source, errors = examine_source(spec)
+    reader = source.reader
+    paths = (
+        reader.paths
+        if isinstance(reader, FileReader)
+        else tuple(reader.example_name(int(row)) for row in source.rows)
+    )
+    subject = Subject(
+        spec,
+        reader,
+        paths,
+        source.class_names,
+        np.stack([np.arange(len(source)), source.labels], 1),
+        _scan(spec, reader, len(source), (), quick, console),
+        labels=source.labels,
+    )
+    problems = [
+        Problem("missing" if isinstance(error, MissingFileError) else "entry", *_place(str(error)))
+        for error in errors
+    ]
+    return subject, [
+        *diagnose_problems(subject, problems),
+        *diagnose_classes(subject),
+        *diagnose_images(subject),
+    ]
+
+
+def _place(message: str) -> tuple[str, str]:
+    """FILE:LINE and the rest of a message."""
+    place, _, text = message.partition(": ")
+    return place, text
+
+
+def _scan(
+    name: str,
+    reader: Reader,
+    count: int,
+    skip: Collection[int],
+    quick: bool,
+    console: Console | None,
+) -> Scan:
+    quiet = console is None or not console.is_terminal
+    columns = (
+        TextColumn("reading images of {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+    )
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet)
+    with bar:
+        task = bar.add_task(escape(printable(name)), total=count)
+        return scan_images(reader, count, quick=quick, skip=skip, advance=lambda: bar.advance(task))
