@@ -32,7 +32,7 @@ def make_problem(form: str, variant: str, depth: int | None, image_size: int, dt
     """(loss_fn, abstract trainable, abstract frozen) of one form of fine-tuning.
 
     full: every parameter trains. attached: rank-8 adapters on q, v, fc1 and fc2 and the head train,
-    through `LowRank` leaves. merged: the same parameters, through plain kernels W + sAB that are
+    through structured leaves. merged: the same parameters, through plain kernels W + sAB that are
     computed inside the loss, with the gradient left to autodiff.
     """
     arguments = variant_arguments(variant) | ({"depth": depth} if depth else {})
@@ -48,11 +48,8 @@ def make_problem(form: str, variant: str, depth: int | None, image_size: int, dt
             like,
         )
     flat = paths.flatten(like)
-    chosen = {
-        path
-        for path in flat
-        if form == "full" or lora.is_adapter_path(path) or path.startswith("head/")
-    }
+    head = {path for path in flat if path.startswith("head/")}
+    chosen = set(flat) if form == "full" else head | lora.adapter_paths(like)
     trainable, frozen = paths.partition(flat, chosen)
 
     def assemble(flat):

@@ -5,6 +5,7 @@ from jax.sharding import PartitionSpec
 
 from vision_jax import sharding
 from vision_jax.errors import UserError
+from vision_jax.trees.low_rank import LowRank
 
 
 def shapes(**by_name):
@@ -12,6 +13,11 @@ def shapes(**by_name):
         name.replace("__", "/"): jax.ShapeDtypeStruct(shape, np.float32)
         for name, shape in by_name.items()
     }
+
+
+def low_rank(rows, columns):
+    arrays = shapes(base=(rows, columns), a=(rows, 2), b=(2, columns))
+    return LowRank(**arrays)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +46,8 @@ def test_the_default_splits_the_largest_axis_that_divides():
             odd=(511, 128),
             none=(511, 129),
             small=(64, 64),
-            fc__kernel__base=(128, 256),
-        ),
+        )
+        | {"fc": {"kernel": low_rank(128, 256)}},
         mesh,
     )
     assert {name: made[name].spec for name in made} == {
@@ -51,6 +57,8 @@ def test_the_default_splits_the_largest_axis_that_divides():
         "none": PartitionSpec(),
         "small": PartitionSpec(),
         "fc/kernel/base": PartitionSpec(None, "fsdp"),
+        "fc/kernel/a": PartitionSpec(),
+        "fc/kernel/b": PartitionSpec(),
     }
     whole = sharding.parameter_shardings(shapes(wide=(64, 512)), sharding.make_mesh(8, 1))
     assert whole["wide"].is_fully_replicated
@@ -59,11 +67,12 @@ def test_the_default_splits_the_largest_axis_that_divides():
 def test_rules_come_first_and_name_the_kernel_of_an_adapter():
     mesh = sharding.make_mesh(2, 4)
     made = sharding.parameter_shardings(
-        shapes(fc__kernel__base=(8, 512), fc__bias=(512,)),
+        {"fc": {"kernel": low_rank(8, 512), **shapes(bias=(512,))}},
         mesh,
         [(r"fc/kernel", ("fsdp",)), (r"fc/.*", (None,))],
     )
     assert made["fc/kernel/base"].spec == PartitionSpec("fsdp")
+    assert made["fc/kernel/a"].spec == PartitionSpec(None)
     assert made["fc/bias"].spec == PartitionSpec(None)
 
 

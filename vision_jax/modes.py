@@ -64,12 +64,7 @@ def write_results(
         log.wrote(workdir / name, what)
 
     with workdirs.writing(workdir, "model.safetensors", "adapter/"):
-        if any(lora.is_adapter_path(path) for path in plan.trainable):
-            whole_leaves = {
-                path
-                for path in plan.trainable - plan.projections.keys()
-                if not lora.is_adapter_path(path)
-            }
+        if adapters := lora.adapter_paths(plan.like):
             peft.write_adapter(
                 workdir / "adapter",
                 host,
@@ -77,7 +72,7 @@ def write_results(
                 family=description.family,
                 arguments=arguments,
                 naming=naming,
-                modules_to_save=whole_leaves,
+                modules_to_save=plan.trainable - plan.projections.keys() - adapters,
             )
             log.wrote(workdir / "adapter", "the adapter, for peft.PeftModel.from_pretrained")
         tensors, metadata = convert.export_weights(

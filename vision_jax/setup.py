@@ -37,6 +37,7 @@ from vision_jax.recipes import adversarial, distillation, objective
 from vision_jax.recipes.objective import Objective
 from vision_jax.tasks.classification import Apply
 from vision_jax.trees import lora, paths
+from vision_jax.trees.leaf import roles
 
 Flat = dict[str, Any]
 
@@ -536,9 +537,9 @@ def plan_parameters(
     attach = partial(_attach, config, model, adapter)
     like = jax.eval_shape(attach, shapes["params"], key)
     model_state = shapes.get("batch_stats", {})
-    flat = paths.flatten(like)
-    candidates = [path for path in flat if not path.endswith("/base")]  # an adapter's base is fixed
-    trainable = {path for path in candidates if lora.is_adapter_path(path)}
+    trains = {path: role.trains for path, role in roles(like).items()}
+    candidates = [path for path in trains if trains[path] is not False]
+    trainable = {path for path in trains if trains[path]}
     trainable |= paths.select(candidates, config.trainable, field="config.trainable")
     if not trainable:
         raise UserError("nothing trains: set config.trainable, or config.recipes=lora")
@@ -546,10 +547,9 @@ def plan_parameters(
         path: jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
         for path, shape in (projections or {}).items()
     }
-    shardings = sharding.parameter_shardings(flat, mesh, config.sharding_rules)
+    shardings = sharding.parameter_shardings(like, mesh, config.sharding_rules)
     shardings |= sharding.parameter_shardings(beside, mesh)
-    adapted = any(lora.is_adapter_path(path) for path in trainable)
-    if adapted and model_state and not config.model.freeze_norm:
+    if lora.adapter_paths(like) and model_state and not config.model.freeze_norm:
         raise UserError(
             "adapters leave BatchNorm's statistics alone: set config.model.freeze_norm=True"
         )
@@ -571,9 +571,7 @@ def make_parameters(
       (trainable, frozen, model_state, paths initialized at random though weights were imported)
     """
     key = jax.random.key(config.seed)
-    params, model_state, fresh = _plain_parameters(
-        config, model, image_size, plan.shardings, mesh, weights
-    )
+    params, model_state, fresh = _plain_parameters(config, model, image_size, mesh, weights)
     out = plan.assemble(plan.shardings)
     attached = jax.jit(
         partial(_attach, config, model, adapter), donate_argnums=0, out_shardings=out
@@ -596,10 +594,8 @@ def headless_parameters(
     weights: convert.Weights,
 ) -> tuple[Any, Any]:
     """(params, model_state) of a model without head, all from the weights."""
-    like = _shapes(model, image_size)["params"]
-    shardings = sharding.parameter_shardings(paths.flatten(like), mesh, config.sharding_rules)
     params, model_state, _ = _plain_parameters(
-        config, model, image_size, shardings, mesh, weights, headless=True
+        config, model, image_size, mesh, weights, headless=True
     )
     return params, model_state
 
@@ -608,7 +604,6 @@ def _plain_parameters(
     config: ConfigDict,
     model: Any,
     image_size: tuple[int, int],
-    shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
     weights: convert.Weights | None,
     headless: bool = False,
@@ -617,7 +612,8 @@ def _plain_parameters(
     key = jax.random.key(config.seed)
     shapes = _shapes(model, image_size)
     base, statistics = (paths.flatten(shapes.get(name, {})) for name in ("params", "batch_stats"))
-    shardings = {path: shardings.get(path) or shardings[f"{path}/base"] for path in base}
+    # A rule may be about adapters, which there are none of yet.
+    shardings = sharding.parameter_shardings(base, mesh, config.sharding_rules, strict=False)
     shardings |= dict.fromkeys(statistics, sharding.replicated(mesh))
     target = base | statistics  # their paths differ: mean, var and count are no parameters' names
 

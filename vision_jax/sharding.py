@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vision_jax.errors import UserError
 from vision_jax.trees import paths
+from vision_jax.trees.leaf import Params, roles
 
 DATA, FSDP = "data", "fsdp"
 BATCH = PartitionSpec((DATA, FSDP))
@@ -56,27 +57,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def parameter_shardings(
-    shapes: Mapping[str, Any], mesh: Mesh, rules: Rules = ()
+    params: Params, mesh: Mesh, rules: Rules = (), *, strict: bool = True
 ) -> dict[str, NamedSharding]:
-    """A sharding for each parameter: the first rule that matches its path, else the default.
+    """A sharding for each array by path: the first rule that matches the path, else the default.
 
-    The default splits the largest axis that `fsdp` divides. The base of a low-rank leaf counts as
-    the kernel that it is.
+    The default splits the largest axis that `fsdp` divides. What a structured leaf lays out like
+    the kernel goes by the kernel's path.
 
     Args:
-      shapes: {path: anything with .shape}.
+      params: a tree of anything with .shape, or such things by path.
       mesh: from `make_mesh`.
       rules: (path regex, one mesh axis or None per array axis), for example
         [(".*mlp/fc1/kernel", (None, "fsdp"))]; each must match something.
+      strict: False takes rules that match nothing, too.
 
     Raises:
       UserError: a rule that matches nothing, or axes that the mesh or the parameter has not.
     """
-    names = [path.removesuffix("/base") for path in shapes]
-    paths.select(names, [pattern for pattern, _ in rules], field="config.sharding_rules")
+    names = {path: role.laid_out_as for path, role in roles(params).items()}
+    patterns = [pattern for pattern, _ in rules]
+    paths.select(names.values(), patterns, field="config.sharding_rules", strict=strict)
 
     def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
-        path = path.removesuffix("/base")
         for pattern, axes in rules:
             if re.fullmatch(pattern, path):
                 return _checked_spec(path, shape, axes, mesh)
@@ -87,7 +89,10 @@ def parameter_shardings(
         largest = max(divisible, key=lambda axis: shape[axis])
         return PartitionSpec(*(FSDP if axis == largest else None for axis in range(len(shape))))
 
-    return {path: NamedSharding(mesh, spec(path, leaf.shape)) for path, leaf in shapes.items()}
+    return {
+        path: NamedSharding(mesh, spec(names[path], leaf.shape))
+        for path, leaf in paths.flatten(params).items()
+    }
 
 
 def _checked_spec(path: str, shape: tuple[int, ...], axes: Any, mesh: Mesh) -> PartitionSpec:

@@ -71,9 +71,8 @@ def attach(params, rules=(r"block_\d+/.*", "patch_embed/kernel"), **settings):
     params = lora.attach(params, rules, **arguments)
     flat = paths.flatten(params)
     random = np.random.default_rng()
-    for path in flat:
-        if lora.is_adapter_path(path):
-            flat[path] = jnp.asarray(random.normal(size=flat[path].shape), jnp.float32)
+    for path in sorted(lora.adapter_paths(params)):
+        flat[path] = jnp.asarray(random.normal(size=flat[path].shape), jnp.float32)
     return paths.unflatten(params, flat)
 
 

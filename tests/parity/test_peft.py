@@ -257,7 +257,7 @@ def test_leaves_of_different_kinds_to_peft(tmp_path):
 
 def attach_random(params, rules, **settings):
     """`attach` with random B and disturbed magnitudes, as after training."""
-    before = {path for path in paths.flatten(params) if lora.is_adapter_path(path)}
+    before = lora.adapter_paths(params)
     params = lora.attach(params, rules, key=jax.random.key(0), **settings)
     flat = paths.flatten(params)
     random = np.random.default_rng()

@@ -60,7 +60,7 @@ def attach(params, rules=RULES, **settings):
 def trained(params):
     """The tree after some training: its adapters moved, all else as it was."""
     flat = paths.flatten(params)
-    moved = random_like({path: x for path, x in flat.items() if lora.is_adapter_path(path)})
+    moved = random_like({path: flat[path] for path in lora.adapter_paths(params)})
     return paths.unflatten(params, flat | {path: flat[path] + x for path, x in moved.items()})
 
 
@@ -103,15 +103,16 @@ def test_scan_equals_unrolled_with_adapters():
     value, gradient = run(params, make_vit(depth=2))
     scanned, scanned_gradient = run(params, make_vit(depth=2, scan=True))
     assert relative_difference(scanned, value) < 1e-5
-    for path, x in paths.flatten(gradient).items():
-        if lora.is_adapter_path(path):
-            assert relative_difference(paths.flatten(scanned_gradient)[path], x) < 1e-4, path
+    gradient, scanned_gradient = paths.flatten(gradient), paths.flatten(scanned_gradient)
+    for path in lora.adapter_paths(params):
+        assert relative_difference(scanned_gradient[path], gradient[path]) < 1e-4, path
 
 
 def test_fresh_adapters():
     """A uniform within 1/√fan_in, B zero, scale by rank; shapes of dense, parts and convolution."""
-    flat = paths.flatten(attach(make_params(depth=2), rank=8, qkv_parts="q,v"))
-    shapes = {path: x.shape for path, x in flat.items() if lora.is_adapter_path(path)}
+    params = attach(make_params(depth=2), rank=8, qkv_parts="q,v")
+    flat = paths.flatten(params)
+    shapes = {path: flat[path].shape for path in lora.adapter_paths(params)}
     assert len(shapes) == 2 * (2 * 4 + 1)
     assert shapes["block_1/attn/qkv/kernel/a"] == (2, 24, 8)
     assert shapes["block_1/attn/qkv/kernel/b"] == (2, 8, 24)
@@ -181,7 +182,7 @@ def test_frozen_leaves_stay_to_the_bit_and_have_no_gradient_or_optimizer_state()
     model, images = make_vit(), make_images()
     params = attach(make_params(), [".*/(qkv|fc2)/kernel"], qkv_parts="q,v", dropout=0.1)
     flat = paths.flatten(params)
-    chosen = {path for path in flat if lora.is_adapter_path(path)}
+    chosen = lora.adapter_paths(params)
     trainable, frozen = paths.partition(flat, chosen)
     tx = optax.adamw(1e-2)
 
@@ -224,7 +225,7 @@ def test_attached_step_has_under_0_7_of_the_flops_of_full_fine_tuning():
         step = jax.jit(jax.grad(loss)).lower(trainable, frozen, images)
         return step.compile().cost_analysis()["flops"]
 
-    adapters = {path for path in paths.flatten(adapted) if lora.is_adapter_path(path)}
+    adapters = lora.adapter_paths(adapted)
     full = flops(params, set(paths.flatten(params)))
     assert flops(adapted, adapters) <= 0.7 * full
     assert flops(adapted, adapters, lora.merge) > 0.85 * full  # what autodiff makes of it

@@ -6,7 +6,7 @@ import pytest
 
 from vision_jax.errors import UserError
 from vision_jax.trees import paths
-from vision_jax.trees.leaves import LowRank
+from vision_jax.trees.low_rank import LowRank
 
 TREE = {
     "block_0": {"mlp": {"fc1": {"bias": 1, "kernel": 2}}},

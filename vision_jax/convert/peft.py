@@ -5,7 +5,7 @@ Reading and writing name modules by the tables of `convert/`. What PEFT says dif
   - kernels are transposed: lora_A [r, in], lora_B [out, r]; of a convolution [r, in, h, w] and
     [out, r, 1, 1]; the magnitude of DoRA [out], of a convolution [1, out, 1, 1];
   - q, k and v are modules of their own in transformers and one fused module in timm. Separate
-    adapters of a fused kernel (`LowRank.parts`) go to timm as one adapter of the summed rank, whose
+    adapters of the parts of a fused kernel go to timm as one adapter of the summed rank, whose
     B has a block for each part: the same update, and as many zeros as that takes;
   - transformers 5 names the modules of many models otherwise in memory than in its files. PEFT goes
     by memory, so that is what we write; older adapters have the files' names and are read too.
@@ -13,7 +13,6 @@ Reading and writing name modules by the tables of `convert/`. What PEFT says dif
 Source: peft 0.21, tuners/lora/{layer,dora,model}.py and utils/save_and_load.py.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -21,7 +20,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +48,6 @@ from vision_jax.convert.vit import JOIN_BIAS, JOIN_LINEAR
 from vision_jax.errors import UserError
 from vision_jax.files import write_whole
 from vision_jax.trees import lora, paths
-from vision_jax.trees.leaves import LowRank, merge_leaf, output_norm, part_scales
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -75,26 +72,6 @@ STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 MAX_NAME = 500  # characters
 
 
-@dataclass(frozen=True)
-class _Module:
-    """The adapter of one module of PyTorch's, in our layout.
-
-    Attributes:
-      a: f[in, r], or f[h, w, in, r] of a convolution.
-      b: f[r, out].
-      magnitude: f[out] of DoRA, or None.
-      scale, dropout: as in LowRank.
-      bias: f[out] of `lora_bias`, scaled as the update is, or None.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    magnitude: np.ndarray | None
-    scale: float
-    dropout: float
-    bias: np.ndarray | None = None
-
-
 def write_adapter(
     directory: str | os.PathLike[str],
     params: lora.Params,
@@ -109,7 +86,7 @@ def write_adapter(
 
     Args:
       directory: made if it is not there.
-      params: parameter tree with LowRank leaves.
+      params: parameter tree with adapters.
       family: of the model, as in models.families.FAMILIES.
       arguments: all of the model's.
       base_model_name: what the adapters are for; PEFT keeps it for people to read.
@@ -123,21 +100,21 @@ def write_adapter(
     base, adapters = lora.detach(params)
     if not adapters:
         raise UserError(f"{directory}: no adapter to write; set lora.rules to attach some")
-    arrays = paths.flatten(base)
+    arrays = paths.flatten(lora.merge(base))
     rules = _rules(_table_in_memory(naming, family, arguments), arguments, arrays)
     modules = _owners(rules)
 
-    dora = any(adapter.magnitude is not None for adapter in adapters.values())
-    exported: dict[str, _Module] = {}
+    # PEFT has DoRA on all or none.
+    dora = any(lora.has_magnitude(adapter) for adapter in adapters.values())
+    exported: dict[str, lora.Factors] = {}
     tensors: dict[str, np.ndarray] = {}
     for path, adapter in adapters.items():
         owners = modules.get(path)
         if owners is None:
             raise UserError(f"{path}: the {naming} model has no module of its own for this kernel")
-        leaf = dataclasses.replace(adapter, base=jnp.asarray(arrays[path]))
-        if dora and leaf.magnitude is None:  # PEFT has DoRA on all or none; a gain of 1 is none
-            leaf = dataclasses.replace(leaf, magnitude=output_norm(merge_leaf(leaf)))
-        for part, module in _modules_of(leaf, len(owners.names)).items():
+        kernel = jnp.asarray(arrays[path])
+        parts = lora.split_adapter(adapter, kernel, len(owners.names), magnitude=dora)
+        for part, module in parts.items():
             name = owners.names[part]
             exported[name] = module
             tensors |= _to_torch(name, module, pointwise=owners.pointwise)
@@ -177,7 +154,7 @@ def read_adapter(
 ) -> lora.Params:
     """Puts the adapters of a PEFT folder on a plain tree, and the arrays that were saved with them.
 
-    Separate adapters of q, k and v become the parts of one LowRank leaf, each with its own scale.
+    Separate adapters of q, k and v become the parts of one adapter, each with its own scale.
     Where their ranks differ the smaller are filled up with zeros.
 
     Where two patterns of rank_pattern or alpha_pattern match one module, PEFT itself trains with
@@ -232,7 +209,7 @@ def read_adapter(
     rules = _recognize(tables, naming, arguments, found, saved, arrays, str(directory))
     _settle_patterns(config, called, found, str(directory))
     arrays |= _saved_arrays(saved, rules, arrays)
-    adapters: dict[str, LowRank] = {}
+    adapters: lora.Adapters = {}
     for path, owners in _owners(rules).items():
         total = len(owners.names)
         *inputs, outputs = arrays[path].shape
@@ -249,14 +226,15 @@ def read_adapter(
             if name in found
         }
         if parts:
-            adapters[path] = _leaf_of(parts, total, arrays[path])
+            adapters[path] = lora.join_adapter(parts, arrays[path], total)
         if config["lora_bias"] and parts:
             bias = f"{path.removesuffix('kernel')}bias"
             if bias not in arrays:
                 raise UserError(
                     f"{directory}: the adapter has a bias for {owners.names[0]}, and the layer none"
                 )
-            arrays[bias] = _with_biases(arrays[bias], parts, total)
+            own = {part: found[owners.names[part]][BIAS] for part in parts}
+            arrays[bias] = _with_biases(arrays[bias], own, parts, total)
     return lora.apply_adapters(paths.unflatten(params, arrays), adapters)
 
 
@@ -311,12 +289,17 @@ def _saved_arrays(
     return placed
 
 
-def _with_biases(bias: jax.Array, modules: Mapping[int, _Module], total: int) -> jax.Array:
-    """The layer's bias with those of its modules' adapters added."""
+def _with_biases(
+    bias: jax.Array,
+    own: Mapping[int, np.ndarray],
+    modules: Mapping[int, lora.Factors],
+    total: int,
+) -> jax.Array:
+    """The layer's bias with its adapters' own added, scaled as their updates are."""
     columns = jnp.split(bias, total)
-    for part, module in modules.items():
-        own = np.asarray(module.bias, np.promote_types(bias.dtype, np.float32)) * module.scale
-        columns[part] = columns[part] + own.astype(bias.dtype)
+    for part, array in own.items():
+        array = np.asarray(array, np.promote_types(bias.dtype, np.float32)) * modules[part].scale
+        columns[part] = columns[part] + array.astype(bias.dtype)
     return jnp.concatenate(columns)
 
 
@@ -407,64 +390,7 @@ def _recognize(
     )
 
 
-def _modules_of(leaf: LowRank, total: int) -> dict[int, _Module]:
-    """The adapters of the `total` modules that a kernel is made of, by the module's position."""
-    a, b = np.asarray(leaf.a), np.asarray(leaf.b)
-    magnitude = None if leaf.magnitude is None else np.asarray(leaf.magnitude)
-    whole = partial(_Module, dropout=leaf.dropout)
-    magnitudes = [None] * total if magnitude is None else np.split(magnitude, total)
-    scales = part_scales(leaf)
-    if leaf.parts is None:  # one A serves all modules
-        columns = np.split(b, total, axis=1)
-        return {part: whole(a, columns[part], magnitudes[part], scales[0]) for part in range(total)}
-    if total == 1:  # adapters of parts as one of the summed rank: the same update
-        count, rows, rank = a.shape
-        scale = max(scales, key=abs) or 1.0  # of all, so that none is divided by zero
-        blocks = np.zeros((count, rank, leaf.parts[0], b.shape[-1]), b.dtype)
-        for position, part in enumerate(leaf.parts[1]):
-            blocks[position, :, part] = b[position] * (scales[position] / scale)
-        a = a.transpose(1, 0, 2).reshape(rows, count * rank)
-        return {0: whole(a, blocks.reshape(count * rank, -1), magnitude, scale)}
-    modules = {
-        part: whole(a[position], b[position], magnitudes[part], scales[position])
-        for position, part in enumerate(leaf.parts[1])
-    }
-    if magnitude is not None:  # a part without an update may still have a trained magnitude
-        for part in set(range(total)) - set(modules):
-            zeros = np.zeros_like(a[0]), np.zeros_like(b[0])
-            modules[part] = whole(*zeros, magnitudes[part], scales[0])
-    return modules
-
-
-def _leaf_of(modules: Mapping[int, _Module], total: int, kernel: jax.Array) -> LowRank:
-    """The inverse: modules of a kernel [..., total · out] as one leaf, without its base."""
-    first = modules[min(modules)]
-    rank = max(module.a.shape[-1] for module in modules.values())
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    a, b, magnitudes = [], [], []
-    for part, columns in enumerate(jnp.split(kernel, total, axis=-1)):
-        if part not in modules:
-            magnitudes.append(output_norm(columns.astype(dtype)))
-            continue
-        module = modules[part]
-        fill = rank - module.a.shape[-1]
-        a.append(np.pad(module.a, [(0, 0)] * (module.a.ndim - 1) + [(0, fill)]))
-        b.append(np.pad(module.b, ((0, fill), (0, 0))))
-        if module.magnitude is not None:
-            magnitudes.append(jnp.asarray(module.magnitude, dtype))
-    scales = tuple(modules[part].scale for part in sorted(modules))
-    return LowRank(
-        base=None,  # type: ignore[arg-type]
-        a=jnp.asarray(np.stack(a) if total > 1 else a[0], dtype),
-        b=jnp.asarray(np.stack(b) if total > 1 else b[0], dtype),
-        magnitude=None if first.magnitude is None else jnp.concatenate(magnitudes),
-        scale=first.scale if len(set(scales)) == 1 else scales,
-        parts=(total, tuple(sorted(modules))) if total > 1 else None,
-        dropout=first.dropout,
-    )
-
-
-def _to_torch(name: str, module: _Module, *, pointwise: bool) -> dict[str, np.ndarray]:
+def _to_torch(name: str, module: lora.Factors, *, pointwise: bool) -> dict[str, np.ndarray]:
     """PEFT's tensors of one module."""
     a = module.a[None, None] if pointwise else module.a
     a = np.moveaxis(a, (-1, -2), (0, 1))  # [r, in] or [r, in, h, w]
@@ -484,7 +410,7 @@ def _from_torch(
     origin: str,
     *,
     pointwise: bool,
-) -> _Module:
+) -> lora.Factors:
     """One module's adapter, for a kernel [in, out] or [h, w, in, out]."""
     rank, alpha = config["of_module"].get(name, (config["r"], config["lora_alpha"]))
     *window, rows, columns = (1, 1, *kernel_shape) if pointwise else kernel_shape
@@ -502,13 +428,12 @@ def _from_torch(
                 f"{expected.get(kind, 'absent')}, for rank {rank} of "
                 f"{CONFIG_FILE} and a kernel {kernel_shape} of this model"
             )
-    return _Module(
+    return lora.Factors(
         a=np.moveaxis(tensors[A], (0, 1), (-1, -2)).reshape(*kernel_shape[:-1], rank),
         b=tensors[B].reshape(columns, rank).T,
         magnitude=tensors[MAGNITUDE].reshape(-1) if config["use_dora"] else None,
         scale=alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank,
         dropout=config["lora_dropout"],
-        bias=tensors.get(BIAS),
     )
 
 
@@ -560,7 +485,7 @@ def _settle_patterns(
 
 
 def _make_config(
-    modules: Mapping[str, _Module], base_model_name: str, dora: bool, whole_modules: list[str]
+    modules: Mapping[str, lora.Factors], base_model_name: str, dora: bool, whole_modules: list[str]
 ) -> dict[str, Any]:
     ranks = {name: module.b.shape[0] for name, module in modules.items()}
     # Rank-stabilized or not, PEFT divides alpha by the rank, so this alpha gives the same scale.

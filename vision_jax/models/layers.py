@@ -2,7 +2,7 @@
 
 Dense and Conv take kernels that may be structured leaves. flax's own layers have a `dot_general`
 hook for that; these two say the same in fewer words, for convolutions too, and in one place:
-`trees.leaves` multiplies, whatever the kernel is. The norms compute what torch's compute.
+`trees.leaf` multiplies, whatever the kernel is. The norms compute what torch's compute.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 
 from vision_jax.errors import UserError
-from vision_jax.trees import leaves
+from vision_jax.trees.leaf import Kernel, convolve, dot, supports_groups
 
 Initializer = Callable[..., Any]
 
@@ -44,20 +45,16 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = _kernel(self, (x.shape[-1], self.features))
         key = self.make_rng(ADAPTER_KEYS) if self.has_rng(ADAPTER_KEYS) else None
-        x = leaves.dot(x.astype(self.dtype), kernel, key)
+        x = dot(x.astype(self.dtype), kernel, key)
         if self.use_bias:
             x = add_bias(x, self.param("bias", self.bias_init, (self.features,)))
         return x
 
 
 class Conv(nn.Module):
-    """Convolution of x[B, H, W, in] with kernel[h, w, in / groups, out]; padding is in numbers.
-
-    A kernel that tiles the image (stride = size, no padding: a patch embedding, or 1 x 1) is one
-    dot on rearranged pixels, which is the same sum and faster, in its weight gradient most of all.
-    """
+    """Convolution of x[B, H, W, in] with kernel[h, w, in / groups, out]; padding is in numbers."""
 
     features: int
     kernel_size: Sequence[int]
@@ -72,29 +69,31 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        if self.groups > 1 and isinstance(kernel, leaves.LowRank):
+        kernel = _kernel(self, shape)
+        if self.groups > 1 and not supports_groups(kernel):
             raise UserError(
                 f"{'/'.join(self.path)}: a convolution in groups takes no adapter; leave it out of "
                 "config.lora.rules"
             )
         key = self.make_rng(ADAPTER_KEYS) if self.has_rng(ADAPTER_KEYS) else None
         x = x.astype(self.dtype)
-        tiles = tuple(self.strides) == tuple(self.kernel_size) and not any(map(any, self.padding))
-        if tiles and self.groups == 1 and not isinstance(kernel, leaves.LowRank):
-            h, w = self.kernel_size
-            batch, height, width, channels = x.shape
-            x = x[:, : height // h * h, : width // w * w]  # what a strided convolution leaves out
-            x = x.reshape(batch, height // h, h, width // w, w, channels)
-            x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // h, width // w, -1)
-            x = leaves.dot(x, kernel.reshape(-1, self.features))  # [B, H/h, W/w, out]
-        else:
-            x = leaves.convolve(
-                x, kernel, self.strides, self.padding, self.groups, key, self.dilation
-            )
+        x = convolve(x, kernel, self.strides, self.padding, self.groups, key, self.dilation)
         if self.use_bias:
             x = add_bias(x, self.param("bias", nn.initializers.zeros, (self.features,)))
         return x
+
+
+def _kernel(layer: Dense | Conv, shape: tuple[int, ...]) -> Kernel:
+    """The layer's kernel, which must have this shape, whatever stands in for it.
+
+    flax would compare the first array of a structured leaf, which may be packed or a part.
+    """
+    if not layer.has_variable("params", "kernel"):
+        return layer.param("kernel", layer.kernel_init, shape)
+    kernel: Kernel = layer.get_variable("params", "kernel")
+    if kernel.shape != shape:
+        raise ScopeParamShapeError("kernel", "/".join(layer.path), kernel.shape, shape)
+    return kernel
 
 
 class BatchNorm(nn.Module):

@@ -5,29 +5,48 @@
     unmerge(merged, adapters)        the way back
     detach(params)                   -> (the base to the bit, adapters by path)
     apply_adapters(base, adapters)   -> LowRank leaves again; other adapters, same base
+    split_adapter(adapter, ...)      one adapter -> factors of each part of its kernel's columns
+    join_adapter(factors, ...)       the way back
 
 All are pure and work on arrays, on traced and on abstract values alike. How a LowRank leaf
-multiplies, and what its gradient is, stands in `trees/leaves.py`.
+multiplies, and what its gradient is, stands in `trees/low_rank.py`.
 
 Adapters apart from their base are a dict from the kernel's path to a LowRank without base, so they
 are a pytree that can be mapped, saved and sharded like any other.
+
+>>> params = {"head": {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}}
+>>> adapted = attach(params, ["head/kernel"], key=jax.random.key(0), rank=2, alpha=4.0)
+>>> {path: array.shape for path, array in paths.flatten(adapted).items()}
+{'head/bias': (3,), 'head/kernel/base': (4, 3), 'head/kernel/a': (4, 2), 'head/kernel/b': (2, 3)}
+>>> base, adapters = detach(adapted)
+>>> {path: array.shape for path, array in paths.flatten(base).items()}
+{'head/bias': (3,), 'head/kernel': (4, 3)}
+>>> {path: array.shape for path, array in paths.flatten(adapters).items()}
+{'head/kernel/a': (4, 2), 'head/kernel/b': (2, 3)}
+>>> moved = jax.tree.map(lambda factor: factor + 1, adapters)  # as training does
+>>> merged = merge(apply_adapters(base, moved))
+>>> bool((merged["head"]["kernel"] != params["head"]["kernel"]).all())
+True
 """
 
 import dataclasses
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vision_jax.errors import UserError
 from vision_jax.trees import paths
-from vision_jax.trees.leaves import LowRank, low_rank_delta, merge_leaf, output_norm
+from vision_jax.trees.leaf import Params, leaves, map_leaves, merge_leaf
+from vision_jax.trees.low_rank import LowRank, low_rank_delta, output_norm, part_scales
 
-Params = Any  # nested dicts of arrays and LowRank leaves
 Adapters = dict[str, LowRank]  # by the kernel's path; `base` is None
 
 QKV = ("q", "k", "v")  # the order of a fused kernel's columns
@@ -67,7 +86,7 @@ def attach(
         has an adapter already, or a setting out of range.
     """
     _check_settings(rank, alpha, dropout)
-    kernels = {path: leaf for path, leaf in _leaves(params).items() if path.endswith("kernel")}
+    kernels = {path: leaf for path, leaf in leaves(params).items() if path.endswith("kernel")}
     chosen = paths.select(kernels, rules, field="lora.rules")
     parts = _parse_parts(qkv_parts, chosen)
     scale = alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
@@ -91,18 +110,18 @@ def attach(
             base=kernel,
             a=jax.random.uniform(own_key, a_shape, dtype, -bound, bound),
             b=jnp.zeros(b_shape, dtype),
-            magnitude=output_norm(kernel.astype(dtype)) if dora else None,
+            magnitude=output_norm(merge_leaf(kernel).astype(dtype)) if dora else None,
             scale=scale,
             parts=own_parts,
             dropout=dropout,
         )
 
-    return _map(adapt, params)
+    return map_leaves(adapt, params)
 
 
 def merge(params: Params) -> Params:
-    """The tree with plain kernels W + s·A·B (DoRA: rescaled) in place of the LowRank leaves."""
-    return _map(lambda _, leaf: merge_leaf(leaf), params)
+    """The tree with the plain kernel of each structured leaf: W + s·A·B (DoRA: rescaled)."""
+    return map_leaves(lambda _, leaf: merge_leaf(leaf), params)
 
 
 def unmerge(merged: Params, adapters: Adapters) -> Params:
@@ -122,19 +141,21 @@ def unmerge(merged: Params, adapters: Adapters) -> Params:
                 "detach the adapter and keep the base instead"
             )
         return dataclasses.replace(
-            leaf, base=leaf.base - low_rank_delta(leaf).astype(leaf.base.dtype)
+            leaf, base=merge_leaf(leaf.base) - low_rank_delta(leaf).astype(leaf.base.dtype)
         )
 
     attached = apply_adapters(merged, adapters)
-    return _map(lambda path, leaf: subtract(path, leaf) if path in adapters else leaf, attached)
+    return map_leaves(
+        lambda path, leaf: subtract(path, leaf) if path in adapters else leaf, attached
+    )
 
 
 def detach(params: Params) -> tuple[Params, Adapters]:
     """Splits into (the plain tree of base kernels to the bit, adapters by the kernel's path)."""
-    base = _map(lambda _, leaf: leaf.base if isinstance(leaf, LowRank) else leaf, params)
+    base = map_leaves(lambda _, leaf: leaf.base if isinstance(leaf, LowRank) else leaf, params)
     adapters = {
         path: dataclasses.replace(leaf, base=None)  # type: ignore[arg-type]
-        for path, leaf in _leaves(params).items()
+        for path, leaf in leaves(params).items()
         if isinstance(leaf, LowRank)
     }
     return base, adapters
@@ -146,7 +167,7 @@ def apply_adapters(base: Params, adapters: Mapping[str, LowRank]) -> Params:
     Raises:
       UserError: an adapter whose path or shape does not fit, or a kernel that has one already.
     """
-    kernels = _leaves(base)
+    kernels = leaves(base)
     paths.select(kernels, [re.escape(path) for path in adapters], field="adapters")
     for path, adapter in adapters.items():
         kernel = kernels[path]
@@ -163,31 +184,111 @@ def apply_adapters(base: Params, adapters: Mapping[str, LowRank]) -> Params:
     def put(path: str, leaf: Any) -> Any:
         return dataclasses.replace(adapters[path], base=leaf) if path in adapters else leaf
 
-    return _map(put, base)
+    return map_leaves(put, base)
 
 
-def is_adapter_path(path: str) -> bool:
-    """Whether a path of `paths.flatten` names an adapter's array, and not its frozen base.
+def adapter_paths(params: Params) -> set[str]:
+    """Paths of the adapters' arrays in `paths.flatten(params)`, those of their bases left out."""
+    return set(paths.flatten(detach(params)[1]))
 
-    >>> [is_adapter_path(f"head/kernel{end}") for end in ("/a", "/b", "/magnitude", "/base", "")]
-    [True, True, True, False, False]
+
+@dataclass(frozen=True)
+class Factors:
+    """The adapter of one kernel [..., in, out], or of an equal part of a fused one's columns.
+
+    Attributes:
+      a: f[in, r], or f[h, w, in, r] of a convolution.
+      b: f[r, out].
+      magnitude: f[out] of DoRA, or None.
+      scale, dropout: as in LowRank.
     """
-    return path.endswith(("kernel/a", "kernel/b", "kernel/magnitude"))
+
+    a: np.ndarray
+    b: np.ndarray
+    magnitude: np.ndarray | None
+    scale: float
+    dropout: float
 
 
-def _leaves(params: Params) -> dict[str, Any]:
-    """Arrays and whole LowRank leaves by path."""
-    found: dict[str, Any] = {}
-    _map(lambda path, leaf: found.setdefault(path, leaf), params)
-    return found
+def has_magnitude(adapter: LowRank) -> bool:
+    """Whether it is DoRA's."""
+    return adapter.magnitude is not None
 
 
-def _map(function: Callable[[str, Any], Any], params: Params) -> Params:
-    """Maps function(path, leaf) over arrays and whole LowRank leaves."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: function(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf),
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, LowRank),
+def split_adapter(
+    adapter: LowRank, kernel: jax.Array, total: int, *, magnitude: bool
+) -> dict[int, Factors]:
+    """The factors of each of `total` equal parts of a kernel's columns, by the part's position.
+
+    An adapter over all columns shares its A between the parts. Adapters of parts (`qkv_parts`) are,
+    for a total of 1, one of the summed rank, whose B has a block for each: the same update, and as
+    many zeros as that takes. A part without an adapter is left out, or has a zero update where it
+    has a magnitude.
+
+    Args:
+      adapter: as `detach` gives it.
+      kernel: [..., in, out], the plain array that it is for.
+      total: 1, or the number of parts that the adapter has or could have.
+      magnitude: gives an adapter that is not DoRA's the magnitudes that change nothing.
+    """
+    if magnitude and adapter.magnitude is None:
+        merged = dataclasses.replace(adapter, base=kernel).merge()
+        adapter = dataclasses.replace(adapter, magnitude=output_norm(merged))
+    a, b = np.asarray(adapter.a), np.asarray(adapter.b)
+    whole = None if adapter.magnitude is None else np.asarray(adapter.magnitude)
+    magnitudes = [None] * total if whole is None else np.split(whole, total)
+    scales = part_scales(adapter)
+    make = partial(Factors, dropout=adapter.dropout)
+    if adapter.parts is None:  # one A serves all modules
+        columns = np.split(b, total, axis=1)
+        return {part: make(a, columns[part], magnitudes[part], scales[0]) for part in range(total)}
+    if total == 1:
+        count, rows, rank = a.shape
+        scale = max(scales, key=abs) or 1.0  # of all, so that none is divided by zero
+        blocks = np.zeros((count, rank, adapter.parts[0], b.shape[-1]), b.dtype)
+        for position, part in enumerate(adapter.parts[1]):
+            blocks[position, :, part] = b[position] * (scales[position] / scale)
+        a = a.transpose(1, 0, 2).reshape(rows, count * rank)
+        return {0: make(a, blocks.reshape(count * rank, -1), whole, scale)}
+    factors = {
+        part: make(a[position], b[position], magnitudes[part], scales[position])
+        for position, part in enumerate(adapter.parts[1])
+    }
+    if whole is not None:  # a part without an update may still have a trained magnitude
+        for part in set(range(total)) - set(factors):
+            zeros = np.zeros_like(a[0]), np.zeros_like(b[0])
+            factors[part] = make(*zeros, magnitudes[part], scales[0])
+    return factors
+
+
+def join_adapter(factors: Mapping[int, Factors], kernel: jax.Array, total: int) -> LowRank:
+    """The inverse: factors of parts of a kernel [..., in, out] as one adapter without its base.
+
+    Where the ranks differ the smaller are filled up with zeros.
+    """
+    first = factors[min(factors)]
+    rank = max(one.a.shape[-1] for one in factors.values())
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    a, b, magnitudes = [], [], []
+    for part, columns in enumerate(jnp.split(kernel, total, axis=-1)):
+        if part not in factors:
+            magnitudes.append(output_norm(columns.astype(dtype)))
+            continue
+        one = factors[part]
+        fill = rank - one.a.shape[-1]
+        a.append(np.pad(one.a, [(0, 0)] * (one.a.ndim - 1) + [(0, fill)]))
+        b.append(np.pad(one.b, ((0, fill), (0, 0))))
+        if one.magnitude is not None:
+            magnitudes.append(jnp.asarray(one.magnitude, dtype))
+    scales = tuple(factors[part].scale for part in sorted(factors))
+    return LowRank(
+        base=None,  # type: ignore[arg-type]
+        a=jnp.asarray(np.stack(a) if total > 1 else a[0], dtype),
+        b=jnp.asarray(np.stack(b) if total > 1 else b[0], dtype),
+        magnitude=None if first.magnitude is None else jnp.concatenate(magnitudes),
+        scale=first.scale if len(set(scales)) == 1 else scales,
+        parts=(total, tuple(sorted(factors))) if total > 1 else None,
+        dropout=first.dropout,
     )
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from vision_jax.trees import leaves
-from vision_jax.trees.leaves import LowRank, convolve, dot, merge_leaf
+from vision_jax.trees.leaf import convolve, dot, merge_leaf
+from vision_jax.trees.low_rank import LowRank
 
 STRIDED = partial(convolve, strides=(2, 1), padding=((1, 2), (0, 1)))
 FORMS = {
@@ -201,4 +201,4 @@ def test_bfloat16_product_of_a_plain_kernel_accumulates_in_float32():
     gradient = jax.grad(lambda kernel: dot(x, kernel).astype(jnp.float32).sum())(kernel)
     assert gradient.dtype == jnp.float32
     np.testing.assert_array_equal(gradient, 2.0)
-    assert leaves.dot(x, kernel).dtype == jnp.bfloat16
+    assert dot(x, kernel).dtype == jnp.bfloat16

@@ -1,0 +1,263 @@
+"""Structured leaves: objects that stand in for one array of a parameter tree.
+
+A layer never asks what kind of leaf it holds. It calls `dot` or `convolve` with its input and its
+kernel, which is an array or a `Leaf`, and the product and its gradient follow. Training and
+sharding go by `roles`, export by `merge_leaf`. So a new kind of leaf is one file beside this one
+with one subclass of `Leaf`, and a transform that puts it in the tree; nothing else changes.
+"""
+
+import abc
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+Params = Any  # nested dicts of arrays and structured leaves
+Product = Callable[[Array, Array], Array]  # of x and a whole kernel, linear in both
+
+
+class Leaf(abc.ABC):
+    """Stands in for one kernel, [in, out] or [h, w, in, out].
+
+    A subclass is a frozen dataclass that `jax.tree_util.register_dataclass` has made a pytree. A
+    field of arrays may hold another structured leaf: a LowRank's base may be quantized.
+
+    Class attributes:
+      trains: what is said of fields whatever `config.trainable` says: True, its arrays always
+        train; False, they never do. It goes for a leaf inside as well. The arrays of other fields
+        are chosen by rule, as plain ones are.
+      like_kernel: fields that lie on the devices as the kernel would, by the rules for its path.
+    """
+
+    trains: ClassVar[Mapping[str, bool]] = MappingProxyType({})
+    like_kernel: ClassVar[Collection[str]] = ()
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel that this leaf stands in for."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any:
+        """Dtype of the kernel that this leaf stands in for."""
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the kernel that this leaf stands in for."""
+        return len(self.shape)
+
+    @property
+    def supports_groups(self) -> bool:
+        """Whether it can be the kernel of a convolution in groups."""
+        return True
+
+    @abc.abstractmethod
+    def merge(self) -> Array:
+        """The kernel that this leaf stands in for, as a plain array of its shape and dtype."""
+
+    def multiply(self, product: Product, x: Array, dropout_key: Array | None) -> Array:
+        """`product(x, kernel)`; a subclass may know a cheaper way, or a cheaper gradient.
+
+        Args:
+          product: what the layer does with a plain kernel; also with one of other outputs.
+          x: the layer's input, f[..., in].
+          dropout_key: for dropout inside of the leaf; None outside training.
+        """
+        return product(x, self.merge())
+
+
+Kernel = Array | Leaf
+
+
+def merge_leaf(kernel: Kernel) -> Array:
+    """The plain array that `kernel` stands in for; an array is returned as it is."""
+    return kernel.merge() if isinstance(kernel, Leaf) else kernel
+
+
+def supports_groups(kernel: Kernel) -> bool:
+    """Whether it can be the kernel of a convolution in groups."""
+    return not isinstance(kernel, Leaf) or kernel.supports_groups
+
+
+# What the leaves of a tree are for ---------------------------------------------------------------
+
+
+def leaves(params: Params) -> dict[str, Any]:
+    """Arrays and whole structured leaves by path.
+
+    >>> leaves({"head": {"bias": 1, "kernel": 2}})
+    {'head/bias': 1, 'head/kernel': 2}
+    """
+    found: dict[str, Any] = {}
+    map_leaves(lambda path, leaf: found.setdefault(path, leaf), params)
+    return found
+
+
+def map_leaves(function: Callable[[str, Any], Any], params: Params) -> Params:
+    """Maps function(path, leaf) over arrays and whole structured leaves."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: function(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Leaf),
+    )
+
+
+class Role(NamedTuple):
+    """What one array of a tree is for.
+
+    Attributes:
+      trains: True or False whatever the rules say; None leaves it to them.
+      laid_out_as: the path that the rules of sharding know it by: the kernel's, for what lies on
+        the devices as the kernel would.
+    """
+
+    trains: bool | None
+    laid_out_as: str
+
+
+def roles(params: Params) -> dict[str, Role]:
+    """The role of each array, by the paths of `paths.flatten` and in their order.
+
+    >>> roles({"head": {"bias": 1}})
+    {'head/bias': Role(trains=None, laid_out_as='head/bias')}
+    """
+    found: dict[str, Role] = {}
+    for path, leaf in leaves(params).items():
+        found |= _roles(path, leaf, Role(None, path))
+    return found
+
+
+def _roles(path: str, leaf: Any, role: Role) -> Iterator[tuple[str, Role]]:
+    if not isinstance(leaf, Leaf):
+        yield path, role
+        return
+    inner = jax.tree_util.tree_leaves_with_path(leaf, is_leaf=lambda node: node is not leaf)
+    for keys, field in inner:
+        name = jax.tree_util.keystr(keys, simple=True)
+        if field is None:
+            continue
+        trains = leaf.trains.get(name) if role.trains is None else role.trains
+        own = role.laid_out_as if name in leaf.like_kernel else f"{role.laid_out_as}/{name}"
+        yield from _roles(f"{path}/{name}", field, Role(trains, own))
+
+
+# How a layer multiplies --------------------------------------------------------------------------
+
+
+def dot(x: Array, kernel: Kernel, dropout_key: Array | None = None) -> Array:
+    """`x[..., in] · kernel[in, out]`, in x's dtype, accumulated in at least float32.
+
+    Args:
+      x: f[..., in], the layer's input in its compute dtype.
+      kernel: an array or a structured leaf, usually in float32.
+      dropout_key: for dropout inside of the leaf; None outside training.
+    """
+    return multiply(dense_product(x), x, kernel, dropout_key)
+
+
+def convolve(
+    x: Array,
+    kernel: Kernel,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    groups: int = 1,
+    dropout_key: Array | None = None,
+    dilation: int = 1,
+) -> Array:
+    """Convolution of x[B, H, W, in] with kernel[h, w, in / groups, out], in x's dtype.
+
+    A plain kernel that tiles the image (stride = size, no padding: a patch embedding, or 1 x 1) is
+    one dot on rearranged pixels, which is the same sum and faster, in its weight gradient most of
+    all.
+    """
+    window = kernel.shape[:2]
+    reach = tuple((size - 1) * dilation + 1 for size in window)
+    tiles = tuple(strides) == window == reach and not any(map(any, padding)) and groups == 1
+    if tiles and not isinstance(kernel, Leaf):
+        return _tiled(x, kernel)
+    sides = tuple((low, high) for low, high in padding)
+    product = partial(_convolution, tuple(strides), sides, groups, dilation)
+    return multiply(product, x, kernel, dropout_key)
+
+
+def multiply(product: Product, x: Array, kernel: Kernel, dropout_key: Array | None) -> Array:
+    """`product(x, kernel)` of an array or of a structured leaf."""
+    if isinstance(kernel, Leaf):
+        return kernel.multiply(product, x, dropout_key)
+    return product(x, kernel)
+
+
+def dense_product(x: Array) -> Product:
+    """The product of a dense layer for inputs of x's dtype."""
+    return _half_dot if x.dtype in (jnp.bfloat16, jnp.float16) else _plain_dot
+
+
+def _plain_dot(x: Array, kernel: Array) -> Array:
+    return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+@jax.custom_vjp
+def _half_dot(x: Array, kernel: Array) -> Array:
+    """A product of half-precision inputs whose three products all accumulate in float32.
+
+    Autodiff of a dot with a float32 result would multiply float32 by bfloat16 in its backward pass,
+    which no matrix unit takes; and one with a bfloat16 result rounds the parameters' gradient.
+    """
+    product = lax.dot_general(
+        x,
+        kernel.astype(x.dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return product.astype(x.dtype)
+
+
+def _half_dot_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _half_dot(x, kernel), (x, kernel)
+
+
+def _half_dot_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    float32 = {"preferred_element_type": jnp.float32}
+    dx = lax.dot_general(dy, kernel.astype(x.dtype), (((dy.ndim - 1,), (1,)), ((), ())), **float32)
+    rows = tuple(range(x.ndim - 1))
+    dkernel = lax.dot_general(x, dy, ((rows, rows), ((), ())), **float32)  # [in, out]
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+_half_dot.defvjp(_half_dot_forward, _half_dot_backward)
+
+
+def _tiled(x: Array, kernel: Array) -> Array:
+    """The convolution of x[B, H, W, in] by a kernel[h, w, in, out] whose windows tile it."""
+    h, w, _, outputs = kernel.shape
+    batch, height, width, channels = x.shape
+    x = x[:, : height // h * h, : width // w * w]  # what a strided convolution leaves out
+    x = x.reshape(batch, height // h, h, width // w, w, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // h, width // w, -1)
+    return dot(x, kernel.reshape(-1, outputs))  # [B, H/h, W/w, out]
+
+
+def _convolution(
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    groups: int,
+    dilation: int,
+    x: Array,
+    kernel: Array,
+) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        strides,
+        padding,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
