@@ -312,11 +312,13 @@ def test_boxes_at_once_are_boxes_one_by_one(images, tmp_path, monkeypatch):
         ]
         spec = write(tmp_path / "boxes.json", coco(annotations=entries, categories=categories))
         with monkeypatch.context() as patch:
-            careful = "vision_jax.data.annotation_formats._add_boxes"
+            careful = "vision_jax.data.annotation_formats.coco._add_boxes"
             patch.setattr(careful, lambda *a: pytest.fail("not at once"))
             quick = read_annotations(spec, images)
         with monkeypatch.context() as patch:
-            patch.setattr("vision_jax.data.annotation_formats._add_sound_boxes", lambda *a: False)
+            patch.setattr(
+                "vision_jax.data.annotation_formats.coco._add_sound_boxes", lambda *a: False
+            )
             one_by_one = read_annotations(spec, images)
         for name in vars(quick):
             one, other = getattr(quick, name), getattr(one_by_one, name)
@@ -375,7 +377,7 @@ def test_json_of_other_encodings(encoding, images, tmp_path):
 def test_without_orjson(images, tmp_path, monkeypatch):
     spec = write(tmp_path / "a.json", coco())
     read = read_annotations(spec, images)
-    monkeypatch.setattr("vision_jax.data.annotation_formats.orjson", None)
+    monkeypatch.setattr("vision_jax.data.annotation_formats.json_file.orjson", None)
     assert read.image_ids == read_annotations(spec, images).image_ids
 
 
@@ -826,7 +828,7 @@ def test_random_damage_never_gives_a_traceback(images, tmp_path):
 
 
 def test_size_limits(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("vision_jax.data.annotation_formats.MAX_JSON_BYTES", 50)
+    monkeypatch.setattr("vision_jax.data.annotation_formats.json_file.MAX_JSON_BYTES", 50)
     assert "over the limit of 50 bytes" in refused(write(tmp_path / "a.json", coco()), images)
 
 

@@ -24,24 +24,20 @@ from pathlib import Path
 
 import numpy as np
 
-from vision_jax.data.annotation_formats import (
+from vision_jax.data.annotation_formats.coco import read_coco
+from vision_jax.data.annotation_formats.json_file import outline, read_json, without_collector
+from vision_jax.data.annotation_formats.plain import read_plain
+from vision_jax.data.annotation_formats.reading import (
     IMAGES,
     Problem,
     Reading,
     find_files,
-    labels_of,
     one_line,
-    outline,
-    read_coco,
-    read_json,
     read_lines,
-    read_plain,
-    read_tfds,
-    read_voc,
-    read_yolo_folder,
-    read_yolo_yaml,
-    without_collector,
 )
+from vision_jax.data.annotation_formats.tfds import read_tfds
+from vision_jax.data.annotation_formats.voc import read_voc
+from vision_jax.data.annotation_formats.yolo import labels_of, read_yolo_folder, read_yolo_yaml
 from vision_jax.data.composites import read_composites
 from vision_jax.data.folders import Inside, splits_of
 from vision_jax.data.sources import ASSETS, ArrayReader, FileReader, TfdsReader

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vision_jax.data.annotation_formats import Reading
+from vision_jax.data.annotation_formats.reading import Reading
 from vision_jax.data.decode import decode_image
 from vision_jax.data.sources import ASSETS, ArrayReader
 from vision_jax.errors import UserError

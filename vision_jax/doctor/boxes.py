@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vision_jax.data.annotation_formats import YOLO_PLACE
+from vision_jax.data.annotation_formats.yolo import YOLO_PLACE
 from vision_jax.data.annotations import Annotations
 from vision_jax.data.sources import TfdsReader
 from vision_jax.doctor.finding import EXAMPLES, Finding, Level, Subject

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from vision_jax.data.annotation_formats import Problem
+from vision_jax.data.annotation_formats.reading import Problem
 from vision_jax.data.annotations import Annotations
 from vision_jax.doctor.finding import EXAMPLES, Finding, Subject, few
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vision_jax.data.annotation_formats import IMAGES, Problem, find_files
+from vision_jax.data.annotation_formats.reading import IMAGES, Problem, find_files
 from vision_jax.data.annotations import Annotations, examine_annotations
 from vision_jax.data.folders import splits_among
 from vision_jax.data.sources import (

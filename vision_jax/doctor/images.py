@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from vision_jax.data.annotation_formats import IMAGES, find_files
+from vision_jax.data.annotation_formats.reading import IMAGES, find_files
 from vision_jax.data.sources import FileReader
 from vision_jax.doctor.finding import EXAMPLES, Finding, Level, Subject
 from vision_jax.doctor.scan import repeated_files
