@@ -24,7 +24,7 @@ from vision_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """What differs from the defaults; see `python -m vision_jax.config`."""
+    """What differs from the defaults; see `--help-config`."""
     config = default_config("detection")
     # The paper freezes the stem and the first stage, and every BatchNorm of the backbone.
     config.trainable = (

@@ -33,7 +33,7 @@ SETTINGS = {  # train, test, pixels a side, queries, batch, updates, rate, crop,
 
 
 def get_config(data_set: str = "aerial") -> ConfigDict:
-    """What differs from the defaults; see `python -m vision_jax.config`."""
+    """What differs from the defaults; see `--help-config`."""
     if data_set not in SETTINGS:
         raise UserError(f"configs/detr_tiny.py:{data_set}: use one of {', '.join(SETTINGS)}")
     train, test, side, queries, batch_size, steps, lr, crop, no_object = SETTINGS[data_set]

@@ -17,7 +17,7 @@ from vision_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """What differs from the defaults; see `python -m vision_jax.config`."""
+    """What differs from the defaults; see `--help-config`."""
     config = default_config("classification")
     config.batch_size = 128
     config.total_steps = 29_700

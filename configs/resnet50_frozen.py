@@ -3,7 +3,7 @@
 Command:   python -m vision_jax.main --config=configs/resnet50_frozen.py \\
                --config.data.train=path/to/folder_of_class_folders
 Hardware:  one GPU or TPU; 2 CPU cores take about 0.1 s an image
-Expected:  depends on the data; --mode=frozen tells beforehand what the features are worth
+Expected:  depends on the data; `probe` tells beforehand what the features are worth
 
 The frozen backbone needs no backward pass, and BatchNorm keeps ImageNet's statistics. Afterwards,
 all of it, from where the head stopped, at a smaller rate:
@@ -24,7 +24,7 @@ from vision_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """What differs from the defaults; see `python -m vision_jax.config`."""
+    """What differs from the defaults; see `--help-config`."""
     config = default_config("classification")
     config.batch_size = 256
     config.trainable = ("head(_dist)?/.*",)

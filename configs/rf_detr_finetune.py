@@ -26,7 +26,7 @@ from vision_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """What differs from the defaults; see `python -m vision_jax.config`."""
+    """What differs from the defaults; see `--help-config`."""
     config = default_config("detection")
     config.batch_size = 16
     config.total_steps = 5_000

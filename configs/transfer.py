@@ -5,7 +5,7 @@ Command:   python -m vision_jax.main --config=configs/transfer.py:timm/convnext_
 Hardware:  one GPU or TPU for the larger ones; docs/zoo.md has each one's size and GFLOPs
 Expected:  depends on the data; first ask what the frozen features are worth:
 
-    python -m vision_jax.main --mode=frozen \\
+    python -m vision_jax.main probe \\
         --config=configs/transfer.py:timm/convnext_tiny.fb_in22k \\
         --config.data.train=path/to/folder_of_class_folders
 
@@ -53,7 +53,7 @@ SETTINGS = {
 
 
 def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
-    """What differs from the defaults; see `python -m vision_jax.config`."""
+    """What differs from the defaults; see `--help-config`."""
     family, weights = published(name)
     settings = SETTINGS[family]
     config = default_config("classification")

@@ -20,10 +20,10 @@ from vision_jax.config import (
     read_json,
     save_config,
 )
-from vision_jax.config.__main__ import main as show_config
 from vision_jax.config.fields import FIELDS, FILTERS, RECIPES, TASKS
 from vision_jax.config.hints import ELSEWHERE, RENAMED, WORDS, suggest
 from vision_jax.config.literals import read_literal
+from vision_jax.config.show import explain, show
 from vision_jax.data import pipeline, transforms
 from vision_jax.errors import UserError, UserErrors, nearest
 from vision_jax.models.families import DTYPES
@@ -275,7 +275,8 @@ def test_an_older_runs_renamed_field_keeps_its_value(older):
         del config["optim"]["lr_multipliers"]
         config["optim"]["rates"] = [["head/.*", 0.5]]
 
-    config, notes = read_config(older(change), {})
+    reading = read_config(older(change), {})
+    config, notes = reading.config, reading.notes
     assert config.optim.lr_multipliers == (("head/.*", 0.5),)
     (note,) = notes
     assert note.endswith("optim.rates is optim.lr_multipliers now, and keeps its value")
@@ -338,7 +339,11 @@ def test_an_older_runs_config_is_filled_with_todays_defaults(older):
         del config["optim"]["lr_multipliers"]
         del config["distill"]
 
-    config, notes = read_config(older(change), {"distill.weight": "0.25"})
+    reading = read_config(older(change), {"distill.weight": "0.25"})
+    config, notes = reading.config, reading.notes
+    assert reading.origins["distill.temperature"] == "filled in"
+    assert reading.origins["distill.weight"] == "command line"
+    assert reading.origins["optim.lr"] == reading.origins["seed"] == "run's config.json"
     wanted = load_config(CONFIG, {"optim.lr": "0.5", "distill.weight": "0.25"})
     assert differences(wanted, config) == []
     (note,) = notes
@@ -351,7 +356,8 @@ def test_fields_that_an_older_run_had_are_named_and_left_out(older):
         config["optim"]["nesterov"] = True
         config["old"] = {"a": 1, "b": 2}
 
-    config, notes = read_config(older(change), {})
+    reading = read_config(older(change), {})
+    config, notes = reading.config, reading.notes
     assert differences(load_config(CONFIG, {"optim.lr": "0.5"}), config) == []
     assert len(notes) == 1
     assert "left out: old.a, old.b, optim.nesterov" in notes[0]
@@ -360,7 +366,8 @@ def test_fields_that_an_older_run_had_are_named_and_left_out(older):
 def test_a_users_json_is_filled_and_its_mistakes_are_told(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"batch_size": 32.0, "optim": {"lr": 1}, "recipes": []}))
-    config, notes = read_config(str(path), {})
+    reading = read_config(str(path), {})
+    config, notes = reading.config, reading.notes
     assert (config.batch_size, config.optim.lr, config.recipes) == (32, 1.0, ())
     assert {n: type(v) for n, v in fields(config).items()} == {
         n: type(f.default) for n, f in fields_of("classification").items()
@@ -377,18 +384,20 @@ def test_a_users_json_is_filled_and_its_mistakes_are_told(tmp_path):
 
 
 def test_a_short_run_shortens_a_warm_up_that_nobody_asked_for(tmp_path):
-    config, notes = read_config(CONFIG, {"total_steps": "10"})
+    reading = read_config(CONFIG, {"total_steps": "10"})
+    config, notes = reading.config, reading.notes
     assert config.optim.warmup_steps == 1  # a tenth of the run, as in the file
-    assert notes == [
+    assert notes == (
         "optim.warmup_steps is 1 and not 20, for total_steps is 10 and not 200; "
-        "--config.optim.warmup_steps sets another"
-    ]
-    assert read_config(CONFIG, {"total_steps": "20"})[0].optim.warmup_steps == 20
+        "--config.optim.warmup_steps sets another",
+    )
+    assert reading.origins["optim.warmup_steps"] == "filled in"
+    assert load_config(CONFIG, {"total_steps": "20"}).optim.warmup_steps == 20
     with pytest.raises(UserError, match=r"warmup_steps is 20 and the run has 10 updates"):
         load_config(CONFIG, {"total_steps": "10", "optim.warmup_steps": "20"})
     save_config(config, tmp_path / "config.json")
-    again, notes = read_config(str(tmp_path / "config.json"), {})
-    assert (differences(config, again), notes) == ([], [])
+    again = read_config(str(tmp_path / "config.json"), {})
+    assert (differences(config, again.config), again.notes) == ([], ())
     (tmp_path / "mine.json").write_text('{"total_steps": 50}')  # the default's 100 of 1,000
     assert load_config(str(tmp_path / "mine.json"), {}).optim.warmup_steps == 5
 
@@ -408,15 +417,44 @@ def test_configs_that_come_along_are_found_from_any_folder(tmp_path, monkeypatch
     assert "adversarial" in load_config("configs/vit_lora.py", {}).recipes
 
 
-def test_fields_are_shown_with_their_help(capsys):
-    assert show_config([CONFIG]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == len(fields_of("classification"))
-    assert any(line.startswith("* optim.lr = 0.005 ") for line in shown)
-    assert show_config(["detection"]) == 0
-    assert not any(line.startswith("*") for line in capsys.readouterr().out.splitlines())
-    assert show_config(["absent.py"]) == 2
-    assert "there is no file absent.py" in capsys.readouterr().err
+def test_fields_are_shown_with_where_they_come_from(tmp_path):
+    lines = show(read_config(CONFIG, {"batch_size": "32"}))
+    names = [line.split(" = ")[0] for line in lines]
+    assert names == [*fields_of("classification")]
+    shown = dict(zip(names, lines, strict=True))
+    for name, value, origin in (
+        ("optim.lr", "0.005", "file"),
+        ("batch_size", "32", "command line"),
+        ("seed", "0", "default"),
+    ):
+        assert re.match(rf"{name} = {value} +{origin} +# \w", shown[name]), shown[name]
+    (tmp_path / "mine.json").write_text('{"seed": 0, "batch_size": 16}')
+    origins = read_config(str(tmp_path / "mine.json"), {}).origins
+    assert (origins["batch_size"], origins["log_every"]) == ("file", "default")
+
+
+def test_help_of_a_field_a_section_and_all():
+    assert explain("optim.lr") == [
+        "optim.lr",
+        "  help     the peak of the learning rate",
+        "  default  0.001; of detection 0.0001",
+        "  type     float, at least 0, and finite",
+        "  tasks    classification, detection",
+    ]
+    assert [line for line in explain("data.crop") if "tasks" in line] == [
+        "  tasks    classification",
+        "  tasks    detection",
+    ]
+    section = [line for line in explain("loss") if not line.startswith(" ")]
+    assert section == [field.name for field in FIELDS if field.name.startswith("loss.")]
+    assert len(explain("")) == 5 * len(FIELDS)
+    for wrong, meant in (
+        ("learning_rate", "optim.lr"),
+        ("optm", "optim"),
+        ("lora.rnk", "lora.rank"),
+    ):
+        with pytest.raises(UserError, match=rf"section `{wrong}`: did you mean `{meant}`\?"):
+            explain(wrong)
 
 
 def test_nearest():

@@ -1,4 +1,4 @@
-"""--mode=frozen: features of weights as they are, evaluated without training."""
+"""The command probe: features of weights as they are, evaluated without training."""
 
 import json
 
@@ -37,8 +37,8 @@ def test_the_numbers_are_those_of_the_features(tmp_path, capsys):
     )
     assert modes.frozen(config, tmp_path) == 0
     screen = capsys.readouterr().out
-    record = json.loads((tmp_path / "frozen.json").read_text())
-    assert f"wrote {tmp_path / 'frozen.json'}" in screen
+    record = json.loads((tmp_path / "probe.json").read_text())
+    assert f"wrote {tmp_path / 'probe.json'}" in screen
 
     (train, labels), (test, truth) = features("train"), features("test")
     assert record["features"] == train.shape[1]

@@ -1,7 +1,11 @@
 """The command line: a bad request ends in one line and exit code 2, and leaves no trace."""
 
+import contextlib
+import importlib
+import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +18,11 @@ import runs
 from safetensors.numpy import save_file
 
 from vision_jax import main, train
+from vision_jax.commands import models
 from vision_jax.config import TASKS, fields_of
+from vision_jax.convert.tables import ZOO
 from vision_jax.data.pipeline import DamageLog  # noqa: F401  (imported before the clock starts)
+from vision_jax.models.families import build_model, find_variant, initialize
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,37 +139,53 @@ def test_bad_input_is_one_line_and_leaves_no_trace(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--config is missing"),
+        (["train"], "--config is missing"),
+        (["--workdir=absent"], "--config is missing"),
         (["--config=absent.py"], "there is no file absent.py"),
         (["--confg=x"], "unknown argument '--confg=x'"),
         ([CONFIG, "--config.optim.lr"], "--config.optim.lr has no value"),
         ([CONFIG, "--config.lora.dora", "--workdir=x"], "--config.lora.dora has no value"),
         ([CONFIG, "extra"], "unknown argument 'extra'"),
-        ([CONFIG, "--mode=test"], "invalid choice: 'test'"),
+        ([CONFIG, "--mode=tran"], "there is no command 'tran': did you mean `train`?"),
+        (["evalaute", "--workdir=x"], "no command 'evalaute': did you mean `evaluate`?"),
+        (["frozen", CONFIG], "frozen is called probe now: `vision_jax probe`"),
+        (["--mode=teach", CONFIG], "teach is called cache-teacher now: `vision_jax cache-teacher`"),
+        ([CONFIG, "plan"], "a command comes first, `vision_jax plan ...`"),
         ([CONFIG, "--processes=two"], "--processes: invalid int value"),
-        (["--mode=evaluate"], "needs --workdir"),
+        (["evaluate"], "evaluate needs --workdir"),
+        (["evaluate", "--workdir=absent"], "absent holds no run"),
         (["--mode=evaluate", "--workdir=absent"], "absent holds no run"),
-        (["--mode=predict", "--workdir=absent", "--images=a.png"], "absent holds no run"),
+        (["predict", "--workdir=absent", "--images=a.png"], "absent holds no run"),
+        (["--show", "--workdir=absent"], "absent holds no run"),
         ([CONFIG, "--images=a.png"], "--images is a flag of predict, and this is train"),
         ([CONFIG, "--out=x"], "--out is a flag of predict, and this is train"),
         ([CONFIG, "--checkpoint=last"], "--checkpoint is a flag of evaluate, predict, robustness"),
         ([CONFIG, "--devices=4"], "--devices is a flag of plan, and this is train"),
         ([CONFIG, "--memory=3"], "--memory is a flag of plan, and this is train"),
-        ([CONFIG, "--mode=teach", "--workdir=x"], "--workdir is a flag of train, frozen, "),
-        ([CONFIG, "--mode=frozen", "--checkpoint=best"], "--checkpoint is a flag of"),
-        ([CONFIG, "--mode=evaluate"], "--config is a flag of train, frozen, teach, plan, and"),
-        (["--mode=evaluate", "--workdir=absent", "--images=a"], "--images is a flag of predict"),
+        (["cache-teacher", CONFIG, "--workdir=x"], "--workdir is a flag of train, probe, "),
+        (["probe", CONFIG, "--checkpoint=best"], "--checkpoint is a flag of"),
+        (["evaluate", CONFIG], "--config is a flag of train, probe, cache-teacher, plan, and"),
+        (["evaluate", "--workdir=absent", "--images=a"], "--images is a flag of predict"),
+        (["plan", CONFIG, "--workdir=x"], "--workdir is a flag of"),
         ([CONFIG, "--plan", "--workdir=x"], "--workdir is a flag of"),
-        ([CONFIG, "--plan", "--mode=evaluate"], "leave it or --mode=evaluate out"),
+        (
+            ["models", CONFIG],
+            "--config is a flag of train, probe, cache-teacher, plan, and this is m",
+        ),
+        (
+            ["models", "--config.seed=1"],
+            "--config.seed is a field of a config, and models takes no",
+        ),
+        (["models", "resnet5O"], "there is no model 'resnet5O': did you mean `timm/resnet50`?"),
+        (["--help-config", "optm"], "no field or section `optm`: did you mean `optim`?"),
         ([CONFIG, "--process=0"], "--processes and --process go together"),
         ([CONFIG, "--coordinator=auto", "--process=0"], "leave them out"),
         ([CONFIG, "--work_dir=x"], "did you mean `--workdir`?"),
         ([CONFIG, "--output_dir=x"], "results go to the folder of the flag --workdir=DIR"),
         (["configs/vit_lora.py"], "did you mean `--config=configs/vit_lora.py`?"),
-        (["evaluate", "--workdir=x"], "did you mean `--mode=evaluate`?"),
         ([CONFIG, "optim.lr=1e-3"], "did you mean `--config.optim.lr=1e-3`?"),
-        ([CONFIG, "--plan", "--devices=0"], "--devices is 0: it must be at least 1"),
-        ([CONFIG, "--plan", "--memory=nan"], "--memory is nan: it must be a size above 0"),
+        (["plan", CONFIG, "--devices=0"], "--devices is 0: it must be at least 1"),
+        (["plan", CONFIG, "--memory=nan"], "--memory is nan: it must be a size above 0"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):
@@ -191,16 +214,23 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path, capsys, monkey
     assert (tmp_path / "run" / "config.json").is_file()
 
 
-def test_every_flag_of_another_mode_has_its_line(capsys):
+def test_every_flag_of_another_command_has_its_line(capsys):
     assert main.main([CONFIG, "--images", "a", "--memory=3", "--out=x"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["--images", "--out", "--memory"]
 
 
-def test_every_flag_is_of_modes_that_exist():
-    for modes, _ in main.FLAGS.values():
-        assert modes
-        assert set(modes) <= set(main.MODES)
+def test_every_flag_is_of_commands_that_exist():
+    for name, command in main.COMMANDS.items():
+        module, _, function = command.run.partition(":")
+        found = importlib.import_module(module)
+        assert not function or callable(getattr(found, function))
+        if not function:
+            assert not command.takes
+        assert all(name in main.FLAGS[taken][0] for taken in command.takes if taken != "config")
+    for commands, _ in main.FLAGS.values():
+        assert commands
+        assert set(commands) <= set(main.COMMANDS)
 
 
 def test_ctrl_c_before_the_loop_is_one_line(tmp_path, capsys, monkeypatch):
@@ -212,7 +242,7 @@ def test_ctrl_c_before_the_loop_is_one_line(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "stopped; run the same command again to resume\n"
 
 
-def test_flags_reach_the_modes(tmp_path, monkeypatch):
+def test_flags_reach_the_commands(tmp_path, monkeypatch):
     run, seen = f"--workdir={runs.finished()}", []
     monkeypatch.setattr(train, "run", lambda *given: seen.append(given) or 0)
     monkeypatch.setattr("vision_jax.modes.predict", lambda *given: seen.append(given) or 0)
@@ -225,27 +255,34 @@ def test_flags_reach_the_modes(tmp_path, monkeypatch):
     assert main.main([CONFIG, "--config.optim.lr", "0.5", "--config.mesh.data", "-1"]) == 0
     assert (seen[-1][0].optim.lr, seen[-1][0].mesh.data) == (0.5, -1)
 
-    assert main.main([run, "--mode=predict", "--images=a", "b", "--images", "c", "--out=o"]) == 0
+    assert main.main(["predict", run, "--images=a", "b", "--images", "c", "--out=o"]) == 0
     config, workdir, checkpoint, images, out = seen[-1]
     assert config.optim.ema_decay == 0.5  # the run's own
     assert (workdir, checkpoint, str(out)) == (runs.finished(), "last", "o")
     assert sorted(images) == ["a", "b", "c"]
 
     more = ["--checkpoint=best", "--config.evaluate.batch_size=7"]
-    assert main.main([run, "--mode=evaluate", *more]) == 0
-    config, _, checkpoint = seen[-1]
-    assert (config.evaluate.batch_size, checkpoint) == (7, "best")
+    for spelled in (["evaluate", run], [run, "--mode=evaluate"], ["--mode", "evaluate", run]):
+        seen.clear()
+        assert main.main([*spelled, *more]) == 0
+        config, _, checkpoint = seen[-1]
+        assert (config.evaluate.batch_size, checkpoint) == (7, "best")
+    monkeypatch.setattr("vision_jax.plan.run", lambda *given: seen.append(given) or 0)
+    for spelled in (["plan", CONFIG], [CONFIG, "--plan"], ["--mode=plan", CONFIG]):
+        seen.clear()
+        assert main.main([*spelled, "--memory=4"]) == 0
+        assert seen[-1][1] == 4
 
 
 def test_fields_of_training_are_refused_of_a_finished_run(capsys):
-    for mode in ("evaluate", "predict", "robustness"):
+    for name in ("evaluate", "predict", "robustness"):
         given = [
             "--config.model.image_size=32",
             "--config.optim.lr=1",
             "--config.trainable=head/.*",
         ]
-        images = ["--images=a.png"] if mode == "predict" else []
-        assert main.main([f"--mode={mode}", f"--workdir={runs.finished()}", *images, *given]) == 2
+        images = ["--images=a.png"] if name == "predict" else []
+        assert main.main([name, f"--workdir={runs.finished()}", *images, *given]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert [line.split()[1] for line in lines] == [text.partition("=")[0] for text in given]
     names = {name for task in TASKS for name in fields_of(task)}
@@ -273,21 +310,86 @@ def test_a_home_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
     assert seen[-1][1] == tmp_path / "run"
 
 
-def test_help_shows_modes_and_overrides(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main.main(["--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    for part in (
-        "train,evaluate,predict",
-        "--checkpoint",
-        "of predict: files",
-        "--config.FIELD=VALUE",
-        "resumes",
-        "--images",
-    ):
+def shown(capsys, *arguments):
+    """What a command that only prints has on the screen."""
+    with contextlib.suppress(SystemExit):  # argparse's, after its help
+        assert main.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_the_overview_names_all_commands(capsys):
+    text = shown(capsys)
+    assert text == shown(capsys, "--help") == shown(capsys, "help")
+    for name, about in main.COMMANDS.items():
+        assert f"    {name:13}  {about.help}\n" in text
+    for part in ("--config.FIELD=VALUE", "resumes", "--images", "train is the default"):
         assert part in text
-    assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize("name", [n for n, one in main.COMMANDS.items() if ":" in one.run])
+def test_the_help_of_a_command_has_its_flags_alone(name, capsys):
+    text = shown(capsys, name, "--help")
+    assert text.startswith(f"usage: vision_jax {name} ")
+    for flag, (commands, _) in main.FLAGS.items():
+        spelled = flag if flag.isupper() else f"--{flag}"
+        assert bool(re.search(rf"^  {spelled}\b", text, re.M)) == (name in commands), flag
+    assert ("--config.FIELD=VALUE" in text) == (name in main.CONFIGURED)
+
+
+def test_the_fields_of_a_file_and_of_a_finished_run_are_shown(capsys, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda *given: pytest.fail("only shown"))
+    text = shown(capsys, CONFIG, "--config.seed=3", "--show")
+    assert re.search(r"^seed = 3 +command line +# of init", text, re.M)
+    assert re.search(r"^lora.rank = 8 +default +# ", text, re.M)
+    for command in ([], ["evaluate"]):
+        text = shown(capsys, *command, f"--workdir={runs.finished()}", "--show")
+        assert re.search(r"^optim.ema_decay = 0.5 +run's config.json +# ", text, re.M)
+    assert shown(capsys, "evaluate", "--help-config", "seed").startswith("seed\n  help     of init")
+
+
+def test_models_are_listed_by_a_pattern(capsys):
+    everything = shown(capsys, "models").splitlines()
+    assert len(everything) == 1 + 1 + len(ZOO)
+    heading, *swins = shown(capsys, "models", "swin_*patch4*").splitlines()
+    assert heading.split() == ["name", "family", "parameters", "pixels", "config.model.weights"]
+    assert all(line.startswith("timm/swin_") for line in swins)
+    assert shown(capsys, "models", "TIMM/SWIN_*patch4*").splitlines() == [heading, *swins]
+    _, own = shown(capsys, "models", "embedded").splitlines()
+    assert own.split() == ["embedded:vit_cifar10", "vit", "0.81", "M", "32", "embedded:vit_cifar10"]
+    lines = shown(capsys, "models", "timm/resnet50").splitlines()
+    assert "timm/resnet50  resnet  25.56 M  224  timm://resnet50" in [
+        re.sub("  +", "  ", line) for line in lines
+    ]
+
+
+def test_the_list_of_models_has_the_counts_of_the_certificates():
+    counts = {model.name: model for model in models.all_models()}
+    certificates = sorted((runs.ROOT / "docs/certificates").rglob("*.json"))
+    assert certificates
+    for path in certificates:
+        record = json.loads(path.read_text())
+        listed = counts[record["name"]]
+        assert (listed.parameters, listed.image_size, listed.family) == (
+            record["parameters"],
+            record["image_size"],
+            record["family"],
+        )
+    family, arguments = find_variant("convnext_tiny")  # has no certificate
+    model = build_model(family, **arguments, num_classes=1000)
+    abstract = jax.eval_shape(lambda key: initialize(model, key, (224, 224)), jax.random.key(0))
+    size = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
+    assert counts["timm/convnext_tiny"].parameters == size
+
+
+def test_configs_are_listed_with_task_and_first_line(capsys):
+    lines = shown(capsys, "configs").splitlines()
+    assert [line.split()[0] for line in lines] == [
+        f"configs/{path.name}" for path in sorted((runs.ROOT / "configs").glob("*.py"))
+    ]
+    (own,) = (line for line in lines if line.startswith("configs/detr_tiny.py"))
+    assert re.search(r" detection +A small DETR from random initialization", own)
 
 
 def outside(folder, *arguments):
@@ -301,20 +403,21 @@ def outside(folder, *arguments):
     )
 
 
-def test_the_package_says_what_commands_there_are(tmp_path):
-    shown = outside(tmp_path, "vision_jax", "--help")
-    assert (shown.returncode, shown.stderr) == (0, "")
-    for name in ("main", "config", "doctor", "convert", "certify"):
-        assert f"python -m vision_jax.{name} " in shown.stdout
-    assert all(f"  {mode} " in shown.stdout for mode in main.MODES)
+def test_programs_with_flags_of_their_own_are_commands_too(tmp_path):
+    for name in ("convert", "doctor"):
+        helped = outside(tmp_path, "vision_jax", name, "--help")
+        assert (helped.returncode, helped.stderr) == (0, "")
+        assert helped.stdout == outside(tmp_path, f"vision_jax.{name}", "--help").stdout
+        assert f"python -m vision_jax.{name}" in helped.stdout
 
 
-def test_commands_and_modes_run_from_any_folder(tmp_path):
+def test_commands_run_from_any_folder(tmp_path):
     for command, message in (
         (["vision_jax", "docter"], "did you mean `doctor`?"),
         (["vision_jax", "xyz"], "--help lists them"),
         (["vision_jax", "evaluate", "--workdir=absent"], "absent holds no run"),
-        (["vision_jax", "config", "absent.py"], "there is no file absent.py"),
+        (["vision_jax", "--config=absent.py"], "there is no file absent.py"),
+        (["vision_jax", "convert", "absent.safetensors", "--dry-run"], "absent.safetensors"),
         (
             ["vision_jax.main", "--config=configs/vit_lora.py", "--config.no_such=1"],
             "unknown config key `no_such`",
@@ -325,3 +428,13 @@ def test_commands_and_modes_run_from_any_folder(tmp_path):
         assert refused.stderr.startswith("error: ")
         assert refused.stderr.count("\n") == 1
         assert message in refused.stderr
+
+
+def test_nothing_says_the_older_words_of_the_command_line():
+    older = re.compile(r"--mode=|vision_jax\.main --plan|`--plan`|frozen\.json")
+    files = [runs.ROOT / "README.md"]
+    for folder, kind in (("vision_jax", "py"), ("configs", "py"), ("benchmarks", "py")):
+        files += (runs.ROOT / folder).rglob(f"*.{kind}")
+    files += [*(runs.ROOT / "docs").glob("*.md"), *(runs.ROOT / "colabs").glob("*.ipynb")]
+    allowed = {runs.ROOT / "vision_jax/main.py"}  # which understands them
+    assert {path for path in files if older.search(path.read_text())} <= allowed

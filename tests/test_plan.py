@@ -94,7 +94,7 @@ def test_the_largest_batch_fits_and_the_next_does_not():
 def test_without_data_and_weights_the_architecture_is_enough(capsys):
     fields = {"data.train": "gone", "model.weights": "gone.safetensors"}
     arguments = [
-        "--plan",
+        "plan",
         f"--config={runs.ROOT / 'configs/vit_lora.py'}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
     ]
@@ -108,7 +108,7 @@ def test_without_data_and_weights_the_architecture_is_enough(capsys):
 
 
 def test_a_plan_needs_a_config(capsys):
-    assert main.main(["--plan"]) == main.BAD_INPUT
+    assert main.main(["plan"]) == main.BAD_INPUT
     assert "--config is missing" in capsys.readouterr().err
     config = runs.tiny_config(batch_size=12)
     with pytest.raises(UserError, match="does not divide among 8 devices"):

@@ -1,54 +1,119 @@
-"""Trains an image model, evaluates it, and predicts with it.
+"""Fine-tune large vision models in JAX, from anybody's PyTorch weights.
 
-    python -m vision_jax.main --config=configs/vit_lora.py
-    python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs/b --config.optim.lr=1e-3
-    python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs/c --from=runs/b
-    python -m vision_jax.main --mode=evaluate --workdir=runs/vit_lora
-    python -m vision_jax.main --mode=predict --workdir=runs/vit_lora --images cat.jpg dog.png
-    python -m vision_jax.main --mode=robustness --workdir=runs/vit_lora
-    python -m vision_jax.main --mode=frozen --config=configs/vit_lora.py
-    python -m vision_jax.main --mode=teach --config=configs/distill_vit_small.py \\
+    vision_jax --config=configs/vit_lora.py
+    vision_jax --config=configs/vit_lora.py --workdir=runs/b --config.optim.lr=1e-3
+    vision_jax --config=configs/vit_lora.py --workdir=runs/c --from=runs/b
+    vision_jax evaluate --workdir=runs/vit_lora
+    vision_jax predict --workdir=runs/vit_lora --images cat.jpg dog.png
+    vision_jax robustness --workdir=runs/vit_lora
+    vision_jax probe --config=configs/vit_lora.py
+    vision_jax cache-teacher --config=configs/distill_vit_small.py \\
         --config.distill.cache=said.array_record
-    python -m vision_jax.main --plan --config=configs/vit_lora.py --devices=8 --memory=16
+    vision_jax plan --config=configs/vit_lora.py --devices=8 --memory=16
 
-Running a training command again resumes it; --from begins a new run with another one's weights.
-Any field of the config file can be set with --config.FIELD=VALUE. On several processes, give each
---coordinator, --processes and --process (on Cloud TPU and Slurm, --coordinator=auto is enough).
+`python -m vision_jax.main` and `python -m vision_jax` are the same program. Running a training
+command again resumes it; --from begins a new run with another one's weights. Any field of the
+config file can be set with --config.FIELD=VALUE; --show prints all of a config, --help-config what
+they may be. On several processes, give each --coordinator, --processes and --process (on Cloud TPU
+and Slurm, --coordinator=auto is enough).
 """
 
 import argparse
 import difflib
+import importlib
 import logging
 import math
 import os
 import re
+import runpy
 import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vision_jax.config import TASKS, fields, fields_of, read_config
+from vision_jax.config import TASKS, Reading, fields, fields_of, read_config
 from vision_jax.config.hints import suggest
-from vision_jax.errors import UserError, UserErrors
+from vision_jax.config.show import explain, show
+from vision_jax.errors import UserError, UserErrors, nearest
 from vision_jax.files import expand
 
 BAD_INPUT = 2  # exit code
 
-MODES = {
-    "train": "train or resume a run",
-    "evaluate": "reprint a finished one's numbers",
-    "predict": "name what --images show",
-    "robustness": "accuracy under attacks and corruptions",
-    "frozen": "nearest neighbours and few-shot regression on the weights' frozen features",
-    "teach": "store what a run's teachers say",
-    "plan": "compile the training step without running it: FLOPs, memory, communication",
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+      help: one line.
+      run: "module:function", which returns the exit code; or a module that is a program with flags
+        of its own.
+      takes: what the function is called with, by the names of FLAGS: "config" is read by then.
+    """
+
+    help: str
+    run: str
+    takes: Sequence[str] = ()
+
+
+COMMANDS: Mapping[str, Command] = {
+    "train": Command(
+        "train or resume a run", "vision_jax.train:run", ("config", "workdir", "from")
+    ),
+    "evaluate": Command(
+        "reprint a finished run's numbers",
+        "vision_jax.modes:evaluate",
+        ("config", "workdir", "checkpoint"),
+    ),
+    "predict": Command(
+        "name what --images show",
+        "vision_jax.modes:predict",
+        ("config", "workdir", "checkpoint", "images", "out"),
+    ),
+    "robustness": Command(
+        "accuracy under attacks and corruptions",
+        "vision_jax.modes:robustness",
+        ("config", "workdir", "checkpoint"),
+    ),
+    "probe": Command(
+        "nearest neighbours and few-shot regression on the weights' frozen features",
+        "vision_jax.modes:frozen",
+        ("config", "workdir"),
+    ),
+    "cache-teacher": Command(
+        "store what a run's teachers say", "vision_jax.modes:teach_once", ("config",)
+    ),
+    "plan": Command(
+        "compile the training step without running it: FLOPs, memory, communication",
+        "vision_jax.plan:run",
+        ("config", "memory"),
+    ),
+    "convert": Command(
+        "turn weights or a run into files of timm, torchvision or transformers",
+        "vision_jax.convert",
+    ),
+    "certify": Command(
+        "compare an imported model with its source, number by number", "vision_jax.certify"
+    ),
+    "doctor": Command("examine a data set before training", "vision_jax.doctor"),
+    "models": Command(
+        "list the models whose weights can be loaded",
+        "vision_jax.commands.models:run",
+        ("PATTERN",),
+    ),
+    "configs": Command(
+        "list the configs that come with the package", "vision_jax.commands.configs:run"
+    ),
 }
-FROM_CONFIG = ("train", "frozen", "teach", "plan")  # these take --config
+MOVED = {"frozen": "probe", "teach": "cache-teacher"}  # older names
+FROM_CONFIG = ("train", "probe", "cache-teacher", "plan")  # these take --config
 FROM_WORKDIR = ("evaluate", "predict", "robustness")  # these a finished run
+CONFIGURED = (*FROM_CONFIG, *FROM_WORKDIR)
 # Fields that a finished run keeps: what it is and was trained with.
 KEPT = re.compile(
     r"task|total_steps|batch_size|(checkpoint|log)_every|trainable|recipes|evaluate\.(every|patience)"
@@ -56,15 +121,20 @@ KEPT = re.compile(
     r"|data\.(subset|short|longest|shorts|crop.*|interpolation|flip|brightness|contrast|saturation"
     r"|max_damaged)"
 )
-# Of each flag: the modes that look at it, in which alone it may stand, and argparse's words.
+# Of each flag: the commands that look at it, with which alone it may stand, and argparse's words.
+# What is in capitals is no flag, it stands by itself.
 FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
+    "PATTERN": (
+        ("models",),
+        {"nargs": "?", "default": "", "help": "a part of a name, or one with * and ?"},
+    ),
     "config": (
         FROM_CONFIG,
         {"help": "a file with get_config(), for example configs/vit_lora.py"},
     ),
     "workdir": (
-        ("train", "frozen", *FROM_WORKDIR),
-        {"type": expand, "help": "where results go; runs/NAME_OF_THE_CONFIG by default"},
+        ("train", "probe", *FROM_WORKDIR),
+        {"type": expand, "help": "a run's folder; runs/NAME_OF_THE_CONFIG for a config"},
     ),
     "checkpoint": (
         FROM_WORKDIR,
@@ -84,16 +154,33 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         ("plan",),
         {"type": float, "help": "GiB of a device; also tells the largest batches that fit"},
     ),
+    "show": (
+        CONFIGURED,
+        {
+            "action": "store_const",
+            "const": True,
+            "help": "print every field with its value, where it comes from and its help, and end",
+        },
+    ),
+    "help-config": (
+        CONFIGURED,
+        {
+            "nargs": "?",
+            "const": "",
+            "metavar": "NAME",
+            "help": "print what a field, those of a section, or all may be, and end",
+        },
+    ),
     "coordinator": (
-        ("train", "frozen", *FROM_WORKDIR),
+        ("train", "probe", *FROM_WORKDIR),
         {"help": "HOST:PORT of process 0, or auto"},
     ),
     "processes": (
-        ("train", "frozen", *FROM_WORKDIR),
+        ("train", "probe", *FROM_WORKDIR),
         {"type": int, "help": "how many processes there are"},
     ),
     "process": (
-        ("train", "frozen", *FROM_WORKDIR),
+        ("train", "probe", *FROM_WORKDIR),
         {"type": int, "help": "which of them this one is"},
     ),
 }
@@ -129,65 +216,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    flags, overrides = _parse(arguments)
-    if flags.coordinator:  # first: what fails on one process only is told to the others
+    name, arguments = _find_command(arguments)
+    if not name:
+        print(overview())
+        return 0
+    command = COMMANDS[name]
+    if ":" not in command.run:
+        return _run_program(command.run, arguments)
+    flags, overrides = _parse(name, arguments)
+    if flags["help-config"] is not None:
+        print("\n".join(explain(flags["help-config"])))
+        return 0
+    if flags["coordinator"]:  # first: what fails on one process only is told to the others
         from vision_jax import processes
 
-        processes.connect(flags.coordinator, flags.processes, flags.process)
-    config, workdir = _load(flags, overrides)  # before importing JAX, which takes seconds
-    if flags.devices:
+        processes.connect(flags["coordinator"], flags["processes"], flags["process"])
+    if name in CONFIGURED:
+        reading, workdir = _read(name, flags, overrides)  # before JAX, whose import takes seconds
+        if flags["show"]:
+            print("\n".join(show(reading)))
+            return 0
+        flags |= {"config": reading.config, "workdir": workdir}
+        flags["checkpoint"] = flags["checkpoint"] or "last"
+    if flags["devices"]:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        count = f"--xla_force_host_platform_device_count={flags.devices}"
+        count = f"--xla_force_host_platform_device_count={flags['devices']}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
-    from vision_jax import modes, plan, train
-
-    if flags.coordinator:
-        processes.check_equal("config", {"--mode": flags.mode} | _of_all(config))
-
-    match flags.mode:
-        case "train":
-            return train.run(config, workdir, getattr(flags, "from"))
-        case "frozen":
-            return modes.frozen(config, workdir)
-        case "teach":
-            return modes.teach_once(config)
-        case "plan":
-            return plan.run(config, flags.memory)
-        case "evaluate":
-            return modes.evaluate(config, workdir, flags.checkpoint or "last")
-        case "robustness":
-            return modes.robustness(config, workdir, flags.checkpoint or "last")
-    return modes.predict(config, workdir, flags.checkpoint or "last", flags.images, flags.out)
+    module, _, function = command.run.partition(":")
+    run = getattr(importlib.import_module(module), function)
+    if flags["coordinator"]:
+        processes.check_equal("config", {"command": name} | _of_all(flags["config"]))
+    return run(*(flags[taken] for taken in command.takes))
 
 
-def _load(flags: argparse.Namespace, overrides: dict[str, str]) -> tuple[ConfigDict, Path]:
+def _run_program(module: str, arguments: Sequence[str]) -> int:
+    """Runs a module as `python -m` does; returns the exit code."""
+    before = sys.argv
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _read(name: str, flags: Mapping[str, Any], overrides: dict[str, str]) -> tuple[Reading, Path]:
     """(the config of a file or a finished run, the run's folder); says what it filled in."""
-    if flags.mode in FROM_CONFIG:
-        if not flags.config:
-            raise UserError("--config is missing: for example --config=configs/vit_lora.py")
-        path, workdir = flags.config, flags.workdir or Path("runs") / _run_name(flags.config)
-    else:
-        if not flags.workdir:
-            raise UserError(f"--mode={flags.mode} needs --workdir=DIR, a finished run's folder")
-        workdir, path = flags.workdir, str(flags.workdir / "config.json")
+    path, workdir = flags["config"], flags["workdir"]
+    if name in FROM_WORKDIR or (flags["show"] and workdir and not path):
+        if not workdir:
+            raise UserError(f"{name} needs --workdir=DIR, a finished run's folder")
+        path = str(workdir / "config.json")
         if not Path(path).is_file():
             raise UserError(f"--workdir: {workdir} holds no run, there is no config.json in it")
-        if kept := [name for name in overrides if KEPT.fullmatch(name)]:
+        if kept := [field for field in overrides if KEPT.fullmatch(field)]:
             raise UserErrors(
                 [
-                    f"--config.{name} is a field of training, and --mode={flags.mode} takes the "
-                    "finished run as it is: leave it out"
-                    for name in kept
+                    f"--config.{field} is a field of training, and {name} takes the finished run "
+                    "as it is: leave it out"
+                    for field in kept
                 ]
             )
-    config, notes = read_config(path, overrides)
-    held = workdir / "config.json"  # of the run that training resumes
-    if flags.mode == "train" and held.is_file():
-        notes += read_config(str(held), {})[1]
-    if not flags.process:
+    elif not path:
+        raise UserError("--config is missing: for example --config=configs/vit_lora.py")
+    reading = read_config(path, overrides)
+    workdir = workdir or Path("runs") / _run_name(path)
+    notes, held = reading.notes, workdir / "config.json"
+    if name == "train" and held.is_file() and path != str(held):  # the run that training resumes
+        notes += read_config(str(held), {}).notes
+    if not flags["process"]:
         for note in notes:
             print(f"note: {note}")
-    return config, workdir
+    return reading, workdir
 
 
 def _run_name(config: str) -> str:
@@ -203,51 +305,97 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+def overview() -> str:
+    """What there is, for people."""
+    title, _, examples = __doc__.partition("\n")
+    listed = "\n".join(f"    {name:13}  {command.help}" for name, command in COMMANDS.items())
+    return f"""{title}
+
+    vision_jax COMMAND ...
+
+{listed}
+
+train is the default. Each has --help. For example:
+{examples.rstrip()}"""
+
+
+def _find_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """(a key of COMMANDS, what belongs to it), or ("", ()) where the overview is asked for.
+
+    Raises:
+      UserError: no such command.
+    """
+    word = arguments[0] if arguments else "help"
+    if word in ("help", "--help", "-h"):
+        return "", ()
+    if word in COMMANDS:
+        return word, arguments[1:]
+    if re.fullmatch(r"\w[\w-]*", word):
+        raise UserError(_no_command(word))
+    # Programs out there say --mode=NAME and --plan.
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--mode", default="train")
+    parser.add_argument("--plan", dest="mode", action="store_const", const="plan")
+    flags, rest = parser.parse_known_args(arguments)
+    if flags.mode not in COMMANDS:
+        raise UserError(_no_command(flags.mode))
+    return flags.mode, rest
+
+
+def _no_command(name: str) -> str:
+    if name in MOVED:
+        return f"{name} is called {MOVED[name]} now: `vision_jax {MOVED[name]}`"
+    hint = nearest(name, list(COMMANDS)) or "; --help lists them"
+    return f"there is no command {name!r}{hint}"
+
+
+def _parse(name: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the flags of a command by name, fields to set)."""
+    configured = name in CONFIGURED
     parser = _Parser(
-        prog="python -m vision_jax.main",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=f"vision_jax {name}",
+        description=COMMANDS[name].help,
+        epilog="Fields of the config are set with --config.FIELD=VALUE." if configured else None,
         allow_abbrev=False,
     )
-    what = "; ".join(f"{mode}: {text}" for mode, text in MODES.items())
-    parser.add_argument("--mode", choices=MODES, help=f"{what}. The first by default")
-    parser.add_argument("--plan", action="store_true", help="the same as --mode=plan")
-    for name, (modes, options) in FLAGS.items():
-        words = {**options, "help": f"of {', '.join(modes)}: {options['help']}"}
-        parser.add_argument(f"--{name}", **words)
-    flags, rest = parser.parse_known_args(arguments)
-    if flags.plan and flags.mode not in (None, "plan"):
-        raise UserError(f"--plan is a mode by itself: leave it or --mode={flags.mode} out")
-    flags.mode = "plan" if flags.plan else flags.mode or "train"
+    for flag, (commands, words) in FLAGS.items():
+        if flag.isupper() and name in commands:
+            parser.add_argument(flag, **words)
+        elif not flag.isupper():  # another command's is known too, to say whose it is
+            hidden = {} if name in commands else {"help": argparse.SUPPRESS}
+            parser.add_argument(f"--{flag}", dest=flag, **{**words, **hidden})
+    parsed, rest = parser.parse_known_args(arguments)
+    flags = vars(parsed)
     overrides: dict[str, str] = {}
     while rest:
         argument, *rest = rest
-        if flags.images and not argument.startswith("-"):  # --images=A B is --images A B
-            flags.images.append(argument)
+        if flags["images"] and not argument.startswith("-"):  # --images=A B is --images A B
+            flags["images"].append(argument)
             continue
-        name, equals, value = argument.partition("=")
-        if not name.startswith("--config."):
+        field, equals, value = argument.partition("=")
+        if not field.startswith("--config."):
             raise UserError(_unknown(argument))
+        if not configured:
+            raise UserError(f"{field} is a field of a config, and {name} takes none: leave it out")
         if not equals:  # --config.FIELD VALUE
             if not rest or rest[0].startswith("--"):
-                raise UserError(f"{name} has no value: write {name}=VALUE")
+                raise UserError(f"{field} has no value: write {field}=VALUE")
             value, *rest = rest
-        overrides[name.removeprefix("--config.")] = value
-    _check_flags(flags)
+        overrides[field.removeprefix("--config.")] = value
+    _check_flags(name, flags)
     return flags, overrides
 
 
 def _unknown(argument: str) -> str:
     """What to say of an argument that there is not."""
     name, equals, value = argument.partition("=")
-    known = [f"--{flag}" for flag in ("mode", "plan", *FLAGS)]
+    known = [f"--{flag}" for flag in FLAGS if not flag.isupper()]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     field = suggest(name.lstrip("-"), [*{n: 0 for task in TASKS for n in fields_of(task)}])
     if near:
         hint = f": did you mean `{near[0]}`?"
-    elif argument in MODES:
-        hint = f": did you mean `--mode={argument}`?"
+    elif argument in COMMANDS:
+        hint = f": a command comes first, `vision_jax {argument} ...`"
     elif argument.startswith("-") or equals:
         hint = field.replace("`", "`--config.", 1).replace("`?", f"{equals}{value}`?", 1)
     elif argument.partition(":")[0].endswith((".py", ".json")):
@@ -260,26 +408,26 @@ def _unknown(argument: str) -> str:
     )
 
 
-def _check_flags(flags: argparse.Namespace) -> None:
-    """Refuses flags that the mode would not look at: people trust that what they type counts."""
-    given = [name for name in FLAGS if getattr(flags, name) not in (None, [])]
+def _check_flags(name: str, flags: Mapping[str, Any]) -> None:
+    """Refuses flags that a command would not look at: people trust that what they type counts."""
+    given = {flag: value for flag, value in flags.items() if value not in (None, [])}
     stray = [
-        f"--{name} is a flag of {', '.join(FLAGS[name][0])}, and this is {flags.mode}: leave it "
-        "out, or choose another --mode"
-        for name in given
-        if flags.mode not in FLAGS[name][0]
+        f"--{flag} is a flag of {', '.join(FLAGS[flag][0])}, and this is {name}: leave it out, or "
+        "choose another command"
+        for flag in given
+        if name not in FLAGS[flag][0]
     ]
     if stray:
         raise UserErrors(stray)
-    for name, fewest in (("devices", 1), ("processes", 1), ("process", 0)):
-        if name in given and getattr(flags, name) < fewest:
-            raise UserError(f"--{name} is {getattr(flags, name)}: it must be at least {fewest}")
-    if "memory" in given and not 0 < flags.memory < math.inf:
-        raise UserError(f"--memory is {flags.memory:g}: it must be a size above 0, in GiB")
-    counted = {"processes", "process"} & {*given}
-    if flags.coordinator == "auto" and counted:
+    for flag, fewest in (("devices", 1), ("processes", 1), ("process", 0)):
+        if flag in given and given[flag] < fewest:
+            raise UserError(f"--{flag} is {given[flag]}: it must be at least {fewest}")
+    if "memory" in given and not 0 < given["memory"] < math.inf:
+        raise UserError(f"--memory is {given['memory']:g}: it must be a size above 0, in GiB")
+    counted = {"processes", "process"} & given.keys()
+    if flags["coordinator"] == "auto" and counted:
         raise UserError("--coordinator=auto finds --processes and --process: leave them out")
-    if flags.coordinator != "auto" and 0 < len(counted) + bool(flags.coordinator) < 3:
+    if flags["coordinator"] != "auto" and 0 < len(counted) + bool(flags["coordinator"]) < 3:
         raise UserError(
             "--coordinator=HOST:PORT, --processes and --process go together: give all three"
         )

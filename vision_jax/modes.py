@@ -150,7 +150,7 @@ def read_run(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[setup.
 
 
 def evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
-    """--mode=evaluate: the numbers of a finished run's checkpoint, computed again."""
+    """evaluate: the numbers of a finished run's checkpoint, computed again."""
     trained = restore(config, workdir, checkpoint)
     task = setup.find_task(config)
     source = task.read_eval_source(config, trained.description.class_names)
@@ -169,7 +169,7 @@ def evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
 def predict(
     config: ConfigDict, workdir: Path, checkpoint: str, images: Sequence[str], out: Path | None
 ) -> int:
-    """--mode=predict: what the model says of each file, as text, in files and as pictures.
+    """predict: what the model says of each file, as text, in files and as pictures.
 
     Raises:
       UserError: no images given, or none that can be read.
@@ -195,20 +195,18 @@ def predict(
 
 
 def frozen(config: ConfigDict, workdir: Path) -> int:
-    """--mode=frozen: what the weights' features are worth on a data set without any training.
+    """probe: what the weights' features are worth on a data set without any training.
 
-    Nearest neighbours and few-shot regression on the pooled features; also WORKDIR/frozen.json.
+    Nearest neighbours and few-shot regression on the pooled features; also WORKDIR/probe.json.
 
     Raises:
       UserError: no weights in the config, or bad input.
     """
     weights = setup.read_weights(config)
     if weights is None:
-        raise UserError("--mode=frozen: set config.model.weights to the weights to evaluate")
+        raise UserError("probe: set config.model.weights to the weights to evaluate")
     if config.task != "classification":
-        raise UserError(
-            f"--mode=frozen is for classification, and this config's task is {config.task}"
-        )
+        raise UserError(f"probe is for classification, and this config's task is {config.task}")
     train, held_out = classify.read_sources(config)
     description = setup.describe(config, weights, train.class_names, headless=True)
     model = setup.build_model(config, description)
@@ -253,13 +251,13 @@ def frozen(config: ConfigDict, workdir: Path) -> int:
         say(f"skipped a damaged image: {name}")
     workdir.mkdir(parents=True, exist_ok=True)
     record = {"weights": weights.origin, "sha256": weights.sha256, "data": train.name}
-    write_json({**record, "features": features.shape[1], "top1": results}, workdir / "frozen.json")
-    say(f"wrote {workdir / 'frozen.json'}")
+    write_json({**record, "features": features.shape[1], "top1": results}, workdir / "probe.json")
+    say(f"wrote {workdir / 'probe.json'}")
     return 0
 
 
 def robustness(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
-    """--mode=robustness: what is left of a finished run's figures under attack, and more of what
+    """robustness: what is left of a finished run's figures under attack, and more of what
     its task can tell. WORKDIR/robustness.json and .png.
 
     Raises:
@@ -276,15 +274,15 @@ def robustness(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
 
 
 def teach_once(config: ConfigDict) -> int:
-    """--mode=teach: what the teachers say of each image of a run, as the file config.distill.cache.
+    """cache-teacher: what the teachers say of each image, as the file config.distill.cache.
 
     Raises:
       UserError: no such file is named, several processes, or a config that could not be trained.
     """
     if "distill" not in config.recipes or not config.distill.cache:
-        raise UserError("--mode=teach writes config.distill.cache: set it, with distill a recipe")
+        raise UserError("cache-teacher writes config.distill.cache: set it, with distill a recipe")
     if jax.process_count() > 1:
-        raise UserError("--mode=teach runs in one process")
+        raise UserError("cache-teacher runs in one process")
     check_ranges(config)
     task, mesh = setup.find_task(config), sharding.make_mesh(**config.mesh)
     source, _ = task.read_sources(config)
@@ -320,7 +318,7 @@ def teach_once(config: ConfigDict) -> int:
 def _image_files(given: Sequence[str]) -> list[str]:
     """The files given, and the images in the folders given, in order; there no hidden ones."""
     if not given:
-        raise UserError("--mode=predict needs --images=FILE or --images FILE FOLDER ...")
+        raise UserError("predict needs --images=FILE or --images FILE FOLDER ...")
     names: list[str] = []
     for name in map(str, map(expand, given)):
         if Path(name).is_dir():

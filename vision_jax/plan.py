@@ -1,4 +1,4 @@
-"""--plan: what a step of a config costs, known before anything runs.
+"""plan: what a step of a config costs, known before anything runs.
 
 The very step that training would run is compiled for the config's mesh from shapes alone: no
 weights are placed and no image is read. For a mesh larger than this machine main.py asks for as

@@ -2,8 +2,8 @@
 
     config.distill -> Teacher ... -> arrays among the frozen ones, and an Objective that asks them
 
---mode=teach asks them once for a whole run and stores what they say; a run of that config with
-config.distill.cache reads it instead of asking, and has the same losses to the bit.
+`vision_jax cache-teacher` asks them once for a whole run and stores what they say; a run of that
+config with config.distill.cache reads it instead of asking, and has the same losses to the bit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -393,7 +393,7 @@ def open_stored(
     if cache.count < needed:
         raise UserError(
             f"{cache.path}: has what the teachers say of {cache.count} images, and "
-            f"config.total_steps {config.total_steps} need {needed}: store more with --mode=teach"
+            f"config.total_steps {config.total_steps} need {needed}: store more with cache-teacher"
         )
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     own = config.batch_size // jax.process_count()

@@ -355,7 +355,7 @@ def test_whole_updates_from_a_file_are_those_of_a_live_teacher_to_the_bit(tmp_pa
     stored = f"--config.distill.cache={tmp_path / 'said'}"
     commands = [
         [*common, f"--workdir={tmp_path / 'live'}"],
-        ["--mode=teach", *common, stored],
+        ["cache-teacher", *common, stored],
         [*common, stored, f"--workdir={tmp_path / 'stored'}"],
     ]
     code = "from vision_jax import main\n"

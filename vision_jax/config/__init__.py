@@ -2,6 +2,7 @@
 
 from vision_jax.config.fields import FEATURES, FIELDS, RECIPES, TASKS, Check, Field, fields_of
 from vision_jax.config.load import (
+    Reading,
     check_ranges,
     default_config,
     differences,
@@ -11,6 +12,7 @@ from vision_jax.config.load import (
     read_config,
     read_json,
     save_config,
+    shipped_configs,
     write_json,
 )
 
@@ -21,6 +23,7 @@ __all__ = [
     "TASKS",
     "Check",
     "Field",
+    "Reading",
     "check_ranges",
     "default_config",
     "differences",
@@ -31,5 +34,6 @@ __all__ = [
     "read_config",
     "read_json",
     "save_config",
+    "shipped_configs",
     "write_json",
 ]

@@ -1,6 +1,6 @@
 """Every field of a config once: its default, what it must be, and a line of help.
 
-A config is these fields with what its file changes. `python -m vision_jax.config` prints them.
+A config is these fields with what its file changes. `vision_jax --help-config` prints them.
 """
 
 import math
@@ -386,7 +386,7 @@ FIELDS = (
         "distill.cache",
         "",
         ANY,
-        "a file of what they say, written by --mode=teach; empty: they are asked",
+        "a file of what they say, written by cache-teacher; empty: they are asked",
     ),
     # The optimizer.
     _field(
@@ -582,14 +582,14 @@ FIELDS = (
         "evaluate.neighbors",
         (1, 20),
         COUNTS,
-        "of --mode=frozen: the k of nearest neighbours",
+        "of probe: the k of nearest neighbours",
         CLASSIFICATION,
     ),
     _field(
         "evaluate.shots", (1, 5, 10), COUNTS, "and training images of each class", CLASSIFICATION
     ),
     _field("evaluate.repeats", 5, COUNT, "and random choices of them", CLASSIFICATION),
-    # --mode=robustness, on a finished run.
+    # robustness, on a finished run.
     _field(
         "robustness.images",
         1_000,

@@ -11,6 +11,7 @@ import re
 import runpy
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,32 @@ def default_config(task: str) -> ConfigDict:
     return _nested({name: field.default for name, field in _table(task).items()})
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A config and how it came about.
+
+    Attributes:
+      config: every field, locked.
+      notes: for people: what was filled in, carried over, left out or fitted.
+      origins: where each field's value comes from: DEFAULT, FILE, COMMAND_LINE, RUN or FILLED_IN.
+    """
+
+    config: ConfigDict
+    notes: tuple[str, ...]
+    origins: Mapping[str, str]
+
+
+DEFAULT, FILE, COMMAND_LINE = "default", "file", "command line"
+RUN, FILLED_IN = "run's config.json", "filled in"
+
+
 def load_config(path: str, overrides: Mapping[str, str]) -> ConfigDict:
-    """`read_config` without its notes."""
-    return read_config(path, overrides)[0]
+    """`read_config` without how it came about."""
+    return read_config(path, overrides).config
 
 
-def read_config(path: str, overrides: Mapping[str, str]) -> tuple[ConfigDict, list[str]]:
-    """The config of a file with {"optim.lr": "0.001"} set in it, locked; and what was filled in.
+def read_config(path: str, overrides: Mapping[str, str]) -> Reading:
+    """The config of a file with {"optim.lr": "0.001"} set in it.
 
     `path` is FILE.py, whose `get_config()` is run, FILE.py:ARGUMENT, for `get_config(argument)`, or
     a JSON file. What is missing in it has its default, and a note says so. A run's own config.json
@@ -69,11 +89,14 @@ def read_config(path: str, overrides: Mapping[str, str]) -> tuple[ConfigDict, li
         notes.append(f"{path} has fields that this version has not, left out: {_list(unknown)}")
     elif unknown:
         problems += [f"{path}: {_unknown(name, table)}" for name in unknown]
+    origins = dict.fromkeys(table, FILLED_IN if of_run else DEFAULT)
     for name in stated.keys() & table.keys():
         try:
             values[name] = _cast(table[name], stated[name])
         except UserError as error:
             problems.append(f"{path}: {error}")
+        if of_run or values[name] != table[name].default:
+            origins[name] = RUN if of_run else FILE
     if missing := [name for name in table if name not in stated]:
         notes.append(f"{path} lacks fields, which have their defaults: {_fill(missing, values)}")
     for name, text in overrides.items():
@@ -81,17 +104,19 @@ def read_config(path: str, overrides: Mapping[str, str]) -> tuple[ConfigDict, li
             if name not in table:
                 raise UserError(_unknown(name, table))
             values[name] = _parse(table[name], text, values[name])
+            origins[name] = COMMAND_LINE
         except UserError as error:
             problems.append(str(error))
     if values["task"] != task:
         problems.append(f"config.task: {path} is a config of {task}: take one of {values['task']}")
         values["task"] = task
-    if "optim.warmup_steps" not in overrides:
-        notes += _fit_warmup(values, table, stated)
+    if "optim.warmup_steps" not in overrides and (fitted := _fit_warmup(values, table, stated)):
+        notes += fitted
+        origins["optim.warmup_steps"] = FILLED_IN
     problems += check_values(values)
     if problems:
         raise UserErrors(problems)
-    return _nested(values), notes
+    return Reading(_nested(values), tuple(notes), origins)
 
 
 def fields(config: ConfigDict) -> dict[str, Value]:
@@ -200,17 +225,22 @@ def find_config(path: str) -> Path:
     """
     if files.expand(path).is_file():
         return files.expand(path)
-    shipped = {
-        f"configs/{file.name}": file
-        for folder in reversed(CONFIGS)
-        for file in sorted(folder.glob("[!_]*.py"))
-    }
+    shipped = shipped_configs()
     if Path(path).as_posix() in shipped:
         return shipped[Path(path).as_posix()]
     if "=" in path:
         raise UserError(f"--config={path}: fields are set with --config.FIELD=VALUE")
     hint = nearest(path, list(shipped)) or f"; the package brings {', '.join(sorted(shipped))}"
     raise UserError(f"--config: there is no file {path}{hint}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The files of the configs that come along, by "configs/NAME.py"."""
+    return {
+        f"configs/{file.name}": file
+        for folder in reversed(CONFIGS)
+        for file in sorted(folder.glob("[!_]*.py"))
+    }
 
 
 def _read_file(path: str) -> tuple[dict[str, Value], bool]:

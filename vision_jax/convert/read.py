@@ -149,16 +149,23 @@ def _read(spec: str, allow_pickle: bool) -> Weights:
     return _assemble([path], allow_pickle, str(path), _read_config(path.parent, beside=path))
 
 
-def _read_embedded(name: str) -> Weights:
+def embedded_names() -> list[str]:
+    """The NAMEs of `embedded:NAME`."""
     assets = resources.files("vision_jax.data").joinpath("assets")
-    names = sorted(entry.name for entry in assets.iterdir() if entry.name.endswith(".safetensors"))
-    for candidate in (name, f"{name}.safetensors"):
-        if candidate in names:
-            with resources.as_file(assets.joinpath(candidate)) as path:
-                weights = _assemble([path], False, f"embedded:{name}", {})
-                assert weights.sha256  # while the file is there: it may be out of a zip
-                return weights
-    raise UserError(f"embedded:{name}: the package has no such weights, only {', '.join(names)}")
+    names = sorted(entry.name for entry in assets.iterdir())
+    return [name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors")]
+
+
+def _read_embedded(name: str) -> Weights:
+    assets, names = resources.files("vision_jax.data").joinpath("assets"), embedded_names()
+    if (bare := name.removesuffix(".safetensors")) not in names:
+        raise UserError(
+            f"embedded:{name}: the package has no such weights, only {', '.join(names)}"
+        )
+    with resources.as_file(assets.joinpath(f"{bare}.safetensors")) as path:
+        weights = _assemble([path], False, f"embedded:{name}", {})
+        assert weights.sha256  # while the file is there: it may be out of a zip
+        return weights
 
 
 def _read_folder(

@@ -35,11 +35,11 @@ TABLES: tuple[Table, ...] = (
     *detr.TABLES,
     *rf_detr.TABLES,
 )
-_ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
+ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
     (module.TABLES[0].family, module.ZOO)
     for module in (beit, vit, resnet, regnet, efficientnet, convnext, swin, detr, rf_detr)
 )
-ZOO: tuple[Entry, ...] = tuple(entry for _, entries in _ZOOS for entry in entries)
+ZOO: tuple[Entry, ...] = tuple(entry for _, entries in ZOOS for entry in entries)
 
 CANDIDATES = 4  # named by the error for a file that none of the tables knows
 
@@ -186,7 +186,7 @@ def published(name: str) -> tuple[str, str]:
     """
     source, _, build = name.partition("/")
     bare = name if source != "timm" else name.partition(".")[0]
-    for family, zoo in _ZOOS:
+    for family, zoo in ZOOS:
         entry = next((entry for entry in zoo if entry.name == bare), None)
         if entry is None:
             continue
