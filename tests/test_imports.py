@@ -1,12 +1,18 @@
 """What may import what."""
 
 import ast
+import dataclasses
+import importlib
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import runs
+
+from vision_jax.trees import leaf
 
 PACKAGE = runs.ROOT / "vision_jax"
 FILES = sorted([*PACKAGE.rglob("*.py"), *(runs.ROOT / "configs").glob("*.py")])
@@ -74,6 +80,25 @@ def test_no_config_below_the_setup():
         if "ml_collections" in imported(path)
     }
     assert users <= allowed
+
+
+def test_nobody_outside_trees_names_a_leaf_or_spells_its_inner_paths():
+    for module in pkgutil.iter_modules([str(PACKAGE / "trees")]):
+        importlib.import_module(f"vision_jax.trees.{module.name}")
+    kinds = [
+        kind for kind in leaf.Leaf.__subclasses__() if kind.__module__.startswith("vision_jax.")
+    ]
+    assert "LowRank" in {kind.__name__ for kind in kinds}
+    fields = "|".join(field.name for kind in kinds for field in dataclasses.fields(kind))
+    kernels = "|".join(name for kind in kinds for name in kind.like_kernel)
+    names = "|".join(kind.__name__ for kind in kinds)
+    spelled = re.compile(rf"\b({names})\b|kernel/({fields})\b|[\"'}}]/({kernels})\b")
+    assert spelled.search('path.endswith("/base")')
+    for folder in (PACKAGE, *(runs.ROOT / name for name in ("configs", "benchmarks", "scripts"))):
+        for path in folder.rglob("*.py"):
+            if path.parent != PACKAGE / "trees":
+                found = spelled.search(path.read_text())
+                assert not found, f"{path}: {found[0]}: ask vision_jax.trees"
 
 
 def test_configs_are_not_asked_for_fields_that_may_be_missing():

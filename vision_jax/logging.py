@@ -266,7 +266,7 @@ def summarize_parameters(
     """Rows for a table with `PARAMETER_COLUMNS`: what trains and what is frozen, each with its sum.
 
     Arrays whose paths differ only in the number of a block, and that have the same shape and dtype,
-    share a row: `block_*/attn/qkv/kernel/a`, 12 x [192, 8]. The share is of all numbers.
+    share a row: `block_*/attn/qkv/kernel`, 12 x [192, 576]. The share is of all numbers.
 
     Args:
       trainable: arrays (or anything with a shape and a dtype) by path.

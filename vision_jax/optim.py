@@ -1,7 +1,7 @@
 """From a name and numbers to an optax transformation, and the average of the weights.
 
 Parameters come as one flat dict of the trainable arrays, {path: array}, with '/'-joined paths such
-as `block_0/attn/qkv/kernel/a`. A gradient passes, in this order: clipping by its global norm, the
+as `block_0/attn/qkv/kernel`. A gradient passes, in this order: clipping by its global norm, the
 optimizer's rule with weight decay and the learning rate, and the factor of its layer.
 """
 

@@ -37,7 +37,7 @@ from vision_jax.recipes import adversarial, distillation, objective
 from vision_jax.recipes.objective import Objective
 from vision_jax.tasks.classification import Apply
 from vision_jax.trees import lora, paths
-from vision_jax.trees.leaf import roles
+from vision_jax.trees.leaf import trainable_paths
 
 Flat = dict[str, Any]
 
@@ -537,10 +537,7 @@ def plan_parameters(
     attach = partial(_attach, config, model, adapter)
     like = jax.eval_shape(attach, shapes["params"], key)
     model_state = shapes.get("batch_stats", {})
-    trains = {path: role.trains for path, role in roles(like).items()}
-    candidates = [path for path in trains if trains[path] is not False]
-    trainable = {path for path in trains if trains[path]}
-    trainable |= paths.select(candidates, config.trainable, field="config.trainable")
+    trainable = trainable_paths(like, config.trainable, field="config.trainable")
     if not trainable:
         raise UserError("nothing trains: set config.trainable, or config.recipes=lora")
     beside = {

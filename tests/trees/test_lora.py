@@ -1,5 +1,7 @@
 """attach, merge, unmerge, detach and apply_adapters on a small ViT."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,51 @@ def test_fresh_adapters():
     stabilized = attach(params, rules, rank=4, alpha=6, rank_stabilized=True, dropout=0.2)
     assert stabilized["head"]["kernel"].scale == 3.0
     assert stabilized["head"]["kernel"].dropout == 0.2
+
+
+def test_the_whole_tree_of_a_vit_with_adapters():
+    """Paths are public: checkpoints, rules and optimizer state know arrays by them."""
+    params = jax.eval_shape(
+        partial(attach, rank=3, dora=True, qkv_parts="q,v"),
+        jax.eval_shape(make_vit().init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"],
+    )
+    assert {path: x.shape for path, x in paths.flatten(params).items()} == {
+        "block_0/attn/proj/bias": (24,),
+        "block_0/attn/proj/kernel/base": (24, 24),
+        "block_0/attn/proj/kernel/a": (24, 3),
+        "block_0/attn/proj/kernel/b": (3, 24),
+        "block_0/attn/proj/kernel/magnitude": (24,),
+        "block_0/attn/qkv/bias": (72,),
+        "block_0/attn/qkv/kernel/base": (24, 72),
+        "block_0/attn/qkv/kernel/a": (2, 24, 3),
+        "block_0/attn/qkv/kernel/b": (2, 3, 24),
+        "block_0/attn/qkv/kernel/magnitude": (72,),
+        "block_0/mlp/fc1/bias": (40,),
+        "block_0/mlp/fc1/kernel/base": (24, 40),
+        "block_0/mlp/fc1/kernel/a": (24, 3),
+        "block_0/mlp/fc1/kernel/b": (3, 40),
+        "block_0/mlp/fc1/kernel/magnitude": (40,),
+        "block_0/mlp/fc2/bias": (24,),
+        "block_0/mlp/fc2/kernel/base": (40, 24),
+        "block_0/mlp/fc2/kernel/a": (40, 3),
+        "block_0/mlp/fc2/kernel/b": (3, 24),
+        "block_0/mlp/fc2/kernel/magnitude": (24,),
+        "block_0/norm1/bias": (24,),
+        "block_0/norm1/scale": (24,),
+        "block_0/norm2/bias": (24,),
+        "block_0/norm2/scale": (24,),
+        "cls_token": (1, 1, 24),
+        "head/bias": (5,),
+        "head/kernel": (24, 5),
+        "norm/bias": (24,),
+        "norm/scale": (24,),
+        "patch_embed/bias": (24,),
+        "patch_embed/kernel/base": (8, 8, 3, 24),
+        "patch_embed/kernel/a": (8, 8, 3, 3),
+        "patch_embed/kernel/b": (3, 24),
+        "patch_embed/kernel/magnitude": (24,),
+        "pos_embed": (1, 5, 24),
+    }
 
 
 def test_another_rule_leaves_other_adapters_alone():

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vision_jax.trees import paths
+
 Array = jax.Array
 Params = Any  # nested dicts of arrays and structured leaves
 Product = Callable[[Array, Array], Array]  # of x and a whole kernel, linear in both
@@ -131,6 +133,21 @@ def roles(params: Params) -> dict[str, Role]:
     for path, leaf in leaves(params).items():
         found |= _roles(path, leaf, Role(None, path))
     return found
+
+
+def trainable_paths(params: Params, rules: Sequence[str], *, field: str) -> set[str]:
+    """Paths of the arrays that train: what always does, and of the rest what a rule matches whole.
+
+    >>> sorted(trainable_paths({"head": {"bias": 1, "kernel": 2}}, ["head/b.*"], field="trainable"))
+    ['head/bias']
+
+    Raises:
+      UserError: a rule that matches nothing that may train; `field` is the config's, to name it.
+    """
+    trains = {path: role.trains for path, role in roles(params).items()}
+    candidates = [path for path in trains if trains[path] is not False]
+    always = {path for path in candidates if trains[path]}
+    return always | paths.select(candidates, rules, field=field)
 
 
 def _roles(path: str, leaf: Any, role: Role) -> Iterator[tuple[str, Role]]:
