@@ -15,10 +15,10 @@ from vision_jax import convert
 from vision_jax.certify.measure import certify_reference, relative_error
 from vision_jax.certify.random_weights import randomize
 from vision_jax.certify.references import make_reference, rebuild
-from vision_jax.convert import vit
 from vision_jax.convert.read import Weights
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
-from vision_jax.convert.vit_arguments import TIMM_OTHER
+from vision_jax.convert.vit.arguments import TIMM_OTHER
+from vision_jax.convert.vit.config import BUILDERS
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, build_model
 from vision_jax.models.vit import VARIANTS, build_vit, variant_arguments
@@ -280,7 +280,7 @@ def test_named_variants_are_timms(name):
     assert VARIANTS[table.config(arguments)["architecture"]] == VARIANTS[name]
 
 
-@pytest.mark.parametrize("builder", vit._BUILDERS)
+@pytest.mark.parametrize("builder", BUILDERS)
 def test_torchvisions_builders_are_named(builder):
     with torch.device("meta"):
         module = make_reference("torchvision", builder, {"image_size": 224}).module

@@ -44,7 +44,7 @@ from vision_jax.convert.load import write_safetensors
 from vision_jax.convert.patterns import Matcher
 from vision_jax.convert.table import Arguments, Table
 from vision_jax.convert.tables import TABLES, naming_for_export
-from vision_jax.convert.vit import JOIN_BIAS, JOIN_LINEAR
+from vision_jax.convert.vit.names import JOIN_BIAS, JOIN_LINEAR
 from vision_jax.errors import UserError
 from vision_jax.files import write_whole
 from vision_jax.trees import lora, paths

@@ -24,7 +24,7 @@ from vision_jax.convert.engine import (
 )
 from vision_jax.convert.fields import Fields
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
-from vision_jax.convert.vit import Unused
+from vision_jax.convert.vit.names import Unused
 from vision_jax.errors import UserError
 from vision_jax.models.rf_detr import VARIANTS, RfDetr
 from vision_jax.models.vit import SIZES

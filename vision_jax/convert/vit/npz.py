@@ -11,7 +11,7 @@ it is told otherwise (act_layer="gelu_tanh").
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,10 +20,11 @@ import numpy as np
 
 from vision_jax.convert.engine import Arrays, Layout, Rule, Rules, one, tree_shapes
 from vision_jax.convert.table import Arguments, Metadata, Shapes, Table
-from vision_jax.convert.vit_arguments import from_shapes
+from vision_jax.convert.vit.arguments import from_shapes
+from vision_jax.convert.vit.config import EPSILON, timm_config
+from vision_jax.convert.vit.names import adapt, modules
 from vision_jax.errors import UserError
 
-EPSILON = 1e-6
 ACTIVATION = "gelu_tanh"
 
 
@@ -227,31 +228,27 @@ def _holds(names: Names, a: Arguments) -> bool:
 _DROPPED = (r"(params/)?(txt/.*|t|b)", r"opt/(?!target/).*")
 
 
-def tables(
-    adapt: Callable[[str, np.ndarray, Arguments, Arguments], np.ndarray],
-    config: Callable[[Arguments], dict[str, Any]],
-    modules: Callable[[Arguments], dict[str, str]],
-) -> Sequence[Table]:
-    """The three ways in which the files name a ViT; `config` and `modules` are timm's."""
-    kinds = {"augreg": _AUGREG, "big_vision": _BIG_VISION, "big_vision scanned": _SCANNED}
-    return tuple(
-        Table(
-            "npz",
-            "vit",
-            kind,
-            (
-                "{p}embedding/kernel",
-                names.positions,
-                f"{names.block.replace('{i}', '0')}{names.norms[0]}/scale",
-            ),
-            arguments=partial(_arguments, names),
-            rules=partial(_rules, names),
-            prefixes=("", "params/", "params/img/", "img/", "opt/target/"),
-            dropped=_DROPPED,
-            holds=partial(_holds, names) if names is not _SCANNED else lambda arguments: False,
-            config=config,
-            modules=modules,
-            adapt=adapt,
-        )
-        for kind, names in kinds.items()
+_KINDS = {"augreg": _AUGREG, "big_vision": _BIG_VISION, "big_vision scanned": _SCANNED}
+
+# The three ways in which the files name a ViT.
+TABLES = tuple(
+    Table(
+        "npz",
+        "vit",
+        kind,
+        (
+            "{p}embedding/kernel",
+            names.positions,
+            f"{names.block.replace('{i}', '0')}{names.norms[0]}/scale",
+        ),
+        arguments=partial(_arguments, names),
+        rules=partial(_rules, names),
+        prefixes=("", "params/", "params/img/", "img/", "opt/target/"),
+        dropped=_DROPPED,
+        holds=partial(_holds, names) if names is not _SCANNED else lambda arguments: False,
+        config=timm_config,
+        modules=partial(modules, "norm_pre", "blocks.{}", "fc_norm"),
+        adapt=adapt,
     )
+    for kind, names in _KINDS.items()
+)
