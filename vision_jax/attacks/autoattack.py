@@ -115,39 +115,21 @@ def autoattack(
     """
     protocol = _protocol(version, norm, attacks)
     mesh = sharding.make_mesh(-1, 1) if mesh is None else mesh
-    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     images, labels = np.asarray(images), np.asarray(labels, np.int32)
     images = images.astype(np.promote_types(images.dtype, np.float32), copy=False)
     index = np.arange(len(images), dtype=np.int32) if index is None else np.asarray(index, np.int32)
-    smallest = max(8, mesh.size)
-    if smallest % mesh.size or (smallest & (smallest - 1)):
-        smallest = mesh.size  # a number of devices that is no power of two, times powers of two
-
-    def over(function: Callable[..., Any], rows: np.ndarray, salt: int, *arrays: Any, extra: Any):
-        """function's results for `rows`, batch by batch; `arrays` have an entry each."""
-        results = []
-        for first in range(0, len(rows), batch_size):
-            part = rows[first : first + batch_size]
-            size = smallest
-            while size < len(part):
-                size *= 2
-            padded = np.resize(part, size)
-            own = [np.resize(a[first : first + batch_size], (size, *a.shape[1:])) for a in arrays]
-            place = partial(sharding.place, sharding=split)
-            keys = _keys(place(index[padded]), seed, salt)
-            outputs = function(
-                arguments,
-                place(images[padded]),
-                place(labels[padded]),
-                keys,
-                epsilon,
-                *[place(array) for array in own],
-                **extra,
-            )
-            results.append([np.asarray(output)[: len(part)] for output in outputs])
-        return [np.concatenate(parts) for parts in zip(*results, strict=True)]
-
-    functions = _functions(logits_fn, norm, version, steps, whole)
+    over = partial(
+        _run_in_batches,
+        arguments,
+        images,
+        labels,
+        index,
+        mesh,
+        epsilon=epsilon,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    functions = _functions(logits_fn, norm, version, steps, sharding.replicated(mesh))
     rows = np.arange(len(images))
     fooled, classes = over(functions["clean"], rows, 0, extra={})
     robust, adversarial = ~fooled, images.copy()
@@ -185,6 +167,51 @@ def autoattack(
                 report(name, number + 1, pieces, float(robust.mean()))
         accuracy[name] = float(robust.mean())
     return Verdicts(adversarial, robust, tuple(fell_to), accuracy)
+
+
+def _run_in_batches(
+    arguments: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    index: np.ndarray,
+    mesh: Mesh,
+    function: Callable[..., Any],
+    rows: np.ndarray,
+    salt: int,
+    *arrays: Any,
+    epsilon: float,
+    seed: int,
+    batch_size: int,
+    extra: Mapping[str, Any],
+) -> list[np.ndarray]:
+    """The function's results for `rows`, batch by batch; `arrays` have an entry for each row.
+
+    Batches are padded to few sizes, a power of two times the least, so that little is compiled.
+    """
+    smallest = max(8, mesh.size)
+    if smallest % mesh.size or (smallest & (smallest - 1)):
+        smallest = mesh.size  # a number of devices that is no power of two, times powers of two
+    place = partial(sharding.place, sharding=sharding.batch_sharding(mesh))
+    results = []
+    for first in range(0, len(rows), batch_size):
+        part = rows[first : first + batch_size]
+        size = smallest
+        while size < len(part):
+            size *= 2
+        padded = np.resize(part, size)
+        own = [np.resize(a[first : first + batch_size], (size, *a.shape[1:])) for a in arrays]
+        keys = _keys(place(index[padded]), seed, salt)
+        outputs = function(
+            arguments,
+            place(images[padded]),
+            place(labels[padded]),
+            keys,
+            epsilon,
+            *[place(array) for array in own],
+            **extra,
+        )
+        results.append([np.asarray(output)[: len(part)] for output in outputs])
+    return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 
 def _protocol(

@@ -1,5 +1,6 @@
 """Attacks that climb along the input gradient: FGSM, PGD, and PGD with momentum and diversity."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -108,12 +109,11 @@ def pgd(
     length = norms.per_example(step_size, images)
 
     def climb(restart: ArrayLike, solved: Array) -> Array:
-        fold = jax.vmap(jax.random.fold_in, (0, None))
-        own = fold(keys, restart)
+        own = _fold(keys, restart)
         if start is not None:
             begin = start.astype(images.dtype)
         elif random_start:
-            begin = norms.random_start(fold(own, 0), images, epsilon, norm)
+            begin = norms.random_start(_fold(own, 0), images, epsilon, norm)
         else:
             begin = images
         if pixels is not None:
@@ -123,7 +123,7 @@ def pgd(
             at, direction = carry
             seen = loss_of_images
             if diversity:
-                draw = partial(diversify, fold(own, number), probability=diversity)
+                draw = partial(diversify, _fold(own, number), probability=diversity)
                 seen = lambda x: loss_of_images(draw(x, smallest=smallest))  # noqa: E731
             gradient, _, fooled = input_gradient(seen, at)
             if pixels is not None:
@@ -144,6 +144,18 @@ def pgd(
         solved = loss_of_images(images)[1]
     if restarts == 1:
         return climb(0, solved)
+    return _worst_of(restarts, climb, loss_of_images, images, solved, freeze_solved)
+
+
+def _worst_of(
+    restarts: int,
+    climb: Callable[[ArrayLike, Array], Array],
+    loss_of_images: LossOfImages,
+    images: Array,
+    solved: Array,
+    freeze_solved: bool,
+) -> Array:
+    """Of each example's ends the one that fools, then the one of the highest loss."""
 
     def keep_worst(best, restart):
         kept, highest, solved = best
@@ -156,6 +168,11 @@ def pgd(
 
     lowest = jnp.full(len(images), -jnp.inf, images.dtype)
     return jax.lax.scan(keep_worst, (images, lowest, solved), jnp.arange(restarts))[0][0]
+
+
+def _fold(keys: Array, number: ArrayLike) -> Array:
+    """key[B] of another draw."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def diversify(keys: Array, images: Array, *, probability: float, smallest: float) -> Array:

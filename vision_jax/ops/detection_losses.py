@@ -114,8 +114,7 @@ def detr_loss(
     best = jnp.argmax(logits[-1], axis=-1)  # [B, Q]
     metrics = {
         "cardinality_error": _cardinality_error(best != no_object, target_mask, mask, images_a_row),
-        "class_error": _mean(_at(best, query[-1]) != label, target_mask, boxes_a_row),
-        "matched_iou": _mean(iou[-1], target_mask, boxes_a_row),
+        **_pair_metrics(best, query, label, iou, target_mask, boxes_a_row),
     }
     totals, last = _weighted(terms, class_weight, l1_weight, giou_weight)
     return totals.sum(0), {**last, "loss_aux": totals[:-1].sum(0).mean(), **metrics}
@@ -196,10 +195,7 @@ def sigmoid_detr_loss(
     )
     cost = class_cost * _of_labels(jnp.subtract(*_focal(logits, alpha)), label)
     cost += _box_cost(boxes, target_boxes, l1_cost, giou_cost)  # [L, B, T, groups · Q]
-    cost = cost.reshape(*cost.shape[:-1], groups, queries).swapaxes(2, 3)
-    query = match(cost, jnp.broadcast_to(target_mask[:, None], cost.shape[:-1]))
-    query += queries * jnp.arange(groups, dtype=query.dtype)[None, None, :, None]
-    query = query.reshape(*query.shape[:2], -1)  # [L, B, groups · T]
+    query = _match_in_groups(cost, target_mask, groups)  # [L, B, groups · T]
 
     # Each group's copy of the targets is from here on just more targets.
     label, all_mask = (jnp.tile(array, (1, groups)) for array in (label, target_mask))
@@ -210,30 +206,19 @@ def sigmoid_detr_loss(
     boxes_a_row = _a_row(groups * num_boxes, whole_mask, logits.dtype)
     count = _alone(all_mask) if alone else boxes_a_row
     terms, iou = _box_terms(boxes, query, target_boxes, all_mask, count)
-    flat = logits.reshape(*logits.shape[:2], -1)  # [L, B, groups · Q · K]
-    matched = _at(flat, query * logits.shape[-1] + label[None])  # [L, B, groups · T]
-    if class_loss == "focal":
-        found, _ = _focal(matched, alpha)
-        missing = [_focal(x, alpha)[1] for x in (logits, matched)]
-    else:
-        found = _towards_quality(matched, iou, alpha)
-        missing = [jax.nn.sigmoid(x) ** 2 * jax.nn.softplus(x) for x in (logits, matched)]
-    # As if nothing were found, then corrected where something is: no array of targets is built.
-    loss_ce = jnp.where(mask[None, :, None, None], missing[0], 0).sum((2, 3))
-    loss_ce += jnp.where(all_mask[None], found - missing[1], 0).sum(2)
+    loss_ce = _sigmoid_term(logits, query, label, iou, all_mask, mask, class_loss, alpha)
     terms["loss_ce"] = loss_ce / count
 
     sure = logits[-1, :, :queries].max(-1) > 0  # [B, Q], a probability above a half
     best = jnp.argmax(logits[-1], axis=-1)  # [B, groups · Q]
     metrics = {
         "cardinality_error": _cardinality_error(sure, target_mask, mask, images_a_row),
-        "class_error": _mean(_at(best, query[-1]) != label, all_mask, boxes_a_row),
-        "matched_iou": _mean(iou[-1], all_mask, boxes_a_row),
+        **_pair_metrics(best, query, label, iou, all_mask, boxes_a_row),
     }
     totals, last = _weighted(terms, class_weight, l1_weight, giou_weight)
-    if encoder_logits is not None:
-        metrics["loss_encoder"] = totals[0].mean()
     first = 0 if encoder_logits is None else 1
+    if first:
+        metrics["loss_encoder"] = totals[0].mean()
     return totals.sum(0), {**last, "loss_aux": totals[first:-1].sum(0).mean(), **metrics}
 
 
@@ -246,6 +231,49 @@ def _prepared(
     logits = jnp.where(rows, logits.astype(dtype), 0)
     boxes = jnp.where(rows, boxes.astype(dtype), 0)
     return logits, boxes, target_boxes.astype(dtype), target_mask & mask[:, None]
+
+
+def _match_in_groups(cost: Array, target_mask: Array, groups: int) -> Array:
+    """The query of each target in each group, f[L, B, T, groups · Q] -> i32[L, B, groups · T]."""
+    queries = cost.shape[-1] // groups
+    cost = cost.reshape(*cost.shape[:-1], groups, queries).swapaxes(2, 3)  # [L, B, groups, T, Q]
+    query = match(cost, jnp.broadcast_to(target_mask[:, None], cost.shape[:-1]))
+    query += queries * jnp.arange(groups, dtype=query.dtype)[None, None, :, None]
+    return query.reshape(*query.shape[:2], -1)
+
+
+def _sigmoid_term(
+    logits: Array,
+    query: Array,
+    label: Array,
+    iou: Array,
+    target_mask: Array,
+    mask: Array,
+    class_loss: str,
+    alpha: float,
+) -> Array:
+    """The sum over queries and classes of each image's class loss, f[L, B].
+
+    Args:
+      logits: f[L, B, Q, K].
+      query: i32[L, B, T], that of each target.
+      label: i32[B, T].
+      iou: f[L, B, T], of each target's box and its query's.
+      target_mask: bool[B, T].
+      mask: bool[B].
+      class_loss, alpha: as `sigmoid_detr_loss` has them.
+    """
+    flat = logits.reshape(*logits.shape[:2], -1)  # [L, B, Q · K]
+    matched = _at(flat, query * logits.shape[-1] + label[None])  # [L, B, T]
+    if class_loss == "focal":
+        found, _ = _focal(matched, alpha)
+        missing = [_focal(x, alpha)[1] for x in (logits, matched)]
+    else:
+        found = _towards_quality(matched, iou, alpha)
+        missing = [jax.nn.sigmoid(x) ** 2 * jax.nn.softplus(x) for x in (logits, matched)]
+    # As if nothing were found, then corrected where something is: no array of targets is built.
+    loss_ce = jnp.where(mask[None, :, None, None], missing[0], 0).sum((2, 3))
+    return loss_ce + jnp.where(target_mask[None], found - missing[1], 0).sum(2)
 
 
 def _of_labels(scores: Array, label: Array) -> Array:
@@ -331,6 +359,16 @@ def _weighted(
     totals = class_weight * terms["loss_ce"]
     totals += l1_weight * terms["loss_bbox"] + giou_weight * terms["loss_giou"]
     return totals, {name: term[-1].mean() for name, term in terms.items()}
+
+
+def _pair_metrics(
+    best: Array, query: Array, label: Array, iou: Array, target_mask: Array, count: Array
+) -> Metrics:
+    """Of the last layer's pairs the share whose query has another best class, and the mean IoU."""
+    return {
+        "class_error": _mean(_at(best, query[-1]) != label, target_mask, count),
+        "matched_iou": _mean(iou[-1], target_mask, count),
+    }
 
 
 def _cardinality_error(
