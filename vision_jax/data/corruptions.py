@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage, signal
 
 from vision_jax.errors import UserError, nearest
 
@@ -187,6 +186,8 @@ def impulse_noise(image: np.ndarray, share: float, rng: Rng) -> np.ndarray:
 
 def defocus_blur(image: np.ndarray, parameters: tuple[float, float], rng: Rng) -> np.ndarray:
     """Averages over a disk."""
+    from scipy import ndimage, signal  # here, because training imports this file and needs neither
+
     del rng
     radius, alias = parameters
     half, soft = (8, 1) if radius <= 8 else (math.floor(radius), 2)
@@ -327,6 +328,8 @@ def contrast(image: np.ndarray, kept: float, rng: Rng) -> np.ndarray:
 
 def elastic(image: np.ndarray, parameters: tuple[float, float, float], rng: Rng) -> np.ndarray:
     """A random affine map, then a smooth random displacement of each pixel."""
+    from scipy import ndimage
+
     height, width = image.shape[:2]
     side = min(height, width)
     size, smooth, shift = (side * share for share in parameters)
@@ -403,6 +406,8 @@ def _gaussian(
     image: np.ndarray, sigma: float, mode: str = "nearest", truncate: float = 4
 ) -> np.ndarray:
     """A Gaussian blur of the first two axes."""
+    from scipy import ndimage
+
     sigmas = (sigma, sigma, 0)[: image.ndim]
     return ndimage.gaussian_filter(image, sigmas, mode=mode, truncate=truncate)
 
