@@ -61,8 +61,8 @@ def parameter_shardings(
 ) -> dict[str, NamedSharding]:
     """A sharding for each array by path: the first rule that matches the path, else the default.
 
-    The default splits the largest axis that `fsdp` divides. What a structured leaf lays out like
-    the kernel goes by the kernel's path.
+    The default splits the largest axis that `fsdp` divides. What takes the kernel's place in a
+    structured leaf goes by the kernel's path.
 
     Args:
       params: a tree of anything with .shape, or such things by path.
@@ -74,7 +74,7 @@ def parameter_shardings(
     Raises:
       UserError: a rule that matches nothing, or axes that the mesh or the parameter has not.
     """
-    names = {path: role.laid_out_as for path, role in roles(params).items()}
+    names = {path: role.rule_path for path, role in roles(params).items()}
     patterns = [pattern for pattern, _ in rules]
     paths.select(names.values(), patterns, field="config.sharding_rules", strict=strict)
 

@@ -1,7 +1,7 @@
 """A leaf that the package does not know: all that it takes is its class.
 
-`Quantized` and `Flat` below are whole leaves. Layers multiply by them, adapters sit on them, and
-training, sharding and export know what to do with their arrays.
+`Quantized`, `Masked` and `Flat` below are whole leaves. Layers multiply by them, adapters sit on
+them, and training, sharding and export know what to do with their arrays.
 """
 
 import dataclasses
@@ -63,6 +63,29 @@ class Quantized(Leaf):
         return self.values.astype(self.dtype) * self.scale.reshape((1,) * (self.ndim - 1) + (-1,))
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "mask"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Masked(Leaf):
+    """base where mask[..., in, out] is True, else 0; the base trains by rule, as a kernel does."""
+
+    trains: ClassVar = {"mask": False}
+    like_kernel: ClassVar = ("base",)
+
+    base: jax.Array
+    mask: jax.Array
+
+    @property
+    def shape(self):
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    def merge(self):
+        return jnp.where(self.mask, self.base, 0)
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["row"], meta_fields=["made_of"])
 @dataclasses.dataclass(frozen=True)
 class Flat(Leaf):
@@ -87,6 +110,10 @@ def quantize(kernel):
     scale = jnp.abs(kernel).max(tuple(range(kernel.ndim - 1))) / 127
     shape = (1,) * (kernel.ndim - 1) + (-1,)
     return Quantized(jnp.round(kernel / scale.reshape(shape)).astype(jnp.int8), scale)
+
+
+def prune(kernel):
+    return Masked(kernel, jnp.abs(kernel) > 0.1)
 
 
 def flatten(kernel):
@@ -134,7 +161,7 @@ def assert_identical(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.parametrize("make", [quantize, flatten])
+@pytest.mark.parametrize("make", [quantize, prune, flatten])
 def test_a_model_computes_with_it_what_it_computes_with_the_merged_kernels(make):
     """Dense layers, the patch embedding and, stacked, blocks in a scan."""
     with jax.enable_x64(True):
@@ -155,7 +182,7 @@ def test_a_model_computes_with_it_what_it_computes_with_the_merged_kernels(make)
         plain, merged, ours, scanned = logits(tree, params)
         assert relative_difference(ours, merged) < 1e-13
         assert relative_difference(scanned, merged) < 1e-13
-        assert (relative_difference(ours, plain) > 1e-4) == (make is quantize)
+        assert (relative_difference(ours, plain) > 1e-4) == (make is not flatten)
 
 
 def test_convolutions():
@@ -190,7 +217,7 @@ def test_convolutions():
 
 def test_a_kernel_of_another_shape_is_refused_whatever_stands_in_for_it():
     model, params = make_vit(), make_params()
-    for make in (lambda x: x, quantize, flatten):
+    for make in (lambda x: x, quantize, prune, flatten):
         params["head"]["kernel"] = make(jnp.ones((24, 6)))
         with pytest.raises(
             ScopeParamShapeError, match=r'"kernel" in "head".* \(24, 5\).* \(24, 6\)'
@@ -234,25 +261,27 @@ def test_what_trains_is_what_the_leaf_says_and_then_what_the_rules_say():
     params = make_params()
     attach = partial(lora.attach, key=KEY, rank=2, alpha=4.0)
     kernel = "block_0/attn/qkv/kernel"
-    tree = put(flatten, attach(put(quantize, params), [kernel]), [r"head/kernel"])
+    tree = put(prune, attach(put(quantize, params), [kernel]), ["head/kernel"])
     everything = set(paths.flatten(tree))
-    fixed = {path for path in everything if path.endswith(("/values", "/scale"))}
-    fixed -= {path for path in everything if "norm" in path}
-    assert {f"{kernel}/base/values", "block_0/mlp/fc1/kernel/scale"} < fixed
+    fixed = {path for path in everything if path.endswith(("/values", "kernel/scale", "/mask"))}
+    fixed.add(f"{kernel}/base/scale")
+    assert {f"{kernel}/base/values", "block_0/mlp/fc1/kernel/scale", "head/kernel/mask"} < fixed
     assert trainable_paths(tree, [".*"], field="trainable") == everything - fixed
     factors = {f"{kernel}/a", f"{kernel}/b"}
     assert trainable_paths(tree, [], field="trainable") == factors
-    head = {"head/kernel/row", "head/bias"}
-    assert trainable_paths(tree, ["head/.*"], field="trainable") == factors | head
-    for rule in (f"{kernel}/base/.*", r"block_0/mlp/fc1/kernel.*"):
+    for rules in (["head/.*"], ["head/kernel", "head/bias"]):  # as without the mask
+        head = trainable_paths(tree, rules, field="trainable") - factors
+        assert head == {"head/kernel/base", "head/bias"}
+    for rule in (f"{kernel}/base/.*", r"block_0/mlp/fc1/kernel.*", "head/kernel/mask"):
         with pytest.raises(UserError, match=r"^trainable: rule .* matches no parameter"):
             trainable_paths(tree, [rule], field="trainable")
 
 
-def test_a_step_leaves_it_to_the_bit_and_keeps_no_state_for_it():
+def test_a_step_leaves_what_is_fixed_to_the_bit_and_keeps_no_state_for_it():
     model, images = make_vit(), make_images()
     params = put(quantize, make_params())
     params = lora.attach(params, ADAPTED, key=KEY, rank=2, alpha=4.0)
+    params = put(prune, params, ["head/kernel"])
     chosen = trainable_paths(params, ["head/.*"], field="trainable")
     trainable, frozen = paths.partition(paths.flatten(params), chosen)
     assert {str(array.dtype) for array in trainable.values()} == {"float32"}
@@ -271,6 +300,10 @@ def test_a_step_leaves_it_to_the_bit_and_keeps_no_state_for_it():
     assert_identical(same, frozen)
     for path in chosen - {path for path in chosen if path.endswith("/a")}:  # B is zero at first
         assert (new[path] != trainable[path]).any(), path
+    pruned = ~frozen["head/kernel/mask"]
+    merged = lora.merge(paths.unflatten(params, new | same))["head"]["kernel"]
+    assert pruned.any()
+    assert not merged[pruned].any()
 
 
 def test_it_is_sharded_as_its_kernel_is():
@@ -278,7 +311,7 @@ def test_it_is_sharded_as_its_kernel_is():
     kernels = {"fc": {"kernel": jnp.ones((256, 512))}, "out": {"kernel": jnp.ones((512, 256))}}
     tree = put(quantize, kernels, [".*"])
     tree = lora.attach(tree, ["fc/kernel"], key=KEY, rank=2, alpha=4.0)
-    assert {path: role.laid_out_as for path, role in roles(tree).items()} == {
+    assert {path: role.rule_path for path, role in roles(tree).items()} == {
         "fc/kernel/base/values": "fc/kernel",
         "fc/kernel/base/scale": "fc/kernel/scale",
         "fc/kernel/a": "fc/kernel/a",

@@ -33,7 +33,8 @@ class Leaf(abc.ABC):
       trains: what is said of fields whatever `config.trainable` says: True, its arrays always
         train; False, they never do. It goes for a leaf inside as well. The arrays of other fields
         are chosen by rule, as plain ones are.
-      like_kernel: fields that lie on the devices as the kernel would, by the rules for its path.
+      like_kernel: fields that rules of training and sharding know by the kernel's own path, since
+        they are of its kind: the base of an update, the values under a scale or a mask.
     """
 
     trains: ClassVar[Mapping[str, bool]] = MappingProxyType({})
@@ -115,19 +116,19 @@ class Role(NamedTuple):
 
     Attributes:
       trains: True or False whatever the rules say; None leaves it to them.
-      laid_out_as: the path that the rules of sharding know it by: the kernel's, for what lies on
-        the devices as the kernel would.
+      rule_path: the path that the rules of training and sharding know it by: its own, or the
+        kernel's for what takes the kernel's place.
     """
 
     trains: bool | None
-    laid_out_as: str
+    rule_path: str
 
 
 def roles(params: Params) -> dict[str, Role]:
     """The role of each array, by the paths of `paths.flatten` and in their order.
 
     >>> roles({"head": {"bias": 1}})
-    {'head/bias': Role(trains=None, laid_out_as='head/bias')}
+    {'head/bias': Role(trains=None, rule_path='head/bias')}
     """
     found: dict[str, Role] = {}
     for path, leaf in leaves(params).items():
@@ -144,10 +145,9 @@ def trainable_paths(params: Params, rules: Sequence[str], *, field: str) -> set[
     Raises:
       UserError: a rule that matches nothing that may train; `field` is the config's, to name it.
     """
-    trains = {path: role.trains for path, role in roles(params).items()}
-    candidates = [path for path in trains if trains[path] is not False]
-    always = {path for path in candidates if trains[path]}
-    return always | paths.select(candidates, rules, field=field)
+    free = {path: role for path, role in roles(params).items() if role.trains is not False}
+    chosen = paths.select([role.rule_path for role in free.values()], rules, field=field)
+    return {path for path, role in free.items() if role.trains or role.rule_path in chosen}
 
 
 def _roles(path: str, leaf: Any, role: Role) -> Iterator[tuple[str, Role]]:
@@ -160,7 +160,7 @@ def _roles(path: str, leaf: Any, role: Role) -> Iterator[tuple[str, Role]]:
         if field is None:
             continue
         trains = leaf.trains.get(name) if role.trains is None else role.trains
-        own = role.laid_out_as if name in leaf.like_kernel else f"{role.laid_out_as}/{name}"
+        own = role.rule_path if name in leaf.like_kernel else f"{role.rule_path}/{name}"
         yield from _roles(f"{path}/{name}", field, Role(trains, own))
 
 
