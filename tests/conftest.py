@@ -1,4 +1,8 @@
-"""Flags for every test: 8 virtual CPU devices, rank promotion raises, and code that compiles fast.
+"""What holds for every test: 8 virtual CPU devices, rank promotion raises, one printed seed.
+
+    pytest               in minutes: one of each kind
+    pytest --all         the long tests too: every family, recipe and cell
+    pytest --seed 1234   the draws of the run that printed this seed
 
 The tests compile thousands of tiny programs and run each a few times, so machine code that is not
 optimized costs a third of the time. The programs themselves, their fusions, memory and counted
@@ -6,6 +10,10 @@ FLOPs are those of any run. What XLA_FLAGS says already has the last word.
 """
 
 import os
+import secrets
+import zlib
+
+import pytest
 
 os.environ["XLA_FLAGS"] = " ".join(
     (
@@ -20,17 +28,55 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every-cell", action="store_true", help="of tests/test_composition.py")
+    parser.addoption("--all", action="store_true", help="the tests marked `long` too")
+    parser.addoption("--seed", type=int, help="of every random draw; a run prints its own")
 
 
 def pytest_configure(config):
-    """What one test compiles, others and other workers load: most of the time went there."""
+    config.addinivalue_line("markers", "long: takes its time and has a short sibling; see --all")
+    if hasattr(config, "workerinput"):  # of xdist
+        config.option.seed = config.workerinput["seed"]
+    elif config.option.seed is None:
+        config.option.seed = secrets.randbelow(2**32)
     if not hasattr(config, "cache"):  # -p no:cacheprovider
         return
+    # What one test compiles, others and other workers load: most of the time went there.
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["seed"] = node.config.option.seed
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("long") and not config.option.all:
+            item.add_marker(pytest.mark.skip(reason="long: with --all"))
+
+
+@pytest.fixture
+def rng(request):
+    """Draws of this test's own, by the printed seed and the test's name."""
+    name = zlib.crc32(request.node.nodeid.encode())
+    return np.random.default_rng([request.config.option.seed, name])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    terminalreporter.write_line(f"random draws: pytest --seed {config.option.seed} repeats them")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed and "rng" in item.fixturenames:
+        again = f'pytest "{item.nodeid}" --seed {item.config.option.seed}'
+        report.sections.append(("draws as in this run", again))
+    return report

@@ -153,7 +153,7 @@ def write_teacher(path: Path, family: str, classes: int, side: int, **arguments)
     variables = jax.jit(lambda key: families.initialize(model, key, (side, side)))(
         jax.random.key(1)
     )
-    flat, rng = {}, np.random.default_rng()
+    flat, rng = {}, np.random.default_rng(0)
     for tree in variables.values():
         for name, leaf in paths.flatten(tree).items():
             noise = 0.1 * rng.standard_normal(leaf.shape)

@@ -1,7 +1,7 @@
 """Everything composes: what trains x attacks x teachers x average x accumulation x recomputation.
 
-    pytest tests/test_composition.py                 a few of its cells
-    pytest tests/test_composition.py --every-cell    all of them; those of DETR take minutes each
+    pytest tests/test_composition.py          a few of its cells
+    pytest tests/test_composition.py --all    all of them; those of DETR take minutes each
 
 A cell is a config, run for a few steps: one compilation, finite, what is frozen unchanged to the
 bit, FLOPs the sum of its passes, temporary memory at most a tenth above that of its attack or its
@@ -16,6 +16,7 @@ import detection_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import runs
 
 from vision_jax import cost, setup, sharding, teach
@@ -74,13 +75,6 @@ def few_cells():
         chosen.append(max(cells, key=lambda cell: len(covered(cell) & missing)))
         missing -= covered(chosen[-1])
     return chosen
-
-
-def pytest_generate_tests(metafunc):
-    if "cell" in metafunc.fixturenames:
-        cells = every_cell() if metafunc.config.getoption("--every-cell") else few_cells()
-        names = ["-".join([*cell[:4], *("01"[s] for s in cell[4])]) for cell in cells]
-        metafunc.parametrize("cell", cells, ids=names)
 
 
 def prepare(cell, devices):
@@ -197,6 +191,17 @@ def parts(family, trains, teacher, remat):
     return found
 
 
+CELLS = [
+    pytest.param(
+        cell,
+        id="-".join([*cell[:4], *("01"[on] for on in cell[4])]),
+        marks=[] if cell in few_cells() else pytest.mark.long,
+    )
+    for cell in every_cell()
+]
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_a_cell_runs_and_costs_its_parts_on_one_device_and_on_many(cell, monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
     family, trains, attack, teacher, switches = cell

@@ -152,11 +152,12 @@ def containers(value) -> Iterator[dict | list]:
             yield from containers(below)
 
 
-def attack(path: Path, read: Callable[[], object], *changes: Callable) -> None:
+def attack(
+    rng: np.random.Generator, path: Path, read: Callable[[], object], *changes: Callable
+) -> None:
     """Reads the file as it is, and then changed in many ways; nothing but a UserError may come."""
     whole = path.read_bytes()
     read()
-    rng = np.random.default_rng()  # one seed of all tests; it is printed
     for _ in range(FILES):
         change = changes[rng.integers(len(changes))]
         data = change(rng, whole)
@@ -222,16 +223,16 @@ VOC = """<annotation><folder>x</folder><filename>a.png</filename><size><width>32
 
 
 @pytest.mark.parametrize("content", [COCO, PLAIN], ids=["coco", "plain"])
-def test_json_of_boxes(content, tmp_path, capsys):
+def test_json_of_boxes(content, tmp_path, capsys, rng):
     path = tmp_path / "images/boxes.json"
     write_images(tmp_path / "images", ["0.png", "1.png", "2.png"])
     path.write_text(json.dumps(content))
     changes = (replace_values, replace_values, turn_bytes, replace_words)
-    attack(path, lambda: train_on_boxes(str(path)), *changes)
-    attack(path, lambda: examine(path), *changes)
+    attack(rng, path, lambda: train_on_boxes(str(path)), *changes)
+    attack(rng, path, lambda: examine(path), *changes)
 
 
-def test_voc_and_yolo(tmp_path, capsys):
+def test_voc_and_yolo(tmp_path, capsys, rng):
     voc, yolo = tmp_path / "voc", tmp_path / "yolo"
     write_images(voc / "JPEGImages", ["a.png", "b.png"])
     (voc / "Annotations").mkdir()
@@ -239,8 +240,8 @@ def test_voc_and_yolo(tmp_path, capsys):
         (voc / f"Annotations/{name}.xml").write_text(VOC.replace("a.png", f"{name}.png"))
     changes = (replace_words, turn_bytes)
     path = voc / "Annotations/b.xml"
-    attack(path, lambda: train_on_boxes(str(voc)), *changes)
-    attack(path, lambda: examine(voc), *changes)
+    attack(rng, path, lambda: train_on_boxes(str(voc)), *changes)
+    attack(rng, path, lambda: examine(voc), *changes)
     write_images(yolo / "images", ["a.png", "b.png"])
     (yolo / "labels").mkdir()
     for name in "ab":
@@ -248,17 +249,17 @@ def test_voc_and_yolo(tmp_path, capsys):
     data = "path: .\ntrain: images\nval: [images]\nnames: {0: ant, 1: bee}\nnc: 2\n"
     (yolo / "data.yaml").write_text(data)
     for path in (yolo / "labels/b.txt", yolo / "data.yaml"):
-        attack(path, lambda: train_on_boxes(f"{yolo / 'data.yaml'}:train"), *changes)
-        attack(path, lambda: examine(yolo), *changes)
+        attack(rng, path, lambda: train_on_boxes(f"{yolo / 'data.yaml'}:train"), *changes)
+        attack(rng, path, lambda: examine(yolo), *changes)
     (yolo / "data.yaml").unlink()
     (yolo / "classes.txt").write_text("ant\nbee\n")
-    attack(yolo / "classes.txt", lambda: examine(yolo), *changes)
+    attack(rng, yolo / "classes.txt", lambda: examine(yolo), *changes)
     (yolo / "list.txt").write_text("images/a.png\n./images/b.png\n")
     (yolo / "data.yaml").write_text(data.replace("train: images", "train: list.txt"))
-    attack(yolo / "list.txt", lambda: train_on_boxes(f"{yolo / 'data.yaml'}:train"), *changes)
+    attack(rng, yolo / "list.txt", lambda: train_on_boxes(f"{yolo / 'data.yaml'}:train"), *changes)
 
 
-def test_lists_and_arrays_of_classes(tmp_path, capsys):
+def test_lists_and_arrays_of_classes(tmp_path, capsys, rng):
     names = [f"{kind}/{i}.png" for kind in ("ant", "bee") for i in range(2)]
     write_images(tmp_path, names)
     rows = [(name, name.partition("/")[0]) for name in names]
@@ -279,14 +280,16 @@ def test_lists_and_arrays_of_classes(tmp_path, capsys):
 
     for name, changes in (("a.csv", ()), ("a.jsonl", (a_line, a_line))):
         spec = str(tmp_path / name)
-        attack(Path(spec), lambda spec=spec: read(spec), replace_words, turn_bytes, *changes)
-        attack(Path(spec), lambda spec=spec: examine(spec), replace_words, turn_bytes, *changes)
+        attack(rng, Path(spec), lambda spec=spec: read(spec), replace_words, turn_bytes, *changes)
+        attack(
+            rng, Path(spec), lambda spec=spec: examine(spec), replace_words, turn_bytes, *changes
+        )
 
     arrays = {"train_images": np.zeros((4, 8, 8, 3), np.uint8), "train_labels": np.arange(4) % 2}
     np.savez(tmp_path / "cifar10.npz", **arrays, class_names=np.array(["a", "b"]))
     spec = f"cifar10:{tmp_path}/train"
-    attack(tmp_path / "cifar10.npz", lambda: read(spec), turn_bytes, rewrite_arrays)
-    attack(tmp_path / "cifar10.npz", lambda: examine(spec), turn_bytes, rewrite_arrays)
+    attack(rng, tmp_path / "cifar10.npz", lambda: read(spec), turn_bytes, rewrite_arrays)
+    attack(rng, tmp_path / "cifar10.npz", lambda: examine(spec), turn_bytes, rewrite_arrays)
 
 
 def rewrite_arrays(rng, data):
@@ -307,12 +310,12 @@ def rewrite_arrays(rng, data):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp", "tiff", "npy"])
-def test_images_of_classes(suffix, tmp_path, capsys):
+def test_images_of_classes(suffix, tmp_path, capsys, rng):
     write_images(tmp_path, ["ant/0.png", "bee/1.png"])
     path = tmp_path / f"ant/x.{suffix}"
     image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
     np.save(path, image) if suffix == "npy" else Image.fromarray(image).save(path)
-    attack(path, lambda: examine(tmp_path), turn_bytes)
+    attack(rng, path, lambda: examine(tmp_path), turn_bytes)
 
 
 def tiny_vit():
@@ -341,7 +344,7 @@ def rewrite_header(rng, data):
     return len(header).to_bytes(8, "little") + header + rest
 
 
-def test_weights(tmp_path):
+def test_weights(tmp_path, rng):
     weights = tmp_path / "in/weights.safetensors"
     weights.parent.mkdir()
     runs.write_weights(weights)
@@ -350,13 +353,15 @@ def test_weights(tmp_path):
         model = read_model(str(source), False, None)
         next(iter(model.params.values()))  # reads one tensor
 
-    attack(weights, lambda: read(weights), rewrite_header, rewrite_header, turn_bytes)
+    attack(rng, weights, lambda: read(weights), rewrite_header, rewrite_header, turn_bytes)
     np.savez(tmp_path / "in/weights.npz", **load_file(weights))
     archive = tmp_path / "in/weights.npz"
-    attack(archive, lambda: dict(read_weights(str(archive)).tensors), turn_bytes, rewrite_arrays)
+    attack(
+        rng, archive, lambda: dict(read_weights(str(archive)).tensors), turn_bytes, rewrite_arrays
+    )
 
 
-def test_folders_of_weights(tmp_path):
+def test_folders_of_weights(tmp_path, rng):
     """Tensors alone, and what timm or transformers write beside them."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -381,20 +386,20 @@ def test_folders_of_weights(tmp_path):
     config = folder / "config.json"
     config.write_text(json.dumps(timm))
     changes = (replace_values, replace_values, replace_values, turn_bytes)
-    attack(config, lambda: read_model(str(folder), False, None), *changes)
+    attack(rng, config, lambda: read_model(str(folder), False, None), *changes)
     timm.pop("pretrained_cfg")
     config.write_text(json.dumps(timm))
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     path = folder / "preprocessor_config.json"
-    attack(path, lambda: read_model(str(folder), False, None), *changes)
+    attack(rng, path, lambda: read_model(str(folder), False, None), *changes)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {"total_size": 1}} | index))
-    attack(path, lambda: read_weights(str(folder)), *changes)
+    attack(rng, path, lambda: read_weights(str(folder)), *changes)
 
 
-def test_adapters(tmp_path):
+def test_adapters(tmp_path, rng):
     model = {"family": "vit", "arguments": arguments_of(tiny_vit())}
     kernel = jnp.ones((32, 64))
     params = {"block_0": {"mlp": {"fc1": {"kernel": kernel, "bias": jnp.ones(64)}}}}
@@ -413,17 +418,17 @@ def test_adapters(tmp_path):
     def read():
         read_adapter(tmp_path / "a", params, **model)
 
-    attack(config, read, replace_values, replace_values, turn_bytes)
-    attack(tensors, read, rewrite_header, rewrite_header, turn_bytes)
+    attack(rng, config, read, replace_values, replace_values, turn_bytes)
+    attack(rng, tensors, read, rewrite_header, rewrite_header, turn_bytes)
 
 
-def test_files_of_a_run(tmp_path):
+def test_files_of_a_run(tmp_path, rng):
     config = runs.tiny_config()
     (tmp_path / "run").mkdir()
     path = tmp_path / "run/config.json"
     save_config(config, path)
     changes = (replace_values, replace_values, turn_bytes)
-    attack(path, lambda: load_config(str(path), {}), *changes)
+    attack(rng, path, lambda: load_config(str(path), {}), *changes)
     model = tmp_path / "run/model.json"
     preprocessing = {
         "image_size": (16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
@@ -439,18 +444,24 @@ def test_files_of_a_run(tmp_path):
     def rebuild():
         setup.build_model(config, setup.load_description(model))
 
-    attack(model, rebuild, *changes)
+    attack(rng, model, rebuild, *changes)
     metrics = tmp_path / "run/metrics.jsonl"
     metrics.write_text(
         "".join(f'{{"step": {i}, "train/loss": 0.5, "time": 1.0}}\n' for i in range(5))
     )
-    attack(metrics, lambda: _series(read_metrics(metrics), "train/loss"), replace_words, turn_bytes)
+    attack(
+        rng,
+        metrics,
+        lambda: _series(read_metrics(metrics), "train/loss"),
+        replace_words,
+        turn_bytes,
+    )
 
 
-def test_stored_teachers(tmp_path):
+def test_stored_teachers(tmp_path, rng):
     path = tmp_path / "a/teacher.array_record"
     path.parent.mkdir()
     identity = {"teacher": "ab" * 32, "preprocessing": {"mean": [0.5, 0.5]}}
     arrays = {"values": np.ones((6, 3), np.float16), "classes": np.ones((6, 3), np.int32)}
     write_teacher_cache(path, [arrays], identity)
-    attack(path, lambda: open_teacher_cache(path, identity).read(range(6)), turn_bytes)
+    attack(rng, path, lambda: open_teacher_cache(path, identity).read(range(6)), turn_bytes)

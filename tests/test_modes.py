@@ -83,11 +83,11 @@ def test_the_moving_average_is_what_is_evaluated_and_exported(trained):
     np.testing.assert_array_equal(exported["head.weight"].T, ema)
 
 
-def test_the_exported_model_computes_the_same_logits(trained):
+def test_the_exported_model_computes_the_same_logits(trained, rng):
     weights = convert.read_weights(str(runs.finished() / "model.safetensors"))
     family, arguments = convert.recognize(weights)
     model = build_model(family, **arguments)
-    images = np.random.default_rng().integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
     like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
     flat = convert.import_weights(weights, paths.flatten(like["params"]), arguments)
     params = paths.unflatten(like["params"], flat)

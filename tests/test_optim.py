@@ -12,7 +12,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from vision_jax import optim
 from vision_jax.errors import UserError
 
-RNG = np.random.default_rng()
 SHAPES = {
     "patch_embed/kernel": (2, 2, 3, 8),
     "pos_embed": (1, 5, 8),
@@ -33,8 +32,8 @@ INSIDE = {path for path in SHAPES if "kernel" in path and path.startswith("block
 LR, WD, B1, B2, EPS, MOMENTUM = 1e-2, 0.3, 0.8, 0.95, 1e-8, 0.7
 
 
-def random_tree(scale=1.0):
-    return {path: scale * RNG.normal(size=shape) for path, shape in SHAPES.items()}
+def random_tree(rng, scale=1.0):
+    return {path: scale * rng.normal(size=shape) for path, shape in SHAPES.items()}
 
 
 def to_float32(tree):
@@ -192,9 +191,9 @@ def orthogonalize(x):
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_update_rule_with_weight_decay_on_kernels_only(name):
+def test_update_rule_with_weight_decay_on_kernels_only(name, rng):
     rule = globals()[f"{name}_rule"]
-    params, gradients = random_tree(), [random_tree(0.1) for _ in range(6)]
+    params, gradients = random_tree(rng), [random_tree(rng, 0.1) for _ in range(6)]
     expected, memory = dict(params), {path: {} for path in params}
     for t, gradient in enumerate(gradients, start=1):
         for path, g in gradient.items():
@@ -208,11 +207,11 @@ def test_update_rule_with_weight_decay_on_kernels_only(name):
         np.testing.assert_allclose(result[path], array, rtol=0, atol=1e-6 * change, err_msg=path)
 
 
-def test_muon_updates_are_as_large_as_adams():
+def test_muon_updates_are_as_large_as_adams(rng):
     shapes = {"block_0/a/kernel": (64, 64), "block_0/b/kernel": (64, 256), "head/kernel": (64, 64)}
     params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
     tx = make("muon", params, weight_decay=0.0)
-    gradients = {path: jnp.asarray(RNG.normal(size=s), jnp.float32) for path, s in shapes.items()}
+    gradients = {path: jnp.asarray(rng.normal(size=s), jnp.float32) for path, s in shapes.items()}
     updates, _ = tx.update(gradients, tx.init(params), params)
     size = {path: float(jnp.sqrt(jnp.mean(update**2))) / LR for path, update in updates.items()}
     assert size["head/kernel"] == pytest.approx(1, rel=1e-3)  # Adam's first update is lr · sign(g)
@@ -221,8 +220,8 @@ def test_muon_updates_are_as_large_as_adams():
 
 
 @pytest.mark.parametrize("norm", [0.5, 1e6])
-def test_gradient_is_clipped_before_the_optimizer_sees_it(norm):
-    params, gradient = random_tree(), random_tree()
+def test_gradient_is_clipped_before_the_optimizer_sees_it(norm, rng):
+    params, gradient = random_tree(rng), random_tree(rng)
     length = np.sqrt(sum((g**2).sum() for g in gradient.values()))
     scaled = {path: g * min(1, norm / length) for path, g in gradient.items()}
     clipped = train(make("sgd", params, clip_norm=norm), params, [gradient])
@@ -236,8 +235,8 @@ def layer_of(path):
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_layer_decay_multiplies_update_and_decay(name):
-    params, gradient = to_float32(random_tree()), to_float32(random_tree())
+def test_layer_decay_multiplies_update_and_decay(name, rng):
+    params, gradient = to_float32(random_tree(rng)), to_float32(random_tree(rng))
 
     def first_update(**layers):
         tx = make(name, params, **layers)
@@ -250,8 +249,8 @@ def test_layer_decay_multiplies_update_and_decay(name):
         np.testing.assert_array_equal(scaled[path], factor * plain[path])
 
 
-def test_rates_multiply_on_top_of_layers_and_the_first_that_matches_counts():
-    params, gradient = to_float32(random_tree()), to_float32(random_tree())
+def test_rates_multiply_on_top_of_layers_and_the_first_that_matches_counts(rng):
+    params, gradient = to_float32(random_tree(rng)), to_float32(random_tree(rng))
 
     def first_update(**more):
         tx = make("adamw", params, **more)
@@ -269,13 +268,13 @@ def test_rates_multiply_on_top_of_layers_and_the_first_that_matches_counts():
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_state_is_stable_and_one_compile_serves_sharded_parameters(name):
+def test_state_is_stable_and_one_compile_serves_sharded_parameters(name, rng):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     sharding = {
         path: NamedSharding(mesh, PartitionSpec("fsdp" if shape[0] == 8 else None))
         for path, shape in SHAPES.items()
     }
-    start = to_float32(random_tree())
+    start = to_float32(random_tree(rng))
     params = jax.device_put(start, sharding)
     layers = {"layer_of": layer_of, "num_layers": 3, "layer_decay": 0.7, "clip_norm": 1.0}
     tx = make(name, params, **layers)
@@ -299,7 +298,7 @@ def test_state_is_stable_and_one_compile_serves_sharded_parameters(name):
     step = jax.jit(step, out_shardings=(sharding, state_sharding))
     before = jax.tree.structure(state), described(state)
     for _ in range(3):
-        gradient = to_float32(random_tree())
+        gradient = to_float32(random_tree(rng))
         params, state = step(params, state, jax.device_put(gradient, sharding))
         updates, single_state = tx.update(gradient, single_state, single)
         single = optax.apply_updates(single, updates)
@@ -310,12 +309,12 @@ def test_state_is_stable_and_one_compile_serves_sharded_parameters(name):
         np.testing.assert_allclose(params[path], single[path], rtol=1e-4, atol=1e-5)
 
 
-def test_average_follows_the_weights_with_a_warmed_up_decay():
+def test_average_follows_the_weights_with_a_warmed_up_decay(rng):
     expected = ema = {"w": np.zeros(3)}
     ema = to_float32(ema)
     update = jax.jit(optim.update_ema, static_argnames="decay")
     for t in range(40):
-        params = {"w": RNG.normal(size=3)}
+        params = {"w": rng.normal(size=3)}
         decay = min(0.8, (1 + t) / (10 + t))
         expected = {"w": decay * expected["w"] + (1 - decay) * params["w"]}
         ema = update(ema, to_float32(params), decay=0.8, step=t)
@@ -338,6 +337,6 @@ def test_average_follows_the_weights_with_a_warmed_up_decay():
         ("adamw", {"lr_multipliers": (("bakbone/.*", 0.1),)}, "optim.lr_multipliers: rule"),
     ],
 )
-def test_impossible_optimizer_is_a_user_error(name, changed, message):
+def test_impossible_optimizer_is_a_user_error(name, changed, message, rng):
     with pytest.raises(UserError, match=message):
-        make(name, random_tree(), **changed)
+        make(name, random_tree(rng), **changed)

@@ -106,9 +106,9 @@ def test_optimizer_state_is_laid_out_like_its_parameter():
     assert made["factored"]["a/kernel"].is_fully_replicated
 
 
-def test_arrays_and_batches_arrive_where_they_should():
+def test_arrays_and_batches_arrive_where_they_should(rng):
     mesh = sharding.make_mesh(2, 4)
-    array = np.random.default_rng().standard_normal((512, 64)).astype(np.float32)
+    array = rng.standard_normal((512, 64)).astype(np.float32)
     placed = sharding.place(array, sharding.parameter_shardings(shapes(a=array.shape), mesh)["a"])
     np.testing.assert_array_equal(placed, array)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(128, 64)}

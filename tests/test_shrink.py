@@ -24,7 +24,6 @@ RESNET = {
     "num_classes": 3, "depths": (3, 2), "widths": (4, 8), "stem_width": 4, "block": "basic",
 }  # fmt: skip
 FULL = {"recipes": "()", "trainable": ".*"}
-RNG = np.random.default_rng()
 
 
 def shapes_of(family, arguments, size=(16, 16)):
@@ -33,17 +32,17 @@ def shapes_of(family, arguments, size=(16, 16)):
     return model, {p: x for part in tree.values() for p, x in paths.flatten(part).items()}
 
 
-def draw(x):
-    return np.asarray(RNG.integers(1, 9) if x.dtype == np.int32 else RNG.random(x.shape), x.dtype)
+def draw(rng, x):
+    return np.asarray(rng.integers(1, 9) if x.dtype == np.int32 else rng.random(x.shape), x.dtype)
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     """{family: (file, its arrays by path)} of random weights."""
-    found = {}
+    found, rng = {}, np.random.default_rng(0)
     for family, arguments in (("vit", VIT), ("resnet", RESNET)):
         model, shapes = shapes_of(family, arguments)
-        arrays = {path: draw(leaf) for path, leaf in shapes.items()}
+        arrays = {path: draw(rng, leaf) for path, leaf in shapes.items()}
         file = tmp_path_factory.mktemp("weights") / f"{family}.safetensors"
         tensors, header = convert.export_weights(
             arrays, family, convert.arguments_of(model), preprocessing={"image_size": (16, 16)}

@@ -8,9 +8,9 @@ import pytest
 
 from vision_jax import steps
 
-RNG = np.random.default_rng()
-X = RNG.standard_normal((8, 3)).astype(np.float32)
-Y = RNG.standard_normal(8).astype(np.float32)
+DRAW = np.random.default_rng(0)
+X = DRAW.standard_normal((8, 3)).astype(np.float32)
+Y = DRAW.standard_normal(8).astype(np.float32)
 BATCH = {"x": jnp.asarray(X), "y": jnp.asarray(Y)}
 FROZEN = {"offset": jnp.asarray(0.5)}
 

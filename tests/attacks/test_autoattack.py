@@ -148,8 +148,7 @@ def test_checkpoints_are_those_of_a_count(steps):
 class Linear:
     """A linear model and 24 images away from the walls of the box, 2 of them misclassified."""
 
-    def __init__(self, norm, *, classes=5, unlikely=()):
-        rng = np.random.default_rng()
+    def __init__(self, rng, norm, *, classes=5, unlikely=()):
         self.kernel = rng.normal(size=(72, classes))
         self.images = rng.uniform(0.35, 0.65, size=(24, 6, 6, 2)).astype(np.float32).astype(float)
         logits = self.images.reshape(24, -1) @ self.kernel
@@ -235,9 +234,9 @@ def check(case, verdicts, seen, version, norm):
 
 
 @pytest.mark.parametrize(("version", "norm"), list(ROUNDS)[1:])
-def test_autoattack_finds_what_a_linear_model_withstands(quick, version, norm):
+def test_autoattack_finds_what_a_linear_model_withstands(quick, version, norm, rng):
     # Losses without a target need not find the nearest of several boundaries.
-    case = Linear(norm, unlikely=(2, 3, 4) if version == "rand" else ())
+    case = Linear(rng, norm, unlikely=(2, 3, 4) if version == "rand" else ())
     seen = []
     verdicts = autoattack.autoattack(
         noisy if version == "rand" else linear,
@@ -256,10 +255,10 @@ def test_autoattack_finds_what_a_linear_model_withstands(quick, version, norm):
     check(case, verdicts, seen, version, norm)
 
 
-def test_autoattack_depends_on_no_batch_and_attacks_only_what_stands(x64, quick, monkeypatch):
+def test_autoattack_depends_on_no_batch_and_attacks_only_what_stands(x64, quick, monkeypatch, rng):
     monkeypatch.setattr(autoattack, "QUERIES_A_CALL", 20)
-    case = Linear("linf")
-    order = np.random.default_rng().permutation(24)
+    case = Linear(rng, "linf")
+    order = rng.permutation(24)
     common = {"epsilon": case.epsilon, "steps": 10, "queries": 60}
     other = autoattack.autoattack(
         linear,
@@ -306,8 +305,8 @@ def test_autoattack_depends_on_no_batch_and_attacks_only_what_stands(x64, quick,
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_fab_finds_a_linear_models_boundary(x64, quick, norm):
-    case = Linear(norm)
+def test_fab_finds_a_linear_models_boundary(x64, quick, norm, rng):
+    case = Linear(rng, norm)
     nearest = case.distances(norm).argmin(-1)
     run = functools.partial(fab.fab, lambda images: linear(case.weights, images), norm=norm)
     found = jax.jit(
@@ -322,8 +321,8 @@ def test_fab_finds_a_linear_models_boundary(x64, quick, norm):
     assert ratio.max() <= 1.02
 
 
-def test_what_autoattack_refuses():
-    case = Linear("linf", classes=3)
+def test_what_autoattack_refuses(rng):
+    case = Linear(rng, "linf", classes=3)
     run = functools.partial(autoattack.autoattack, linear, case.weights, case.images, case.labels)
     with pytest.raises(UserError, match="no version 'plus' in 'l1'; there are standard in linf"):
         run(epsilon=1, norm="l1", version="plus")

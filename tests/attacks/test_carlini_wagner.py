@@ -10,12 +10,11 @@ from vision_jax.attacks.carlini_wagner import carlini_wagner
 SHAPE = (4, 4, 3)
 
 
-def test_it_finds_the_nearest_image_of_a_linear_model():
+def test_it_finds_the_nearest_image_of_a_linear_model(rng):
     """Of two classes: with more, the first descent may lead to another class than the nearest."""
-    random = np.random.default_rng()
-    images = random.uniform(0.4, 0.6, (6, *SHAPE))  # the box is farther than the other class
-    distance = random.uniform(0.1, 0.5, 6)
-    weights = random.normal(size=images.shape)
+    images = rng.uniform(0.4, 0.6, (6, *SHAPE))  # the box is farther than the other class
+    distance = rng.uniform(0.1, 0.5, 6)
+    weights = rng.normal(size=images.shape)
     bias = distance * np.linalg.norm(weights.reshape(6, -1), axis=1)
     bias -= (weights * images).sum((1, 2, 3))
 
@@ -41,8 +40,8 @@ def test_it_finds_the_nearest_image_of_a_linear_model():
     assert attack._cache_size() == 1
 
 
-def test_images_come_back_where_nothing_fools():
-    images = jnp.asarray(np.random.default_rng().random((2, *SHAPE)), jnp.float32)
+def test_images_come_back_where_nothing_fools(rng):
+    images = jnp.asarray(rng.random((2, *SHAPE)), jnp.float32)
     labels = jnp.zeros(2, int)
 
     def blind(images):

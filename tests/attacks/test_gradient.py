@@ -17,9 +17,8 @@ OPTIONS = {
     "all": {"restarts": 2, "freeze_solved": True, "momentum": 1.0, "diversity": 0.7},
 }
 SHAPE = (8, 8, 3)
-RANDOM = np.random.default_rng()
-HIDDEN = RANDOM.normal(size=(192, 64)) / 192**0.5
-HEAD = RANDOM.normal(size=(64, 5)) / 4
+HIDDEN = np.random.default_rng(0).normal(size=(192, 64)) / 192**0.5
+HEAD = np.random.default_rng(1).normal(size=(64, 5)) / 4
 
 
 def mlp(images):
@@ -27,9 +26,9 @@ def mlp(images):
     return hidden @ HEAD.astype(images.dtype)
 
 
-def make_case(count=12, dtype=np.float32):
+def make_case(rng, count=12, dtype=np.float32):
     """Images of which a quarter are misclassified to begin with; (images, labels, keys)."""
-    images = jnp.asarray(RANDOM.uniform(-0.1, 1.1, (count, *SHAPE)).clip(0, 1), dtype)
+    images = jnp.asarray(rng.uniform(-0.1, 1.1, (count, *SHAPE)).clip(0, 1), dtype)
     labels = jnp.argmax(mlp(images), axis=1)
     labels = jnp.where(jnp.arange(count) % 4 == 0, (labels + 1) % 5, labels)
     return images, labels, keys_of(np.arange(count))
@@ -48,8 +47,8 @@ def attack(images, labels, keys, norm="linf", loss=losses.cross_entropy, **optio
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("norm", EPSILON)
-def test_it_stays_in_ball_and_box_and_an_example_in_itself(norm, options):
-    images, labels, keys = make_case()
+def test_it_stays_in_ball_and_box_and_an_example_in_itself(norm, options, rng):
+    images, labels, keys = make_case(rng)
     run = jax.jit(lambda *given: attack(*given, norm, **OPTIONS[options]))
     found = run(images, labels, keys)
     assert found.dtype == jnp.float32
@@ -66,9 +65,9 @@ def test_it_stays_in_ball_and_box_and_an_example_in_itself(norm, options):
     assert fooled.sum() >= solved.sum()
 
 
-def test_batch_size_and_order_change_nothing():
+def test_batch_size_and_order_change_nothing(rng):
     with jax.enable_x64(True):  # in float32 the sign of next to nothing is chance
-        images, labels, keys = make_case(dtype=np.float64)
+        images, labels, keys = make_case(rng, dtype=np.float64)
         run = jax.jit(lambda *given: attack(*given, **OPTIONS["all"]))
         whole = np.asarray(run(images, labels, keys))
         chosen = np.array([7, 2, 11, 5])
@@ -78,11 +77,11 @@ def test_batch_size_and_order_change_nothing():
         assert np.abs(other - some).max() > 1e-3
 
 
-def test_frozen_examples_stop_where_they_fool_first():
-    images, labels, _ = make_case()
+def test_frozen_examples_stop_where_they_fool_first(rng):
+    images, labels, _ = make_case(rng)
     loss_of_images = losses.make_untargeted(mlp, labels)
     once = jax.jit(lambda x: attack(images, labels, None, start=x, steps=1))
-    path = [(images + RANDOM.uniform(-0.03, 0.03, images.shape)).clip(0, 1).astype(jnp.float32)]
+    path = [(images + rng.uniform(-0.03, 0.03, images.shape)).clip(0, 1).astype(jnp.float32)]
     for _ in range(5):
         path.append(once(path[-1]))
     fooled = np.stack([loss_of_images(x)[1] for x in [images, *path]])
@@ -94,8 +93,8 @@ def test_frozen_examples_stop_where_they_fool_first():
     assert len(set(first)) > 2
 
 
-def test_restarts_are_never_worse_and_keep_the_worst():
-    images, labels, keys = make_case(32)
+def test_restarts_are_never_worse_and_keep_the_worst(rng):
+    images, labels, keys = make_case(rng, 32)
     loss_of_images = losses.make_untargeted(mlp, labels, losses.margin)
     run = jax.jit(
         lambda restarts: attack(
@@ -108,30 +107,30 @@ def test_restarts_are_never_worse_and_keep_the_worst():
     assert (four > one + 1e-4).any()
 
 
-def test_fooling_counts_more_than_the_loss():
+def test_fooling_counts_more_than_the_loss(rng):
     """The loss is highest where nothing fools; a restart there does not displace one that does."""
 
     def loss_of_images(images):
         level = images.mean((1, 2, 3))
         return -level, level > 0.5
 
-    images, _, keys = make_case(64)
+    images, _, keys = make_case(rng, 64)
     images = jnp.full_like(images, 0.5)
     arguments = {"epsilon": 0.3, "step_size": 0.0, "steps": 1}
     found = gradient.pgd(loss_of_images, images, keys, restarts=6, **arguments)
     assert loss_of_images(found)[1].sum() >= 58  # each start does by a chance of a half
 
 
-def test_targets_are_reached():
-    images, labels, keys = make_case()
+def test_targets_are_reached(rng):
+    images, labels, keys = make_case(rng)
     targets = (labels + 2) % 5
     loss_of_images = losses.make_targeted(mlp, targets)
     found = gradient.pgd(loss_of_images, images, keys, epsilon=0.2, step_size=0.02, steps=20)
     assert loss_of_images(found)[1].all()
 
 
-def test_epsilon_is_traced_and_may_differ_by_example():
-    images, labels, keys = make_case()
+def test_epsilon_is_traced_and_may_differ_by_example(rng):
+    images, labels, keys = make_case(rng)
     run = jax.jit(
         lambda e: attack(images, labels, keys, epsilon=e, step_size=e / 4, random_start=False)
     )
@@ -142,8 +141,8 @@ def test_epsilon_is_traced_and_may_differ_by_example():
     np.testing.assert_array_equal(run(0.0), images)
 
 
-def test_fgsm_is_one_signed_step():
-    images, labels, _ = make_case()
+def test_fgsm_is_one_signed_step(rng):
+    images, labels, _ = make_case(rng)
     loss_of_images = losses.make_untargeted(mlp, labels)
     slope = jax.grad(lambda x: loss_of_images(x)[0].sum())(images)
     found = gradient.fgsm(loss_of_images, images, epsilon=0.1)
@@ -157,8 +156,8 @@ def bilinear(size):
     return weights.clip(0) / weights.clip(0).sum(1, keepdims=True)
 
 
-def test_diversity_is_bilinear_on_black():
-    images, _, keys = make_case(200)
+def test_diversity_is_bilinear_on_black(rng):
+    images, _, keys = make_case(rng, 200)
 
     @jax.jit
     def run(keys, images):
@@ -176,8 +175,8 @@ def test_diversity_is_bilinear_on_black():
     assert set(draws[2].ravel().tolist()) == {0, 1, 2, 3, 4}
 
 
-def test_what_makes_no_sense_is_an_error():
-    images, labels, keys = make_case()
+def test_what_makes_no_sense_is_an_error(rng):
+    images, labels, keys = make_case(rng)
     with pytest.raises(UserError, match="restarts from one given start"):
         attack(images, labels, keys, start=images, restarts=2)
     with pytest.raises(UserError, match="keys are missing"):
@@ -188,7 +187,7 @@ def test_what_makes_no_sense_is_an_error():
 # --- through our models
 
 
-def make_vit():
+def make_vit(rng):
     model = ViT(
         num_classes=5, image_size=(16, 16), patch_size=8, width=64, depth=1, num_heads=2,
         mlp_width=256,
@@ -200,7 +199,7 @@ def make_vit():
 
     like = jax.eval_shape(init, jax.random.key(0))
     flat = {
-        path: (RANDOM.normal(size=x.shape) * 0.3).astype(x.dtype)
+        path: (rng.normal(size=x.shape) * 0.3).astype(x.dtype)
         for path, x in paths.flatten(like).items()
     }
     return model, paths.unflatten(like, flat)
@@ -211,8 +210,8 @@ def vit_attack(model, params, images, labels, keys, steps=4):
     return gradient.pgd(loss_of_images, images, keys, epsilon=0.03, step_size=0.01, steps=steps)
 
 
-def test_pgd_costs_its_steps_and_forms_no_parameter_gradient():
-    model, params = make_vit()
+def test_pgd_costs_its_steps_and_forms_no_parameter_gradient(rng):
+    model, params = make_vit(rng)
     images, labels, keys = jnp.zeros((8, 16, 16, 3)), jnp.zeros(8, int), keys_of(np.arange(8))
 
     def flops(function, *given):
@@ -241,12 +240,12 @@ def test_pgd_costs_its_steps_and_forms_no_parameter_gradient():
     assert full > 2.7 * plain
 
 
-def test_a_lora_tree_is_attacked_as_its_merged_kernels_and_sharded_parameters_as_whole_ones():
+def test_a_lora_tree_is_attacked_as_its_merged_kernels_and_sharded_parameters_as_whole_ones(rng):
     with jax.enable_x64(True):
-        model, params = make_vit()
+        model, params = make_vit(rng)
         model = model.clone(dtype=jnp.float64)
         params = jax.tree.map(lambda x: x.astype(np.float64), params)
-        images = jnp.asarray(RANDOM.random((8, 16, 16, 3)))
+        images = jnp.asarray(rng.random((8, 16, 16, 3)))
         labels = jnp.arange(8) % 5
         keys = keys_of(np.arange(8))
         run = jax.jit(lambda *given: vit_attack(model, *given))

@@ -12,8 +12,8 @@ EPSILON = {"linf": 0.1, "l2": 0.7, "l1": 4.0}
 SHAPE = (5, 4, 3)
 
 
-def make_images(count, dtype=np.float32):
-    images = np.random.default_rng().uniform(-0.2, 1.2, (count, *SHAPE))
+def make_images(rng, count, dtype=np.float32):
+    images = rng.uniform(-0.2, 1.2, (count, *SHAPE))
     return jnp.asarray(images.clip(0, 1), dtype)  # many on the border of the box
 
 
@@ -27,8 +27,8 @@ def length(delta, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_sizes_are_numpys_and_nothing_underflows(norm):
-    delta = np.random.default_rng().normal(size=(6, *SHAPE)).astype(np.float32)
+def test_sizes_are_numpys_and_nothing_underflows(norm, rng):
+    delta = rng.normal(size=(6, *SHAPE)).astype(np.float32)
     np.testing.assert_allclose(
         norms.size(jnp.asarray(delta), norm).reshape(-1), length(delta, norm), rtol=1e-6
     )
@@ -38,7 +38,7 @@ def test_sizes_are_numpys_and_nothing_underflows(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_start_fills_the_ball_and_belongs_to_its_key(norm):
+def test_a_start_fills_the_ball_and_belongs_to_its_key(norm, rng):
     start = jax.jit(lambda *given: norms.random_start(*given, norm))
     keys, center = make_keys(np.arange(2000)), jnp.full((2000, *SHAPE), 0.5)
     points = np.asarray(start(keys, center, 0.4))
@@ -49,7 +49,7 @@ def test_a_start_fills_the_ball_and_belongs_to_its_key(norm):
     assert abs((radius ** np.prod(SHAPE)).mean() - 0.5) < 0.03
     deviations = np.abs((points - 0.5).mean(0)) / points.std(0) * 2000**0.5
     assert deviations.max() < 5
-    border = make_images(2000)
+    border = make_images(rng, 2000)
     moved = np.asarray(start(keys, border, EPSILON[norm]))
     assert moved.min() >= 0
     assert moved.max() <= 1
@@ -57,11 +57,11 @@ def test_a_start_fills_the_ball_and_belongs_to_its_key(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_projection_is_in_both_and_moves_nothing_that_is_inside(norm):
-    images = make_images(16)
-    points = images + jnp.asarray(
-        np.random.default_rng().normal(size=images.shape), np.float32
-    ) * np.linspace(1e-3, 2, 16, dtype=np.float32).reshape(-1, 1, 1, 1)
+def test_a_projection_is_in_both_and_moves_nothing_that_is_inside(norm, rng):
+    images = make_images(rng, 16)
+    points = images + jnp.asarray(rng.normal(size=images.shape), np.float32) * np.linspace(
+        1e-3, 2, 16, dtype=np.float32
+    ).reshape(-1, 1, 1, 1)
     epsilon = jnp.linspace(0.5, 1.5, 16) * EPSILON[norm]
     projected = norms.project(points, images, epsilon, norm)
     assert projected.min() >= 0
@@ -72,18 +72,17 @@ def test_a_projection_is_in_both_and_moves_nothing_that_is_inside(norm):
     )
 
 
-def test_the_l1_projection_is_the_nearest_point_of_ball_and_box():
+def test_the_l1_projection_is_the_nearest_point_of_ball_and_box(rng):
     """From the nearest point, no feasible one lies further towards the point that was projected.
 
     The feasible point that lies furthest that way is known: a fractional knapsack.
     """
     with jax.enable_x64(True):
-        images = make_images(40, np.float64)
-        random = np.random.default_rng()
-        scale, epsilon = random.uniform(0.05, 2, 40), random.uniform(0.01, 12, 40)
+        images = make_images(rng, 40, np.float64)
+        scale, epsilon = rng.uniform(0.05, 2, 40), rng.uniform(0.01, 12, 40)
         scale[:5], epsilon[:5] = 1e-3, 1  # inside, whatever is drawn
         scale[5:20], epsilon[5:20] = 1, 0.1  # outside
-        points = images + random.normal(size=images.shape) * scale[:, None, None, None]
+        points = images + rng.normal(size=images.shape) * scale[:, None, None, None]
         projected = np.asarray(norms.project(points, images, epsilon, "l1"))
     binds = 0
     for image, point, nearest, radius in zip(images, points, projected, epsilon, strict=True):
@@ -102,8 +101,8 @@ def test_the_l1_projection_is_the_nearest_point_of_ball_and_box():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_step_has_norm_1_and_no_other_gains_more(norm):
-    gradient = jnp.asarray(np.random.default_rng().normal(size=(4, *SHAPE)), np.float32)
+def test_a_step_has_norm_1_and_no_other_gains_more(norm, rng):
+    gradient = jnp.asarray(rng.normal(size=(4, *SHAPE)), np.float32)
     inside = jnp.full(gradient.shape, 0.5)
     step = norms.steepest(gradient, inside, norm, quantile=1.0)
     np.testing.assert_allclose(length(step, norm), 1, rtol=1e-6)

@@ -41,8 +41,7 @@ def abstract(model):
     return jax.eval_shape(lambda key: model.init(key, images)["params"], jax.random.key(0))
 
 
-def random_params(model):
-    rng = np.random.default_rng()
+def random_params(rng, model):
     draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)  # noqa: E731
     return jax.tree.map(draw, abstract(model))
 
@@ -181,10 +180,10 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_round_trip_is_identical_to_the_bit(name):
+def test_round_trip_is_identical_to_the_bit(name, rng):
     to, arguments = VARIANTS[name]
     model = small(**arguments)
-    params = random_params(model)
+    params = random_params(rng, model)
     tensors, header = export_vit(params, model, to=to)
     assert find_table(shapes_of(tensors)).source == to
     weights = Weights(tensors, {"vision_jax": json.loads(header["vision_jax"])}, None, "x", "")
@@ -194,13 +193,13 @@ def test_round_trip_is_identical_to_the_bit(name):
     assert all(back[path].tobytes() == flat[path].tobytes() for path in flat)
 
 
-def test_what_a_naming_cannot_hold_raises():
+def test_what_a_naming_cannot_hold_raises(rng):
     model = small(num_registers=2, position_prefix=0)
     with pytest.raises(UserError, match=r"torchvision has no vit .* it can go to timm"):
-        export_vit(random_params(model), model, to="torchvision")
+        export_vit(random_params(rng, model), model, to="torchvision")
     with pytest.raises(UserError, match="keras has no vit"):
-        export_vit(random_params(model), model, to="keras")
-    params = flatten(random_params(model)) | {"adapter": np.zeros(2, np.float32)}
+        export_vit(random_params(rng, model), model, to="keras")
+    params = flatten(random_params(rng, model)) | {"adapter": np.zeros(2, np.float32)}
     with pytest.raises(UserError, match="no name for adapter"):
         export_weights(params, "vit", arguments_of(model), to="timm")
 
@@ -210,9 +209,9 @@ def exported(model, params):
     return Weights(tensors, {"vision_jax": json.loads(header["vision_jax"])}, None, "file", "")
 
 
-def test_another_number_of_classes_needs_the_head_named():
+def test_another_number_of_classes_needs_the_head_named(rng):
     model = small()
-    weights = exported(model, random_params(model))
+    weights = exported(model, random_params(rng, model))
     other = small(num_classes=9)
     with pytest.raises(UserError, match=r"head\.weight \(3, 8\) for head/kernel \(8, 9\)"):
         import_vit(weights, other)
@@ -220,9 +219,9 @@ def test_another_number_of_classes_needs_the_head_named():
     assert set(flatten(abstract(other))) - set(flat) == set(HEAD)
 
 
-def test_another_image_size_resamples_the_positions_of_a_grid_that_is_not_square():
+def test_another_image_size_resamples_the_positions_of_a_grid_that_is_not_square(rng):
     model = small(num_registers=1, position_prefix=2)
-    params = random_params(model)
+    params = random_params(rng, model)
     other = small(num_registers=1, position_prefix=2, image_size=(20, 16))
     flat = import_vit(exported(model, params), other)
     expected = resample_positions(params["pos_embed"], (3, 2), (5, 4), 2)
@@ -234,9 +233,9 @@ def test_another_image_size_resamples_the_positions_of_a_grid_that_is_not_square
     np.testing.assert_array_equal(flat["pos_embed"], expected)
 
 
-def test_a_wrong_architecture_lists_both_sides():
+def test_a_wrong_architecture_lists_both_sides(rng):
     model, other = small(), small(depth=3, layer_scale=0.1)
-    weights = exported(model, random_params(model))
+    weights = exported(model, random_params(rng, model))
     with pytest.raises(UserError) as caught:
         import_vit(weights, other)
     assert "block_2/" in str(caught.value)
@@ -244,9 +243,9 @@ def test_a_wrong_architecture_lists_both_sides():
     assert "\n" not in str(caught.value)
 
 
-def test_a_pooler_is_left_out_and_nothing_else_unless_asked():
+def test_a_pooler_is_left_out_and_nothing_else_unless_asked(rng):
     model = small(num_classes=0)
-    tensors, _ = export_vit(random_params(model), model, to="transformers")
+    tensors, _ = export_vit(random_params(rng, model), model, to="transformers")
     tensors["pooler.dense.weight"] = np.zeros((8, 8), np.float32)  # as ViTModel saves it
     config = {"image_size": [12, 8], "num_attention_heads": 2}
     weights = Weights(tensors, {"config": config}, None, "file", "")
@@ -265,9 +264,9 @@ def test_no_vit_says_what_was_looked_for_and_what_is_there():
         assert word in str(caught.value)
 
 
-def arguments_from(model, metadata):
+def arguments_from(rng, model, metadata):
     """What our tables infer from a file of timm's without our header."""
-    shapes = shapes_of(export_vit(random_params(model), model)[0])
+    shapes = shapes_of(export_vit(random_params(rng, model), model)[0])
     return infer_arguments(find_table(shapes), shapes, metadata)
 
 
@@ -280,36 +279,36 @@ TIMM = {
 
 
 @pytest.mark.parametrize("architecture", TIMM)
-def test_a_timm_name_says_what_shapes_do_not(architecture):
+def test_a_timm_name_says_what_shapes_do_not(architecture, rng):
     metadata = {"config": {"architecture": architecture}}
-    arguments = arguments_from(small(image_size=(16, 16), width=64), metadata)
+    arguments = arguments_from(rng, small(image_size=(16, 16), width=64), metadata)
     assert {key: arguments[key] for key in TIMM[architecture]} == TIMM[architecture]
     assert arguments["image_size"] == (16, 16)
 
 
-def test_heads_of_an_unusual_width_are_asked_for_and_not_guessed():
+def test_heads_of_an_unusual_width_are_asked_for_and_not_guessed(rng):
     with pytest.raises(UserError, match="how many heads share 8 channels"):
-        arguments_from(small(image_size=(16, 16)), {})
-    assert arguments_from(small(image_size=(16, 16), width=128), {})["num_heads"] == 2
+        arguments_from(rng, small(image_size=(16, 16)), {})
+    assert arguments_from(rng, small(image_size=(16, 16), width=128), {})["num_heads"] == 2
     square = small(image_size=(8, 8))
-    shapes = shapes_of(export_vit(random_params(square), square, to="torchvision")[0])
+    shapes = shapes_of(export_vit(random_params(rng, square), square, to="torchvision")[0])
     config = {"library": "torchvision", "kwargs": {"num_heads": 2}}
     assert infer_arguments(find_table(shapes), shapes, {"config": config})["num_heads"] == 2
 
 
-def test_a_timm_config_overrides_the_name():
+def test_a_timm_config_overrides_the_name(rng):
     config = {
         "architecture": "vit_base_patch16_224",
         "pretrained_cfg": {"input_size": [3, 12, 8]},
         "model_args": {"num_heads": 2, "global_pool": "avg", "act_layer": "silu"},
     }
-    arguments = arguments_from(small(), {"config": config})
+    arguments = arguments_from(rng, small(), {"config": config})
     assert arguments["image_size"] == (12, 8)
     assert (arguments["num_heads"], arguments["pool"]) == (2, "avg")
     assert arguments["activation"] == "silu"
 
 
-def test_arguments_that_no_vit_has_raise():
+def test_arguments_that_no_vit_has_raise(rng):
     cases = [
         ({"config": {"architecture": "vit_base_patch16_rpn_224"}}, "computes otherwise"),
         ({"config": {"model_args": {"act_layer": "elu", "img_size": [12, 8]}}}, "elu"),
@@ -319,10 +318,12 @@ def test_arguments_that_no_vit_has_raise():
     ]
     for metadata, words in cases:
         with pytest.raises(UserError, match=words):
-            arguments_from(small(), metadata)
+            arguments_from(rng, small(), metadata)
     header = {"vision_jax": {"arguments": {"wings": 2}}}
     with pytest.raises(UserError, match="wings"):
-        recognize(Weights(export_vit(random_params(small()), small())[0], header, None, "file", ""))
+        recognize(
+            Weights(export_vit(random_params(rng, small()), small())[0], header, None, "file", "")
+        )
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):

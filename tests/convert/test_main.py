@@ -39,13 +39,12 @@ VIT = {
 }
 
 
-def random_model(**changed):
+def random_model(rng, **changed):
     """(arguments, params by path) of a small ViT."""
     arguments = {**FAMILIES["vit"].defaults, **VIT, **changed}
     model = build_model("vit", **arguments)
     images = (1, *arguments["image_size"], 3)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(images)))["params"]
-    rng = np.random.default_rng()
     return arguments, {
         path: rng.standard_normal(leaf.shape, np.float32)
         for path, leaf in paths.flatten(shapes).items()
@@ -53,9 +52,9 @@ def random_model(**changed):
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path, rng):
     """A good file of timm's naming."""
-    arguments, params = random_model()
+    arguments, params = random_model(rng)
     tensors, header = convert.export_weights(params, "vit", arguments)
     convert.write_safetensors(tmp_path / "x.safetensors", tensors, header)
     return tmp_path / "x.safetensors"
@@ -541,8 +540,7 @@ def golden_header(source):
     return json.dumps({"family": family, "arguments": arguments})
 
 
-def test_our_writer_writes_what_the_formats_library_writes(tmp_path):
-    rng = np.random.default_rng()
+def test_our_writer_writes_what_the_formats_library_writes(tmp_path, rng):
     tensors = {
         f"{name}{code}": rng.normal(0, 3, (2, 3)).astype(dtype)
         for code, dtype in files.DTYPES.items()
@@ -609,13 +607,13 @@ def peak_of(*arguments):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_shards_convert_in_bounded_memory(dtype, tmp_path):
+def test_shards_convert_in_bounded_memory(dtype, tmp_path, rng):
     """A model of 0.5 GB in the layout that is joined on import, and split again on export."""
     small = {"width": 64, "mlp_width": 128, "layer_norm_eps": 1e-12}
     large = {"width": 1536, "mlp_width": 6144, "depth": 5, "layer_norm_eps": 1e-12}
     peaks, sizes = [], []
     for number, changed in enumerate((small, large)):
-        arguments, params = random_model(**changed)
+        arguments, params = random_model(rng, **changed)
         tensors, header = convert.export_weights(params, "vit", arguments, to="transformers")
         folder = tmp_path / str(number)
         folder.mkdir()

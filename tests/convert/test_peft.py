@@ -54,33 +54,31 @@ MODEL = {
 }
 
 
-def make_params():
-    random = np.random.default_rng()
+def make_params(rng):
     tree: dict = {}
     for path, shape in SHAPES.items():
         *parents, name = path.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = jnp.asarray(random.normal(size=shape), jnp.float32)
+        node[name] = jnp.asarray(rng.normal(size=shape), jnp.float32)
     return tree
 
 
-def attach(params, rules=(r"block_\d+/.*", "patch_embed/kernel"), **settings):
+def attach(rng, params, rules=(r"block_\d+/.*", "patch_embed/kernel"), **settings):
     arguments = {"key": jax.random.key(0, impl="rbg"), "rank": 2, "alpha": 3.0} | settings
     params = lora.attach(params, rules, **arguments)
     flat = paths.flatten(params)
-    random = np.random.default_rng()
     for path in sorted(lora.adapter_paths(params)):
-        flat[path] = jnp.asarray(random.normal(size=flat[path].shape), jnp.float32)
+        flat[path] = jnp.asarray(rng.normal(size=flat[path].shape), jnp.float32)
     return paths.unflatten(params, flat)
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_round_trip_is_exact(dora, tmp_path):
+def test_round_trip_is_exact(dora, tmp_path, rng):
     """All that the naming can hold comes back to the bit: factors, settings, the trained head."""
-    base = make_params()
-    params = attach(base, dora=dora, dropout=0.25)
+    base = make_params(rng)
+    params = attach(rng, base, dora=dora, dropout=0.25)
     params["head"] = {"kernel": base["head"]["kernel"] + 1, "bias": base["head"]["bias"] - 1}
     saved = ["head/kernel", "cls_token"]
     write_adapter(
@@ -91,9 +89,9 @@ def test_round_trip_is_exact(dora, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_parts_round_trip_through_separate_modules(tmp_path):
-    base = make_params()
-    params = attach(base, qkv_parts="q,v")
+def test_parts_round_trip_through_separate_modules(tmp_path, rng):
+    base = make_params(rng)
+    params = attach(rng, base, qkv_parts="q,v")
     write_adapter(tmp_path, params, base_model_name="x", **MODEL, naming="transformers")
     again = read_adapter(tmp_path, base, **MODEL)
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -106,10 +104,10 @@ def test_parts_round_trip_through_separate_modules(tmp_path):
     assert "vit.layers.0.attention.k_proj" not in config["target_modules"]
 
 
-def test_parts_of_different_scales_come_back_exactly(tmp_path):
+def test_parts_of_different_scales_come_back_exactly(tmp_path, rng):
     """Each part has its own alpha in PEFT's file, and no factor is multiplied by anything."""
-    base = make_params()
-    params = attach(base, [r"block_\d+/attn/qkv/kernel"], qkv_parts="q,v")
+    base = make_params(rng)
+    params = attach(rng, base, [r"block_\d+/attn/qkv/kernel"], qkv_parts="q,v")
     leaf = params["block_1"]["attn"]["qkv"]["kernel"]
     own = params["block_1"]["attn"]["qkv"] | {"kernel": replace(leaf, scale=(1.5, 0.1))}
     params["block_1"]["attn"]["qkv"] = own
@@ -124,16 +122,16 @@ def test_parts_of_different_scales_come_back_exactly(tmp_path):
     np.testing.assert_allclose(*(lora.merge(x) for x in (one, own["kernel"])), rtol=1e-5, atol=1e-6)
 
 
-def test_a_named_adapter_lies_one_folder_deeper(tmp_path):
-    params = attach(make_params())
+def test_a_named_adapter_lies_one_folder_deeper(tmp_path, rng):
+    params = attach(rng, make_params(rng))
     write_adapter(tmp_path / "mine", params, base_model_name="x", **MODEL, naming="timm")
     with pytest.raises(UserError, match="there is one in mine"):
-        read_adapter(tmp_path, make_params(), **MODEL)
+        read_adapter(tmp_path, make_params(rng), **MODEL)
 
 
-def test_parts_become_one_adapter_of_the_summed_rank_in_timm(tmp_path):
-    base = make_params()
-    params = attach(base, [r"block_\d+/attn/.*"], qkv_parts="q,v")
+def test_parts_become_one_adapter_of_the_summed_rank_in_timm(tmp_path, rng):
+    base = make_params(rng)
+    params = attach(rng, base, [r"block_\d+/attn/.*"], qkv_parts="q,v")
     write_adapter(tmp_path, params, base_model_name="x", **MODEL, naming="timm")
     again = read_adapter(tmp_path, base, **MODEL)
     for x, y in zip(*(jax.tree.leaves(lora.merge(p)) for p in (again, params)), strict=True):
@@ -146,9 +144,9 @@ def test_parts_become_one_adapter_of_the_summed_rank_in_timm(tmp_path):
     assert ranks["blocks.0.attn.proj"] == 2
 
 
-def test_reading_works_on_abstract_parameters(tmp_path):
-    base = make_params()
-    params = attach(base)
+def test_reading_works_on_abstract_parameters(tmp_path, rng):
+    base = make_params(rng)
+    params = attach(rng, base)
     write_adapter(tmp_path, params, base_model_name="x", **MODEL, naming="timm")
     shapes = jax.eval_shape(lambda base: read_adapter(tmp_path, base, **MODEL), base)
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(jnp.shape, params)
@@ -217,10 +215,10 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("edit", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_adapter_is_refused_in_one_line(edit, message, tmp_path):
-    base = make_params()
+def test_hostile_adapter_is_refused_in_one_line(edit, message, tmp_path, rng):
+    base = make_params(rng)
     write_adapter(
-        tmp_path, attach(base, ["block_0/.*"]), base_model_name="x", **MODEL, naming="timm"
+        tmp_path, attach(rng, base, ["block_0/.*"]), base_model_name="x", **MODEL, naming="timm"
     )
     file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     config, tensors = json.loads(config_file.read_text()), safetensors.numpy.load_file(file)
@@ -232,12 +230,12 @@ def test_hostile_adapter_is_refused_in_one_line(edit, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_damaged_folder_is_refused_in_one_line(tmp_path):
-    base = make_params()
+def test_damaged_folder_is_refused_in_one_line(tmp_path, rng):
+    base = make_params(rng)
     with pytest.raises(UserError, match=r"no adapter_config\.json in it"):
         read_adapter(tmp_path, base, **MODEL)
     write_adapter(
-        tmp_path, attach(base, ["block_0/.*"]), base_model_name="x", **MODEL, naming="timm"
+        tmp_path, attach(rng, base, ["block_0/.*"]), base_model_name="x", **MODEL, naming="timm"
     )
     file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     content = file.read_bytes()

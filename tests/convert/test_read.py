@@ -20,7 +20,6 @@ from vision_jax.convert.read import read_preprocessing
 from vision_jax.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-RNG = np.random.default_rng()
 
 
 def fails(spec, *words, **arguments):
@@ -32,8 +31,8 @@ def fails(spec, *words, **arguments):
         assert word in message, message
 
 
-def test_a_file_comes_with_its_hash_and_nothing_else(tmp_path):
-    tensors = {"a": RNG.normal(size=(2, 3)).astype(np.float32)}
+def test_a_file_comes_with_its_hash_and_nothing_else(tmp_path, rng):
+    tensors = {"a": rng.normal(size=(2, 3)).astype(np.float32)}
     path = tmp_path / "x.safetensors"
     write_safetensors(path, tensors)
     (tmp_path / "config.json").write_text("another model's")
@@ -46,8 +45,8 @@ def test_a_file_comes_with_its_hash_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
-def test_half_precision_becomes_float32_exactly(dtype, tmp_path):
-    values = RNG.normal(size=(5, 3)).astype(dtype)
+def test_half_precision_becomes_float32_exactly(dtype, tmp_path, rng):
+    values = rng.normal(size=(5, 3)).astype(dtype)
     write_safetensors(tmp_path / "x.safetensors", {"a": values})
     read = read_weights(str(tmp_path / "x.safetensors")).tensors["a"]
     assert read.dtype == np.float32
@@ -55,27 +54,27 @@ def test_half_precision_becomes_float32_exactly(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 7, 40, -1])
-def test_a_truncated_file_is_named(keep, tmp_path):
+def test_a_truncated_file_is_named(keep, tmp_path, rng):
     path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"a": RNG.normal(size=(8, 8))})
+    write_safetensors(path, {"a": rng.normal(size=(8, 8))})
     path.write_bytes(path.read_bytes()[:keep])
     fails(path, str(path), "damaged", "again")
 
 
-def test_names_of_a_tied_tensor_are_followed(tmp_path):
+def test_names_of_a_tied_tensor_are_followed(tmp_path, rng):
     """What safetensors.torch.save_model notes of tensors that share their memory."""
     path = tmp_path / "x.safetensors"
-    tensors = {"a": RNG.normal(size=(2, 3)).astype(np.float32)}
+    tensors = {"a": rng.normal(size=(2, 3)).astype(np.float32)}
     write_safetensors(path, tensors, {"format": "pt", "b": "a", "c": "nothing", "a": "a"})
     found = read_weights(str(path)).tensors
     assert set(found) == {"a", "b"}
     np.testing.assert_array_equal(found["b"], tensors["a"])
 
 
-def test_random_bytes_are_no_safetensors(tmp_path):
+def test_random_bytes_are_no_safetensors(tmp_path, rng):
     path = tmp_path / "x.safetensors"
     for _ in range(20):
-        path.write_bytes(RNG.bytes(int(RNG.integers(1, 200))))
+        path.write_bytes(rng.bytes(int(rng.integers(1, 200))))
         fails(path, str(path))
 
 
@@ -284,7 +283,7 @@ def test_the_hub_then_its_cache_when_the_hub_is_gone(tmp_path):
         assert ask(unknown).startswith(f"UserError: {unknown}: not in the cache")
 
 
-def test_safetensors_written_elsewhere_are_read(tmp_path):
-    tensors = {"x": RNG.normal(size=(3, 1)).astype(np.float32)}
+def test_safetensors_written_elsewhere_are_read(tmp_path, rng):
+    tensors = {"x": rng.normal(size=(3, 1)).astype(np.float32)}
     safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     assert read_weights(str(tmp_path / "x.safetensors")).tensors["x"].shape == (3, 1)

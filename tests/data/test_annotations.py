@@ -17,12 +17,11 @@ from vision_jax.data.annotations import examine_annotations, read_annotations
 from vision_jax.doctor.examine import examine
 from vision_jax.errors import UserError
 
-rng = np.random.default_rng()
 SIZES = {"a.jpg": (40, 60), "b.png": (33, 21), "sub/c.jpg": (50, 50)}  # (height, width)
 
 
 @pytest.fixture
-def images(tmp_path):
+def images(tmp_path, rng):
     """Three images, one in a folder below, and the file that nobody may reach."""
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
@@ -32,7 +31,7 @@ def images(tmp_path):
     return folder
 
 
-def random_boxes(count: int) -> np.ndarray:
+def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
     """f64[count, 4] xywh, of quarters, so that all formats hold them exactly."""
     return np.concatenate([rng.integers(0, 60, (count, 2)), rng.integers(4, 80, (count, 2))], 1) / 4
 
@@ -73,8 +72,8 @@ def refused(spec: str, images=None) -> str:
 # --- right files --------------------------------------------------------------------------------
 
 
-def test_coco(images, tmp_path):
-    boxes = random_boxes(50)
+def test_coco(images, tmp_path, rng):
+    boxes = random_boxes(rng, 50)
     image, category = rng.integers(0, 3, 50), rng.integers(0, 2, 50)
     area, crowd = rng.uniform(1, 100, 50), rng.integers(0, 2, 50)
     entries = [
@@ -223,9 +222,9 @@ def yolo_row(category, box, size) -> str:
 
 
 @pytest.fixture
-def yolo(images, tmp_path):
+def yolo(images, tmp_path, rng):
     """images/, labels/, data.yaml; b.png has no labels."""
-    boxes = random_boxes(5)
+    boxes = random_boxes(rng, 5)
     (tmp_path / "labels/sub").mkdir(parents=True)
     rows = [yolo_row(i % 2, boxes[i], SIZES["a.jpg"]) for i in range(4)]
     write(tmp_path / "labels/a.txt", "\n".join(rows) + "\n\n")
@@ -296,7 +295,7 @@ def test_a_folder_of_one_json(images):
     assert f"give one of {images}/_annotations.coco.json, {images}/second.json" in message
 
 
-def test_boxes_at_once_are_boxes_one_by_one(images, tmp_path, monkeypatch):
+def test_boxes_at_once_are_boxes_one_by_one(images, tmp_path, monkeypatch, rng):
     """The quick way gives exactly what the careful one does, with and without categories."""
     for categories in (None, []):
         entries = [
@@ -304,7 +303,7 @@ def test_boxes_at_once_are_boxes_one_by_one(images, tmp_path, monkeypatch):
                 "id": i,
                 "image_id": int(rng.integers(7, 10)),
                 "category_id": int(rng.choice([3, 90])),
-                "bbox": random_boxes(1)[0].tolist(),
+                "bbox": random_boxes(rng, 1)[0].tolist(),
             }
             | ({"area": 3} if i % 3 else {"area": None})
             | ({"iscrowd": i % 2} if i % 5 else {})
@@ -810,7 +809,7 @@ def test_what_is_not_annotations(case, images, tmp_path):
     assert "bad.json" in refused(str(path), images)
 
 
-def test_random_damage_never_gives_a_traceback(images, tmp_path):
+def test_random_damage_never_gives_a_traceback(images, tmp_path, rng):
     """Bytes changed, removed and repeated: a right reading or one line."""
     data = json.dumps(coco()).encode()
     for _ in range(300):

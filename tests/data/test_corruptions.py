@@ -41,13 +41,13 @@ def test_equal_to_the_byte_with_the_same_draws(key):
     np.testing.assert_array_equal(made, GOLDEN[key])
 
 
-def random_image(side: int, channels: int = 3) -> np.ndarray:
-    return np.random.default_rng().integers(0, 256, (side, side, channels), np.uint8)
+def random_image(rng: np.random.Generator, side: int, channels: int = 3) -> np.ndarray:
+    return rng.integers(0, 256, (side, side, channels), np.uint8)
 
 
 @pytest.mark.parametrize("side", [24, 72])
-def test_jpeg_and_pixelate_are_pillow_s(side):
-    image = random_image(side)
+def test_jpeg_and_pixelate_are_pillow_s(side, rng):
+    image = random_image(rng, side)
     for severity in SEVERITIES:
         quality = PARAMETERS["jpeg"][side <= 64][severity - 1]
         file = io.BytesIO()
@@ -86,8 +86,8 @@ def test_the_last_severity_does_more_than_the_first(name, side):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_draws_depend_on_seed_severity_and_index_alone(name):
-    image = random_image(32)
+def test_draws_depend_on_seed_severity_and_index_alone(name, rng):
+    image = random_image(rng, 32)
 
     def made(index, seed=0, severity=3):
         return corrupt(image, index, name=name, severity=severity, seed=seed)
@@ -112,25 +112,24 @@ def test_corruptions_of_equal_draws_differ():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_grey_images_stay_grey_and_others_are_refused(name):
-    grey = random_image(32, 1)
+def test_grey_images_stay_grey_and_others_are_refused(name, rng):
+    grey = random_image(rng, 32, 1)
     made = corrupt(grey, 0, name=name, severity=3, seed=0)
     assert made.shape == grey.shape
     assert made.dtype == np.uint8
     with pytest.raises(UserError, match="1 or 3 channels"):
-        corrupt(random_image(32, 4), 0, name=name, severity=3, seed=0)
+        corrupt(random_image(rng, 32, 4), 0, name=name, severity=3, seed=0)
 
 
-def test_a_grey_value_is_brightened_as_its_color_is():
-    grey = random_image(32, 1)
+def test_a_grey_value_is_brightened_as_its_color_is(rng):
+    grey = random_image(rng, 32, 1)
     color = np.repeat(grey, 3, axis=2)
     for name in ("brightness", "contrast", "defocus_blur", "zoom_blur"):
         one, three = (corrupt(i, 0, name=name, severity=2, seed=0) for i in (grey, color))
         np.testing.assert_array_equal(np.repeat(one, 3, axis=2), three)
 
 
-def test_frost_mixes_textures_of_the_photographs_colors():
-    rng = np.random.default_rng()
+def test_frost_mixes_textures_of_the_photographs_colors(rng):
     textures = np.stack([corruptions._ice((96, 96, 3), rng) for _ in range(60)])
     means = textures.mean((1, 2))  # [60, 3]
     deviations = textures.mean(3).std((1, 2))
@@ -143,13 +142,12 @@ def test_frost_mixes_textures_of_the_photographs_colors():
         int(np.argmin([np.abs(m - color).max() for color, _ in corruptions.FROSTS])) for m in means
     }
     assert seen == {0, 1, 3, 4}
-    image, texture = random_image(96), corruptions._ice((96, 96, 3), np.random.default_rng(7))
+    image, texture = random_image(rng, 96), corruptions._ice((96, 96, 3), np.random.default_rng(7))
     mixed = corruptions.frost(image, (0.7, 0.6), np.random.default_rng(7))
     np.testing.assert_allclose(mixed, 0.7 * image + 0.6 * texture, rtol=1e-12)
 
 
-def test_the_affine_map_takes_the_moved_points_back():
-    rng = np.random.default_rng()
+def test_the_affine_map_takes_the_moved_points_back(rng):
     seed = int(rng.integers(2**31))
     height, width, shift = 40, 56, 3.0
     back = corruptions._corners_moved(height, width, shift, np.random.default_rng(seed))
@@ -160,8 +158,8 @@ def test_the_affine_map_takes_the_moved_points_back():
         np.testing.assert_allclose(back @ [y, x, 1], point[::-1], atol=1e-10)
 
 
-def test_the_parameters_are_those_of_a_size():
-    image = random_image(64)
+def test_the_parameters_are_those_of_a_size(rng):
+    image = random_image(rng, 64)
     larger = np.pad(image, ((0, 1), (0, 0), (0, 0)), mode="edge")
     small, large = (
         corrupt(i, 0, name="contrast", severity=1, seed=0).astype(float).std()

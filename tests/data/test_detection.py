@@ -18,8 +18,6 @@ from vision_jax.data.detection import (
 )
 from vision_jax.errors import UserError
 
-rng = np.random.default_rng()
-
 
 def annotations(folder, sizes, boxes, *, categories=((1, "cat", ""),), crowd=None, **changes):
     """`boxes`: (image, category, left, top, width, height) each; paths are 0.png, 1.png, ..."""
@@ -46,7 +44,7 @@ def annotations(folder, sizes, boxes, *, categories=((1, "cat", ""),), crowd=Non
     return Annotations(**(fields | changes))
 
 
-def write_images(folder, sizes, exif=None):
+def write_images(rng, folder, sizes, exif=None):
     for i, (height, width) in enumerate(sizes):
         pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
         header = Image.Exif()
@@ -55,9 +53,9 @@ def write_images(folder, sizes, exif=None):
         Image.fromarray(pixels).save(folder / f"{i}.png", exif=header)
 
 
-def test_items_and_what_is_known_without_them(tmp_path):
+def test_items_and_what_is_known_without_them(tmp_path, rng):
     sizes = [(20, 30), (40, 10), (8, 8)]
-    write_images(tmp_path, sizes)
+    write_images(rng, tmp_path, sizes)
     boxes = [(1, 0, 1, 2, 3, 4), (0, 1, 5, 6, 7, 8), (1, 1, 0, 0, 10, 40), (0, 0, 0.5, 0.25, 1, 2)]
     categories = ((7, "cat", "animal"), ("x", "dog", "animal"))
     crowd = [False, True, False, False]
@@ -93,7 +91,7 @@ def test_items_and_what_is_known_without_them(tmp_path):
     assert np.array_equal(copy[1]["image"], source[1]["image"])
 
 
-def test_boxes_are_clipped_and_empty_ones_left_out(tmp_path):
+def test_boxes_are_clipped_and_empty_ones_left_out(tmp_path, rng):
     """Random boxes against the same rules written for one box."""
     sizes = rng.integers(5, 60, (20, 2))
     table = np.column_stack(
@@ -143,7 +141,7 @@ def test_a_root_without_boxes_is_no_class(tmp_path):
     assert (source.class_names, source.category_ids) == (("cat",), (1,))
 
 
-def test_labels_map_by_name_and_back(tmp_path):
+def test_labels_map_by_name_and_back(tmp_path, rng):
     ids = rng.permutation(1000)[:12].tolist()
     categories = tuple((key, f"class {key}", "") for key in ids)
     table = [(0, c, 1, 1, 2, 2) for c in rng.integers(0, 12, 50)]
@@ -171,9 +169,9 @@ def test_nothing_to_read(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif(tmp_path, orientation):
+def test_exif(tmp_path, orientation, rng):
     """Boxes fit what is read, whether they were drawn on the upright or on the stored image."""
-    write_images(tmp_path, [(6, 10)], [orientation])
+    write_images(rng, tmp_path, [(6, 10)], [orientation])
     stored = np.asarray(Image.open(tmp_path / "0.png"))
     turned = orientation >= 5
     box = [(0, 0, 1, 2, 3, 4)]

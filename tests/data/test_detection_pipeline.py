@@ -23,7 +23,6 @@ from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import FileReader
 from vision_jax.errors import UserError
 
-rng = np.random.default_rng()
 MEAN, STD = (0.5,) * 3, (0.5,) * 3
 SMALL = DetectionPreprocessing(
     32, 53, False, "bilinear", MEAN, STD, ((32, 32), (32, 44), (44, 32), (32, 64), (64, 32))
@@ -48,7 +47,9 @@ class ListReader:
         return f"image {row}"
 
 
-def random_source(count: int, *, damaged=(), boxes: int = 6, sizes=None) -> DetectionSource:
+def random_source(
+    rng: np.random.Generator, count: int, *, damaged=(), boxes: int = 6, sizes=None
+) -> DetectionSource:
     sizes = rng.integers(12, 40, (count, 2)) if sizes is None else np.array(sizes)
     counts = rng.integers(0, boxes + 1, count)
     image = np.repeat(np.arange(count), counts)
@@ -129,8 +130,8 @@ def check_layout(batch, canvases, rows=4, boxes=5):
     assert (shares[..., :2] + shares[..., 2:] / 2 <= 1 + 1e-6).all()
 
 
-def test_fixed_shapes():
-    source = random_source(60)
+def test_fixed_shapes(rng):
+    source = random_source(rng, 60)
     batches = take(train_iterator(source), 60)
     for batch in batches:
         check_layout(batch, SMALL.buckets)
@@ -138,8 +139,8 @@ def test_fixed_shapes():
     assert len({batch["image"].shape for batch in batches}) > 1
 
 
-def test_targets_are_those_of_the_source():
-    source = random_source(40)
+def test_targets_are_those_of_the_source(rng):
+    source = random_source(rng, 40)
     for batch in take(train_iterator(source, augmentation=PLAIN, max_boxes=9), 20):
         for row, index in enumerate(batch["index"]):
             size = resized_size(tuple(source.sizes[index]), SMALL)
@@ -159,16 +160,16 @@ def test_targets_are_those_of_the_source():
             )
 
 
-def test_two_runs_and_thread_counts_are_equal_to_the_byte():
-    source = random_source(30)
+def test_two_runs_and_thread_counts_are_equal_to_the_byte(rng):
+    source = random_source(rng, 30)
     runs = [take(train_iterator(source, num_threads=n), 30) for n in (2, 2, 1, 5)]
     for run in runs[1:]:
         assert_same(runs[0], run)
     assert indices(take(train_iterator(source, seed=8), 30)) != indices(runs[0])
 
 
-def test_processes_share_the_global_batches():
-    source = random_source(50)
+def test_processes_share_the_global_batches(rng):
+    source = random_source(rng, 50)
     single = take(train_iterator(source, batch_size=6), 30)
     parts = [
         take(train_iterator(source, batch_size=2, process_index=i, process_count=3), 30)
@@ -181,8 +182,8 @@ def test_processes_share_the_global_batches():
 
 
 @pytest.mark.parametrize("position", [0, 1, 7, 30, 161])
-def test_resume_is_exact_also_across_periods(position):
-    source = random_source(41)  # a period is 164 batches
+def test_resume_is_exact_also_across_periods(position, rng):
+    source = random_source(rng, 41)  # a period is 164 batches
     expected = take(train_iterator(source), position + 8)
     resumed = train_iterator(source, first_batch=position)
     assert_same(take(resumed, 8), expected[position:])
@@ -197,9 +198,9 @@ def write_images(source: DetectionSource, folder, damaged=()) -> DetectionSource
     return replace(source, reader=FileReader(folder, source.paths))
 
 
-def test_worker_processes_do_not_change_the_batches_and_resume(tmp_path):
+def test_worker_processes_do_not_change_the_batches_and_resume(tmp_path, rng):
     """Also: damaged images that workers met are counted on this side."""
-    source = write_images(random_source(23), tmp_path, damaged=(3, 11))
+    source = write_images(random_source(rng, 23), tmp_path, damaged=(3, 11))
     arguments = {"num_threads": 1, "max_damaged": 0.5}
     logs = [DamageLog(), DamageLog()]
     expected = take(train_iterator(source, damage_log=logs[0], **arguments), 14)
@@ -216,10 +217,10 @@ def test_worker_processes_do_not_change_the_batches_and_resume(tmp_path):
 # --- order --------------------------------------------------------------------------------------
 
 
-def test_no_image_is_starved_and_groups_get_their_share():
+def test_no_image_is_starved_and_groups_get_their_share(rng):
     """Groups from tiny to large; counts over each epoch, three epochs, and a whole period."""
     sizes = [(24, 32)] * 50 + [(32, 24)] * 33 + [(32, 12)] * 8 + [(16, 32)] * 5
-    source = random_source(len(sizes), sizes=sizes)
+    source = random_source(rng, len(sizes), sizes=sizes)
     batches = take(train_iterator(source, augmentation=PLAIN), 2 * 16 * 96 // 4)
     for batch in batches:  # no batch mixes shapes
         assert len({tuple(source.sizes[index]) for index in batch["index"]}) == 1
@@ -240,8 +241,8 @@ def test_no_image_is_starved_and_groups_get_their_share():
     assert Counter(map(tuple, large.reshape(-1, 4))).most_common(1)[0][1] == 1  # other company
 
 
-def test_images_go_to_the_canvas_of_their_shape():
-    source = random_source(300)
+def test_images_go_to_the_canvas_of_their_shape(rng):
+    source = random_source(rng, 300)
     for batch in take(train_iterator(source, augmentation=PLAIN), 40):
         canvas = batch["image"].shape[1:3]
         for size in batch["size"]:
@@ -249,9 +250,9 @@ def test_images_go_to_the_canvas_of_their_shape():
             assert canvas == min(fitting, key=np.prod)
 
 
-def test_images_of_rare_shapes_join_another_group():
+def test_images_of_rare_shapes_join_another_group(rng):
     """Three of one shape don't fill a batch; they shrink into the canvas of the others."""
-    source = random_source(40, sizes=[(24, 32)] * 37 + [(32, 12)] * 3)
+    source = random_source(rng, 40, sizes=[(24, 32)] * 37 + [(32, 12)] * 3)
     batches = take(train_iterator(source, augmentation=PLAIN), 30)
     assert {batch["image"].shape[1:3] for batch in batches} == {(32, 44)}
     seen = dict(
@@ -262,15 +263,15 @@ def test_images_of_rare_shapes_join_another_group():
     assert {tuple(seen[i]) for i in range(37, 40)} == {(32, 12)}
     for batch in batches:
         assert len(set(batch["index"].tolist())) == 4
-    few = take(train_iterator(random_source(2), batch_size=5, augmentation=PLAIN), 4)
+    few = take(train_iterator(random_source(rng, 2), batch_size=5, augmentation=PLAIN), 4)
     assert Counter(indices(few)) == {0: 10, 1: 10}
 
 
-def test_the_short_side_is_drawn_for_a_batch_and_takes_the_smallest_canvas():
+def test_the_short_side_is_drawn_for_a_batch_and_takes_the_smallest_canvas(rng):
     small = ((16, 32), (32, 16))
     preprocessing = replace(SMALL, buckets=SMALL.buckets + small)
     augmentation = replace(PLAIN, shorts=(14, 30, 32))
-    source = random_source(60, sizes=[(24, 32)] * 30 + [(32, 24)] * 30)
+    source = random_source(rng, 60, sizes=[(24, 32)] * 30 + [(32, 24)] * 30)
     found = Counter()
     for batch in take(
         train_iterator(source, preprocessing=preprocessing, augmentation=augmentation), 90
@@ -283,12 +284,12 @@ def test_the_short_side_is_drawn_for_a_batch_and_takes_the_smallest_canvas():
     assert min(found.values()) >= 4  # of 15 expected
 
 
-def test_square_images_fill_their_canvas():
+def test_square_images_fill_their_canvas(rng):
     square = DetectionPreprocessing(
         24, 24, True, "bilinear", MEAN, STD, ((16, 16), (24, 24), (32, 32))
     )
     augmentation = DetectionAugmentation(shorts=(16, 24, 32), crop=0.5)
-    source = random_source(30)
+    source = random_source(rng, 30)
     batches = take(train_iterator(source, preprocessing=square, augmentation=augmentation), 30)
     for batch in batches:
         assert (batch["size"] == batch["image"].shape[1:3]).all()
@@ -306,8 +307,8 @@ def test_square_images_fill_their_canvas():
 # --- targets ------------------------------------------------------------------------------------
 
 
-def test_the_largest_boxes_are_kept():
-    source = random_source(30, boxes=12)
+def test_the_largest_boxes_are_kept(rng):
+    source = random_source(rng, 30, boxes=12)
     counts = [int((~crowd).sum()) for crowd in source.crowd]
     crowded = sum(count > 5 for count in counts)
     assert crowded
@@ -331,8 +332,8 @@ def test_the_largest_boxes_are_kept():
 # --- damaged images -----------------------------------------------------------------------------
 
 
-def test_damaged_images_are_replaced_counted_and_named():
-    source = random_source(40)
+def test_damaged_images_are_replaced_counted_and_named(rng):
+    source = random_source(rng, 40)
     broken = replace(source, reader=replace(source.reader, damaged=frozenset({4, 11})))
     log = DamageLog()
     batches = take(train_iterator(broken, max_damaged=0.05, damage_log=log), 30)
@@ -357,8 +358,8 @@ def eval_batches(source, **changes):
     return list(make_detection_eval_batches(source, **(arguments | changes)))
 
 
-def test_evaluation_has_every_image_once_on_its_canvas():
-    source = random_source(43)
+def test_evaluation_has_every_image_once_on_its_canvas(rng):
+    source = random_source(rng, 43)
     batches = eval_batches(source)
     seen = [i for batch in batches for i in batch["index"][batch["mask"]].tolist()]
     assert sorted(seen) == list(range(43))
@@ -379,8 +380,8 @@ def test_evaluation_has_every_image_once_on_its_canvas():
 
 
 @pytest.mark.parametrize("count", [1, 4, 25])
-def test_evaluation_over_processes(count):
-    source = random_source(count)
+def test_evaluation_over_processes(count, rng):
+    source = random_source(rng, count)
     parts = [eval_batches(source, process_index=i, process_count=3) for i in range(3)]
     shapes = [[batch["image"].shape for batch in part] for part in parts]
     assert shapes[0] == shapes[1] == shapes[2]
@@ -388,8 +389,8 @@ def test_evaluation_over_processes(count):
     assert sorted(seen) == list(range(count))
 
 
-def test_evaluation_masks_and_names_damaged_images():
-    source = random_source(10, damaged=(6,))
+def test_evaluation_masks_and_names_damaged_images(rng):
+    source = random_source(rng, 10, damaged=(6,))
     log = DamageLog()
     batches = eval_batches(source, damage_log=log)
     rows = [(i, m) for b in batches for i, m in zip(b["index"], b["mask"], strict=True)]
@@ -399,9 +400,9 @@ def test_evaluation_masks_and_names_damaged_images():
     assert (log.count, log.seen) == (1, 10)
 
 
-def test_default_buckets_show_every_image_at_the_size_that_the_rule_gives():
+def test_default_buckets_show_every_image_at_the_size_that_the_rule_gives(rng):
     preprocessing = replace(SMALL, short=40, longest=67, buckets=default_buckets(40, 67, 4))
-    source = random_source(60, sizes=rng.integers(10, 120, (60, 2)))
+    source = random_source(rng, 60, sizes=rng.integers(10, 120, (60, 2)))
     for batch in eval_batches(source, preprocessing=preprocessing):
         for index, size in zip(batch["index"], batch["size"], strict=True):
             if index >= 0:

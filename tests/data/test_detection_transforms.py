@@ -27,7 +27,6 @@ from vision_jax.data.detection_transforms import (
 )
 from vision_jax.errors import UserError
 
-rng = np.random.default_rng()
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -77,7 +76,7 @@ def test_corners_of_the_rule():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize(("short", "longest"), [(800, 1333), (480, 640), (97, 161), (64, 64)])
-def test_default_buckets_hold_every_image(count, short, longest):
+def test_default_buckets_hold_every_image(count, short, longest, rng):
     preprocessing = detr(short, longest, count)
     assert len(preprocessing.buckets) <= count
     assert len(set(preprocessing.buckets)) == len(preprocessing.buckets)
@@ -101,7 +100,7 @@ def test_default_buckets():
             default_buckets(*arguments)
 
 
-def test_choice_of_bucket_and_fit():
+def test_choice_of_bucket_and_fit(rng):
     for _ in range(500):
         buckets = [tuple(row) for row in rng.integers(10, 100, (5, 2)).tolist()]
         size = tuple(rng.integers(5, 120, 2).tolist())
@@ -148,18 +147,18 @@ def test_preprocessing_goes_through_json_and_checks_itself():
 # --- boxes --------------------------------------------------------------------------------------
 
 
-def random_boxes(count: int, height: int, width: int) -> np.ndarray:
+def random_boxes(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
     corners = np.sort(rng.uniform(0, 1, (count, 2, 2)), axis=1) * [width, height]
     return corners.reshape(-1, 4)
 
 
-def test_box_algebra_is_exact():
+def test_box_algebra_is_exact(rng):
     """Clip, flip and scale against rational arithmetic, one box at a time."""
     for _ in range(20):
         height, width, new_h, new_w = (int(n) for n in rng.integers(20, 2000, 4))
         top, left = int(rng.integers(height // 2)), int(rng.integers(width // 2))
         h, w = int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1))
-        boxes = random_boxes(30, height, width)
+        boxes = random_boxes(rng, 30, height, width)
         cropped = crop_boxes(boxes, (top, left, h, w))
         kept = (cropped[:, 2:] > cropped[:, :2]).all(1)
         ours = flip_boxes(scale_boxes(cropped[kept], (h, w), (new_h, new_w)), new_w)
@@ -189,7 +188,7 @@ AUGMENTATIONS = {
 
 @pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_boxes_follow_the_pixels(name, square):
+def test_boxes_follow_the_pixels(name, square, rng):
     """A box drawn as pixels: where it is after the augmentation, the transformed box says."""
     preprocessing = DetectionPreprocessing(
         64, 64 if square else 107, square, "bilinear", MEAN, STD, ((64, 64), (64, 128), (128, 64))
@@ -231,13 +230,13 @@ def test_boxes_follow_the_pixels(name, square):
     assert outcomes == ({True, False} if name in ("crop", "all") else {True})
 
 
-def test_boxes_stay_valid_in_hard_cases():
+def test_boxes_stay_valid_in_hard_cases(rng):
     """Slivers, boxes on the border and none at all: finite, inside, not empty, in order."""
     augmentation = DetectionAugmentation(crop=0.7)
     preprocessing = detr(32, 53, 4)
     for _ in range(300):
         height, width = (int(n) for n in rng.integers(1, 60, 2))
-        boxes = random_boxes(int(rng.integers(0, 6)), height, width)
+        boxes = random_boxes(rng, int(rng.integers(0, 6)), height, width)
         boxes = np.concatenate([boxes, [[0, 0, 1e-9, height], [0, 0, width, height]]])
         new, moved, kept = detection_train_transform(
             np.zeros((height, width, 3), np.uint8),
@@ -257,13 +256,13 @@ def test_boxes_stay_valid_in_hard_cases():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_images_are_mirrored(channels):
+def test_images_are_mirrored(channels, rng):
     image = rng.integers(0, 256, (7, 9, channels), np.uint8)
     for view in (image, image[1:5, 2:7]):
         assert np.array_equal(flip_image(view), view[:, ::-1])
 
 
-def test_evaluation_only_resizes():
+def test_evaluation_only_resizes(rng):
     image = rng.integers(0, 256, (48, 64, 3), np.uint8)
     boxes = np.array([[1.0, 2.0, 33.0, 26.0]])
     new, moved = detection_eval_transform(image, boxes, detr(96, 160), (96, 160))
@@ -281,7 +280,7 @@ def test_evaluation_only_resizes():
 
 
 @pytest.mark.parametrize("size", [(480, 640), (900, 700), (50, 300)])
-def test_windows_are_drawn_as_detr_draws_them(size):
+def test_windows_are_drawn_as_detr_draws_them(size, rng):
     """Means and deviations against DETR's recipe in whole pixels of the resized image."""
     count = 4000
     ours = np.array([random_window(size, rng, DetectionAugmentation(), 800) for _ in range(count)])
@@ -303,7 +302,7 @@ def test_windows_are_drawn_as_detr_draws_them(size):
     assert (np.abs(ours.std(0) / theirs.std(0) - 1) < 6 / math.sqrt(count) + 0.01).all()
 
 
-def test_draws_follow_the_generator():
+def test_draws_follow_the_generator(rng):
     image = rng.integers(0, 256, (60, 80, 3), np.uint8)
     arguments = {
         "preprocessing": detr(32, 53),
@@ -311,7 +310,7 @@ def test_draws_follow_the_generator():
         "short": 30,
         "canvas": (32, 64),
     }
-    boxes = random_boxes(4, 60, 80)
+    boxes = random_boxes(rng, 4, 60, 80)
     seeds = [np.random.default_rng(seed) for seed in (1, 1, 2)]
     one, same, other = (detection_train_transform(image, boxes, g, **arguments) for g in seeds)
     for a, b in zip(one, same, strict=True):
@@ -334,7 +333,7 @@ class Fixed:
 
 
 @pytest.mark.parametrize("draws", list(itertools.product([-1.0, 0.0, 0.7], repeat=3)))
-def test_color_jitter(draws):
+def test_color_jitter(draws, rng):
     """Against the definition in float64: brightness, contrast about the mean luma, saturation."""
     image = rng.integers(0, 256, (40, 50, 3), np.uint8)
     augmentation = DetectionAugmentation(brightness=0.4, contrast=0.5, saturation=0.6)
@@ -348,7 +347,7 @@ def test_color_jitter(draws):
     assert color_jitter(image, Fixed(*draws), nothing) is image
 
 
-def test_color_jitter_draws_within_its_limits():
+def test_color_jitter_draws_within_its_limits(rng):
     image = np.full((2, 2, 3), 100, np.uint8)
     augmentation = DetectionAugmentation(brightness=0.3)
     values = [color_jitter(image, rng, augmentation)[0, 0, 0] for _ in range(300)]
@@ -356,7 +355,7 @@ def test_color_jitter_draws_within_its_limits():
     assert 125 < max(values) <= 130
 
 
-def test_flips_and_crops_come_as_often_as_asked(monkeypatch):
+def test_flips_and_crops_come_as_often_as_asked(monkeypatch, rng):
     image = np.zeros((30, 30, 3), np.uint8)
     image[:, :15] = 255
     windows = []

@@ -12,11 +12,10 @@ from vision_jax.data.sources import ArrayReader, Source, read_source
 from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError
 
-rng = np.random.default_rng()
 SMALL = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bilinear", "squash")
 
 
-def array_source(count: int) -> Source:
+def array_source(rng: np.random.Generator, count: int) -> Source:
     images = rng.integers(0, 256, (count, 12, 10, 3), np.uint8)
     labels = np.arange(count, dtype=np.int32) % 3
     reader = ArrayReader("random", images)
@@ -53,8 +52,8 @@ def indices(batches) -> list[int]:
     return np.concatenate([batch["index"] for batch in batches]).tolist()
 
 
-def test_batch_layout():
-    source = array_source(20)
+def test_batch_layout(rng):
+    source = array_source(rng, 20)
     (batch,) = take(train_iterator(source), 1)
     shapes = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
     assert shapes == {
@@ -68,22 +67,22 @@ def test_batch_layout():
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "pad", "none"])
-def test_two_runs_are_equal_to_the_byte(crop):
-    source = array_source(30)
+def test_two_runs_are_equal_to_the_byte(crop, rng):
+    source = array_source(rng, 30)
     runs = [take(train_iterator(source, crop=crop), 20) for _ in range(2)]
     assert_same(*runs)
     other = take(train_iterator(source, crop=crop, seed=8), 20)
     assert indices(other) != indices(runs[0])
 
 
-def test_images_are_what_the_crop_says():
-    source = array_source(30)
+def test_images_are_what_the_crop_says(rng):
+    source = array_source(rng, 30)
     for batch in take(train_iterator(source, crop="none", flip=False), 5):
         for image, index in zip(batch["image"], batch["index"], strict=True):
             assert np.array_equal(image, eval_transform(source[index]["image"], SMALL))
     views = {
         image.tobytes()
-        for batch in take(train_iterator(array_source(1), crop="pad"), 50)
+        for batch in take(train_iterator(array_source(rng, 1), crop="pad"), 50)
         for image in batch["image"]
     }
     assert len(views) == 18  # one image, shifts of -1, 0, 1 each way, and mirrored
@@ -91,22 +90,22 @@ def test_images_are_what_the_crop_says():
         train_iterator(source, crop="middle")
 
 
-def test_each_epoch_has_each_example_once_in_another_order():
-    batches = take(train_iterator(array_source(22), batch_size=11), 6)
+def test_each_epoch_has_each_example_once_in_another_order(rng):
+    batches = take(train_iterator(array_source(rng, 22), batch_size=11), 6)
     epochs = [indices(batches[i : i + 2]) for i in (0, 2, 4)]
     assert all(sorted(epoch) == list(range(22)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_threads_do_not_change_the_order():
-    source = array_source(30)
+def test_threads_do_not_change_the_order(rng):
+    source = array_source(rng, 30)
     runs = [take(train_iterator(source, num_threads=n), 20) for n in (1, 5)]
     assert_same(*runs)
 
 
-def test_worker_processes_do_not_change_the_order_and_resume(tmp_path):
+def test_worker_processes_do_not_change_the_order_and_resume(tmp_path, rng):
     """Also: damaged images that workers met are counted on this side."""
-    source = file_source(tmp_path, 23, damaged=(3, 11))
+    source = file_source(rng, tmp_path, 23, damaged=(3, 11))
     arguments = {"max_damaged": 0.5, "num_threads": 1}
     logs = [DamageLog(), DamageLog()]
     expected = take(train_iterator(source, damage_log=logs[0], **arguments), 14)
@@ -121,17 +120,17 @@ def test_worker_processes_do_not_change_the_order_and_resume(tmp_path):
 
 
 @pytest.mark.parametrize("position", [0, 1, 3, 7, 8, 15])
-def test_resume_is_exact_also_across_epochs(position):
-    source = array_source(30)  # an epoch is 7.5 batches
+def test_resume_is_exact_also_across_epochs(position, rng):
+    source = array_source(rng, 30)  # an epoch is 7.5 batches
     whole = train_iterator(source)
     expected = take(whole, 20)
     resumed = train_iterator(source, first_batch=position)
     assert_same(take(resumed, 20 - position), expected[position:])
 
 
-def test_processes_share_the_global_batches():
+def test_processes_share_the_global_batches(rng):
     """The global batch, augmentation included, doesn't depend on how many processes read it."""
-    source = array_source(23)
+    source = array_source(rng, 23)
     single = take(train_iterator(source, batch_size=6), 12)
     parts = [
         take(train_iterator(source, batch_size=2, process_index=i, process_count=3), 12)
@@ -144,8 +143,8 @@ def test_processes_share_the_global_batches():
             )
 
 
-def test_images_are_not_decoded_on_the_training_thread(tmp_path, monkeypatch):
-    source = file_source(tmp_path, 8)
+def test_images_are_not_decoded_on_the_training_thread(tmp_path, monkeypatch, rng):
+    source = file_source(rng, tmp_path, 8)
     threads = set()
     real = decode.Image.open
 
@@ -163,7 +162,9 @@ def test_images_are_not_decoded_on_the_training_thread(tmp_path, monkeypatch):
 # --- damaged images -----------------------------------------------------------------------------
 
 
-def file_source(folder, count: int, damaged: tuple[int, ...] = ()) -> Source:
+def file_source(
+    rng: np.random.Generator, folder, count: int, damaged: tuple[int, ...] = ()
+) -> Source:
     for i in range(count):
         path = folder / "data" / "ab"[i % 2] / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,8 +174,8 @@ def file_source(folder, count: int, damaged: tuple[int, ...] = ()) -> Source:
     return read_source(str(folder / "data"))
 
 
-def test_damaged_images_are_replaced_counted_and_named(tmp_path):
-    source = file_source(tmp_path, 20, damaged=(4, 5, 13))
+def test_damaged_images_are_replaced_counted_and_named(tmp_path, rng):
+    source = file_source(rng, tmp_path, 20, damaged=(4, 5, 13))
     names = {f"{i:03}.png" for i in (4, 5, 13)}
     log = DamageLog()
     batches = take(train_iterator(source, max_damaged=0.15, damage_log=log), 15)  # 3 epochs
@@ -185,13 +186,13 @@ def test_damaged_images_are_replaced_counted_and_named(tmp_path):
     assert not bad_rows & set(indices(batches))
     assert all(batch["mask"].all() for batch in batches)
     # The others stand where they would stand without damage.
-    order = indices(take(train_iterator(sound_twin(source)), 15))
+    order = indices(take(train_iterator(sound_twin(rng, source)), 15))
     for at, index in enumerate(order):
         if index not in bad_rows:
             assert indices(batches)[at] == index
 
 
-def sound_twin(source: Source) -> Source:
+def sound_twin(rng: np.random.Generator, source: Source) -> Source:
     """A sound source of the same length and labels."""
     count = len(source)
     images = rng.integers(0, 256, (count, 12, 10, 3), np.uint8)
@@ -201,8 +202,8 @@ def sound_twin(source: Source) -> Source:
 
 
 @pytest.mark.parametrize(("max_damaged", "least"), [(0.14, 3), (0.0, 1)])
-def test_more_damaged_images_than_allowed_stop_the_run(tmp_path, max_damaged, least):
-    source = file_source(tmp_path, 20, damaged=(4, 5, 13))
+def test_more_damaged_images_than_allowed_stop_the_run(tmp_path, max_damaged, least, rng):
+    source = file_source(rng, tmp_path, 20, damaged=(4, 5, 13))
     log = DamageLog()
     with pytest.raises(UserError) as caught:
         take(train_iterator(source, max_damaged=max_damaged, damage_log=log), 10)
@@ -213,8 +214,8 @@ def test_more_damaged_images_than_allowed_stop_the_run(tmp_path, max_damaged, le
     assert least <= log.count <= 3
 
 
-def test_nothing_but_damaged_images_stops_the_run(tmp_path):
-    source = file_source(tmp_path, 6, damaged=tuple(range(6)))
+def test_nothing_but_damaged_images_stops_the_run(tmp_path, rng):
+    source = file_source(rng, tmp_path, 6, damaged=tuple(range(6)))
     with pytest.raises(UserError, match="6 of 6 images"):
         take(train_iterator(source, max_damaged=1.0), 1)
 
@@ -227,8 +228,8 @@ def eval_batches(source: Source, **changes) -> list[dict[str, np.ndarray]]:
     return list(make_eval_batches(source, **(arguments | changes)))
 
 
-def test_evaluation_order_and_padding():
-    source = array_source(10)
+def test_evaluation_order_and_padding(rng):
+    source = array_source(rng, 10)
     batches = eval_batches(source)
     assert indices(batches) == [*range(10), -1, -1]
     masks = np.concatenate([batch["mask"] for batch in batches])
@@ -244,8 +245,8 @@ def test_evaluation_order_and_padding():
 
 
 @pytest.mark.parametrize("count", [1, 4, 11, 12, 13, 24])
-def test_evaluation_over_processes(count):
-    source = array_source(count)
+def test_evaluation_over_processes(count, rng):
+    source = array_source(rng, count)
     parts = [eval_batches(source, process_index=i, process_count=3) for i in range(3)]
     assert len({len(part) for part in parts}) == 1
     seen = [
@@ -257,8 +258,8 @@ def test_evaluation_over_processes(count):
     assert sorted(seen) == list(range(count))
 
 
-def test_evaluation_masks_and_names_damaged_images(tmp_path):
-    source = file_source(tmp_path, 9, damaged=(4,))
+def test_evaluation_masks_and_names_damaged_images(tmp_path, rng):
+    source = file_source(rng, tmp_path, 9, damaged=(4,))
     log = DamageLog()
     batches = eval_batches(source, damage_log=log)
     (row,) = (i for i in range(9) if source.example_name(i).endswith("004.png"))

@@ -14,8 +14,6 @@ from vision_jax.data.folders import list_files
 from vision_jax.data.sources import ASSETS, read_source, split_source, subset
 from vision_jax.errors import UserError
 
-rng = np.random.default_rng()
-
 
 def write_image(path, value: int = 0):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +61,7 @@ def test_embedded_files_are_listed_with_their_checksum():
     assert "MIT" in table
 
 
-def test_cifar10(tmp_path):
+def test_cifar10(tmp_path, rng):
     images = rng.integers(0, 256, (6, 32, 32, 3), np.uint8)
     arrays = {"class_names": np.array(["a", "b"])}
     for split, part in (("train", images[:4]), ("test", images[4:])):

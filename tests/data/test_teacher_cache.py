@@ -13,7 +13,6 @@ from vision_jax.errors import UserError
 from vision_jax.models.families import build_model
 from vision_jax.ops import distillation
 
-RNG = np.random.default_rng()
 IDENTITY = {
     "teacher": "ab" * 32,
     "preprocessing": {"image_size": (8, 8), "mean": (0.5, 0.5, 0.5)},
@@ -27,15 +26,15 @@ def batches_of(arrays, size=4):
         yield {name: array[start : start + size] for name, array in arrays.items()}
 
 
-def make_arrays(count=10):
-    features = RNG.normal(size=(count, 2, 3)).astype(np.float32)
+def make_arrays(rng, count=10):
+    features = rng.normal(size=(count, 2, 3)).astype(np.float32)
     features[0, 0] = np.nan, -0.0, np.inf
     return {
-        "values": RNG.normal(size=(count, 5)).astype(np.float16),
-        "classes": RNG.integers(0, 9, (count, 5), np.int32),
-        "rest": RNG.normal(size=count),
+        "values": rng.normal(size=(count, 5)).astype(np.float16),
+        "classes": rng.integers(0, 9, (count, 5), np.int32),
+        "rest": rng.normal(size=count),
         "features": features,
-        "tokens": np.asarray(jnp.asarray(RNG.normal(size=(count, 2)), jnp.bfloat16)),
+        "tokens": np.asarray(jnp.asarray(rng.normal(size=(count, 2)), jnp.bfloat16)),
     }
 
 
@@ -51,22 +50,22 @@ def path(tmp_path):
     return tmp_path / "teacher.array_record"
 
 
-def test_arrays_come_back_to_the_bit_in_any_order(path):
-    arrays = make_arrays()
+def test_arrays_come_back_to_the_bit_in_any_order(path, rng):
+    arrays = make_arrays(rng)
     assert write_teacher_cache(path, batches_of(arrays), IDENTITY) == 10
     assert list(path.parent.iterdir()) == [path]
     cache = open_teacher_cache(path, IDENTITY)
     assert cache.count == 10
-    for order in (np.arange(10), RNG.integers(0, 10, 30)):
+    for order in (np.arange(10), rng.integers(0, 10, 30)):
         same_bits(cache.read(order), {name: array[order] for name, array in arrays.items()})
     again = pickle.loads(pickle.dumps(cache))
     assert again == cache
     same_bits(again.read([7]), {name: array[7:8] for name, array in arrays.items()})
 
 
-def test_batches_are_those_of_the_stream_on_any_number_of_processes(path):
+def test_batches_are_those_of_the_stream_on_any_number_of_processes(path, rng):
     """Against grain's own way of dealing examples out."""
-    arrays = make_arrays(24)
+    arrays = make_arrays(rng, 24)
     write_teacher_cache(path, batches_of(arrays), IDENTITY)
     cache = open_teacher_cache(path, IDENTITY)
     for processes in (1, 3):
@@ -79,8 +78,8 @@ def test_batches_are_those_of_the_stream_on_any_number_of_processes(path):
                 same_bits(batch, {name: array[numbers] for name, array in arrays.items()})
 
 
-def test_another_run_is_told_what_differs(path):
-    write_teacher_cache(path, batches_of(make_arrays()), IDENTITY)
+def test_another_run_is_told_what_differs(path, rng):
+    write_teacher_cache(path, batches_of(make_arrays(rng)), IDENTITY)
     others = {
         "teacher abababababababab, and this run has cdcdcdcdcdcdcdcd": {"teacher": "cd" * 32},
         "augmentation.seed 3, and this run has 4": {"augmentation": {"seed": 4, "flip": True}},
@@ -93,8 +92,8 @@ def test_another_run_is_told_what_differs(path):
             open_teacher_cache(path, IDENTITY | change)
 
 
-def test_numbers_that_were_not_stored(path):
-    write_teacher_cache(path, batches_of(make_arrays()), IDENTITY)
+def test_numbers_that_were_not_stored(path, rng):
+    write_teacher_cache(path, batches_of(make_arrays(rng)), IDENTITY)
     cache = open_teacher_cache(path, IDENTITY)
     for number in (10, -1):  # 10 is the header
         with pytest.raises(UserError, match=f"on 10 examples and not on number {number}"):
@@ -103,8 +102,8 @@ def test_numbers_that_were_not_stored(path):
         cache.batch(2, 4)
 
 
-def test_damaged_files_are_refused(path):
-    write_teacher_cache(path, batches_of(make_arrays(50)), IDENTITY)
+def test_damaged_files_are_refused(path, rng):
+    write_teacher_cache(path, batches_of(make_arrays(rng, 50)), IDENTITY)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - 70_000])
     with pytest.raises(UserError, match=r"no stored teacher|damaged"):
@@ -121,36 +120,36 @@ def test_damaged_files_are_refused(path):
         open_teacher_cache(path.parent / "nothing", IDENTITY)
 
 
-def test_a_write_that_fails_leaves_what_was_there(path):
-    write_teacher_cache(path, batches_of(make_arrays()), IDENTITY)
+def test_a_write_that_fails_leaves_what_was_there(path, rng):
+    write_teacher_cache(path, batches_of(make_arrays(rng)), IDENTITY)
     held = path.read_bytes()
 
     def broken():
-        yield make_arrays()
+        yield make_arrays(rng)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_teacher_cache(path, broken(), IDENTITY)
-    kinds = [make_arrays(), make_arrays() | {"rest": np.zeros(10, np.float32)}]
-    uneven = [make_arrays() | {"rest": np.zeros(9)}]
+    kinds = [make_arrays(rng), make_arrays(rng) | {"rest": np.zeros(10, np.float32)}]
+    uneven = [make_arrays(rng) | {"rest": np.zeros(9)}]
     for batches, message in ((kinds, "a batch of"), (uneven, r"\[9, 10\]"), ([], "no examples")):
         with pytest.raises(UserError, match=message):
             write_teacher_cache(path, batches, IDENTITY)
     assert path.read_bytes() == held
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(UserError, match=r"not written .*; give another path"):
-        write_teacher_cache(path / "below", batches_of(make_arrays()), IDENTITY)
+        write_teacher_cache(path / "below", batches_of(make_arrays(rng)), IDENTITY)
 
 
-def test_the_loss_is_that_of_a_live_teacher_to_the_bit(path):
+def test_the_loss_is_that_of_a_live_teacher_to_the_bit(path, rng):
     """The teacher inside the student's program, and its stored top logits read from the file."""
     sizes = {"image_size": (8, 8), "patch_size": 4, "depth": 2, "num_heads": 2, "mlp_width": 48}
     teacher, student = (build_model("vit", num_classes=20, width=w, **sizes) for w in (32, 16))
-    images = jnp.asarray(RNG.random((12, 8, 8, 3)), jnp.float32)
+    images = jnp.asarray(rng.random((12, 8, 8, 3)), jnp.float32)
 
     def draw(model):
         shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-        return jax.tree.map(lambda x: jnp.asarray(RNG.normal(size=x.shape) * 0.3, x.dtype), shapes)
+        return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes)
 
     told, taught = draw(teacher), draw(student)
 

@@ -82,9 +82,8 @@ def shown(channels, colormap, photometric, extra, bits, are_rgb) -> np.ndarray:
 
 @pytest.mark.parametrize("planar", ["contig", "separate"])
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_right_pixels_or_a_refusal(compression, planar, capfd):
+def test_right_pixels_or_a_refusal(compression, planar, capfd, rng):
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    rng = np.random.default_rng()
     parts = ({}, {"tile": (16, 16)}, {"rowsperstrip": 8})
     read = set()
     for layout, (kind, bits), part, byteorder, predictor in itertools.product(
@@ -122,8 +121,8 @@ def test_right_pixels_or_a_refusal(compression, planar, capfd):
         assert {("minisblack", 1, 1), ("palette", 1, 8)} <= read
 
 
-def test_the_first_page_and_its_orientation():
-    deep = np.random.default_rng().integers(0, 65536, (7, 5), np.uint16)
+def test_the_first_page_and_its_orientation(rng):
+    deep = rng.integers(0, 65536, (7, 5), np.uint16)
     turn = {1: deep, 3: deep[::-1, ::-1], 6: np.rot90(deep, -1), 8: np.rot90(deep)}
     for orientation, expected in turn.items():
         file = io.BytesIO()

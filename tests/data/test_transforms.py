@@ -16,8 +16,6 @@ from vision_jax.data.transforms import (
 )
 from vision_jax.errors import UserError
 
-rng = np.random.default_rng()
-
 
 def preprocessing(**changes) -> Preprocessing:
     fields = {
@@ -31,17 +29,17 @@ def preprocessing(**changes) -> Preprocessing:
     return Preprocessing(**(fields | changes))
 
 
-def random_image(height: int, width: int) -> np.ndarray:
+def random_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return rng.integers(0, 256, (height, width, 3), np.uint8)
 
 
-def test_center_keeps_the_middle():
-    image = random_image(8, 20)
+def test_center_keeps_the_middle(rng):
+    image = random_image(rng, 8, 20)
     assert np.array_equal(eval_transform(image, preprocessing()), image[:, 6:14])
 
 
-def test_border_fills_with_the_mean_color():
-    image = random_image(8, 4)
+def test_border_fills_with_the_mean_color(rng):
+    image = random_image(rng, 8, 4)
     out = eval_transform(image, preprocessing(crop_mode="border"))
     assert np.array_equal(out[:, 2:6], image)
     assert (out[:, :2] == (128, 64, 0)).all()
@@ -85,8 +83,8 @@ def test_center_crop_pads_small_images():
     assert np.array_equal(out, expected)
 
 
-def test_resize_to_the_same_size_is_the_identity():
-    image = random_image(5, 6)
+def test_resize_to_the_same_size_is_the_identity(rng):
+    image = random_image(rng, 5, 6)
     assert np.array_equal(resize(image, (5, 6), "bicubic"), image)
 
 
@@ -120,7 +118,7 @@ def coordinates(height: int, width: int) -> np.ndarray:
     return np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
 
 
-def test_random_crop_padded():
+def test_random_crop_padded(rng):
     image = coordinates(32, 32) + 1
     shifts = set()
     for _ in range(400):
@@ -135,8 +133,8 @@ def test_random_crop_padded():
     assert len(shifts) > 75  # of 81; below that once in 10⁶ runs or so if uniform
 
 
-def test_random_flip():
-    image = random_image(4, 6)
+def test_random_flip(rng):
+    image = random_image(rng, 4, 6)
     flipped = [np.array_equal(random_flip(image, rng), image[:, ::-1]) for _ in range(400)]
     assert 120 < sum(flipped) < 280  # 8 standard deviations
     assert all(
@@ -151,7 +149,7 @@ def window_of(out: np.ndarray) -> tuple[float, float]:
     return (bottom[0] - top[0]) * h / (h - 1), (bottom[1] - top[1]) * w / (w - 1)
 
 
-def test_random_resized_crop_stays_within_scale_and_ratio():
+def test_random_resized_crop_stays_within_scale_and_ratio(rng):
     image = coordinates(200, 250)
     windows = np.array(
         [
@@ -169,7 +167,7 @@ def test_random_resized_crop_stays_within_scale_and_ratio():
     assert abs(np.log(ratio).mean()) < 0.07  # log-uniform: symmetric about 1, sd 0.2 / √300 = 0.012
 
 
-def test_random_resized_crop_falls_back_to_the_center():
+def test_random_resized_crop_falls_back_to_the_center(rng):
     image = coordinates(20, 200)
     out = random_resized_crop(image, rng, (20, 26), (0.9, 1.0), (3 / 4, 4 / 3), "bilinear")
     expected = image[:, 86:113]  # round(20 · 4/3) = 27 columns about the middle
@@ -177,8 +175,8 @@ def test_random_resized_crop_falls_back_to_the_center():
     assert np.array_equal(out, np.asarray(resized))
 
 
-def test_random_transforms_are_functions_of_the_generator():
-    image = random_image(40, 50)
+def test_random_transforms_are_functions_of_the_generator(rng):
+    image = random_image(rng, 40, 50)
     for function in (
         lambda r: random_resized_crop(image, r, (9, 8), (0.1, 1), (0.7, 1.4), "bicubic"),
         lambda r: random_crop_padded(image, r, 4),
@@ -189,7 +187,7 @@ def test_random_transforms_are_functions_of_the_generator():
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-def test_channels_are_transformed_each_for_itself(crop_mode):
+def test_channels_are_transformed_each_for_itself(crop_mode, rng):
     """Five channels get what each would get alone, and grey what color would."""
     many = rng.integers(0, 256, (17, 30, 5), np.uint8)
     five = preprocessing(mean=(0.2,) * 5, std=(1.0,) * 5, crop_pct=0.9, crop_mode=crop_mode)
@@ -204,8 +202,8 @@ def test_channels_are_transformed_each_for_itself(crop_mode):
     np.testing.assert_array_equal(color, whole[..., :3])
 
 
-def test_color_becomes_luma_and_grey_becomes_color():
-    image = random_image(8, 8)
+def test_color_becomes_luma_and_grey_becomes_color(rng):
+    image = random_image(rng, 8, 8)
     luma = np.asarray(Image.fromarray(image).convert("L"))
     np.testing.assert_array_equal(to_channels(image, 1)[..., 0], luma)
     np.testing.assert_array_equal(to_channels(luma[..., None], 3), np.stack([luma] * 3, -1))

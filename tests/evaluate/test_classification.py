@@ -45,8 +45,7 @@ def _reference(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("count", "classes"), [(1, 2), (300, 3), (5000, 12)])
-def test_equals_the_definitions(count: int, classes: int) -> None:
-    rng = np.random.default_rng()
+def test_equals_the_definitions(count: int, classes: int, rng: np.random.Generator) -> None:
     logits = rng.normal(0, 3, (count, classes)).astype(np.float32)
     labels = rng.integers(0, classes, count).astype(np.int32)
     logits[np.arange(count), labels] += 1.5
@@ -126,8 +125,7 @@ def test_unusable_input_is_refused() -> None:
         summarize(np.zeros((2, 3)), np.array([0, 1]), _names(4))
 
 
-def test_confusion_matrix_counts_rows_by_truth() -> None:
-    rng = np.random.default_rng()
+def test_confusion_matrix_counts_rows_by_truth(rng: np.random.Generator) -> None:
     predictions = rng.integers(0, 5, 400).astype(np.int32)
     labels = rng.integers(0, 5, 400).astype(np.int32)
     expected = [[0] * 7 for _ in range(7)]

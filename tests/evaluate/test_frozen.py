@@ -9,9 +9,8 @@ CLASSES = 4
 
 
 @pytest.fixture
-def clusters():
+def clusters(rng):
     """Overlapping clusters: (train features, labels, test features, labels)."""
-    rng = np.random.default_rng()
     centers = rng.normal(size=(CLASSES, 6))
     labels = rng.integers(0, CLASSES, 90)
     features = (centers[labels] + rng.normal(size=(90, 6))).astype(np.float32)
@@ -46,7 +45,7 @@ def test_features_of_any_scale_and_zero_features_have_neighbors(clusters):
 
 
 @pytest.mark.parametrize("shots", [1, 8, 1000])
-def test_few_shot_is_the_ridge_regression(clusters, shots):
+def test_few_shot_is_the_ridge_regression(clusters, shots, rng):
     train, labels, test, truth = clusters
     arguments = {"num_classes": CLASSES, "shots": shots, "seed": 3}
     predicted = few_shot_predict(train, labels, test, **arguments)
@@ -62,7 +61,7 @@ def test_few_shot_is_the_ridge_regression(clusters, shots):
         assert (predicted == truth).mean() > 0.4  # chance is 0.25
     again = few_shot_predict(train, labels, test, **arguments)
     np.testing.assert_array_equal(predicted, again)
-    noise = np.random.default_rng().normal(size=(500, 6)).astype(np.float32)  # near every boundary
+    noise = rng.normal(size=(500, 6)).astype(np.float32)  # near every boundary
     chosen = [few_shot_predict(train, labels, noise, **{**arguments, "seed": s}) for s in (3, 4)]
     assert (chosen[0] != chosen[1]).any() == (shots < 1000)
 

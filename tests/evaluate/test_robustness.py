@@ -32,9 +32,8 @@ def linear(weights, images):
 
 
 @pytest.fixture
-def subject():
+def subject(rng):
     """(weights f32[48, 2], examples whose pixels stay in [0, 1] under every epsilon)."""
-    rng = np.random.default_rng()
     weights = rng.normal(size=(48, 2)).astype(np.float32)
     images = rng.integers(90, 165, (41, 4, 4, 3)).astype(np.uint8)
     labels = np.asarray(linear(weights, images / 255)).argmax(-1).astype(np.int32)
@@ -87,9 +86,9 @@ def test_accuracies_are_those_of_a_linear_model(subject):
 
 
 @pytest.mark.parametrize("name", ["pgd", "difgsm"])
-def test_draws_belong_to_the_example(subject, name):
+def test_draws_belong_to_the_example(subject, name, rng):
     weights, examples = subject
-    order = np.random.default_rng().permutation(41)
+    order = rng.permutation(41)
     whole = over(weights, name, 64, restarts=2)(examples, 0.03)
     parts = over(weights, name, 3, restarts=2)(examples.take(order), 0.03)  # 8 devices: 8 at once
     for key in ("image", "logits", "size"):
@@ -123,10 +122,10 @@ def test_epsilon_zero_is_clean_to_the_bit(subject):
         np.testing.assert_array_equal(over(weights, name)(examples, 0.0)["logits"], clean)
 
 
-def test_autoattack_finds_what_a_linear_model_withstands(subject):
+def test_autoattack_finds_what_a_linear_model_withstands(subject, rng):
     """Of three classes: the nearest boundary in L-infinity is the L1 norm of a difference away."""
     _, examples = subject
-    weights = np.random.default_rng().normal(size=(48, 3)).astype(np.float32)
+    weights = rng.normal(size=(48, 3)).astype(np.float32)
     logits = linear(weights, examples.images / 255)
     examples = Examples(examples.images, logits.argmax(-1).astype(np.int32), examples.index)
     top = weights.T[examples.labels]  # [41, 48]

@@ -14,13 +14,12 @@ VIT = {
     "image_size": (8, 8), "patch_size": 4, "width": 16, "depth": 3, "num_heads": 2, "mlp_width": 24,
 }  # fmt: skip
 RESNET = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8}
-IMAGES = jnp.asarray(np.random.default_rng().random((2, 8, 8, 3)), jnp.float32)
+IMAGES = jnp.asarray(np.random.default_rng(0).random((2, 8, 8, 3)), jnp.float32)
 
 
-def build(family: str, **arguments):
+def build(rng: np.random.Generator, family: str, **arguments):
     model = build_model(family, num_classes=3, **arguments)
     shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
-    rng = np.random.default_rng()
 
     def draw(leaf):
         return jnp.asarray(np.abs(rng.normal(size=leaf.shape)) * 0.3, leaf.dtype)
@@ -43,8 +42,8 @@ def flops(function, *arrays) -> float:
         ("resnet", RESNET, ["stem", "stage_0", "stage_1"]),
     ],
 )
-def test_outputs_are_the_same_to_the_bit_with_features(family, arguments, names):
-    model, variables = build(family, **arguments)
+def test_outputs_are_the_same_to_the_bit_with_features(family, arguments, names, rng):
+    model, variables = build(rng, family, **arguments)
     expected = jax.jit(model.apply)(variables, IMAGES)
     apply = jax.jit(partial(apply_with_features, model, names=names))
     outputs, features = apply(variables, IMAGES)
@@ -53,8 +52,8 @@ def test_outputs_are_the_same_to_the_bit_with_features(family, arguments, names)
     assert all(len(feature) == len(IMAGES) for feature in features.values())
 
 
-def test_what_is_not_named_costs_nothing():
-    model, variables = build("vit", **VIT)
+def test_what_is_not_named_costs_nothing(rng):
+    model, variables = build(rng, "vit", **VIT)
     plain = flops(model.apply, variables, IMAGES)
 
     def features_of(*names):
@@ -73,9 +72,9 @@ def test_what_is_not_named_costs_nothing():
     assert flops(first, variables, IMAGES) < 0.5 * plain
 
 
-def test_attention_is_what_the_block_attended_with():
+def test_attention_is_what_the_block_attended_with(rng):
     """Written out from the tokens that enter the block."""
-    model, variables = build("vit", **{**VIT, "num_heads": 1})
+    model, variables = build(rng, "vit", **{**VIT, "num_heads": 1})
     names = ["block_0", "block_0/attention", "block_1/attention"]
     _, features = jax.jit(partial(apply_with_features, model, names=names))(variables, IMAGES)
     block = variables["params"]["block_1"]
@@ -90,8 +89,8 @@ def test_attention_is_what_the_block_attended_with():
     np.testing.assert_allclose(features["block_0/attention"].sum(-1), 1, rtol=1e-5)
 
 
-def test_running_statistics_change_as_without_features():
-    model, variables = build("resnet", **RESNET)
+def test_running_statistics_change_as_without_features(rng):
+    model, variables = build(rng, "resnet", **RESNET)
     arguments = {"train": True, "mutable": ["batch_stats"]}
     expected, changed = jax.jit(partial(model.apply, **arguments))(variables, IMAGES)
     (outputs, features), ours = jax.jit(
@@ -103,8 +102,8 @@ def test_running_statistics_change_as_without_features():
     jax.tree.map(np.testing.assert_array_equal, ours, changed)
 
 
-def test_gradients_flow_through_features():
-    model, variables = build("vit", **{**VIT, "remat": True})
+def test_gradients_flow_through_features(rng):
+    model, variables = build(rng, "vit", **{**VIT, "remat": True})
 
     def loss(params):
         _, features = apply_with_features(
@@ -125,7 +124,7 @@ def test_gradients_flow_through_features():
         ("resnet", RESNET, "block_0/attention", "resnet gives no 'block_0/attention' of stem"),
     ],
 )
-def test_unknown_names_are_refused(family, arguments, name, message):
-    model, variables = build(family, **arguments)
+def test_unknown_names_are_refused(family, arguments, name, message, rng):
+    model, variables = build(rng, family, **arguments)
     with pytest.raises(UserError, match=message):
         jax.eval_shape(partial(apply_with_features, model, names=[name]), variables, IMAGES)

@@ -12,15 +12,13 @@ from PIL import Image, ImageEnhance, ImageOps
 from vision_jax.errors import UserError
 from vision_jax.ops import augment
 
-RNG = np.random.default_rng()
+
+def random_key(rng):
+    return jax.random.key(int(rng.integers(2**31)))
 
 
-def random_key():
-    return jax.random.key(int(RNG.integers(2**31)))
-
-
-def random_images(count, height, width):
-    return jnp.asarray(RNG.random((count, height, width, 3)), jnp.float32)
+def random_images(rng, count, height, width):
+    return jnp.asarray(rng.random((count, height, width, 3)), jnp.float32)
 
 
 # --- Operations -----------------------------------------------------------------------------------
@@ -50,15 +48,15 @@ TWINS = {
 
 
 @pytest.mark.parametrize("name", augment.OPERATIONS)
-def test_operation_is_pillows(name):
+def test_operation_is_pillows(name, rng):
     tops = {"translate_x": 20, "translate_y": 20, "rotate": 135, "posterize": 8}
     operation = jax.jit(augment.OPERATIONS[name])
     for _ in range(5):
-        low, high = sorted(RNG.choice(256, 2, replace=False))
-        pixels = RNG.integers(low, high + 1, (19, 26, 3)).astype(np.uint8)
+        low, high = sorted(rng.choice(256, 2, replace=False))
+        pixels = rng.integers(low, high + 1, (19, 26, 3)).astype(np.uint8)
         lowest = {"posterize": 1 / 8, "solarize": 0}.get(name, -1)
         # Pillow reads its factors in float32, too; a rounded strength keeps ties apart.
-        strength = float(np.float32(RNG.uniform(lowest, 1) * tops.get(name, 0.9)))
+        strength = float(np.float32(rng.uniform(lowest, 1) * tops.get(name, 0.9)))
         expected = np.asarray(TWINS[name](Image.fromarray(pixels), strength), np.float32)
         result = 255 * np.asarray(operation(pixels.astype(np.float32) / 255, jnp.float32(strength)))
         assert result.min() >= 0
@@ -109,23 +107,23 @@ def assert_explained(images, augmented, strengths):
     assert explained.all()
 
 
-def test_rand_augment_applies_one_operation_of_its_table_to_each_image():
-    images = random_images(400, 20, 16)
+def test_rand_augment_applies_one_operation_of_its_table_to_each_image(rng):
+    images = random_images(rng, 400, 20, 16)
     # At 12, 0.12 (y + 1/2) is 1.5: a tie, and how it is rounded is the compiler's choice.
-    augmented = augment.rand_augment(random_key(), images, num_ops=1, magnitude=13)
+    augmented = augment.rand_augment(random_key(rng), images, num_ops=1, magnitude=13)
     strengths = augment.rand_augment_strengths(20, 16)
     assert_explained(images, augmented, {name: table[[13]] for name, table in strengths.items()})
 
 
-def test_trivial_augment_applies_one_operation_at_any_strength_to_each_image():
-    images = random_images(400, 6, 6)
-    augmented = jax.jit(augment.trivial_augment)(random_key(), images)
+def test_trivial_augment_applies_one_operation_at_any_strength_to_each_image(rng):
+    images = random_images(rng, 400, 6, 6)
+    augmented = jax.jit(augment.trivial_augment)(random_key(rng), images)
     assert_explained(images, augmented, augment.trivial_augment_strengths())
 
 
-def test_more_operations_change_more_and_none_changes_nothing():
-    images = random_images(64, 16, 16)
-    key = random_key()
+def test_more_operations_change_more_and_none_changes_nothing(rng):
+    images = random_images(rng, 64, 16, 16)
+    key = random_key(rng)
     np.testing.assert_array_equal(augment.rand_augment(key, images, num_ops=0), images)
     once, thrice = (
         np.abs(augment.rand_augment(key, images, num_ops=n) - images).mean() for n in (1, 3)
@@ -154,7 +152,7 @@ def everything(key, images, targets):
     return augment.mixup_or_cutmix(keys[2], images, targets, mixup_alpha=0.8, cutmix_alpha=1.0)
 
 
-def test_one_compile_and_the_same_result_on_eight_devices():
+def test_one_compile_and_the_same_result_on_eight_devices(rng):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     batch = NamedSharding(mesh, PartitionSpec("data"))
     traces = []
@@ -165,8 +163,8 @@ def test_one_compile_and_the_same_result_on_eight_devices():
         return everything(key, images, targets)
 
     for _ in range(3):
-        key, images = random_key(), random_images(16, 10, 10)
-        targets = jnp.asarray(RNG.dirichlet(np.ones(5), 16), jnp.float32)
+        key, images = random_key(rng), random_images(rng, 16, 10, 10)
+        targets = jnp.asarray(rng.dirichlet(np.ones(5), 16), jnp.float32)
         alone = run(key, images, targets)
         for array in alone:
             assert array.dtype == jnp.float32
@@ -182,11 +180,11 @@ def test_one_compile_and_the_same_result_on_eight_devices():
 # --- Mixing ---------------------------------------------------------------------------------------
 
 
-def mix_many(count, images, targets, **arguments):
+def mix_many(rng, count, images, targets, **arguments):
     def mix(key):
         return augment.mixup_or_cutmix(key, images, targets, **arguments)
 
-    mixed = jax.jit(jax.vmap(mix))(jax.random.split(random_key(), count))
+    mixed = jax.jit(jax.vmap(mix))(jax.random.split(random_key(rng), count))
     return tuple(map(np.asarray, mixed))
 
 
@@ -196,17 +194,17 @@ BLACK_WHITE = jnp.stack([jnp.zeros((HEIGHT, WIDTH, 3)), jnp.ones((HEIGHT, WIDTH,
 TARGETS = jnp.eye(2)
 
 
-def test_both_off_is_the_input_itself():
+def test_both_off_is_the_input_itself(rng):
     result = augment.mixup_or_cutmix(
-        random_key(), BLACK_WHITE, TARGETS, mixup_alpha=0.0, cutmix_alpha=0.0
+        random_key(rng), BLACK_WHITE, TARGETS, mixup_alpha=0.0, cutmix_alpha=0.0
     )
     assert result[0] is BLACK_WHITE
     assert result[1] is TARGETS
 
 
-def test_mixup_blends_images_and_targets_by_one_beta_share():
-    alpha = RNG.uniform(0.2, 1.5)
-    images, targets = mix_many(3000, BLACK_WHITE, TARGETS, mixup_alpha=alpha, cutmix_alpha=0.0)
+def test_mixup_blends_images_and_targets_by_one_beta_share(rng):
+    alpha = rng.uniform(0.2, 1.5)
+    images, targets = mix_many(rng, 3000, BLACK_WHITE, TARGETS, mixup_alpha=alpha, cutmix_alpha=0.0)
     share = targets[:, 0, 0]
     np.testing.assert_allclose(targets[:, 1, 1], share, atol=1e-6)
     np.testing.assert_allclose(images[:, 1], share[:, None, None, None] + 0 * images[:, 1])
@@ -215,9 +213,11 @@ def test_mixup_blends_images_and_targets_by_one_beta_share():
     assert share.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)
 
 
-def test_partner_is_the_mirrored_example():
-    images, targets = random_images(5, 4, 4), jnp.eye(5)
-    (mixed,), (mixed_targets,) = mix_many(1, images, targets, mixup_alpha=1.0, cutmix_alpha=0.0)
+def test_partner_is_the_mirrored_example(rng):
+    images, targets = random_images(rng, 5, 4, 4), jnp.eye(5)
+    (mixed,), (mixed_targets,) = mix_many(
+        rng, 1, images, targets, mixup_alpha=1.0, cutmix_alpha=0.0
+    )
     share = mixed_targets[0, 0]
     expected = share * np.asarray(images) + (1 - share) * np.asarray(images)[::-1]
     np.testing.assert_allclose(mixed, expected, atol=1e-6)
@@ -229,9 +229,9 @@ def span(row):
     return int(places[0]), int(places[-1]) + 1
 
 
-def test_cutmix_pastes_a_clipped_box_and_corrects_the_targets():
+def test_cutmix_pastes_a_clipped_box_and_corrects_the_targets(rng):
     # So large an alpha that the share is one half: the box is floor(side · sqrt(1/2)) long.
-    images, targets = mix_many(1500, BLACK_WHITE, TARGETS, mixup_alpha=0.0, cutmix_alpha=1e6)
+    images, targets = mix_many(rng, 1500, BLACK_WHITE, TARGETS, mixup_alpha=0.0, cutmix_alpha=1e6)
     pasted = images[:, 0, :, :, 0]
     assert set(np.unique(pasted)) == {0.0, 1.0}
     np.testing.assert_allclose(targets[:, 0, 0], 1 - pasted.mean((1, 2)), atol=1e-6)
@@ -247,8 +247,9 @@ def test_cutmix_pastes_a_clipped_box_and_corrects_the_targets():
     np.testing.assert_array_equal(pasted, pasted.any(2)[:, :, None] & pasted.any(1)[:, None, :])
 
 
-def test_switch_and_probability_choose_per_batch():
+def test_switch_and_probability_choose_per_batch(rng):
     images, targets = mix_many(
+        rng,
         2000,
         *(BLACK_WHITE, TARGETS),
         **{"mixup_alpha": 1.0, "cutmix_alpha": 1.0},
@@ -274,20 +275,20 @@ def test_switch_and_probability_choose_per_batch():
         ({"switch_probability": -1.0}, "switch_probability"),
     ],
 )
-def test_impossible_mixing_is_a_user_error(changed, message):
+def test_impossible_mixing_is_a_user_error(changed, message, rng):
     arguments = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0} | changed
     with pytest.raises(UserError, match=message):
-        augment.mixup_or_cutmix(random_key(), BLACK_WHITE, TARGETS, **arguments)
+        augment.mixup_or_cutmix(random_key(rng), BLACK_WHITE, TARGETS, **arguments)
 
 
 # --- Erasing --------------------------------------------------------------------------------------
 
 
-def test_erasing_fills_one_box_with_noise():
+def test_erasing_fills_one_box_with_noise(rng):
     count, height, width = 600, 20, 24
     images = jnp.full((count, height, width, 3), 2.0)  # noise lies in [0, 1] and never equals it
     erase = jax.jit(partial(augment.random_erasing, probability=0.6))
-    erased = np.asarray(erase(random_key(), images))
+    erased = np.asarray(erase(random_key(rng), images))
     changed = (erased != 2).all(-1)
     assert changed.any((1, 2)).mean() == pytest.approx(0.6, abs=0.08)
     rows, columns = changed.any(2), changed.any(1)
@@ -307,18 +308,18 @@ def test_erasing_fills_one_box_with_noise():
     assert noise.std() == pytest.approx(12**-0.5, abs=0.02)
 
 
-def test_erasing_never_and_always():
-    images = random_images(32, 16, 16)
-    assert augment.random_erasing(random_key(), images, probability=0.0) is images
-    always = jax.jit(partial(augment.random_erasing, probability=1.0))(random_key(), images)
+def test_erasing_never_and_always(rng):
+    images = random_images(rng, 32, 16, 16)
+    assert augment.random_erasing(random_key(rng), images, probability=0.0) is images
+    always = jax.jit(partial(augment.random_erasing, probability=1.0))(random_key(rng), images)
     assert (np.asarray(always) != np.asarray(images)).any((1, 2, 3)).all()
 
 
-def test_impossible_strengths_are_user_errors():
-    images = random_images(2, 8, 8)
+def test_impossible_strengths_are_user_errors(rng):
+    images = random_images(rng, 2, 8, 8)
     with pytest.raises(UserError, match="magnitude"):
-        augment.rand_augment(random_key(), images, magnitude=31)
+        augment.rand_augment(random_key(rng), images, magnitude=31)
     with pytest.raises(UserError, match="num_ops"):
-        augment.rand_augment(random_key(), images, num_ops=-1)
+        augment.rand_augment(random_key(rng), images, num_ops=-1)
     with pytest.raises(UserError, match="min_area"):
-        augment.random_erasing(random_key(), images, probability=1.0, min_area=0.5, max_area=0.1)
+        augment.random_erasing(random_key(rng), images, probability=1.0, min_area=0.5, max_area=0.1)

@@ -9,11 +9,9 @@ import pytest
 
 from vision_jax.ops import boxes
 
-RNG = np.random.default_rng()
 
-
-def random_xyxy(*shape: int) -> np.ndarray:
-    corners = RNG.uniform(-2, 10, (*shape, 2, 2))
+def random_xyxy(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    corners = rng.uniform(-2, 10, (*shape, 2, 2))
     return np.concatenate([corners.min(-2), corners.max(-2)], axis=-1)
 
 
@@ -21,16 +19,16 @@ def test_doctests():
     assert doctest.testmod(boxes).failed == 0
 
 
-def test_conversions_are_each_others_inverse():
-    xyxy = random_xyxy(3, 50)
+def test_conversions_are_each_others_inverse(rng):
+    xyxy = random_xyxy(rng, 3, 50)
     cxcywh = boxes.xyxy_to_cxcywh(jnp.asarray(xyxy, jnp.float32))
     np.testing.assert_allclose(cxcywh[..., 0], xyxy[..., [0, 2]].mean(-1), atol=2e-6)
     np.testing.assert_allclose(cxcywh[..., 3], xyxy[..., 3] - xyxy[..., 1], atol=2e-6)
     np.testing.assert_allclose(boxes.cxcywh_to_xyxy(cxcywh), xyxy, atol=4e-6)
 
 
-def test_clipping_cuts_each_side_at_its_own_border():
-    xyxy = random_xyxy(4, 50)
+def test_clipping_cuts_each_side_at_its_own_border(rng):
+    xyxy = random_xyxy(rng, 4, 50)
     size = np.array([[3, 5], [9, 2], [1, 1], [6, 6]])
     expected = xyxy.copy()
     for image, (height, width) in enumerate(size):
@@ -50,9 +48,9 @@ def reference(box, other):
     return inter / union, inter / union - (hull - union) / hull
 
 
-def test_overlaps_of_all_pairs():
+def test_overlaps_of_all_pairs(rng):
     with jax.enable_x64(True):
-        few, many = random_xyxy(2, 7), random_xyxy(2, 11)
+        few, many = random_xyxy(rng, 2, 7), random_xyxy(rng, 2, 11)
         expected = np.array(
             [[[reference(a, b) for b in many[i]] for a in few[i]] for i in range(2)]
         )

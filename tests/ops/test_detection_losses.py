@@ -12,7 +12,6 @@ from scipy.optimize import linear_sum_assignment
 from vision_jax.errors import UserError
 from vision_jax.ops import detection_losses
 
-RNG = np.random.default_rng()
 LAYERS, EXAMPLES, QUERIES, CLASSES, SLOTS = 2, 8, 10, 4, 5
 LOSSES = {
     "detr": detection_losses.detr_loss,
@@ -38,21 +37,21 @@ COMPILED = {
 }
 
 
-def random_boxes(*shape: int) -> np.ndarray:
-    sides = RNG.uniform(0.05, 0.4, (*shape, 2))
-    return np.concatenate([RNG.uniform(0.2, 0.8, (*shape, 2)), sides], axis=-1).astype(np.float32)
+def random_boxes(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    sides = rng.uniform(0.05, 0.4, (*shape, 2))
+    return np.concatenate([rng.uniform(0.2, 0.8, (*shape, 2)), sides], axis=-1).astype(np.float32)
 
 
-def make_problem(name: str) -> list[np.ndarray]:
+def make_problem(rng: np.random.Generator, name: str) -> list[np.ndarray]:
     """The arguments of a loss: some images without targets, some full, one padded example."""
     classes = CLASSES + (name == "detr")
-    logits = 2 * RNG.normal(size=(LAYERS, EXAMPLES, QUERIES, classes))
-    target_mask = RNG.random((EXAMPLES, SLOTS)) < np.linspace(0, 1, EXAMPLES)[:, None]
+    logits = 2 * rng.normal(size=(LAYERS, EXAMPLES, QUERIES, classes))
+    target_mask = rng.random((EXAMPLES, SLOTS)) < np.linspace(0, 1, EXAMPLES)[:, None]
     return [
         logits.astype(np.float32),
-        random_boxes(LAYERS, EXAMPLES, QUERIES),
-        RNG.integers(0, CLASSES, (EXAMPLES, SLOTS)).astype(np.int32),
-        random_boxes(EXAMPLES, SLOTS),
+        random_boxes(rng, LAYERS, EXAMPLES, QUERIES),
+        rng.integers(0, CLASSES, (EXAMPLES, SLOTS)).astype(np.int32),
+        random_boxes(rng, EXAMPLES, SLOTS),
         target_mask,
         np.arange(EXAMPLES) != 4,
     ]
@@ -123,9 +122,9 @@ def reference(name: str, logits, boxes, label, target_boxes, target_mask, mask):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_terms_are_those_of_the_loop(name):
+def test_terms_are_those_of_the_loop(name, rng):
     for _ in range(5):
-        problem = make_problem(name)
+        problem = make_problem(rng, name)
         (loss, metrics), gradients = COMPILED[name](*problem)
         expected, terms = reference(name, *problem)
         np.testing.assert_allclose(loss, expected, rtol=3e-6)
@@ -135,8 +134,8 @@ def test_terms_are_those_of_the_loop(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_what_is_masked_counts_nothing(name):
-    problem = make_problem(name)
+def test_what_is_masked_counts_nothing(name, rng):
+    problem = make_problem(rng, name)
     (loss, metrics), gradients = COMPILED[name](*problem)
     logits, boxes, label, target_boxes, target_mask, mask = (x.copy() for x in problem)
     logits[:, ~mask] = boxes[:, ~mask] = np.nan
@@ -150,14 +149,14 @@ def test_what_is_masked_counts_nothing(name):
         np.testing.assert_array_equal(result, wanted)
         assert (wanted[:, ~mask] == 0).all()
 
-    order = RNG.permutation(SLOTS)
+    order = rng.permutation(SLOTS)
     shuffled = (*problem[:2], *(x[:, order] for x in problem[2:5]), mask)
     np.testing.assert_allclose(COMPILED[name](*shuffled)[0][0], loss, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_real_at_all(name):
-    problem = make_problem(name)
+def test_nothing_real_at_all(name, rng):
+    problem = make_problem(rng, name)
     no_targets = [*problem[:4], np.zeros_like(problem[4]), problem[5]]
     (loss, metrics), gradients = COMPILED[name](*no_targets)
     assert loss > 0
@@ -171,11 +170,11 @@ def test_nothing_real_at_all(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_metrics_of_the_last_layer(name):
+def test_metrics_of_the_last_layer(name, rng):
     """Predictions that copy the targets, in another order, but one class and one box too many."""
-    logits, boxes, label, target_boxes, target_mask, mask = make_problem(name)
+    logits, boxes, label, target_boxes, target_mask, mask = make_problem(rng, name)
     target_mask[:], mask[:] = True, True
-    queries = np.stack([RNG.permutation(QUERIES) for _ in range(EXAMPLES)])
+    queries = np.stack([rng.permutation(QUERIES) for _ in range(EXAMPLES)])
     logits[:] = 12 * np.eye(CLASSES + 1)[CLASSES][: logits.shape[-1]] - 6
     rows = np.arange(EXAMPLES)[:, None]
     logits[:, rows, queries[:, :SLOTS]] = 12 * np.eye(logits.shape[-1])[label] - 6
@@ -191,8 +190,8 @@ def test_metrics_of_the_last_layer(name):
 
 
 @pytest.mark.parametrize("name", ["detr", "ia_bce"])
-def test_one_device_and_eight_give_the_same_without_gathering_the_costs(name):
-    problem = make_problem(name)
+def test_one_device_and_eight_give_the_same_without_gathering_the_costs(name, rng):
+    problem = make_problem(rng, name)
     expected = COMPILED[name](*problem)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     specs = [PartitionSpec(None, "data")] * 2 + [PartitionSpec("data")] * 4
@@ -206,8 +205,8 @@ def test_one_device_and_eight_give_the_same_without_gathering_the_costs(name):
     assert "all-gather" not in compiled.as_text()
 
 
-def test_groups_are_the_mean_of_losses_of_their_own():
-    groups = [make_problem("ia_bce") for _ in range(2)]
+def test_groups_are_the_mean_of_losses_of_their_own(rng):
+    groups = [make_problem(rng, "ia_bce") for _ in range(2)]
     logits, boxes = (np.concatenate([g[i] for g in groups], axis=2) for i in (0, 1))
     targets = groups[0][2:]
     loss = jax.jit(functools.partial(mean_of(detection_losses.sigmoid_detr_loss), groups=2))
@@ -219,8 +218,8 @@ def test_groups_are_the_mean_of_losses_of_their_own():
     assert metrics["cardinality_error"] == apart[0][1]["cardinality_error"]
 
 
-def test_proposals_are_one_layer_more_and_not_the_last():
-    logits, boxes, *targets = make_problem("ia_bce")
+def test_proposals_are_one_layer_more_and_not_the_last(rng):
+    logits, boxes, *targets = make_problem(rng, "ia_bce")
     proposals = {"encoder_logits": logits[0], "encoder_boxes_cxcywh_01": boxes[0]}
     loss, metrics = jax.jit(mean_of(detection_losses.sigmoid_detr_loss))(
         logits[1:], boxes[1:], *targets, **proposals
@@ -234,9 +233,9 @@ def test_proposals_are_one_layer_more_and_not_the_last():
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_mean_over_micro_batches_is_the_whole_batch(name, size):
+def test_the_mean_over_micro_batches_is_the_whole_batch(name, size, rng):
     """Loss, every metric and the gradient, though images have 0 to 5 boxes and some are padding."""
-    problem = make_problem(name)
+    problem = make_problem(rng, name)
     (loss, metrics), (logits_slope, boxes_slope) = COMPILED[name](*problem)
     parts = jax.jit(
         jax.value_and_grad(
@@ -258,9 +257,9 @@ def test_the_mean_over_micro_batches_is_the_whole_batch(name, size):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_of_images(name):
+def test_losses_of_images(name, rng):
     """They sum up to a batch's; `alone`, each is what a batch of one image gives."""
-    problem = make_problem(name)
+    problem = make_problem(rng, name)
     mask = problem[5]
     losses, _ = jax.jit(LOSSES[name])(*problem)
     (loss, _), _ = COMPILED[name](*problem)
@@ -280,8 +279,8 @@ def test_losses_of_images(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_extreme_predictions_have_finite_losses_and_gradients(name):
-    logits, boxes, label, target_boxes, target_mask, mask = make_problem(name)
+def test_extreme_predictions_have_finite_losses_and_gradients(name, rng):
+    logits, boxes, label, target_boxes, target_mask, mask = make_problem(rng, name)
     logits = 1e4 * np.sign(logits)
     boxes[0] = 0
     boxes[1, :, ::2, 2:] = 1e-20
@@ -290,8 +289,8 @@ def test_extreme_predictions_have_finite_losses_and_gradients(name):
     assert all(np.isfinite(x).all() for x in gradients)
 
 
-def test_half_precision_predictions_are_scored_in_float32():
-    problem = make_problem("detr")
+def test_half_precision_predictions_are_scored_in_float32(rng):
+    problem = make_problem(rng, "detr")
     halves = [jnp.asarray(x, jnp.bfloat16) for x in problem[:2]]
     (loss, metrics), _ = COMPILED["detr"](*halves, *problem[2:])
     assert loss.dtype == metrics["loss_ce"].dtype == jnp.float32
@@ -307,7 +306,7 @@ def test_half_precision_predictions_are_scored_in_float32():
         ({"class_loss": "bce"}, r"class_loss is one of ia_bce, focal, not 'bce'"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments, message):
+def test_what_cannot_be_is_refused(arguments, message, rng):
     loss = functools.partial(detection_losses.sigmoid_detr_loss, **arguments)
     with pytest.raises(UserError, match=message):
-        jax.eval_shape(loss, *map(jnp.asarray, make_problem("ia_bce")))
+        jax.eval_shape(loss, *map(jnp.asarray, make_problem(rng, "ia_bce")))

@@ -9,16 +9,14 @@ import pytest
 
 from vision_jax.ops import losses
 
-RNG = np.random.default_rng()
-
 
 def test_doctests():
     assert doctest.testmod(losses).failed == 0
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_targets_are_the_smoothed_one_hot(smoothing):
-    labels = RNG.integers(0, 7, 20)
+def test_targets_are_the_smoothed_one_hot(smoothing, rng):
+    labels = rng.integers(0, 7, 20)
     expected = np.full((20, 7), smoothing / 7)
     expected[np.arange(20), labels] += 1 - smoothing
     targets = losses.one_hot_targets(jnp.asarray(labels), 7, smoothing)
@@ -32,17 +30,17 @@ def reference(logits, targets):
     return -(targets * (shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))).sum(1)
 
 
-def test_cross_entropy_of_soft_targets():
-    logits = 5 * RNG.normal(size=(16, 10))
-    targets = RNG.dirichlet(np.ones(10), 16)
+def test_cross_entropy_of_soft_targets(rng):
+    logits = 5 * rng.normal(size=(16, 10))
+    targets = rng.dirichlet(np.ones(10), 16)
     result = losses.cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
     assert result.shape == (16,)
     np.testing.assert_allclose(result, reference(logits, targets), rtol=2e-6)
 
 
-def test_half_precision_logits_are_computed_in_float32():
-    logits = jnp.asarray(5 * RNG.normal(size=(16, 1000)), jnp.bfloat16)
-    targets = RNG.dirichlet(np.ones(1000), 16)
+def test_half_precision_logits_are_computed_in_float32(rng):
+    logits = jnp.asarray(5 * rng.normal(size=(16, 1000)), jnp.bfloat16)
+    targets = rng.dirichlet(np.ones(1000), 16)
     result = losses.cross_entropy(logits, jnp.asarray(targets))
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, reference(logits, targets), rtol=5e-6)

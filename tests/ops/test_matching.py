@@ -11,7 +11,6 @@ from scipy.optimize import linear_sum_assignment
 from vision_jax.errors import UserError
 from vision_jax.ops import matching
 
-RNG = np.random.default_rng()
 match = jax.jit(matching.match)
 solve = jax.jit(jax.vmap(matching.solve))
 
@@ -20,18 +19,20 @@ def test_doctests():
     assert doctest.testmod(matching).failed == 0
 
 
-def random_problems(kind: str, problems: int, targets: int, queries: int) -> np.ndarray:
+def random_problems(
+    rng: np.random.Generator, kind: str, problems: int, targets: int, queries: int
+) -> np.ndarray:
     """f64[problems, T, Q] that float32 holds exactly."""
     shape = (problems, targets, queries)
     if kind == "normal":
-        cost = RNG.normal(size=shape)
+        cost = rng.normal(size=shape)
     elif kind == "ties":
-        cost = RNG.integers(0, 4, shape)
+        cost = rng.integers(0, 4, shape)
     elif kind == "same rows":  # every target wants the same queries: the longest searches
-        cost = np.tile(RNG.normal(size=(problems, 1, queries)), (1, targets, 1))
+        cost = np.tile(rng.normal(size=(problems, 1, queries)), (1, targets, 1))
     else:  # "products": searches that reach nearly everything
         cost = (
-            RNG.integers(1, 99, (problems, targets, 1)) * RNG.integers(1, 99, shape[::2])[:, None]
+            rng.integers(1, 99, (problems, targets, 1)) * rng.integers(1, 99, shape[::2])[:, None]
         )
     return np.asarray(cost, np.float32).astype(np.float64)
 
@@ -51,27 +52,27 @@ def check(cost: np.ndarray, mask: np.ndarray, query: np.ndarray, rtol: float) ->
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "same rows", "products"])
 @pytest.mark.parametrize("shape", [(1000, 6, 9), (1000, 8, 8), (40, 30, 100)])
-def test_total_cost_is_scipys(kind, shape):
+def test_total_cost_is_scipys(kind, shape, rng):
     problems, targets, _ = shape
-    cost = random_problems(kind, *shape)
-    mask = RNG.random((problems, targets)) < RNG.random((problems, 1))  # none and all of them too
+    cost = random_problems(rng, kind, *shape)
+    mask = rng.random((problems, targets)) < rng.random((problems, 1))  # none and all of them too
     check(cost, mask, match(jnp.asarray(cost, jnp.float32), mask), rtol=1e-6)
     if shape == (1000, 8, 8):
         with jax.enable_x64(True):
             check(cost, mask, match(jnp.asarray(cost), mask), rtol=1e-14)
 
 
-def test_layers_and_images_are_problems_of_their_own():
-    cost = random_problems("normal", 12, 5, 10).reshape(3, 4, 5, 10)
-    mask = RNG.random((3, 4, 5)) < 0.5
+def test_layers_and_images_are_problems_of_their_own(rng):
+    cost = random_problems(rng, "normal", 12, 5, 10).reshape(3, 4, 5, 10)
+    mask = rng.random((3, 4, 5)) < 0.5
     query = match(jnp.asarray(cost, jnp.float32), mask)
     assert query.shape == (3, 4, 5)
     check(cost.reshape(12, 5, 10), mask.reshape(12, 5), np.asarray(query).reshape(12, 5), 1e-6)
 
 
-def test_targets_that_want_different_queries_take_no_step_and_padded_ones_never_do():
-    cost = random_problems("normal", 3, 50, 60)
-    cost[0, np.arange(50), RNG.permutation(60)[:50]] = -9
+def test_targets_that_want_different_queries_take_no_step_and_padded_ones_never_do(rng):
+    cost = random_problems(rng, "normal", 3, 50, 60)
+    cost[0, np.arange(50), rng.permutation(60)[:50]] = -9
     mask = np.stack([np.ones(50), np.zeros(50), np.arange(50) % 20 == 7]).astype(bool)
     _, steps = solve(jnp.asarray(cost, jnp.float32), mask)
     assert steps[:2].tolist() == [0, 0]
@@ -83,19 +84,19 @@ def test_no_targets_and_no_slots_for_them():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_costs_that_are_not_finite_are_avoided(bad):
-    cost = random_problems("normal", 300, 6, 8)
-    broken = RNG.random(cost.shape) < RNG.random((300, 1, 1))
-    mask = RNG.random((300, 6)) < 0.8
+def test_costs_that_are_not_finite_are_avoided(bad, rng):
+    cost = random_problems(rng, "normal", 300, 6, 8)
+    broken = rng.random(cost.shape) < rng.random((300, 1, 1))
+    mask = rng.random((300, 6)) < 0.8
     query = match(jnp.asarray(np.where(broken, bad, cost), jnp.float32), mask)
     check(np.where(broken, 1e3, cost), mask, query, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e30, 3e38])
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
-def test_any_cost_ends_with_distinct_queries(scale, bad):
-    cost = random_problems("normal", 50, 9, 9).clip(-1, 1) * scale
-    cost[RNG.random(cost.shape) < 0.3] = bad
+def test_any_cost_ends_with_distinct_queries(scale, bad, rng):
+    cost = random_problems(rng, "normal", 50, 9, 9).clip(-1, 1) * scale
+    cost[rng.random(cost.shape) < 0.3] = bad
     cost[0] = bad
     mask = np.ones((50, 9), bool)
     query, steps = solve(jnp.asarray(cost, jnp.float32), mask)
@@ -103,8 +104,8 @@ def test_any_cost_ends_with_distinct_queries(scale, bad):
     assert (steps <= 9 * 10).all()
 
 
-def test_half_precision_costs_are_solved_in_float32():
-    cost = jnp.asarray(RNG.normal(size=(20, 6, 9)), jnp.bfloat16)
+def test_half_precision_costs_are_solved_in_float32(rng):
+    cost = jnp.asarray(rng.normal(size=(20, 6, 9)), jnp.bfloat16)
     mask = np.ones((20, 6), bool)
     check(np.asarray(cost, np.float64), mask, match(cost, mask), rtol=1e-6)
 
@@ -114,8 +115,8 @@ def test_more_targets_than_queries_raise_before_anything_runs():
         jax.eval_shape(match, jnp.zeros((2, 5, 4)), jnp.zeros((2, 5), bool))
 
 
-def test_a_loss_over_matched_costs_has_the_gradient_of_the_costs_alone():
-    cost = jnp.asarray(RNG.normal(size=(4, 6)), jnp.float32)
+def test_a_loss_over_matched_costs_has_the_gradient_of_the_costs_alone(rng):
+    cost = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
 
     def total(cost):
         query = matching.match(cost, jnp.ones(4, bool))

@@ -10,15 +10,13 @@ from vision_jax.ops.position_embedding import (
     resize_weights,
 )
 
-RNG = np.random.default_rng()
-
 
 @pytest.mark.parametrize(
     ("old", "new", "prefix"),
     [((14, 14), (24, 24), 1), ((24, 24), (14, 14), 5), ((7, 9), (4, 13), 0), ((2, 2), (9, 9), 2)],
 )
-def test_equals_pillow_channel_by_channel(old, new, prefix):
-    positions = RNG.normal(size=(1, prefix + old[0] * old[1], 3)).astype(np.float32)
+def test_equals_pillow_channel_by_channel(old, new, prefix, rng):
+    positions = rng.normal(size=(1, prefix + old[0] * old[1], 3)).astype(np.float32)
     grid = positions[0, prefix:].reshape(*old, 3)
     theirs = np.stack(
         [
@@ -33,8 +31,8 @@ def test_equals_pillow_channel_by_channel(old, new, prefix):
     np.testing.assert_allclose(ours[0, prefix:].reshape(*new, 3), theirs, rtol=1e-5, atol=2e-6)
 
 
-def test_the_same_grid_is_untouched():
-    positions = RNG.normal(size=(1, 10, 4))
+def test_the_same_grid_is_untouched(rng):
+    positions = rng.normal(size=(1, 10, 4))
     assert resample_positions(positions, (3, 3), (3, 3), 1) is positions
 
 
@@ -44,8 +42,8 @@ def test_a_constant_stays_constant(old, new):
 
 
 @pytest.mark.parametrize(("old", "new"), [((7, 7), (12, 12)), ((12, 12), (7, 7)), ((2, 5), (4, 3))])
-def test_relative_positions_keep_their_center_their_symmetry_and_the_extra_rows(old, new):
-    table = RNG.normal(size=((2 * old[0] - 1) * (2 * old[1] - 1) + 3, 2)).astype(np.float32)
+def test_relative_positions_keep_their_center_their_symmetry_and_the_extra_rows(old, new, rng):
+    table = rng.normal(size=((2 * old[0] - 1) * (2 * old[1] - 1) + 3, 2)).astype(np.float32)
     ours = resample_relative_positions(table, old, new, num_extra=3)
     assert ours.shape == ((2 * new[0] - 1) * (2 * new[1] - 1) + 3, 2)
     assert ours.dtype == np.float32

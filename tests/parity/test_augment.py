@@ -10,7 +10,6 @@ from torchvision.transforms import v2
 
 from vision_jax.ops import augment
 
-RNG = np.random.default_rng()
 HEIGHT, WIDTH = 26, 34
 NAMES = {
     name: "".join(word.capitalize() for word in name.split("_")).replace("contrast", "Contrast")
@@ -38,16 +37,16 @@ def test_same_operations_strengths_and_signs(policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", augment.OPERATIONS)
-def test_every_strength_gives_torchvisions_image(policy, name):
+def test_every_strength_gives_torchvisions_image(policy, name, rng):
     reference, strengths = POLICIES[policy]
     values = np.unique(strengths[name])
     if name in augment.SIGNED:
         values = np.concatenate([values, -values])
     if name in ("shear_x", "shear_y", "rotate"):
         # Whole rows of a round shear fall halfway between pixels, where the last bit decides.
-        values *= RNG.uniform(0.9, 1, len(values))
+        values *= rng.uniform(0.9, 1, len(values))
 
-    pixels = RNG.integers(20, 240, (HEIGHT, WIDTH, 3))
+    pixels = rng.integers(20, 240, (HEIGHT, WIDTH, 3))
     # Every second threshold of Solarize is a multiple of 17, where float32 decides by its last bit.
     pixels += pixels % 17 == 0
     image = jnp.asarray(pixels, jnp.float32) / 255
@@ -73,8 +72,8 @@ def test_every_strength_gives_torchvisions_image(policy, name):
             np.testing.assert_allclose(result, exact.permute(1, 2, 0), rtol=0, atol=1e-6)
 
 
-def test_cutmix_leaves_the_share_that_timm_leaves():
-    key, count, size = jax.random.key(int(RNG.integers(2**31))), 4000, (9, 14)
+def test_cutmix_leaves_the_share_that_timm_leaves(rng):
+    key, count, size = jax.random.key(int(rng.integers(2**31))), 4000, (9, 14)
     images, targets = jnp.zeros((2, *size, 3)), jnp.eye(2)
 
     def share(key):
@@ -82,7 +81,7 @@ def test_cutmix_leaves_the_share_that_timm_leaves():
         return mixed[1][0, 0]
 
     shares = np.sort(jax.jit(jax.vmap(share))(jax.random.split(key, count)))
-    references = np.sort([cutmix_bbox_and_lam(size, RNG.beta(1, 1))[1] for _ in range(count)])
+    references = np.sort([cutmix_bbox_and_lam(size, rng.beta(1, 1))[1] for _ in range(count)])
     # Kolmogorov and Smirnov's distance of two samples: above 0.044 once in a thousand.
     places = np.union1d(shares, references) + 1e-6
     distance = np.abs(np.searchsorted(shares, places) - np.searchsorted(references, places)).max()

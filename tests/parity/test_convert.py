@@ -94,7 +94,7 @@ def head_of(folder, images):
 
 
 @pytest.mark.parametrize(("size", "channels"), [((32, 16), 3), ((16, 16), 1), ((16, 48), 5)])
-def test_a_folder_without_a_preprocessor_goes_there_and_back(size, channels, tmp_path):
+def test_a_folder_without_a_preprocessor_goes_there_and_back(size, channels, tmp_path, rng):
     """Also by timm's folder: images that are not square are resized whole, which all can write."""
     config = transformers.ViTConfig(
         hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=256,
@@ -104,7 +104,7 @@ def test_a_folder_without_a_preprocessor_goes_there_and_back(size, channels, tmp
     run(tmp_path / "source", f"--out={tmp_path / 'out'}", "--to=transformers")
     run(tmp_path / "source", f"--out={tmp_path / 'timm'}", "--to=timm")
     run(tmp_path / "timm", f"--out={tmp_path / 'again'}", "--to=transformers")
-    images = np.random.default_rng().normal(size=(1, channels, *size)).astype(np.float32)
+    images = rng.normal(size=(1, channels, *size)).astype(np.float32)
     wanted = head_of(tmp_path / "source", images)
     for folder in ("out", "again"):
         np.testing.assert_array_equal(head_of(tmp_path / folder, images), wanted)

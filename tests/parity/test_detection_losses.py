@@ -15,24 +15,23 @@ from transformers.loss.loss_lw_detr import LwDetrForObjectDetectionLoss
 
 from vision_jax.ops import boxes, detection_losses
 
-RNG = np.random.default_rng()
 LAYERS, EXAMPLES, QUERIES, CLASSES, SLOTS = 3, 4, 12, 5, 6
 TOLERANCES = {"float64": 2e-14, "float32": 2e-6}
 
 
-def random_boxes(*shape: int) -> np.ndarray:
+def random_boxes(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return np.concatenate(
-        [RNG.uniform(0.2, 0.8, (*shape, 2)), RNG.uniform(0.05, 0.4, (*shape, 2))], axis=-1
+        [rng.uniform(0.2, 0.8, (*shape, 2)), rng.uniform(0.05, 0.4, (*shape, 2))], axis=-1
     )
 
 
-def make_targets(counts: list[int]):
+def make_targets(rng: np.random.Generator, counts: list[int]):
     """Targets padded to SLOTS, the real ones anywhere, and the list that transformers takes."""
     mask = np.zeros((len(counts), SLOTS), bool)
     for row, count in zip(mask, counts, strict=True):
-        row[RNG.permutation(SLOTS)[:count]] = True
-    label = RNG.integers(0, CLASSES, mask.shape)
-    target_boxes = random_boxes(*mask.shape)
+        row[rng.permutation(SLOTS)[:count]] = True
+    label = rng.integers(0, CLASSES, mask.shape)
+    target_boxes = random_boxes(rng, *mask.shape)
     labels = [
         {"class_labels": torch.tensor(label[i][mask[i]]), "boxes": target_boxes[i][mask[i]]}
         for i in range(len(counts))
@@ -100,16 +99,24 @@ def compiled(function, dtype: str, inputs: int, **settings):
     return step, jax.jit(lambda *arrays: loss_fn(*arrays)[1])
 
 
-def check(function, torch_function, case: str, groups: int, dtype: str, **arguments):
+def check(
+    rng: np.random.Generator,
+    function,
+    torch_function,
+    case: str,
+    groups: int,
+    dtype: str,
+    **arguments,
+):
     """`groups` of 0: a loss without groups or proposals."""
     with jax.enable_x64(dtype == "float64"):
         classes = CLASSES + (function is detection_losses.detr_loss)
         shape = (LAYERS + bool(groups), EXAMPLES, max(groups, 1) * QUERIES)
-        logits, predicted = 2 * RNG.normal(size=(*shape, classes)) - 1, random_boxes(*shape)
+        logits, predicted = 2 * rng.normal(size=(*shape, classes)) - 1, random_boxes(rng, *shape)
         predictions = [logits[:LAYERS], predicted[:LAYERS]]
         if groups:
             predictions += [logits[LAYERS], predicted[LAYERS]]
-        targets, labels = make_targets(CASES[case])
+        targets, labels = make_targets(rng, CASES[case])
         reference = config(groups)
         expected, terms, gradients = reference_losses(
             torch_function, reference, predictions, labels, getattr(torch, dtype)
@@ -146,28 +153,36 @@ CASES = {"mixed": [3, 0, 6, 1], "empty": [0, 0, 0, 0], "full": [6, 6, 6, 6]}
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES)
-def test_detr(case, dtype):
-    check(detection_losses.detr_loss, ForObjectDetectionLoss, case, 0, dtype, no_object_weight=0.15)
+def test_detr(case, dtype, rng):
+    check(
+        rng,
+        detection_losses.detr_loss,
+        ForObjectDetectionLoss,
+        case,
+        0,
+        dtype,
+        no_object_weight=0.15,
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("groups", [1, 3])
-def test_rf_detr(case, groups, dtype):
+def test_rf_detr(case, groups, dtype, rng):
     function = detection_losses.sigmoid_detr_loss
-    check(function, LwDetrForObjectDetectionLoss, case, groups, dtype)
+    check(rng, function, LwDetrForObjectDetectionLoss, case, groups, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES)
-def test_deformable_detr(case, dtype):
+def test_deformable_detr(case, dtype, rng):
     function, reference = detection_losses.sigmoid_detr_loss, DeformableDetrForObjectDetectionLoss
-    check(function, reference, case, 0, dtype, class_loss="focal")
+    check(rng, function, reference, case, 0, dtype, class_loss="focal")
 
 
-def test_overlaps_are_torchvisions():
+def test_overlaps_are_torchvisions(rng):
     with jax.enable_x64(True):
-        few, many = (boxes.cxcywh_to_xyxy(jnp.asarray(random_boxes(n))) for n in (20, 30))
+        few, many = (boxes.cxcywh_to_xyxy(jnp.asarray(random_boxes(rng, n))) for n in (20, 30))
         arguments = [torch.tensor(np.asarray(x)) for x in (few, many)]
         close(boxes.pairwise_iou_xyxy(few, many), box_iou(*arguments), "float64")
         close(boxes.pairwise_giou_xyxy(few, many), generalized_box_iou(*arguments), "float64")

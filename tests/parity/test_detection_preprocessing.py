@@ -14,7 +14,6 @@ from vision_jax.data.detection_transforms import (
     resized_size,
 )
 
-rng = np.random.default_rng()
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -29,7 +28,7 @@ class ListReader:
         return f"image {row}"
 
 
-def random_source(sizes) -> tuple[DetectionSource, list[dict]]:
+def random_source(rng: np.random.Generator, sizes) -> tuple[DetectionSource, list[dict]]:
     """A source with crowds, and boxes over the border; and the same as COCO annotations."""
     images, annotations, parts = [], [], []
     for i, (height, width) in enumerate(sizes):
@@ -79,7 +78,7 @@ def eval_rows(source, preprocessing):
 
 
 @pytest.mark.parametrize(("short", "longest"), [(800, 1333), (480, 640), (600, 1000), (97, 161)])
-def test_sizes(short, longest):
+def test_sizes(short, longest, rng):
     """Every size up to 60 × 60, and random ones up to 5000."""
     preprocessing = DetectionPreprocessing(
         short, longest, False, "bilinear", MEAN, STD, default_buckets(short, longest, 4)
@@ -99,7 +98,7 @@ def test_sizes(short, longest):
 
 
 @pytest.mark.parametrize(("short", "longest"), [(160, 266), (96, 128)])
-def test_detr(short, longest):
+def test_detr(short, longest, rng):
     """Pixels to the byte before normalization, the mask, labels and boxes."""
     size = {"shortest_edge": short, "longest_edge": longest}
     raw = DetrImageProcessorPil(size=size, do_rescale=False, do_normalize=False)
@@ -108,7 +107,7 @@ def test_detr(short, longest):
         short, longest, False, "bilinear", MEAN, STD, default_buckets(short, longest, 4)
     )
     sizes = [(120, 160), (160, 120), (99, 301), (301, 40), (33, 33), (400, 700), (short, 3 * short)]
-    source, annotations = random_source(sizes)
+    source, annotations = random_source(rng, sizes)
     seen = 0
     for ours in eval_rows(source, preprocessing):
         index = int(ours["index"])
@@ -146,11 +145,11 @@ def test_detr(short, longest):
     assert seen == len(sizes)
 
 
-def test_rf_detr():
+def test_rf_detr(rng):
     """Square, bilinear without antialiasing; transformers computes in floats, the host in bytes."""
     processor = RfDetrImageProcessor(size={"height": 96, "width": 96}, do_normalize=False)
     preprocessing = DetectionPreprocessing(96, 96, True, "bilinear_aliased", MEAN, STD, ((96, 96),))
-    source, _ = random_source([(120, 160), (50, 31), (300, 90), (96, 96)])
+    source, _ = random_source(rng, [(120, 160), (50, 31), (300, 90), (96, 96)])
     for ours in eval_rows(source, preprocessing):
         image = Image.fromarray(source[int(ours["index"])]["image"])
         pixels = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)

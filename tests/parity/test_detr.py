@@ -358,7 +358,7 @@ def test_a_rebuilt_reference_is_strict(tmp_path):
 @pytest.mark.parametrize(
     ("attack", "norm", "alone"), [("pgd", "linf", True), ("fgsm", "l2", False)]
 )
-def test_attacks_climb_as_on_the_reference(attack, norm, alone, tmp_path):
+def test_attacks_climb_as_on_the_reference(attack, norm, alone, tmp_path, rng):
     """From the same start, on a padded batch, in float64: the steps are those of its set loss.
 
     `alone`, each image is a batch of its own there.
@@ -367,7 +367,6 @@ def test_attacks_climb_as_on_the_reference(attack, norm, alone, tmp_path):
     reference.save(tmp_path)
     images, mask = padded_batch()
     images[~mask] = 0.7  # what stands in the padding must not matter and not move
-    rng = np.random.default_rng()
     counts = (2, 0, 4)
     label = rng.integers(0, 3, (3, 5))
     boxes = np.concatenate([rng.uniform(0.3, 0.7, (3, 5, 2)), rng.uniform(0.1, 0.5, (3, 5, 2))], -1)

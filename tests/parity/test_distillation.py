@@ -14,22 +14,21 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 from vision_jax.ops import distillation
 
-RNG = np.random.default_rng()
 EXAMPLES, CLASSES = 6, 7
-LABEL = RNG.integers(0, CLASSES, EXAMPLES)
+LABEL = np.random.default_rng(0).integers(0, CLASSES, EXAMPLES)
 
 
-def random(*shape: int) -> np.ndarray:
-    return 2 * RNG.normal(size=shape)
+def random(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return 2 * rng.normal(size=shape)
 
 
-def random_boxes(*shape: int) -> np.ndarray:
-    sides = RNG.uniform(0.05, 0.4, (*shape, 2))
-    return np.concatenate([RNG.uniform(0.2, 0.8, (*shape, 2)), sides], axis=-1)
+def random_boxes(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    sides = rng.uniform(0.05, 0.4, (*shape, 2))
+    return np.concatenate([rng.uniform(0.2, 0.8, (*shape, 2)), sides], axis=-1)
 
 
-def probabilities(*shape: int) -> np.ndarray:
-    exponentials = np.exp(random(*shape))
+def probabilities(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    exponentials = np.exp(random(rng, *shape))
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
@@ -94,7 +93,7 @@ def timm_loss(task, student: Given, teacher: Given, **settings) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.5])
-def test_soft_logits_equal_timm(temperature):
+def test_soft_logits_equal_timm(temperature, rng):
     def reference(logits, teacher_logits):
         return timm_loss(
             timm.task.LogitDistillationTask, Given(logits), Given(teacher_logits),
@@ -104,13 +103,13 @@ def test_soft_logits_equal_timm(temperature):
     check(
         lambda *logits: distillation.soft_logits(*logits, temperature),
         reference,
-        [random(EXAMPLES, CLASSES)],
-        [random(EXAMPLES, CLASSES)],
+        [random(rng, EXAMPLES, CLASSES)],
+        [random(rng, EXAMPLES, CLASSES)],
     )
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_token_equals_timm(kind):
+def test_token_equals_timm(kind, rng):
     def reference(logits, token_logits, teacher_logits):
         return timm_loss(
             TokenDistillationTask, Given(logits, token_logits), Given(teacher_logits),
@@ -126,12 +125,12 @@ def test_token_equals_timm(kind):
     check(
         ours,
         reference,
-        [random(EXAMPLES, CLASSES), random(EXAMPLES, CLASSES)],
-        [random(EXAMPLES, CLASSES)],
+        [random(rng, EXAMPLES, CLASSES), random(rng, EXAMPLES, CLASSES)],
+        [random(rng, EXAMPLES, CLASSES)],
     )
 
 
-def test_hint_equals_timm():
+def test_hint_equals_timm(rng):
     def reference(features, teacher_features):
         logits = torch.zeros(EXAMPLES, CLASSES, dtype=torch.float64)
         return timm_loss(
@@ -142,23 +141,23 @@ def test_hint_equals_timm():
             distill_loss_weight=1.0,
         )
 
-    check(distillation.hint, reference, [random(EXAMPLES, 5)], [random(EXAMPLES, 5)])
+    check(distillation.hint, reference, [random(rng, EXAMPLES, 5)], [random(rng, EXAMPLES, 5)])
 
 
 # Papers -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_hard_label(smoothing):
+def test_hard_label(smoothing, rng):
     check(
         lambda *logits: distillation.hard_label(*logits, smoothing),
         lambda s, t: F.cross_entropy(s, t.argmax(-1), label_smoothing=smoothing),
-        [random(EXAMPLES, CLASSES)],
-        [random(EXAMPLES, CLASSES)],
+        [random(rng, EXAMPLES, CLASSES)],
+        [random(rng, EXAMPLES, CLASSES)],
     )
 
 
-def test_decoupled():
+def test_decoupled(rng):
     alpha, beta, temperature = 1.5, 6.0, 3.0
     one_hot = F.one_hot(torch.tensor(LABEL), CLASSES).double()
 
@@ -181,14 +180,14 @@ def test_decoupled():
             temperature=temperature,
         ),
         reference,
-        [random(EXAMPLES, CLASSES)],
-        [random(EXAMPLES, CLASSES)],
+        [random(rng, EXAMPLES, CLASSES)],
+        [random(rng, EXAMPLES, CLASSES)],
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, EXAMPLES)])
-def test_several_teachers(shape):
-    weights, temperature = RNG.uniform(0.1, 2, shape), 2.0
+def test_several_teachers(shape, rng):
+    weights, temperature = rng.uniform(0.1, 2, shape), 2.0
 
     def reference(logits, teacher_logits):
         share = torch.tensor(weights / weights.sum(0)).reshape(*shape, *(1,) * (3 - len(shape)))
@@ -200,11 +199,11 @@ def test_several_teachers(shape):
         together = distillation.ensemble_logits(teacher_logits, weights, temperature)
         return distillation.soft_logits(logits, together, temperature)
 
-    check(ours, reference, [random(EXAMPLES, CLASSES)], [random(3, EXAMPLES, CLASSES)])
+    check(ours, reference, [random(rng, EXAMPLES, CLASSES)], [random(rng, 3, EXAMPLES, CLASSES)])
 
 
 @pytest.mark.parametrize("power", [2, 3])
-def test_attention_transfer(power):
+def test_attention_transfer(power, rng):
     def reference(features, teacher_features):
         def at(x):  # NCHW, as the authors'
             x = x.permute(0, 3, 1, 2)
@@ -215,14 +214,14 @@ def test_attention_transfer(power):
     check(
         lambda *features: distillation.attention_transfer(*features, power),
         reference,
-        [random(EXAMPLES, 4, 3, 5)],
-        [random(EXAMPLES, 4, 3, 8)],
+        [random(rng, EXAMPLES, 4, 3, 5)],
+        [random(rng, EXAMPLES, 4, 3, 8)],
     )
 
 
 @pytest.mark.parametrize("heads", [2, 3])
 @pytest.mark.parametrize("kind", ["kl", "mse"])
-def test_attention_maps(kind, heads):
+def test_attention_maps(kind, heads, rng):
     def reference(attention, teacher):
         if heads != 2:
             attention, teacher = attention.mean(1), teacher.mean(1)
@@ -230,32 +229,32 @@ def test_attention_maps(kind, heads):
             return F.mse_loss(attention, teacher)
         return F.kl_div(attention.log(), teacher, reduction="none").sum(-1).mean()
 
-    teacher = probabilities(EXAMPLES, heads, 4, 5)
+    teacher = probabilities(rng, EXAMPLES, heads, 4, 5)
     teacher[:, :, 0] = np.eye(5)[2]  # certain of one key
     check(
         lambda *attentions: distillation.attention_maps(*attentions, kind),
         reference,
-        [probabilities(EXAMPLES, 2, 4, 5)],
+        [probabilities(rng, EXAMPLES, 2, 4, 5)],
         [teacher],
     )
 
 
-def test_patch_tokens():
+def test_patch_tokens(rng):
     check(
         distillation.patch_tokens,
         lambda s, t: (1 - F.cosine_similarity(s, t, dim=-1)).mean(),
-        [random(EXAMPLES, 4, 5)],
-        [random(EXAMPLES, 4, 5)],
+        [random(rng, EXAMPLES, 4, 5)],
+        [random(rng, EXAMPLES, 4, 5)],
     )
     check(
         lambda *tokens: distillation.patch_tokens(*tokens, "mse"),
         F.mse_loss,
-        [random(EXAMPLES, 4, 5)],
-        [random(EXAMPLES, 4, 5)],
+        [random(rng, EXAMPLES, 4, 5)],
+        [random(rng, EXAMPLES, 4, 5)],
     )
 
 
-def test_relational_distance():
+def test_relational_distance(rng):
     def distances(features):
         squares = features.pow(2).sum(1)
         products = features @ features.t()
@@ -266,12 +265,12 @@ def test_relational_distance():
     check(
         distillation.relational_distance,
         lambda s, t: F.smooth_l1_loss(distances(s), distances(t)),
-        [random(EXAMPLES, 5)],
-        [random(EXAMPLES, 8)],
+        [random(rng, EXAMPLES, 5)],
+        [random(rng, EXAMPLES, 8)],
     )
 
 
-def test_relational_angle():
+def test_relational_angle(rng):
     def angles(features):
         direction = F.normalize(features.unsqueeze(0) - features.unsqueeze(1), p=2, dim=2)
         return torch.bmm(direction, direction.transpose(1, 2)).flatten()
@@ -279,13 +278,13 @@ def test_relational_angle():
     check(
         distillation.relational_angle,
         lambda s, t: F.smooth_l1_loss(angles(s), angles(t)),
-        [random(EXAMPLES, 5)],
-        [random(EXAMPLES, 8)],
+        [random(rng, EXAMPLES, 5)],
+        [random(rng, EXAMPLES, 8)],
     )
 
 
 @pytest.mark.parametrize("size", [(3, 5), (9, 4), (4, 6), (1, 1)])
-def test_other_grids_are_interpolated_as_in_torch(size):
+def test_other_grids_are_interpolated_as_in_torch(size, rng):
     def reference(tokens, teacher_map):
         grid = tokens[:, 2:].permute(0, 2, 1).reshape(EXAMPLES, 5, 4, 6)
         grid = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)
@@ -296,7 +295,7 @@ def test_other_grids_are_interpolated_as_in_torch(size):
             distillation.to_grid(tokens, size, grid=(4, 6), num_prefix=2), teacher_map
         )
 
-    check(ours, reference, [random(EXAMPLES, 2 + 24, 5)], [random(EXAMPLES, *size, 5)])
+    check(ours, reference, [random(rng, EXAMPLES, 2 + 24, 5)], [random(rng, EXAMPLES, *size, 5)])
 
 
 # Detectors ----------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ def test_other_grids_are_interpolated_as_in_torch(size):
     ("queries", "teacher_queries", "most", "sigmoid"),
     [(8, 5, 100, False), (5, 8, 100, True), (5, 8, 3, False), (8, 5, 3, True)],
 )
-def test_detr_queries(queries, teacher_queries, most, sigmoid):
+def test_detr_queries(queries, teacher_queries, most, sigmoid, rng):
     temperature = 1.5
     costs = {"class_cost": 1.5, "l1_cost": 4.0, "giou_cost": 2.5}
     weights = {"class_weight": 1.25, "l1_weight": 3.0, "giou_weight": 1.75}
@@ -353,6 +352,9 @@ def test_detr_queries(queries, teacher_queries, most, sigmoid):
     check(
         ours,
         reference,
-        [random(EXAMPLES, queries, CLASSES), random_boxes(EXAMPLES, queries)],
-        [random(EXAMPLES, teacher_queries, CLASSES), random_boxes(EXAMPLES, teacher_queries)],
+        [random(rng, EXAMPLES, queries, CLASSES), random_boxes(rng, EXAMPLES, queries)],
+        [
+            random(rng, EXAMPLES, teacher_queries, CLASSES),
+            random_boxes(rng, EXAMPLES, teacher_queries),
+        ],
     )

@@ -16,11 +16,11 @@ from vision_jax.trees.paths import flatten, unflatten
 
 
 @pytest.mark.parametrize("name", ["timm deit distilled", "timm with qk_norm"])
-def test_attention_and_heads_equal_timm(name, tmp_path):
+def test_attention_and_heads_equal_timm(name, tmp_path, rng):
     reference, size = REFERENCES[name]()
-    randomize(reference.module, seed=int(np.random.default_rng().integers(1000)))
+    randomize(reference.module, seed=int(rng.integers(1000)))
     family, arguments = convert.recognize(weights := convert.read_weights(reference.save(tmp_path)))
-    images = np.random.default_rng().random((2, *size, 3))
+    images = rng.random((2, *size, 3))
     mean, std = np.asarray(arguments["mean"]), np.asarray(arguments["std"])
     expected = {}
     for index, block in enumerate(reference.module.blocks):

@@ -19,18 +19,17 @@ from vision_jax.models.families import build_model, initialize
 from vision_jax.ops import losses
 from vision_jax.trees import paths
 
-RNG = np.random.default_rng()
 STEPS, LR, WD, MOMENTUM, BETAS, EPS = 20, 3e-3, 0.2, 0.9, (0.85, 0.97), 1e-8
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.5])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "lars"])
-def test_same_weights_as_torch(name, clip_norm):
+def test_same_weights_as_torch(name, clip_norm, rng):
     """Or as timm, which has what torch has not."""
     shapes = {"head/kernel": (16, 8), "head/bias": (8,)}
-    start = {path: RNG.normal(size=shape) for path, shape in shapes.items()}
+    start = {path: rng.normal(size=shape) for path, shape in shapes.items()}
     gradients = [
-        {path: RNG.normal(size=shape) for path, shape in shapes.items()} for _ in range(STEPS)
+        {path: rng.normal(size=shape) for path, shape in shapes.items()} for _ in range(STEPS)
     ]
 
     kernel, bias = (torch.nn.Parameter(torch.tensor(array)) for array in start.values())
@@ -76,10 +75,10 @@ def test_same_weights_as_torch(name, clip_norm):
             np.testing.assert_allclose(params[path], expected, rtol=0, atol=1e-6 * change)
 
 
-def test_muon_is_torchs():
+def test_muon_is_torchs(rng):
     """torch rounds to bfloat16 inside, which a bias correction of the momentum would exceed."""
-    start = RNG.normal(size=(24, 16))
-    gradients = [RNG.normal(size=start.shape) for _ in range(4)]
+    start = rng.normal(size=(24, 16))
+    gradients = [rng.normal(size=start.shape) for _ in range(4)]
     reference = torch.nn.Parameter(torch.tensor(start.T))  # [out, in]
     optimizer = torch.optim.Muon(
         [reference], lr=LR, weight_decay=WD, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
@@ -107,8 +106,8 @@ def test_muon_is_torchs():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_same_cross_entropy_as_torch(smoothing):
-    logits, labels = 4 * RNG.normal(size=(32, 11)).astype(np.float32), RNG.integers(0, 11, 32)
+def test_same_cross_entropy_as_torch(smoothing, rng):
+    logits, labels = 4 * rng.normal(size=(32, 11)).astype(np.float32), rng.integers(0, 11, 32)
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(logits), torch.tensor(labels), label_smoothing=smoothing, reduction="none"
     )

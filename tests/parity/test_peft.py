@@ -100,9 +100,9 @@ def described(model):
     return {"family": "vit", "arguments": arguments_of(model)}
 
 
-def relative_difference(theirs, ours, params, dtype):
+def relative_difference(rng, theirs, ours, params, dtype):
     """Largest difference between the two models' logits, relative to the largest logit."""
-    images = np.random.default_rng().uniform(size=(3, 16, 16, 3)).astype(dtype)
+    images = rng.uniform(size=(3, 16, 16, 3)).astype(dtype)
     normalized = torch.from_numpy((images - 0.5) / 0.5).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = theirs.eval()(normalized)
@@ -141,13 +141,13 @@ FROM_TIMM = {
 
 
 @pytest.mark.parametrize("settings", FROM_TIMM.values(), ids=FROM_TIMM)
-def test_timm_adapter_from_peft(settings, dtype, tmp_path):
+def test_timm_adapter_from_peft(settings, dtype, tmp_path, rng):
     model, ours, base = timm_reference(dtype, tmp_path)
     adapted = save_from_peft(model, tmp_path, modules_to_save=["head"], **settings)
     params = read_adapter(tmp_path, base, **described(ours))
-    assert relative_difference(adapted, ours, params, dtype) < TOLERANCE[dtype]
-    assert relative_difference(adapted, ours, base, dtype) > 1e-2
-    assert relative_difference(adapted, ours, lora.merge(params), dtype) < TOLERANCE[dtype]
+    assert relative_difference(rng, adapted, ours, params, dtype) < TOLERANCE[dtype]
+    assert relative_difference(rng, adapted, ours, base, dtype) > 1e-2
+    assert relative_difference(rng, adapted, ours, lora.merge(params), dtype) < TOLERANCE[dtype]
 
 
 FROM_TRANSFORMERS = {
@@ -169,24 +169,24 @@ FROM_TRANSFORMERS = {
 
 
 @pytest.mark.parametrize("settings", FROM_TRANSFORMERS.values(), ids=FROM_TRANSFORMERS)
-def test_transformers_adapter_from_peft(settings, dtype, tmp_path):
+def test_transformers_adapter_from_peft(settings, dtype, tmp_path, rng):
     model, ours, base = transformers_reference(dtype, tmp_path)
     adapted = save_from_peft(model, tmp_path, modules_to_save=["classifier"], **settings)
     params = read_adapter(tmp_path, base, **described(ours))
-    assert relative_difference(adapted, ours, params, dtype) < TOLERANCE[dtype]
-    assert relative_difference(adapted, ours, base, dtype) > 1e-2
+    assert relative_difference(rng, adapted, ours, params, dtype) < TOLERANCE[dtype]
+    assert relative_difference(rng, adapted, ours, base, dtype) > 1e-2
 
 
-def test_dinov2_adapter_from_peft(tmp_path):
+def test_dinov2_adapter_from_peft(tmp_path, rng):
     model, ours, base = transformers_reference("float32", tmp_path, transformers.Dinov2Config)
     targets = ["q_proj", "v_proj", "o_proj", "fc1", "projection"]
     adapted = save_from_peft(model, tmp_path, target_modules=targets, r=3)
     params = read_adapter(tmp_path, base, **described(ours))
-    assert relative_difference(adapted, ours, params, "float32") < 1e-5
-    assert relative_difference(adapted, ours, base, "float32") > 1e-2
+    assert relative_difference(rng, adapted, ours, params, "float32") < 1e-5
+    assert relative_difference(rng, adapted, ours, base, "float32") > 1e-2
 
 
-def test_adapter_of_transformers_4(tmp_path):
+def test_adapter_of_transformers_4(tmp_path, rng):
     """Its modules had the names that the files still have."""
     model, ours, base = transformers_reference("float32", tmp_path)
     adapted = save_from_peft(model, tmp_path, target_modules=["q_proj", "v_proj", "fc1"], r=3)
@@ -200,7 +200,7 @@ def test_adapter_of_transformers_4(tmp_path):
     }
     save_file(older, file)
     params = read_adapter(tmp_path, base, **described(ours))
-    assert relative_difference(adapted, ours, params, "float32") < 1e-5
+    assert relative_difference(rng, adapted, ours, params, "float32") < 1e-5
 
 
 RULES = [r"block_\d+/attn/(qkv|proj)/kernel", r"block_0/mlp/fc\d/kernel"]
@@ -215,10 +215,10 @@ ATTACHED = {
 
 @pytest.mark.parametrize("naming", ["timm", "transformers"])
 @pytest.mark.parametrize("settings", ATTACHED.values(), ids=ATTACHED)
-def test_adapter_to_peft(settings, naming, dtype, tmp_path):
+def test_adapter_to_peft(settings, naming, dtype, tmp_path, rng):
     reference = timm_reference if naming == "timm" else transformers_reference
     model, ours, base = reference(dtype, tmp_path)
-    params = attach_random(base, [*RULES, "patch_embed/kernel"], rank=3, alpha=7.0, **settings)
+    params = attach_random(rng, base, [*RULES, "patch_embed/kernel"], rank=3, alpha=7.0, **settings)
     # What was trained besides: the head, a bias under an adapter, a norm and a bare parameter.
     trained = ["head/kernel", "head/bias", "block_1/attn/qkv/bias", "norm/scale", "pos_embed"]
     flat = paths.flatten(params)
@@ -234,36 +234,35 @@ def test_adapter_to_peft(settings, naming, dtype, tmp_path):
         modules_to_save=trained,
     )
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
-    assert relative_difference(loaded, ours, params, dtype) < TOLERANCE[dtype]
-    assert relative_difference(model, ours, params, dtype) > 1e-2
+    assert relative_difference(rng, loaded, ours, params, dtype) < TOLERANCE[dtype]
+    assert relative_difference(rng, model, ours, params, dtype) > 1e-2
 
     again = read_adapter(tmp_path, base, **described(ours))
-    assert relative_difference(loaded, ours, again, dtype) < TOLERANCE[dtype]
+    assert relative_difference(rng, loaded, ours, again, dtype) < TOLERANCE[dtype]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert "head" in config["modules_to_save"] or "classifier" in config["modules_to_save"]
 
 
-def test_leaves_of_different_kinds_to_peft(tmp_path):
+def test_leaves_of_different_kinds_to_peft(tmp_path, rng):
     """Ranks, scales and DoRA that differ between leaves: patterns and gains of 1 keep the sums."""
     model, ours, base = timm_reference("float32", tmp_path)
-    params = attach_random(base, ["block_0/attn/qkv/kernel"], rank=2, alpha=3.0, dora=True)
-    params = attach_random(params, [r"block_1/mlp/fc\d/kernel"], rank=5, alpha=4.0)
+    params = attach_random(rng, base, ["block_0/attn/qkv/kernel"], rank=2, alpha=3.0, dora=True)
+    params = attach_random(rng, params, [r"block_1/mlp/fc\d/kernel"], rank=5, alpha=4.0)
     write_adapter(tmp_path, params, base_model_name="reference", **described(ours), naming="timm")
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
-    assert relative_difference(loaded, ours, params, "float32") < 1e-5
+    assert relative_difference(rng, loaded, ours, params, "float32") < 1e-5
     again = read_adapter(tmp_path, base, **described(ours))
-    assert relative_difference(loaded, ours, again, "float32") < 1e-5
+    assert relative_difference(rng, loaded, ours, again, "float32") < 1e-5
 
 
-def attach_random(params, rules, **settings):
+def attach_random(rng, params, rules, **settings):
     """`attach` with random B and disturbed magnitudes, as after training."""
     before = lora.adapter_paths(params)
     params = lora.attach(params, rules, key=jax.random.key(0), **settings)
     flat = paths.flatten(params)
-    random = np.random.default_rng()
     for path, array in flat.items():
         if path not in before and path.endswith(("kernel/b", "kernel/magnitude")):
-            flat[path] = array + random.normal(size=array.shape).astype(array.dtype) * 0.2
+            flat[path] = array + rng.normal(size=array.shape).astype(array.dtype) * 0.2
     return paths.unflatten(params, flat)
 
 
@@ -394,9 +393,9 @@ def read_base(spec):
     return model, variables, {"family": family, "arguments": arguments_of(model)}
 
 
-def difference(theirs, ours, variables):
+def difference(rng, theirs, ours, variables):
     """As `relative_difference`, of images that are not normalized."""
-    images = np.random.default_rng().uniform(size=(2, 32, 32, 3)).astype(np.float32)
+    images = rng.uniform(size=(2, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs.eval()(torch.from_numpy(images).permute(0, 3, 1, 2))
     expected = getattr(expected, "logits", expected).numpy()
@@ -405,7 +404,7 @@ def difference(theirs, ours, variables):
 
 
 @pytest.mark.parametrize(("make", "settings"), VALID.values(), ids=VALID)
-def test_adapters_of_every_kind_there_and_back(make, settings, tmp_path):
+def test_adapters_of_every_kind_there_and_back(make, settings, tmp_path, rng):
     """PEFT's adapter here, and what was read written again and loaded by PEFT."""
     model = make()
     spec = saved_base(model, tmp_path)
@@ -416,10 +415,10 @@ def test_adapters_of_every_kind_there_and_back(make, settings, tmp_path):
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     adapted.save_pretrained(tmp_path / "theirs")
     ours, base, described = read_base(spec)
-    assert difference(adapted, ours, base) > 1e-3
+    assert difference(rng, adapted, ours, base) > 1e-3
     params = read_adapter(tmp_path / "theirs", base["params"], **described)
     variables = base | {"params": params}
-    assert difference(adapted, ours, variables) < 1e-5
+    assert difference(rng, adapted, ours, variables) < 1e-5
 
     plain, _ = lora.detach(params)
     before = paths.flatten(base["params"])
@@ -434,11 +433,11 @@ def test_adapters_of_every_kind_there_and_back(make, settings, tmp_path):
         modules_to_save=changed,
     )
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours")
-    assert difference(again, ours, variables) < 1e-5
+    assert difference(rng, again, ours, variables) < 1e-5
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
-def test_adapter_of_a_wrapped_base(wrapper, tmp_path):
+def test_adapter_of_a_wrapped_base(wrapper, tmp_path, rng):
     model = vit_of_transformers()
     spec = saved_base(model, tmp_path)
     adapted = save_from_peft(
@@ -453,11 +452,11 @@ def test_adapter_of_a_wrapped_base(wrapper, tmp_path):
     config_file.write_text(json.dumps(config | {"alpha_pattern": {key: 3}}))
     ours, base, described = read_base(spec)
     params = read_adapter(tmp_path, base["params"], **described)
-    assert difference(adapted, ours, base | {"params": params}) < 1e-5
+    assert difference(rng, adapted, ours, base | {"params": params}) < 1e-5
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_two_patterns_for_one_module(field, tmp_path):
+def test_two_patterns_for_one_module(field, tmp_path, rng):
     """PEFT saves patterns in alphabetical order, and takes the first that matches."""
     model = vit_of_transformers()
     spec = saved_base(model, tmp_path)
@@ -467,15 +466,15 @@ def test_two_patterns_for_one_module(field, tmp_path):
     with pytest.warns(UserWarning, match=rf"{field} of vit.layers.1.attention.v_proj \(2, 3\)"):
         params = read_adapter(tmp_path, base["params"], **described)
     if field == "alpha_pattern":  # what PEFT loads is not what was trained
-        assert difference(adapted, ours, base | {"params": params}) > 1e-3
+        assert difference(rng, adapted, ours, base | {"params": params}) > 1e-3
         adapted = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     else:
         with pytest.raises(RuntimeError, match="size mismatch"):
             peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
-    assert difference(adapted, ours, base | {"params": params}) < 1e-5
+    assert difference(rng, adapted, ours, base | {"params": params}) < 1e-5
 
 
-def test_parts_of_different_scales_in_a_float32_file(tmp_path):
+def test_parts_of_different_scales_in_a_float32_file(tmp_path, rng):
     """Of a float64 model: nothing is rescaled in the file's own precision."""
     with jax.enable_x64(True):
         model, ours, base = transformers_reference("float64", tmp_path)
@@ -485,4 +484,4 @@ def test_parts_of_different_scales_in_a_float32_file(tmp_path):
         save_file({name: x.float() for name, x in load_file(file).items()}, file)
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).double()
         params = read_adapter(tmp_path, base, **described(ours))
-        assert relative_difference(loaded, ours, params, "float64") < 1e-11
+        assert relative_difference(rng, loaded, ours, params, "float64") < 1e-11

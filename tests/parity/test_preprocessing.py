@@ -20,12 +20,11 @@ from vision_jax.errors import UserError
 
 transformers.utils.logging.set_verbosity_error()
 
-rng = np.random.default_rng()
 SIZES = [(500, 375), (375, 500), (33, 77), (224, 224), (225, 223), (31, 30), (10, 300), (301, 11)]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def random_image(height: int, width: int) -> np.ndarray:
+def random_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Random, but smooth enough for the resampling filters to disagree in a visible manner."""
     coarse = rng.integers(0, 256, (height // 3 + 1, width // 3 + 1, 3), np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST))
@@ -51,13 +50,13 @@ def assert_equal_to_timm(image, preprocessing):
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.95, 1.0])
 @pytest.mark.parametrize("image_size", [(224, 224), (97, 97), (64, 48)])
-def test_timm(size, crop_mode, crop_pct, image_size):
+def test_timm(size, crop_mode, crop_pct, image_size, rng):
     for interpolation in ("bicubic", "bilinear"):
         preprocessing = Preprocessing(image_size, MEAN, STD, crop_pct, interpolation, crop_mode)
-        assert_equal_to_timm(random_image(*size), preprocessing)
+        assert_equal_to_timm(random_image(rng, *size), preprocessing)
 
 
-def test_timm_on_random_sizes():
+def test_timm_on_random_sizes(rng):
     for _ in range(150):
         height, width = rng.integers(20, 400, 2)
         preprocessing = Preprocessing(
@@ -68,13 +67,13 @@ def test_timm_on_random_sizes():
             str(rng.choice(["bicubic", "bilinear", "lanczos", "nearest"])),
             str(rng.choice(["center", "squash", "border"])),
         )
-        assert_equal_to_timm(random_image(height, width), preprocessing)
+        assert_equal_to_timm(random_image(rng, height, width), preprocessing)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_torchvision(size):
+def test_torchvision(size, rng):
     """The preset of torchvision's ViT-B/16 weights: resize 256, crop 224, bilinear."""
-    image = random_image(*size)
+    image = random_image(rng, *size)
     bilinear = transforms.InterpolationMode.BILINEAR
     reference = transforms.Compose(
         [transforms.Resize(256, bilinear), transforms.CenterCrop(224), transforms.PILToTensor()]
@@ -176,9 +175,9 @@ def ours_in_bytes(read, image, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_processors_of_transformers(kind):
+def test_processors_of_transformers(kind, rng):
     """To the byte what the class computes with Pillow; refused where it fails or shapes differ."""
-    images = [random_image(*size) for size in PHOTOS]
+    images = [random_image(rng, *size) for size in PHOTOS]
     read_count = 0
     for name in [*GEOMETRY, *PIXELS]:
         file = {"image_processor_type": kind} | fields_of(kind, name)
@@ -208,7 +207,7 @@ def test_processors_of_transformers(kind):
 
 @pytest.mark.parametrize("name", NOT_READ)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_read_is_refused(kind, name):
+def test_what_is_not_read_is_refused(kind, name, rng):
     """Unless the class has no use for the field: BEiT's and others never pad."""
     file = {"image_processor_type": kind} | NOT_READ[name]
     try:
@@ -219,21 +218,21 @@ def test_what_is_not_read_is_refused(kind, name):
         raise
     processor = getattr(transformers, f"{kind}Pil").from_dict(dict(file))
     for size in PHOTOS:
-        image = random_image(*size)
+        image = random_image(rng, *size)
         ours, before = ours_in_bytes(read, image, theirs(processor, image))
         assert np.abs(ours - before).max() < 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [37, 32])
-def test_torchvisions_backend_of_transformers(kind, size):
+def test_torchvisions_backend_of_transformers(kind, size, rng):
     """The same pixels, bilinear, to one grey level; its bicubic overshoots at edges."""
     file = {"image_processor_type": kind, "resample": 2, "size": {"shortest_edge": size}}
     file |= {"size": {"shortest_edge": 32}} if "ConvNext" in kind else CROP
     read = read_preprocessing({"preprocessor": file})
     processor = getattr(transformers, kind).from_dict(dict(file))
     for shape in PHOTOS:
-        image = random_image(*shape)
+        image = random_image(rng, *shape)
         ours, before = ours_in_bytes(read, image, theirs(processor, image))
         assert ours.shape == before.shape
         assert np.abs(ours - before).max() < 1.01
@@ -261,26 +260,26 @@ def test_defaults_are_the_classs_own(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("older", ["Fast", "FeatureExtractor"])
-def test_older_names_of_classes_are_read_as_autoimageprocessor_does(kind, older, tmp_path):
+def test_older_names_of_classes_are_read_as_autoimageprocessor_does(kind, older, tmp_path, rng):
     named = {"image_processor_type": f"{kind}Fast"}
     if older == "FeatureExtractor":
         named = {"feature_extractor_type": kind.replace("ImageProcessor", "FeatureExtractor")}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(named))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     read = read_preprocessing({"preprocessor": named})
-    image = random_image(301, 226)
+    image = random_image(rng, 301, 226)
     ours, before = ours_in_bytes(read, image, theirs(processor, image))
     assert np.abs(ours - before).max() < 0.01
 
 
 @pytest.mark.parametrize("fields", [{"size": [40, 33]}, {"size": {"shortest_edge": 37}} | CROP])
-def test_one_channel(fields):
+def test_one_channel(fields, rng):
     file = {"image_processor_type": "DeiTImageProcessor", "do_center_crop": False} | fields
     file |= {"image_mean": [0.4], "image_std": [0.3]}
     read = read_preprocessing({"preprocessor": file, "config": {"num_channels": 1}})
     processor = transformers.DeiTImageProcessorPil.from_dict(dict(file))
     for size in PHOTOS:
-        image = random_image(*size)[..., :1]
+        image = random_image(rng, *size)[..., :1]
         grey = processor(Image.fromarray(image[..., 0]), return_tensors="np")["pixel_values"][0]
         ours, before = ours_in_bytes(read, image, grey.transpose(1, 2, 0))
         assert ours.shape == before.shape
@@ -300,7 +299,7 @@ DETECTORS = [
 
 
 @pytest.mark.parametrize(("kind", "fields"), DETECTORS)
-def test_detectors(kind, fields):
+def test_detectors(kind, fields, rng):
     file = {"image_processor_type": f"{kind}Fast"} | fields
     read = read_preprocessing({"preprocessor": file})
     name = f"{kind}Pil" if hasattr(transformers, f"{kind}Pil") else kind
@@ -313,7 +312,7 @@ def test_detectors(kind, fields):
         buckets=(canvas,),
     )
     for size in PHOTOS:
-        image = random_image(*size)
+        image = random_image(rng, *size)
         expected = theirs(processor, image)
         before = 255 * (expected * np.array(read["std"]) + np.array(read["mean"]))
         view = detection_eval_transform(image, np.zeros((0, 4)), ours, canvas)[0]
@@ -322,7 +321,7 @@ def test_detectors(kind, fields):
         assert np.abs(view - before).max() < (0.51 if "Rf" in kind else 0.01)
 
 
-def test_random_resized_crop_draws_windows_as_torchvision_does():
+def test_random_resized_crop_draws_windows_as_torchvision_does(rng):
     """Other random numbers, so distributions are compared: means and deviations of the windows."""
     height, width, count = 90, 130, 4000
     scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)

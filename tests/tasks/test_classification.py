@@ -8,10 +8,10 @@ import pytest
 from vision_jax.recipes import objective
 from vision_jax.tasks import classification
 
-RNG = np.random.default_rng()
-IMAGES = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-LABELS = RNG.integers(0, 4, 6).astype(np.int32)
-KERNEL = RNG.standard_normal((192, 4)).astype(np.float32)
+DRAW = np.random.default_rng(0)
+IMAGES = DRAW.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+LABELS = DRAW.integers(0, 4, 6).astype(np.int32)
+KERNEL = DRAW.standard_normal((192, 4)).astype(np.float32)
 BATCH = {
     "image": jnp.asarray(IMAGES),
     "label": jnp.asarray(LABELS),

@@ -101,9 +101,8 @@ def test_an_attack_is_the_same_in_another_batch_and_on_8_devices(attacked, batch
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_adversarial_training_keeps_off_the_padding(norm):
+def test_adversarial_training_keeps_off_the_padding(norm, rng):
     """Even of a model that would see it."""
-    rng = np.random.default_rng()
     slope = jnp.asarray(rng.normal(size=(1, 6, 7, 3)), jnp.float32)
 
     def apply(params, model_state, images, pixels, *, train, keys):

@@ -185,10 +185,9 @@ def test_a_model_computes_with_it_what_it_computes_with_the_merged_kernels(make)
         assert (relative_difference(ours, plain) > 1e-4) == (make is not flatten)
 
 
-def test_convolutions():
+def test_convolutions(rng):
     with jax.enable_x64(True):
-        random = np.random.default_rng()
-        x = jnp.asarray(random.normal(size=(2, 7, 8, 4)))
+        x = jnp.asarray(rng.normal(size=(2, 7, 8, 4)))
         for strides, padding, groups, dilation in (
             ((2, 1), ((1, 2), (0, 1)), 1, 1),
             ((1, 1), ((1, 1), (1, 1)), 2, 1),
@@ -196,8 +195,8 @@ def test_convolutions():
             ((3, 2), ((0, 0), (0, 0)), 1, 2),
         ):
             conv = Conv(6, (3, 2), strides, padding, groups, dilation, dtype=jnp.float64)
-            kernel = jnp.asarray(random.normal(size=(3, 2, 4 // groups, 6)))
-            bias = jnp.asarray(random.normal(size=6))
+            kernel = jnp.asarray(rng.normal(size=(3, 2, 4 // groups, 6)))
+            bias = jnp.asarray(rng.normal(size=6))
             leaf = quantize(kernel)
             expected = jax.lax.conv_general_dilated(
                 x,

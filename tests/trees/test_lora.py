@@ -36,21 +36,20 @@ def make_vit(**arguments):
     return ViT(**(defaults | arguments))
 
 
-def random_like(tree):
-    random = np.random.default_rng()
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) * 0.2, x.dtype), tree)
+def random_like(rng, tree):
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), tree)
 
 
-def make_params(dtype=jnp.float32, depth=1):
+def make_params(rng, dtype=jnp.float32, depth=1):
     model = make_vit(depth=depth)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     return random_like(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes["params"])
+        rng, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes["params"])
     )
 
 
-def make_images(count=4, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng().uniform(size=(count, 16, 16, 3)), dtype)
+def make_images(rng, count=4, dtype=jnp.float32):
+    return jnp.asarray(rng.uniform(size=(count, 16, 16, 3)), dtype)
 
 
 def attach(params, rules=RULES, **settings):
@@ -59,10 +58,10 @@ def attach(params, rules=RULES, **settings):
     return lora.attach(params, rules, **arguments)
 
 
-def trained(params):
+def trained(rng, params):
     """The tree after some training: its adapters moved, all else as it was."""
     flat = paths.flatten(params)
-    moved = random_like({path: flat[path] for path in lora.adapter_paths(params)})
+    moved = random_like(rng, {path: flat[path] for path in lora.adapter_paths(params)})
     return paths.unflatten(params, flat | {path: flat[path] + x for path, x in moved.items()})
 
 
@@ -75,11 +74,15 @@ def relative_difference(actual, expected):
     [(settings, "float64") for settings in SETTINGS.values()]
     + [(SETTINGS["parts"], "float32"), (SETTINGS["dora"], "float32")],
 )
-def test_merged_logits_equal_attached_ones(settings, dtype):
+def test_merged_logits_equal_attached_ones(settings, dtype, rng):
     with jax.enable_x64(dtype == "float64"):
-        model, params, images = make_vit(dtype=dtype), make_params(dtype), make_images(4, dtype)
+        model, params, images = (
+            make_vit(dtype=dtype),
+            make_params(rng, dtype),
+            make_images(rng, 4, dtype),
+        )
         fresh = attach(params, **settings)
-        moved = trained(fresh)
+        moved = trained(rng, fresh)
 
         @jax.jit
         def logits(*trees):
@@ -92,10 +95,10 @@ def test_merged_logits_equal_attached_ones(settings, dtype):
         assert relative_difference(attached, base) > 1e-2
 
 
-def test_scan_equals_unrolled_with_adapters():
+def test_scan_equals_unrolled_with_adapters(rng):
     params, images = (
-        trained(attach(make_params(depth=2), [r"block_\d+/.*"], qkv_parts="q,v")),
-        make_images(),
+        trained(rng, attach(make_params(rng, depth=2), [r"block_\d+/.*"], qkv_parts="q,v")),
+        make_images(rng),
     )
 
     def loss(params, model):
@@ -110,9 +113,9 @@ def test_scan_equals_unrolled_with_adapters():
         assert relative_difference(scanned_gradient[path], gradient[path]) < 1e-4, path
 
 
-def test_fresh_adapters():
+def test_fresh_adapters(rng):
     """A uniform within 1/√fan_in, B zero, scale by rank; shapes of dense, parts and convolution."""
-    params = attach(make_params(depth=2), rank=8, qkv_parts="q,v")
+    params = attach(make_params(rng, depth=2), rank=8, qkv_parts="q,v")
     flat = paths.flatten(params)
     shapes = {path: flat[path].shape for path in lora.adapter_paths(params)}
     assert len(shapes) == 2 * (2 * 4 + 1)
@@ -130,7 +133,7 @@ def test_fresh_adapters():
         assert np.abs(a).max() <= 1
         assert np.abs(a).max() > 0.95
         assert abs(a.std() - 1 / np.sqrt(3)) < 0.08
-    params = make_params()
+    params = make_params(rng)
     rules = ["head/kernel"]
     assert attach(params, rules, rank=4, alpha=6)["head"]["kernel"].scale == 1.5
     stabilized = attach(params, rules, rank=4, alpha=6, rank_stabilized=True, dropout=0.2)
@@ -183,8 +186,8 @@ def test_the_whole_tree_of_a_vit_with_adapters():
     }
 
 
-def test_another_rule_leaves_other_adapters_alone():
-    params = make_params(depth=2)
+def test_another_rule_leaves_other_adapters_alone(rng):
+    params = make_params(rng, depth=2)
     few = paths.flatten(attach(params, ["block_0/.*"]))
     many = paths.flatten(attach(params, ["block_0/.*", "head/kernel", "block_1/mlp/.*"]))
     for path in few:
@@ -194,10 +197,10 @@ def test_another_rule_leaves_other_adapters_alone():
     assert (a0["mlp"]["fc1"]["kernel"].a != a1["mlp"]["fc1"]["kernel"].a).any()
 
 
-def test_adapters_swap_over_one_base_to_the_bit():
-    params = make_params()
+def test_adapters_swap_over_one_base_to_the_bit(rng):
+    params = make_params(rng)
     first, second = (
-        lora.detach(trained(attach(params, rules, rank=rank)))[1]
+        lora.detach(trained(rng, attach(params, rules, rank=rank)))[1]
         for rules, rank in ((["block_0/.*"], 2), (RULES, 3))
     )
     base = params
@@ -212,8 +215,8 @@ def assert_identical(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def test_unmerge_undoes_merge():
-    params = trained(attach(make_params(), qkv_parts="q,v"))
+def test_unmerge_undoes_merge(rng):
+    params = trained(rng, attach(make_params(rng), qkv_parts="q,v"))
     base, adapters = lora.detach(params)
     again = lora.unmerge(lora.merge(params), adapters)
     assert_identical(lora.detach(again)[1], adapters)
@@ -225,9 +228,9 @@ def test_unmerge_undoes_merge():
         lora.unmerge(lora.merge(dora), dora_adapters)
 
 
-def test_frozen_leaves_stay_to_the_bit_and_have_no_gradient_or_optimizer_state():
-    model, images = make_vit(), make_images()
-    params = attach(make_params(), [".*/(qkv|fc2)/kernel"], qkv_parts="q,v", dropout=0.1)
+def test_frozen_leaves_stay_to_the_bit_and_have_no_gradient_or_optimizer_state(rng):
+    model, images = make_vit(), make_images(rng)
+    params = attach(make_params(rng), [".*/(qkv|fc2)/kernel"], qkv_parts="q,v", dropout=0.1)
     flat = paths.flatten(params)
     chosen = lora.adapter_paths(params)
     trainable, frozen = paths.partition(flat, chosen)
@@ -278,9 +281,9 @@ def test_attached_step_has_under_0_7_of_the_flops_of_full_fine_tuning():
     assert flops(adapted, adapters, lora.merge) > 0.85 * full  # what autodiff makes of it
 
 
-def test_dropout_is_the_same_on_one_and_eight_devices():
-    model, images = make_vit(), make_images(16)
-    params = trained(attach(make_params(), [".*/(qkv|fc1)/kernel"], dropout=0.5))
+def test_dropout_is_the_same_on_one_and_eight_devices(rng):
+    model, images = make_vit(), make_images(rng, 16)
+    params = trained(rng, attach(make_params(rng), [".*/(qkv|fc1)/kernel"], dropout=0.5))
 
     @jax.jit
     def logits(params, images, key):
@@ -299,8 +302,8 @@ def test_dropout_is_the_same_on_one_and_eight_devices():
     assert relative_difference(still, merged) < 1e-6
 
 
-def test_attach_to_sharded_and_abstract_parameters():
-    params = make_params()
+def test_attach_to_sharded_and_abstract_parameters(rng):
+    params = make_params(rng)
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.device_put(params, NamedSharding(mesh, P()))
     sharded["block_0"]["mlp"]["fc1"]["kernel"] = jax.device_put(
@@ -325,14 +328,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
-def test_attach_refuses(settings, message):
+def test_attach_refuses(settings, message, rng):
     with pytest.raises(UserError, match=message) as error:
-        attach(make_params(), **settings)
+        attach(make_params(rng), **settings)
     assert "\n" not in str(error.value)
 
 
-def test_what_does_not_fit_is_refused():
-    params = make_params()
+def test_what_does_not_fit_is_refused(rng):
+    params = make_params(rng)
     attached = attach(params, ["head/kernel"])
     adapters = lora.detach(attached)[1]
     with pytest.raises(UserError, match="head/kernel has an adapter already"):

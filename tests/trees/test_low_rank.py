@@ -24,13 +24,12 @@ FORMS = {
 }
 
 
-def make_case(form, dtype, dropout=0.0):
+def make_case(rng, form, dtype, dropout=0.0):
     """(product, x, leaf) with random contents."""
     product, x_shape, shape, options = FORMS[form]
-    random = np.random.default_rng()
 
     def normal(*shape):
-        return jnp.asarray(random.normal(size=shape), dtype)
+        return jnp.asarray(rng.normal(size=shape), dtype)
 
     rank, parts = 4, options.get("parts")
     a, b = normal(*shape[:-1], rank), normal(rank, shape[-1])
@@ -69,30 +68,30 @@ def assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_merged_kernel_and_product(form):
+def test_merged_kernel_and_product(form, rng):
     with jax.enable_x64(True):
-        product, x, leaf = make_case(form, jnp.float64)
+        product, x, leaf = make_case(rng, form, jnp.float64)
         merged, attached = jax.jit(lambda x, leaf: (merge_leaf(leaf), product(x, leaf)))(x, leaf)
         assert_close(merged, numpy_merge(leaf), 1e-14)
         assert_close(attached, product(x, jnp.asarray(numpy_merge(leaf))), 1e-13)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gradient_is_that_of_autodiff_through_the_merged_kernel(form):
+def test_gradient_is_that_of_autodiff_through_the_merged_kernel(form, rng):
     with jax.enable_x64(True):
-        product, x, leaf = make_case(form, jnp.float64)
-        actual, expected = gradients(product, x, leaf)
+        product, x, leaf = make_case(rng, form, jnp.float64)
+        actual, expected = gradients(rng, product, x, leaf)
         for got, wanted in zip(actual, expected, strict=True):
             assert_close(got, wanted, 1e-13)
 
 
 @pytest.mark.parametrize("form", ["dense", "dora of parts"])
-def test_bfloat16_inputs_with_float32_parameters(form):
+def test_bfloat16_inputs_with_float32_parameters(form, rng):
     """The products round their inputs to bfloat16; the parameters' gradients stay in float32."""
-    product, x, leaf = make_case(form, jnp.float32)
+    product, x, leaf = make_case(rng, form, jnp.float32)
     half = x.astype(jnp.bfloat16)
     assert product(half, leaf).dtype == jnp.bfloat16
-    actual, expected = gradients(product, half, leaf, plain_x=x)
+    actual, expected = gradients(rng, product, half, leaf, plain_x=x)
     for got in actual[1:]:
         assert got.dtype == jnp.float32
         assert (got != got.astype(jnp.bfloat16).astype(jnp.float32)).any()  # not rounded on the way
@@ -100,10 +99,10 @@ def test_bfloat16_inputs_with_float32_parameters(form):
         assert_close(got, wanted, 0.05)
 
 
-def gradients(product, x, leaf, plain_x=None):
+def gradients(rng, product, x, leaf, plain_x=None):
     """Gradients for x, A, B and the magnitude: our own, and autodiff's through `merge_leaf`."""
     plain_x = x if plain_x is None else plain_x
-    dy = np.random.default_rng().normal(size=jax.eval_shape(product, x, leaf).shape)
+    dy = rng.normal(size=jax.eval_shape(product, x, leaf).shape)
 
     def pull(function, x):
         def inner(x, a, b, magnitude):
@@ -154,8 +153,8 @@ def test_no_gradient_of_the_frozen_kernel_is_computed():
 
 
 @pytest.mark.parametrize("form", ["parts", "dora of a convolution"])
-def test_dropout_keeps_the_expectation(form):
-    product, x, leaf = make_case(form, jnp.float32, dropout=0.25)
+def test_dropout_keeps_the_expectation(form, rng):
+    product, x, leaf = make_case(rng, form, jnp.float32, dropout=0.25)
     keys = jax.random.split(jax.random.key(0), 2000)
     exact, merged, samples = jax.jit(
         lambda x, leaf: (
@@ -173,9 +172,9 @@ def test_dropout_keeps_the_expectation(form):
         assert samples[..., 6:12].std(0).max() < 1e-5
 
 
-def test_dropout_gradient_is_that_of_the_written_out_product():
+def test_dropout_gradient_is_that_of_the_written_out_product(rng):
     with jax.enable_x64(True):
-        _, x, leaf = make_case("dense", jnp.float64, dropout=0.25)
+        _, x, leaf = make_case(rng, "dense", jnp.float64, dropout=0.25)
         key = jax.random.key(3)
         keep = jax.random.bernoulli(key, 0.75, x.shape)
 

@@ -24,8 +24,7 @@ FORMS = {
     "siglip": {"pool": "map", "class_token": False, "position_prefix": 0, "qkv_bias": False},
     "clip": {"pre_norm": True, "patch_bias": False, "qk_norm": True},
 }
-RNG = np.random.default_rng()
-IMAGES = RNG.random((2, 8, 8, 3))
+IMAGES = np.random.default_rng(0).random((2, 8, 8, 3))
 
 
 def build(family="vit", **arguments):
@@ -37,8 +36,8 @@ def shapes_of(model):
     return jax.eval_shape(model.clone(dtype=jnp.float32).init, jax.random.key(0), images)
 
 
-def draw(shapes):
-    return jax.tree.map(lambda x: RNG.normal(size=x.shape) * 0.3, shapes)
+def draw(rng, shapes):
+    return jax.tree.map(lambda x: rng.normal(size=x.shape) * 0.3, shapes)
 
 
 def check_same(tree, other):
@@ -59,16 +58,16 @@ def test_layers_are_spread_from_first_to_last(depth, count):
     assert gaps.max() - gaps.min() <= 1
 
 
-def test_all_layers_are_the_teacher():
-    params = draw(shapes_of(build(**VIT))["params"])
+def test_all_layers_are_the_teacher(rng):
+    params = draw(rng, shapes_of(build(**VIT))["params"])
     check_same(surgery.take_layers(params, {"block": range(3)}), params)
     check_same(surgery.take_layers(params, {}), params)
 
 
-def test_layers_without_effect_are_cut_for_free():
+def test_layers_without_effect_are_cut_for_free(rng):
     """A block whose branches end in zeros adds nothing to the residual stream."""
     model, student = build(**VIT), build(**{**VIT, "depth": 2})
-    params = draw(shapes_of(model)["params"])
+    params = draw(rng, shapes_of(model)["params"])
     for layer in (params["block_1"]["attn"]["proj"], params["block_1"]["mlp"]["fc2"]):
         layer.update(jax.tree.map(np.zeros_like, dict(layer)))
     taken = surgery.take_layers(params, {"block": (0, 2)})
@@ -79,9 +78,9 @@ def test_layers_without_effect_are_cut_for_free():
     np.testing.assert_array_equal(logits, expected)
 
 
-def test_a_resnets_stages_and_statistics():
+def test_a_resnets_stages_and_statistics(rng):
     arguments = {"num_classes": 3, "widths": (4, 8), "stem_width": 4, "block": "basic"}
-    teacher = draw(shapes_of(build("resnet", depths=(3, 2), **arguments)))
+    teacher = draw(rng, shapes_of(build("resnet", depths=(3, 2), **arguments)))
     like = shapes_of(build("resnet", depths=(2, 1), **arguments))
     layers = {"stage_0/block": (0, 2), "stage_1/block": (0,)}
     student = {name: surgery.take_layers(tree, layers) for name, tree in teacher.items()}
@@ -92,8 +91,8 @@ def test_a_resnets_stages_and_statistics():
         )
 
 
-def test_the_teachers_tree_is_left_alone():
-    params = draw(shapes_of(build(**VIT))["params"])
+def test_the_teachers_tree_is_left_alone(rng):
+    params = draw(rng, shapes_of(build(**VIT))["params"])
     names = list(flatten(params))
     surgery.take_layers(params, {"block": (2, 0, 2, 0)})
     assert list(flatten(params)) == names
@@ -118,9 +117,9 @@ def test_layers_that_are_not_there(layers, message):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_whole_width_is_the_teacher_and_a_part_fits_the_student(form):
+def test_the_whole_width_is_the_teacher_and_a_part_fits_the_student(form, rng):
     arguments = {**VIT, **FORMS[form]}
-    params = draw(shapes_of(build(**arguments))["params"])
+    params = draw(rng, shapes_of(build(**arguments))["params"])
     narrow = partial(surgery.narrow_vit, num_heads=4)
     with jax.enable_x64(True):
         check_same(narrow(params, width=16, mlp_width=24), params)
@@ -130,7 +129,7 @@ def test_the_whole_width_is_the_teacher_and_a_part_fits_the_student(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_has_no_effect_is_cut_for_free(form):
+def test_what_has_no_effect_is_cut_for_free(form, rng):
     """The student hidden in a teacher: copies of channels that nothing reads, dead heads and units.
 
     Copies and not zeros, so that LayerNorm's statistics stay. Everything is shuffled: the residual
@@ -139,9 +138,9 @@ def test_what_has_no_effect_is_cut_for_free(form):
     wide = {**VIT, **FORMS[form]}
     narrow = {**wide, "width": 8, "num_heads": 2, "mlp_width": 12}
     student, teacher = build(**narrow), build(**wide)
-    small = draw(shapes_of(student)["params"])
+    small = draw(rng, shapes_of(student)["params"])
     flat = {}
-    channels = RNG.permutation(16)
+    channels = rng.permutation(16)
     heads = {}  # by block
     for path, leaf in flatten(shapes_of(teacher)["params"]).items():
         array, block = flatten(small)[path], path.split("/")[0]
@@ -153,9 +152,9 @@ def test_what_has_no_effect_is_cut_for_free(form):
                 if kind == "width":
                     other, order = (0 * part if reads else part), channels
                 else:  # whoever reads them gets zeros, so that they may be anything
-                    random = RNG.normal(size=part.shape) * (part != 0)  # they read no copies
+                    random = rng.normal(size=part.shape) * (part != 0)  # they read no copies
                     other = 0 * part if reads else random
-                    order = heads.setdefault((block, kind), shuffled(kind))
+                    order = heads.setdefault((block, kind), shuffled(rng, kind))
                 grown.append(np.take(np.concatenate([part, other], axis), order, axis))
             array = np.concatenate(grown, axis)
         assert array.shape == leaf.shape
@@ -169,10 +168,10 @@ def test_what_has_no_effect_is_cut_for_free(form):
     np.testing.assert_allclose(logits, expected, rtol=1e-11, atol=1e-12)
 
 
-def shuffled(kind: str) -> np.ndarray:
+def shuffled(rng: np.random.Generator, kind: str) -> np.ndarray:
     if kind == "mlp":
-        return RNG.permutation(24)
-    return (4 * RNG.permutation(4)[:, None] + np.arange(4)).reshape(-1)
+        return rng.permutation(24)
+    return (4 * rng.permutation(4)[:, None] + np.arange(4)).reshape(-1)
 
 
 @pytest.mark.parametrize(
@@ -183,14 +182,14 @@ def shuffled(kind: str) -> np.ndarray:
         ({"width": 8, "mlp_width": 25}, "mlp_width 25: take 1 to 24"),
     ],
 )
-def test_sizes_that_a_teacher_cannot_give(sizes, message):
-    params = draw(shapes_of(build(**VIT))["params"])
+def test_sizes_that_a_teacher_cannot_give(sizes, message, rng):
+    params = draw(rng, shapes_of(build(**VIT))["params"])
     with pytest.raises(UserError, match=message):
         surgery.narrow_vit(params, num_heads=4, **sizes)
 
 
-def test_adapters_and_other_architectures_are_refused():
-    params = jax.tree.map(jnp.asarray, draw(shapes_of(build(**VIT))["params"]))
+def test_adapters_and_other_architectures_are_refused(rng):
+    params = jax.tree.map(jnp.asarray, draw(rng, shapes_of(build(**VIT))["params"]))
     adapted = lora.attach(params, (r".*/fc1/kernel",), key=jax.random.key(0), rank=2, alpha=2.0)
     with pytest.raises(UserError, match=r"block_0/mlp/fc1/kernel/\w+ .*merge adapters first"):
         surgery.narrow_vit(adapted, num_heads=4, width=8, mlp_width=8)
