@@ -16,11 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from vision_jax import classify, modes, train
+from vision_jax import train
 from vision_jax.config import load_config
-from vision_jax.evaluate.run import make_run_over
+from vision_jax.evaluation import make_run_over
 from vision_jax.logging import read_metrics
-from vision_jax.recipes import adversarial
+from vision_jax.recipes.adversarial import objective as adversarial
+from vision_jax.run.restore import restore
+from vision_jax.tasks.classification import task as classify
 
 CONFIG = "configs/vit_lora_pgd.py"
 ROWS = {
@@ -37,7 +39,7 @@ def train_once(overrides: dict[str, str]) -> tuple[float, float]:
         config = load_config(CONFIG, {**overrides, **{n: str(v) for n, v in once.items()}})
         code = train.run(config, Path(workdir))
         assert code == 0, f"interrupted: {code}"
-        trained = modes.restore(config, Path(workdir), "last")
+        trained = restore(config, Path(workdir), "last")
         description, threat = trained.description, config.adversarial
         watched = adversarial.make_watch(
             trained.outputs_fn, norm=threat.norm, epsilon=threat.epsilon, seed=config.seed

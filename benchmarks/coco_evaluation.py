@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from vision_jax.data.detection import DetectionSource, Ragged
 from vision_jax.data.sources import ArrayReader
-from vision_jax.evaluate.detection import Detections, coco_curves, summarize
+from vision_jax.tasks.detection.metrics import Detections, coco_curves, summarize
 
 CLASSES = 80
 

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vision_jax import steps
+from vision_jax import objective, steps
 from vision_jax.models.vit import ViT, variant_arguments
-from vision_jax.recipes import objective
-from vision_jax.tasks import classification
+from vision_jax.tasks.classification import objective as classification
 from vision_jax.trees import lora, paths
 
 RULES = (r"block_\d+/attn/qkv/kernel", r"block_\d+/mlp/fc\d/kernel")

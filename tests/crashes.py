@@ -18,9 +18,10 @@ import jax
 import orbax.checkpoint as ocp
 import runs
 
-from vision_jax import main, modes, steps, workdirs
+from vision_jax import figures, main, steps, train
 from vision_jax.checkpoints import Checkpoints
-from vision_jax.evaluate import figures
+from vision_jax.run import workdirs
+from vision_jax.tasks.classification import figures as predictions
 
 
 def die(number: int = signal.SIGKILL) -> None:
@@ -84,7 +85,7 @@ SCENARIOS: tuple[tuple[str, str, Callable[[], object]], ...] = (
     ("before checkpoint", "killed", lambda: before(Checkpoints, "save", die)),
     ("writing checkpoint", "killed", lambda: after(ocp.CheckpointManager, "save", die)),
     ("mid-run", "killed", lambda: after(ocp.CheckpointManager, "save", die, call=3)),
-    ("before results", "killed", lambda: before(modes, "write_results", die)),
+    ("before results", "killed", lambda: before(train, "write_results", die)),
     ("after kills", "killed", lambda: None),
     # A disk that is full at the third checkpoint, and later is not.
     ("full disk", "full", lambda: before(ocp.CheckpointManager, "save", fill_disk, call=3)),
@@ -123,9 +124,8 @@ def run_child(folder: Path, workdir: str, spoil: Callable[[], object]) -> tuple[
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    figures.save_figure = lambda figure, path: Path(
-        path
-    ).touch()  # slow, and not what this is about
+    for module in (figures, predictions):  # slow, and not what this is about
+        module.save_figure = lambda figure, path: Path(path).touch()
     jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     results = {name: run_child(folder, workdir, spoil) for name, workdir, spoil in SCENARIOS}

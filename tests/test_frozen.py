@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import runs
 
-from vision_jax import convert, modes
+from vision_jax import convert
+from vision_jax.commands import probe
 from vision_jax.data.sources import read_source
 from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError
-from vision_jax.evaluate.frozen import few_shot_predict, knn_predict
 from vision_jax.models.families import build_model
+from vision_jax.ops.probe import few_shot_predict, knn_predict
 from vision_jax.trees import paths
 
 
@@ -35,7 +36,7 @@ def test_the_numbers_are_those_of_the_features(tmp_path, capsys):
     config = runs.tiny_config(
         evaluate__neighbors="(1, 3)", evaluate__shots="(2,)", evaluate__repeats=2
     )
-    assert modes.frozen(config, tmp_path) == 0
+    assert probe.run(config, tmp_path) == 0
     screen = capsys.readouterr().out
     record = json.loads((tmp_path / "probe.json").read_text())
     assert f"wrote {tmp_path / 'probe.json'}" in screen
@@ -59,4 +60,4 @@ def test_the_numbers_are_those_of_the_features(tmp_path, capsys):
 def test_weights_are_needed(tmp_path):
     config = runs.tiny_config(model__weights="", model__variant="b/16")
     with pytest.raises(UserError, match=r"set config\.model\.weights"):
-        modes.frozen(config, tmp_path)
+        probe.run(config, tmp_path)

@@ -11,11 +11,15 @@ import runs
 from jax.sharding import Mesh
 from PIL import Image
 
-from vision_jax import convert, modes, setup, train
+from vision_jax import convert, train
+from vision_jax.commands import evaluate, predict
+from vision_jax.commands.convert import main as convert_main
 from vision_jax.config import load_config
-from vision_jax.convert.__main__ import main as convert_main
 from vision_jax.errors import UserError
 from vision_jax.models import families
+from vision_jax.run.description import build_model, describe, load_description, read_weights
+from vision_jax.run.parameters import head_warnings, headless_parameters
+from vision_jax.run.prepare import prepare
 from vision_jax.trees import paths
 
 SQUARE = {"image_size": (16, 16), "patch_size": 8, "width": 16, "depth": 1, "num_heads": 2,
@@ -98,18 +102,11 @@ def config_of(family, file, **fields):
 def begin(config, class_names=NAMES):
     """(arrays by path, those that began anew, warnings) of a new run."""
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-    weights = setup.read_weights(config)
-    description = setup.describe(config, weights, class_names)
-    model = setup.build_model(config, description)
-    size = description.preprocessing.image_size
-    if config.task == "detection" and max(size) > 100:
-        size = (48, 48)
-    plan = setup.plan_parameters(config, model, size, mesh, None)
-    trainable, frozen, state, fresh = setup.make_parameters(
-        config, model, size, plan, mesh, weights, None
-    )
-    warnings = setup.head_warnings(weights, model, description, fresh, plan)
-    return {**trainable, **frozen, **paths.flatten(state)}, set(fresh), warnings
+    run = prepare(config, class_names, mesh=mesh)
+    state, frozen, fresh = run.make_arrays()
+    warnings = head_warnings(run.weights, run.model, run.description, fresh, run.parameters)
+    arrays = {**state.trainable, **frozen, **paths.flatten(state.model_state)}
+    return arrays, set(fresh), warnings
 
 
 def sized(family, arguments):
@@ -149,9 +146,9 @@ def test_advice_is_what_mends_it(name, tmp_path):
     stem = families.build_model(family, num_classes=2, **arguments).stem
     fields = {**sized(family, arguments), "model__reinitialize": rf"{stem[:-1]}\w"}
     config = config_of(family, tmp_path / "weights.safetensors", **fields)
-    weights = setup.read_weights(config)
+    weights = read_weights(config)
     with pytest.raises(UserError, match=r"a head of 5 classes and .*train has 2: set ") as caught:
-        setup.describe(config, weights, NAMES)
+        describe(config, weights, NAMES)
     advice = shlex.split(str(caught.value).split(": set ")[1])[0]
     flag, _, value = advice.partition("=")
     assert flag == "--config.model.reinitialize"
@@ -160,7 +157,7 @@ def test_advice_is_what_mends_it(name, tmp_path):
     rules = mended.model.reinitialize
     every = leaves(arguments, modules) | {stem, "block_0/norm1/scale"}
     assert paths.select(every, rules, field="") == leaves(arguments, modules) | {stem}
-    setup.describe(mended, weights, NAMES)
+    describe(mended, weights, NAMES)
 
 
 @pytest.mark.parametrize("names", [(), ("one",)], ids=["none", "one"])
@@ -184,10 +181,10 @@ def test_features_of_a_distilled_model_need_no_head(tmp_path):
     kept = write(tmp_path / "weights.safetensors", family, arguments)
     config = config_of(family, tmp_path / "weights.safetensors")
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-    weights = setup.read_weights(config)
-    description = setup.describe(config, weights, NAMES, headless=True)
-    model = setup.build_model(config, description)
-    params, _ = setup.headless_parameters(config, model, (16, 16), mesh, weights)
+    weights = read_weights(config)
+    description = describe(config, weights, NAMES, headless=True)
+    model = build_model(config, description)
+    params, _ = headless_parameters(config, model, (16, 16), mesh, weights)
     flat = paths.flatten(params)
     assert kept.keys() - flat.keys() == leaves(arguments, ("head", "head_dist"))
     for path, array in flat.items():
@@ -236,12 +233,12 @@ def test_a_detector_learns_other_classes(tmp_path, capsys):
     config = load_config(str(detection_runs.CONFIG), fields)
     workdir = tmp_path / "run"
     assert train.run(config, workdir) == 0
-    assert modes.evaluate(config, workdir, "last") == 0
+    assert evaluate.run(config, workdir, "last") == 0
     image = tmp_path / "image.png"
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(image)
-    assert modes.predict(config, workdir, "last", [str(image)], tmp_path) == 0
+    assert predict.run(config, workdir, "last", [str(image)], tmp_path) == 0
     boxes = json.loads((tmp_path / "predictions.json").read_text())[0]["boxes"]
-    names = setup.load_description(workdir / "model.json").class_names
+    names = load_description(workdir / "model.json").class_names
     assert len(names) == 8
     assert {box["name"] for box in boxes} <= set(names)
     assert convert_main([str(workdir), f"--out={tmp_path / 'out'}", "--to=transformers"]) == 0

@@ -21,10 +21,9 @@ import runs
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from vision_jax import setup
+from vision_jax.commands.convert import read_model
 from vision_jax.config import load_config, save_config
 from vision_jax.convert import arguments_of, read_weights
-from vision_jax.convert.__main__ import read_model
 from vision_jax.convert.peft import read_adapter, write_adapter
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.detection import check_boxes, read_detection_source
@@ -33,10 +32,11 @@ from vision_jax.data.teacher_cache import open_teacher_cache, write_teacher_cach
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.doctor.__main__ import main as doctor
 from vision_jax.errors import UserError
-from vision_jax.evaluate.figures import _series
+from vision_jax.figures import _series
 from vision_jax.logging import read_metrics
 from vision_jax.models.families import RUN_ARGUMENTS
 from vision_jax.models.vit import build_vit
+from vision_jax.run.description import Description, build_model, load_description, save_description
 from vision_jax.trees import lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's and NumPy's, of damaged files
@@ -436,13 +436,13 @@ def test_files_of_a_run(tmp_path, rng):
     }  # fmt: skip
     own = arguments_of(tiny_vit()).items()
     arguments = {name: value for name, value in own if name not in RUN_ARGUMENTS}
-    description = setup.Description(
+    description = Description(
         "classification", "vit", arguments, Preprocessing(**preprocessing), ("a", "b", "c"), "", ""
     )
-    setup.save_description(description, model)
+    save_description(description, model)
 
     def rebuild():
-        setup.build_model(config, setup.load_description(model))
+        build_model(config, load_description(model))
 
     attack(rng, model, rebuild, *changes)
     metrics = tmp_path / "run/metrics.jsonl"

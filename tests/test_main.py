@@ -245,8 +245,8 @@ def test_ctrl_c_before_the_loop_is_one_line(tmp_path, capsys, monkeypatch):
 def test_flags_reach_the_commands(tmp_path, monkeypatch):
     run, seen = f"--workdir={runs.finished()}", []
     monkeypatch.setattr(train, "run", lambda *given: seen.append(given) or 0)
-    monkeypatch.setattr("vision_jax.modes.predict", lambda *given: seen.append(given) or 0)
-    monkeypatch.setattr("vision_jax.modes.evaluate", lambda *given: seen.append(given) or 0)
+    monkeypatch.setattr("vision_jax.commands.predict.run", lambda *given: seen.append(given) or 0)
+    monkeypatch.setattr("vision_jax.commands.evaluate.run", lambda *given: seen.append(given) or 0)
     assert main.main([CONFIG, "--config.optim.lr=0.25"]) == 0
     config, workdir, start_from = seen[-1]
     assert (config.optim.lr, str(workdir), start_from) == (0.25, "runs/vit_lora", None)

@@ -14,12 +14,15 @@ import runs
 from PIL import Image
 from safetensors.numpy import load_file
 
-from vision_jax import classify, convert, modes, steps
+from vision_jax import convert, steps
+from vision_jax.commands import evaluate, predict, robustness
 from vision_jax.data.sources import read_source
 from vision_jax.data.transforms import eval_transform
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.models.families import build_model
+from vision_jax.run.restore import restore
+from vision_jax.tasks.classification import task as classify
 from vision_jax.trees import paths
 
 
@@ -30,8 +33,8 @@ def finished():
 
 
 @pytest.fixture(scope="module")
-def trained():
-    return modes.restore(runs.full_config(), runs.finished(), "last")
+def restored():
+    return restore(runs.full_config(), runs.finished(), "last")
 
 
 def logged(step):
@@ -44,7 +47,7 @@ def test_evaluate_reprints_the_numbers_of_training(capsys, batch_size):
     workdir = runs.finished()
     capsys.readouterr()
     config = runs.full_config(evaluate__batch_size=batch_size)
-    assert modes.evaluate(config, workdir, "last") == 0
+    assert evaluate.run(config, workdir, "last") == 0
     screen = capsys.readouterr().out
     values = {name: f"{logged(6)[f'eval/{name}']:.4f}" for name in ("top1", "top5", "loss", "ece")}
     line = "  ".join(f"{name} {value}" for name, value in values.items())
@@ -52,15 +55,15 @@ def test_evaluate_reprints_the_numbers_of_training(capsys, batch_size):
     assert [row.split()[0] for row in screen.splitlines()[1:]] == list(runs.CLASSES)
 
 
-def test_evaluate_is_exact_to_the_last_digit(trained):
+def test_evaluate_is_exact_to_the_last_digit(restored):
     evaluate = classify.make_evaluate(
         runs.full_config(),
-        trained.outputs_fn,
-        trained.mesh,
+        restored.run.outputs_fn,
+        restored.run.mesh,
         classify.read_eval_source(runs.full_config(), runs.CLASSES),
-        trained.description.preprocessing,
+        restored.run.description.preprocessing,
     )
-    summary = evaluate(*trained.arguments).summary
+    summary = evaluate(*restored.trained.arguments).summary
     for name in ("top1", "top5", "loss", "ece"):
         assert summary[name] == logged(6)[f"eval/{name}"]
 
@@ -68,22 +71,22 @@ def test_evaluate_is_exact_to_the_last_digit(trained):
 def test_best_is_the_step_with_the_highest_top1(capsys):
     runs.finished()
     capsys.readouterr()
-    assert modes.evaluate(runs.full_config(), runs.finished(), "best") == 0
+    assert evaluate.run(runs.full_config(), runs.finished(), "best") == 0
     best = max((3, 6), key=lambda step: (logged(step)["eval/top1"], step))
     line = capsys.readouterr().out.splitlines()[0]
     assert line.startswith(f"step {best}: ")
     assert f"loss {logged(best)['eval/loss']:.4f}" in line
 
 
-def test_the_moving_average_is_what_is_evaluated_and_exported(trained):
-    ema, last = trained.state.ema["head/kernel"], trained.state.trainable["head/kernel"]
+def test_the_moving_average_is_what_is_evaluated_and_exported(restored):
+    ema, last = restored.state.ema["head/kernel"], restored.state.trainable["head/kernel"]
     assert np.abs(np.asarray(ema) - np.asarray(last)).max() > 1e-4
-    np.testing.assert_array_equal(steps.averaged(trained.state)[0]["head/kernel"], ema)
+    np.testing.assert_array_equal(steps.averaged(restored.state)[0]["head/kernel"], ema)
     exported = load_file(runs.finished() / "model.safetensors")
     np.testing.assert_array_equal(exported["head.weight"].T, ema)
 
 
-def test_the_exported_model_computes_the_same_logits(trained, rng):
+def test_the_exported_model_computes_the_same_logits(restored, rng):
     weights = convert.read_weights(str(runs.finished() / "model.safetensors"))
     family, arguments = convert.recognize(weights)
     model = build_model(family, **arguments)
@@ -98,7 +101,7 @@ def test_the_exported_model_computes_the_same_logits(trained, rng):
         "mask": np.ones(8, bool),
         "index": np.arange(8, dtype=np.int32),
     }
-    attached = jax.jit(trained.outputs_fn)(*trained.arguments, batch)["logits"]
+    attached = jax.jit(restored.run.outputs_fn)(*restored.trained.arguments, batch)["logits"]
     error = np.abs(np.asarray(merged) - np.asarray(attached)).max() / np.abs(merged).max()
     assert error < 3e-6
 
@@ -115,10 +118,10 @@ def pictures(tmp_path):
     return tmp_path / "in"
 
 
-def test_predict_prints_a_table_and_writes_a_grid(trained, pictures, tmp_path, capsys):
+def test_predict_prints_a_table_and_writes_a_grid(restored, pictures, tmp_path, capsys):
     np.save(pictures / "five.npy", np.zeros((8, 8, 5), np.uint8))
     given = [str(pictures), str(pictures / "a.png")]
-    assert modes.predict(runs.full_config(), runs.finished(), "last", given, tmp_path / "out") == 0
+    assert predict.run(runs.full_config(), runs.finished(), "last", given, tmp_path / "out") == 0
     screen = capsys.readouterr().out
     rows = [line.split() for line in screen.splitlines() if line.startswith(str(pictures))]
     names = ["a.png", "b.PNG", "below/c.png", "a.png"]
@@ -133,7 +136,7 @@ def test_predict_prints_a_table_and_writes_a_grid(trained, pictures, tmp_path, c
     # The probabilities are those of the evaluation, image by image.
     source = read_source(f"cifar10:{runs.inputs()}/test")
     views = [
-        eval_transform(source[i]["image"], trained.description.preprocessing) for i in range(8)
+        eval_transform(source[i]["image"], restored.run.description.preprocessing) for i in range(8)
     ]
     batch = {
         "image": np.stack(views),
@@ -141,7 +144,7 @@ def test_predict_prints_a_table_and_writes_a_grid(trained, pictures, tmp_path, c
         "mask": np.ones(8, bool),
         "index": np.arange(8, dtype=np.int32),
     }
-    logits = jax.jit(trained.outputs_fn)(*trained.arguments, batch)["logits"]
+    logits = jax.jit(restored.run.outputs_fn)(*restored.trained.arguments, batch)["logits"]
     expected = np.asarray(jax.nn.softmax(logits))
     for row, index in zip(rows, (0, 1, 2, 0), strict=True):
         assert row[1] == runs.CLASSES[expected[index].argmax()]
@@ -182,7 +185,7 @@ def test_predict_takes_odd_names_and_no_hidden_files(pictures, tmp_path, capsys)
     for hidden in ("._a.png", ".thumbnails/b.png"):
         (folder / hidden).write_bytes(b"no image")
     out = tmp_path / "out"
-    assert modes.predict(runs.full_config(), runs.finished(), "last", [str(folder)], out) == 0
+    assert predict.run(runs.full_config(), runs.finished(), "last", [str(folder)], out) == 0
     screen = capsys.readouterr().out
     screen.encode()
     assert screen.replace("\n", "").isprintable()
@@ -199,10 +202,10 @@ def test_predict_takes_odd_names_and_no_hidden_files(pictures, tmp_path, capsys)
 
 
 def test_predictions_without_a_place_are_refused_before_any_work(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(modes, "restore", lambda *given: pytest.fail("too late"))
+    monkeypatch.setattr(predict, "restore", lambda *given: pytest.fail("too late"))
     for out in (pictures / "a.png", pictures / "a.png/below"):
         with pytest.raises(UserError, match=f"--out: {out} can't be a folder"):
-            modes.predict(runs.full_config(), runs.finished(), "last", [str(pictures)], out)
+            predict.run(runs.full_config(), runs.finished(), "last", [str(pictures)], out)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +221,10 @@ def test_predict_without_images_is_one_line(tmp_path, make, message):
     if "bad" in message:
         (tmp_path / "bad.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match=message):
-        modes.predict(runs.full_config(), runs.finished(), "last", make(tmp_path), None)
+        predict.run(runs.full_config(), runs.finished(), "last", make(tmp_path), None)
 
 
-def test_damaged_images_are_left_out_of_the_evaluation_and_named(trained, pictures, capsys):
+def test_damaged_images_are_left_out_of_the_evaluation_and_named(restored, pictures, capsys):
     (pictures.parent / "data").mkdir()
     (pictures.parent / "data" / "ant").symlink_to(pictures)
     source = dataclasses.replace(
@@ -229,12 +232,12 @@ def test_damaged_images_are_left_out_of_the_evaluation_and_named(trained, pictur
     )
     evaluate = classify.make_evaluate(
         runs.full_config(),
-        trained.outputs_fn,
-        trained.mesh,
+        restored.run.outputs_fn,
+        restored.run.mesh,
         source,
-        trained.description.preprocessing,
+        restored.run.description.preprocessing,
     )
-    result = evaluate(*trained.arguments)
+    result = evaluate(*restored.trained.arguments)
     assert result.summary["count"] == len(source) - 1
     assert "(1 damaged skipped)" in result.line()
     assert re.search(r"damaged\.jpg$", result.damaged[0])
@@ -243,15 +246,15 @@ def test_damaged_images_are_left_out_of_the_evaluation_and_named(trained, pictur
 
 def test_workdirs_without_a_run_are_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
-        modes.evaluate(runs.full_config(), tmp_path, "last")
+        evaluate.run(runs.full_config(), tmp_path, "last")
     for name in ("config.json", "model.json"):
         (tmp_path / name).write_text((runs.finished() / name).read_text())
     with pytest.raises(UserError, match="no complete checkpoint yet"):
-        modes.evaluate(runs.full_config(), tmp_path, "last")
+        evaluate.run(runs.full_config(), tmp_path, "last")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.json"]
     (tmp_path / "model.json").write_text(json.dumps({"arguments": {}}))
     with pytest.raises(UserError, match=r"model\.json is damaged"):
-        modes.evaluate(runs.full_config(), tmp_path, "last")
+        evaluate.run(runs.full_config(), tmp_path, "last")
 
 
 # Robustness -------------------------------------------------------------------------------------
@@ -276,7 +279,7 @@ def hardened(tmp_path, name="robust", **changes):
 
 def test_robustness_writes_figures_and_a_picture(tmp_path, capsys):
     config, workdir = hardened(tmp_path)
-    assert modes.robustness(config, workdir, "last") == 0
+    assert robustness.run(config, workdir, "last") == 0
     screen = capsys.readouterr().out
     record = json.loads((workdir / "robustness.json").read_text())
     assert record["step"] == 6
@@ -297,7 +300,7 @@ def test_robustness_writes_figures_and_a_picture(tmp_path, capsys):
     config, sharded = hardened(tmp_path, "sharded", batch_size=3)
     with config.unlocked():
         config.mesh.data, config.mesh.fsdp = 1, 8
-    assert modes.robustness(config, sharded, "last") == 0
+    assert robustness.run(config, sharded, "last") == 0
     again = json.loads((sharded / "robustness.json").read_text())
     for name, rows in record["attacks"].items():
         for one, other in zip(rows, again["attacks"][name], strict=True):
@@ -313,7 +316,7 @@ def test_the_self_check_takes_another_run_s_attacks(tmp_path, capsys):
     config, workdir = hardened(
         tmp_path, attacks="()", corruptions="()", self_check=True, transfer_from=runs.finished()
     )
-    assert modes.robustness(config, workdir, "last") == 0
+    assert robustness.run(config, workdir, "last") == 0
     findings = json.loads((workdir / "robustness.json").read_text())["self_check"]
     assert {f["name"]: f["flagged"] for f in findings}["transfer"] is False
     assert not any(f["flagged"] for f in findings), findings
@@ -323,9 +326,9 @@ def test_the_self_check_takes_another_run_s_attacks(tmp_path, capsys):
 
 def test_robustness_refuses_what_it_cannot_do(tmp_path):
     with pytest.raises(UserError, match=r"config.robustness.norm is 'l3'"):
-        modes.robustness(runs.tiny_config(robustness__norm="l3"), tmp_path, "last")
+        robustness.run(runs.tiny_config(robustness__norm="l3"), tmp_path, "last")
     with pytest.raises(UserError, match="unknown `fgsn`"):
-        modes.robustness(runs.full_config(robustness__attacks="fgsn"), runs.finished(), "last")
+        robustness.run(runs.full_config(robustness__attacks="fgsn"), runs.finished(), "last")
     changed = runs.full_config(robustness__transfer_from=tmp_path)
     with pytest.raises(UserError, match=r"transfer_from: .* holds no run"):
-        modes.robustness(changed, runs.finished(), "last")
+        robustness.run(changed, runs.finished(), "last")

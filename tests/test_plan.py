@@ -6,13 +6,15 @@ import pytest
 import runs
 from test_configs import CONFIGS, small
 
-from vision_jax import main, modes, plan, setup, train
+from vision_jax import main, train
+from vision_jax.commands import plan
 from vision_jax.config import load_config
 from vision_jax.errors import UserError
+from vision_jax.run.prepare import Run
 
 
 def planned(config):
-    return plan.compile_step(config, plan.describe(config)[0])
+    return plan.compile_step(config, plan.describe_planned(config)[0])
 
 
 @pytest.mark.parametrize(
@@ -25,10 +27,10 @@ def planned(config):
 )
 def test_memory_is_what_xla_reports_of_the_step_that_trains(make, tmp_path, monkeypatch):
     config, made, called = make(), [], []
-    make_step = setup.make_train_step
+    make_step = Run.make_train_step
 
-    def kept_step(*arguments):
-        step = make_step(*arguments)
+    def kept_step(run):
+        step = make_step(run)
 
         def call(state, frozen, batch):
             called.append(
@@ -42,8 +44,8 @@ def test_memory_is_what_xla_reports_of_the_step_that_trains(make, tmp_path, monk
         made.append(step)
         return call
 
-    monkeypatch.setattr(setup, "make_train_step", kept_step)
-    monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(Run, "make_train_step", kept_step)
+    monkeypatch.setattr(train, "write_results", lambda *arguments, **keywords: None)
     assert train.run(config, tmp_path) == 0
     monkeypatch.undo()
     found = planned(config)
@@ -78,7 +80,7 @@ def test_sharding_divides_the_state_and_shows_its_communication():
 
 def test_the_largest_batch_fits_and_the_next_does_not():
     config = runs.tiny_config()
-    description = plan.describe(config)[0]
+    description = plan.describe_planned(config)[0]
 
     def total(batch_size):
         changed = config.copy_and_resolve_references()

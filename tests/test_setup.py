@@ -9,12 +9,18 @@ import runs
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from vision_jax import classify, modes, setup, sharding, steps, train
+from vision_jax import figures, sharding, train
 from vision_jax.data.sources import read_source
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
-from vision_jax.models import families
-from vision_jax.tasks import classification
+from vision_jax.run.description import (
+    build_model,
+    load_description,
+    save_description,
+)
+from vision_jax.run.prepare import prepare
+from vision_jax.run.restore import restore
+from vision_jax.tasks.classification import task as classify
 from vision_jax.trees import paths
 
 
@@ -30,17 +36,10 @@ class Prepared:
     def __init__(self, adapter=None, **fields):
         config = self.config = runs.tiny_config(**fields)
         mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-        weights = setup.read_weights(config)
-        self.description = setup.describe(config, weights, runs.CLASSES)
-        self.model = setup.build_model(config, self.description)
-        size = self.description.preprocessing.image_size
-        self.plan = setup.plan_parameters(config, self.model, size, mesh, adapter)
-        self.trainable, self.frozen, self.model_state, self.fresh = setup.make_parameters(
-            config, self.model, size, self.plan, mesh, weights, adapter
-        )
-        abstract, _ = self.plan.abstract()
-        self.schedule, self.tx = setup.make_optimizer(config, self.model, abstract)
-        self.target, self.shardings = setup.abstract_state(config, self.tx, self.plan, mesh)
+        run = self.run = prepare(config, runs.CLASSES, adapter=adapter, mesh=mesh)
+        self.description, self.model, self.plan = run.description, run.model, run.parameters
+        state, self.frozen, self.fresh = run.make_arrays()
+        self.trainable, self.model_state = state.trainable, state.model_state
         source = read_source(config.data.train)
         self.batch = sharding.make_batch_placer(mesh)(
             {
@@ -53,14 +52,9 @@ class Prepared:
 
     def step(self, count=1):
         """(trainable before, state after, metrics) of updates on the same batch."""
-        loss_fn = setup.make_loss(self.config, self.model, self.plan.assemble)
         before = {path: np.asarray(array) for path, array in self.trainable.items()}
-        state = setup.new_state(
-            self.config, self.tx, self.trainable, self.model_state, self.shardings
-        )
-        step = steps.make_train_step(
-            loss_fn, self.tx, seed=0, schedule=self.schedule, shardings=self.shardings
-        )
+        state = self.run.make_state(self.trainable, self.model_state)
+        step = self.run.make_train_step()
         for _ in range(count):
             state, metrics = step(state, self.frozen, self.batch)
         assert step._cache_size() == 1
@@ -118,7 +112,9 @@ def test_recipes_change_what_trains_and_nothing_else(name):
     for path, array in prepared.frozen.items():
         np.testing.assert_array_equal(array, kept[path])
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
-    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), prepared.target)
+    assert shapes == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), prepared.run.abstract_state
+    )
 
 
 def test_what_trains_is_what_the_rules_say():
@@ -152,9 +148,9 @@ def test_the_weights_own_facts_are_taken_unless_the_config_has_others():
 
 
 def test_a_description_comes_back_from_its_file(tmp_path):
-    description = setup.load_description(runs.finished() / "model.json")
-    setup.save_description(description, tmp_path / "model.json")
-    assert setup.load_description(tmp_path / "model.json") == description
+    description = load_description(runs.finished() / "model.json")
+    save_description(description, tmp_path / "model.json")
+    assert load_description(tmp_path / "model.json") == description
 
 
 @pytest.mark.parametrize(
@@ -174,7 +170,7 @@ def test_a_description_that_no_model_can_be_is_one_line(change, word, tmp_path):
     record = json.loads((runs.finished() / "model.json").read_text())
     (tmp_path / "model.json").write_text(json.dumps(record | change))
     with pytest.raises(UserError, match=word) as caught:
-        setup.load_description(tmp_path / "model.json")
+        load_description(tmp_path / "model.json")
     assert "model.json" in str(caught.value)
 
 
@@ -191,16 +187,14 @@ def test_keys_and_weights_decide_the_parameters():
 def test_dropout_is_for_training_alone():
     fields = {"model__dropout": 0.5, "model__drop_path": 0.5, "lora__dropout": 0.5}
     outputs = [
-        jax.jit(classification.make_outputs(families.make_apply(one.model), one.plan.assemble))(
-            one.trainable, one.frozen, {}, one.batch
-        )["logits"]
+        jax.jit(one.run.outputs_fn)(one.trainable, one.frozen, {}, one.batch)["logits"]
         for one in (Prepared(**fields), Prepared())
     ]
     np.testing.assert_array_equal(*outputs)
 
 
 def test_a_run_starts_from_an_adapter_and_its_head(tmp_path, monkeypatch):
-    monkeypatch.setattr(modes.figures, "save_figure", lambda figure, path: None)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
     adapter = runs.finished() / "adapter"
     fields = {"lora__rules": "()", "lora__init_from": adapter, "total_steps": 2, "optim__lr": 0.0}
     config = runs.tiny_config(**fields)
@@ -212,11 +206,11 @@ def test_a_run_starts_from_an_adapter_and_its_head(tmp_path, monkeypatch):
         np.testing.assert_allclose(ended[name], began[name], rtol=1e-6, err_msg=name)
     # The workdir has its own copy, and evaluates without the original.
     changed = runs.tiny_config(**(fields | {"lora__init_from": "gone"}))
-    trained = modes.restore(changed, tmp_path, "last")
+    restored = restore(changed, tmp_path, "last")
     evaluated = read_metrics(runs.finished() / "metrics.jsonl")[-1]["eval/loss"]
     again = read_metrics(tmp_path / "metrics.jsonl")[-1]["eval/loss"]
     np.testing.assert_allclose(again, evaluated, rtol=1e-5)
-    assert "head/kernel" in trained.state.trainable
+    assert "head/kernel" in restored.state.trainable
 
 
 def test_a_held_out_share_has_the_classes_of_the_rest():
@@ -259,4 +253,4 @@ def test_a_damaged_description_is_one_line(change, message, tmp_path):
     record = json.loads((runs.finished() / "model.json").read_text()) | change
     (tmp_path / "model.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=message):
-        setup.build_model(runs.tiny_config(), setup.load_description(tmp_path / "model.json"))
+        build_model(runs.tiny_config(), load_description(tmp_path / "model.json"))

@@ -9,11 +9,22 @@ import pytest
 import runs
 from test_setup import Prepared
 
-from vision_jax import convert, plan, setup, sharding, shrink
+from vision_jax import convert, sharding
+from vision_jax.commands import plan
 from vision_jax.config import check_ranges
 from vision_jax.errors import UserError
 from vision_jax.models import families
-from vision_jax.models.families import FAMILIES, build_model
+from vision_jax.models.families import FAMILIES
+from vision_jax.run import shrink
+from vision_jax.run.description import (
+    build_model,
+    describe,
+    load_description,
+    read_weights,
+    save_description,
+)
+from vision_jax.run.parameters import headless_parameters
+from vision_jax.run.prepare import prepare
 from vision_jax.trees import paths, surgery
 
 VIT = {
@@ -27,7 +38,7 @@ FULL = {"recipes": "()", "trainable": ".*"}
 
 
 def shapes_of(family, arguments, size=(16, 16)):
-    model = build_model(family, **arguments)
+    model = families.build_model(family, **arguments)
     tree = jax.eval_shape(lambda: families.initialize(model, jax.random.key(0), size))
     return model, {p: x for part in tree.values() for p, x in paths.flatten(part).items()}
 
@@ -84,9 +95,9 @@ def test_chosen_blocks_are_the_teachers_to_the_bit(teachers, tmp_path):
     assert student.fresh == ["head/bias", "head/kernel"]
     check_same(imported(student), renamed(arrays, {"block_0": "block_2", "block_1": "block_0"}))
     # The workdir's description rebuilds it without the weights.
-    setup.save_description(student.description, tmp_path / "model.json")
-    again = setup.load_description(tmp_path / "model.json")
-    assert setup.build_model(student.config, again) == student.model
+    save_description(student.description, tmp_path / "model.json")
+    again = load_description(tmp_path / "model.json")
+    assert build_model(student.config, again) == student.model
 
 
 def test_a_block_may_be_taken_twice(teachers):
@@ -164,11 +175,9 @@ def test_a_students_arrays_are_sharded_as_the_config_says(teachers):
         **FULL,
     )
     mesh = sharding.make_mesh(data=1, fsdp=8)
-    weights = setup.read_weights(config)
-    description = setup.describe(config, weights, runs.CLASSES)
-    model = setup.build_model(config, description)
-    layout = setup.plan_parameters(config, model, (16, 16), mesh, None)
-    params, *_ = setup.make_parameters(config, model, (16, 16), layout, mesh, weights, None)
+    run = prepare(config, runs.CLASSES, mesh=mesh)
+    layout = run.parameters
+    params = run.make_arrays()[0].trainable
     assert {path: x.sharding for path, x in params.items()} == layout.shardings
     assert params["block_0/mlp/fc1/kernel"].addressable_shards[0].data.shape == (16, 2)
 
@@ -176,11 +185,11 @@ def test_a_students_arrays_are_sharded_as_the_config_says(teachers):
 def test_features_of_a_student_without_a_head(teachers):
     file, arrays = teachers["resnet"]
     config = runs.tiny_config(model__weights=file, model__layers='(("stage_0/block", 1),)')
-    weights = setup.read_weights(config)
-    description = setup.describe(config, weights, runs.CLASSES, headless=True)
-    model = setup.build_model(config, description)
+    weights = read_weights(config)
+    description = describe(config, weights, runs.CLASSES, headless=True)
+    model = build_model(config, description)
     mesh = sharding.make_mesh(data=8, fsdp=1)
-    params, statistics = setup.headless_parameters(config, model, (16, 16), mesh, weights)
+    params, statistics = headless_parameters(config, model, (16, 16), mesh, weights)
     kept = {f"stage_{stage}/block_{index}" for stage, index in ((0, 0), (1, 0), (1, 1))}
     found = paths.flatten(params) | paths.flatten(statistics)
     check_same(found, renamed(arrays, {name: name for name in kept}))
@@ -195,11 +204,11 @@ def test_plans_are_the_students_with_and_without_the_weights(teachers):
     known = {"model__variant": "vit", "model__arguments": tuple(sizes)}
     for more in ({"model__weights": file}, {"model__weights": "gone.safetensors", **known}):
         config = runs.tiny_config(**fields, **more)
-        description, notes = plan.describe(config)
+        description, notes = plan.describe_planned(config)
         assert len(notes) == ("gone" in more["model__weights"])
         arguments = description.arguments
         assert [arguments[n] for n in ("depth", "width", "num_heads", "mlp_width")] == [1, 4, 1, 24]
-        assert "block_1" not in plan._parameters(config, description).like
+        assert "block_1" not in prepare(config, description=description).parameters.like
 
 
 # Each family's rows, and a student of some of them.
@@ -272,7 +281,7 @@ def test_what_the_weights_cannot_give(fields, message, teachers):
     given = random if "model__weights" in fields else {"model__weights": teachers["vit"][0]}
     config = runs.tiny_config(**given, **fields)
     with pytest.raises(UserError, match=re.escape(message)):
-        setup.describe(config, setup.read_weights(config), runs.CLASSES)
+        describe(config, read_weights(config), runs.CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +300,7 @@ def test_what_the_weights_cannot_give(fields, message, teachers):
 def test_what_a_resnet_cannot_give(fields, message, teachers):
     config = runs.tiny_config(model__weights=teachers["resnet"][0], **fields)
     with pytest.raises(UserError, match=re.escape(message)):
-        setup.describe(config, setup.read_weights(config), runs.CLASSES)
+        describe(config, read_weights(config), runs.CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -312,12 +321,11 @@ def test_weights_of_layers_not_taken_must_be_there_too(teachers):
     config = runs.tiny_config(
         model__weights=teachers["vit"][0], model__layers='(("block", (0,)),)', **FULL
     )
-    weights = setup.read_weights(config)
+    weights = read_weights(config)
     tensors = {name: np.asarray(x) for name, x in weights.tensors.items()}
     del tensors["blocks.2.mlp.fc1.weight"]
     mesh = sharding.make_mesh(data=8, fsdp=1)
     damaged = convert.Weights(**{**vars(weights), "tensors": tensors})
-    model = setup.build_model(config, setup.describe(config, weights, runs.CLASSES))
-    layout = setup.plan_parameters(config, model, (16, 16), mesh, None)
+    run = prepare(config, runs.CLASSES, weights=damaged, mesh=mesh)
     with pytest.raises(UserError, match=r"block_2/mlp/fc1/kernel"):
-        setup.make_parameters(config, model, (16, 16), layout, mesh, damaged, None)
+        run.make_arrays()

@@ -19,12 +19,17 @@ import runs
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from vision_jax import classify, modes, setup, sharding, steps, train, workdirs
+from vision_jax import sharding, steps, train
 from vision_jax.checkpoints import restore_newest
 from vision_jax.config import load_config
 from vision_jax.data.fingerprint import read_fingerprint, write_fingerprint
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
+from vision_jax.run import prepare as preparation
+from vision_jax.run import workdirs
+from vision_jax.run.description import load_description
+from vision_jax.run.restore import restore
+from vision_jax.tasks.classification import task as classify
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +57,7 @@ RESULTS = (
 
 
 def tensors(workdir):
-    """Everything that a run trained, as bytes by name."""
+    """Everything that a run restored, as bytes by name."""
     files = (workdir / "model.safetensors", workdir / "adapter" / "adapter_model.safetensors")
     return {
         (path.name, name): array.tobytes()
@@ -106,19 +111,19 @@ def test_frozen_parameters_are_the_weights_to_the_bit_and_have_no_optimizer_stat
     changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
     assert changed == {name for name in before if adapted.fullmatch(name) or "head" in name}
 
-    trained = modes.restore(runs.full_config(), runs.finished(), "last")
-    assert not set(trained.state.trainable) & set(trained.frozen)
-    assert all(path.endswith(("/a", "/b")) or "head/" in path for path in trained.state.trainable)
-    numbers = sum(x.size for x in trained.state.trainable.values())
+    restored = restore(runs.full_config(), runs.finished(), "last")
+    assert not set(restored.state.trainable) & set(restored.frozen)
+    assert all(path.endswith(("/a", "/b")) or "head/" in path for path in restored.state.trainable)
+    numbers = sum(x.size for x in restored.state.trainable.values())
     # AdamW's two moments and a handful of counters, nothing for what is frozen.
-    assert sum(x.size for x in jax.tree.leaves(trained.state.opt_state)) <= 2 * numbers + 4
+    assert sum(x.size for x in jax.tree.leaves(restored.state.opt_state)) <= 2 * numbers + 4
     kernel = "block_0/attn/qkv/kernel/base"
-    np.testing.assert_array_equal(trained.frozen[kernel].T, before["blocks.0.attn.qkv.weight"])
+    np.testing.assert_array_equal(restored.frozen[kernel].T, before["blocks.0.attn.qkv.weight"])
 
 
 def test_one_compile_over_50_steps(tmp_path, monkeypatch):
     traces, made = [], []
-    make_loss, make_step = setup.make_loss, steps.make_train_step
+    make_loss, make_step = preparation.make_loss, steps.make_train_step
 
     def counted_loss(*arguments, **keywords):
         loss_fn = make_loss(*arguments, **keywords)
@@ -133,10 +138,10 @@ def test_one_compile_over_50_steps(tmp_path, monkeypatch):
         made.append(make_step(*arguments, **keywords))
         return made[-1]
 
-    monkeypatch.setattr(setup, "make_loss", counted_loss)
+    monkeypatch.setattr(preparation, "make_loss", counted_loss)
     monkeypatch.setattr(steps, "make_train_step", kept_step)
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 64)
-    monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(train, "write_results", lambda *arguments, **keywords: None)
     config = runs.full_config(
         mesh__fsdp=4, total_steps=50, checkpoint_every=20, evaluate__every=25, log_every=10
     )
@@ -150,7 +155,7 @@ def test_one_compile_over_50_steps(tmp_path, monkeypatch):
 
 def test_a_run_that_moves_to_another_mesh_is_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 64)
-    monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(train, "write_results", lambda *arguments, **keywords: None)
 
     class Interrupted(Exception):
         pass
@@ -163,10 +168,10 @@ def test_a_run_that_moves_to_another_mesh_is_the_same_run(tmp_path, monkeypatch)
         patch.setattr(classify.Evaluation, "line", interrupt)  # at step 3, after checkpoint 2
         with pytest.raises(Interrupted):
             train.run(config, tmp_path)
-    trained = modes.restore(config, tmp_path, "last")
-    base = trained.frozen["block_0/mlp/fc1/kernel/base"]  # [32, 64]
+    restored = restore(config, tmp_path, "last")
+    base = restored.frozen["block_0/mlp/fc1/kernel/base"]  # [32, 64]
     assert base.sharding.shard_shape(base.shape) == (32, 8)
-    moment = trained.state.opt_state[1].mu["head/kernel"]  # [32, 4]
+    moment = restored.state.opt_state[1].mu["head/kernel"]  # [32, 4]
     assert moment.sharding.shard_shape(moment.shape) == (4, 4)
 
     assert train.run(runs.full_config(mesh__data=4, mesh__fsdp=2), tmp_path) == 0
@@ -348,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_metrics(deaths):
     assert np.isnan(record["train/loss"])
     kept = [int(path.name) for path in (folder / "spoiled" / "checkpoints").iterdir()]
     assert max(kept) == 4
-    state = modes.restore(runs.full_config(), folder / "spoiled", "last").state
+    state = restore(runs.full_config(), folder / "spoiled", "last").state
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
@@ -409,7 +414,7 @@ def test_records_that_were_changed_by_hand_are_named(begun, name, capsys):
         path.write_bytes(data)
     else:
         path.write_text(path.read_text() + " ")
-    modes.restore(runs.full_config(), begun, "last")
+    restore(runs.full_config(), begun, "last")
     assert f"warning: {path} is not as the run wrote it" in capsys.readouterr().err
 
 
@@ -425,7 +430,7 @@ def test_other_classes_than_when_the_run_began(begun):
 
 def quick(monkeypatch):
     """Without results, which take the most of the time."""
-    monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(train, "write_results", lambda *arguments, **keywords: None)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_may_be_another_one(tmp_path, monkeypatch):
@@ -437,7 +442,7 @@ def test_a_run_that_died_before_its_first_checkpoint_may_be_another_one(tmp_path
     config = runs.full_config(optim__lr=0.5, total_steps=1)
     assert train.run(config, tmp_path) == 0
     assert load_config(str(tmp_path / "config.json"), {}).optim.lr == 0.5
-    assert setup.load_description(tmp_path / "model.json").class_names == runs.CLASSES
+    assert load_description(tmp_path / "model.json").class_names == runs.CLASSES
     assert workdirs.check_records(tmp_path) == []
 
 
@@ -497,7 +502,7 @@ def test_changed_data_is_refused_by_its_first_name(begun):
 def test_a_second_run_in_one_workdir_is_refused(begun):
     with workdirs.locked(begun), pytest.raises(UserError, match="is in use: another run trains"):
         train.run(runs.full_config(), begun)
-    modes.restore(runs.full_config(), begun, "last")  # reading goes on
+    restore(runs.full_config(), begun, "last")  # reading goes on
 
 
 def test_a_refused_start_leaves_no_folder_behind(tmp_path):
@@ -557,7 +562,7 @@ def test_a_damaged_newest_checkpoint_is_kept_and_the_run_goes_on_from_an_older_o
 
 def test_a_new_run_begins_with_another_ones_weights_and_moments(tmp_path, monkeypatch):
     quick(monkeypatch)
-    old = modes.restore(runs.full_config(), runs.finished(), "last")
+    old = restore(runs.full_config(), runs.finished(), "last")
     seen = {}
     monkeypatch.setattr(
         setup, "make_train_step", lambda *a: lambda state, *_: seen.update(state=state) or 1 / 0
@@ -580,7 +585,7 @@ def test_a_new_run_begins_with_another_ones_weights_and_moments(tmp_path, monkey
             before[0] == jax.tree.leaves_with_path(old.state.opt_state)[-1][0]
         )
         np.testing.assert_array_equal(now[1], 0 if schedule else before[1])
-    description = setup.load_description(tmp_path / "new" / "model.json")
+    description = load_description(tmp_path / "new" / "model.json")
     assert description.started_from == f"{runs.finished().resolve()}, step 6"
 
 

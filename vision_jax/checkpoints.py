@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +38,15 @@ SET_ASIDE = "damaged"  # folder in the workdir
 class Checkpoints:
     """Writes the checkpoints of one workdir; keeps the last and the best by `best_metric`."""
 
-    def __init__(self, workdir: Path, best_metric: str):
+    def __init__(
+        self, workdir: Path, best_metric: str, best_is: Literal["highest", "lowest"] = "highest"
+    ):
         """Makes WORKDIR/checkpoints, and removes what a killed run left half written there.
 
         Args:
           workdir: the run's folder.
           best_metric: a key of `save`'s metrics.
+          best_is: whether the best one is the highest or the lowest.
         """
         self.directory = (workdir / "checkpoints").absolute()
         self.frozen = (workdir / "frozen").absolute()
@@ -52,10 +55,14 @@ class Checkpoints:
             return metrics[best_metric]
 
         best = checkpoint_managers.BestN(
-            get_metric_fn=measure, n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=measure,
+            reverse=best_is == "lowest",
+            n=1,
+            keep_checkpoints_without_metrics=False,
         )
         options = ocp.CheckpointManagerOptions(
             best_fn=measure,
+            best_mode="max" if best_is == "highest" else "min",
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                 [checkpoint_managers.LatestN(1), best]
             ),
@@ -125,11 +132,14 @@ def last_complete_step(workdir: Path) -> int | None:
     return max(complete_steps(workdir), default=None)
 
 
-def best_step(workdir: Path, best_metric: str) -> int | None:
-    """The complete step with the highest metric, or None."""
+def best_step(
+    workdir: Path, best_metric: str, best_is: Literal["highest", "lowest"] = "highest"
+) -> int | None:
+    """The complete step whose metric is the highest or lowest, the later of equal ones; or None."""
     measured = {step: _metrics(workdir, step).get(best_metric) for step in complete_steps(workdir)}
     known = {step: value for step, value in measured.items() if isinstance(value, int | float)}
-    return max(known, key=lambda step: (known[step], step), default=None)
+    sign = 1 if best_is == "highest" else -1
+    return max(known, key=lambda step: (sign * known[step], step), default=None)
 
 
 def _metrics(workdir: Path, step: int) -> dict[str, Any]:

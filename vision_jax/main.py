@@ -67,30 +67,30 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "evaluate": Command(
         "reprint a finished run's numbers",
-        "vision_jax.modes:evaluate",
+        "vision_jax.commands.evaluate:run",
         ("config", "workdir", "checkpoint"),
     ),
     "predict": Command(
         "name what --images show",
-        "vision_jax.modes:predict",
+        "vision_jax.commands.predict:run",
         ("config", "workdir", "checkpoint", "images", "out"),
     ),
     "robustness": Command(
         "accuracy under attacks and corruptions",
-        "vision_jax.modes:robustness",
+        "vision_jax.commands.robustness:run",
         ("config", "workdir", "checkpoint"),
     ),
     "probe": Command(
         "nearest neighbours and few-shot regression on the weights' frozen features",
-        "vision_jax.modes:frozen",
+        "vision_jax.commands.probe:run",
         ("config", "workdir"),
     ),
     "cache-teacher": Command(
-        "store what a run's teachers say", "vision_jax.modes:teach_once", ("config",)
+        "store what a run's teachers say", "vision_jax.commands.cache_teacher:run", ("config",)
     ),
     "plan": Command(
         "compile the training step without running it: FLOPs, memory, communication",
-        "vision_jax.plan:run",
+        "vision_jax.commands.plan:run",
         ("config", "memory"),
     ),
     "convert": Command(

@@ -10,7 +10,7 @@ ends with the same parameters as an uninterrupted one, to the bit.
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vision_jax import continuation, modes, processes, setup, sharding, steps, teach, workdirs
+from vision_jax import processes, sharding, steps
 from vision_jax.checkpoints import (
     Checkpoints,
     last_complete_step,
@@ -48,7 +48,12 @@ from vision_jax.logging import (
     read_metrics,
     summarize_parameters,
 )
-from vision_jax.models.families import make_apply
+from vision_jax.run import continuation, workdirs
+from vision_jax.run.description import Description, find_shrinking, load_description
+from vision_jax.run.parameters import head_warnings
+from vision_jax.run.prepare import Run, prepare
+from vision_jax.run.results import write_results
+from vision_jax.tasks.api import find_task
 
 STEPS_BETWEEN_AGREEMENTS = 8  # of several processes on whether to stop: they wait for each other
 
@@ -69,94 +74,73 @@ def run(config: ConfigDict, workdir: Path, start_from: Path | None = None) -> in
 
 
 def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: ExitStack) -> int:
+    # 1. The facts: what the workdir holds, and the data. -----------------------------------------
     first = jax.process_index() == 0
-    task = setup.find_task(config)
     check_ranges(config)
-    mesh = sharding.make_mesh(**config.mesh)
-    if config.batch_size % (jax.device_count() * config.optim.accumulate):
-        raise UserError(
-            f"config.batch_size {config.batch_size} does not divide among {jax.device_count()} "
-            f"devices and config.optim.accumulate {config.optim.accumulate}"
-        )
-
-    # The run's fixed facts: read from the workdir if it holds the run, else written there below.
     lock = processes.together(
         lambda: resources.enter_context(workdirs.locked(workdir)) if first else None
     )
     last = last_complete_step(workdir)
     held = workdirs.read_held(config, workdir, last)
-    train_source, eval_source = task.read_sources(config)
+    train_source, eval_source = find_task(config.task).read_sources(config)
     fingerprint = take_fingerprint(train_source)
-    teachers = teach.find_teachers(config)
-    weights = origin = None
     notes: list[str] = []
+
+    # 2. The model, its recipes and its optimizer: the run's own, another run's, or new. ----------
+    origin = None
     if held is not None:
         notes += workdirs.check_records(workdir)
-        description = setup.load_description(workdir / "model.json")
-        workdirs.check_origin(start_from, description.started_from, workdir)
-        _check_same_data(train_source, fingerprint, description, workdir)
-        _check_same_teachers(description, teachers)
-        adapter = setup.kept_adapter(config, workdir)
+        recorded = load_description(workdir / workdirs.MODEL_FILE)
+        workdirs.check_origin(start_from, recorded.started_from, workdir)
+        _check_same_data(train_source, fingerprint, recorded, workdir)
+        adapter = workdirs.kept_adapter(config, workdir)
+        prepared = prepare(config, description=recorded, adapter=adapter)
+        _check_same_teachers(recorded, prepared.description)
     elif start_from is not None:
         origin = continuation.read_origin(config, start_from, workdir)
         notes += origin.notes
-        description = continuation.describe(config, origin, train_source.class_names)
-        adapter = setup.kept_adapter(config, start_from)
+        described = continuation.describe(config, origin, train_source.class_names)
+        adapter = workdirs.kept_adapter(config, start_from)
+        prepared = prepare(config, description=described, adapter=adapter)
     else:
-        weights = setup.read_weights(config)
-        description = setup.describe(config, weights, train_source.class_names)
-        adapter = setup.find_adapter(config)
-    model = setup.build_model(config, description)
-    image_size = description.preprocessing.image_size
-    teach.check(config, model, teachers, description.class_names)
-    if held is None:
-        description = setup.describe_teachers(config, description, model, teachers)
+        prepared = prepare(config, train_source.class_names)
+    task, description, parameters = prepared.task, prepared.description, prepared.parameters
     processes.check_equal(
         "data, model or weights",
         {"data": digest(fingerprint)} | dataclasses.asdict(description),
     )
-    plan = setup.plan_parameters(config, model, image_size, mesh, adapter, description.projections)
+    stored = prepared.stored  # opened now: a file of another run is refused before anything else
 
-    abstract_trainable, abstract_frozen = plan.abstract()
-    schedule, tx = setup.make_optimizer(config, model, abstract_trainable)
-    abstract_state, shardings = setup.abstract_state(config, tx, plan, mesh)
-
-    loss_fn = setup.make_loss(config, model, plan.assemble, teachers, image_size)
-    views = teach.view_preprocessing(description.preprocessing, teachers)
-    stored = teach.open_stored(config, teachers, views)
-    step, fresh = 0, list[str]()
+    # 3. The parameters: restored, taken over from another run, or imported and initialized. ------
+    step, fresh, of_optimizer = 0, list[str](), ""
     if held is not None:
-        step, state, of_state = restore_newest(workdir, abstract_state)
-        frozen, of_frozen = restore_frozen(workdir, abstract_frozen)
+        step, state, of_state = restore_newest(workdir, prepared.abstract_state)
+        frozen, of_frozen = restore_frozen(workdir, parameters.abstract()[1])
         notes += [*of_state, *of_frozen]
     elif origin is not None:
-        state, frozen, of_optimizer = continuation.make_state(
-            config, tx, plan, origin, shardings, abstract_state
-        )
+        state, frozen, of_optimizer = continuation.make_state(prepared, origin)
         del origin  # and with it the old run's arrays
     else:
-        trainable, frozen, model_state, fresh = setup.make_parameters(
-            config, model, image_size, plan, mesh, weights, adapter
-        )
-        state = setup.new_state(config, tx, trainable, model_state, shardings)
+        state, frozen, fresh = prepared.make_arrays()
     damage = DamageLog()
-    data = task.training_data(config, train_source, views, damage, step)
+    data = prepared.training_data(train_source, damage, step)
 
-    # From here on the workdir is written to.
+    # 4. The workdir, which is written to from here on. -------------------------------------------
     if first and lock is not None:
         lock.used = True
         notes += [lock.note] if lock.note else []
         workdirs.remove_drafts(workdir)
     if held is not None:
         notes += processes.together(lambda: set_aside(workdir, step) if first else [])
-    checkpoints = resources.enter_context(closing(Checkpoints(workdir, task.best_metric)))
+    checkpoints = resources.enter_context(
+        closing(Checkpoints(workdir, task.best_metric, task.best_is))
+    )
     if held is None:
         checkpoints.save_frozen(frozen)
     if first:
         workdirs.write_records(
-            workdir, config, held, description, fingerprint, None if held else adapter
+            workdir, config, held, description, fingerprint, None if held else prepared.adapter
         )
-
     log = resources.enter_context(closing(open_log(workdir, resume_step=step, show=first)))
     for note in notes:
         log.say(f"warning: {note}")
@@ -168,49 +152,33 @@ def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: 
         log.say(f"resumed at step {step} from {checkpoints.directory / str(step)}")
     elif start_from is not None:
         log.say(f"parameters: those of {description.started_from}; {of_optimizer}")
-    elif weights is not None:
-        log.say(f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})")
-        if description.assumed:
-            log.say(f"assumed, since no config came with them: {', '.join(description.assumed)}")
-        if ignored := unknown_fields(weights):
-            log.say(f"fields of its config.json that nobody knows: {', '.join(ignored[:8])}")
-        if (shrinking := setup.find_shrinking(config, weights)) is not None:
-            log.say(f"taken of them: {shrinking.line()}")
-        log.say(f"re-initialized as config.model.reinitialize says: {', '.join(fresh) or 'none'}")
-        for warning in setup.head_warnings(weights, model, description, fresh, plan):
-            log.say(f"warning: {warning}")
     else:
-        log.say("parameters: random initialization")
-    if adapter is not None:
-        log.say(f"adapter: {config.lora.init_from}")
-    for teacher in teachers:
-        said = f"teacher: {teacher.weights.origin} (sha256 {teacher.weights.sha256[:16]})"
-        log.say(f"{said}, as stored in {config.distill.cache}" if stored else said)
+        _say_weights(log, prepared, fresh)
+    for recipe in prepared.recipes:
+        for line in recipe.lines():
+            log.say(line)
     log.wrote(workdir / "config.json", "every field of this run's config")
     log.wrote(workdir / "model.json", "architecture, preprocessing and class names")
     log.wrote(workdir / "train_data.json.gz", "names and sizes of the training data")
     log.wrote(workdir / "checksums.json", "of these and of the results")
-    if abstract_frozen:
+    if frozen:
         log.wrote(workdir / "frozen", "the frozen parameters")
     log.wrote(workdir / "checkpoints", "the last and the best state")
     if first:
         task.announce(log, workdir, train_source, eval_source)
-    rows = summarize_parameters(abstract_trainable, abstract_frozen)
-    log.table("Parameters", PARAMETER_COLUMNS, rows)
+    log.table("Parameters", PARAMETER_COLUMNS, summarize_parameters(*parameters.abstract()))
 
-    # The step.
-    train_step = setup.make_train_step(config, loss_fn, tx, schedule, shardings)
-    outputs_fn = task.make_outputs(config, model, make_apply(model), plan.assemble)
-    preprocessing = description.preprocessing
-    evaluate = task.make_evaluate(config, outputs_fn, mesh, eval_source, preprocessing)
+    # 5. The step. --------------------------------------------------------------------------------
+    train_step = prepared.make_train_step()
+    evaluate = prepared.make_evaluate(eval_source)
     evaluate_every = config.evaluate.every or -(-len(train_source) // config.batch_size)
-    place = sharding.make_batch_placer(mesh)
-    fixed = frozen if stored else {**frozen, **teach.place(teachers, mesh)}
+    place = sharding.make_batch_placer(prepared.mesh)
+    fixed = {**frozen, **prepared.place_beside()}
 
     def next_batch(step: int) -> dict[str, jax.Array]:
         return place({**next(data), **(stored(step) if stored else {})})
 
-    # The loop.
+    # 6. The loop. --------------------------------------------------------------------------------
     result = None
     stop = _Stop()
     with stop.watched(), log.progress(config.total_steps, completed=step) as progress:
@@ -261,30 +229,35 @@ def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: 
         )
         return 128 + stop.signal
 
-    # The results.
-    trained, statistics = steps.averaged(state)
+    # 7. The results. -----------------------------------------------------------------------------
     if result is None:  # this workdir was finished before
+        trained, statistics = steps.averaged(state)
         result = evaluate(trained, frozen, statistics)
         log.say(f"step {step}: {result.line()}")
-    params = plan.assemble({**trained, **frozen})
-    modes.write_results(
-        workdir,
-        log,
-        model,
-        description,
-        params,
-        statistics,
-        result,
-        config=config,
-        mesh=mesh,
-        plan=plan,
-        eval_source=eval_source,
-    )
+    write_results(prepared, workdir, log, state, frozen, result, eval_source)
     return 0
 
 
+def _say_weights(log: RunLog, prepared: Run, fresh: list[str]) -> None:
+    """Where a new run's parameters came from, and what a user should know of it."""
+    weights, description = prepared.weights, prepared.description
+    if weights is None:
+        log.say("parameters: random initialization")
+        return
+    log.say(f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})")
+    if description.assumed:
+        log.say(f"assumed, since no config came with them: {', '.join(description.assumed)}")
+    if ignored := unknown_fields(weights):
+        log.say(f"fields of its config.json that nobody knows: {', '.join(ignored[:8])}")
+    if (shrinking := find_shrinking(prepared.config, weights)) is not None:
+        log.say(f"taken of them: {shrinking.line()}")
+    log.say(f"re-initialized as config.model.reinitialize says: {', '.join(fresh) or 'none'}")
+    for warning in head_warnings(weights, prepared.model, description, fresh, prepared.parameters):
+        log.say(f"warning: {warning}")
+
+
 def _check_same_data(
-    source: Any, fingerprint: Fingerprint, description: setup.Description, workdir: Path
+    source: Any, fingerprint: Fingerprint, description: Description, workdir: Path
 ) -> None:
     """Raises UserError if the order of the data could be another one than when the run began."""
     before = read_fingerprint(workdir / workdirs.DATA_FILE)
@@ -298,12 +271,12 @@ def _check_same_data(
         )
 
 
-def _check_same_teachers(description: setup.Description, teachers: Sequence[teach.Teacher]) -> None:
-    for teacher, (origin, sha256) in zip(teachers, description.teachers, strict=True):
-        if teacher.weights.sha256 != sha256:
+def _check_same_teachers(recorded: Description, now: Description) -> None:
+    for (origin, sha256), (_, found) in zip(recorded.teachers, now.teachers, strict=True):
+        if found != sha256:
             raise UserError(
-                f"the teacher {origin} has changed since this run began (sha256 "
-                f"{teacher.weights.sha256[:16]}, was {sha256[:16]}): start in another --workdir"
+                f"the teacher {origin} has changed since this run began (sha256 {found[:16]}, was "
+                f"{sha256[:16]}): start in another --workdir"
             )
 
 

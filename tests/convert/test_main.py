@@ -21,8 +21,8 @@ import safetensors.numpy
 from safetensors.numpy import load_file
 
 from vision_jax import convert
+from vision_jax.commands.convert import main
 from vision_jax.convert import files
-from vision_jax.convert.__main__ import main
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, build_model
 from vision_jax.trees import paths
@@ -584,7 +584,7 @@ def test_tensors_outlive_their_file_and_its_mapping(source):
 
 PROGRAM = """
 import sys
-from vision_jax.convert.__main__ import main
+from vision_jax.commands.convert import main
 code = main(sys.argv[1:])
 status = open("/proc/self/status").read()
 print("PEAK", int(status.split("VmHWM:")[1].split()[0]) * 1024)

@@ -21,10 +21,10 @@ from vision_jax.attacks.examples import keys_of
 from vision_jax.certify.random_weights import randomize, randomize_statistics
 from vision_jax.certify.references import make_reference
 from vision_jax.models.families import build_model
+from vision_jax.objective import Objective, make_loss
 from vision_jax.ops import losses
-from vision_jax.recipes import adversarial
-from vision_jax.recipes.adversarial import Threat
-from vision_jax.recipes.objective import Objective, make_loss
+from vision_jax.recipes.adversarial import objective as adversarial
+from vision_jax.recipes.adversarial.objective import Threat
 from vision_jax.trees import paths
 
 LIMIT = 1e-10

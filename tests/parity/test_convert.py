@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from vision_jax import convert
-from vision_jax.convert.__main__ import main
+from vision_jax.commands.convert import main
 from vision_jax.errors import UserError
 
 

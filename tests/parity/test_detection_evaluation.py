@@ -13,8 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from vision_jax.data.detection import DetectionSource, read_detection_source
-from vision_jax.evaluate import detection
-from vision_jax.evaluate.detection import Detections
+from vision_jax.tasks.detection import metrics as detection
+from vision_jax.tasks.detection.metrics import Detections
 
 NAMES = (
     "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",

@@ -17,7 +17,7 @@ from vision_jax.attacks import gradient
 from vision_jax.certify.measure import certify_reference, relative_error
 from vision_jax.certify.random_weights import randomize, randomize_statistics, sample_images
 from vision_jax.certify.references import load_weights, make_reference, rebuild
-from vision_jax.convert.__main__ import main
+from vision_jax.commands.convert import main
 from vision_jax.convert.read import Weights
 from vision_jax.convert.table import Entry
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export

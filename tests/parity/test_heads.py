@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from vision_jax import convert, setup
+from vision_jax import convert
 from vision_jax.certify import references
 from vision_jax.config import load_config
 from vision_jax.convert.package import write_package
 from vision_jax.convert.tables import ZOO, table_for_export
 from vision_jax.errors import UserError
 from vision_jax.models import families
+from vision_jax.run.description import build_model, describe
 from vision_jax.trees import paths
 
 NAMES = ("ant", "bee", "cat")
@@ -47,8 +48,8 @@ def test_other_classes_keep_all_but_the_head_and_go_back(entry, tmp_path):
     if family not in CONFIGS:
         fields["model.image_size"] = str(entry.image_size)
     config = load_config(str(CONFIGS.get(family, "configs/transfer.py")), fields)
-    description = setup.describe(config, weights, NAMES)
-    model = setup.build_model(config, description)
+    description = describe(config, weights, NAMES)
+    model = build_model(config, description)
     size = description.preprocessing.image_size if family != "detr" else (64, 64)
     shapes = jax.eval_shape(lambda key: families.initialize(model, key, size), jax.random.key(0))
     target = {path: leaf for tree in shapes.values() for path, leaf in paths.flatten(tree).items()}
@@ -63,7 +64,7 @@ def test_other_classes_keep_all_but_the_head_and_go_back(entry, tmp_path):
     if own["num_classes"] not in (0, len(NAMES)):
         config.model.reinitialize = ()
         with pytest.raises(UserError, match=f"a head of {own['num_classes']} classes"):
-            setup.describe(config, weights, NAMES)
+            describe(config, weights, NAMES)
 
     arrays |= {path: np.full(target[path].shape, 0.5, np.float32) for path in fresh}
     if entry.source == "transformers" and not own["num_classes"] and model_is_unlike(arguments):

@@ -7,12 +7,13 @@ import pytest
 import runs
 from safetensors.numpy import load_file
 
-from vision_jax import classify, cost, modes, train
+from vision_jax import cost, figures, train
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
-from vision_jax.recipes import adversarial
-from vision_jax.recipes.adversarial import Threat
-from vision_jax.recipes.objective import Objective
+from vision_jax.objective import Objective
+from vision_jax.recipes.adversarial import objective as adversarial
+from vision_jax.recipes.adversarial.objective import Threat
+from vision_jax.tasks.classification import task as classify
 from vision_jax.trees import lora, paths
 
 ON = "('lora', 'adversarial')"
@@ -171,7 +172,9 @@ def test_adapters_are_attacked_as_the_merged_model():
     batch = {**prepared.batch, "step": jnp.int32(0)}
 
     def seen(assemble, trainable, frozen):
-        goal = classify.make_objective(prepared.config, prepared.model, prepared.apply, assemble)
+        goal = classify.make_objective(
+            prepared.config, prepared.model, "classes", prepared.apply, assemble
+        )
         goal = adversarial.attacked(goal, Threat("l2", 0.5, step=0.5, steps=3))
         return jax.jit(goal.look)(trainable, frozen, {}, batch, jax.random.key(0))["image"]
 
@@ -192,7 +195,7 @@ def adversarial_run(**fields):
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     """To the bit, with the method that changes the most in a step."""
-    monkeypatch.setattr(modes.figures, "save_figure", lambda figure, path: None)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
 
     class Interrupted(Exception):
         pass

@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import runs
 
-from vision_jax import convert, cost, modes, teach, train
+from vision_jax import convert, cost, train
+from vision_jax.commands import cache_teacher
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.models.families import make_apply
+from vision_jax.objective import Objective, make_loss
 from vision_jax.ops import distillation as ops
-from vision_jax.recipes import adversarial, distillation
-from vision_jax.recipes.adversarial import Threat
-from vision_jax.recipes.objective import Objective, make_loss
-from vision_jax.tasks.detection import pixel_mask
+from vision_jax.recipes.adversarial import objective as adversarial
+from vision_jax.recipes.adversarial.objective import Threat
+from vision_jax.recipes.distillation import objective as distillation
+from vision_jax.recipes.distillation.recipe import Distill
+from vision_jax.tasks.detection.objective import pixel_mask
 from vision_jax.trees import paths
 
 ON = "('distill',)"
@@ -282,7 +285,7 @@ def test_the_distillation_token_learns_of_the_teacher_and_the_other_of_labels(vi
 
 def test_several_devices_and_full_sharding_change_nothing(vit):
     fields = {
-        "recipes": "('lora', 'adversarial', 'distill')",
+        "recipes": "('lora', 'distill', 'adversarial')",
         "distill__teachers": vit,
         "distill__features": "(('hint', 'block_0', 'block_1', 0.5),)",
         "adversarial__steps": 1,
@@ -309,9 +312,9 @@ def losses_of(workdir):
 def test_what_is_stored_teaches_as_the_teacher_does_to_the_bit(resnet, vit, tmp_path, monkeypatch):
     """Augmented, of two teachers the best logits and a feature, and under attack."""
     vit = shutil.copy(vit, tmp_path / "vit.safetensors")
-    monkeypatch.setattr(modes, "write_results", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(train, "write_results", lambda *arguments, **keywords: None)
     fields = {
-        "recipes": "('adversarial', 'distill')",
+        "recipes": "('distill', 'adversarial')",
         "trainable": ".*",
         "distill__teachers": f"('{vit}', '{resnet}')",
         "distill__top_k": 2,
@@ -326,9 +329,9 @@ def test_what_is_stored_teaches_as_the_teacher_does_to_the_bit(resnet, vit, tmp_
     live = runs.tiny_config(**fields)
     stored = runs.tiny_config(**fields, distill__cache=tmp_path / "said")
     assert train.run(live, tmp_path / "live") == 0
-    assert modes.teach_once(stored) == 0
+    assert cache_teacher.run(stored) == 0
     asked = []
-    monkeypatch.setattr(teach, "place", lambda *_: asked.append(1) or {})
+    monkeypatch.setattr(Distill, "place_teachers", lambda *_: asked.append(1) or {})
     assert train.run(stored, tmp_path / "stored") == 0
     assert not asked  # the teachers' arrays are not even read
     assert losses_of(tmp_path / "stored") == losses_of(tmp_path / "live")

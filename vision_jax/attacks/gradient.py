@@ -15,6 +15,8 @@ from vision_jax.errors import UserError
 
 Array = jax.Array
 
+STEP_SHARE = 2.5  # of a step: epsilon / steps times this (Madry et al. 2018)
+
 
 def input_gradient(loss_of_images: LossOfImages, images: Array) -> tuple[Array, Array, Array]:
     """(gradient of each example's loss with respect to its image, loss f[B], fooled bool[B])."""

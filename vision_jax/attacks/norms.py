@@ -139,3 +139,12 @@ def _l1_projection(size: Array, room: Array, epsilon: Array) -> Array:
     shift = (weighted[last] - epsilon) / jnp.maximum(slope[last], 1)
     enough = jnp.minimum(size, room).sum() <= epsilon
     return jnp.clip(size - jnp.where(enough, 0, shift), 0, room)
+
+
+def show_epsilon(epsilon: float, norm: Norm) -> str:
+    """For people: L-infinity in steps of 8-bit pixels.
+
+    >>> show_epsilon(8 / 255, "linf"), show_epsilon(0.5, "l2")
+    ('8/255', '0.5')
+    """
+    return f"{255 * epsilon:.4g}/255" if norm == "linf" else f"{epsilon:.4g}"

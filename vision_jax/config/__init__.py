@@ -13,6 +13,7 @@ from vision_jax.config.load import (
     read_json,
     save_config,
     shipped_configs,
+    updates_a_step,
     write_json,
 )
 
@@ -35,5 +36,6 @@ __all__ = [
     "read_json",
     "save_config",
     "shipped_configs",
+    "updates_a_step",
     "write_json",
 ]

@@ -11,15 +11,18 @@ from typing import Any
 
 Value = Any
 
-# What there is to choose from, and the module of each; looked up when a config is checked.
-TASKS = {"classification": "vision_jax.classify", "detection": "vision_jax.detect"}
-RECIPES = {
-    "lora": "vision_jax.trees.lora",
-    "adversarial": "vision_jax.recipes.adversarial",
-    "distill": "vision_jax.recipes.distillation",
+# What there is to choose from, the one list of each; modules are imported when a run needs them.
+TASKS = {  # see tasks/api.py
+    "classification": "vision_jax.tasks.classification.task",
+    "detection": "vision_jax.tasks.detection.task",
+}
+RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
+    "lora": "vision_jax.recipes.lora",
+    "distill": "vision_jax.recipes.distillation.recipe",
+    "adversarial": "vision_jax.recipes.adversarial.recipe",
 }
 CLASSIFICATION, DETECTION = "classification", "detection"
-# What distill.features may compare (recipes/distillation.py).
+# What distill.features may compare (recipes/distillation/objective.py).
 FEATURES = (
     "hint",
     "attention_transfer",

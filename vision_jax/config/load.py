@@ -387,6 +387,11 @@ def _parse(field: Field, text: str, now: Value) -> Value:
         ) from None
 
 
+def updates_a_step(config: ConfigDict) -> int:
+    """Several in free adversarial training."""
+    return _replays(fields(config))
+
+
 def _replays(values: Mapping[str, Value]) -> int:
     """Updates a step: several in free adversarial training."""
     free = "adversarial" in values["recipes"] and values["adversarial.method"] == "free"

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.doctor.finding import Finding, Subject
-from vision_jax.evaluate.figures import BLUE, INK, RED, save_figure, shorten
+from vision_jax.figures import BLUE, INK, RED, save_figure, shorten
 
 COLUMNS = 4
 MOST_FINDINGS = 12

@@ -34,13 +34,20 @@ class Family:
         `layer_of(path)` with the property `num_layers` for layer-wise rate decay, and the property
         `pyramid`: ((named feature, stride in pixels), ...) from fine to coarse, () without one.
       variant: arguments of a named variant, or None if the name is not one of this family's.
-      task: what its head is for. A detector's head is `class_head` and not `head`, it takes a
-        `pixel_mask` beside the images, and it returns a dict of logits and boxes.
+      task: what its head is for.
+      predicts: what the head says: the classes of whole images, or a set of boxes whose classes are
+        a softmax with one for no object, or a sigmoid each.
+      pixel_mask: whether it takes padded images, f32[B, H, W, C], and beside them which pixels are
+        some, bool[B, H, W].
+      backbone: where the parameters of a model inside it begin, "backbone/"; "" without one.
     """
 
     model: Callable[..., Any]
     variant: Callable[[str], dict[str, Any] | None]
-    task: Literal["classification", "detection"] = "classification"
+    task: str = "classification"
+    predicts: Literal["classes", "softmax_set", "sigmoid_set"] = "classes"
+    pixel_mask: bool = False
+    backbone: str = ""
 
     @property
     def arguments(self) -> list[str]:
@@ -63,11 +70,13 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(vit.ViT, vit.variant),
     "beit": Family(beit.Beit, beit.variant),
     "convnext": Family(convnext.ConvNeXt, convnext.variant),
-    "detr": Family(detr.Detr, detr.variant, task="detection"),
+    "detr": Family(detr.Detr, detr.variant, "detection", "softmax_set", True, "backbone/"),
     "efficientnet": Family(efficientnet.EfficientNet, efficientnet.variant),
     "regnet": Family(regnet.RegNet, regnet.variant),
     "resnet": Family(resnet.ResNet, resnet.variant),
-    "rf_detr": Family(rf_detr.RfDetr, rf_detr.variant, task="detection"),
+    "rf_detr": Family(
+        rf_detr.RfDetr, rf_detr.variant, "detection", "sigmoid_set", True, "backbone/"
+    ),
     "swin": Family(swin.Swin, swin.variant),
 }
 
@@ -140,7 +149,7 @@ def initialize(model: Any, key: jax.Array, image_size: tuple[int, int]) -> Any:
 def make_apply(
     model: Any, features: Sequence[str] = ()
 ) -> Callable[..., tuple[dict[str, Any], Any]]:
-    """The model as tasks call it (see tasks.classification.Apply).
+    """The model as tasks call it (see objective.Apply).
 
     Outputs are a dict: a classifier's has "logits". With `features` it also has "features", those
     of the names given (see `apply_with_features`).

@@ -1,1 +1,1 @@
-"""Techniques as transforms of the training objective; see objective.py."""
+"""Techniques as transforms of tree and objective, behind one protocol (recipe.py)."""

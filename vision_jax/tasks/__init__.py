@@ -1,1 +1,1 @@
-"""What a task is: batch layout, loss, metrics, predictions."""
+"""What a run may be for: a folder a task, all of the same form (api.py)."""

@@ -1,0 +1,223 @@
+"""plan: what a step of a config costs, known before anything runs.
+
+The very step that training would run is compiled for the config's mesh from shapes alone: no
+weights are placed and no image is read. For a mesh larger than this machine main.py asks for as
+many virtual CPU devices; the compiler then is the CPU's, and so are its temporaries.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vision_jax import convert, cost, sharding
+from vision_jax.config import check_ranges
+from vision_jax.errors import UserError
+from vision_jax.logging import PARAMETER_COLUMNS, human_size, print_table, summarize_parameters
+from vision_jax.models.families import FAMILIES
+from vision_jax.run.description import Description, describe, read_weights
+from vision_jax.run.prepare import prepare
+from vision_jax.tasks.api import find_task
+
+GIB = 2**30
+MOST_COMPILATIONS = 5  # after the first two, to find the largest batch
+MOST_UNITS = 2**20
+UNKNOWN_CLASSES = 1000  # when neither the data nor the weights can be read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step costs on each device; bytes are XLA's for the backend that compiled it.
+
+    Attributes:
+      batch_size: images over all devices.
+      devices: how many.
+      flops: of matrix products and convolutions.
+      state: bytes of what trains, the optimizer's state and the averages; donated, so that the new
+        state takes the place of the old one.
+      frozen: bytes of what does not train.
+      batch: bytes of the images and targets.
+      temporary: bytes of all that lives within a step.
+      output: bytes of results that take nobody's place.
+      collectives: see cost.Cost.
+    """
+
+    batch_size: int
+    devices: int
+    flops: float
+    state: int
+    frozen: int
+    batch: int
+    temporary: int
+    output: int
+    collectives: dict[str, tuple[int, float]]
+
+    @property
+    def total(self) -> int:
+        """Bytes that a device must have."""
+        return self.state + self.frozen + self.batch + self.temporary + self.output
+
+
+def run(config: ConfigDict, memory: float | None) -> int:
+    """Prints the plan, and with `memory` (GiB of a device) the largest batches that fit.
+
+    Raises:
+      UserError: a config that could not be trained either.
+    """
+    check_ranges(config)
+    description, notes = describe_planned(config)
+    for note in notes:
+        print(f"note: {note}")
+    parameters = prepare(config, description=description).parameters
+    print_table("Parameters", PARAMETER_COLUMNS, summarize_parameters(*parameters.abstract()))
+    plan = compile_step(config, description)
+    for line in lines(plan, config):
+        print(line)
+    if memory is not None:
+        print(f"Largest batch in {memory:g} GiB a device, of the batch that all devices share:")
+        for name, changed in _variants(config, description.family, plan.devices):
+            found = largest_batch(changed, description, memory * GIB)
+            print(f"  {name:24}  {_found(found, plan.devices)}")
+    return 0
+
+
+def describe_planned(config: ConfigDict) -> tuple[Description, list[str]]:
+    """The model that training would build, and notes on what had to be assumed for it.
+
+    Data and weights that are not here are no obstacle as long as the config names an architecture.
+    """
+    notes: list[str] = []
+    task = find_task(config.task)
+    weights = None
+    try:
+        weights = read_weights(config)
+    except (UserError, OSError) as error:
+        if not config.model.variant:
+            raise UserError(f"{error}; or set config.model.variant to plan without them") from error
+        notes.append(f"planned without the weights: {error}")
+    try:
+        names = task.read_sources(config)[0].class_names
+    except (UserError, OSError, ImportError) as error:
+        arguments = dict(config.model.arguments)
+        if weights is not None:
+            arguments = convert.recognize(weights)[1] | arguments
+        count = arguments["num_classes"] if arguments.get("num_classes") else UNKNOWN_CLASSES
+        names = tuple(map(str, range(count)))
+        notes.append(f"planned with {count} classes, without the data: {error}")
+    return describe(config, weights, names), notes
+
+
+def compile_step(config: ConfigDict, description: Description) -> Plan:
+    """Compiles the step of `config` from shapes."""
+    run = prepare(config, description=description)
+    _, frozen = run.parameters.abstract()
+    frozen |= run.abstract_beside()
+    state, batch = run.abstract_state, run.abstract_batch()
+    compiled = run.make_train_step().lower(state, frozen, batch).compile()
+    memory = compiled.memory_analysis()
+    counted = cost.count(compiled)
+    return Plan(
+        batch_size=config.batch_size,
+        devices=jax.device_count(),
+        flops=counted.flops,
+        state=_device_bytes(state),
+        frozen=_device_bytes(frozen),
+        batch=_device_bytes(batch),
+        temporary=memory.temp_size_in_bytes,
+        output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        collectives=counted.collectives,
+    )
+
+
+def largest_batch(
+    config: ConfigDict, description: Description, budget: float
+) -> tuple[int, float] | None:
+    """The largest batch whose step fits `budget` bytes a device, and its bytes a device.
+
+    Memory grows nearly linearly with the batch: two sizes give the line, the size where it meets
+    the budget is compiled, and so on from there. None: not even the smallest batch fits.
+    """
+    unit = jax.device_count() * config.optim.accumulate
+
+    def bytes_of(units: int) -> int:
+        changed = config.copy_and_resolve_references()
+        changed.batch_size = units * unit
+        return compile_step(changed, description).total
+
+    fits, last = 1, bytes_of(1)
+    size = last
+    if size > budget:
+        return None
+    slope = max((bytes_of(4) - size) / 3, 1.0)
+    units, too_many = 1, MOST_UNITS
+    for _ in range(MOST_COMPILATIONS):
+        units = int(units + (budget - last) / slope)
+        units = min(max(units, fits + 1), too_many - 1)
+        if units <= fits:
+            break
+        last = bytes_of(units)
+        if last <= budget:
+            fits, size = units, last
+        else:
+            too_many = units
+    return fits * unit, size
+
+
+def lines(plan: Plan, config: ConfigDict) -> list[str]:
+    """The plan for the screen."""
+    sizes = sharding.make_mesh(**config.mesh).shape
+    mesh = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    devices = f"{plan.devices} device{'s' * (plan.devices > 1)}"
+    rows = [
+        ("trainable, optimizer", plan.state),
+        ("frozen", plan.frozen),
+        ("batch", plan.batch),
+        ("temporary", plan.temporary),
+        ("results", plan.output),
+        ("together", plan.total),
+    ]
+    collectives = [
+        f"  {name:20} {number:6d} times {human_size(size):>12}"
+        for name, (number, size) in plan.collectives.items()
+    ]
+    return [
+        f"A step of {plan.batch_size} images on {devices} ({mesh}), "
+        f"compiled for {jax.default_backend()}:",
+        f"  {plan.flops / 1e9:,.2f} GFLOP a device, "
+        f"{plan.flops * plan.devices / plan.batch_size / 1e9:,.3f} an image",
+        "Memory of a device:",
+        *(f"  {name:20} {human_size(size):>12}" for name, size in rows),
+        "Communication of a device:" if collectives else "No communication.",
+        *collectives,
+    ]
+
+
+def _variants(config: ConfigDict, family: str, devices: int) -> list[tuple[str, ConfigDict]]:
+    """The config with and without recomputation and full sharding."""
+    found = []
+    for remat in (False, True):
+        for fsdp in (1, devices) if devices > 1 else (1,):
+            changed = config.copy_and_resolve_references()
+            changed.model.remat = remat
+            if remat and "scan" in FAMILIES[family].arguments:
+                changed.model.scan = True  # without the loop the CPU's compiler undoes it
+            changed.mesh.update({"data": devices // fsdp, "fsdp": fsdp})
+            words = [*(["remat"] * remat), *(["fsdp"] * (fsdp > 1))]
+            found.append((", ".join(words) or "neither", changed))
+    return found
+
+
+def _found(found: tuple[int, float] | None, devices: int) -> str:
+    if found is None:
+        return "does not fit, not even the smallest batch"
+    return f"{found[0]:6d} ({found[0] // devices} a device), {human_size(found[1])} compiled"
+
+
+def _device_bytes(tree: Any) -> int:
+    """Of the largest part that a device holds."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+    )

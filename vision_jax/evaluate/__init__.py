@@ -1,1 +1,0 @@
-"""Metrics over a dataset, and the figures drawn from them."""

@@ -1,0 +1,84 @@
+"""A model's outputs over a whole dataset, batch by batch, each example once and in order."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vision_jax import sharding, steps
+from vision_jax.data.pipeline import DamageLog
+from vision_jax.errors import UserError
+
+Outputs = dict[str, np.ndarray]
+# make_batches(source, batch_size=, process_index=, process_count=, damage_log=) -> batches
+MakeBatches = Callable[..., Iterator[Mapping[str, np.ndarray]]]
+
+
+class Examples(Protocol):
+    """What is asked of a source here."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    def __len__(self) -> int: ...
+
+
+def make_run_over(
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    make_batches: MakeBatches,
+    *,
+    batch_size: int,
+) -> Callable[..., tuple[Outputs, tuple[str, ...]]]:
+    """A function (source, trainable, frozen, model_state) -> (outputs, names of damaged images).
+
+    Outputs are those of `outputs_fn` for each image that can be read, in the source's order;
+    "mask" and "index" must be among them. The batch is rounded up to what the devices divide.
+    """
+    devices = jax.device_count()
+    batch_size = -(-batch_size // devices) * devices
+    eval_step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
+    place = sharding.make_batch_placer(mesh)
+
+    def run_over(source: Examples, trainable: Any, frozen: Any, model_state: Any):
+        damage = DamageLog()
+        batches = make_batches(
+            source,
+            batch_size=batch_size // jax.process_count(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            damage_log=damage,
+        )
+        outputs: list[Outputs] = []
+        pending = None  # computed while the next batch is decoded
+        for batch in batches:
+            computed = eval_step(trainable, frozen, model_state, place(batch))
+            if pending is not None:
+                outputs.append(jax.device_get(pending))
+            pending = computed
+        outputs.append(jax.device_get(pending))
+        whole = {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
+        kept = whole["mask"]
+        if not kept.any():
+            raise UserError(f"{source.name}: not one of its {len(source)} images could be read")
+        order = np.argsort(whole["index"][kept], kind="stable")
+        return {name: array[kept][order] for name, array in whole.items()}, damage.names
+
+    return run_over
+
+
+def distinct_names(class_names: Sequence[str]) -> list[str]:
+    """The names, those that occur twice with their index: keys of a dict.
+
+    >>> distinct_names(["crane", "heron", "crane"])
+    ['crane (0)', 'heron', 'crane (2)']
+    """
+    occurrences = Counter(class_names)
+    return [
+        name if occurrences[name] == 1 else f"{name} ({index})"
+        for index, name in enumerate(class_names)
+    ]

@@ -1,0 +1,85 @@
+"""A training loss in three parts, so that a technique changes one and leaves the others alone.
+
+    batch --look--> view --forward--> outputs --criterion--> losses
+
+A recipe takes an Objective and gives an Objective back. Adversarial training perturbs what is seen
+(`look`), a teacher adds what it says to the view and a term to the criterion, and so they compose:
+an attack against a distilling objective is robust distillation, and no code says so.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vision_jax.steps import Flat, LossFn, Metrics
+
+# What the model and the criterion see of a batch: "image" f32[B, H, W, C] in [0, 1], augmented;
+# the task's targets; "mask" bool[B] and "index" i32[B]; "step" i32[], updates done. "pixels"
+# bool[B, H, W, 1] where images are padded: those that are none. In a micro-batch "whole", a dict of
+# what must be counted over all of the update (see steps.make_train_step).
+View = Mapping[str, jax.Array]
+Batch = Mapping[str, jax.Array]
+Outputs = Mapping[str, Any]
+# apply(params, model_state, images, *, train, keys) -> (outputs, model_state); outputs are a
+# dict of "logits", a detector's boxes, and "features" where it was asked for any.
+Apply = Callable[..., tuple[dict[str, Any], Any]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training lowers.
+
+    Attributes:
+      look: (trainable, frozen, model_state, batch, key) -> view. Augmentation, and whatever is
+        added to it once; no gradient passes from it to the parameters.
+      forward: (trainable, frozen, model_state, view, key, *, train) -> (outputs, model_state). With
+        train=False nothing is random, BatchNorm uses its running statistics, and the state that
+        comes back is the one given.
+      criterion: (trainable, outputs, view) -> (losses f32[B], metrics). The mean of the losses is
+        the loss; metrics are scalars by name.
+    """
+
+    look: Callable[[Flat, Flat, Any, View, jax.Array], View]
+    forward: Callable[..., tuple[Outputs, Any]]
+    criterion: Callable[[Flat, Outputs, View], tuple[jax.Array, Metrics]]
+
+
+def make_loss(objective: Objective) -> LossFn:
+    """The loss function of a training step (see steps.LossFn)."""
+
+    def loss_fn(trainable, frozen, model_state, batch, key):
+        look_key, forward_key = jax.random.split(key)
+        # Not the view's: whoever perturbs the batch may ask for that gradient.
+        held = jax.lax.stop_gradient(trainable)
+        view = objective.look(held, frozen, model_state, batch, look_key)
+        outputs, model_state = objective.forward(
+            trainable, frozen, model_state, view, forward_key, train=True
+        )
+        losses, metrics = objective.criterion(trainable, outputs, view)
+        return losses.mean(), (model_state, metrics)
+
+    return loss_fn
+
+
+def forward_keys(key: jax.Array) -> dict[str, jax.Array]:
+    """The keys of what is random inside a model in training."""
+    dropout_key, adapter_key = jax.random.split(key)
+    return {"dropout": dropout_key, "adapter": adapter_key}
+
+
+def zero_after(*arrays: jax.Array) -> jax.Array:
+    """f32[] 0, known only once all of the arrays are; NaN where they are not finite."""
+    return 0 * sum((x.astype(jnp.float32).sum() for x in arrays), jnp.zeros(()))
+
+
+def after(zero: jax.Array, array: jax.Array) -> jax.Array:
+    """The array, to the bit, but not before `zero` is there.
+
+    Passes that don't depend on each other, such as a teacher's and its student's, may be compiled
+    to run side by side, and then need the memory of both. A barrier would order them too, but XLA's
+    CPU compiler forgets barriers before it decides.
+    """
+    return array + zero.astype(array.dtype)

@@ -1,0 +1,103 @@
+"""Adversarial training as a recipe: what a config's section says, checked and applied."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vision_jax.errors import UserError
+from vision_jax.objective import Objective
+from vision_jax.recipes.adversarial import objective as adversarial
+from vision_jax.recipes.recipe import Recipe, StepOptions, Student, mixed_targets
+
+
+@dataclass(frozen=True)
+class Adversarial(Recipe):
+    """Training against attacks.
+
+    Attributes:
+      method: of adversarial.METHODS.
+      threat: what attacks may do.
+      beta: of trades and mart.
+      weight_epsilon: of adversarial weight perturbation; 0 for none.
+      accumulate: micro-batches of an update.
+      mixed: the field, if any, by which targets have several classes.
+      updates: a step, several in free training.
+    """
+
+    method: str
+    threat: adversarial.Threat
+    beta: float
+    weight_epsilon: float
+    accumulate: int
+    mixed: str
+    updates: int = 1
+
+    def check(self, student: Student) -> None:
+        """Raises UserError for what the method can't be combined with."""
+        method, threat = f"config.adversarial.method {self.method}", self.threat
+        if threat.norm == "linf" and threat.epsilon > 1:
+            raise UserError(
+                f"config.adversarial.epsilon is {threat.epsilon:g}, and images are in [0, 1]: 8 of "
+                "255 levels are 0.0314"
+            )
+        if self.method in ("trades", "mart") and not student.labels_images:
+            raise UserError(
+                f"{method} compares the classes' probabilities of whole images, and config.task is "
+                f"{student.task}: use pgd"
+            )
+        if self.method == "mart" and self.mixed:
+            raise UserError(
+                f"{method} weighs the probability of the one true class, and config.{self.mixed} "
+                "makes targets of several: set it to 0, or use trades"
+            )
+        if self.method == "free" and self.accumulate > 1:
+            raise UserError(
+                f"{method} updates after each backward pass, and config.optim.accumulate is for "
+                "one update after several: set it to 1"
+            )
+
+    def transform(self, objective: Objective, student: Student) -> Objective:
+        """The objective of attacked images."""
+        del student
+        return adversarial.harden(
+            objective,
+            self.method,
+            self.threat,
+            beta=self.beta,
+            weight_epsilon=self.weight_epsilon,
+        )
+
+    @property
+    def step(self) -> StepOptions:  # type: ignore[override]
+        """Free training replays each batch."""
+        if self.updates == 1:
+            return StepOptions()
+        return StepOptions(replay=adversarial.make_replay(self.threat, self.updates))
+
+
+def make(fields: Mapping[str, Any]) -> Adversarial:
+    """The recipe of a config's section adversarial."""
+    section = {
+        name.removeprefix("adversarial."): value
+        for name, value in fields.items()
+        if name.startswith("adversarial.")
+    }
+    method = section["method"]
+    steps = {"fast": 1, "free": 1}.get(method, section["steps"])
+    usual = {"fast": 1.25, "free": 1.0}.get(method, 2.5 / steps)
+    threat = adversarial.Threat(
+        section["norm"],
+        section["epsilon"],
+        step=section["step"] or usual,
+        steps=steps,
+        warmup_steps=section["warmup_steps"],
+    )
+    return Adversarial(
+        method,
+        threat,
+        section["beta"],
+        section["weight_epsilon"],
+        accumulate=fields["optim.accumulate"],
+        mixed=mixed_targets(fields, "label_smoothing", "mixup", "cutmix"),
+        updates=section["replays"] if method == "free" else 1,
+    )

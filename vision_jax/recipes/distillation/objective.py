@@ -1,0 +1,353 @@
+"""Learning from teachers: what they say of an image becomes a part of what the student is to learn.
+
+    look       the view, and beside it what the teachers say of that view
+    criterion  (1 - share) · loss of the labels + share · loss of the logits + losses of features
+
+Teachers see the very view that the student is shown, each at its own resolution ("patient and
+consistent": Beyer et al. 2022, https://arxiv.org/abs/2106.05237), and before anything attacks it.
+So a student under attack is held to what the teachers say of the plain image: adversarial training
+of a distilling objective is robust distillation (Goldblum et al. 2020, 1905.09747), and no code
+says so. Teachers are frozen: their arrays are among the frozen ones and get no gradient.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vision_jax.errors import UserError
+from vision_jax.objective import Objective, Outputs, View, after, zero_after
+from vision_jax.ops import distillation as ops
+from vision_jax.ops.distillation import TopLogits
+from vision_jax.ops.images import to_float
+from vision_jax.steps import Flat
+from vision_jax.trees import paths
+
+Array = jax.Array
+
+PROJECTED = ("hint", "patch_tokens")  # these compare channel by channel
+TEACHER, PROJECTION = "teacher_", "projection_"  # how paths of arrays that are no student's begin
+AVERAGE = "ema"  # the teacher that is the student's own moving average
+AVERAGE_PREFIX = f"{TEACHER}{AVERAGE}/"
+WAIT = "wait"  # the name of a zero in a view, known once the teachers are done
+SAID = "teacher/"  # how names of what teachers said begin, in a view
+
+# ask(frozen, model_state, view) -> {"logits": f[B, C], "features": {layer: f[B, ...]}, ...}
+Ask = Callable[[Flat, Any, View], Outputs]
+# The loss of one thing that teachers said: (trainable, outputs, view) -> f[B].
+Term = Callable[[Flat, Outputs, View], Array]
+
+
+def is_beside(path: str) -> bool:
+    """Whether an array is a recipe's and not the model's."""
+    return path.startswith((TEACHER, PROJECTION))
+
+
+def distill(
+    objective: Objective,
+    *,
+    teach: Callable[[Flat, Any, View], Mapping[str, Array]],
+    terms: Mapping[str, tuple[float, Term]],
+    share: float,
+    image_size: tuple[int, int] | None = None,
+    label_head: str = "",
+    sharded: bool = False,
+) -> Objective:
+    """An objective whose student also learns what teachers say.
+
+    Args:
+      objective: of the labels.
+      teach: (frozen, model_state, view) -> what is added to the view, f[B, ...] by name. Its
+        gradient is stopped. Names that the batch brings already, because they were stored, are
+        taken from there, and `teach` is not called.
+      terms: by name, for the metrics: (weight, loss).
+      share: in [0, 1], taken from the loss of the labels (the terms have weights of their own).
+      image_size: of the student, where views are larger for a teacher's sake.
+      label_head: of two heads (DeiT) the one that learns the labels; "" for what both say.
+      sharded: the student's parameters are, and are gathered only once the teachers are done. It
+        takes one more copy of a device's part of them.
+    """
+
+    def look(trainable, frozen, model_state, batch, key):
+        view = objective.look(trainable, frozen, model_state, batch, key)
+        said = {name: array for name, array in batch.items() if name.startswith(SAID)}
+        if not said:
+            # As compiled alone, so that what is stored is what would be said, to the bit.
+            seen = lax.optimization_barrier({n: x for n, x in view.items() if n != "step"})
+            said = lax.optimization_barrier(dict(teach(frozen, model_state, seen)))
+            said = lax.stop_gradient(said)
+        # Of stored words too, for the student to be compiled as it is beside a live teacher.
+        zero = zero_after(*said.values())
+        # The index too: attacks draw by it.
+        held = {name: after(zero, view[name]) for name in ("image", "index")}
+        view = {**view, **said, **held}
+        if sharded:
+            view[WAIT] = zero
+        if image_size is not None:
+            view = {**view, "image": resize(view["image"], image_size)}
+        return view
+
+    def forward(trainable, frozen, model_state, view, key, *, train):
+        if WAIT in view:
+            own = {path: leaf for path, leaf in frozen.items() if not path.startswith(TEACHER)}
+            trainable, own = jax.tree.map(partial(after, view[WAIT]), (trainable, own))
+            frozen = {**frozen, **own}
+        return objective.forward(trainable, frozen, model_state, view, key, train=train)
+
+    def criterion(trainable, outputs, view):
+        labelled = outputs
+        if label_head:
+            labelled = {**outputs, "logits": outputs["features"][label_head]}
+        losses, metrics = objective.criterion(trainable, labelled, view)
+        total = (1 - share) * losses
+        for name, (weight, term) in terms.items():
+            taught = term(trainable, outputs, view)
+            total += weight * taught
+            metrics = {**metrics, name: taught.mean()}
+        return total, metrics
+
+    return Objective(look, forward, criterion)
+
+
+# Teachers -----------------------------------------------------------------------------------------
+
+
+def make_ask(
+    apply: Callable[..., tuple[Outputs, Any]],
+    prefix: str,
+    like: Mapping[str, Any],
+    image_size: tuple[int, int] | None,
+    channels: int,
+) -> Ask:
+    """A model as a teacher.
+
+    Args:
+      apply: the model (see objective.Apply).
+      prefix: of its arrays' paths among the frozen ones.
+      like: its abstract "params" and "batch_stats".
+      image_size: that it takes, (height, width) in pixels; None leaves images as they are.
+      channels: that it takes.
+    """
+
+    def ask(frozen, model_state, view):
+        del model_state
+        own = {
+            name: paths.unflatten(tree, taken_from(frozen, f"{prefix}{name}/"))
+            for name, tree in like.items()
+        }
+        images = to_channels(view["image"], channels)
+        if image_size is not None:
+            images = resize(images, image_size)
+        pixels = [view["pixels"][..., 0]] if "pixels" in view else []
+        return apply(
+            own["params"], own.get("batch_stats", {}), images, *pixels, train=False, keys={}
+        )[0]
+
+    return ask
+
+
+def make_ask_average(objective: Objective) -> Ask:
+    """The student's moving average as a teacher; steps.make_train_step puts it into `frozen`.
+
+    Its BatchNorm statistics are the average's own.
+    """
+
+    def ask(frozen, model_state, view):
+        average = taken_from(frozen, AVERAGE_PREFIX)
+        statistics, average = paths.partition(average, set(paths.flatten(model_state)))
+        rest = {path: leaf for path, leaf in frozen.items() if not path.startswith(AVERAGE_PREFIX)}
+        key = jax.random.key(0)  # nothing is drawn
+        model_state = paths.unflatten(model_state, statistics)
+        return objective.forward(average, rest, model_state, view, key, train=False)[0]
+
+    return ask
+
+
+def make_teach(
+    asked: Sequence[Ask],
+    *,
+    logits: str,
+    temperature: float,
+    weights: Sequence[float] = (),
+    top_k: int = 0,
+    layers: Sequence[str] = (),
+) -> Callable[[Flat, Any, View], dict[str, Array]]:
+    """What all teachers together say of a view, in the form in which it may be stored.
+
+    Args:
+      asked: the teachers.
+      logits: of LOGITS.
+      temperature: of the loss of the logits, at which several teachers' probabilities are averaged.
+      weights: of the teachers; () for equal ones.
+      top_k: so many logits are kept (see ops.distillation.compress_logits); 0 for all.
+      layers: features of the first teacher, by name.
+    """
+
+    def teach(frozen, model_state, view):
+        answers = [ask(frozen, model_state, view) for ask in asked]
+        said = {f"{SAID}{name}": answers[0]["features"][name] for name in layers}
+        if logits == "queries":
+            for name in ("logits", "boxes_cxcywh_01"):
+                said[SAID + name] = answers[0][name][-1]  # of the last decoder layer
+        elif logits != "none":
+            together = answers[0]["logits"]
+            if len(answers) > 1:
+                together = ops.ensemble_logits(
+                    jnp.stack([answer["logits"] for answer in answers]),
+                    weights or [1.0] * len(answers),
+                    1.0 if logits == "hard" else temperature,
+                )
+            if top_k:
+                top = ops.compress_logits(together, top_k, temperature)
+                said |= {SAID + name: array for name, array in top._asdict().items()}
+            else:
+                said[f"{SAID}logits"] = together.astype(
+                    jnp.promote_types(together.dtype, jnp.float32)
+                )
+        return said
+
+    return teach
+
+
+def said_logits(view: View, num_classes: int) -> Array:
+    """The teachers' logits f[B, C], whatever form they have in the view."""
+    if f"{SAID}logits" in view:
+        return view[f"{SAID}logits"]
+    top = TopLogits(*(view[SAID + name] for name in TopLogits._fields))
+    return ops.expand_logits(top, num_classes)
+
+
+# Terms --------------------------------------------------------------------------------------------
+
+
+def make_logits_term(
+    kind: Literal["soft", "hard", "decoupled"], *, temperature: float, head: str = ""
+) -> Term:
+    """What the teachers' logits ask of the student's, or of the head that is named (DeiT)."""
+
+    def term(trainable, outputs, view):
+        del trainable
+        logits = outputs["features"][head] if head else outputs["logits"]
+        told = said_logits(view, logits.shape[-1])
+        if kind == "soft":
+            return ops.soft_logits(logits, told, temperature)
+        if kind == "hard":
+            return ops.hard_label(logits, told)
+        return ops.decoupled(logits, told, view["label"], temperature=temperature)
+
+    return term
+
+
+def make_queries_term(*, sigmoid: bool, temperature: float, num_queries: int) -> Term:
+    """What a detector's queries ask of the student's, of its first group where it has several."""
+
+    def term(trainable, outputs, view):
+        del trainable
+        last = (outputs[name][-1][:, :num_queries] for name in ("logits", "boxes_cxcywh_01"))
+        told = (view[SAID + name] for name in ("logits", "boxes_cxcywh_01"))
+        return ops.detr_queries(*last, *told, sigmoid=sigmoid, temperature=temperature)
+
+    return term
+
+
+class Layout(NamedTuple):
+    """How a model's tokens lie: `num_prefix` in front, then a `grid` (rows, columns) of patches.
+
+    None for models whose features are maps.
+    """
+
+    grid: tuple[int, int] | None
+    num_prefix: int
+
+
+@dataclass(frozen=True)
+class Match:
+    """A layer of the student and one of the first teacher that should say the same.
+
+    Attributes:
+      kind: of FEATURES.
+      layer, teacher_layer: names of features.
+      projection: path of the kernel f[C, C'] among the trainable arrays, that brings the student's
+        channels to the teacher's; "" where it needs none.
+    """
+
+    kind: str
+    layer: str
+    teacher_layer: str
+    projection: str = ""
+
+
+def make_features_term(match: Match, layout: Layout, teacher_layout: Layout) -> Term:
+    """What a teacher's layer asks of a layer of the student."""
+
+    def term(trainable, outputs, view):
+        features = outputs["features"][match.layer]
+        told = view[SAID + match.teacher_layer]
+        if match.kind == "attention_maps":
+            return ops.attention_maps(features, told)
+        if match.kind.startswith("relational"):
+            compare = getattr(ops, match.kind)
+            return compare(*(_one_vector(x) for x in (features, told)))
+        features, told = _on_grid(features, layout), _on_grid(told, teacher_layout)
+        if features.ndim == 4:
+            told = ops.to_grid(told, (features.shape[1], features.shape[2]))
+        if match.projection:
+            kernel = trainable[match.projection]
+            features = jnp.matmul(features, kernel.astype(features.dtype))
+        return getattr(ops, match.kind)(features, told)
+
+    return term
+
+
+def project(key: Array, shape: tuple[int, int]) -> Array:
+    """The kernel of a projection before training: normal, the size of features kept."""
+    return jax.random.normal(key, shape) / jnp.sqrt(shape[0])
+
+
+def _on_grid(features: Array, layout: Layout) -> Array:
+    """f[B, h, w, C] of maps, or of tokens without those in front."""
+    if features.ndim != 3 or layout.grid is None:
+        return features
+    rows, columns = layout.grid
+    return features[:, layout.num_prefix :].reshape(len(features), rows, columns, -1)
+
+
+def _one_vector(features: Array) -> Array:
+    """f[B, C]: the mean over places."""
+    return features.mean(tuple(range(1, features.ndim - 1))) if features.ndim > 2 else features
+
+
+# Parts --------------------------------------------------------------------------------------------
+
+
+def taken_from(flat: Flat, prefix: str) -> Flat:
+    """The arrays under a prefix, by the rest of their paths."""
+    return {
+        path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)
+    }
+
+
+def resize(images: Array, size: tuple[int, int]) -> Array:
+    """f[B, h, w, C] -> f[B, *size, C], cubic and antialiased, still in [0, 1]."""
+    if images.shape[1:3] == size:
+        return images
+    shape = (len(images), *size, images.shape[-1])
+    return jnp.clip(jax.image.resize(to_float(images), shape, "cubic", antialias=True), 0, 1)
+
+
+def to_channels(images: Array, channels: int) -> Array:
+    """Grey to color; other numbers of channels must agree.
+
+    Raises:
+      UserError: they don't.
+    """
+    own = images.shape[-1]
+    if own not in (1, channels):
+        raise UserError(
+            f"config.distill.teachers: a teacher takes {channels} channels, and images have {own}"
+        )
+    return jnp.repeat(images, channels // own, axis=-1)

@@ -1,0 +1,62 @@
+"""LoRA and DoRA as a recipe: low-rank adapters on the kernels that rules choose, or somebody's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vision_jax import convert
+from vision_jax.checksums import verify_checksums
+from vision_jax.convert import peft
+from vision_jax.errors import UserError
+from vision_jax.models import families
+from vision_jax.recipes.recipe import Recipe
+from vision_jax.trees import lora
+
+
+@dataclass(frozen=True)
+class Lora(Recipe):
+    """Adapters of a run.
+
+    Attributes:
+      settings: of new ones, as `trees.lora.attach` takes them.
+      adapter: the folder of those to start from, in PEFT's layout; None for new ones.
+    """
+
+    settings: Mapping[str, Any]
+    adapter: Path | None = None
+
+    def attach(self, params: Any, model: Any, key: jax.Array) -> Any:
+        """Kernels -> low-rank leaves that compute the same at first, or what the adapter says."""
+        if self.adapter is None:
+            return lora.attach(params, key=key, **self.settings)
+        return peft.read_adapter(
+            self.adapter,
+            params,
+            family=families.family_of(model),
+            arguments=convert.arguments_of(model),
+        )
+
+    def lines(self) -> list[str]:
+        """Where an adapter comes from."""
+        return [] if self.adapter is None else [f"adapter: {self.adapter}"]
+
+
+def make(fields: Mapping[str, Any]) -> Lora:
+    """The recipe of a config's section lora.
+
+    Raises:
+      UserError: lora.init_from holds no adapter, or a damaged one.
+    """
+    names = ("rules", "rank", "alpha", "rank_stabilized", "dropout", "dora", "qkv_parts")
+    settings = {name: fields[f"lora.{name}"] for name in names}
+    if not fields["lora.init_from"]:
+        return Lora(settings)
+    folder = Path(fields["lora.init_from"]).expanduser()
+    if not (folder / peft.CONFIG_FILE).is_file():
+        raise UserError(f"config.lora.init_from: {folder} holds no {peft.CONFIG_FILE}")
+    if folder.name == "adapter":  # of a run, whose folder has its checksums
+        verify_checksums(folder.parent, only="adapter/")
+    return Lora(settings, folder)

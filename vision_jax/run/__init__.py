@@ -1,0 +1,1 @@
+"""From a config to a run: described, prepared, restored, written down. A ConfigDict stops here."""

@@ -1,0 +1,243 @@
+"""A run's parameters: their layout before any array exists, and the arrays of a new run.
+
+The order is DESIGN's: shapes by `eval_shape`, shardings on the abstract tree, weights imported
+strictly, the rest initialized where it will live, adapters attached, then trainable and frozen.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from vision_jax import convert, sharding
+from vision_jax.errors import UserError
+from vision_jax.models.families import initialize
+from vision_jax.recipes.distillation import objective as distillation
+from vision_jax.run import shrink
+from vision_jax.run.description import (
+    Description,
+    find_head,
+    find_shrinking,
+    model_shapes,
+    rules_of,
+)
+from vision_jax.trees import lora, paths
+from vision_jax.trees.leaf import trainable_paths
+
+Flat = dict[str, Any]
+Attach = Callable[[Any, jax.Array], Any]  # (params, key) -> params with structured leaves
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The layout of a run's parameters, before any array exists.
+
+    Attributes:
+      like: the tree with adapters attached, of ShapeDtypeStructs.
+      model_state: the BatchNorm statistics' tree, {} without.
+      shardings: of the parameters, by path.
+      trainable: paths that the optimizer changes.
+      projections: ShapeDtypeStructs of what trains besides, by path.
+    """
+
+    like: Any
+    model_state: Any
+    shardings: dict[str, NamedSharding]
+    trainable: frozenset[str]
+    projections: dict[str, jax.ShapeDtypeStruct]
+
+    def assemble(self, flat: Mapping[str, Any]) -> Any:
+        """The model's tree from all its arrays by path; those of recipes are left out."""
+        own = {path: leaf for path, leaf in flat.items() if not distillation.is_beside(path)}
+        return paths.unflatten(self.like, own)
+
+    def abstract(self) -> tuple[Flat, Flat]:
+        """(trainable, frozen) ShapeDtypeStructs with shardings: targets for a restore."""
+        flat = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.shardings[path])
+            for path, leaf in (paths.flatten(self.like) | self.projections).items()
+        }
+        return paths.partition(flat, set(self.trainable))
+
+
+def plan_parameters(
+    model: Any,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    *,
+    attach: Attach,
+    rules: Sequence[str],
+    sharding_rules: Sequence[tuple[str, Any]] = (),
+    projections: Mapping[str, tuple[int, int]] | None = None,
+) -> Parameters:
+    """Shapes, shardings and the choice of what trains.
+
+    Args:
+      model: the flax module.
+      image_size: (height, width) in pixels.
+      mesh: of the devices.
+      attach: of the recipes, kernels -> structured leaves.
+      rules: regular expressions over whole paths: what trains beside adapters.
+      sharding_rules: see sharding.parameter_shardings.
+      projections: shapes of what trains besides (see Description).
+
+    Raises:
+      UserError: nothing trains, or a rule that matches nothing.
+    """
+    shapes = model_shapes(model, image_size)
+    like = jax.eval_shape(attach, shapes["params"], jax.random.key(0))
+    model_state = shapes.get("batch_stats", {})
+    trainable = trainable_paths(like, rules, field="config.trainable")
+    if not trainable:
+        raise UserError("nothing trains: set config.trainable, or config.recipes=lora")
+    beside = {
+        path: jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+        for path, shape in (projections or {}).items()
+    }
+    shardings = sharding.parameter_shardings(like, mesh, sharding_rules)
+    shardings |= sharding.parameter_shardings(beside, mesh)
+    if lora.adapter_paths(like) and model_state and not model.freeze_norm:
+        raise UserError(
+            "adapters leave BatchNorm's statistics alone: set config.model.freeze_norm=True"
+        )
+    return Parameters(like, model_state, shardings, frozenset(trainable | beside.keys()), beside)
+
+
+def make_parameters(
+    config: ConfigDict,
+    model: Any,
+    image_size: tuple[int, int],
+    plan: Parameters,
+    mesh: Mesh,
+    weights: convert.Weights | None,
+    attach: Attach,
+) -> tuple[Flat, Flat, Any, list[str]]:
+    """The arrays of a new run.
+
+    Returns:
+      (trainable, frozen, model_state, paths initialized at random though weights were imported)
+    """
+    key = jax.random.key(config.seed)
+    params, model_state, fresh = _plain_parameters(config, model, image_size, mesh, weights)
+    out = plan.assemble(plan.shardings)
+    attached = jax.jit(attach, donate_argnums=0, out_shardings=out)(
+        params, jax.random.fold_in(key, 1)
+    )
+    flat = paths.flatten(attached)
+    for number, (path, leaf) in enumerate(plan.projections.items()):
+        begin = jax.jit(
+            partial(distillation.project, shape=leaf.shape), out_shardings=plan.shardings[path]
+        )
+        flat[path] = begin(jax.random.fold_in(jax.random.fold_in(key, 2), number))
+    trainable, frozen = paths.partition(flat, set(plan.trainable))
+    return trainable, frozen, model_state, fresh if weights is not None else []
+
+
+def headless_parameters(
+    config: ConfigDict,
+    model: Any,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    weights: convert.Weights,
+) -> tuple[Any, Any]:
+    """(params, model_state) of a model without head, all from the weights."""
+    params, model_state, _ = _plain_parameters(
+        config, model, image_size, mesh, weights, headless=True
+    )
+    return params, model_state
+
+
+def _plain_parameters(
+    config: ConfigDict,
+    model: Any,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    weights: convert.Weights | None,
+    headless: bool = False,
+) -> tuple[Any, Any, list[str]]:
+    """(params without adapters, model_state, paths that were initialized at random)."""
+    key = jax.random.key(config.seed)
+    shapes = model_shapes(model, image_size)
+    base, statistics = (paths.flatten(shapes.get(name, {})) for name in ("params", "batch_stats"))
+    # A rule may be about adapters, which there are none of yet.
+    shardings = sharding.parameter_shardings(base, mesh, config.sharding_rules, strict=False)
+    shardings |= dict.fromkeys(statistics, sharding.replicated(mesh))
+    target = base | statistics  # their paths differ: mean, var and count are no parameters' names
+
+    placed: dict[str, jax.Array] = {}
+    fresh = set(target)
+    if weights is not None:
+        rules = () if headless else config.model.reinitialize
+        fresh = paths.select(target, rules, field="config.model.reinitialize")
+        reinitialized = sorted(find_head(model, image_size)[0] if headless else fresh)
+        shrinking = find_shrinking(config, weights)
+        if shrinking is None:
+            placed = convert.import_weights(
+                weights,
+                target,
+                convert.arguments_of(model),
+                reinitialized=reinitialized,
+                place=lambda path, array: sharding.place(array, shardings[path]),
+            )
+        else:
+            placed = shrink.import_student(
+                weights,
+                model,
+                shrinking,
+                image_size,
+                reinitialized=reinitialized,
+                shardings=shardings,
+                mesh=mesh,
+            )
+    names = sorted(fresh)
+
+    def make(key):  # what is imported is not computed: the compiler drops it
+        variables = initialize(model, key, image_size)
+        flat = {
+            path: leaf for tree in variables.values() for path, leaf in paths.flatten(tree).items()
+        }
+        return {path: flat[path] for path in names}
+
+    made = jax.jit(make, out_shardings={path: shardings[path] for path in names})(key)
+    everything = {**placed, **made}
+    params = paths.unflatten(shapes["params"], {path: everything[path] for path in base})
+    model_state = paths.unflatten(
+        shapes.get("batch_stats", {}), {path: everything[path] for path in statistics}
+    )
+    return params, model_state, names
+
+
+def head_warnings(
+    weights: convert.Weights,
+    model: Any,
+    description: Description,
+    fresh: Collection[str],
+    plan: Parameters,
+) -> list[str]:
+    """What a user should know of the head of a new run from weights; `fresh` began anew."""
+    warnings = []
+    idle = [path for path in fresh if path in plan.shardings and path not in plan.trainable]
+    if idle:
+        warnings.append(
+            f"{', '.join(idle)}: re-initialized, and not among what trains: it stays as it was "
+            "drawn; add it to config.trainable"
+        )
+    own, names = convert.class_names_of(weights), description.class_names
+    if own is None or len(own) != len(names) or all(re.fullmatch(r"LABEL_\d+", n) for n in own):
+        return warnings
+    others = [label for label, name in enumerate(names) if own[label] != name]
+    head, _ = find_head(model, description.preprocessing.image_size) if others else (set(), set())
+    if head - set(fresh):
+        label = others[0]
+        warnings.append(
+            f"the head is the weights' own, and {len(others)} of its {len(names)} classes have "
+            f"other names there: label {label} is {own[label]!r} there and {names[label]!r} in the "
+            f"data; --config.model.reinitialize={rules_of(head)} begins with a new head"
+        )
+    return warnings

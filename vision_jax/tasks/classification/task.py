@@ -1,0 +1,494 @@
+"""Classification as a run's task: its config's data, loss, evaluation and pictures."""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vision_jax import sharding, steps
+from vision_jax.config import write_json
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
+from vision_jax.data.sources import FileReader, Source, read_source, split_source, subset
+from vision_jax.data.transforms import Preprocessing, complete_crop, eval_transform
+from vision_jax.errors import UserError, printable, utf8
+from vision_jax.evaluation import make_run_over
+from vision_jax.logging import RunLog, say
+from vision_jax.objective import Apply, Objective
+from vision_jax.tasks.api import Trained
+from vision_jax.tasks.classification import objective
+from vision_jax.tasks.classification import robustness as under_attack
+from vision_jax.tasks.classification.metrics import confusion_matrix, softmax, summarize
+from vision_jax.tasks.classification.under_attack import find_overfitting, make_watch
+
+best_metric = "top1"  # what the best checkpoint is best at
+best_is = "highest"
+# Of an evaluation, in metrics.jsonl; the last two in adversarial training.
+reported = ("top1", "top5", "loss", "ece", "fgsm_top1", "pgd_top1")
+
+curves = ("top1",)  # of the former, in curves.png
+
+whole = ()  # of a batch, what losses count over a whole update: each image's is its own
+
+labels_images = True
+
+GRID = 40  # pictures in predictions.png
+SHOWN, LISTED = 3, 5  # most probable classes of a file, on the screen and in predictions.json
+
+
+# Data -------------------------------------------------------------------------------------------
+
+
+def read_sources(config: ConfigDict) -> tuple[Source, Source]:
+    """The training and the evaluation data, with the same class names."""
+    train = read_source(config.data.train)
+    if config.data.eval:
+        train = _subset(config, train)
+        return train, read_source(config.data.eval, class_names=train.class_names)
+    train, held_out = split_source(train, config.data.holdout, config.seed)
+    return _subset(config, train), held_out
+
+
+def _subset(config: ConfigDict, train: Source) -> Source:
+    return subset(train, config.data.subset, config.seed) if config.data.subset else train
+
+
+def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
+    """The evaluation data alone, for a finished run."""
+    if config.data.eval:
+        return read_source(config.data.eval, class_names=class_names)
+    train = read_source(config.data.train, class_names=class_names)
+    return split_source(train, config.data.holdout, config.seed)[1]
+
+
+def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> None:
+    """Nothing more than the numbers of images and classes, which the loop tells."""
+    del log, workdir, train, held_out
+
+
+def make_preprocessing(
+    config: ConfigDict, own: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> Preprocessing | None:
+    """How images are prepared: as the config says, else as the weights (`own`) were used to.
+
+    None without a size: the architecture takes any, and nobody has said one.
+    """
+    size = (config.model.image_size,) * 2 if config.model.image_size else None
+    size = size or arguments.get("image_size") or own.get("image_size")
+    if not size:
+        return None
+    crop = complete_crop(own, size)
+    return Preprocessing(
+        image_size=tuple(size),
+        mean=arguments["mean"],
+        std=arguments["std"],
+        interpolation=config.data.interpolation or own.get("interpolation") or "bicubic",
+        **crop | ({"crop_pct": config.data.crop_pct} if config.data.crop_pct else {}),
+    )
+
+
+def load_preprocessing(record: Mapping[str, Any]) -> Preprocessing:
+    """From its fields in model.json."""
+    return Preprocessing(**record)
+
+
+def training_data(
+    config: ConfigDict,
+    source: Source,
+    preprocessing: Preprocessing,
+    damage: DamageLog,
+    first_batch: int = 0,
+) -> grain.DatasetIterator:
+    """Endless batches of this process, from `first_batch` on."""
+    channels = len(preprocessing.mean)
+    if config.augment.policy != "none" and channels != 3:
+        raise UserError(
+            f"config.augment.policy: {config.augment.policy} changes colors, and the model takes "
+            f"{channels} channels: set it to none"
+        )
+    return make_train_iterator(
+        source,
+        batch_size=config.batch_size // jax.process_count(),
+        preprocessing=preprocessing,
+        crop=config.data.crop,
+        crop_scale=config.data.crop_scale,
+        flip=config.data.flip,
+        seed=config.seed,
+        num_threads=config.data.threads,
+        num_workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        first_batch=first_batch,
+        max_damaged=config.data.max_damaged,
+        damage_log=damage,
+    )
+
+
+def batch_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, Any]:
+    """ShapeDtypeStructs of a training batch, over all processes."""
+    size = config.batch_size
+    shape = (size, *preprocessing.image_size, len(preprocessing.mean))
+    return {
+        "image": jax.ShapeDtypeStruct(shape, np.uint8),
+        "label": jax.ShapeDtypeStruct((size,), np.int32),
+        "index": jax.ShapeDtypeStruct((size,), np.int32),
+        "mask": jax.ShapeDtypeStruct((size,), np.bool_),
+    }
+
+
+# Loss and evaluation ----------------------------------------------------------------------------
+
+
+def make_objective(
+    config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
+) -> Objective:
+    """What training lowers."""
+    del predicts  # classes
+    augment = config.augment
+    return objective.make_objective(
+        apply,
+        assemble,
+        num_classes=model.num_classes,
+        label_smoothing=augment.label_smoothing,
+        policy=augment.policy,
+        policy_ops=augment.ops,
+        policy_magnitude=augment.magnitude,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        erasing=augment.erasing,
+    )
+
+
+def make_outputs(
+    predicts: str, apply: Apply, assemble: Callable[..., Any]
+) -> Callable[..., Mapping[str, jax.Array]]:
+    """What evaluation needs of a batch."""
+    del predicts  # classes
+    return objective.make_outputs(apply, assemble)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Logits over a whole dataset, in its order, and their summary.
+
+    Attributes:
+      logits: f32[N, C].
+      labels: i32[N].
+      index: i32[N], rows in the source.
+      summary: see evaluate.classification.summarize; besides "fgsm_top1" and "pgd_top1", the top-1
+        of "attacked" images under these attacks, None where nothing was attacked.
+      damaged: names of images that could not be read and are not among the N.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    summary: dict[str, Any]
+    damaged: tuple[str, ...]
+
+    def line(self) -> str:
+        """The summary for the screen."""
+        text = "  ".join(f"{name} {self.summary[name]:.4f}" for name in self._measured)
+        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
+        return f"evaluation on {self.summary['count']} images: {text}{skipped}"
+
+    def lines(self) -> list[str]:
+        """The accuracy of each class."""
+        rows = self.summary["per_class"].items()
+        width = max(len(name) for name, _ in rows)
+        return [
+            f"  {name:{width}}  {'no images' if accuracy is None else f'{accuracy:.4f}'}"
+            for name, accuracy in rows
+        ]
+
+    def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Catastrophic overfitting of adversarial training."""
+        name = "eval/pgd_top1"
+        if "pgd_top1" not in self._measured:
+            return []
+        records = [r for r in history if name in r and r["step"] < step]
+        fgsm, pgd = (
+            [*(r[f"eval/{name}"] for r in records), self.summary[name]]
+            for name in ("fgsm_top1", "pgd_top1")
+        )
+        found = find_overfitting(fgsm, pgd, self.summary["attacked"])
+        if found is None:
+            return []
+        return [
+            f"catastrophic overfitting: since step {records[found]['step']} top-1 under PGD fell "
+            f"from {pgd[found]:.3f} to {pgd[-1]:.3f} while under FGSM it rose from "
+            f"{fgsm[found]:.3f} to {fgsm[-1]:.3f}; take --checkpoint=best of a run with "
+            "config.adversarial.method=pgd, more steps or a smaller epsilon"
+        ]
+
+    @property
+    def _measured(self) -> list[str]:
+        return [name for name in reported if self.summary[name] is not None]
+
+
+def make_batches(config: ConfigDict, preprocessing: Preprocessing) -> Callable[..., Iterator[Any]]:
+    """Of evaluation (see evaluate.run.MakeBatches)."""
+    return partial(make_eval_batches, preprocessing=preprocessing, num_threads=config.data.threads)
+
+
+def make_evaluate(
+    config: ConfigDict,
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    source: Source,
+    preprocessing: Preprocessing,
+) -> Callable[..., Evaluation]:
+    """A function (trainable, frozen, model_state) -> Evaluation over the whole source.
+
+    Padding rows are dropped by their mask, so each image counts once and the result does not depend
+    on the batch size.
+    """
+    run_over = make_run_over(
+        outputs_fn,
+        mesh,
+        make_batches(config, preprocessing),
+        batch_size=config.evaluate.batch_size,
+    )
+
+    attack = _make_attack(config, outputs_fn, mesh, source, preprocessing)
+
+    def evaluate(trainable, frozen, model_state) -> Evaluation:
+        found, damaged = run_over(source, trainable, frozen, model_state)
+        summary = summarize(found["logits"], found["label"], source.class_names)
+        summary |= attack(trainable, frozen, model_state)
+        return Evaluation(found["logits"], found["label"], found["index"], summary, damaged)
+
+    return evaluate
+
+
+def _make_attack(
+    config: ConfigDict,
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    source: Source,
+    preprocessing: Preprocessing,
+) -> Callable[..., dict[str, Any]]:
+    """A function (trainable, frozen, model_state) -> top-1 of a few images under attack."""
+    settings = config.adversarial
+    if "adversarial" not in config.recipes or not settings.watch:
+        return lambda *_: {"fgsm_top1": None, "pgd_top1": None, "attacked": 0}
+    part = subset(source, min(settings.watch, len(source)), config.seed)
+    watched = make_watch(outputs_fn, norm=settings.norm, epsilon=settings.epsilon, seed=config.seed)
+    run_over = make_run_over(
+        watched,
+        mesh,
+        make_batches(config, preprocessing),
+        batch_size=min(config.evaluate.batch_size, len(part)),
+    )
+
+    def attack(trainable, frozen, model_state) -> dict[str, Any]:
+        found, _ = run_over(part, trainable, frozen, model_state)
+        shares = {f"{name}_top1": float(found[name].mean()) for name in ("fgsm", "pgd")}
+        return {**shares, "attacked": len(found["pgd"])}
+
+    return attack
+
+
+# Results ----------------------------------------------------------------------------------------
+
+
+def write_results(
+    config: ConfigDict,
+    workdir: Path,
+    result: Evaluation,
+    source: Source,
+    preprocessing: Preprocessing,
+) -> dict[str, str]:
+    """Pictures of an evaluation; returns {file: what it is}."""
+    from vision_jax.figures import draw_confusion  # matplotlib, only where something is drawn
+
+    del config
+    _draw_predictions(workdir / "predictions.png", preprocessing, result, source)
+    matrix = confusion_matrix(result.logits.argmax(-1), result.labels, len(source.class_names))
+    draw_confusion(matrix, source.class_names, workdir / "confusion.png")
+    return {
+        "predictions.png": "images with true and predicted class and probability",
+        "confusion.png": "counts by true and predicted class",
+    }
+
+
+def _draw_predictions(
+    path: Path, preprocessing: Preprocessing, result: Evaluation, source: Source
+) -> None:
+    """A grid of evenly spread examples of the evaluation data, as the model sees them."""
+    from vision_jax.tasks.classification import figures  # matplotlib
+
+    rows = np.unique(np.linspace(0, len(result.labels) - 1, GRID).astype(int))
+    views = [eval_transform(source[int(result.index[row])]["image"], preprocessing) for row in rows]
+    figures.draw_predictions(
+        np.stack(views),
+        result.labels[rows],
+        softmax(result.logits[rows]),
+        source.class_names,
+        path,
+    )
+
+
+def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Path) -> None:
+    """The most probable classes of each file on the screen, all in OUT/predictions.json and .csv.
+
+    Also a grid of pictures, OUT/predict.png. What can't be read is named in the JSON with the
+    reason.
+
+    Args:
+      config: the run's.
+      names: of image files.
+      trained: the model.
+      out: where to write.
+
+    Raises:
+      UserError: none of the files can be read.
+    """
+    views, kept, damaged = _read_views(names, trained.preprocessing)
+    probabilities = softmax(_logits_of(views, trained, config.evaluate.batch_size))
+    if jax.process_index():
+        return
+    _write_predictions(views, kept, damaged, probabilities, trained.class_names, out)
+
+
+def _read_views(
+    names: Sequence[str], preprocessing: Preprocessing
+) -> tuple[list[np.ndarray], list[str], dict[str, str]]:
+    """(images as the model sees them, the names of those, what is wrong with the others)."""
+    reader = FileReader(Path(), tuple(names))
+    views, kept = [], []
+    damaged: dict[str, str] = {}
+    for row, name in enumerate(names):
+        try:
+            views.append(eval_transform(reader.read(row), preprocessing))
+            kept.append(name)
+        except DamagedImageError as error:
+            text = str(error)  # of a number of channels doesn't say whose
+            damaged[name] = text if printable(name) in text else f"{name}: {text}"
+    if not kept:
+        first = next(iter(damaged.values()))
+        raise UserError(f"--images: not one of {len(names)} files could be read: {first}")
+    return views, kept, damaged
+
+
+def _logits_of(views: Sequence[np.ndarray], trained: Trained, batch_size: int) -> np.ndarray:
+    """f[N, C] of u8[H, W, C] each, on all devices and processes."""
+    outputs_fn = make_outputs(trained.predicts, trained.apply, trained.assemble)
+    size = -(-min(len(views), batch_size) // jax.device_count())
+    size *= jax.device_count()
+    place = sharding.make_batch_placer(trained.mesh)
+    step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(trained.mesh))
+    logits = []
+    for start in range(0, len(views), size):
+        part = np.stack(views[start : start + size])
+        images_padded = np.zeros((size, *part.shape[1:]), np.uint8)
+        images_padded[: len(part)] = part
+        batch = {
+            "image": images_padded,
+            "label": np.zeros(size, np.int32),
+            "index": np.arange(size, dtype=np.int32),
+            "mask": np.arange(size) < len(part),
+        }
+        local = slice(*(size // jax.process_count() * (jax.process_index() + i) for i in (0, 1)))
+        placed = place({name: array[local] for name, array in batch.items()})
+        logits.append(jax.device_get(step(*trained.arguments, placed))["logits"][: len(part)])
+    return np.concatenate(logits)
+
+
+def _write_predictions(
+    views: Sequence[np.ndarray],
+    kept: Sequence[str],
+    damaged: Mapping[str, str],
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    out: Path,
+) -> None:
+    """Lines on the screen, JSON, CSV and a grid of pictures."""
+    from vision_jax.tasks.classification import figures  # matplotlib
+
+    order = np.argsort(-probabilities, axis=-1, kind="stable")
+    width = max(len(printable(name)) for name in kept)
+    for name, row, best in zip(kept, probabilities, order, strict=True):
+        text = "  ".join(f"{class_names[index]} {row[index]:.3f}" for index in best[:SHOWN])
+        say(f"{printable(name):{width}}  {text}")
+    for reason in damaged.values():
+        say(f"skipped: {reason}")
+    out.mkdir(parents=True, exist_ok=True)
+    shown = list(map(utf8, kept))
+    record: list[dict[str, Any]] = [
+        {
+            "file": name,
+            "class": utf8(class_names[best[0]]),
+            "label": int(best[0]),
+            "probability": float(row[best[0]]),
+            "top": [[utf8(class_names[index]), float(row[index])] for index in best[:LISTED]],
+            "probabilities": row.tolist(),
+        }
+        for name, row, best in zip(shown, probabilities, order, strict=True)
+    ]
+    record += [{"file": utf8(name), "error": text} for name, text in damaged.items()]
+    names_of_classes = list(map(utf8, class_names))
+    write_json({"class_names": names_of_classes, "images": record}, out / "predictions.json")
+    with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "class", "probability", *names_of_classes])
+        for name, row, best in zip(shown, probabilities, order, strict=True):
+            table.writerow([name, names_of_classes[best[0]], float(row[best[0]]), *row.tolist()])
+    path = out / "predict.png"
+    figures.draw_predictions(np.stack(views[:GRID]), None, probabilities[:GRID], class_names, path)
+    say(f"wrote {out / 'predictions.json'}, each file with its class and all probabilities")
+    say(f"wrote {out / 'predictions.csv'}, the same as a table")
+    say(f"wrote {path}")
+
+
+# Robustness -------------------------------------------------------------------------------------
+
+
+def robustness(
+    config: ConfigDict,
+    workdir: Path,
+    trained: Trained,
+    restore_other: Callable[[Path], Trained],
+) -> dict[str, Any]:
+    """Under attacks and corruptions (see robustness.py): what robustness.json holds.
+
+    Args:
+      config: the run's, with its section robustness.
+      workdir: where files are written.
+      trained: the run.
+      restore_other: another run from its folder, for attacks that transfer.
+    """
+    settings = config.robustness
+    surrogate = None
+    if settings.transfer_from:
+        surrogate = under_attack.find_surrogate(
+            Path(settings.transfer_from), trained, restore_other
+        )
+    return under_attack.measure(
+        workdir,
+        trained,
+        read_eval_source(config, trained.class_names),
+        surrogate,
+        attacks=settings.attacks,
+        norm=settings.norm,
+        epsilons=sorted(settings.epsilons),
+        steps=settings.steps,
+        restarts=settings.restarts,
+        corruptions=settings.corruptions,
+        severities=settings.severities,
+        autoattack=settings.autoattack,
+        autoattack_epsilon=settings.autoattack_epsilon,
+        self_check=settings.self_check,
+        images=settings.images,
+        batch_size=settings.batch_size,
+        threads=config.data.threads,
+        seed=config.seed,
+    )
