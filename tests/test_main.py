@@ -267,7 +267,7 @@ def test_flags_reach_the_commands(tmp_path, monkeypatch):
         assert main.main([*spelled, *more]) == 0
         config, _, checkpoint = seen[-1]
         assert (config.evaluate.batch_size, checkpoint) == (7, "best")
-    monkeypatch.setattr("vision_jax.plan.run", lambda *given: seen.append(given) or 0)
+    monkeypatch.setattr("vision_jax.commands.plan.run", lambda *given: seen.append(given) or 0)
     for spelled in (["plan", CONFIG], [CONFIG, "--plan"], ["--mode=plan", CONFIG]):
         seen.clear()
         assert main.main([*spelled, "--memory=4"]) == 0
