@@ -10,14 +10,14 @@ import pytest
 import runs
 from PIL import Image
 
-from vision_jax import convert, train
+from vision_jax import convert, sharding, train
 from vision_jax.commands import evaluate, predict
 from vision_jax.data.composites import write_composites
 from vision_jax.data.detection import read_detection_source
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.run import prepare as preparation
-from vision_jax.run.description import build_model, describe
 from vision_jax.run.restore import restore
 from vision_jax.tasks.detection import task as detect
 
@@ -283,26 +283,21 @@ def test_accumulation_is_the_larger_batch(family):
         **(detection_runs.RF_DETR if family == "rf_detr" else {}),
     )
     source, _ = detect.read_sources(config)
-    description = describe(config, None, source.class_names)
-    model = build_model(config, description)
-    mesh = setup.sharding.make_mesh(data=-1, fsdp=1)
-    size = description.preprocessing.image_size
-    plan = setup.plan_parameters(config, model, size, mesh, None)
-    arrays = jax.device_get(setup.make_parameters(config, model, size, plan, mesh, None, None))
-    batch = next(detect.training_data(config, source, description.preprocessing, None))
+    run = preparation.prepare(config, source.class_names)
+    state, frozen, _ = jax.device_get(run.make_arrays())
+    batch = next(run.training_data(source, DamageLog()))
     batch = {name: np.concatenate([array, array[::-1]]) for name, array in batch.items()}
     batch["target_mask"][8:, 1:] = False  # fewer boxes in the second half
     counts = batch["target_mask"].sum(1)
     assert len(set(counts[::2] + counts[1::2])) > 1
-    loss_fn = setup.make_loss(config, model, plan.assemble)
-    schedule, tx = setup.make_optimizer(config, model, plan.abstract()[0])
-    _, shardings = setup.abstract_state(config, tx, plan, mesh)
+    config.batch_size = 16
     found = []
     for accumulate in (1, 2):  # on 8 devices, so an image each
         config.optim.accumulate = accumulate
-        state = setup.new_state(config, tx, arrays[0], arrays[2], shardings)
-        step = setup.make_train_step(config, loss_fn, tx, schedule, shardings)
-        _, metrics = step(state, arrays[1], setup.sharding.make_batch_placer(mesh)(batch))
+        run = preparation.prepare(config, source.class_names)
+        new = run.make_state(state.trainable, state.model_state)
+        placed = sharding.make_batch_placer(run.mesh)(batch)
+        _, metrics = run.make_train_step()(new, frozen, placed)
         found.append(jax.device_get(metrics))
     for name, value in found[0].items():
         np.testing.assert_allclose(found[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)

@@ -204,7 +204,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path, capsys, monkey
     def refuse(*arguments, **keywords):
         raise OSError(28, "No space left on device", str(tmp_path / "run/model.json"))
 
-    monkeypatch.setattr(train.setup, "save_description", refuse)
+    monkeypatch.setattr(train.workdirs, "save_description", refuse)
     assert command(tmp_path / "run") == 2
     assert "No space left on device" in refusal(capsys)
     monkeypatch.undo()
