@@ -21,8 +21,8 @@ from vision_jax import convert
 from vision_jax.certify.measure import relative_error
 from vision_jax.certify.random_weights import randomize
 from vision_jax.certify.references import make_reference
-from vision_jax.convert import swin
 from vision_jax.convert.read import Weights
+from vision_jax.convert.swin.config import BUILDERS
 from vision_jax.convert.tables import find_table, infer_arguments, table_for_export
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, build_model
@@ -261,14 +261,14 @@ def test_named_variants_are_timms(name):
     assert ours - extra == sum(np.prod(shape) for shape in shapes.values())
 
 
-@pytest.mark.parametrize("builder", swin._BUILDERS)
+@pytest.mark.parametrize("builder", BUILDERS)
 def test_torchvisions_builders_are_named_variants(builder):
     with torch.device("meta"):
         module = make_reference("torchvision", builder, {}).module
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     table = find_table(shapes)
     arguments = infer_arguments(table, shapes, {})
-    variant = VARIANTS[swin._BUILDERS[builder]]
+    variant = VARIANTS[BUILDERS[builder]]
     assert arguments == {**arguments, **variant, "library": "torchvision"}
     full = {**FAMILIES["swin"].defaults, **arguments}
     assert table.config(full) == {"model": builder, "kwargs": {}}
