@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from vision_jax import objective, steps
+from vision_jax.models import families
 from vision_jax.models.vit import ViT, variant_arguments
 from vision_jax.tasks.classification import objective as classification
 from vision_jax.trees import lora, paths

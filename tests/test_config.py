@@ -100,7 +100,7 @@ def test_overrides_have_the_type_of_the_field(name, text, value):
         ("optim.lr", "", "takes float"),
         ("model.weights", "None", "takes text, not None: --config.model.weights= is empty"),
         ("recipes", "('lora', 'lora')", "each at most once"),
-        ("recipes", "('lora', 'adversarail')", "a tuple of lora, adversarial, distill"),
+        ("recipes", "('lora', 'adversarail')", "a tuple of lora, distill, adversarial"),
         ("optim", "1", "it is a section, set one of its fields, such as `optim.name`"),
         ("optim.name", "adam", "config.optim.name is 'adam': it must be adamw, sgd, "),
         ("optim.warmup_steps", "300", "the run has 200 updates"),
@@ -292,7 +292,7 @@ def test_a_task_is_one_more_line_of_the_list(monkeypatch, tmp_path):
     assert (config.task, config.recipes) == ("dummy", ("shake",))
     shared = {field.name for field in FIELDS if field.tasks is None}
     assert fields(config).keys() == fields_of("dummy").keys() == shared
-    with pytest.raises(UserError, match="must be a tuple of lora, adversarial, distill, shake"):
+    with pytest.raises(UserError, match="must be a tuple of lora, distill, adversarial, shake"):
         load_config(str(tmp_path / "mine.json"), {"recipes": "shale"})
     assert fields_of("classification")["task"].check.wanted.endswith("detection or dummy")
 
@@ -500,3 +500,22 @@ def test_values_out_of_range_are_named(name, value):
     below[last] = value
     with pytest.raises(UserError, match=re.escape(f"config.{name} is ")):
         check_ranges(config)
+
+
+def test_recipes_in_a_senseless_order_are_refused_with_the_order_that_has_sense(tmp_path):
+    taught = {"distill.teachers": "ema", "optim.ema_decay": "0.9"}
+    good = {"recipes": "('lora', 'distill', 'adversarial')", **taught}
+    assert load_config(CONFIG, good).recipes == ("lora", "distill", "adversarial")
+    for recipes in ("('adversarial', 'lora')", "('lora', 'adversarial', 'distill')"):
+        with pytest.raises(UserError, match=r"write .*'lora', .*'adversarial'") as caught:
+            load_config(CONFIG, {**good, "recipes": recipes})
+        assert "in their order" in str(caught.value)
+    # Older versions took any order and applied them in this one: their runs go on.
+    save_config(load_config(CONFIG, good), tmp_path / "config.json")
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["recipes"] = ["adversarial", "lora", "distill"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    (tmp_path / "model.json").write_text("{}")
+    reading = read_config(str(tmp_path / "config.json"), {})
+    assert reading.config.recipes == ("lora", "distill", "adversarial")
+    assert any("in the order in which they were applied" in note for note in reading.notes)

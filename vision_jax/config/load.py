@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vision_jax import files
-from vision_jax.config.fields import TASKS, Field, Value, fields_of
+from vision_jax.config.fields import RECIPES, TASKS, Field, Value, fields_of
 from vision_jax.config.hints import RENAMED, suggest
 from vision_jax.config.literals import read_literal
 from vision_jax.errors import UserError, UserErrors, nearest
@@ -97,6 +97,9 @@ def read_config(path: str, overrides: Mapping[str, str]) -> Reading:
             problems.append(f"{path}: {error}")
         if of_run or values[name] != table[name].default:
             origins[name] = RUN if of_run else FILE
+    if of_run and values["recipes"] != (ordered := _in_order(values["recipes"])):
+        values["recipes"] = ordered  # a run of a version that applied them so, whatever was written
+        notes.append(f"{path}: recipes are {ordered!r}, in the order in which they were applied")
     if missing := [name for name in table if name not in stated]:
         notes.append(f"{path} lacks fields, which have their defaults: {_fill(missing, values)}")
     for name, text in overrides.items():
@@ -166,8 +169,15 @@ def _relations(values: Mapping[str, Value]) -> list[tuple[str, bool, str]]:
     steps, warmup = values["total_steps"], values["optim.warmup_steps"]
     updates = steps * _replays(values)
     batch, parts = values["batch_size"], values["optim.accumulate"]
-    lora = "lora" in values["recipes"]
+    lora, ordered = "lora" in values["recipes"], _in_order(values["recipes"])
     return [
+        (
+            "recipes",
+            values["recipes"] == ordered,
+            f"config.recipes is {values['recipes']!r}, and recipes are applied in their order: "
+            "adapters first, for they change what trains, then teachers, for they see the image as "
+            f"it is, then attacks, for they maximize all that is minimized: write {ordered!r}",
+        ),
         (
             "optim.warmup_steps total_steps recipes adversarial.replays",
             warmup <= updates,
@@ -202,6 +212,11 @@ def _relations(values: Mapping[str, Value]) -> list[tuple[str, bool, str]]:
             "config.lora.init_from brings its own targets: set config.lora.rules=()",
         ),
     ]
+
+
+def _in_order(recipes: tuple[str, ...]) -> tuple[str, ...]:
+    """Recipes in the order in which they can be applied; unknown ones are for another check."""
+    return tuple(sorted(recipes, key=[*RECIPES, *recipes].index))
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

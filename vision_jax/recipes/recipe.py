@@ -122,28 +122,6 @@ def mixed_targets(fields: Mapping[str, Any], *names: str) -> str:
     return next((f"augment.{n}" for n in names if fields.get(f"augment.{n}")), "")
 
 
-def check_order(names: Sequence[str]) -> str:
-    """What is wrong with a choice of recipes, "" if nothing is.
-
-    >>> check_order(("lora", "adversarial"))
-    ''
-    """
-    known = list(RECIPES)
-    for name in names:
-        if name not in RECIPES:
-            return f"{name!r} is none of {', '.join(known)}"
-        if names.count(name) > 1:
-            return f"{name} is there {names.count(name)} times: once is all there is to it"
-    ordered = sorted(names, key=known.index)
-    if list(names) != ordered:
-        return (
-            "recipes are applied in their order: adapters first, for they change what trains, then "
-            "teachers, for they speak of the image as it is, then attacks, for they raise all that "
-            f"is lowered: write {tuple(ordered)!r}"
-        )
-    return ""
-
-
 def make_recipes(names: Sequence[str], fields: Mapping[str, Any]) -> tuple[Recipe, ...]:
     """The recipes of a run, in the order in which they are applied.
 

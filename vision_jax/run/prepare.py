@@ -25,7 +25,7 @@ from vision_jax.models import families
 from vision_jax.models.families import FAMILIES
 from vision_jax.objective import Objective, make_loss
 from vision_jax.recipes.distillation import objective as distillation
-from vision_jax.recipes.recipe import Recipe, Student, check_order, make_recipes
+from vision_jax.recipes.recipe import Recipe, Student, make_recipes
 from vision_jax.run.description import Description, build_model, describe, read_weights
 from vision_jax.run.parameters import Flat, Parameters, make_parameters, plan_parameters
 from vision_jax.tasks.api import Task, Trained, find_task
@@ -235,7 +235,7 @@ def prepare(
         weights = weights or read_weights(config)
         description = describe(config, weights, names)
     model = build_model(config, description)
-    recipes = _make_recipes(config, adapter, training)
+    recipes = _make_recipes(config, adapter)
     family = FAMILIES[description.family]
     student = Student(
         config.task,
@@ -287,10 +287,7 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
         )
 
 
-def _make_recipes(config: ConfigDict, adapter: Path | None, training: bool) -> tuple[Recipe, ...]:
-    wrong = check_order(config.recipes)
-    if wrong and training:
-        raise UserError(f"config.recipes is {config.recipes!r}: {wrong}")
+def _make_recipes(config: ConfigDict, adapter: Path | None) -> tuple[Recipe, ...]:
     values = fields(config)
     if adapter is not None:
         values["lora.init_from"] = str(adapter)
