@@ -1,3 +1,3 @@
 """Fine-tune large vision models in JAX, from anybody's PyTorch weights."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
