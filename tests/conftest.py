@@ -39,7 +39,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: takes its time and has a short sibling; see --all")
+    config.addinivalue_line(
+        "markers", "long(but=()): takes its time, but for these cases; only with --all"
+    )
+    config.addinivalue_line("markers", "hours: so long that .ci/run leaves it out of --all")
     if hasattr(config, "workerinput"):  # of xdist
         config.option.seed = config.workerinput["seed"]
     elif config.option.seed is None:
@@ -58,7 +61,10 @@ def pytest_configure_node(node):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.get_closest_marker("long") and not config.option.all:
+        mark = item.get_closest_marker("long")
+        if mark is None or config.option.all:
+            continue
+        if not hasattr(item, "callspec") or item.callspec.id not in mark.kwargs.get("but", ()):
             item.add_marker(pytest.mark.skip(reason="long: with --all"))
 
 

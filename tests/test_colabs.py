@@ -97,6 +97,7 @@ def test_finetune_your_images(tmp_path, monkeypatch):
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_any_checkpoint(tmp_path, monkeypatch):
     printed = execute("any_checkpoint", tmp_path, monkeypatch)
     assert "block_5 (4, 64, 128)" in printed
@@ -105,6 +106,7 @@ def test_any_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "converted" / "config.json").is_file()
 
 
+@pytest.mark.long
 def test_detect_your_objects(tmp_path, monkeypatch):
     printed = execute("detect_your_objects", tmp_path, monkeypatch)
     run = tmp_path / "runs" / "my_boxes"
@@ -114,6 +116,7 @@ def test_detect_your_objects(tmp_path, monkeypatch):
     assert (run / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_robust_lora(tmp_path, monkeypatch):
     printed = execute("robust_lora", tmp_path, monkeypatch)
     for name in ("LoRA", "LoRA_against_PGD"):
@@ -125,6 +128,7 @@ def test_robust_lora(tmp_path, monkeypatch):
     assert "eval/pgd_top1" in read_metrics(tmp_path / "runs/LoRA_against_PGD/metrics.jsonl")[-1]
 
 
+@pytest.mark.long
 def test_teach_a_student(tmp_path, monkeypatch):
     printed = execute("teach_a_student", tmp_path, monkeypatch)
     for name in ("teacher", "alone", "taught"):

@@ -1,7 +1,8 @@
 """Everything composes: what trains x attacks x teachers x average x accumulation x recomputation.
 
-    pytest tests/test_composition.py          a few of its cells
-    pytest tests/test_composition.py --all    all of them; those of DETR take minutes each
+    pytest tests/test_composition.py --all                   all of it; a DETR takes minutes
+    pytest tests/test_composition.py --all -m "not hours"    so many that each choice is made
+    pytest tests/test_composition.py                         one cell
 
 A cell is a config, run for a few steps: one compilation, finite, what is frozen unchanged to the
 bit, FLOPs the sum of its passes, temporary memory at most a tenth above that of its attack or its
@@ -196,11 +197,16 @@ def parts(family, trains, teacher, remat):
     return found
 
 
+FEW = few_cells()
 CELLS = [
     pytest.param(
         cell,
         id="-".join([*cell[:4], *("01"[on] for on in cell[4])]),
-        marks=[] if cell in few_cells() else pytest.mark.long,
+        marks=[]
+        if cell == FEW[0]
+        else pytest.mark.long
+        if cell in FEW
+        else [pytest.mark.long, pytest.mark.hours],
     )
     for cell in every_cell()
 ]

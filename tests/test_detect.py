@@ -272,6 +272,7 @@ def test_the_same_step_on_one_and_on_eight_devices(restored):
         np.testing.assert_allclose(gradient[path], sharded[path], rtol=0, atol=2e-5 * norm)
 
 
+@pytest.mark.long(but=["detr"])
 @pytest.mark.parametrize("family", ["detr", "rf_detr"])
 def test_accumulation_is_the_larger_batch(family):
     """Boxes are counted over the update: images have 1 to 4."""

@@ -216,6 +216,7 @@ def test_a_new_head_that_does_not_train_is_told(tmp_path):
     assert warning.startswith("head_dist/bias, head_dist/kernel: re-initialized, and not among")
 
 
+@pytest.mark.long
 def test_a_detector_learns_other_classes(tmp_path, capsys):
     """Trained by the README's config, evaluated, asked for boxes, and written for transformers."""
     short = {**MODELS["DETR"][1], "decoder_depth": 1}

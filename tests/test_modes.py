@@ -312,6 +312,7 @@ def test_robustness_writes_figures_and_a_picture(tmp_path, capsys):
     )
 
 
+@pytest.mark.long
 def test_the_self_check_takes_another_run_s_attacks(tmp_path, capsys):
     config, workdir = hardened(
         tmp_path, attacks="()", corruptions="()", self_check=True, transfer_from=runs.finished()

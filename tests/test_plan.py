@@ -57,6 +57,7 @@ def test_memory_is_what_xla_reports_of_the_step_that_trains(make, tmp_path, monk
     assert found.batch == sum(x.dtype.itemsize * x.size // 8 for x in jax.tree.leaves(called[0][2]))
 
 
+@pytest.mark.long(but=["vit_lora", "detr_tiny"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_has_a_plan(path):
     found = planned(small(path))

@@ -247,6 +247,7 @@ ROWS = {
 }  # fmt: skip
 
 
+@pytest.mark.long(but=["convnext"])
 @pytest.mark.parametrize("family", ROWS)
 def test_what_is_taken_fits_the_student(family):
     layers, arguments = ROWS[family]

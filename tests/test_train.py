@@ -153,6 +153,7 @@ def test_one_compile_over_50_steps(tmp_path, monkeypatch):
 # Meshes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_that_moves_to_another_mesh_is_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 64)
     monkeypatch.setattr(train, "write_results", lambda *arguments, **keywords: None)

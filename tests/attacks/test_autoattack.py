@@ -233,6 +233,7 @@ def check(case, verdicts, seen, version, norm):
     assert size.max() <= case.epsilon + 1e-6
 
 
+@pytest.mark.long(but=["standard-l1"])
 @pytest.mark.parametrize(("version", "norm"), list(ROUNDS)[1:])
 def test_autoattack_finds_what_a_linear_model_withstands(quick, version, norm, rng):
     # Losses without a target need not find the nearest of several boundaries.

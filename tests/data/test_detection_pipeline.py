@@ -198,6 +198,7 @@ def write_images(source: DetectionSource, folder, damaged=()) -> DetectionSource
     return replace(source, reader=FileReader(folder, source.paths))
 
 
+@pytest.mark.long
 def test_worker_processes_do_not_change_the_batches_and_resume(tmp_path, rng):
     """Also: damaged images that workers met are counted on this side."""
     source = write_images(random_source(rng, 23), tmp_path, damaged=(3, 11))

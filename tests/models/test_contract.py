@@ -178,6 +178,9 @@ EVERY_FORM = [(family, form) for family in CASES for form in ("plain", *CASES[fa
 CLASSIFIERS = [name for name in CASES if FAMILIES[name].task == "classification"]
 
 
+DETECTORS_LONG = pytest.mark.long(but=CLASSIFIERS)
+
+
 def having(*arguments):
     """The families whose models have one of these arguments."""
     return [name for name in CASES if {*arguments} & {*FAMILIES[name].arguments}]
@@ -501,6 +504,7 @@ def test_frozen_norms_train_as_they_evaluate(family):
     jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
 
 
+@DETECTORS_LONG
 @pytest.mark.parametrize("family", having("dropout", "drop_path"))
 def test_rates_act_in_training_only_and_by_the_key(family):
     """With recomputation too, which draws the same."""
@@ -563,6 +567,7 @@ def test_no_head_and_other_channels(family):
     assert relative(pooled, features["pooled"]) <= 1e-6
 
 
+@DETECTORS_LONG
 @pytest.mark.parametrize("family", CASES)
 def test_normalization_is_inside(family):
     size = CASES[family].size
@@ -583,6 +588,7 @@ def test_an_image_of_another_size_is_refused(family):
         abstract(build(family), (width, height))
 
 
+@DETECTORS_LONG
 @pytest.mark.parametrize("family", CASES)
 def test_adapters_fit_every_kernel(family):
     """At first they change nothing; then they say what merged weights say."""

@@ -105,6 +105,7 @@ def on_canvases(form, dtype, canvases):
     return [(outputs, {name: maps[name] for name in results[1][1]}) for outputs, maps in results]
 
 
+@pytest.mark.long(but=["bottleneck"])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_computed_of_an_image_does_not_depend_on_its_canvas(form):
     """Up to the order of sums: of other lengths in attention, and as the CPU's products block.
@@ -140,6 +141,7 @@ def test_what_is_computed_of_an_image_does_not_depend_on_its_batch():
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(changed))
 
 
+@pytest.mark.long
 def test_the_references_way_lets_padding_in():
     model = small(mask_padding=False, **SHORT)
     variables, images = random_variables(model), random_images((70, 50))

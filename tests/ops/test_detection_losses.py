@@ -189,6 +189,7 @@ def test_metrics_of_the_last_layer(name, rng):
     assert float(metrics["cardinality_error"]) == pytest.approx(1 / EXAMPLES)
 
 
+@pytest.mark.long(but=["detr"])
 @pytest.mark.parametrize("name", ["detr", "ia_bce"])
 def test_one_device_and_eight_give_the_same_without_gathering_the_costs(name, rng):
     problem = make_problem(rng, name)
@@ -256,6 +257,7 @@ def test_the_mean_over_micro_batches_is_the_whole_batch(name, size, rng):
         np.testing.assert_allclose(joined, slope, rtol=0, atol=3e-6 * np.abs(slope).max())
 
 
+@pytest.mark.long(but=["detr"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_of_images(name, rng):
     """They sum up to a batch's; `alone`, each is what a batch of one image gives."""

@@ -61,6 +61,7 @@ def test_the_criterion_itself_is_raised_in_evaluation_mode(warmup):
     assert set(seen) == {False}
 
 
+@pytest.mark.long(but=["linf"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_image_is_attacked_the_same_in_any_batch(norm):
     """One step of little length: what is left is mostly the random start."""
@@ -102,6 +103,7 @@ GRID = {
 }
 
 
+@pytest.mark.long(but=["adapters"])
 @pytest.mark.parametrize("what", ["adapters", "everything"])
 def test_an_attack_costs_its_passes_and_no_parameter_gradient_or_memory(what):
     """Per step of the attack: a forward pass and the input's gradient."""
@@ -117,6 +119,7 @@ def test_an_attack_costs_its_passes_and_no_parameter_gradient_or_memory(what):
     assert temp[1] <= 1.1 * temp[0], temp
 
 
+@pytest.mark.long(but=["pgd"])
 @pytest.mark.parametrize("method", ["pgd", "free"])
 def test_one_compile_over_50_steps_and_frozen_leaves_to_the_bit(method):
     prepared = runs.Prepared(
@@ -143,6 +146,7 @@ def test_one_compile_over_50_steps_and_frozen_leaves_to_the_bit(method):
     assert after == before
 
 
+@pytest.mark.long(but=["pgd"])
 @pytest.mark.parametrize("method", ["pgd", "trades", "free"])
 def test_one_device_and_eight_give_the_same_numbers(method):
     losses = []
@@ -193,6 +197,7 @@ def adversarial_run(**fields):
     return runs.tiny_config(recipes=ON, optim__ema_decay=0.5, **small, **fields)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     """To the bit, with the method that changes the most in a step."""
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)

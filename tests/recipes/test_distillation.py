@@ -179,6 +179,7 @@ FEATURES = (
 )
 
 
+@pytest.mark.long
 def test_features_are_matched_through_learned_projections(vit, monkeypatch):
     """The loss and its parts, against the operations on features taken from both models."""
     prepared = runs.Prepared(
@@ -224,6 +225,7 @@ def test_features_are_matched_through_learned_projections(vit, monkeypatch):
     assert all((np.asarray(state.trainable[name]) != before[name]).any() for name in before)
 
 
+@pytest.mark.long
 def test_the_moving_average_teaches():
     prepared = runs.Prepared(
         recipes=ON, trainable=".*", distill__teachers="ema", optim__ema_decay=0.5, optim__lr=0.1
@@ -283,6 +285,7 @@ def test_the_distillation_token_learns_of_the_teacher_and_the_other_of_labels(vi
         np.testing.assert_allclose(found[f"{head}/bias"], expected, atol=1e-6)
 
 
+@pytest.mark.long
 def test_several_devices_and_full_sharding_change_nothing(vit):
     fields = {
         "recipes": "('lora', 'distill', 'adversarial')",
@@ -309,6 +312,7 @@ def losses_of(workdir):
     return [r["train/loss"] for r in read_metrics(workdir / "metrics.jsonl") if "train/loss" in r]
 
 
+@pytest.mark.long
 def test_what_is_stored_teaches_as_the_teacher_does_to_the_bit(resnet, vit, tmp_path, monkeypatch):
     """Augmented, of two teachers the best logits and a feature, and under attack."""
     vit = shutil.copy(vit, tmp_path / "vit.safetensors")
@@ -349,6 +353,7 @@ def test_what_is_stored_teaches_as_the_teacher_does_to_the_bit(resnet, vit, tmp_
         train.run(live, tmp_path / "live")
 
 
+@pytest.mark.long
 def test_whole_updates_from_a_file_are_those_of_a_live_teacher_to_the_bit(tmp_path):
     """The config at its own size, with XLA's usual optimizations, in which gradients may round
     otherwise where something else surrounds the student."""
@@ -387,6 +392,7 @@ def test_whole_updates_from_a_file_are_those_of_a_live_teacher_to_the_bit(tmp_pa
     assert from_file == live
 
 
+@pytest.mark.long
 def test_stored_teachers_cost_nothing(vit):
     fields = {"recipes": ON, "trainable": ".*", "distill__teachers": vit}
     plain = runs.Prepared(recipes="()", trainable=".*")
@@ -422,6 +428,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(vit, changes, message):
         runs.Prepared(**fields)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["detr", "rf_detr"])
 def test_a_detector_learns_from_the_queries_of_another(family, tmp_path):
     model = detection_runs.RF_DETR if family == "rf_detr" else {}

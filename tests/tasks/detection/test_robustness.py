@@ -25,6 +25,7 @@ def robustness(restored, workdir, **fields):
     return detect.robustness(config, workdir, restored.trained, lambda folder: restored.trained)
 
 
+@pytest.mark.long
 def test_figures_of_each_epsilon_and_a_picture(restored, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(robust, "PICTURES", 2)
     capsys.readouterr()
