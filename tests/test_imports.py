@@ -105,21 +105,8 @@ def test_configs_are_not_asked_for_fields_that_may_be_missing():
                 )
 
 
-def test_the_main_job_loads_neither_torch_nor_tensorflow(tmp_path):
-    fields = runs.overrides(total_steps=1, evaluate__every=1)
-    arguments = [
-        f"--config={runs.ROOT / 'configs/vit_lora.py'}",
-        f"--workdir={tmp_path / 'run'}",
-        *(f"--config.{name}={value}" for name, value in fields.items()),
-    ]
-    program = (
-        "import sys, vision_jax\n"
-        "from vision_jax import main\n"
-        "assert 'jax' not in sys.modules  # bad flags are answered at once\n"
-        f"assert main.main({arguments!r}) == 0\n"
-        "heavy = {'torch', 'tensorflow', 'torchvision', 'timm', 'transformers'}\n"
-        "print('loaded:', sorted(heavy & set(sys.modules)))\n"
-    )
+def python(program: str) -> str:
+    """What a program prints in a process of its own, on one device."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(runs.ROOT),
@@ -129,5 +116,48 @@ def test_the_main_job_loads_neither_torch_nor_tensorflow(tmp_path):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert child.returncode == 0, child.stderr
-    assert child.stdout.splitlines()[-1] == "loaded: []"
     assert child.stderr == ""
+    return child.stdout
+
+
+def test_the_main_job_loads_what_it_needs_when_it_needs_it(tmp_path):
+    """Never torch or TensorFlow; matplotlib when something is drawn, scipy's filters not at all."""
+    fields = runs.overrides(total_steps=1, evaluate__every=1)
+    arguments = [
+        f"--config={runs.ROOT / 'configs/vit_lora.py'}",
+        f"--workdir={tmp_path / 'run'}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
+    program = (
+        "import sys, vision_jax\n"
+        "from pathlib import Path\n"
+        "from vision_jax import main\n"
+        "assert 'jax' not in sys.modules  # bad flags are answered at once\n"
+        "drawn = []\n"
+        "def watch(event, arguments):\n"
+        "    if event == 'import' and arguments[0] == 'matplotlib':\n"
+        f"        drawn.append(Path({str(tmp_path / 'run/checkpoints/1')!r}).is_dir())\n"
+        "sys.addaudithook(watch)\n"
+        f"assert main.main({arguments!r}) == 0\n"
+        "heavy = 'torch tensorflow torchvision timm transformers scipy.signal scipy.ndimage '\n"
+        "heavy += 'scipy.stats pandas tensorboardX tensorflow_datasets'\n"
+        "print('loaded:', sorted({*heavy.split()} & set(sys.modules)))\n"
+        "print('matplotlib after the last checkpoint:', drawn[0])\n"
+    )
+    assert python(program).splitlines()[-2:] == [
+        "loaded: []",
+        "matplotlib after the last checkpoint: True",
+    ]
+
+
+def test_importing_the_package_takes_hardly_more_than_jax():
+    """At most 1.2 times its CPU time."""
+    program = (
+        "from time import process_time\n"
+        "start = process_time()\n"
+        "import jax\n"
+        "of_jax = process_time() - start\n"
+        "import vision_jax\n"
+        "print((process_time() - start) / of_jax)\n"
+    )
+    assert float(python(program)) <= 1.2
