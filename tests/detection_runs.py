@@ -4,11 +4,14 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
 import runs
 
-from vision_jax import train
+from vision_jax import convert, train
 from vision_jax.config import load_config
 from vision_jax.data.composites import write_composites
+from vision_jax.models import families
+from vision_jax.trees import paths
 
 CONFIG = runs.ROOT / "configs/detr_finetune.py"
 STEPS = 6
@@ -99,3 +102,20 @@ def finished() -> Path:
     workdir = runs.inputs() / "detection_finished"
     assert train.run(tiny_config(), workdir) == 0
     return workdir
+
+
+def write_detector(path: Path, num_classes: int = 3) -> str:
+    """A random DETR that keeps the aspect ratio of its images: sides of 32 to 64 pixels."""
+    model = families.build_model("detr", num_classes=num_classes, **dict(ARGUMENTS))
+    make = jax.jit(lambda key: families.initialize(model, key, (64, 64)))
+    trees = jax.device_get(make(jax.random.key(0))).values()
+    flat = {name: leaf for tree in trees for name, leaf in paths.flatten(tree).items()}
+    tensors, header = convert.export_weights(
+        flat,
+        "detr",
+        convert.arguments_of(model),
+        to=convert.own_naming("detr"),
+        preprocessing={"short": 32, "longest": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3},
+    )
+    convert.write_safetensors(path, tensors, header)
+    return str(path)

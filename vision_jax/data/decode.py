@@ -117,12 +117,25 @@ def decode_image(
             _check_scans(image, data, name)
             _check_layout(image, name)
             with _ROOM.take(width * height):
-                image.load()  # also reads what follows the pixels: a PNG's EXIF may stand there
-                rgb = _to_rgb(image, name)
-                return np.asarray(_upright(rgb, image) if upright else rgb)
+                return image_to_array(image, name=name, upright=upright)
     except DamagedImageError:
         raise
     except Exception as error:  # Pillow's parsers raise nearly every type on damaged files
+        raise _unreadable(name, error) from error
+
+
+def image_to_array(image: Image.Image, *, name: str, upright: bool = True) -> np.ndarray:
+    """uint8[H, W, 3] of an opened Pillow image, as `decode_image` gives it of the file's bytes.
+
+    Raises DamagedImageError if it cannot be read, or its depth has no defined range.
+    """
+    try:
+        image.load()  # also reads what follows the pixels: a PNG's EXIF may stand there
+        rgb = _to_rgb(image, name)
+        return np.asarray(_upright(rgb, image) if upright else rgb)
+    except DamagedImageError:
+        raise
+    except Exception as error:  # as above
         raise _unreadable(name, error) from error
 
 

@@ -196,21 +196,46 @@ def _plain_parameters(
                 mesh=mesh,
             )
     names = sorted(fresh)
+    params, model_state = fill_parameters(model, image_size, shapes, placed, names, key, shardings)
+    return params, model_state, names
+
+
+def fill_parameters(
+    model: Any,
+    image_size: tuple[int, int],
+    shapes: Any,
+    imported: Mapping[str, jax.Array],
+    fresh: Sequence[str],
+    key: jax.Array,
+    shardings: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
+    """(params, model_state) of what was imported and of what begins anew.
+
+    Args:
+      model: the flax module.
+      image_size: (height, width) in pixels.
+      shapes: of its variables, as `model_shapes` gives them.
+      imported: arrays by path.
+      fresh: the paths of all others, which are initialized.
+      key: of the initialization.
+      shardings: by path, of the fresh ones at least; None leaves them to JAX.
+    """
 
     def make(key):  # what is imported is not computed: the compiler drops it
         variables = initialize(model, key, image_size)
         flat = {
             path: leaf for tree in variables.values() for path, leaf in paths.flatten(tree).items()
         }
-        return {path: flat[path] for path in names}
+        return {path: flat[path] for path in fresh}
 
-    made = jax.jit(make, out_shardings={path: shardings[path] for path in names})(key)
-    everything = {**placed, **made}
-    params = paths.unflatten(shapes["params"], {path: everything[path] for path in base})
-    model_state = paths.unflatten(
-        shapes.get("batch_stats", {}), {path: everything[path] for path in statistics}
-    )
-    return params, model_state, names
+    out = None if shardings is None else {path: shardings[path] for path in fresh}
+    everything = {**imported, **jax.jit(make, out_shardings=out)(key)}
+
+    def tree(name: str) -> Any:
+        like = shapes.get(name, {})
+        return paths.unflatten(like, {path: everything[path] for path in paths.flatten(like)})
+
+    return tree("params"), tree("batch_stats")
 
 
 def head_warnings(
