@@ -566,7 +566,9 @@ def test_a_new_run_begins_with_another_ones_weights_and_moments(tmp_path, monkey
     old = restore(runs.full_config(), runs.finished(), "last")
     seen = {}
     monkeypatch.setattr(
-        setup, "make_train_step", lambda *a: lambda state, *_: seen.update(state=state) or 1 / 0
+        preparation.Run,
+        "make_train_step",
+        lambda run: lambda state, *_: seen.update(state=state) or 1 / 0,
     )
     config = runs.full_config(optim__lr=1e-3, optim__schedule="linear", model__weights="/gone")
     with pytest.raises(ZeroDivisionError):
