@@ -316,7 +316,6 @@ def test_choices_are_those_of_the_code():
     ):
         assert all(map(table[name].check.fits, choices)), name
         assert table[name].check.wanted == f"{', '.join([*choices][:-1])} or {[*choices][-1]}"
-    assert list(TASKS) == list(TASKS)
     assert tuple(transforms.INTERPOLATIONS) == FILTERS
 
 
