@@ -39,11 +39,12 @@ def checksum(path: Path, pool: ThreadPoolExecutor) -> str:
 
     The file must not shrink meanwhile.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
-    ...     _ = (Path(folder) / "file").write_bytes(b"abc")
-    ...     checksum(Path(folder) / "file", pool)[:12]
-    '3:ba7816bf8f'
+    Examples:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+      ...     _ = (Path(folder) / "file").write_bytes(b"abc")
+      ...     checksum(Path(folder) / "file", pool)[:12]
+      '3:ba7816bf8f'
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:

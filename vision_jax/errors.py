@@ -26,8 +26,9 @@ def printable(text: str) -> str:
     Names of files and classes are not trusted: they may hold a terminal's escapes, line breaks,
     marks that turn the direction of writing, and bytes or halves of characters that have no UTF-8.
 
-    >>> printable("a\x1b[31m\n\udc80")
-    'a\\x1b[31m\\n\\udc80'
+    Examples:
+      >>> printable("a\x1b[31m\n\udc80")
+      'a\\x1b[31m\\n\\udc80'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -38,8 +39,9 @@ def utf8(name: str) -> str:
     Systems allow any bytes in names. Python keeps those that are no UTF-8 as halves of characters,
     which JSON can't hold; here they are spelled out.
 
-    >>> utf8("bad\udcff.png")
-    'bad\\xff.png'
+    Examples:
+      >>> utf8("bad\udcff.png")
+      'bad\\xff.png'
     """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 

@@ -74,8 +74,9 @@ def make_run_over(
 def distinct_names(class_names: Sequence[str]) -> list[str]:
     """The names, those that occur twice with their index: keys of a dict.
 
-    >>> distinct_names(["crane", "heron", "crane"])
-    ['crane (0)', 'heron', 'crane (2)']
+    Examples:
+      >>> distinct_names(["crane", "heron", "crane"])
+      ['crane (0)', 'heron', 'crane (2)']
     """
     occurrences = Counter(class_names)
     return [

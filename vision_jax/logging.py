@@ -383,8 +383,10 @@ def _lines(text: str) -> str:
 
 def _clock(seconds: float) -> str:
     """
-    >>> _clock(3723.4)
-    '1:02:03'
+
+    Examples:
+      >>> _clock(3723.4)
+      '1:02:03'
     """
     minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -403,8 +405,9 @@ def _groups(arrays: Mapping[str, Any]) -> list[list[str]]:
 def _common_name(paths: Sequence[str]) -> str:
     """One name for paths of as many parts; a part in which they differ gets a star for its number.
 
-    >>> _common_name(["stage_1/block_0/kernel", "stage_1/block_1/kernel"])
-    'stage_1/block_*/kernel'
+    Examples:
+      >>> _common_name(["stage_1/block_0/kernel", "stage_1/block_1/kernel"])
+      'stage_1/block_*/kernel'
     """
     parts = zip(*(path.split("/") for path in paths), strict=True)
     return "/".join(
@@ -426,8 +429,10 @@ def _sums(arrays: Iterable[Any], everything: int) -> tuple[int, str, str]:
 
 def human_size(octets: float) -> str:
     """
-    >>> human_size(3 * 2**20)
-    '3.0 MiB'
+
+    Examples:
+      >>> human_size(3 * 2**20)
+      '3.0 MiB'
     """
     if octets < 1024:
         return f"{octets} B"

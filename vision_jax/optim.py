@@ -45,9 +45,10 @@ def make_schedule(
     `drop_at · total_steps`, as detectors' schedules do (DETR: 200 of 300 epochs), and ignores it
     too. Past `total_steps` the rate stays at its end.
 
-    >>> rate = make_schedule("linear", peak=0.5, total_steps=6, warmup_steps=2)
-    >>> [round(float(rate(step)), 3) for step in range(7)]
-    [0.25, 0.5, 0.5, 0.375, 0.25, 0.125, 0.0]
+    Examples:
+      >>> rate = make_schedule("linear", peak=0.5, total_steps=6, warmup_steps=2)
+      >>> [round(float(rate(step)), 3) for step in range(7)]
+      [0.25, 0.5, 0.5, 0.375, 0.25, 0.125, 0.0]
 
     Raises:
       UserError: an unknown name, or numbers that make no schedule.
@@ -195,9 +196,10 @@ def is_decayed(path: str, array: Array) -> bool:
     LoRA's factors count as kernels, as in the Hugging Face trainer: decay pulls the update, and not
     the merged weight, towards zero. DoRA's magnitude and LayerScale are vectors and do not decay.
 
-    >>> vector, matrix = jnp.zeros(2), jnp.zeros((2, 2))
-    >>> is_decayed("head/kernel", matrix), is_decayed("pos_embed", matrix)
-    (True, False)
+    Examples:
+      >>> vector, matrix = jnp.zeros(2), jnp.zeros((2, 2))
+      >>> is_decayed("head/kernel", matrix), is_decayed("pos_embed", matrix)
+      (True, False)
     """
     positions = ("_embed", "_token", "relative_position_bias_table", "logit_scale")
     return array.ndim >= 2 and not path.endswith(positions) and "/cpb_mlp/" not in path

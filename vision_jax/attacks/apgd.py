@@ -50,8 +50,9 @@ class Climb(NamedTuple):
 def checkpoints(steps: int, norm: Norm = "linf") -> tuple[int, ...]:
     """Numbers of steps after which step sizes are looked at, each at most `steps`.
 
-    >>> checkpoints(100)
-    (22, 41, 57, 70, 80, 87, 93, 99)
+    Examples:
+      >>> checkpoints(100)
+      (22, 41, 57, 70, 80, 87, 93, 99)
     """
     window, least, shorter = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
     if norm == "l1":

@@ -107,7 +107,8 @@ def autoattack(
       mesh: over which batches are split; None for one over all devices.
       index: int[N], of the examples in their data set; None for 0, 1, ...
       seed: of all that is drawn.
-      queries, steps: as published, 5000 and 100; fewer only to try things out.
+      queries: of Square, as published 5000; fewer only to try things out.
+      steps: of the others, as published 100.
       report: called after each round.
 
     Raises:

@@ -29,8 +29,9 @@ def margin(logits: Array, labels: Array) -> Array:
 
     Carlini & Wagner 2017, f_6 without its lower bound.
 
-    >>> margin(jnp.array([[1.0, 4.0, 2.0]]), jnp.array([1])).tolist()
-    [-2.0]
+    Examples:
+      >>> margin(jnp.array([[1.0, 4.0, 2.0]]), jnp.array([1])).tolist()
+      [-2.0]
     """
     own = jax.nn.one_hot(hard(labels), logits.shape[-1], dtype=bool)
     return jnp.where(own, -jnp.inf, logits).max(-1) - jnp.where(own, logits, 0).sum(-1)
@@ -41,8 +42,9 @@ def dlr(logits: Array, labels: Array) -> Array:
 
     Neither a shift nor a positive factor of the logits changes it.
 
-    >>> dlr(jnp.array([[1.0, 5.0, 2.0]]), jnp.array([1])).tolist()
-    [-0.75]
+    Examples:
+      >>> dlr(jnp.array([[1.0, 5.0, 2.0]]), jnp.array([1])).tolist()
+      [-0.75]
 
     Raises:
       UserError: fewer than 3 classes.

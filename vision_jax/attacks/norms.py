@@ -19,8 +19,9 @@ def per_example(value: ArrayLike, images: Array) -> Array:
 def size(delta: Array, norm: Norm) -> Array:
     """The norm of each example, f[B, 1, 1, 1].
 
-    >>> size(jnp.array([[3.0, -4.0]]), "l2").tolist()
-    [[5.0]]
+    Examples:
+      >>> size(jnp.array([[3.0, -4.0]]), "l2").tolist()
+      [[5.0]]
     """
     axes = tuple(range(1, delta.ndim))
     largest = jnp.abs(delta).max(axes, keepdims=True)
@@ -144,7 +145,8 @@ def _l1_projection(size: Array, room: Array, epsilon: Array) -> Array:
 def show_epsilon(epsilon: float, norm: Norm) -> str:
     """For people: L-infinity in steps of 8-bit pixels.
 
-    >>> show_epsilon(8 / 255, "linf"), show_epsilon(0.5, "l2")
-    ('8/255', '0.5')
+    Examples:
+      >>> show_epsilon(8 / 255, "linf"), show_epsilon(0.5, "l2")
+      ('8/255', '0.5')
     """
     return f"{255 * epsilon:.4g}/255" if norm == "linf" else f"{epsilon:.4g}"

@@ -106,8 +106,9 @@ def square(
 def square_sides(height: int, width: int, norm: Norm) -> tuple[int, ...]:
     """Sides in pixels, from the first squares on; each as long as `HALVED` says.
 
-    >>> square_sides(32, 32, "linf")
-    (29, 20, 14, 10, 7, 5, 4, 3, 2, 1)
+    Examples:
+      >>> square_sides(32, 32, "linf")
+      (29, 20, 14, 10, 7, 5, 4, 3, 2, 1)
     """
     sides = []
     for level in range(len(HALVED) + 1):

@@ -78,8 +78,9 @@ EPOCHS = "; an epoch is the number of training images / batch_size updates"
 def suggest(name: str, known: Collection[str]) -> str:
     """A clause that names the field meant by `name` or says what to do instead, or nothing.
 
-    >>> suggest("optim.learning_rate", ["optim.lr", "optim.schedule"])
-    ': did you mean `optim.lr`?'
+    Examples:
+      >>> suggest("optim.learning_rate", ["optim.lr", "optim.schedule"])
+      ': did you mean `optim.lr`?'
     """
     for old, new in RENAMED.items():
         if name in (old, old.rpartition(".")[2]) and new in known:

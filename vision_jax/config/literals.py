@@ -22,8 +22,9 @@ OPERATORS: dict[type, Callable[..., Any]] = {
 def read_literal(text: str) -> Any:
     """The text, number, truth value, None, tuple or list (as a tuple) that `text` spells.
 
-    >>> read_literal("(1/255, 2e-3, 'head/.*', True)")
-    (0.00392156862745098, 0.002, 'head/.*', True)
+    Examples:
+      >>> read_literal("(1/255, 2e-3, 'head/.*', True)")
+      (0.00392156862745098, 0.002, 'head/.*', True)
 
     Raises:
       ValueError: it spells none, or takes numbers beyond 2**63.

@@ -125,8 +125,9 @@ def read_config(path: str, overrides: Mapping[str, str]) -> Reading:
 def fields(config: ConfigDict) -> dict[str, Value]:
     """All fields by dotted name.
 
-    >>> fields(ConfigDict({"seed": 0, "optim": {"lr": 0.1}}))
-    {'optim.lr': 0.1, 'seed': 0}
+    Examples:
+      >>> fields(ConfigDict({"seed": 0, "optim": {"lr": 0.1}}))
+      {'optim.lr': 0.1, 'seed': 0}
     """
     found: dict[str, Value] = {}
     for name in sorted(config):

@@ -58,7 +58,8 @@ def _block(field: Field) -> list[str]:
 def _defaults(default: Any, instead: Mapping[str, Any]) -> str:
     """One default, and those of tasks that have another.
 
-    >>> _defaults(0.001, {"detection": 0.0001})
-    '0.001; of detection 0.0001'
+    Examples:
+      >>> _defaults(0.001, {"detection": 0.0001})
+      '0.001; of detection 0.0001'
     """
     return "; of ".join([repr(default), *(f"{task} {value!r}" for task, value in instead.items())])

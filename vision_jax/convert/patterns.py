@@ -44,8 +44,10 @@ class Matcher:
     def matches(self, pattern: str) -> list[str]:
         """The names that the pattern matches, from their start or behind a dot to their end.
 
-        >>> Matcher(["blocks.0.attn.qkv", "blocks.11.attn.qkv", "head"]).matches(r"\\d\\d.*(qkv|k)")
-        ['blocks.11.attn.qkv']
+        Examples:
+          >>> matcher = Matcher(["blocks.0.attn.qkv", "blocks.11.attn.qkv", "head"])
+          >>> matcher.matches(r"\\d\\d.*(qkv|k)")
+          ['blocks.11.attn.qkv']
 
         Raises:
           UserError: no regular expression, one with parts that have no place here (look-ahead, back

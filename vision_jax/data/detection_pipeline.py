@@ -279,11 +279,12 @@ def make_detection_train_iterator(
 
     Args:
       max_boxes: T; of an image with more boxes the largest are kept. Crowds are left out.
-      seed, num_threads, num_workers, process_index, process_count, first_batch, max_damaged,
-        damage_log: as in `vision_jax.data.pipeline.make_train_iterator`. All processes draw the
-        same canvas.
 
-    Returns grain's iterator.
+    The other arguments are those of `vision_jax.data.pipeline.make_train_iterator`. All processes
+    draw the same canvas.
+
+    Returns:
+      grain's iterator.
     """
     if max_boxes < 1:
         raise UserError(f"data max_boxes {max_boxes}: use 1 or more, say 100")

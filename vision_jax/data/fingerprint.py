@@ -65,9 +65,10 @@ def digest(fingerprint: Fingerprint) -> str:
 def describe_changes(before: Fingerprint, now: Fingerprint) -> str:
     """What differs, with the first name of each kind, or "".
 
-    >>> before = {"name": ["a", "b"], "size": [1, 2], "annotations": [0, 0]}
-    >>> describe_changes(before, {"name": ["b", "c"], "size": [3, 2], "annotations": [0, 0]})
-    "1 added ('c'), 1 removed ('a'), 1 edited ('b')"
+    Examples:
+      >>> before = {"name": ["a", "b"], "size": [1, 2], "annotations": [0, 0]}
+      >>> describe_changes(before, {"name": ["b", "c"], "size": [3, 2], "annotations": [0, 0]})
+      "1 added ('c'), 1 removed ('a'), 1 edited ('b')"
     """
     if before == now:
         return ""

@@ -183,7 +183,8 @@ def make_train_iterator(
       num_threads: images are read and decoded by this many threads (in each worker).
       num_workers: 0, or the number of processes to spawn: 5–10 s to the first batch, for data
         whose decoding holds Python's lock.
-      process_index, process_count: this process reads every `process_count`-th example.
+      process_index: this process reads every `process_count`-th example, from this one on.
+      process_count: of processes.
       first_batch: where to begin; the batches before it are neither read nor drawn. A run that has
         made n steps goes on at n, with any number of threads, workers and processes.
       max_damaged: the share of the data set, in [0, 1], that may be damaged: such images are

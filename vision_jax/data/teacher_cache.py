@@ -79,7 +79,8 @@ class TeacherCache:
         Args:
           step: batches before this one.
           batch_size: rows of this process.
-          process_index, process_count: this process has every `process_count`-th example.
+          process_index: this process has every `process_count`-th example, from this one on.
+          process_count: of processes.
         """
         own = step * batch_size + np.arange(batch_size)
         return self.read(own * process_count + process_index)

@@ -107,8 +107,10 @@ _IRREGULAR = {"entries": "entry", "categories": "category", "classes": "class", 
 
 def counted(count: int, unit: str) -> str:
     """
-    >>> counted(1, "boxes"), counted(2000, "images")
-    ('1 box', '2,000 images')
+
+    Examples:
+      >>> counted(1, "boxes"), counted(2000, "images")
+      ('1 box', '2,000 images')
     """
     return f"{count:,} {_IRREGULAR.get(unit, unit.removesuffix('s')) if count == 1 else unit}"
 

@@ -56,8 +56,9 @@ def _heading(subject: Subject) -> Text:
 def _percent(count: int, total: int) -> str:
     """A share for people: 100 only of all, 0 only of nothing.
 
-    >>> [_percent(*pair) for pair in ((3, 3), (999, 1000), (2, 3), (1, 30), (1, 10**6), (0, 3))]
-    ['100', '99.9', '67', '3.3', 'below 0.01', '0']
+    Examples:
+      >>> [_percent(*pair) for pair in ((3, 3), (999, 1000), (2, 3), (1, 30), (1, 10**6), (0, 3))]
+      ['100', '99.9', '67', '3.3', 'below 0.01', '0']
     """
     share = 100 * count / max(total, 1)
     if count >= total > 0:

@@ -56,10 +56,11 @@ def variant(name: str) -> dict[str, Any] | None:
 def relative_index(grid: tuple[int, int]) -> np.ndarray:
     """i64[1 + h·w, 1 + h·w]: row of a table for each pair (query, key), class token first.
 
-    >>> relative_index((1, 2))
-    array([[5, 3, 3],
-           [4, 1, 0],
-           [4, 2, 1]])
+    Examples:
+      >>> relative_index((1, 2))
+      array([[5, 3, 3],
+             [4, 1, 0],
+             [4, 2, 1]])
     """
     if grid[0] * grid[1] > CELLS:
         raise UserError(f"relative positions of {grid[0]} x {grid[1]} patches: {CELLS} at most")

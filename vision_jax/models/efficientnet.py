@@ -95,8 +95,11 @@ def variant(name: str) -> dict[str, Any] | None:
 def padding(size: int, kernel: int, strides: int, same: bool) -> tuple[int, int]:
     """(before, after) along an axis of `size` pixels.
 
-    >>> padding(224, 3, 2, same=True), padding(225, 3, 2, same=True), padding(224, 3, 2, same=False)
-    ((0, 1), (1, 1), (1, 1))
+    Examples:
+      >>> padding(224, 3, 2, same=True), padding(225, 3, 2, same=True)
+      ((0, 1), (1, 1))
+      >>> padding(224, 3, 2, same=False)
+      (1, 1)
     """
     if not same:
         return kernel // 2, kernel // 2

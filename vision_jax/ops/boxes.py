@@ -13,8 +13,9 @@ Array = jax.Array
 def cxcywh_to_xyxy(boxes: Array) -> Array:
     """Corners from centers and sides, f[..., 4] -> f[..., 4].
 
-    >>> cxcywh_to_xyxy(jnp.array([2.0, 2.0, 4.0, 2.0])).tolist()
-    [0.0, 1.0, 4.0, 3.0]
+    Examples:
+      >>> cxcywh_to_xyxy(jnp.array([2.0, 2.0, 4.0, 2.0])).tolist()
+      [0.0, 1.0, 4.0, 3.0]
     """
     center, half = boxes[..., :2], boxes[..., 2:] / 2
     return jnp.concatenate([center - half, center + half], axis=-1)
@@ -23,8 +24,9 @@ def cxcywh_to_xyxy(boxes: Array) -> Array:
 def xyxy_to_cxcywh(boxes: Array) -> Array:
     """Centers and sides from corners, f[..., 4] -> f[..., 4].
 
-    >>> xyxy_to_cxcywh(jnp.array([0.0, 1.0, 4.0, 3.0])).tolist()
-    [2.0, 2.0, 4.0, 2.0]
+    Examples:
+      >>> xyxy_to_cxcywh(jnp.array([0.0, 1.0, 4.0, 3.0])).tolist()
+      [2.0, 2.0, 4.0, 2.0]
     """
     low, high = boxes[..., :2], boxes[..., 2:]
     return jnp.concatenate([(low + high) / 2, high - low], axis=-1)
@@ -33,8 +35,9 @@ def xyxy_to_cxcywh(boxes: Array) -> Array:
 def clip_xyxy(boxes: Array, size: Array) -> Array:
     """Boxes cut at the borders of their image; one wholly outside gets no area.
 
-    >>> clip_xyxy(jnp.array([-1.0, 1.0, 9.0, 3.0]), jnp.array([2, 8])).tolist()
-    [0.0, 1.0, 8.0, 2.0]
+    Examples:
+      >>> clip_xyxy(jnp.array([-1.0, 1.0, 9.0, 3.0]), jnp.array([2, 8])).tolist()
+      [0.0, 1.0, 8.0, 2.0]
 
     Args:
       boxes: f[..., 4].
@@ -47,8 +50,9 @@ def clip_xyxy(boxes: Array, size: Array) -> Array:
 def area_xyxy(boxes: Array) -> Array:
     """Width times height, f[..., 4] -> f[...].
 
-    >>> area_xyxy(jnp.array([0.0, 1.0, 4.0, 3.0])).item()
-    8.0
+    Examples:
+      >>> area_xyxy(jnp.array([0.0, 1.0, 4.0, 3.0])).item()
+      8.0
     """
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
@@ -56,8 +60,9 @@ def area_xyxy(boxes: Array) -> Array:
 def iou_xyxy(boxes: Array, others: Array) -> Array:
     """Intersection over union of each box with its partner; 0 where neither has an area.
 
-    >>> iou_xyxy(jnp.array([0.0, 0.0, 2.0, 2.0]), jnp.array([1.0, 0.0, 3.0, 2.0])).item()
-    0.3333333432674408
+    Examples:
+      >>> iou_xyxy(jnp.array([0.0, 0.0, 2.0, 2.0]), jnp.array([1.0, 0.0, 3.0, 2.0])).item()
+      0.3333333432674408
 
     Args:
       boxes: f[..., 4].
@@ -77,8 +82,9 @@ def giou_xyxy(boxes: Array, others: Array) -> Array:
     transformers 5.23, except that it and its gradient stay finite where a box is a point or a line
     (0 for two of them at one place).
 
-    >>> giou_xyxy(jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([3.0, 0.0, 4.0, 1.0])).item()
-    -0.5
+    Examples:
+      >>> giou_xyxy(jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([3.0, 0.0, 4.0, 1.0])).item()
+      -0.5
 
     Args:
       boxes: f[..., 4].
@@ -97,9 +103,10 @@ def giou_xyxy(boxes: Array, others: Array) -> Array:
 def pairwise_iou_xyxy(boxes: Array, others: Array) -> Array:
     """IoU of each of N boxes with each of M others, f[..., N, 4], f[..., M, 4] -> f[..., N, M].
 
-    >>> box = jnp.array([[0.0, 0.0, 1.0, 1.0]])
-    >>> pairwise_iou_xyxy(box, jnp.concatenate([box, 2 * box, box + 1])).tolist()
-    [[1.0, 0.25, 0.0]]
+    Examples:
+      >>> box = jnp.array([[0.0, 0.0, 1.0, 1.0]])
+      >>> pairwise_iou_xyxy(box, jnp.concatenate([box, 2 * box, box + 1])).tolist()
+      [[1.0, 0.25, 0.0]]
     """
     return iou_xyxy(boxes[..., :, None, :], others[..., None, :, :])
 
@@ -107,9 +114,10 @@ def pairwise_iou_xyxy(boxes: Array, others: Array) -> Array:
 def pairwise_giou_xyxy(boxes: Array, others: Array) -> Array:
     """GIoU of each of N boxes with each of M others, f[..., N, 4], f[..., M, 4] -> f[..., N, M].
 
-    >>> box = jnp.array([[0.0, 0.0, 1.0, 1.0]])
-    >>> pairwise_giou_xyxy(box, jnp.concatenate([box, box + 1])).tolist()
-    [[1.0, -0.5]]
+    Examples:
+      >>> box = jnp.array([[0.0, 0.0, 1.0, 1.0]])
+      >>> pairwise_giou_xyxy(box, jnp.concatenate([box, box + 1])).tolist()
+      [[1.0, -0.5]]
     """
     return giou_xyxy(boxes[..., :, None, :], others[..., None, :, :])
 

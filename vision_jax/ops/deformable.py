@@ -22,9 +22,10 @@ def sample_weighted(maps: Array, xy_01: Array, weights: Array) -> Array:
     Returns:
       f[B, Q, K, d] in the dtype of `maps`.
 
-    >>> maps = jnp.arange(4.0).reshape(1, 2, 2, 1, 1)
-    >>> sample_weighted(maps, jnp.full((1, 1, 1, 1, 2), 0.5), jnp.full((1, 1, 1, 1), 2.0)).item()
-    3.0
+    Examples:
+      >>> maps = jnp.arange(4.0).reshape(1, 2, 2, 1, 1)
+      >>> sample_weighted(maps, jnp.full((1, 1, 1, 1, 2), 0.5), jnp.full((1, 1, 1, 1), 2.0)).item()
+      3.0
     """
     batch, height, width, heads, channels = maps.shape
     flat = maps.transpose(0, 3, 1, 2, 4).reshape(batch, heads, height * width, channels)

@@ -62,8 +62,12 @@ def detr_loss(
       target_boxes_cxcywh_01: f[B, T, 4].
       target_mask: bool[B, T].
       mask: bool[B].
-      class_cost, l1_cost, giou_cost: of the matching.
-      class_weight, l1_weight, giou_weight: of the terms of each layer.
+      class_cost: factor of the classes in the matching's cost.
+      l1_cost: of the boxes' L1 distance.
+      giou_cost: of minus their GIoU.
+      class_weight: factor of the classes in the loss of each layer.
+      l1_weight: of the boxes' L1 distance.
+      giou_weight: of 1 - their GIoU.
       no_object_weight: of a query without a target in the class term.
       whole: `target_mask` and `mask` of the whole update, where this batch is a part of it.
       alone: each image's loss is what it is in a batch of this image only. Else a batch's boxes
@@ -161,13 +165,20 @@ def sigmoid_detr_loss(
     Args:
       logits: f[L, B, groups · Q, K].
       boxes_cxcywh_01: f[L, B, groups · Q, 4].
-      label, target_boxes_cxcywh_01, target_mask, mask: as `detr_loss` has them.
+      label: this and the next three as `detr_loss` has them.
+      target_boxes_cxcywh_01: f[B, T, 4].
+      target_mask: bool[B, T].
+      mask: bool[B].
       encoder_logits: f[B, groups · Q, K], proposals of a two-stage model, which are one layer more.
       encoder_boxes_cxcywh_01: f[B, groups · Q, 4].
       class_loss: "ia_bce" or "focal".
       groups: of queries.
-      class_cost, l1_cost, giou_cost: of the matching.
-      class_weight, l1_weight, giou_weight: of the terms of each layer.
+      class_cost: factor of the classes in the matching's cost.
+      l1_cost: of the boxes' L1 distance.
+      giou_cost: of minus their GIoU.
+      class_weight: factor of the classes in the loss of each layer.
+      l1_weight: of the boxes' L1 distance.
+      giou_weight: of 1 - their GIoU.
       alpha: of IoU-aware BCE or of the focal loss, and of the matching.
       whole: as `detr_loss` has it.
       alone: as `detr_loss` has it.

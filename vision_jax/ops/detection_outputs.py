@@ -15,11 +15,12 @@ Array = jax.Array
 def softmax_detections(logits: Array, boxes_cxcywh_01: Array, size: Array) -> dict[str, Array]:
     """One box a query, with its likeliest class; DETR's, as in transformers 5.23's DETR processor.
 
-    >>> found = softmax_detections(
-    ...     jnp.zeros((1, 1, 4)), jnp.array([[[0.5, 0.5, 1.0, 0.5]]]), jnp.array([[100, 200]])
-    ... )
-    >>> found["score"].tolist(), found["boxes_xyxy_px"].tolist()
-    ([[0.25]], [[[0.0, 25.0, 200.0, 75.0]]])
+    Examples:
+      >>> found = softmax_detections(
+      ...     jnp.zeros((1, 1, 4)), jnp.array([[[0.5, 0.5, 1.0, 0.5]]]), jnp.array([[100, 200]])
+      ... )
+      >>> found["score"].tolist(), found["boxes_xyxy_px"].tolist()
+      ([[0.25]], [[[0.0, 25.0, 200.0, 75.0]]])
 
     Args:
       logits: f[B, Q, C + 1]; the last class is "no object".

@@ -36,8 +36,9 @@ def soft_logits(logits: Array, teacher_logits: Array, temperature: float = 1.0) 
     Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2. Equal to timm 1.0
     `LogitDistillationTask`.
 
-    >>> soft_logits(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 0.0]]), 4.0).tolist()
-    [0.0]
+    Examples:
+      >>> soft_logits(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 0.0]]), 4.0).tolist()
+      [0.0]
 
     Args:
       logits: f[B, C].
@@ -53,8 +54,9 @@ def hard_label(logits: Array, teacher_logits: Array, label_smoothing: float = 0.
 
     Touvron et al. 2020 (DeiT), https://arxiv.org/abs/2012.12877, section 4.
 
-    >>> hard_label(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 3.0]])).tolist()
-    [0.6931471824645996]
+    Examples:
+      >>> hard_label(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 3.0]])).tolist()
+      [0.6931471824645996]
 
     Args:
       logits: f[B, C].
@@ -116,7 +118,8 @@ def decoupled(
       logits: f[B, C], C > 1.
       teacher_logits: f[B, C].
       label: i32[B].
-      target_weight, other_weight: of the two terms.
+      target_weight: of the first term, alpha.
+      other_weight: of the second, beta.
       temperature: T.
     """
     logits, teacher_logits = _wide(*_alike(logits, teacher_logits))
@@ -145,9 +148,10 @@ def ensemble_logits(
     T · log Σ w · softmax(teacher / T), which at the same T is what the student should be told (You
     et al. 2017, Learning from multiple teacher networks, section 3.1).
 
-    >>> certain = ensemble_logits(jnp.array([[[90.0, 0.0]], [[0.0, 90.0]]]), [1, 1])
-    >>> jax.nn.softmax(certain).tolist()
-    [[0.5, 0.5]]
+    Examples:
+      >>> certain = ensemble_logits(jnp.array([[[90.0, 0.0]], [[0.0, 90.0]]]), [1, 1])
+      >>> jax.nn.softmax(certain).tolist()
+      [[0.5, 0.5]]
 
     Args:
       teacher_logits: f[M, B, C].
@@ -174,8 +178,9 @@ def hint(features: Array, teacher_features: Array) -> Array:
     Romero et al. 2015 (FitNets), https://arxiv.org/abs/1412.6550, equation 3, as a mean and not
     half a sum, which is what implementations take. Equal to timm 1.0 `FeatureDistillationTask`.
 
-    >>> hint(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 4.0]])).tolist()
-    [2.0]
+    Examples:
+      >>> hint(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 4.0]])).tolist()
+      [2.0]
 
     Args:
       features: f[B, ...].
@@ -359,8 +364,12 @@ def detr_queries(
       sigmoid: each class is a decision of its own; else a softmax whose last class is "no object".
       most_queries: how many of the teacher's are taken, at most Q and Q'.
       temperature: T of the KL.
-      class_cost, l1_cost, giou_cost: of the matching.
-      class_weight, l1_weight, giou_weight: of the loss.
+      class_cost: factor of the classes in the matching's cost.
+      l1_cost: of the boxes' L1 distance.
+      giou_cost: of minus their GIoU.
+      class_weight: factor of the classes in the loss.
+      l1_weight: of the boxes' L1 distance.
+      giou_weight: of 1 - their GIoU.
     """
     logits, boxes, teacher_logits, teacher_boxes = _wide(
         logits, boxes_cxcywh_01, teacher_logits, teacher_boxes_cxcywh_01, students=2
@@ -436,9 +445,10 @@ def compress_logits(logits: Array, k: int, temperature: float = 1.0) -> TopLogit
 def expand_logits(top: TopLogits, num_classes: int) -> Array:
     """All logits f32[B, C], for any of the losses, from the best ones.
 
-    >>> top = compress_logits(jnp.array([[0.0, 5.0, 0.0, 2.0]]), 2)
-    >>> expand_logits(top, 4).tolist()
-    [[0.0, 5.0, 0.0, 2.0]]
+    Examples:
+      >>> top = compress_logits(jnp.array([[0.0, 5.0, 0.0, 2.0]]), 2)
+      >>> expand_logits(top, 4).tolist()
+      [[0.0, 5.0, 0.0, 2.0]]
     """
     rows = jnp.broadcast_to(top.rest[:, None], (top.rest.shape[0], num_classes))
     return jax.vmap(lambda row, at, values: row.at[at].set(values))(rows, top.classes, top.values)

@@ -12,8 +12,9 @@ def one_hot_targets(labels: Array, num_classes: int, label_smoothing: float = 0.
     The true class gets 1 - ε + ε/C and each other one ε/C (Szegedy et al. 2016, section 7; the same
     as torch's `label_smoothing`).
 
-    >>> one_hot_targets(jnp.array([2]), num_classes=4, label_smoothing=0.5).tolist()
-    [[0.125, 0.125, 0.625, 0.125]]
+    Examples:
+      >>> one_hot_targets(jnp.array([2]), num_classes=4, label_smoothing=0.5).tolist()
+      [[0.125, 0.125, 0.625, 0.125]]
 
     Args:
       labels: int32[B], each in 0 .. num_classes - 1.
@@ -30,8 +31,9 @@ def one_hot_targets(labels: Array, num_classes: int, label_smoothing: float = 0.
 def cross_entropy(logits: Array, targets: Array) -> Array:
     """Cross-entropy of each example, -Σ targets · log softmax(logits), in nats.
 
-    >>> cross_entropy(jnp.zeros((1, 4)), one_hot_targets(jnp.array([1]), 4)).tolist()
-    [1.3862943649291992]
+    Examples:
+      >>> cross_entropy(jnp.zeros((1, 4)), one_hot_targets(jnp.array([1]), 4)).tolist()
+      [1.3862943649291992]
 
     Args:
       logits: f[B, C], of any floating dtype.

@@ -24,9 +24,10 @@ def match(cost: Array, target_mask: Array) -> Array:
     Costs that are not finite are avoided: they count as more than all others of their problem
     together. Ties are broken somehow. No gradient flows through it.
 
-    >>> cost = jnp.array([[1.0, 2.0, 9.0], [1.0, 5.0, 9.0], [0.0, 0.0, 0.0]])
-    >>> match(cost, jnp.array([True, True, False])).tolist()
-    [1, 0, 3]
+    Examples:
+      >>> cost = jnp.array([[1.0, 2.0, 9.0], [1.0, 5.0, 9.0], [0.0, 0.0, 0.0]])
+      >>> match(cost, jnp.array([True, True, False])).tolist()
+      [1, 0, 3]
 
     Args:
       cost: f[..., T, Q], of targets on the rows and queries on the columns; T may be padded.

@@ -27,9 +27,10 @@ def resample_positions(
     Returns:
       f[1, P + H·W, D] in the dtype of `positions`; the very array if the grid is the same.
 
-    >>> grid = np.arange(4.0).reshape(1, 4, 1)
-    >>> resample_positions(grid, (2, 2), (1, 1), 0).item()
-    1.5
+    Examples:
+      >>> grid = np.arange(4.0).reshape(1, 4, 1)
+      >>> resample_positions(grid, (2, 2), (1, 1), 0).item()
+      1.5
     """
     if old_grid == new_grid:
         return positions
@@ -75,8 +76,9 @@ def resample_relative_positions(
       f[(2·H - 1)·(2·W - 1) + num_extra, K] in the dtype of `table`; the very array if the window is
       the same.
 
-    >>> resample_relative_positions(np.arange(3.0).reshape(3, 1), (1, 2), (1, 3)).ravel()
-    array([0., 0., 1., 2., 2.])
+    Examples:
+      >>> resample_relative_positions(np.arange(3.0).reshape(3, 1), (1, 2), (1, 3)).ravel()
+      array([0., 0., 1., 2., 2.])
     """
     if old_window == new_window:
         return table
@@ -118,9 +120,10 @@ def sine_positions(mask: jax.Array, width: int, dtype: Any = jnp.float32) -> jax
     Returns:
       f[B, h, w, D].
 
-    >>> angles = sine_positions(jnp.ones((1, 2, 1), bool), 4)[0, :, 0]
-    >>> [[round(float(x), 3) + 0.0 for x in row] for row in angles]
-    [[0.0, -1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]]
+    Examples:
+      >>> angles = sine_positions(jnp.ones((1, 2, 1), bool), 4)[0, :, 0]
+      >>> [[round(float(x), 3) + 0.0 for x in row] for row in angles]
+      [[0.0, -1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]]
     """
     half = width // 2
     frequencies = 10000.0 ** (-2 * (np.arange(half) // 2) / half)  # [D/2]
@@ -148,8 +151,9 @@ def sine_boxes(boxes: jax.Array, width: int) -> jax.Array:
     Returns:
       f[B, Q, 4 · width] in the dtype of `boxes`.
 
-    >>> sine_boxes(jnp.array([[[0.0, 0.25, 0.5, 1.0]]]), 2).round(3).tolist()
-    [[[1.0, -0.0, 0.0, 1.0, -0.0, -1.0, 0.0, 1.0]]]
+    Examples:
+      >>> sine_boxes(jnp.array([[[0.0, 0.25, 0.5, 1.0]]]), 2).round(3).tolist()
+      [[[1.0, -0.0, 0.0, 1.0, -0.0, -1.0, 0.0, 1.0]]]
     """
     exponents = (2 * (np.arange(width) // 2) / width).astype(np.float32)
     periods = (10000.0 ** exponents.astype(np.float64)).astype(np.float32)

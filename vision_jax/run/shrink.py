@@ -64,7 +64,8 @@ def plan_shrinking(
       family: of the model.
       arguments: its own.
       layers: (row, indices or how many, evenly spread) of each row that gets shorter.
-      width, mlp_width: of a narrower ViT; 0 leaves it. Heads keep their size.
+      width: of a narrower ViT; 0 leaves it. Heads keep their size.
+      mlp_width: of its MLPs; 0 leaves it.
 
     Raises:
       UserError: layers or sizes that the model cannot give.

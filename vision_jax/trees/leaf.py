@@ -94,8 +94,9 @@ def supports_groups(kernel: Kernel) -> bool:
 def leaves(params: Params) -> dict[str, Any]:
     """Arrays and whole structured leaves by path.
 
-    >>> leaves({"head": {"bias": 1, "kernel": 2}})
-    {'head/bias': 1, 'head/kernel': 2}
+    Examples:
+      >>> leaves({"head": {"bias": 1, "kernel": 2}})
+      {'head/bias': 1, 'head/kernel': 2}
     """
     found: dict[str, Any] = {}
     map_leaves(lambda path, leaf: found.setdefault(path, leaf), params)
@@ -127,8 +128,9 @@ class Role(NamedTuple):
 def roles(params: Params) -> dict[str, Role]:
     """The role of each array, by the paths of `paths.flatten` and in their order.
 
-    >>> roles({"head": {"bias": 1}})
-    {'head/bias': Role(trains=None, rule_path='head/bias')}
+    Examples:
+      >>> roles({"head": {"bias": 1}})
+      {'head/bias': Role(trains=None, rule_path='head/bias')}
     """
     found: dict[str, Role] = {}
     for path, leaf in leaves(params).items():
@@ -139,8 +141,10 @@ def roles(params: Params) -> dict[str, Role]:
 def trainable_paths(params: Params, rules: Sequence[str], *, field: str) -> set[str]:
     """Paths of the arrays that train: what always does, and of the rest what a rule matches whole.
 
-    >>> sorted(trainable_paths({"head": {"bias": 1, "kernel": 2}}, ["head/b.*"], field="trainable"))
-    ['head/bias']
+    Examples:
+      >>> params = {"head": {"bias": 1, "kernel": 2}}
+      >>> trainable_paths(params, ["head/b.*"], field="trainable")
+      {'head/bias'}
 
     Raises:
       UserError: a rule that matches nothing that may train; `field` is the config's, to name it.

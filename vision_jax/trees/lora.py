@@ -14,19 +14,20 @@ multiplies, and what its gradient is, stands in `trees/low_rank.py`.
 Adapters apart from their base are a dict from the kernel's path to a LowRank without base, so they
 are a pytree that can be mapped, saved and sharded like any other.
 
->>> params = {"head": {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}}
->>> adapted = attach(params, ["head/kernel"], key=jax.random.key(0), rank=2, alpha=4.0)
->>> {path: array.shape for path, array in paths.flatten(adapted).items()}
-{'head/bias': (3,), 'head/kernel/base': (4, 3), 'head/kernel/a': (4, 2), 'head/kernel/b': (2, 3)}
->>> base, adapters = detach(adapted)
->>> {path: array.shape for path, array in paths.flatten(base).items()}
-{'head/bias': (3,), 'head/kernel': (4, 3)}
->>> {path: array.shape for path, array in paths.flatten(adapters).items()}
-{'head/kernel/a': (4, 2), 'head/kernel/b': (2, 3)}
->>> moved = jax.tree.map(lambda factor: factor + 1, adapters)  # as training does
->>> merged = merge(apply_adapters(base, moved))
->>> bool((merged["head"]["kernel"] != params["head"]["kernel"]).all())
-True
+Examples:
+  >>> params = {"head": {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}}
+  >>> adapted = attach(params, ["head/kernel"], key=jax.random.key(0), rank=2, alpha=4.0)
+  >>> {path: array.shape for path, array in paths.flatten(adapted).items()}
+  {'head/bias': (3,), 'head/kernel/base': (4, 3), 'head/kernel/a': (4, 2), 'head/kernel/b': (2, 3)}
+  >>> base, adapters = detach(adapted)
+  >>> {path: array.shape for path, array in paths.flatten(base).items()}
+  {'head/bias': (3,), 'head/kernel': (4, 3)}
+  >>> {path: array.shape for path, array in paths.flatten(adapters).items()}
+  {'head/kernel/a': (4, 2), 'head/kernel/b': (2, 3)}
+  >>> moved = jax.tree.map(lambda factor: factor + 1, adapters)  # as training does
+  >>> merged = merge(apply_adapters(base, moved))
+  >>> bool((merged["head"]["kernel"] != params["head"]["kernel"]).all())
+  True
 """
 
 import dataclasses

@@ -20,8 +20,9 @@ Flat = dict[str, Any]
 def flatten(tree: Any) -> Flat:
     """All arrays of a tree by path, in the tree's own order.
 
-    >>> flatten({"head": {"bias": 1, "kernel": 2}})
-    {'head/bias': 1, 'head/kernel': 2}
+    Examples:
+      >>> flatten({"head": {"bias": 1, "kernel": 2}})
+      {'head/bias': 1, 'head/kernel': 2}
     """
     return {
         "/".join(_name(key) for key in keys): leaf
@@ -41,8 +42,9 @@ def unflatten(like: Any, flat: Mapping[str, Any]) -> Any:
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dicts of plain arrays by path.
 
-    >>> nest({"head/bias": 1, "head/kernel": 2})
-    {'head': {'bias': 1, 'kernel': 2}}
+    Examples:
+      >>> nest({"head/bias": 1, "head/kernel": 2})
+      {'head': {'bias': 1, 'kernel': 2}}
     """
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():

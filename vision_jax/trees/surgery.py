@@ -24,10 +24,11 @@ Array = jax.Array
 def spread_layers(depth: int, count: int) -> tuple[int, ...]:
     """`count` of `depth` layers, the first and the last among them, as evenly as can be.
 
-    >>> spread_layers(12, 4)
-    (0, 4, 7, 11)
-    >>> spread_layers(12, 1)
-    (0,)
+    Examples:
+      >>> spread_layers(12, 4)
+      (0, 4, 7, 11)
+      >>> spread_layers(12, 1)
+      (0,)
 
     Raises:
       UserError: more layers than there are, or none.
@@ -44,9 +45,10 @@ def take_layers(tree: Params, layers: Mapping[str, Sequence[int]]) -> Params:
     Initializing a student with every so-many-th layer is DistilBERT's (Sanh et al. 2019,
     https://arxiv.org/abs/1910.01108, section 3).
 
-    >>> teacher = {"block_0": {"kernel": 1}, "block_1": {"kernel": 2}, "head": {"bias": 3}}
-    >>> take_layers(teacher, {"block": (1,)})
-    {'head': {'bias': 3}, 'block_0': {'kernel': 2}}
+    Examples:
+      >>> teacher = {"block_0": {"kernel": 1}, "block_1": {"kernel": 2}, "head": {"bias": 3}}
+      >>> take_layers(teacher, {"block": (1,)})
+      {'head': {'bias': 3}, 'block_0': {'kernel': 2}}
 
     Args:
       tree: parameters, or another collection with their names, such as "batch_stats".

@@ -22,8 +22,9 @@ WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 def unwrapped(name: str) -> str:
     """A tensor's name in the base model, without what wrappers and adapters add.
 
-    >>> unwrapped("base_model.model._orig_mod.head.base_layer.bias")
-    'head.bias'
+    Examples:
+      >>> unwrapped("base_model.model._orig_mod.head.base_layer.bias")
+      'head.bias'
     """
     name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     name = name.removeprefix(PREFIX).replace(".base_layer.", ".")

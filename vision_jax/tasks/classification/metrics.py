@@ -81,8 +81,9 @@ def confusion_matrix(
       predictions: int[N] in [0, num_classes).
       labels: int[N] in [0, num_classes).
 
-    >>> confusion_matrix(np.array([1, 1, 0]), np.array([0, 1, 0]), 2).tolist()
-    [[1, 1], [0, 1]]
+    Examples:
+      >>> confusion_matrix(np.array([1, 1, 0]), np.array([0, 1, 0]), 2).tolist()
+      [[1, 1], [0, 1]]
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or labels.ndim != 1:

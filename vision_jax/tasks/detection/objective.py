@@ -37,8 +37,9 @@ POSTPROCESS: dict[str, Postprocess] = {
 def pixel_mask(size: jax.Array, canvas: Sequence[int]) -> jax.Array:
     """bool[B, H, W] of a canvas (H, W): where the images of `size` i32[B, 2] are.
 
-    >>> pixel_mask(jnp.array([[1, 2]]), (2, 3)).astype(int).tolist()
-    [[[1, 1, 0], [0, 0, 0]]]
+    Examples:
+      >>> pixel_mask(jnp.array([[1, 2]]), (2, 3)).astype(int).tolist()
+      [[[1, 1, 0], [0, 0, 0]]]
     """
     rows, columns = (
         jnp.arange(side)[None, :] < size[:, axis, None] for axis, side in enumerate(canvas)
