@@ -186,8 +186,8 @@ def test_names_of_the_zoo_are_addresses_of_their_weights(monkeypatch):
 # Pure functions -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
-def test_apply_under_jit_grad_and_vmap(files, family, rng):
+@pytest.mark.parametrize("family", ["vit", pytest.param("resnet", marks=pytest.mark.long)])
+def test_apply_under_jit_and_vmap(files, family, rng):
     loaded = vision_jax.load(files[family])
     images = loaded.preprocess(photos(rng))
     expected = logits(loaded, images)
@@ -433,11 +433,15 @@ def test_what_is_no_image(files, images, said):
 
 
 def test_what_is_not_there(files, tmp_path):
+    running = tmp_path / "running"
+    running.mkdir()
+    (running / "model.json").write_text("{}")
     for name, said in (
         (tmp_path / "none", "no such file or folder"),
         ("embedded:vit", "only vit_cifar10"),
         ("timm/resnet5", "timm/resnet5 is not in the zoo: did you mean timm/resnet50"),
         ("hf://facebook", "write hf://owner/name"),
+        (running, "this run has not written its model yet: let it end, or write what its last"),
     ):
         with pytest.raises(UserError, match=said):
             vision_jax.load(name)

@@ -190,6 +190,11 @@ def _read_folder(
         return _assemble(_shards(folder), allow_pickle, origin, config)
     if (folder / PICKLE_FILE).is_file():
         return _assemble([folder / PICKLE_FILE], allow_pickle, origin, config)
+    if is_run:
+        raise UserError(
+            f"{origin}: this run has not written its model yet: let it end, or write what its last "
+            f"checkpoint holds with `python -m vision_jax.convert {folder} --out=DIR`"
+        )
     raise UserError(
         f"{origin}: the folder has no {WEIGHTS_FILE}, {INDEX_FILE} or {PICKLE_FILE} (which needs "
         f"{ALLOW_PICKLE}); name the weight file itself if it is called otherwise"
