@@ -17,7 +17,6 @@ from PIL import Image
 
 import vision_jax
 from vision_jax import convert
-from vision_jax.convert import peft
 from vision_jax.data.sources import read_source
 from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError
@@ -375,12 +374,7 @@ def test_adapters_train_and_go_out(files, rng, tmp_path):
     expected = logits(loaded, images, tuned)
 
     vision_jax.export_adapter(tmp_path / "adapter", loaded, tuned["params"], trained=trainable)
-    read = peft.read_adapter(
-        tmp_path / "adapter",
-        loaded.variables["params"],
-        family="vit",
-        arguments=convert.arguments_of(loaded.model),
-    )
+    read = vision_jax.import_adapter(tmp_path / "adapter", loaded)
     np.testing.assert_allclose(logits(loaded, images, {"params": read}), expected, atol=1e-5)
 
     written = vision_jax.save(tmp_path / "merged", loaded, tuned)

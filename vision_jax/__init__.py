@@ -4,10 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vision_jax.loaded import Loaded, Padded, evaluate, export_adapter, load, save
+    from vision_jax.loaded import (
+        Loaded,
+        Padded,
+        evaluate,
+        export_adapter,
+        import_adapter,
+        load,
+        save,
+    )
 
 __version__ = "0.2.0"
-__all__ = ["Loaded", "Padded", "evaluate", "export_adapter", "load", "save"]
+__all__ = ["Loaded", "Padded", "evaluate", "export_adapter", "import_adapter", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The Python face: a pretrained model as a frozen value with pure functions.
 
     load -> Loaded: preprocess, apply, features, pyramid, postprocess
-    evaluate, save, export_adapter: of a Loaded and its variables, or trained ones
+    evaluate, save, export_adapter, import_adapter: of a Loaded and its variables, or trained ones
 
 No function here has a state, and none needs a config or a workdir. Each is a few lines over what a
 run is made of, so that a notebook and a run compute the same.
@@ -400,6 +400,27 @@ def export_adapter(
         base_model_name=loaded.origin,
         naming=to or convert.own_naming(family),
         modules_to_save=set(trained) - lora.adapter_paths(params),
+    )
+
+
+def import_adapter(directory: str | os.PathLike[str], loaded: Loaded) -> Any:
+    """Reads an adapter in PEFT's layout.
+
+    Args:
+      directory: with adapter_config.json and adapter_model.safetensors.
+      loaded: the model that it is for.
+
+    Returns:
+      The parameter tree with the adapters on it, and what was trained beside them.
+
+    Raises:
+      UserError: a damaged file, or an adapter of another kind or for another model.
+    """
+    return peft.read_adapter(
+        expand(directory),
+        loaded.variables["params"],
+        family=families.family_of(loaded.model),
+        arguments=convert.arguments_of(loaded.model),
     )
 
 

@@ -229,7 +229,8 @@ def fill_parameters(
         return {path: flat[path] for path in fresh}
 
     out = None if shardings is None else {path: shardings[path] for path in fresh}
-    everything = {**imported, **jax.jit(make, out_shardings=out)(key)}
+    made = jax.jit(make, out_shardings=out)(key) if fresh else {}
+    everything = {**imported, **made}
 
     def tree(name: str) -> Any:
         like = shapes.get(name, {})
