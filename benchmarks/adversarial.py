@@ -39,7 +39,7 @@ def train_once(overrides: dict[str, str]) -> tuple[float, float]:
         config = load_config(CONFIG, {**overrides, **{n: str(v) for n, v in once.items()}})
         code = train.run(config, Path(workdir))
         assert code == 0, f"interrupted: {code}"
-        trained = restore(config, Path(workdir), "last")
+        trained = restore(config, Path(workdir), "last").trained
         description, threat = trained.description, config.adversarial
         watched = adversarial.make_watch(
             trained.outputs_fn, norm=threat.norm, epsilon=threat.epsilon, seed=config.seed

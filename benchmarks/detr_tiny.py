@@ -40,13 +40,13 @@ def run(config: str, overrides: dict[str, str]) -> list[dict[str, float]]:
     return [record for record in evaluations if REPORTED[0] in record]
 
 
-def table(data: str, seeds: int) -> None:
+def table(data: str, seeds: int, changed: dict[str, str]) -> None:
     """Figures by seed, then their mean and least."""
     config = f"{CONFIG}:{data}"
     rows = []
     for seed in range(seeds):
         start = time.monotonic()
-        (last,) = run(config, {"seed": str(seed), "evaluate.every": "1000000"})
+        (last,) = run(config, {"seed": str(seed), "evaluate.every": "1000000", **changed})
         minutes = (time.monotonic() - start) / 60
         rows.append([last[name] for name in REPORTED])
         figures = "  ".join(
@@ -57,7 +57,7 @@ def table(data: str, seeds: int) -> None:
         print(f"{data}  {name}: mean {statistics.mean(column):.3f}, least {min(column):.3f}")
 
 
-def plain(seeds: int) -> bool:
+def plain(seeds: int, changed: dict[str, str]) -> bool:
     """Mean IoU by epoch; whether it improves for every seed."""
     with tempfile.TemporaryDirectory() as folder:
         for split, count in (("train", PLAIN_IMAGES), ("test", PLAIN_IMAGES // 5)):
@@ -70,6 +70,7 @@ def plain(seeds: int) -> bool:
                 "data.eval": f"{folder}/test.json",
                 "evaluate.every": "0",
                 "total_steps": "620",  # ten epochs
+                **changed,
             }
             ious = [record["mean_iou_top1"] for record in run(f"{CONFIG}:composites", overrides)]
             text = " ".join(f"{iou:.3f}" for iou in ious)
@@ -83,10 +84,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=("composites", "aerial", "plain"), default="composites")
     parser.add_argument("--seeds", type=int, default=5)
-    flags = parser.parse_args()
+    flags, changes = parser.parse_known_args()
+    changed = dict(change.removeprefix("--config.").split("=", 1) for change in changes)
     if flags.data == "plain":
-        return 0 if plain(flags.seeds) else 1
-    table(flags.data, flags.seeds)
+        return 0 if plain(flags.seeds, changed) else 1
+    table(flags.data, flags.seeds, changed)
     return 0
 
 

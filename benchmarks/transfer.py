@@ -57,16 +57,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--recipes", nargs="*", help="all by default")
     parser.add_argument("--rates", action="store_true", help="compare learning rates on seed 100")
-    flags = parser.parse_args()
+    flags, changes = parser.parse_known_args()
+    changed = dict(change.removeprefix("--config.").split("=", 1) for change in changes)
     for name, overrides in recipes().items():
         if flags.recipes and name not in flags.recipes:
             continue
         if flags.rates:
             for rate in RATES[name]:
-                figure = top1({**overrides, "seed": "100", "optim.lr": str(rate)})
+                figure = top1({**overrides, **changed, "seed": "100", "optim.lr": str(rate)})
                 print(f"{name:28} lr {rate:g}: {figure:.4f}", flush=True)
             continue
-        figures = [top1({**overrides, "seed": str(seed)}) for seed in range(flags.seeds)]
+        runs = ({**overrides, **changed, "seed": str(seed)} for seed in range(flags.seeds))
+        figures = [top1(fields) for fields in runs]
         spread = statistics.stdev(figures) if len(figures) > 1 else 0.0
         each = " ".join(f"{figure:.3f}" for figure in figures)
         print(f"{name:28} {statistics.mean(figures):.4f} ± {spread:.4f}   ({each})", flush=True)

@@ -1,0 +1,76 @@
+"""Every benchmark starts: the commands that the documentation cites, at small size."""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import runs
+
+SHORT = ("--config.total_steps=2", "--config.optim.warmup_steps=0", "--config.batch_size=8")
+BENCHMARKS = {
+    "adversarial": ("--seeds=1", "--rows", "LoRA", *SHORT),
+    "attacks": ("--images=2", "--steps=1", "--cw_steps=1", "--models", "vit"),
+    "autoattack": ("--images=4", "--steps=1", "--models", "resnet"),
+    "checksums": ("--gigabytes=0.02",),
+    "coco_evaluation": ("--images=3", "--detections=4"),
+    "detection_input": ("--images=4", "--threads=1"),
+    "detr_tiny": ("--seeds=1", *SHORT, "--config.data.eval=composites:test/0/4"),
+    "distillation": ("--seeds=1", "--rows", "alone", "--teacher=none", *SHORT),
+    "import_weights": ("--depth=1", "--repeats=1"),
+    "input": ("--images=4", "--threads=1"),
+    "listing": ("--files=20", "--classes=2", "--boxes=20", "--repeats=1"),
+    "lora_step": ("--variant=ti/16", "--depth=1", "--image_size=32", "--batch=2", "--time"),
+    "matching": ("--problems=2", "--targets=5", "--queries=6"),
+    "transfer": ("--seeds=1", "--recipes", "LoRA, pretrained", *SHORT),
+}
+BESIDE = {  # what these measure beside, of the extra `parity`
+    "attacks": "foolbox",
+    "autoattack": "torchattacks",
+    "coco_evaluation": "pycocotools",
+    "import_weights": "torch",
+    "listing": "torchvision",
+}
+
+
+def skip_without_its_reference(name):
+    if name in BESIDE and importlib.util.find_spec(BESIDE[name]) is None:
+        pytest.skip(f"needs {BESIDE[name]}")
+
+
+def test_every_benchmark_is_here():
+    assert {path.stem for path in (runs.ROOT / "benchmarks").glob("*.py")} == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_knows_its_flags(name, monkeypatch, capsys):
+    skip_without_its_reference(name)
+    monkeypatch.syspath_prepend(runs.ROOT)
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert not stop.value.code
+    known = capsys.readouterr().out
+    for flag in BENCHMARKS[name]:
+        if flag.startswith("--") and not flag.startswith("--config."):
+            assert flag.split("=")[0] in known
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_runs(name, monkeypatch):
+    skip_without_its_reference(name)
+    monkeypatch.setenv("XLA_FLAGS", runs.xla_flags(1))
+    found = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *BENCHMARKS[name]],
+        cwd=runs.ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout
