@@ -20,9 +20,9 @@ from vision_jax import train
 from vision_jax.config import load_config
 from vision_jax.evaluation import make_run_over
 from vision_jax.logging import read_metrics
-from vision_jax.recipes.adversarial import objective as adversarial
 from vision_jax.run.restore import restore
 from vision_jax.tasks.classification import task as classify
+from vision_jax.tasks.classification.under_attack import make_watch
 
 CONFIG = "configs/vit_lora_pgd.py"
 ROWS = {
@@ -40,12 +40,11 @@ def train_once(overrides: dict[str, str]) -> tuple[float, float]:
         code = train.run(config, Path(workdir))
         assert code == 0, f"interrupted: {code}"
         trained = restore(config, Path(workdir), "last").trained
-        description, threat = trained.description, config.adversarial
-        watched = adversarial.make_watch(
-            trained.outputs_fn, norm=threat.norm, epsilon=threat.epsilon, seed=config.seed
-        )
-        source = classify.read_eval_source(config, description.class_names)
-        batches = classify.make_batches(config, description.preprocessing)
+        threat = config.adversarial
+        outputs_fn = classify.make_outputs(trained.predicts, trained.apply, trained.assemble)
+        watched = make_watch(outputs_fn, norm=threat.norm, epsilon=threat.epsilon, seed=config.seed)
+        source = classify.read_eval_source(config, trained.class_names)
+        batches = classify.make_batches(config, trained.preprocessing)
         run_over = make_run_over(
             watched, trained.mesh, batches, batch_size=config.evaluate.batch_size
         )

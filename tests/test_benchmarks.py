@@ -70,7 +70,7 @@ def test_a_benchmark_runs(name, monkeypatch):
         env=os.environ,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert found.returncode == 0, found.stderr[-2000:]
     assert found.stdout
