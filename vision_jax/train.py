@@ -125,7 +125,17 @@ def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: 
     damage = DamageLog()
     data = prepared.training_data(train_source, damage, step)
 
-    # 4. The workdir, which is written to from here on. -------------------------------------------
+    # 4. The step, compiled at its first call. -----------------------------------------------------
+    train_step = prepared.make_train_step()
+    evaluate = prepared.make_evaluate(eval_source)
+    evaluate_every = config.evaluate.every or -(-len(train_source) // config.batch_size)
+    place = sharding.make_batch_placer(prepared.mesh)
+    fixed = {**frozen, **prepared.place_beside()}
+
+    def next_batch(step: int) -> dict[str, jax.Array]:
+        return place({**next(data), **(stored(step) if stored else {})})
+
+    # 5. The workdir, which is written to from here on. -------------------------------------------
     if first and lock is not None:
         lock.used = True
         notes += [lock.note] if lock.note else []
@@ -167,16 +177,6 @@ def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: 
     if first:
         task.announce(log, workdir, train_source, eval_source)
     log.table("Parameters", PARAMETER_COLUMNS, summarize_parameters(*parameters.abstract()))
-
-    # 5. The step. --------------------------------------------------------------------------------
-    train_step = prepared.make_train_step()
-    evaluate = prepared.make_evaluate(eval_source)
-    evaluate_every = config.evaluate.every or -(-len(train_source) // config.batch_size)
-    place = sharding.make_batch_placer(prepared.mesh)
-    fixed = {**frozen, **prepared.place_beside()}
-
-    def next_batch(step: int) -> dict[str, jax.Array]:
-        return place({**next(data), **(stored(step) if stored else {})})
 
     # 6. The loop. --------------------------------------------------------------------------------
     result = None
