@@ -260,7 +260,7 @@ def test_workdirs_without_a_run_are_one_line(tmp_path):
 # Robustness -------------------------------------------------------------------------------------
 
 
-def hardened(tmp_path, name="robust", **changes):
+def robustness_run(tmp_path, name="robust", **changes):
     """A copy of the finished run, and its config with a quick robustness section."""
     quick = {
         "images": 12,
@@ -278,7 +278,7 @@ def hardened(tmp_path, name="robust", **changes):
 
 
 def test_robustness_writes_figures_and_a_picture(tmp_path, capsys):
-    config, workdir = hardened(tmp_path)
+    config, workdir = robustness_run(tmp_path)
     assert robustness.run(config, workdir, "last") == 0
     screen = capsys.readouterr().out
     record = json.loads((workdir / "robustness.json").read_text())
@@ -297,7 +297,7 @@ def test_robustness_writes_figures_and_a_picture(tmp_path, capsys):
     with Image.open(workdir / "robustness.png") as picture:
         assert min(picture.size) > 500
 
-    config, sharded = hardened(tmp_path, "sharded", batch_size=3)
+    config, sharded = robustness_run(tmp_path, "sharded", batch_size=3)
     with config.unlocked():
         config.mesh.data, config.mesh.fsdp = 1, 8
     assert robustness.run(config, sharded, "last") == 0
@@ -314,7 +314,7 @@ def test_robustness_writes_figures_and_a_picture(tmp_path, capsys):
 
 @pytest.mark.long
 def test_the_self_check_takes_another_run_s_attacks(tmp_path, capsys):
-    config, workdir = hardened(
+    config, workdir = robustness_run(
         tmp_path, attacks="()", corruptions="()", self_check=True, transfer_from=runs.finished()
     )
     assert robustness.run(config, workdir, "last") == 0

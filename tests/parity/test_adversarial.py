@@ -24,7 +24,7 @@ from vision_jax.models.families import build_model
 from vision_jax.objective import Objective, make_loss
 from vision_jax.ops import losses
 from vision_jax.recipes.adversarial import objective as adversarial
-from vision_jax.recipes.adversarial.objective import Threat
+from vision_jax.recipes.adversarial.objective import ThreatModel
 from vision_jax.trees import paths
 
 LIMIT = 1e-10
@@ -250,8 +250,10 @@ def test_loss_gradient_and_statistics_are_the_papers(name, reference, rng):
     method, restated, attack_steps, step, gamma = CASES[name]
     ours = Ours(rng, reference)
     theirs = Theirs(reference, ours)
-    threat = Threat("linf", EPSILON, step=step, steps=attack_steps)
-    goal = adversarial.harden(ours.objective(), method, threat, beta=BETA, weight_epsilon=gamma)
+    threat_model = ThreatModel("linf", EPSILON, step=step, steps=attack_steps)
+    goal = adversarial.make_adversarial(
+        ours.objective(), method, threat_model, beta=BETA, weight_epsilon=gamma
+    )
     (value, (model_state, _)), gradient = jax.jit(
         jax.value_and_grad(make_loss(goal), has_aux=True)
     )(ours.params, {}, ours.state, ours.batch, KEY)
@@ -259,7 +261,7 @@ def test_loss_gradient_and_statistics_are_the_papers(name, reference, rng):
     # The start is what an attack with steps of no length returns.
     look_key, _ = jax.random.split(KEY)
     attack_key = jax.random.fold_in(look_key, adversarial.ATTACK)
-    stay = Threat("linf", EPSILON, step=0.0, steps=1)
+    stay = ThreatModel("linf", EPSILON, step=0.0, steps=1)
     loss = lambda images: (images.sum((1, 2, 3)), jnp.zeros(BATCH, bool))  # noqa: E731
     noise = 0.0
     if method in ("trades", "mart"):  # these may begin a little outside of the box
@@ -284,8 +286,8 @@ def test_free_training_is_the_papers(reference, rng):
     times, rate = 3, 0.05
     ours = Ours(rng, reference, 0.3, 0.7)  # nowhere near the box
     theirs = Theirs(reference, ours)
-    threat = Threat("linf", EPSILON, step=1.0, steps=1)
-    replay = adversarial.make_replay(threat, times)
+    threat_model = ThreatModel("linf", EPSILON, step=1.0, steps=1)
+    replay = adversarial.make_replay(threat_model, times)
     tx = optax.sgd(rate, momentum=0.9)
     state = steps.make_state(jax.tree.map(jnp.copy, ours.params), ours.state, tx=tx, ema=False)
     step = steps.make_train_step(

@@ -12,7 +12,7 @@ from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.objective import Objective
 from vision_jax.recipes.adversarial import objective as adversarial
-from vision_jax.recipes.adversarial.objective import Threat
+from vision_jax.recipes.adversarial.objective import ThreatModel
 from vision_jax.tasks.classification import task as classify
 from vision_jax.trees import lora, paths
 
@@ -52,8 +52,8 @@ def linear(seen):
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_the_criterion_itself_is_raised_in_evaluation_mode(warmup):
     seen = []
-    threat = Threat("linf", 0.1, step=2.5, steps=1, warmup_steps=warmup)
-    goal = adversarial.attacked(linear(seen), threat)
+    threat_model = ThreatModel("linf", 0.1, step=2.5, steps=1, warmup_steps=warmup)
+    goal = adversarial.on_adversarial_examples(linear(seen), threat_model)
     view = goal.look({"w": jnp.float32(3)}, {}, {}, BATCH, jax.random.key(0))
     radius = 0.1 * (3 / 5 if warmup else 1)  # the third step
     expected = (IMAGES + radius * np.sign(SLOPES)).clip(0, 1)
@@ -65,7 +65,9 @@ def test_the_criterion_itself_is_raised_in_evaluation_mode(warmup):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_image_is_attacked_the_same_in_any_batch(norm):
     """One step of little length: what is left is mostly the random start."""
-    goal = adversarial.attacked(linear([]), Threat(norm, 0.1, step=0.01, steps=1))
+    goal = adversarial.on_adversarial_examples(
+        linear([]), ThreatModel(norm, 0.1, step=0.01, steps=1)
+    )
     look = jax.jit(lambda batch: goal.look({"w": 1.0}, {}, {}, batch, jax.random.key(0))["image"])
     whole = look(BATCH)
     rows = np.array([2, 0])
@@ -80,7 +82,7 @@ def test_free_perturbations_begin_in_the_ball_and_stay_there():
     sizes = {"linf": np.max, "l2": lambda x, axes: np.sqrt((x**2).sum(axes))}
     uphill = jnp.broadcast_to(SLOPES, IMAGES.shape)
     for norm, size in sizes.items():
-        replay = adversarial.make_replay(Threat(norm, 0.2, step=1.0, steps=1), 3)
+        replay = adversarial.make_replay(ThreatModel(norm, 0.2, step=1.0, steps=1), 3)
         first = replay.start(BATCH, jax.random.key(0))
         last = first
         for _ in range(2):  # enough to lead from one end to the other
@@ -179,7 +181,7 @@ def test_adapters_are_attacked_as_the_merged_model():
         goal = classify.make_objective(
             prepared.config, prepared.model, "classes", prepared.apply, assemble
         )
-        goal = adversarial.attacked(goal, Threat("l2", 0.5, step=0.5, steps=3))
+        goal = adversarial.on_adversarial_examples(goal, ThreatModel("l2", 0.5, step=0.5, steps=3))
         return jax.jit(goal.look)(trainable, frozen, {}, batch, jax.random.key(0))["image"]
 
     ours = seen(prepared.plan.assemble, trainable, prepared.frozen)

@@ -21,7 +21,7 @@ from vision_jax.models.families import make_apply
 from vision_jax.objective import Objective, make_loss
 from vision_jax.ops import distillation as ops
 from vision_jax.recipes.adversarial import objective as adversarial
-from vision_jax.recipes.adversarial.objective import Threat
+from vision_jax.recipes.adversarial.objective import ThreatModel
 from vision_jax.recipes.distillation import objective as distillation
 from vision_jax.recipes.distillation.recipe import Distill
 from vision_jax.tasks.detection.objective import pixel_mask
@@ -111,7 +111,9 @@ def test_the_loss_is_shared_between_labels_and_teacher_and_the_teacher_learns_no
 
 def test_an_attack_is_against_what_the_teacher_says_of_the_plain_image():
     """Robust distillation: one step along the gradient of the whole criterion, teacher held."""
-    goal = adversarial.attacked(taught(linear()), Threat("linf", 0.1, step=3.0, steps=1))
+    goal = adversarial.on_adversarial_examples(
+        taught(linear()), ThreatModel("linf", 0.1, step=3.0, steps=1)
+    )
     frozen = {"teacher_0/kernel": TEACHER}
     view = goal.look({"kernel": KERNEL}, frozen, {}, VIEW, jax.random.key(0))
     told = logits_of(PIXELS, TEACHER)

@@ -303,7 +303,7 @@ FIELDS = (
     _field(
         "lora.init_from", "", ANY, "a folder with a PEFT adapter to start from, instead of rules"
     ),
-    # Training on attacked images.
+    # Adversarial training.
     _field(
         "adversarial.method",
         "pgd",

@@ -53,7 +53,7 @@ def attacked(restored):
         set_loss=detect._make_set_loss(config, model, "softmax_set", alone=True),
     )
     postprocess = detection.POSTPROCESS["softmax_set"]
-    outputs_fn = detection.make_attacked_outputs(
+    outputs_fn = detection.make_adversarial_outputs(
         objective, postprocess=postprocess, attack=pgd, seed=3
     )
     trainable, frozen, model_state = jax.device_get(restored.trained.arguments)
@@ -67,7 +67,7 @@ def attacked(restored):
 
     def outputs_and_losses(batch):
         found = outputs_fn(trainable, frozen, state, batch)
-        images = {"before": found["image"], "after": found["attacked"]}
+        images = {"before": found["image"], "after": found["adversarial"]}
         return {**found, **{name: losses_of(batch, image) for name, image in images.items()}}
 
     return jax.jit(outputs_and_losses)
@@ -83,7 +83,7 @@ def test_an_attack_stays_in_its_ball_and_off_the_padding(attacked, batch):
     found = jax.device_get(attacked(batch))
     inside = np.asarray(detection.pixel_mask(jnp.asarray(batch["size"]), (64, 80)))
     np.testing.assert_allclose(found["image"], batch["image"] / 255, rtol=1e-6)
-    change = found["attacked"] - found["image"]
+    change = found["adversarial"] - found["image"]
     assert (change[~inside] == 0).all()
     assert np.abs(change).max() == pytest.approx(EPSILON, rel=1e-5)
     assert (np.abs(change[inside]) > 0.2 * EPSILON).mean() > 0.5
@@ -98,11 +98,11 @@ def test_an_attack_is_the_same_in_another_batch_and_on_8_devices(attacked, batch
     placed = sharding.make_batch_placer(sharding.make_mesh(data=-1, fsdp=1))(other)
     assert len(placed["image"].sharding.device_set) == 8
     spread = jax.device_get(attacked(placed))
-    for name in ("attacked", "score", "boxes_xyxy_px", "after"):
+    for name in ("adversarial", "score", "boxes_xyxy_px", "after"):
         wanted = alone[name][order]
         same = np.isclose(spread[name], wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
         print(name, same.mean(), np.abs(spread[name] - wanted).max())
-        assert same.mean() > 0.999 if name == "attacked" else 0.9, name
+        assert same.mean() > 0.999 if name == "adversarial" else 0.9, name
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -118,7 +118,7 @@ def test_adversarial_training_keeps_off_the_padding(norm, rng):
     objective = detection.make_objective(
         apply, dict, set_loss=lambda outputs, view: (outputs["sum"], {})
     )
-    threat = adversarial.Threat(norm, epsilon=0.1, step=0.5, steps=3)
+    threat_model = adversarial.ThreatModel(norm, epsilon=0.1, step=0.5, steps=3)
     size = np.array([[6, 7], [4, 7], [6, 2]], np.int32)
     batch = {
         "image": rng.uniform(0.3, 0.7, (3, 6, 7, 3)).astype(np.float32),
@@ -127,7 +127,7 @@ def test_adversarial_training_keeps_off_the_padding(norm, rng):
         "mask": np.ones(3, bool),
         "step": jnp.int32(0),
     }
-    look = adversarial.harden(objective, "pgd", threat).look
+    look = adversarial.make_adversarial(objective, "pgd", threat_model).look
     image = jax.jit(look)({}, {}, {}, batch, jax.random.key(0))["image"]
     change = np.asarray(image) - batch["image"]
     inside = np.asarray(detection.pixel_mask(jnp.asarray(size), (6, 7)))

@@ -58,7 +58,7 @@ def test_a_picture_without_boxes_or_classes_that_are_found(tmp_path):
     image = np.full((9, 7, 1), 0.25, np.float32)
     found = {
         "image": image,
-        "attacked": image + 1 / 255,
+        "adversarial": image + 1 / 255,
         "score": np.zeros(1, np.float32),
         "label": np.zeros(1, np.int32),
         "boxes_xyxy_px": np.zeros((1, 4), np.float32),

@@ -1,9 +1,9 @@
 """Training against attacks: the image is changed to raise the loss before the loss is lowered.
 
-    pgd      the loss of attacked images (Madry et al. 2018, https://arxiv.org/abs/1706.06083)
+    pgd      the loss of adversarial examples (Madry et al. 2018, https://arxiv.org/abs/1706.06083)
     fast     the same with one step from a random start (Wong et al. 2020, 2001.03994)
     free     the update's own gradient moves the perturbation too (Shafahi et al. 2019, 1904.12843)
-    trades   the loss of plain images, and the divergence of attacked ones (Zhang 2019, 1901.08573)
+    trades   the loss of plain images, and their divergence (Zhang et al. 2019, 1901.08573)
     mart     the same, weighted by how wrong the model is (Wang et al. 2020)
     weights  besides: kernels are shifted to raise the loss (AWP; Wu et al. 2020, 2004.05884)
 
@@ -37,8 +37,8 @@ ATTACK = 1_000_003  # folded into the view's key: the view itself is the same wi
 
 
 @dataclass(frozen=True)
-class Threat:
-    """What an attack may do.
+class ThreatModel:
+    """What an attack may change, and its budget of steps.
 
     Attributes:
       norm: of perturbations.
@@ -61,7 +61,11 @@ class Threat:
         return self.epsilon * jnp.minimum(1.0, (step + 1) / self.warmup_steps)
 
     def attack(self, loss: LossOfImages, view: View, key: Array, *, noise: float = 0.0) -> Array:
-        """The view's images after the attack, which begins anywhere in the ball or in `noise`."""
+        """The adversarial examples f[B, H, W, C] of the view.
+
+        The attack starts at a random point of the ball, or at the images with normal noise of this
+        standard deviation.
+        """
         images, radius = view["image"], self.radius(view["step"])
         keys = keys_of(jax.random.fold_in(key, ATTACK), view["index"])
         return gradient.pgd(
@@ -77,39 +81,39 @@ class Threat:
         )
 
 
-def harden(
+def make_adversarial(
     objective: Objective,
     method: str,
-    threat: Threat,
+    threat_model: ThreatModel,
     *,
     beta: float = 6.0,
     weight_epsilon: float = 0.0,
 ) -> Objective:
     """The objective of one of METHODS, with AWP on top if `weight_epsilon` is above 0."""
     if method in ("pgd", "fast"):
-        objective = attacked(objective, threat)
+        objective = on_adversarial_examples(objective, threat_model)
     elif method == "free":
         objective = replayed(objective)
     elif method == "trades":
-        objective = trades(objective, threat, beta=beta)
+        objective = trades(objective, threat_model, beta=beta)
     else:
-        objective = mart(objective, threat, beta=beta)
+        objective = mart(objective, threat_model, beta=beta)
     return perturb_weights(objective, weight_epsilon) if weight_epsilon else objective
 
 
-def attacked(objective: Objective, threat: Threat) -> Objective:
-    """The objective of attacked images alone: pgd, and fast with one step of 1.25 radii."""
+def on_adversarial_examples(objective: Objective, threat_model: ThreatModel) -> Objective:
+    """The objective of adversarial examples alone: pgd, and fast with one step of 1.25 radii."""
 
     def look(trainable, frozen, model_state, batch, key):
         view = objective.look(trainable, frozen, model_state, batch, key)
         loss = _criterion_of_images(objective, trainable, frozen, model_state, view)
-        return {**view, "image": threat.attack(loss, view, key)}
+        return {**view, "image": threat_model.attack(loss, view, key)}
 
     return replace(objective, look=look)
 
 
-def trades(objective: Objective, threat: Threat, *, beta: float) -> Objective:
-    """loss(plain) + beta · KL(plain ‖ attacked), the attack raising the divergence.
+def trades(objective: Objective, threat_model: ThreatModel, *, beta: float) -> Objective:
+    """loss(plain) + beta · KL(plain ‖ adversarial), the attack raising the divergence.
 
     Both forward passes are in training mode, the plain one first, and BatchNorm's statistics see
     both; neither side's gradient is stopped. The paper's code runs the plain images through once
@@ -125,18 +129,18 @@ def trades(objective: Objective, threat: Threat, *, beta: float) -> Objective:
             divergence = _divergence(plain, outputs_of_images(images)["logits"])
             return divergence, jnp.zeros(divergence.shape, bool)
 
-        return _with_attacked(view, threat.attack(loss, view, key, noise=NOISE))
+        return _with_adversarial(view, threat_model.attack(loss, view, key, noise=NOISE))
 
     def criterion(trainable, outputs, view):
         loss, metrics = objective.criterion(trainable, outputs, view)
-        divergence = _divergence(outputs["logits"], outputs["attacked"]["logits"])
+        divergence = _divergence(outputs["logits"], outputs["adversarial"]["logits"])
         return loss + beta * divergence, {**metrics, "divergence": divergence.mean()}
 
     return Objective(look, _forward_both(objective), criterion)
 
 
-def mart(objective: Objective, threat: Threat, *, beta: float) -> Objective:
-    """loss(attacked) + margin(attacked) + beta · KL(plain ‖ attacked) · (1 - p(plain)).
+def mart(objective: Objective, threat_model: ThreatModel, *, beta: float) -> Objective:
+    """loss(adversarial) + margin(adversarial) + beta · KL(plain ‖ adversarial) · (1 - p(plain)).
 
     The margin is -log(1 - the largest probability of another class), p that of the label. The
     attack raises the objective's own criterion, as the paper's does the cross-entropy; forward
@@ -146,15 +150,16 @@ def mart(objective: Objective, threat: Threat, *, beta: float) -> Objective:
     def look(trainable, frozen, model_state, batch, key):
         view = objective.look(trainable, frozen, model_state, batch, key)
         loss = _criterion_of_images(objective, trainable, frozen, model_state, view)
-        return _with_attacked(view, threat.attack(loss, view, key, noise=NOISE))
+        return _with_adversarial(view, threat_model.attack(loss, view, key, noise=NOISE))
 
     def criterion(trainable, outputs, view):
-        loss, metrics = objective.criterion(trainable, outputs["attacked"], view)
-        logits, under_attack = _precise(outputs["logits"]), _precise(outputs["attacked"]["logits"])
-        plain, after = jax.nn.softmax(logits), jax.nn.softmax(under_attack)
+        loss, metrics = objective.criterion(trainable, outputs["adversarial"], view)
+        logits = _precise(outputs["logits"])
+        adversarial_logits = _precise(outputs["adversarial"]["logits"])
+        plain, adversarial = jax.nn.softmax(logits), jax.nn.softmax(adversarial_logits)
         own = jax.nn.one_hot(view["label"], logits.shape[-1], dtype=bool)
-        margin = -jnp.log(1.0001 - jnp.where(own, 0, after).max(-1) + 1e-12)
-        divergence = plain * (jax.nn.log_softmax(logits) - jnp.log(after + 1e-12))
+        margin = -jnp.log(1.0001 - jnp.where(own, 0, adversarial).max(-1) + 1e-12)
+        divergence = plain * (jax.nn.log_softmax(logits) - jnp.log(adversarial + 1e-12))
         doubt = 1.0000001 - jnp.where(own, plain, 0).sum(-1)
         divergence = divergence.sum(-1)
         metrics = {**metrics, "divergence": divergence.mean()}
@@ -205,7 +210,7 @@ def replayed(objective: Objective) -> Objective:
     return replace(objective, forward=forward)
 
 
-def make_replay(threat: Threat, times: int) -> Replay:
+def make_replay(threat_model: ThreatModel, times: int) -> Replay:
     """How free training perturbs: `times` updates a batch, each a step of the perturbation.
 
     It begins anew in each batch, at a random point of the ball, so that a step depends on nothing
@@ -215,27 +220,28 @@ def make_replay(threat: Threat, times: int) -> Replay:
 
     def start(batch: Mapping[str, Array], key: Array) -> Array:
         gray = jnp.full(batch["image"].shape, 0.5)  # around it, the ball is not cut by the box
-        keys = keys_of(key, batch["index"])
-        return norms.random_start(keys, gray, threat.radius(batch["step"]), threat.norm) - gray
+        keys, radius = keys_of(key, batch["index"]), threat_model.radius(batch["step"])
+        return norms.random_start(keys, gray, radius, threat_model.norm) - gray
 
     def move(perturbation: Array, uphill: Array, step: Array) -> Array:
-        gray, radius = jnp.full_like(perturbation, 0.5), threat.radius(step)
-        step_size = norms.per_example(threat.step * radius, gray)
-        moved = gray + perturbation + step_size * norms.steepest(uphill, gray, threat.norm)
-        return norms.project(moved, gray, radius, threat.norm) - gray
+        gray, radius = jnp.full_like(perturbation, 0.5), threat_model.radius(step)
+        step_size = norms.per_example(threat_model.step * radius, gray)
+        moved = gray + perturbation + step_size * norms.steepest(uphill, gray, threat_model.norm)
+        return norms.project(moved, gray, radius, threat_model.norm) - gray
 
     return Replay(times, start, move)
 
 
-def _with_attacked(view: View, attacked: Array) -> View:
-    """Both images; the plain one comes after the attack, so that its training pass does too."""
-    return {**view, "image": after(zero_after(attacked), view["image"]), "attacked": attacked}
+def _with_adversarial(view: View, adversarial: Array) -> View:
+    """Both images; the plain one waits for the attack, so that its training pass does too."""
+    plain = after(zero_after(adversarial), view["image"])
+    return {**view, "image": plain, "adversarial": adversarial}
 
 
 def _outputs_of_images(
     objective: Objective, trainable: Flat, frozen: Flat, model_state: Any, view: View
 ) -> Callable[[Array], Outputs]:
-    """The model as it is attacked."""
+    """The model while it is attacked: images -> outputs, nothing random, no state updated."""
 
     def outputs_of_images(images):
         # Sharded parameters are gathered for each pass anew, as a training step does, and not kept
@@ -262,18 +268,18 @@ def _criterion_of_images(
 
 
 def _forward_both(objective: Objective) -> Callable[..., tuple[Outputs, Any]]:
-    """The plain images' outputs with those of the "attacked" ones among them."""
+    """The plain images' outputs, and under "adversarial" those of the adversarial examples."""
 
     def forward(trainable, frozen, model_state, view, key, *, train):
-        plain_key, attacked_key = jax.random.split(key)
+        plain_key, adversarial_key = jax.random.split(key)
         outputs, model_state = objective.forward(
             trainable, frozen, model_state, view, plain_key, train=train
         )
-        view = {**view, "image": view["attacked"]}
-        attacked, model_state = objective.forward(
-            trainable, frozen, model_state, view, attacked_key, train=train
+        view = {**view, "image": view["adversarial"]}
+        adversarial, model_state = objective.forward(
+            trainable, frozen, model_state, view, adversarial_key, train=train
         )
-        return {**outputs, "attacked": attacked}, model_state
+        return {**outputs, "adversarial": adversarial}, model_state
 
     return forward
 

@@ -16,7 +16,7 @@ class Adversarial(Recipe):
 
     Attributes:
       method: of adversarial.METHODS.
-      threat: what attacks may do.
+      threat_model: what an attack may change.
       beta: of trades and mart.
       weight_epsilon: of adversarial weight perturbation; 0 for none.
       accumulate: micro-batches of an update.
@@ -25,7 +25,7 @@ class Adversarial(Recipe):
     """
 
     method: str
-    threat: adversarial.Threat
+    threat_model: adversarial.ThreatModel
     beta: float
     weight_epsilon: float
     accumulate: int
@@ -34,11 +34,11 @@ class Adversarial(Recipe):
 
     def check(self, student: Student) -> None:
         """Raises UserError for what the method can't be combined with."""
-        method, threat = f"config.adversarial.method {self.method}", self.threat
-        if threat.norm == "linf" and threat.epsilon > 1:
+        method, threat_model = f"config.adversarial.method {self.method}", self.threat_model
+        if threat_model.norm == "linf" and threat_model.epsilon > 1:
             raise UserError(
-                f"config.adversarial.epsilon is {threat.epsilon:g}, and images are in [0, 1]: 8 of "
-                "255 levels are 0.0314"
+                f"config.adversarial.epsilon is {threat_model.epsilon:g}, and images are in "
+                "[0, 1]: 8 of 255 levels are 0.0314"
             )
         if self.method in ("trades", "mart") and not student.labels_images:
             raise UserError(
@@ -57,12 +57,12 @@ class Adversarial(Recipe):
             )
 
     def transform(self, objective: Objective, student: Student) -> Objective:
-        """The objective of attacked images."""
+        """The objective of adversarial training."""
         del student
-        return adversarial.harden(
+        return adversarial.make_adversarial(
             objective,
             self.method,
-            self.threat,
+            self.threat_model,
             beta=self.beta,
             weight_epsilon=self.weight_epsilon,
         )
@@ -72,7 +72,7 @@ class Adversarial(Recipe):
         """Free training replays each batch."""
         if self.updates == 1:
             return StepOptions()
-        return StepOptions(replay=adversarial.make_replay(self.threat, self.updates))
+        return StepOptions(replay=adversarial.make_replay(self.threat_model, self.updates))
 
 
 def make(fields: Mapping[str, Any]) -> Adversarial:
@@ -85,7 +85,7 @@ def make(fields: Mapping[str, Any]) -> Adversarial:
     method = section["method"]
     steps = {"fast": 1, "free": 1}.get(method, section["steps"])
     usual = {"fast": 1.25, "free": 1.0}.get(method, 2.5 / steps)
-    threat = adversarial.Threat(
+    threat_model = adversarial.ThreatModel(
         section["norm"],
         section["epsilon"],
         step=section["step"] or usual,
@@ -94,7 +94,7 @@ def make(fields: Mapping[str, Any]) -> Adversarial:
     )
     return Adversarial(
         method,
-        threat,
+        threat_model,
         section["beta"],
         section["weight_epsilon"],
         accumulate=fields["optim.accumulate"],

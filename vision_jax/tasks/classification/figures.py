@@ -67,11 +67,11 @@ def draw_robustness(
     class_names: Sequence[str],
     path: str | Path,
 ) -> Path:
-    """Accuracy by epsilon, accuracy by corruption, and attacked images, as a PNG.
+    """Accuracy by epsilon, accuracy by corruption, and adversarial examples, as a PNG.
 
     Args:
       record: as robustness.json has it.
-      examples: "attack" and "epsilon" (text), "image" and "attacked" f32[N, H, W, C] in [0, 1],
+      examples: "attack" and "epsilon" (text), "image" and "adversarial" f32[N, H, W, C] in [0, 1],
         "label" i32[N], "before" and "after" f[N, C] (probabilities); None without attacks.
       class_names: C names.
     """
@@ -146,17 +146,17 @@ def _draw_corruptions(axes: Axes, record: Mapping[str, Any]) -> None:
 def _draw_examples(
     cells: np.ndarray, examples: Mapping[str, Any], class_names: Sequence[str], figure: Any
 ) -> None:
-    change = examples["attacked"] - examples["image"]
+    change = examples["adversarial"] - examples["image"]
     factor = 0.5 / max(float(np.abs(change).max()), 1e-12)
     figure.suptitle(
         f"{examples['attack']}, epsilon {examples['epsilon']}: images, perturbations × "
-        f"{factor:.3g} around grey, attacked images",
+        f"{factor:.3g} around grey, adversarial examples",
         x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK,
     )  # fmt: skip
     rows = (
         (examples["image"], examples["before"]),
         (0.5 + factor * change, None),
-        (examples["attacked"], examples["after"]),
+        (examples["adversarial"], examples["after"]),
     )
     for row, (images, probabilities) in zip(cells, rows, strict=True):
         for index, cell in enumerate(row):

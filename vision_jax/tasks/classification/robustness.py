@@ -150,7 +150,7 @@ def measure(
                 surrogate=exact(surrogate) if surrogate else None,
             )
             record["self_check"] = _said(findings, say)
-    pictures = _attacked_pictures(seen, attacked, examples, clean, record)
+    pictures = _adversarial_pictures(seen, attacked, examples, clean, record)
     if first:
         from vision_jax.tasks.classification.figures import draw_robustness  # matplotlib
 
@@ -195,7 +195,7 @@ def _said(findings: Sequence[Finding], say: Callable[[str], None]) -> list[dict[
     return [dataclasses.asdict(finding) | {"flagged": finding.flagged} for finding in findings]
 
 
-def _attacked_pictures(
+def _adversarial_pictures(
     classify: Callable[..., robust.Outputs],
     attacked: Mapping[str, Callable[..., robust.Outputs]],
     examples: robust.Examples,
@@ -225,7 +225,7 @@ def _attacked_pictures(
         "attack": name,
         "epsilon": norms.show_epsilon(epsilon, record["norm"]),
         "image": before["image"],
-        "attacked": after["image"],
+        "adversarial": after["image"],
         "label": some.labels,
         "before": softmax(before["logits"]),
         "after": softmax(after["logits"]),

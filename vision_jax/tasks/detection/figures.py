@@ -333,7 +333,7 @@ def draw_robustness(
 
     Args:
       record: as robustness.json has it.
-      pictures: of each image what is found (plain, attacked): "image" and "attacked"
+      pictures: of each image what is found (plain, adversarial): "image" and "adversarial"
         f32[h, w, C] in [0, 1], "score" f32[N], "label" i32[N], "boxes_xyxy_px" f32[N, 4].
       class_names: K names.
       score: boxes below it are not drawn.
@@ -365,8 +365,8 @@ def draw_robustness(
 
 
 def _draw_pictures(figure, pictures, class_names, record, score) -> None:
-    """Three rows: images with boxes, perturbations around grey, attacked images with boxes."""
-    changes = [after["attacked"] - after["image"] for _, after in pictures]
+    """Three rows: images with boxes, perturbations around grey, adversarial examples with boxes."""
+    changes = [after["adversarial"] - after["image"] for _, after in pictures]
     factor = 0.5 / max(max(float(np.abs(change).max()) for change in changes), 1e-12)
     name, rows = list(record["attacks"].items())[-1]
     figure.suptitle(
@@ -392,7 +392,7 @@ def _draw_pictures(figure, pictures, class_names, record, score) -> None:
 def _with_boxes(found: Mapping[str, np.ndarray], class_names: Sequence[str], score: float):
     kept = found["score"] >= score
     boxes, labels, scores = (found[k][kept] for k in ("boxes_xyxy_px", "label", "score"))
-    return draw_detections(_bytes(found["attacked"]), boxes, labels, scores, class_names)
+    return draw_detections(_bytes(found["adversarial"]), boxes, labels, scores, class_names)
 
 
 def _bytes(image: np.ndarray) -> np.ndarray:

@@ -161,13 +161,13 @@ def make_outputs(
     return outputs_fn
 
 
-def make_attacked_outputs(
+def make_adversarial_outputs(
     objective: Objective, *, postprocess: Postprocess, attack: Attack, seed: int
 ):
-    """As `make_outputs`, of images that are changed to raise the objective's losses.
+    """As `make_outputs`, of images that are changed to maximize the objective's losses.
 
     (trainable, frozen, (model_state, epsilon f32[], rows i32[N]), batch) -> what `make_outputs`
-    gives, and "image" and "attacked" f32[B, H, W, C]. An image's random draws come from the seed
+    gives, and "image" and "adversarial" f32[B, H, W, C]. An image's random draws come from the seed
     and rows[index], its place in the whole data, and from nothing of the batch.
 
     Args:
@@ -191,12 +191,12 @@ def make_attacked_outputs(
             return losses, jnp.zeros(losses.shape, bool)
 
         keys = keys_of(key, rows[batch["index"]])
-        attacked = attack(loss, view["image"], keys, epsilon=epsilon, pixels=view["pixels"])
-        outputs = outputs_of_images(attacked)
+        adversarial = attack(loss, view["image"], keys, epsilon=epsilon, pixels=view["pixels"])
+        outputs = outputs_of_images(adversarial)
         found = postprocess(
             outputs["logits"][-1], outputs["boxes_cxcywh_01"][-1], batch["original_size"]
         )
-        images = {"image": view["image"], "attacked": attacked}
+        images = {"image": view["image"], "adversarial": adversarial}
         return {**found, **images, **{name: batch[name] for name in ("mask", "index")}}
 
     return outputs_fn

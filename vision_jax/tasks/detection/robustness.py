@@ -75,18 +75,18 @@ def measure(
     goal = objective.make_objective(trained.apply, trained.assemble, set_loss=set_loss)
     trainable, frozen, model_state = trained.arguments
 
-    def make_attacked(attack):
+    def make_adversarial(attack):
         postprocess = objective.POSTPROCESS[trained.predicts]
-        return objective.make_attacked_outputs(
+        return objective.make_adversarial_outputs(
             goal, postprocess=postprocess, attack=attack, seed=seed
         )
 
     def make_measure(attack):
-        attacked = make_attacked(attack)
+        outputs_of = make_adversarial(attack)
 
         def outputs_fn(*arguments):  # whole images stay on the device
-            outputs = dict(attacked(*arguments))
-            change = outputs.pop("attacked") - outputs.pop("image")
+            outputs = dict(outputs_of(*arguments))
+            change = outputs.pop("adversarial") - outputs.pop("image")
             return {**outputs, "size": norms.size(change, norm).reshape(-1)}
 
         run_over = make_run_over(outputs_fn, batch_size=batch_size)
@@ -111,9 +111,9 @@ def measure(
     }
     pictures = []
     if made and epsilons:
-        attacked = make_attacked(made[attacks[-1]])
-        pictures = _attacked_pictures(
-            attacked, make_run_over, trained.arguments, source, epsilons[-1]
+        outputs_of = make_adversarial(made[attacks[-1]])
+        pictures = _adversarial_pictures(
+            outputs_of, make_run_over, trained.arguments, source, epsilons[-1]
         )
     if jax.process_index() == 0:
         from vision_jax.tasks.detection.figures import draw_robustness  # matplotlib
@@ -127,17 +127,17 @@ def measure(
     return record
 
 
-def _attacked_pictures(attacked, make_run_over, arguments, source, epsilon):
+def _adversarial_pictures(outputs_of, make_run_over, arguments, source, epsilon):
     """Of some images what is found before and after, with boxes in pixels of what the model sees.
 
-    [(outputs of the plain image, outputs of the attacked one)], each of one image: "image" and
-    "attacked" f32[h, w, C], "score" f32[N], "label" i32[N], "boxes_xyxy_px" f32[N, 4].
+    [(outputs of the plain image, outputs of its adversarial example)], each of one image: "image"
+    and "adversarial" f32[h, w, C], "score" f32[N], "label" i32[N], "boxes_xyxy_px" f32[N, 4].
     """
 
     def outputs_fn(*arguments):
         *before, batch = arguments
         return {
-            **attacked(*before, {**batch, "original_size": batch["size"]}),
+            **outputs_of(*before, {**batch, "original_size": batch["size"]}),
             "size": batch["size"],
         }
 
@@ -155,7 +155,7 @@ def _attacked_pictures(attacked, make_run_over, arguments, source, epsilon):
                 break  # it is damaged
             height, width = found["size"][0]
             pair.append({name: array[0] for name, array in found.items()})
-            for name in ("image", "attacked"):
+            for name in ("image", "adversarial"):
                 pair[-1][name] = pair[-1][name][:height, :width]
         else:
             pairs.append(pair)
@@ -186,9 +186,9 @@ def make_attack(name: str, *, norm: Norm, steps: int, restarts: int) -> Callable
     return pgd
 
 
-def no_attack(loss, images, keys, **threat):
+def no_attack(loss, images, keys, **threat_model):
     """The images as they are."""
-    del loss, keys, threat
+    del loss, keys, threat_model
     return images
 
 
