@@ -461,7 +461,7 @@ def trained_bytes(workdir):
 
 
 def test_a_run_of_constant_rate_goes_on_to_another_length(tmp_path, monkeypatch):
-    """As if it had been that long from the start, to the bit; with other workers, and evaluated
+    """Bit-identical to one that long from the start; with other workers, and evaluated
     elsewhere."""
     quick(monkeypatch)
     fields = {"optim__schedule": "constant", "evaluate__every": 3}

@@ -76,7 +76,7 @@ def zero_after(*arrays: jax.Array) -> jax.Array:
 
 
 def after(zero: jax.Array, array: jax.Array) -> jax.Array:
-    """The array, to the bit, but not before `zero` is there.
+    """The array, bit-identical, but not before `zero` is there.
 
     Passes that don't depend on each other, such as a teacher's and its student's, may be compiled
     to run side by side, and then need the memory of both. A barrier would order them too, but XLA's

@@ -4,7 +4,7 @@
 
 Everything written goes to the workdir. Running the same command again continues from the last
 checkpoint: the order of the data and all keys are functions of (seed, step), so an interrupted run
-ends with the same parameters as an uninterrupted one, to the bit.
+ends with parameters bit-identical to those of an uninterrupted one.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""DETR's files without torch: both namings and back to the bit, other classes, the dilation."""
+"""DETR's files without torch: both namings and back bit-identical, other classes, the dilation."""
 
 import dataclasses
 import json

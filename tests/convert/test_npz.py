@@ -1,4 +1,4 @@
-"""AugReg's and big_vision's files without torch: recognized, both ways to the bit, and refused."""
+"""AugReg's and big_vision's files without torch: read and written bit-identical, or refused."""
 
 import jax
 import jax.numpy as jnp

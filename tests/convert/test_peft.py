@@ -76,7 +76,7 @@ def attach(rng, params, rules=(r"block_\d+/.*", "patch_embed/kernel"), **setting
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_round_trip_is_exact(dora, tmp_path, rng):
-    """All that the naming can hold comes back to the bit: factors, settings, the trained head."""
+    """What the naming can hold comes back bit-identical: factors, settings, the trained head."""
     base = make_params(rng)
     params = attach(rng, base, dora=dora, dropout=0.25)
     params["head"] = {"kernel": base["head"]["kernel"] + 1, "bias": base["head"]["bias"] - 1}

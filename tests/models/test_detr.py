@@ -127,7 +127,7 @@ def test_what_is_computed_of_an_image_does_not_depend_on_its_canvas(form):
 
 
 def test_what_is_computed_of_an_image_does_not_depend_on_its_batch():
-    """To the bit: neither the padding's content nor other images, one all padding, matter."""
+    """Bit-identical: neither the padding's content nor other images, one all padding, matter."""
     model = small(**SHORT)
     variables, images = random_variables(model), random_images((70, 50), 3)
     canvas, mask = on_canvas(images, (96, 64))

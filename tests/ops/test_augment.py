@@ -29,7 +29,7 @@ def affine(a, b, c, d, e, f):
     return lambda image: image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f))
 
 
-TWINS = {
+REFERENCES = {
     "identity": lambda image, s: image,
     "shear_x": lambda image, s: affine(1, s, 0, 0, 1, 0)(image),
     "shear_y": lambda image, s: affine(1, 0, 0, s, 1, 0)(image),
@@ -57,7 +57,7 @@ def test_operation_is_pillows(name, rng):
         lowest = {"posterize": 1 / 8, "solarize": 0}.get(name, -1)
         # Pillow reads its factors in float32, too; a rounded strength keeps ties apart.
         strength = float(np.float32(rng.uniform(lowest, 1) * tops.get(name, 0.9)))
-        expected = np.asarray(TWINS[name](Image.fromarray(pixels), strength), np.float32)
+        expected = np.asarray(REFERENCES[name](Image.fromarray(pixels), strength), np.float32)
         result = 255 * np.asarray(operation(pixels.astype(np.float32) / 255, jnp.float32(strength)))
         assert result.min() >= 0
         assert result.max() <= 255 * (1 + 1e-6)

@@ -99,7 +99,7 @@ def test_sizes(short, longest, rng):
 
 @pytest.mark.parametrize(("short", "longest"), [(160, 266), (96, 128)])
 def test_detr(short, longest, rng):
-    """Pixels to the byte before normalization, the mask, labels and boxes."""
+    """Bit-identical pixels before normalization, the mask, labels and boxes."""
     size = {"shortest_edge": short, "longest_edge": longest}
     raw = DetrImageProcessorPil(size=size, do_rescale=False, do_normalize=False)
     whole = DetrImageProcessorPil(size=size)

@@ -1,4 +1,4 @@
-"""Evaluation transforms against timm's, torchvision's and transformers' own, to the byte."""
+"""Evaluation transforms against timm's, torchvision's and transformers' own, bit-identical."""
 
 import json
 import math
@@ -176,7 +176,7 @@ def ours_in_bytes(read, image, expected):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_processors_of_transformers(kind, rng):
-    """To the byte what the class computes with Pillow; refused where it fails or shapes differ."""
+    """Bit-identical to what the class computes with Pillow; refused where that fails."""
     images = [random_image(rng, *size) for size in PHOTOS]
     read_count = 0
     for name in [*GEOMETRY, *PIXELS]:

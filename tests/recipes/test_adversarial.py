@@ -201,7 +201,7 @@ def adversarial_run(**fields):
 
 @pytest.mark.long
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
-    """To the bit, with the method that changes the most in a step."""
+    """Bit-identical, with the method that changes the most in a step."""
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
 
     class Interrupted(Exception):

@@ -238,7 +238,7 @@ def _reasons(measured: Mapping[str, Any]) -> list[str]:
     ]
     reasons += [] if measured["top1_agreement"] == 1 else ["top-1 differs"]
     identical = measured["round_trip_identical"]
-    reasons += [] if identical else ["the round trip is not identical to the bit"]
+    reasons += [] if identical else ["the round trip is not bit-identical"]
     reasons += [] if strict is True else [f"the source cannot load the export: {strict}"]
     pixels = measured["preprocessing"]
     apart = pixels["largest_difference_in_255ths"] if pixels else 0

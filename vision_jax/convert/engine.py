@@ -256,7 +256,7 @@ def import_tensors(
 
 
 def export_tensors(params: Mapping[str, np.ndarray], rules: Rules) -> dict[str, np.ndarray]:
-    """The inverse of `import_tensors`: tensors by the file's names, identical to the bit.
+    """The inverse of `import_tensors`: tensors by the file's names, bit-identical.
 
     Raises:
       UserError: a parameter that the table has no name for.

@@ -225,7 +225,7 @@ def export_weights(
     class_names: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
-    """Tensors by name and a header for `write_safetensors`; identical to the bit on the way back.
+    """Tensors by name and a header for `write_safetensors`; bit-identical on the way back.
 
     Args:
       params: plain arrays by path, BatchNorm statistics among them (adapters merged). Of `Tensors`

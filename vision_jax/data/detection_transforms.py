@@ -135,7 +135,7 @@ def resized_size(
 def default_buckets(short: int, longest: int, count: int) -> tuple[tuple[int, int], ...]:
     """`count` canvases, multiples of 32, that hold every image resized to (short, longest).
 
-    Landscape ones of evenly spaced widths, their portrait twins, and a square of the short side if
+    Landscape ones of evenly spaced widths, the same upright, and a square of the short side if
     `count` is odd; 1 is a square of the long side. Sides may coincide; there are fewer canvases
     then.
     """
@@ -223,7 +223,7 @@ def detection_eval_transform(
 ) -> tuple[np.ndarray, np.ndarray]:
     """uint8[H, W, C], f64[T, 4] → uint8[h, w, len(mean)], f64[T, 4]: resized, within the canvas.
 
-    Equal to transformers' DetrImageProcessor, PIL backend, to the byte, before normalization.
+    Bit-identical to transformers' DetrImageProcessor, PIL backend, before normalization.
     """
     image = to_channels(image, len(preprocessing.mean))
     size = image.shape[0], image.shape[1]

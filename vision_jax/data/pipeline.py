@@ -179,7 +179,7 @@ def make_train_iterator(
     Args:
       crop: "random_resized" (torchvision's, with `crop_scale` and `crop_ratio`), "pad" (the
         evaluation view shifted by up to 1/8 of its size) or "none" (the evaluation view).
-      seed: 0 ≤ seed < 2³²; the same seed gives the same batches, to the byte.
+      seed: 0 ≤ seed < 2³²; the same seed gives bit-identical batches.
       num_threads: images are read and decoded by this many threads (in each worker).
       num_workers: 0, or the number of processes to spawn: 5–10 s to the first batch, for data
         whose decoding holds Python's lock.

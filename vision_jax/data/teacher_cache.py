@@ -4,9 +4,9 @@
     open_teacher_cache(path, identity)               -> TeacherCache; .read(numbers), .batch(step)
 
 One file of ArrayRecord. Record n holds the teacher's arrays for example n of the run, their bytes
-as they are: an array comes back to the bit. What n counts is the writer's to say. Where the views
-are augmented it is the place in the training stream (step · batch size + row), because a view is a
-function of the seed and its place; without augmentation it may be the row in the source.
+as they are, and they are read back bit-identical. What n counts is the writer's to say. Where the
+views are augmented it is the place in the training stream (step · batch size + row), because a view
+is a function of the seed and its place; without augmentation it may be the row in the source.
 
 The last record says what the arrays are and what they belong to, the `identity`: the teacher's
 sha256, its preprocessing, the seed and settings of the augmentation, the form (top k, temperature).

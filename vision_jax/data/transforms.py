@@ -100,7 +100,7 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
 
 
 def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize and crop as timm or transformers do, up to normalization, equal to the byte.
+    """Resize and crop as timm or transformers do, up to normalization, bit-identical to them.
 
     uint8[H, W, C] → uint8[h, w, len(mean)], (h, w) = preprocessing.image_size. Source: timm 1.0.31,
     data/transforms_factory.py `transforms_imagenet_eval`; torchvision's Resize and CenterCrop;

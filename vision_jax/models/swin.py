@@ -155,7 +155,7 @@ def position_offsets(window: tuple[int, int], pretrained: int = 0) -> np.ndarray
     """f32[2h - 1, 2w - 1, 2]: v2's log-spaced offsets of a window (h, w), about -1.06 to 1.06.
 
     `pretrained` is the side of the window that the weights were trained with, if another. The
-    logarithm is rounded from float64, which is what torch's gives to the bit.
+    logarithm is rounded from float64, which is bit-identical to torch's.
     """
     sides = []
     for side in window:

@@ -59,7 +59,7 @@ FREE_FIELDS = (
     "checkpoint_every",
     "model.remat",
     "model.scan",
-    "distill.cache",  # the same to the bit
+    "distill.cache",  # bit-identical with and without
 )
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
 # What versions before 0.2 left of a file when they were killed.

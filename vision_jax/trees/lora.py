@@ -3,7 +3,7 @@
     attach(params, rules, ...)       kernels -> LowRank leaves that compute the same at first
     merge(params)                    LowRank leaves -> plain kernels W + s·A·B
     unmerge(merged, adapters)        the way back
-    detach(params)                   -> (the base to the bit, adapters by path)
+    detach(params)                   -> (the bit-identical base, adapters by path)
     apply_adapters(base, adapters)   -> LowRank leaves again; other adapters, same base
     split_adapter(adapter, ...)      one adapter -> factors of each part of its kernel's columns
     join_adapter(factors, ...)       the way back
@@ -128,7 +128,7 @@ def merge(params: Params) -> Params:
 def unmerge(merged: Params, adapters: Adapters) -> Params:
     """Undoes `merge`: LowRank leaves whose base is the merged kernel less the update.
 
-    The base comes back within rounding; keep the base of `detach` to have it to the bit.
+    The base comes back within rounding; the base of `detach` is bit-identical.
 
     Raises:
       UserError: adapters that do not fit the tree, or DoRA's: a merged kernel no longer tells the
@@ -152,7 +152,7 @@ def unmerge(merged: Params, adapters: Adapters) -> Params:
 
 
 def detach(params: Params) -> tuple[Params, Adapters]:
-    """Splits into (the plain tree of base kernels to the bit, adapters by the kernel's path)."""
+    """Splits into (the plain tree of bit-identical base kernels, adapters by the kernel's path)."""
     base = map_leaves(lambda _, leaf: leaf.base if isinstance(leaf, LowRank) else leaf, params)
     adapters = {
         path: dataclasses.replace(leaf, base=None)  # type: ignore[arg-type]

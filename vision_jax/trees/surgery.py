@@ -109,7 +109,7 @@ def narrow_vit(params: Params, *, num_heads: int, width: int, mlp_width: int) ->
 
     A head has the size that it had, so their number follows from the width. What is kept has the
     largest product of two norms: of the weights that write it and of those that read it. All else
-    in the order that it had, so that the whole width gives the teacher to the bit.
+    in the order that it had, so that the whole width gives a bit-identical teacher.
 
     Taking away heads or hidden units that are zero changes no output. Taking away channels does,
     even those that are zero: LayerNorm's mean and variance are then of those that remain.

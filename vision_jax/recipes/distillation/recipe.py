@@ -3,7 +3,7 @@
     config.distill -> teachers -> arrays among the frozen ones, and an Objective that asks them
 
 The command cache-teacher asks them once for a whole run and stores what they say; a run of that
-config with config.distill.cache reads it instead of asking, and has the same losses to the bit.
+config with config.distill.cache reads it instead of asking, and has bit-identical losses.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,8 +1,8 @@
 """COCO numbers of a detector over a dataset, its results file, and why its AP may be 0.
 
-Everything here is numpy on the host, and decodes no image. AP and AR are hotcoco's, which equal
-pycocotools' to the bit (tests/parity/test_detection_evaluation.py); IoU alone is what the simplest
-tutorials report.
+Everything here is numpy on the host, and decodes no image. AP and AR are hotcoco's, which are
+bit-identical to pycocotools' (tests/parity/test_detection_evaluation.py); IoU alone is what
+the simplest tutorials report.
 """
 
 import json
