@@ -187,13 +187,13 @@ def parts(family, trains, teacher, remat):
     }
     if teacher != "none":
         layers = LAYERS[family][1:] if teacher == "features" else ()
-        ask = prepared.run.recipes[-1].teachers[0].ask(layers)
+        teacher_forward = prepared.run.recipes[-1].teachers[0].make_forward(layers)
 
-        def heard(frozen, view):  # what nobody hears is not computed
-            answer = ask(frozen, {}, view)
-            return answer["features"] if layers else {**answer, "features": {}}
+        def used(frozen, view):  # what nobody uses is not computed
+            outputs = teacher_forward(frozen, {}, view)
+            return outputs["features"] if layers else {**outputs, "features": {}}
 
-        found["teacher"] = cost_of(heard, prepared.frozen, view)
+        found["teacher"] = cost_of(used, prepared.frozen, view)
     return found
 
 

@@ -8,7 +8,7 @@
     vision_jax robustness --workdir=runs/vit_lora
     vision_jax probe --config=configs/vit_lora.py
     vision_jax cache-teacher --config=configs/distill_vit_small.py \\
-        --config.distill.cache=said.array_record
+        --config.distill.cache=teacher.array_record
     vision_jax plan --config=configs/vit_lora.py --devices=8 --memory=16
 
 `python -m vision_jax.main` and `python -m vision_jax` are the same program. Running a training
@@ -86,7 +86,7 @@ COMMANDS: Mapping[str, Command] = {
         ("config", "workdir"),
     ),
     "cache-teacher": Command(
-        "store what a run's teachers say", "vision_jax.commands.cache_teacher:run", ("config",)
+        "store the teacher outputs of a run", "vision_jax.commands.cache_teacher:run", ("config",)
     ),
     "plan": Command(
         "compile the training step without running it: FLOPs, memory, communication",

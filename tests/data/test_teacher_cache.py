@@ -1,4 +1,4 @@
-"""A stored teacher: the same bits, whole files only, and only for the run that it belongs to."""
+"""Cached teacher outputs: bit-identical, from whole files only, of the same run only."""
 
 import pickle
 
@@ -106,7 +106,7 @@ def test_damaged_files_are_refused(path, rng):
     write_teacher_cache(path, batches_of(make_arrays(rng, 50)), IDENTITY)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - 70_000])
-    with pytest.raises(UserError, match=r"no stored teacher|damaged"):
+    with pytest.raises(UserError, match=r"no cached teacher outputs|damaged"):
         open_teacher_cache(path, IDENTITY)
     changed = bytearray(whole)
     changed[whole.index(b"\x80\x7f")] ^= 1  # inf, of the first example
@@ -114,7 +114,7 @@ def test_damaged_files_are_refused(path, rng):
     with pytest.raises(UserError, match=r"damaged \(.*\): store the teacher's outputs again"):
         open_teacher_cache(path, IDENTITY).read(range(50))
     path.write_bytes(b"something else")
-    with pytest.raises(UserError, match="no stored teacher"):
+    with pytest.raises(UserError, match="no cached teacher outputs"):
         open_teacher_cache(path, IDENTITY)
     with pytest.raises(UserError, match="no such file: store the teacher's outputs first"):
         open_teacher_cache(path.parent / "nothing", IDENTITY)

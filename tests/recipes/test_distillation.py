@@ -85,7 +85,7 @@ def taught(goal: Objective, share: float = 0.3) -> Objective:
 
     return distillation.distill(
         goal,
-        teach=distillation.make_teach([ask], logits="soft", temperature=2.0),
+        teacher_outputs=distillation.make_teacher_outputs([ask], logits="soft", temperature=2.0),
         terms={"soft": (share, distillation.make_logits_term("soft", temperature=2.0))},
         share=share,
     )
@@ -136,9 +136,9 @@ def test_several_teachers_are_averaged_at_the_temperature(rng):
     first, second = (jnp.asarray(rng.normal(size=(4, 3)), jnp.float32) for _ in range(2))
     asked = [lambda *_, said=said: {"logits": said} for said in (first, second)]
     weights = (1.0, 3.0)
-    said = distillation.make_teach(asked, logits="soft", temperature=2.0, weights=weights)(
-        {}, {}, {}
-    )
+    said = distillation.make_teacher_outputs(
+        asked, logits="soft", temperature=2.0, weights=weights
+    )({}, {}, {})
     expected = 0.25 * jax.nn.softmax(first / 2) + 0.75 * jax.nn.softmax(second / 2)
     np.testing.assert_allclose(jax.nn.softmax(said["teacher/logits"] / 2), expected, rtol=1e-5)
 
@@ -150,7 +150,7 @@ def test_a_teacher_is_asked_at_its_own_size_with_its_own_normalization(resnet):
     prepared = runs.Prepared(recipes=ON, trainable=".*", distill__teachers=resnet)
     assert prepared.batch["image"].shape == (8, 24, 24, 3)  # the larger of both
     [teacher] = prepared.teachers
-    ask = jax.jit(teacher.ask(("stage_1",)))
+    ask = jax.jit(teacher.make_forward(("stage_1",)))
     images = prepared.batch["image"] / jnp.float32(255)
     said = ask(prepared.frozen, {}, {"image": images})
     variables = {
@@ -194,7 +194,7 @@ def test_features_are_matched_through_learned_projections(vit, monkeypatch):
     )
     [teacher] = prepared.teachers
     view = {"image": prepared.batch["image"] / jnp.float32(255)}
-    told = teacher.ask(("block_0", "block_1", "embed", "pooled", "block_1/attention"))(
+    told = teacher.make_forward(("block_0", "block_1", "embed", "pooled", "block_1/attention"))(
         prepared.frozen, {}, view
     )["features"]
     apply = make_apply(prepared.model, ("block_0", "embed", "pooled", "block_0/attention"))
@@ -256,7 +256,7 @@ def test_the_moving_average_teaches_with_its_own_statistics():
 
     objective = Objective(look=None, forward=forward, criterion=None)
     frozen = {"teacher_ema/w": 1, "teacher_ema/norm/mean": 2, "base": 3}
-    said = distillation.make_ask_average(objective)(frozen, {"norm": {"mean": 4}}, {})
+    said = distillation.make_average_forward(objective)(frozen, {"norm": {"mean": 4}}, {})
     assert said["logits"] == ({"w": 1}, {"base": 3}, {"norm": {"mean": 2}})
 
 
@@ -280,7 +280,9 @@ def test_the_distillation_token_learns_of_the_teacher_and_the_other_of_labels(vi
     found = gradient(prepared.state.trainable, prepared.frozen, {}, batch)
     # Both heads begin at zero, so all classes have a quarter: p - target, halved.
     told = np.asarray(
-        prepared.teachers[0].ask(())(prepared.frozen, {}, {"image": batch["image"] / 255})["logits"]
+        prepared.teachers[0].make_forward(())(prepared.frozen, {}, {"image": batch["image"] / 255})[
+            "logits"
+        ]
     ).argmax(-1)
     for head, targets in (("head", np.asarray(batch["label"])), ("head_dist", told)):
         expected = 0.5 * (0.25 - np.eye(4)[targets]).mean(0)
@@ -315,7 +317,7 @@ def losses_of(workdir):
 
 
 @pytest.mark.long
-def test_what_is_stored_teaches_as_the_teacher_does_to_the_bit(resnet, vit, tmp_path, monkeypatch):
+def test_cached_teacher_outputs_give_bit_identical_losses(resnet, vit, tmp_path, monkeypatch):
     """Augmented, of two teachers the best logits and a feature, and under attack."""
     vit = shutil.copy(vit, tmp_path / "vit.safetensors")
     monkeypatch.setattr(train, "write_results", lambda *arguments, **keywords: None)
@@ -347,7 +349,7 @@ def test_what_is_stored_teaches_as_the_teacher_does_to_the_bit(resnet, vit, tmp_
     with pytest.raises(UserError, match=r"stored with .*seed 0, and this run has 1"):
         train.run(runs.tiny_config(**fields, distill__cache=tmp_path / "said", seed=1), tmp_path)
     longer = {**fields, "total_steps": 4}
-    with pytest.raises(UserError, match="need 32: store more"):
+    with pytest.raises(UserError, match="need 32: cache more"):
         train.run(runs.tiny_config(**longer, distill__cache=tmp_path / "said"), tmp_path)
     teacher = Path(vit).read_bytes()
     Path(vit).write_bytes(teacher[:-4] + bytes(4))  # another last number
@@ -395,7 +397,7 @@ def test_whole_updates_from_a_file_are_those_of_a_live_teacher_to_the_bit(tmp_pa
 
 
 @pytest.mark.long
-def test_stored_teachers_cost_nothing(vit):
+def test_cached_teacher_outputs_cost_nothing(vit):
     fields = {"recipes": ON, "trainable": ".*", "distill__teachers": vit}
     plain = runs.Prepared(recipes="()", trainable=".*")
     live = runs.Prepared(**fields)
@@ -404,7 +406,9 @@ def test_stored_teachers_cost_nothing(vit):
     own = {k: v for k, v in live.frozen.items() if not distillation.is_beside(k)}
     stored = cost.count(live.step.lower(live.state, own, batch).compile()).flops
     assert stored == flops["plain"]
-    ask = jax.jit(live.teachers[0].ask(())).lower(live.frozen, {}, {"image": live.batch["image"]})
+    ask = jax.jit(live.teachers[0].make_forward(())).lower(
+        live.frozen, {}, {"image": live.batch["image"]}
+    )
     assert flops["live"] == flops["plain"] + cost.count(ask.compile()).flops
 
 
@@ -455,7 +459,7 @@ def test_a_detector_learns_from_the_queries_of_another(family, tmp_path):
 
     @jax.jit
     def answers(trainable, frozen, view):
-        told = teacher.ask(())(frozen, {}, view)
+        told = teacher.make_forward(())(frozen, {}, view)
         said, _ = prepared.apply(
             prepared.plan.assemble({**trainable, **frozen}), prepared.state.model_state,
             view["image"], view["pixels"][..., 0], train=family == "rf_detr", keys={},

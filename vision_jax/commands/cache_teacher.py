@@ -1,4 +1,4 @@
-"""cache-teacher: what the teachers say of each image of a run, as the file config.distill.cache."""
+"""cache-teacher: the teacher outputs of each image of a run, as the file config.distill.cache."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from vision_jax.tasks.api import find_task
 
 
 def run(config: ConfigDict) -> int:
-    """Asks the teachers once for a whole run; returns the exit code.
+    """Runs the teachers once over all steps of a run; returns the exit code.
 
     Raises:
       UserError: no such file is named, several processes, or a config that could not be trained.
@@ -33,24 +33,25 @@ def run(config: ConfigDict) -> int:
     prepared = prepare(config, source.class_names)
     recipe = next(one for one in prepared.recipes if isinstance(one, Distill))
     data = prepared.training_data(source, DamageLog())
-    ask = jax.jit(
-        recipe.make_asking(prepared.plain_objective, prepared.student),
+    teacher_outputs = jax.jit(
+        recipe.make_teacher_outputs(prepared.plain_objective, prepared.student),
         out_shardings=sharding.replicated(prepared.mesh),
     )
     arrays = recipe.place_teachers(prepared.mesh)
     place_batch = sharding.make_batch_placer(prepared.mesh)
     path = Path(config.distill.cache)
 
-    def answers(advance: Callable[[], None]) -> Iterator[dict[str, np.ndarray]]:
+    def batches(advance: Callable[[], None]) -> Iterator[dict[str, np.ndarray]]:
         for step in range(config.total_steps):
-            yield jax.device_get(ask(arrays, place_batch(next(data)), np.int32(step)))
+            batch = place_batch(next(data))
+            yield jax.device_get(teacher_outputs(arrays, batch, np.int32(step)))
             advance()
 
     for origin, sha256 in recipe.sources():
         say(f"teacher: {origin} (sha256 {sha256[:16]})")
     with show_progress(config.total_steps) as (advance, _):
         identity = recipe.identity(prepared.views)
-        count = write_teacher_cache(path, answers(advance), identity)
+        count = write_teacher_cache(path, batches(advance), identity)
     size = human_size(path.stat().st_size)
-    say(f"wrote {path}: what the teachers say of {count} images, {size}")
+    say(f"wrote {path}: the teacher outputs of {count} images, {size}")
     return 0

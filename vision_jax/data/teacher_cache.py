@@ -1,4 +1,4 @@
-"""What a teacher said of each example of a run, stored once and read instead of asking it again.
+"""Cached teacher outputs: those of each example of a run, stored once and read in training.
 
     write_teacher_cache(path, batches, identity)     arrays of each example, in the order of the run
     open_teacher_cache(path, identity)               -> TeacherCache; .read(numbers), .batch(step)
@@ -39,7 +39,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """A stored teacher. Picklable, and may be read from several threads.
+    """A file of cached teacher outputs. Picklable, and may be read from several threads.
 
     Attributes:
       path: of the file.
@@ -52,7 +52,7 @@ class TeacherCache:
     count: int
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """The teacher's arrays [B, ...] of examples, by their numbers.
+        """The teacher outputs [B, ...] of examples, by their numbers.
 
         Raises:
           UserError: a number that the file has not, or a file that was damaged.
@@ -61,8 +61,8 @@ class TeacherCache:
         outside = [number for number in wanted if not 0 <= number < self.count]
         if outside:
             raise UserError(
-                f"{self.path}: has the teacher's word on {self.count} examples and not on number "
-                f"{outside[0]}: store more, or train for fewer steps"
+                f"{self.path}: has the teacher outputs of {self.count} examples and not of number "
+                f"{outside[0]}: cache more, or train for fewer steps"
             )
         try:
             raw = b"".join(self._reader.read(wanted))
@@ -96,7 +96,7 @@ class TeacherCache:
 def write_teacher_cache(
     path: str | Path, batches: Iterable[Arrays], identity: Mapping[str, Any]
 ) -> int:
-    """Stores the teacher's arrays, whole or not at all: a temporary file beside it is renamed.
+    """Stores teacher outputs, whole or not at all: a temporary file beside it is renamed.
 
     Args:
       path: of the file; one that is there is replaced.
@@ -125,7 +125,7 @@ def write_teacher_cache(
                     writer.write(example.tobytes())
             count += len(examples)
         if record is None:
-            raise UserError(f"{path}: the teacher was asked about no examples")
+            raise UserError(f"{path}: there are no examples to store teacher outputs of")
         fields = {name: (record[name].base.name, record[name].shape) for name in record.names or ()}
         header = {"format": FORMAT, "count": count, "fields": fields, "identity": identity}
         with _explained(path):
@@ -152,7 +152,9 @@ def open_teacher_cache(path: str | Path, identity: Mapping[str, Any]) -> Teacher
         count = reader.num_records() - 1
         header = parse_json(reader.read([count])[0], str(path)) if count >= 0 else {}
         if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise UserError(f"{path}: no stored teacher, or not all of one: store it again")
+            raise UserError(
+                f"{path}: no cached teacher outputs, or not all of them: store them again"
+            )
         theirs, fields = _leaves(header["identity"]), header["fields"].items()
         record = np.dtype([(name, np.dtype(kind), tuple(shape)) for name, (kind, shape) in fields])
         whole = header["count"] == count and not record.hasobject
@@ -161,7 +163,7 @@ def open_teacher_cache(path: str | Path, identity: Mapping[str, Any]) -> Teacher
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
     if not whole:
-        raise UserError(f"{path}: not all of a stored teacher: store it again")
+        raise UserError(f"{path}: not all of the cached teacher outputs: store them again")
     ours = _leaves(json.loads(json.dumps(identity)))
     for name in sorted(theirs | ours):
         if theirs.get(name) != ours.get(name):

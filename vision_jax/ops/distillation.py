@@ -1,4 +1,4 @@
-"""What a student is told by its teacher: arrays in, one loss per example out, f[B].
+"""Losses of a student to its teacher: arrays in, one loss per example out, f[B].
 
     of logits      soft_logits, hard_label, decoupled, token; ensemble_logits for several teachers
     of features    hint, attention_transfer, attention_maps, patch_tokens, relational_distance,
@@ -145,7 +145,7 @@ def ensemble_logits(
 ) -> Array:
     """Logits of several teachers' weighted mean probabilities at a temperature.
 
-    T · log Σ w · softmax(teacher / T), which at the same T is what the student should be told (You
+    T · log Σ w · softmax(teacher / T), whose softmax at the same T is the student's target (You
     et al. 2017, Learning from multiple teacher networks, section 3.1).
 
     Examples:

@@ -2,7 +2,7 @@
 
     description -> model -> recipes, checked -> layout of the parameters -> optimizer -> state
 
-Training, restoring, planning and storing what teachers say all begin here. A ConfigDict goes no
+Training, restoring, planning and caching teacher outputs all begin here. A ConfigDict goes no
 deeper than this folder and tasks/NAME/task.py: what lies below takes named arguments.
 """
 

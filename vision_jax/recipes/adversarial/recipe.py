@@ -1,4 +1,4 @@
-"""Adversarial training as a recipe: what a config's section says, checked and applied."""
+"""Adversarial training as a recipe: the fields of a config's section, checked and applied."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,13 +1,13 @@
-"""Learning from teachers: what they say of an image becomes a part of what the student is to learn.
+"""Distillation: the student also learns the outputs of teachers on the view that it is shown.
 
-    look       the view, and beside it what the teachers say of that view
+    look       the view, and beside it the teacher outputs: logits, boxes, features
     criterion  (1 - share) · loss of the labels + share · loss of the logits + losses of features
 
 Teachers see the very view that the student is shown, each at its own resolution ("patient and
 consistent": Beyer et al. 2022, https://arxiv.org/abs/2106.05237), and before anything attacks it.
-So a student under attack is held to what the teachers say of the plain image: adversarial training
-of a distilling objective is robust distillation (Goldblum et al. 2020, 1905.09747), and no code
-says so. Teachers are frozen: their arrays are among the frozen ones and get no gradient.
+So the targets of an adversarial example are the teacher outputs of the plain image: adversarial
+training of a distilling objective is robust distillation (Goldblum et al. 2020, 1905.09747).
+Teachers are frozen: their arrays are among the frozen ones and get no gradient.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +33,12 @@ PROJECTED = ("hint", "patch_tokens")  # these compare channel by channel
 TEACHER, PROJECTION = "teacher_", "projection_"  # how paths of arrays that are no student's begin
 AVERAGE = "ema"  # the teacher that is the student's own moving average
 AVERAGE_PREFIX = f"{TEACHER}{AVERAGE}/"
-WAIT = "wait"  # the name of a zero in a view, known once the teachers are done
-SAID = "teacher/"  # how names of what teachers said begin, in a view
+WAIT = "wait"  # the name of a zero in a view, known once the teachers have run
+TEACHER_OUTPUT = "teacher/"  # how names of teacher outputs begin, in a view and in a cache
 
-# ask(frozen, model_state, view) -> {"logits": f[B, C], "features": {layer: f[B, ...]}, ...}
-Ask = Callable[[Flat, Any, View], Outputs]
-# The loss of one thing that teachers said: (trainable, outputs, view) -> f[B].
+# forward(frozen, model_state, view) -> {"logits": f[B, C], "features": {layer: f[B, ...]}, ...}
+TeacherForward = Callable[[Flat, Any, View], Outputs]
+# The loss of one of the teacher outputs: (trainable, outputs, view) -> f[B].
 Term = Callable[[Flat, Outputs, View], Array]
 
 
@@ -50,41 +50,40 @@ def is_beside(path: str) -> bool:
 def distill(
     objective: Objective,
     *,
-    teach: Callable[[Flat, Any, View], Mapping[str, Array]],
+    teacher_outputs: Callable[[Flat, Any, View], Mapping[str, Array]],
     terms: Mapping[str, tuple[float, Term]],
     share: float,
     image_size: tuple[int, int] | None = None,
     label_head: str = "",
     sharded: bool = False,
 ) -> Objective:
-    """An objective whose student also learns what teachers say.
+    """An objective whose student also learns the teacher outputs.
 
     Args:
       objective: of the labels.
-      teach: (frozen, model_state, view) -> what is added to the view, f[B, ...] by name. Its
-        gradient is stopped. Names that the batch brings already, because they were stored, are
-        taken from there, and `teach` is not called.
+      teacher_outputs: (frozen, model_state, view) -> what is added to the view, f[B, ...] by name.
+        Its gradient is stopped. It is not called where the batch brings cached teacher outputs.
       terms: by name, for the metrics: (weight, loss).
       share: in [0, 1], taken from the loss of the labels (the terms have weights of their own).
-      image_size: of the student, where views are larger for a teacher's sake.
-      label_head: of two heads (DeiT) the one that learns the labels; "" for what both say.
-      sharded: the student's parameters are, and are gathered only once the teachers are done. It
+      image_size: (height, width) of the student, where a teacher takes larger views.
+      label_head: of two heads (DeiT) the one that learns the labels; "" for the logits of both.
+      sharded: the student's parameters are, and are gathered only once the teachers have run. It
         takes one more copy of a device's part of them.
     """
 
     def look(trainable, frozen, model_state, batch, key):
         view = objective.look(trainable, frozen, model_state, batch, key)
-        said = {name: array for name, array in batch.items() if name.startswith(SAID)}
-        if not said:
-            # As compiled alone, so that what is stored is what would be said, to the bit.
+        learned = {name: array for name, array in batch.items() if name.startswith(TEACHER_OUTPUT)}
+        if not learned:
+            # Compiled as if alone, so that cached teacher outputs are bit-identical to live ones.
             seen = lax.optimization_barrier({n: x for n, x in view.items() if n != "step"})
-            said = lax.optimization_barrier(dict(teach(frozen, model_state, seen)))
-            said = lax.stop_gradient(said)
-        # Of stored words too, for the student to be compiled as it is beside a live teacher.
-        zero = zero_after(*said.values())
+            learned = lax.optimization_barrier(dict(teacher_outputs(frozen, model_state, seen)))
+            learned = lax.stop_gradient(learned)
+        # Of cached ones too, for the student to be compiled as it is beside a live teacher.
+        zero = zero_after(*learned.values())
         # The index too: attacks draw by it.
         held = {name: after(zero, view[name]) for name in ("image", "index")}
-        view = {**view, **said, **held}
+        view = {**view, **learned, **held}
         if sharded:
             view[WAIT] = zero
         if image_size is not None:
@@ -105,9 +104,9 @@ def distill(
         losses, metrics = objective.criterion(trainable, labelled, view)
         total = (1 - share) * losses
         for name, (weight, term) in terms.items():
-            taught = term(trainable, outputs, view)
-            total += weight * taught
-            metrics = {**metrics, name: taught.mean()}
+            term_losses = term(trainable, outputs, view)
+            total += weight * term_losses
+            metrics = {**metrics, name: term_losses.mean()}
         return total, metrics
 
     return Objective(look, forward, criterion)
@@ -116,13 +115,13 @@ def distill(
 # Teachers -----------------------------------------------------------------------------------------
 
 
-def make_ask(
+def make_teacher_forward(
     apply: Callable[..., tuple[Outputs, Any]],
     prefix: str,
     like: Mapping[str, Any],
     image_size: tuple[int, int] | None,
     channels: int,
-) -> Ask:
+) -> TeacherForward:
     """A model as a teacher.
 
     Args:
@@ -133,7 +132,7 @@ def make_ask(
       channels: that it takes.
     """
 
-    def ask(frozen, model_state, view):
+    def forward(frozen, model_state, view):
         del model_state
         own = {
             name: paths.unflatten(tree, taken_from(frozen, f"{prefix}{name}/"))
@@ -147,16 +146,16 @@ def make_ask(
             own["params"], own.get("batch_stats", {}), images, *pixels, train=False, keys={}
         )[0]
 
-    return ask
+    return forward
 
 
-def make_ask_average(objective: Objective) -> Ask:
+def make_average_forward(objective: Objective) -> TeacherForward:
     """The student's moving average as a teacher; steps.make_train_step puts it into `frozen`.
 
     Its BatchNorm statistics are the average's own.
     """
 
-    def ask(frozen, model_state, view):
+    def forward(frozen, model_state, view):
         average = taken_from(frozen, AVERAGE_PREFIX)
         statistics, average = paths.partition(average, set(paths.flatten(model_state)))
         rest = {path: leaf for path, leaf in frozen.items() if not path.startswith(AVERAGE_PREFIX)}
@@ -164,11 +163,11 @@ def make_ask_average(objective: Objective) -> Ask:
         model_state = paths.unflatten(model_state, statistics)
         return objective.forward(average, rest, model_state, view, key, train=False)[0]
 
-    return ask
+    return forward
 
 
-def make_teach(
-    asked: Sequence[Ask],
+def make_teacher_outputs(
+    forwards: Sequence[TeacherForward],
     *,
     logits: str,
     temperature: float,
@@ -176,10 +175,10 @@ def make_teach(
     top_k: int = 0,
     layers: Sequence[str] = (),
 ) -> Callable[[Flat, Any, View], dict[str, Array]]:
-    """What all teachers together say of a view, in the form in which it may be stored.
+    """The outputs of all teachers together on a view, in the form in which they may be cached.
 
     Args:
-      asked: the teachers.
+      forwards: of the teachers.
       logits: of LOGITS.
       temperature: of the loss of the logits, at which several teachers' probabilities are averaged.
       weights: of the teachers; () for equal ones.
@@ -187,37 +186,37 @@ def make_teach(
       layers: features of the first teacher, by name.
     """
 
-    def teach(frozen, model_state, view):
-        answers = [ask(frozen, model_state, view) for ask in asked]
-        said = {f"{SAID}{name}": answers[0]["features"][name] for name in layers}
+    def teacher_outputs(frozen, model_state, view):
+        outputs = [forward(frozen, model_state, view) for forward in forwards]
+        found = {f"{TEACHER_OUTPUT}{name}": outputs[0]["features"][name] for name in layers}
         if logits == "queries":
             for name in ("logits", "boxes_cxcywh_01"):
-                said[SAID + name] = answers[0][name][-1]  # of the last decoder layer
+                found[TEACHER_OUTPUT + name] = outputs[0][name][-1]  # of the last decoder layer
         elif logits != "none":
-            together = answers[0]["logits"]
-            if len(answers) > 1:
+            together = outputs[0]["logits"]
+            if len(outputs) > 1:
                 together = ops.ensemble_logits(
-                    jnp.stack([answer["logits"] for answer in answers]),
-                    weights or [1.0] * len(answers),
+                    jnp.stack([own["logits"] for own in outputs]),
+                    weights or [1.0] * len(outputs),
                     1.0 if logits == "hard" else temperature,
                 )
             if top_k:
                 top = ops.compress_logits(together, top_k, temperature)
-                said |= {SAID + name: array for name, array in top._asdict().items()}
+                found |= {TEACHER_OUTPUT + name: array for name, array in top._asdict().items()}
             else:
-                said[f"{SAID}logits"] = together.astype(
+                found[f"{TEACHER_OUTPUT}logits"] = together.astype(
                     jnp.promote_types(together.dtype, jnp.float32)
                 )
-        return said
+        return found
 
-    return teach
+    return teacher_outputs
 
 
-def said_logits(view: View, num_classes: int) -> Array:
-    """The teachers' logits f[B, C], whatever form they have in the view."""
-    if f"{SAID}logits" in view:
-        return view[f"{SAID}logits"]
-    top = TopLogits(*(view[SAID + name] for name in TopLogits._fields))
+def teacher_logits_of(view: View, num_classes: int) -> Array:
+    """The teacher logits f[B, C] of a view, which holds all of them or the largest."""
+    if f"{TEACHER_OUTPUT}logits" in view:
+        return view[f"{TEACHER_OUTPUT}logits"]
+    top = TopLogits(*(view[TEACHER_OUTPUT + name] for name in TopLogits._fields))
     return ops.expand_logits(top, num_classes)
 
 
@@ -227,29 +226,29 @@ def said_logits(view: View, num_classes: int) -> Array:
 def make_logits_term(
     kind: Literal["soft", "hard", "decoupled"], *, temperature: float, head: str = ""
 ) -> Term:
-    """What the teachers' logits ask of the student's, or of the head that is named (DeiT)."""
+    """The loss of the student's logits, or of the head that is named (DeiT), to the teacher's."""
 
     def term(trainable, outputs, view):
         del trainable
         logits = outputs["features"][head] if head else outputs["logits"]
-        told = said_logits(view, logits.shape[-1])
+        teacher_logits = teacher_logits_of(view, logits.shape[-1])
         if kind == "soft":
-            return ops.soft_logits(logits, told, temperature)
+            return ops.soft_logits(logits, teacher_logits, temperature)
         if kind == "hard":
-            return ops.hard_label(logits, told)
-        return ops.decoupled(logits, told, view["label"], temperature=temperature)
+            return ops.hard_label(logits, teacher_logits)
+        return ops.decoupled(logits, teacher_logits, view["label"], temperature=temperature)
 
     return term
 
 
 def make_queries_term(*, sigmoid: bool, temperature: float, num_queries: int) -> Term:
-    """What a detector's queries ask of the student's, of its first group where it has several."""
+    """The loss of a detector's queries, of its first group if it has several, to the teacher's."""
 
     def term(trainable, outputs, view):
         del trainable
         last = (outputs[name][-1][:, :num_queries] for name in ("logits", "boxes_cxcywh_01"))
-        told = (view[SAID + name] for name in ("logits", "boxes_cxcywh_01"))
-        return ops.detr_queries(*last, *told, sigmoid=sigmoid, temperature=temperature)
+        theirs = (view[TEACHER_OUTPUT + name] for name in ("logits", "boxes_cxcywh_01"))
+        return ops.detr_queries(*last, *theirs, sigmoid=sigmoid, temperature=temperature)
 
     return term
 
@@ -266,7 +265,7 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Match:
-    """A layer of the student and one of the first teacher that should say the same.
+    """A layer of the student and the layer of the first teacher whose features it learns.
 
     Attributes:
       kind: of FEATURES.
@@ -282,23 +281,23 @@ class Match:
 
 
 def make_features_term(match: Match, layout: Layout, teacher_layout: Layout) -> Term:
-    """What a teacher's layer asks of a layer of the student."""
+    """The loss of the features of a layer of the student to those of a layer of the teacher."""
 
     def term(trainable, outputs, view):
         features = outputs["features"][match.layer]
-        told = view[SAID + match.teacher_layer]
+        theirs = view[TEACHER_OUTPUT + match.teacher_layer]
         if match.kind == "attention_maps":
-            return ops.attention_maps(features, told)
+            return ops.attention_maps(features, theirs)
         if match.kind.startswith("relational"):
             compare = getattr(ops, match.kind)
-            return compare(*(_one_vector(x) for x in (features, told)))
-        features, told = _on_grid(features, layout), _on_grid(told, teacher_layout)
+            return compare(*(_one_vector(x) for x in (features, theirs)))
+        features, theirs = _on_grid(features, layout), _on_grid(theirs, teacher_layout)
         if features.ndim == 4:
-            told = ops.to_grid(told, (features.shape[1], features.shape[2]))
+            theirs = ops.to_grid(theirs, (features.shape[1], features.shape[2]))
         if match.projection:
             kernel = trainable[match.projection]
             features = jnp.matmul(features, kernel.astype(features.dtype))
-        return getattr(ops, match.kind)(features, told)
+        return getattr(ops, match.kind)(features, theirs)
 
     return term
 

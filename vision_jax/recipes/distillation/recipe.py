@@ -1,9 +1,9 @@
-"""Distillation as a recipe: what a config's section says, checked and applied.
+"""Distillation as a recipe: the fields of a config's section, checked and applied.
 
-    config.distill -> teachers -> arrays among the frozen ones, and an Objective that asks them
+    config.distill -> teachers -> arrays among the frozen ones, and an Objective that runs them
 
-The command cache-teacher asks them once for a whole run and stores what they say; a run of that
-config with config.distill.cache reads it instead of asking, and has bit-identical losses.
+The command cache-teacher runs them once over all steps of a run and stores their outputs; a run of
+that config with config.distill.cache reads these instead, and has bit-identical losses.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ from vision_jax.steps import Flat
 
 # Neither changes an image: how the data is read.
 _READING = ("data.eval", "data.threads", "data.workers")
-_TOLD = ("logits", "temperature", "teacher_weights", "top_k", "dtype")
+_OUTPUT_FIELDS = ("logits", "temperature", "teacher_weights", "top_k", "dtype")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Distill(Recipe):
 
     @property
     def step(self) -> StepOptions:  # type: ignore[override]
-        """Where the moving average is found, if it teaches."""
+        """Where the objective finds the moving average, if that is the teacher."""
         return StepOptions(average_prefix=AVERAGE_PREFIX if self.by_average else "")
 
     def sources(self) -> tuple[tuple[str, str], ...]:
@@ -85,10 +85,10 @@ class Distill(Recipe):
         return tuple((t.weights.origin, t.weights.sha256) for t in self.teachers)
 
     def lines(self) -> list[str]:
-        """Each teacher, and whether it is asked or was."""
-        stored = f", as stored in {self._of('cache')}" if self._of("cache") else ""
+        """Each teacher, and the file of its outputs if they are cached."""
+        cached = f", outputs cached in {self._of('cache')}" if self._of("cache") else ""
         return [
-            f"teacher: {origin} (sha256 {sha256[:16]}){stored}" for origin, sha256 in self.sources()
+            f"teacher: {origin} (sha256 {sha256[:16]}){cached}" for origin, sha256 in self.sources()
         ]
 
     # Arrays ---------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class Distill(Recipe):
         return {path: leaf for t in self.teachers for path, leaf in t.abstract(mesh).items()}
 
     def place(self, mesh: Mesh) -> Flat:
-        """The arrays of all teachers; none where their words are stored."""
+        """The arrays of all teachers; none where their outputs are cached."""
         if self._of("cache"):
             return {}
         return self.place_teachers(mesh)
@@ -118,9 +118,9 @@ class Distill(Recipe):
             own = _feature_shape(student.model, student.image_size, layer)[-1]
             first = self.teachers[0]
             size = first.image_size or student.image_size
-            told = _feature_shape(first.model, size, teacher_layer)[-1]
-            if own != told:
-                found[f"{distillation.PROJECTION}{number}/kernel"] = (own, told)
+            theirs = _feature_shape(first.model, size, teacher_layer)[-1]
+            if own != theirs:
+                found[f"{distillation.PROJECTION}{number}/kernel"] = (own, theirs)
         return found
 
     def view_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -139,8 +139,8 @@ class Distill(Recipe):
             self._check_average()
         wanted = ("soft", "hard", "decoupled") if student.labels_images else ("queries",)
         if kind not in (*wanted, "none"):
-            said = "soft, hard or decoupled" if student.labels_images else "queries or none"
-            raise UserError(f"{logits}: for {student.task} it is {said}")
+            allowed = "soft, hard or decoupled" if student.labels_images else "queries or none"
+            raise UserError(f"{logits}: for {student.task} it is {allowed}")
         mixed = mixed_targets(self.fields, "mixup", "cutmix")
         if kind == "decoupled" and mixed:
             raise UserError(
@@ -161,8 +161,8 @@ class Distill(Recipe):
             )
         if self._of("cache") and self.fields["optim.accumulate"] > 1:
             raise UserError(
-                "config.distill.cache: what a teacher says depends, in its last bits, on how many "
-                "images it sees at once: set config.optim.accumulate to 1"
+                "config.distill.cache: teacher outputs depend, in their last bits, on how many "
+                "images a batch has: set config.optim.accumulate to 1"
             )
         for teacher in self.teachers if kind != "none" else ():
             count = teacher.model.num_classes
@@ -180,7 +180,7 @@ class Distill(Recipe):
                 "config.optim.ema_decay, for example to 0.999"
             )
         if len(self._of("teachers")) > 1:
-            raise UserError(f"config.distill.teachers: {AVERAGE} teaches alone")
+            raise UserError(f"config.distill.teachers: {AVERAGE} can only be the one teacher")
         if self._of("cache"):
             raise UserError(
                 f"config.distill.cache: {AVERAGE} changes with each step and can't be stored"
@@ -191,11 +191,13 @@ class Distill(Recipe):
     def transform(self, objective: Objective, student: Student) -> Objective:
         """The objective of a student of these teachers."""
         layers = tuple(dict.fromkeys(layer for _, _, layer, _ in self._of("features")))
-        asked = [t.ask(layers if number == 0 else ()) for number, t in enumerate(self.teachers)]
+        forwards = [
+            t.make_forward(layers if number == 0 else ()) for number, t in enumerate(self.teachers)
+        ]
         if self.by_average:
-            asked = [distillation.make_ask_average(objective)]
-        taught = distillation.make_teach(
-            asked,
+            forwards = [distillation.make_average_forward(objective)]
+        teacher_outputs = distillation.make_teacher_outputs(
+            forwards,
             logits=self._of("logits"),
             temperature=self._of("temperature"),
             weights=self._of("teacher_weights"),
@@ -205,7 +207,7 @@ class Distill(Recipe):
         size = student.image_size
         return distillation.distill(
             objective,
-            teach=taught,
+            teacher_outputs=teacher_outputs,
             terms=self._terms(student),
             share=0.0 if self._of("logits") == "none" else self._of("weight"),
             image_size=size if self.view_size(size) != size else None,
@@ -214,7 +216,7 @@ class Distill(Recipe):
         )
 
     def _terms(self, student: Student) -> dict[str, tuple[float, Term]]:
-        """The losses of what teachers say, by the name that their metric has."""
+        """(weight, loss) of each of the teacher outputs, by the name of its metric."""
         terms: dict[str, tuple[float, Term]] = {}
         kind, temperature = self._of("logits"), self._of("temperature")
         if kind == "queries":
@@ -240,10 +242,10 @@ class Distill(Recipe):
             )
         return terms
 
-    # Stored teachers ------------------------------------------------------------------------------
+    # Cached teacher outputs -----------------------------------------------------------------------
 
     def identity(self, views: Any) -> dict[str, Any]:
-        """What a file of stored teachers belongs to: all that a view and their words depend on.
+        """What a file of cached teacher outputs belongs to: all that they depend on.
 
         `views` is the preprocessing of the images that are read.
         """
@@ -261,7 +263,7 @@ class Distill(Recipe):
                 for teacher in self.teachers
             ],
             "layers": [layer for _, _, layer, _ in self._of("features")],
-            "distill": {name: self._of(name) for name in _TOLD},
+            "distill": {name: self._of(name) for name in _OUTPUT_FIELDS},
             "seed": self.fields["seed"],
             "batch_size": self.fields["batch_size"],
             "data": section("data"),
@@ -270,7 +272,7 @@ class Distill(Recipe):
         }
 
     def open_stored(self, views: Any) -> Callable[[int], dict[str, np.ndarray]] | None:
-        """From the number of a step to what the teachers said of its images; None: they are asked.
+        """From the number of a step to the cached teacher outputs of its batch; None without.
 
         Raises:
           UserError: no such file, one of another run, or one of a shorter run.
@@ -281,27 +283,28 @@ class Distill(Recipe):
         cache = open_teacher_cache(self._of("cache"), self.identity(views))
         if cache.count < steps * batch_size:
             raise UserError(
-                f"{cache.path}: has what the teachers say of {cache.count} images, and "
-                f"config.total_steps {steps} need {steps * batch_size}: store more with "
+                f"{cache.path}: has the teacher outputs of {cache.count} images, and "
+                f"config.total_steps {steps} need {steps * batch_size}: cache more with "
                 "the command cache-teacher"
             )
         processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         own = batch_size // jax.process_count()
         return lambda step: cache.batch(step, own, **processes)
 
-    def make_asking(
+    def make_teacher_outputs(
         self, objective: Objective, student: Student
     ) -> Callable[[Flat, Mapping[str, Any], Any], dict[str, jax.Array]]:
-        """(the teachers' arrays, batch, number of the step) -> what they say of the step's view."""
-        taught = self.transform(objective, student)
+        """(the teachers' arrays, batch, number of the step) -> teacher outputs of its view."""
+        distilling = self.transform(objective, student)
 
-        def ask(arrays, batch, step):
+        def teacher_outputs(arrays, batch, step):
             key = jax.random.fold_in(jax.random.key(self.fields["seed"]), step)
             look_key, _ = jax.random.split(key)  # as steps.make_train_step and make_loss do
-            view = taught.look({}, arrays, {}, {**batch, "step": step}, look_key)
-            return {name: view[name] for name in view if name.startswith(distillation.SAID)}
+            view = distilling.look({}, arrays, {}, {**batch, "step": step}, look_key)
+            prefix = distillation.TEACHER_OUTPUT
+            return {name: view[name] for name in view if name.startswith(prefix)}
 
-        return ask
+        return teacher_outputs
 
 
 def make(fields: Mapping[str, Any]) -> Distill:

@@ -15,7 +15,7 @@ from vision_jax.errors import UserError
 from vision_jax.models import families
 from vision_jax.models.families import FAMILIES
 from vision_jax.recipes.distillation import objective as distillation
-from vision_jax.recipes.distillation.objective import Ask
+from vision_jax.recipes.distillation.objective import TeacherForward
 from vision_jax.trees import paths
 
 
@@ -64,7 +64,7 @@ class Teacher:
         }
 
     def place(self, mesh: Mesh) -> dict[str, jax.Array]:
-        """Its arrays."""
+        """Its arrays on the mesh, by path, sharded as `abstract` says."""
         abstract = self._flat()
         places = sharding.parameter_shardings(abstract, mesh)
         own = {path.removeprefix(self.prefix).partition("/")[2]: path for path in abstract}
@@ -82,10 +82,10 @@ class Teacher:
         )
         return {own[path]: array for path, array in placed.items()}
 
-    def ask(self, features: Sequence[str]) -> Ask:
-        """The teacher as a function."""
+    def make_forward(self, features: Sequence[str]) -> TeacherForward:
+        """The teacher as a function of a view, with these of its features."""
         apply = families.make_apply(self.model, features)
-        return distillation.make_ask(
+        return distillation.make_teacher_forward(
             apply, self.prefix, self.like, self.image_size, self.model.in_channels
         )
 
