@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from vision_jax.steps import Flat, LossFn, Metrics
 
 # What the model and the criterion see of a batch: "image" f32[B, H, W, C] in [0, 1], augmented;
-# the task's targets; "mask" bool[B] and "index" i32[B]; "step" i32[], updates done. "pixels"
-# bool[B, H, W, 1] where images are padded: those that are none. In a micro-batch "whole", a dict of
-# what must be counted over all of the update (see steps.make_train_step).
+# the task's targets; "mask" bool[B] and "index" i32[B]; "step" i32[], updates done.
+# "pixel_mask" bool[B, H, W, 1] where images are padded: True inside of them. In a micro-batch
+# "whole", a dict of what must be counted over all of the update (see steps.make_train_step).
 View = Mapping[str, jax.Array]
 Batch = Mapping[str, jax.Array]
 Outputs = Mapping[str, Any]

@@ -387,7 +387,7 @@ def test_attacks_climb_as_on_the_reference(attack, norm, alone, tmp_path, rng):
             )  # fmt: skip
             return losses, jnp.zeros(3, bool)
 
-        limits = {"norm": norm, "epsilon": epsilon, "pixels": jnp.asarray(mask)[..., None]}
+        limits = {"norm": norm, "epsilon": epsilon, "pixel_mask": jnp.asarray(mask)[..., None]}
         climbed = functools.partial(gradient.fgsm, loss_of_images, **limits)
         if attack == "pgd":
             own = {"step_size": step_size, "steps": steps, "start": jnp.asarray(start)}

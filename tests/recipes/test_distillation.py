@@ -454,7 +454,7 @@ def test_a_detector_learns_from_the_queries_of_another(family, tmp_path):
     [teacher] = prepared.teachers
     view = {
         "image": batch["image"] / 255,
-        "pixels": pixel_mask(batch["size"], batch["image"].shape[1:3])[..., None],
+        "pixel_mask": pixel_mask(batch["size"], batch["image"].shape[1:3])[..., None],
     }
 
     @jax.jit
@@ -462,7 +462,7 @@ def test_a_detector_learns_from_the_queries_of_another(family, tmp_path):
         told = teacher.make_forward(())(frozen, {}, view)
         said, _ = prepared.apply(
             prepared.plan.assemble({**trainable, **frozen}), prepared.state.model_state,
-            view["image"], view["pixels"][..., 0], train=family == "rf_detr", keys={},
+            view["image"], view["pixel_mask"][..., 0], train=family == "rf_detr", keys={},
         )  # fmt: skip
         return told, said
 

@@ -36,7 +36,7 @@ def fgsm(
     *,
     epsilon: ArrayLike,
     norm: Norm = "linf",
-    pixels: Array | None = None,
+    pixel_mask: Array | None = None,
 ) -> Array:
     """One whole step from the images themselves (Goodfellow et al. 2015); it draws nothing."""
     return pgd(
@@ -47,7 +47,7 @@ def fgsm(
         step_size=epsilon,
         steps=1,
         norm=norm,
-        pixels=pixels,
+        pixel_mask=pixel_mask,
         random_start=False,
     )
 
@@ -61,7 +61,7 @@ def pgd(
     step_size: ArrayLike,
     steps: int,
     norm: Norm = "linf",
-    pixels: Array | None = None,
+    pixel_mask: Array | None = None,
     random_start: bool = True,
     start: Array | None = None,
     restarts: int = 1,
@@ -83,7 +83,8 @@ def pgd(
       step_size: the norm of a step, a scalar or f[B]; may be traced.
       steps: how many.
       norm: of the ball and of the steps.
-      pixels: bool[B, H, W, 1], which may change, such as those that are no padding; None for all.
+      pixel_mask: bool[B, H, W, 1], True where the attack may change the image: not in padding; None
+        for everywhere.
       random_start: from a uniform point of the ball instead of the image.
       start: f[B, H, W, C], the point to start at instead of either.
       restarts: of each example, the end that fools is kept, then the one of the highest loss.
@@ -118,8 +119,8 @@ def pgd(
             begin = norms.random_start(_fold(own, 0), images, epsilon, norm)
         else:
             begin = images
-        if pixels is not None:
-            begin = jnp.where(pixels, begin, images)
+        if pixel_mask is not None:
+            begin = jnp.where(pixel_mask, begin, images)
 
         def step(carry, number):
             at, direction = carry
@@ -128,8 +129,8 @@ def pgd(
                 draw = partial(diversify, _fold(own, number), probability=diversity)
                 seen = lambda x: loss_of_images(draw(x, smallest=smallest))  # noqa: E731
             gradient, _, fooled = input_gradient(seen, at)
-            if pixels is not None:
-                gradient = jnp.where(pixels, gradient, 0)
+            if pixel_mask is not None:
+                gradient = jnp.where(pixel_mask, gradient, 0)
             direction = momentum * direction + norms.normalize(gradient, "l1")
             moved = at + length * norms.steepest(direction, at, norm)
             moved = norms.project(moved, images, epsilon, norm)

@@ -73,9 +73,9 @@ def attacked(restored):
     return jax.jit(outputs_and_losses)
 
 
-def pgd(loss, images, keys, *, epsilon, pixels):
+def pgd(loss, images, keys, *, epsilon, pixel_mask):
     return gradient.pgd(
-        loss, images, keys, epsilon=epsilon, step_size=epsilon / 2, steps=2, pixels=pixels
+        loss, images, keys, epsilon=epsilon, step_size=epsilon / 2, steps=2, pixel_mask=pixel_mask
     )
 
 
@@ -110,8 +110,8 @@ def test_adversarial_training_keeps_off_the_padding(norm, rng):
     """Even of a model that would see it."""
     slope = jnp.asarray(rng.normal(size=(1, 6, 7, 3)), jnp.float32)
 
-    def apply(params, model_state, images, pixels, *, train, keys):
-        del params, pixels, keys
+    def apply(params, model_state, images, pixel_mask, *, train, keys):
+        del params, pixel_mask, keys
         assert not train
         return {"sum": (slope * images).sum((1, 2, 3))}, model_state
 

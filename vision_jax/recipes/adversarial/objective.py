@@ -77,7 +77,7 @@ class ThreatModel:
             step_size=self.step * radius,
             steps=self.steps,
             start=images + noise * _normal(keys, images) if noise else None,
-            pixels=view.get("pixels"),
+            pixel_mask=view.get("pixel_mask"),
         )
 
 

@@ -141,9 +141,9 @@ def make_teacher_forward(
         images = to_channels(view["image"], channels)
         if image_size is not None:
             images = resize(images, image_size)
-        pixels = [view["pixels"][..., 0]] if "pixels" in view else []
+        mask = [view["pixel_mask"][..., 0]] if "pixel_mask" in view else []
         return apply(
-            own["params"], own.get("batch_stats", {}), images, *pixels, train=False, keys={}
+            own["params"], own.get("batch_stats", {}), images, *mask, train=False, keys={}
         )[0]
 
     return forward

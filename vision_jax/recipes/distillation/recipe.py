@@ -316,7 +316,7 @@ def _feature_shape(model: Any, image_size: tuple[int, int], name: str) -> tuple[
     images = jax.ShapeDtypeStruct((1, *image_size, model.in_channels), jnp.float32)
     key = jax.random.key(0)
     variables = jax.eval_shape(lambda: families.initialize(model, key, image_size))
-    pixels = [jax.ShapeDtypeStruct((1, *image_size), jnp.bool_)]
+    pixel_mask = [jax.ShapeDtypeStruct((1, *image_size), jnp.bool_)]
     masked = FAMILIES[families.family_of(model)].pixel_mask
     _, found = jax.eval_shape(
         lambda variables, *inputs: families.apply_with_features(
@@ -324,7 +324,7 @@ def _feature_shape(model: Any, image_size: tuple[int, int], name: str) -> tuple[
         ),
         variables,
         images,
-        *(pixels if masked else []),
+        *(pixel_mask if masked else []),
     )
     return found[name].shape
 

@@ -22,7 +22,7 @@ SetLoss = Callable[[Mapping[str, jax.Array], Batch], tuple[jax.Array, dict[str, 
 # postprocess(logits f[B, Q, K or K + 1], boxes_cxcywh_01 f[B, Q, 4], size i32[B, 2])
 # -> scored boxes
 Postprocess = Callable[[jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
-# attack(loss of images, images f[B, H, W, C], keys[B], epsilon=, pixels=) -> images
+# attack(loss of images, images f[B, H, W, C], keys[B], epsilon=, pixel_mask=) -> images
 Attack = Callable[..., jax.Array]
 
 # Of a batch, what the loss of a micro-batch counts over all of its update (steps.make_train_step).
@@ -116,15 +116,15 @@ def make_objective(
     def look(trainable, frozen, model_state, batch: Batch, key):
         del trainable, frozen, model_state, key
         images = to_float(batch["image"])
-        pixels = pixel_mask(batch["size"], images.shape[1:3])[..., None]
-        return {**batch, "image": images, "pixels": pixels}
+        mask = pixel_mask(batch["size"], images.shape[1:3])[..., None]
+        return {**batch, "image": images, "pixel_mask": mask}
 
     def forward(trainable, frozen, model_state, view, key, *, train):
         return apply(
             assemble({**trainable, **frozen}),
             model_state,
             view["image"],
-            view["pixels"][..., 0],
+            view["pixel_mask"][..., 0],
             train=train,
             keys=forward_keys(key) if train else {},
         )
@@ -173,7 +173,7 @@ def make_adversarial_outputs(
     Args:
       objective: its losses of an image must not depend on other images: `alone`, of a set loss.
       postprocess: scored boxes of outputs.
-      attack: (loss, images, keys, epsilon=, pixels=) -> images.
+      attack: (loss, images, keys, epsilon=, pixel_mask=) -> images.
       seed: of the draws.
     """
 
@@ -191,7 +191,9 @@ def make_adversarial_outputs(
             return losses, jnp.zeros(losses.shape, bool)
 
         keys = keys_of(key, rows[batch["index"]])
-        adversarial = attack(loss, view["image"], keys, epsilon=epsilon, pixels=view["pixels"])
+        adversarial = attack(
+            loss, view["image"], keys, epsilon=epsilon, pixel_mask=view["pixel_mask"]
+        )
         outputs = outputs_of_images(adversarial)
         found = postprocess(
             outputs["logits"][-1], outputs["boxes_cxcywh_01"][-1], batch["original_size"]

@@ -163,7 +163,7 @@ def _adversarial_pictures(outputs_of, make_run_over, arguments, source, epsilon)
 
 
 def make_attack(name: str, *, norm: Norm, steps: int, restarts: int) -> Callable[..., jax.Array]:
-    """One of ATTACKS: (loss, images, keys, epsilon=, pixels=) -> images.
+    """One of ATTACKS: (loss, images, keys, epsilon=, pixel_mask=) -> images.
 
     Raises:
       UserError: no such attack.
@@ -176,11 +176,11 @@ def make_attack(name: str, *, norm: Norm, steps: int, restarts: int) -> Callable
             f"{nearest(name, ATTACKS)}"
         )
 
-    def pgd(loss, images, keys, *, epsilon, pixels):
+    def pgd(loss, images, keys, *, epsilon, pixel_mask):
         step_size = gradient.STEP_SHARE * epsilon / steps
         return gradient.pgd(
             loss, images, keys, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm,
-            restarts=restarts, pixels=pixels,
+            restarts=restarts, pixel_mask=pixel_mask,
         )  # fmt: skip
 
     return pgd
