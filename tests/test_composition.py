@@ -163,7 +163,7 @@ def parts(family, trains, teacher, remat):
     )
     state, key = prepared.state, jax.random.key(0)
     batch = prepared.batch
-    view = jax.jit(goal.look)({}, {}, {}, batch, key)
+    view = jax.jit(goal.prepare)({}, {}, {}, batch, key)
 
     def losses(image, trainable, frozen, view):
         view = {**view, "image": image}

@@ -1,10 +1,10 @@
 """A training loss in three parts, so that a technique changes one and leaves the others alone.
 
-    batch --look--> view --forward--> outputs --criterion--> losses
+    batch --prepare--> view --forward--> outputs --criterion--> losses
 
-A recipe takes an Objective and gives an Objective back. Adversarial training perturbs what is seen
-(`look`), a teacher adds what it says to the view and a term to the criterion, and so they compose:
-an attack against a distilling objective is robust distillation, and no code says so.
+A recipe takes an Objective and gives an Objective back. Adversarial training perturbs the images of
+the view (`prepare`); distillation adds teacher outputs to the view and a term to the criterion. So
+they compose: an attack against a distilling objective is robust distillation, without more code.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,11 +30,12 @@ Apply = Callable[..., tuple[dict[str, Any], Any]]
 
 @dataclass(frozen=True)
 class Objective:
-    """What training lowers.
+    """What training minimizes: the mean of the criterion over the examples of a batch.
 
     Attributes:
-      look: (trainable, frozen, model_state, batch, key) -> view. Augmentation, and whatever is
-        added to it once; no gradient passes from it to the parameters.
+      prepare: (trainable, frozen, model_state, batch, key) -> view. Augmentation, and what
+        recipes add to the view: adversarial examples, teacher outputs. No gradient passes from it
+        to the parameters.
       forward: (trainable, frozen, model_state, view, key, *, train) -> (outputs, model_state). With
         train=False nothing is random, BatchNorm uses its running statistics, and the state that
         comes back is the one given.
@@ -42,7 +43,7 @@ class Objective:
         the loss; metrics are scalars by name.
     """
 
-    look: Callable[[Flat, Flat, Any, View, jax.Array], View]
+    prepare: Callable[[Flat, Flat, Any, View, jax.Array], View]
     forward: Callable[..., tuple[Outputs, Any]]
     criterion: Callable[[Flat, Outputs, View], tuple[jax.Array, Metrics]]
 
@@ -51,10 +52,10 @@ def make_loss(objective: Objective) -> LossFn:
     """The loss function of a training step (see steps.LossFn)."""
 
     def loss_fn(trainable, frozen, model_state, batch, key):
-        look_key, forward_key = jax.random.split(key)
+        prepare_key, forward_key = jax.random.split(key)
         # Not the view's: whoever perturbs the batch may ask for that gradient.
         held = jax.lax.stop_gradient(trainable)
-        view = objective.look(held, frozen, model_state, batch, look_key)
+        view = objective.prepare(held, frozen, model_state, batch, prepare_key)
         outputs, model_state = objective.forward(
             trainable, frozen, model_state, view, forward_key, train=True
         )

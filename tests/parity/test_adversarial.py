@@ -85,7 +85,7 @@ class Ours:
         }
 
     def objective(self):
-        def look(trainable, frozen, model_state, batch, key):
+        def prepare(trainable, frozen, model_state, batch, key):
             target = jax.nn.one_hot(batch["label"], CLASSES, dtype=jnp.float64)
             return {**batch, "target": target}
 
@@ -102,7 +102,7 @@ class Ours:
         def criterion(trainable, outputs, view):
             return losses.cross_entropy(outputs["logits"], view["target"]), {}
 
-        return Objective(look, forward, criterion)
+        return Objective(prepare, forward, criterion)
 
     def named(self, flat, model_state):
         """In transformers' names and layouts."""
@@ -259,8 +259,8 @@ def test_loss_gradient_and_statistics_are_the_papers(name, reference, rng):
     )(ours.params, {}, ours.state, ours.batch, KEY)
 
     # The start is what an attack with steps of no length returns.
-    look_key, _ = jax.random.split(KEY)
-    attack_key = jax.random.fold_in(look_key, adversarial.ATTACK)
+    prepare_key, _ = jax.random.split(KEY)
+    attack_key = jax.random.fold_in(prepare_key, adversarial.ATTACK)
     stay = ThreatModel("linf", EPSILON, step=0.0, steps=1)
     loss = lambda images: (images.sum((1, 2, 3)), jnp.zeros(BATCH, bool))  # noqa: E731
     noise = 0.0
@@ -269,7 +269,7 @@ def test_loss_gradient_and_statistics_are_the_papers(name, reference, rng):
         normal = adversarial._normal(keys_of(attack_key, ours.batch["index"]), ours.batch["image"])
         start = ours.batch["image"] + noise * normal
     else:
-        start = stay.attack(loss, ours.batch, look_key)
+        start = stay.attack(loss, ours.batch, prepare_key)
         assert float(jnp.abs(start - ours.batch["image"]).max()) > 0.9 * EPSILON
     lowered = restated(theirs, to_torch(start), attack_steps, step * EPSILON)
     if gamma:

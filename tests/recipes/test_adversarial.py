@@ -36,7 +36,7 @@ BATCH = {
 def linear(seen):
     """An objective whose loss is Σ slope · pixel, its slopes in the view: what a recipe added."""
 
-    def look(trainable, frozen, model_state, batch, key):
+    def prepare(trainable, frozen, model_state, batch, key):
         return {**batch, "slopes": jnp.asarray(SLOPES)[None]}
 
     def forward(trainable, frozen, model_state, view, key, *, train):
@@ -46,7 +46,7 @@ def linear(seen):
     def criterion(trainable, outputs, view):
         return (outputs["pixels"] * view["slopes"]).sum((1, 2, 3)), {}
 
-    return Objective(look, forward, criterion)
+    return Objective(prepare, forward, criterion)
 
 
 @pytest.mark.parametrize("warmup", [0, 5])
@@ -54,7 +54,7 @@ def test_the_criterion_itself_is_raised_in_evaluation_mode(warmup):
     seen = []
     threat_model = ThreatModel("linf", 0.1, step=2.5, steps=1, warmup_steps=warmup)
     goal = adversarial.on_adversarial_examples(linear(seen), threat_model)
-    view = goal.look({"w": jnp.float32(3)}, {}, {}, BATCH, jax.random.key(0))
+    view = goal.prepare({"w": jnp.float32(3)}, {}, {}, BATCH, jax.random.key(0))
     radius = 0.1 * (3 / 5 if warmup else 1)  # the third step
     expected = (IMAGES + radius * np.sign(SLOPES)).clip(0, 1)
     np.testing.assert_allclose(view["image"], expected, atol=1e-6)
@@ -68,11 +68,13 @@ def test_an_image_is_attacked_the_same_in_any_batch(norm):
     goal = adversarial.on_adversarial_examples(
         linear([]), ThreatModel(norm, 0.1, step=0.01, steps=1)
     )
-    look = jax.jit(lambda batch: goal.look({"w": 1.0}, {}, {}, batch, jax.random.key(0))["image"])
-    whole = look(BATCH)
+    prepare = jax.jit(
+        lambda batch: goal.prepare({"w": 1.0}, {}, {}, batch, jax.random.key(0))["image"]
+    )
+    whole = prepare(BATCH)
     rows = np.array([2, 0])
     part = {n: a[rows] if n != "step" else a for n, a in BATCH.items()}
-    np.testing.assert_array_equal(look(part), whole[rows])
+    np.testing.assert_array_equal(prepare(part), whole[rows])
     moved = np.abs(whole - IMAGES).max((1, 2, 3))
     assert len(set(moved.tolist())) == 4
     assert (moved > 0.02).all()
@@ -182,7 +184,7 @@ def test_adapters_are_attacked_as_the_merged_model():
             prepared.config, prepared.model, "classes", prepared.apply, assemble
         )
         goal = adversarial.on_adversarial_examples(goal, ThreatModel("l2", 0.5, step=0.5, steps=3))
-        return jax.jit(goal.look)(trainable, frozen, {}, batch, jax.random.key(0))["image"]
+        return jax.jit(goal.prepare)(trainable, frozen, {}, batch, jax.random.key(0))["image"]
 
     ours = seen(prepared.plan.assemble, trainable, prepared.frozen)
     plain = seen(lambda flat: paths.unflatten(like, flat), merged, {})

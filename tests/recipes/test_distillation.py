@@ -66,7 +66,7 @@ def logits_of(images, kernel):
 
 
 def linear() -> Objective:
-    def look(trainable, frozen, model_state, batch, key):
+    def prepare(trainable, frozen, model_state, batch, key):
         return dict(batch)
 
     def forward(trainable, frozen, model_state, view, key, *, train):
@@ -76,7 +76,7 @@ def linear() -> Objective:
         own = jnp.take_along_axis(outputs["logits"], view["label"][:, None], 1)[:, 0]
         return jax.nn.logsumexp(outputs["logits"], -1) - own, {}
 
-    return Objective(look, forward, criterion)
+    return Objective(prepare, forward, criterion)
 
 
 def taught(goal: Objective, share: float = 0.3) -> Objective:
@@ -115,7 +115,7 @@ def test_an_attack_is_against_what_the_teacher_says_of_the_plain_image():
         taught(linear()), ThreatModel("linf", 0.1, step=3.0, steps=1)
     )
     frozen = {"teacher_0/kernel": TEACHER}
-    view = goal.look({"kernel": KERNEL}, frozen, {}, VIEW, jax.random.key(0))
+    view = goal.prepare({"kernel": KERNEL}, frozen, {}, VIEW, jax.random.key(0))
     told = logits_of(PIXELS, TEACHER)
     np.testing.assert_allclose(view["teacher/logits"], told, rtol=1e-6)
 
@@ -254,7 +254,7 @@ def test_the_moving_average_teaches_with_its_own_statistics():
         assert not train
         return {"logits": (trainable, frozen, model_state)}, model_state
 
-    objective = Objective(look=None, forward=forward, criterion=None)
+    objective = Objective(prepare=None, forward=forward, criterion=None)
     frozen = {"teacher_ema/w": 1, "teacher_ema/norm/mean": 2, "base": 3}
     said = distillation.make_average_forward(objective)(frozen, {"norm": {"mean": 4}}, {})
     assert said["logits"] == ({"w": 1}, {"base": 3}, {"norm": {"mean": 2}})

@@ -83,7 +83,7 @@ def apgd(
     Costs `steps` + 1 forward passes with the input's gradient for each restart.
 
     Args:
-      loss_of_images: what is raised; see the package. With an `expectation` it takes
+      loss_of_images: what is maximized; see the package. With an `expectation` it takes
         (images, keys), one key an example, for a model that draws.
       images: f[B, H, W, C] in [0, 1].
       keys: key[B].

@@ -19,7 +19,7 @@ def carlini_wagner(
     weight: float = 1e-3,
     confidence: float = 0.0,
 ) -> Array:
-    """Lowers |δ|² + c · max(confidence - loss, 0) for the smallest c of each example that fools.
+    """Minimizes |δ|² + c · max(confidence - loss, 0) for the smallest c of each example that fools.
 
     Carlini & Wagner 2017, section VI, as foolbox's L2CarliniWagnerAttack computes it without its
     early stop, which would let an example depend on its batch. It draws nothing.

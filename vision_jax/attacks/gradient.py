@@ -76,7 +76,7 @@ def pgd(
     gradient; more restarts cost one forward pass each besides, and so does `freeze_solved`.
 
     Args:
-      loss_of_images: what is raised; see the package.
+      loss_of_images: what is maximized; see the package.
       images: f[B, H, W, C] in [0, 1].
       keys: key[B]; None where nothing is drawn.
       epsilon: radius, a scalar or f[B], in units of the pixels; may be traced.

@@ -1,4 +1,4 @@
-"""What attacks on a classifier raise: from logits of images to a loss of images."""
+"""What attacks on a classifier maximize: from logits of images to a loss of images."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from vision_jax.ops import losses
 
 Array = jax.Array
 LogitsOfImages = Callable[[Array], Array]  # f[B, H, W, C] -> f[B, C]
-# f[B, H, W, C] -> (loss f[B], to be raised; fooled bool[B])
+# f[B, H, W, C] -> (loss f[B], to be maximized; fooled bool[B])
 LossOfImages = Callable[[Array], tuple[Array, Array]]
 # (logits f[B, C], labels i32[B] or class probabilities f[B, C]) -> f[B], large where labels are not
 # what the logits say
@@ -61,7 +61,7 @@ def hard(labels: Array) -> Array:
 def make_untargeted(
     logits_of_images: LogitsOfImages, labels: Array, loss: Loss = cross_entropy
 ) -> LossOfImages:
-    """Away from labels: raises `loss`; fooled is whoever predicts another class.
+    """Away from labels: maximizes `loss`; fooled is whoever predicts another class.
 
     Args:
       logits_of_images: the model, deterministic: BatchNorm with its running statistics, no dropout.
@@ -79,7 +79,7 @@ def make_untargeted(
 def make_targeted(
     logits_of_images: LogitsOfImages, targets: Array, loss: Loss = cross_entropy
 ) -> LossOfImages:
-    """Towards targets i32[B] (or f[B, C]): lowers `loss`; fooled is whoever predicts the target."""
+    """Towards targets i32[B] (or f[B, C]): minimizes `loss`; fooled is who predicts the target."""
 
     def loss_of_images(images: Array) -> tuple[Array, Array]:
         logits = _logits(logits_of_images, images)

@@ -61,7 +61,7 @@ def attacked(restored):
 
     def losses_of(batch, images):
         key = jax.random.key(0)
-        view = {**objective.look(trainable, frozen, model_state, batch, key), "image": images}
+        view = {**objective.prepare(trainable, frozen, model_state, batch, key), "image": images}
         outputs, _ = objective.forward(trainable, frozen, model_state, view, key, train=False)
         return objective.criterion(trainable, outputs, view)[0]
 
@@ -127,8 +127,8 @@ def test_adversarial_training_keeps_off_the_padding(norm, rng):
         "mask": np.ones(3, bool),
         "step": jnp.int32(0),
     }
-    look = adversarial.make_adversarial(objective, "pgd", threat_model).look
-    image = jax.jit(look)({}, {}, {}, batch, jax.random.key(0))["image"]
+    prepare = adversarial.make_adversarial(objective, "pgd", threat_model).prepare
+    image = jax.jit(prepare)({}, {}, {}, batch, jax.random.key(0))["image"]
     change = np.asarray(image) - batch["image"]
     inside = np.asarray(detection.pixel_mask(jnp.asarray(size), (6, 7)))
     assert (change[~inside] == 0).all()

@@ -1,13 +1,13 @@
-"""Training against attacks: the image is changed to raise the loss before the loss is lowered.
+"""Adversarial training: attacks maximize the loss over perturbations, training minimizes it.
 
     pgd      the loss of adversarial examples (Madry et al. 2018, https://arxiv.org/abs/1706.06083)
     fast     the same with one step from a random start (Wong et al. 2020, 2001.03994)
     free     the update's own gradient moves the perturbation too (Shafahi et al. 2019, 1904.12843)
     trades   the loss of plain images, and their divergence (Zhang et al. 2019, 1901.08573)
     mart     the same, weighted by how wrong the model is (Wang et al. 2020)
-    weights  besides: kernels are shifted to raise the loss (AWP; Wu et al. 2020, 2004.05884)
+    weights  besides: kernels are shifted to maximize the loss (AWP; Wu et al. 2020, 2004.05884)
 
-An attack raises the criterion of the objective that it is given, whatever that is, and through
+An attack maximizes the criterion of the objective that it is given, whatever that is, and through
 whatever stands in for kernels: adapters learn against attacks on the merged model. While attacked,
 the model is as in evaluation (BatchNorm with its running statistics, no dropout), as in the papers'
 code for trades and mart. Attacks differentiate with respect to images alone.
@@ -104,24 +104,24 @@ def make_adversarial(
 def on_adversarial_examples(objective: Objective, threat_model: ThreatModel) -> Objective:
     """The objective of adversarial examples alone: pgd, and fast with one step of 1.25 radii."""
 
-    def look(trainable, frozen, model_state, batch, key):
-        view = objective.look(trainable, frozen, model_state, batch, key)
+    def prepare(trainable, frozen, model_state, batch, key):
+        view = objective.prepare(trainable, frozen, model_state, batch, key)
         loss = _criterion_of_images(objective, trainable, frozen, model_state, view)
         return {**view, "image": threat_model.attack(loss, view, key)}
 
-    return replace(objective, look=look)
+    return replace(objective, prepare=prepare)
 
 
 def trades(objective: Objective, threat_model: ThreatModel, *, beta: float) -> Objective:
-    """loss(plain) + beta · KL(plain ‖ adversarial), the attack raising the divergence.
+    """loss(plain) + beta · KL(plain ‖ adversarial), the attack maximizing the divergence.
 
     Both forward passes are in training mode, the plain one first, and BatchNorm's statistics see
     both; neither side's gradient is stopped. The paper's code runs the plain images through once
     more, with the same outputs and one more update of those statistics.
     """
 
-    def look(trainable, frozen, model_state, batch, key):
-        view = objective.look(trainable, frozen, model_state, batch, key)
+    def prepare(trainable, frozen, model_state, batch, key):
+        view = objective.prepare(trainable, frozen, model_state, batch, key)
         outputs_of_images = _outputs_of_images(objective, trainable, frozen, model_state, view)
         plain = outputs_of_images(view["image"])["logits"]
 
@@ -136,19 +136,19 @@ def trades(objective: Objective, threat_model: ThreatModel, *, beta: float) -> O
         divergence = _divergence(outputs["logits"], outputs["adversarial"]["logits"])
         return loss + beta * divergence, {**metrics, "divergence": divergence.mean()}
 
-    return Objective(look, _forward_both(objective), criterion)
+    return Objective(prepare, _forward_both(objective), criterion)
 
 
 def mart(objective: Objective, threat_model: ThreatModel, *, beta: float) -> Objective:
     """loss(adversarial) + margin(adversarial) + beta · KL(plain ‖ adversarial) · (1 - p(plain)).
 
     The margin is -log(1 - the largest probability of another class), p that of the label. The
-    attack raises the objective's own criterion, as the paper's does the cross-entropy; forward
+    attack maximizes the objective's own criterion, as the paper's the cross-entropy; forward
     passes and small constants are as in its code (https://github.com/YisenWang/MART).
     """
 
-    def look(trainable, frozen, model_state, batch, key):
-        view = objective.look(trainable, frozen, model_state, batch, key)
+    def prepare(trainable, frozen, model_state, batch, key):
+        view = objective.prepare(trainable, frozen, model_state, batch, key)
         loss = _criterion_of_images(objective, trainable, frozen, model_state, view)
         return _with_adversarial(view, threat_model.attack(loss, view, key, noise=NOISE))
 
@@ -165,11 +165,11 @@ def mart(objective: Objective, threat_model: ThreatModel, *, beta: float) -> Obj
         metrics = {**metrics, "divergence": divergence.mean()}
         return loss + margin + beta * divergence * doubt, metrics
 
-    return Objective(look, _forward_both(objective), criterion)
+    return Objective(prepare, _forward_both(objective), criterion)
 
 
 def perturb_weights(objective: Objective, epsilon: float) -> Objective:
-    """Lowers the objective at kernels shifted by epsilon · |w| along its own gradient there (AWP).
+    """Minimizes the objective at kernels shifted by epsilon · |w| along its gradient there (AWP).
 
     The shift is constant in the gradient. Biases, norms and position embeddings stay; of adapters,
     the factors are shifted. Weight decay acts on the parameters as they are.
@@ -256,7 +256,7 @@ def _outputs_of_images(
 def _criterion_of_images(
     objective: Objective, trainable: Flat, frozen: Flat, model_state: Any, view: View
 ) -> LossOfImages:
-    """The objective's own criterion, to be raised for all examples, fooled ones too."""
+    """The objective's own criterion, to be maximized for all examples, fooled ones too."""
     outputs_of_images = _outputs_of_images(objective, trainable, frozen, model_state, view)
 
     def loss(images):

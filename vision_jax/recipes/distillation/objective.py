@@ -1,6 +1,6 @@
 """Distillation: the student also learns the outputs of teachers on the view that it is shown.
 
-    look       the view, and beside it the teacher outputs: logits, boxes, features
+    prepare    the view, and beside it the teacher outputs: logits, boxes, features
     criterion  (1 - share) · loss of the labels + share · loss of the logits + losses of features
 
 Teachers see the very view that the student is shown, each at its own resolution ("patient and
@@ -71,8 +71,8 @@ def distill(
         takes one more copy of a device's part of them.
     """
 
-    def look(trainable, frozen, model_state, batch, key):
-        view = objective.look(trainable, frozen, model_state, batch, key)
+    def prepare(trainable, frozen, model_state, batch, key):
+        view = objective.prepare(trainable, frozen, model_state, batch, key)
         learned = {name: array for name, array in batch.items() if name.startswith(TEACHER_OUTPUT)}
         if not learned:
             # Compiled as if alone, so that cached teacher outputs are bit-identical to live ones.
@@ -109,7 +109,7 @@ def distill(
             metrics = {**metrics, name: term_losses.mean()}
         return total, metrics
 
-    return Objective(look, forward, criterion)
+    return Objective(prepare, forward, criterion)
 
 
 # Teachers -----------------------------------------------------------------------------------------

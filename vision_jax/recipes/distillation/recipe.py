@@ -299,8 +299,8 @@ class Distill(Recipe):
 
         def teacher_outputs(arrays, batch, step):
             key = jax.random.fold_in(jax.random.key(self.fields["seed"]), step)
-            look_key, _ = jax.random.split(key)  # as steps.make_train_step and make_loss do
-            view = distilling.look({}, arrays, {}, {**batch, "step": step}, look_key)
+            prepare_key, _ = jax.random.split(key)  # as steps.make_train_step and make_loss do
+            view = distilling.prepare({}, arrays, {}, {**batch, "step": step}, prepare_key)
             prefix = distillation.TEACHER_OUTPUT
             return {name: view[name] for name in view if name.startswith(prefix)}
 

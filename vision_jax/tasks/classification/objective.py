@@ -41,7 +41,7 @@ def make_objective(
       erasing: probability of random erasing.
     """
 
-    def look(trainable, frozen, model_state, batch: Batch, key):
+    def prepare(trainable, frozen, model_state, batch: Batch, key):
         del trainable, frozen, model_state
         policy_key, erase_key, mix_key = jax.random.split(key, 3)
         images = to_float(batch["image"])
@@ -72,7 +72,7 @@ def make_objective(
         del trainable
         return losses.cross_entropy(outputs["logits"], view["target"]), {}
 
-    return Objective(look, forward, criterion)
+    return Objective(prepare, forward, criterion)
 
 
 def make_logits(apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any]):

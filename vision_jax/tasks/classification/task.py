@@ -150,7 +150,7 @@ def batch_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, 
 def make_objective(
     config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
 ) -> Objective:
-    """What training lowers."""
+    """What training minimizes: cross-entropy, of augmented images and smoothed labels."""
     del predicts  # classes
     augment = config.augment
     return objective.make_objective(

@@ -60,13 +60,13 @@ class Classifier:
     batch_size: int
 
     @cached_property
-    def look(self) -> Callable[..., Array]:
+    def logits(self) -> Callable[..., Array]:
         """(arguments, images) -> logits f32[B, C]: one program for whatever is classified."""
 
-        def look(arguments, images):
+        def logits(arguments, images):
             return self.logits_fn(*arguments, images).astype(jnp.float32)
 
-        return jax.jit(look, out_shardings=sharding.replicated(self.mesh))
+        return jax.jit(logits, out_shardings=sharding.replicated(self.mesh))
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ def make_classify(
     epsilon; and "size" f32[N], the norm of the perturbation. Without an attack images are as they
     are.
 
-    Attacked images are classified by a program of its own, the same with any attack and without
-    (`Classifier.look`).
+    Adversarial examples are classified by a program of its own, the same with any attack or none
+    (`Classifier.logits`).
     """
     split = sharding.batch_sharding(classifier.mesh)
 
@@ -160,7 +160,7 @@ def make_classify(
 
     def program(arguments, images, labels, index, epsilon=ZERO):
         seen = moving(arguments, images, labels, index, epsilon)
-        return {"logits": classifier.look(arguments, seen), **comparing(images, seen)}
+        return {"logits": classifier.logits(arguments, seen), **comparing(images, seen)}
 
     return _over(classifier, program)
 
@@ -216,8 +216,10 @@ def _pgd(norm, steps, restarts, logits_of_images, images, labels, keys, epsilon,
 
 
 def _apgd(loss, norm, steps, restarts, logits_of_images, images, labels, keys, epsilon):
-    raised = losses.make_untargeted(logits_of_images, labels, loss)
-    return apgd(raised, images, keys, epsilon=epsilon, norm=norm, steps=steps, restarts=restarts)
+    loss_of_images = losses.make_untargeted(logits_of_images, labels, loss)
+    return apgd(
+        loss_of_images, images, keys, epsilon=epsilon, norm=norm, steps=steps, restarts=restarts
+    )
 
 
 ATTACKS: dict[str, Callable[..., Array]] = {

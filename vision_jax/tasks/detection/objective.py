@@ -113,7 +113,7 @@ def make_objective(
       set_loss: of all decoder layers at once; see ops/detection_losses.py.
     """
 
-    def look(trainable, frozen, model_state, batch: Batch, key):
+    def prepare(trainable, frozen, model_state, batch: Batch, key):
         del trainable, frozen, model_state, key
         images = to_float(batch["image"])
         mask = pixel_mask(batch["size"], images.shape[1:3])[..., None]
@@ -133,7 +133,7 @@ def make_objective(
         del trainable
         return set_loss(outputs, view)
 
-    return Objective(look, forward, criterion)
+    return Objective(prepare, forward, criterion)
 
 
 def make_outputs(
@@ -180,7 +180,7 @@ def make_adversarial_outputs(
     def outputs_fn(trainable, frozen, state, batch: Batch):
         model_state, epsilon, rows = state
         key = jax.random.key(seed)
-        view = objective.look(trainable, frozen, model_state, batch, key)
+        view = objective.prepare(trainable, frozen, model_state, batch, key)
 
         def outputs_of_images(images):
             seen = {**view, "image": images}

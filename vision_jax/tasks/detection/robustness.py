@@ -1,7 +1,7 @@
 """A detector under attack: AP by epsilon, and boxes before and after.
 
-Attacks raise the set loss of each image. The matching is made anew at each step; no gradient passes
-through it. One compilation an attack and canvas, whatever the epsilons.
+Attacks maximize the set loss of each image. The matching is made anew at each step; no gradient
+passes through it. One compilation an attack and canvas, whatever the epsilons.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -205,7 +205,7 @@ def batch_shapes(config: ConfigDict, preprocessing: DetectionPreprocessing) -> d
 def make_objective(
     config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
 ) -> Objective:
-    """What training lowers: the set loss of what the model's head predicts."""
+    """What training minimizes: the set loss of what the model's head predicts."""
     set_loss = _make_set_loss(config, model, predicts)
     return objective.make_objective(apply, assemble, set_loss=set_loss)
 
