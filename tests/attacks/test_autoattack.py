@@ -57,7 +57,7 @@ def loss_of_images(loss):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", ["ce", "dlr", "targeted"])
-def test_apgd_climbs_as_the_published_code_does(x64, quick, norm, loss):
+def test_apgd_goes_as_the_published_code_does(x64, quick, norm, loss):
     golden = {
         key.rsplit("/", 1)[1]: value
         for key, value in GOLDEN.items()
@@ -65,38 +65,38 @@ def test_apgd_climbs_as_the_published_code_does(x64, quick, norm, loss):
     }
 
     @jax.jit
-    def climb(images, noise):
+    def single_run(images, noise):
         begin = apgd.start_from(noise, images, RADII[norm], norm)
-        return apgd.climb(
+        return apgd.single_run(
             loss_of_images(loss), images, begin=begin, epsilon=RADII[norm], norm=norm, steps=60
         )
 
-    run = climb(IMAGES, golden["noise"])
+    run = single_run(IMAGES, golden["noise"])
     np.testing.assert_array_equal(run.fooled, golden["fooled"])
-    np.testing.assert_allclose(run.step_sizes, golden["step_sizes"], rtol=1e-15)
-    np.testing.assert_allclose(run.loss, golden["loss"], rtol=1e-10)
+    np.testing.assert_allclose(run.etas, golden["step_sizes"], rtol=1e-15)
+    np.testing.assert_allclose(run.f_max, golden["loss"], rtol=1e-10)
     # Where the label is third the plain DLR loss is flat, and its gradient in L2 mere rounding.
     clear = (golden["loss"] < 1 - 1e-6) | (loss != "dlr") | (norm != "l2")
     assert clear.any()
-    np.testing.assert_allclose(run.highest[clear], golden["best"][clear], atol=1e-12)
-    np.testing.assert_allclose(run.fooling[clear], golden["adversarial"][clear], atol=1e-12)
+    np.testing.assert_allclose(run.x_max[clear], golden["best"][clear], atol=1e-12)
+    np.testing.assert_allclose(run.x_adv[clear], golden["adversarial"][clear], atol=1e-12)
 
 
-def test_apgd_in_balls_that_shrink_climbs_as_the_published_code_does(x64, quick):
+def test_apgd_in_balls_that_shrink_goes_as_the_published_code_does(x64, quick):
     names = "noise", "best", "loss", "adversarial", "fooled"
     noise, best, loss, adversarial, fooled = (GOLDEN[f"l1/shrinking/{name}"] for name in names)
 
     @jax.jit
-    def climb(images):
+    def single_run(images):
         begin = apgd.start_from(noise, images, 3 * RADII["l1"], "l1")
-        run = functools.partial(apgd.climb, norm="l1", steps=60, shrinking=True)
+        run = functools.partial(apgd.single_run, norm="l1", steps=60, shrinking=True)
         return run(loss_of_images("targeted"), images, begin=begin, epsilon=RADII["l1"])
 
-    run = climb(IMAGES)
+    run = single_run(IMAGES)
     np.testing.assert_array_equal(run.fooled, fooled)
-    np.testing.assert_allclose(run.loss, loss, rtol=1e-10)
-    np.testing.assert_allclose(run.highest, best, atol=1e-12)
-    np.testing.assert_allclose(run.fooling, adversarial, atol=1e-12)
+    np.testing.assert_allclose(run.f_max, loss, rtol=1e-10)
+    np.testing.assert_allclose(run.x_max, best, atol=1e-12)
+    np.testing.assert_allclose(run.x_adv, adversarial, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -101,10 +101,12 @@ def test_apgd_is_the_peers(norm, loss):
     if loss == "t":
         attack = torchattacks.APGDT(case.peer, n_classes=CLASSES, **options)
         attack.target_class = 3
-        climbed = losses.make_targeted_dlr(case.logits_of_images, labels, jnp.array(case.targets))
+        loss_of_images = losses.make_targeted_dlr(
+            case.logits_of_images, labels, jnp.array(case.targets)
+        )
     else:
         attack = torchattacks.APGD(case.peer, loss=loss, **options)
-        climbed = losses.make_untargeted(
+        loss_of_images = losses.make_untargeted(
             case.logits_of_images, labels, losses.dlr if loss == "dlr" else losses.cross_entropy
         )
     size = COUNT if norm == "linf" else 1
@@ -116,18 +118,20 @@ def test_apgd_is_the_peers(norm, loss):
     best, right, highest, fooling = (torch.cat(parts) for parts in zip(*theirs, strict=True))
 
     @jax.jit
-    def climb(images, noise):
+    def single_run(images, noise):
         begin = apgd.start_from(noise, images, RADII[norm], norm)
-        return apgd.climb(climbed, images, begin=begin, epsilon=RADII[norm], norm=norm, steps=100)
+        return apgd.single_run(
+            loss_of_images, images, begin=begin, epsilon=RADII[norm], norm=norm, steps=100
+        )
 
-    run = climb(case.images, np.concatenate(drawn))
+    run = single_run(case.images, np.concatenate(drawn))
     np.testing.assert_array_equal(run.fooled, ~right.numpy())
-    np.testing.assert_allclose(run.loss, highest, rtol=1e-9)
+    np.testing.assert_allclose(run.f_max, highest, rtol=1e-9)
     # Where the label is third the plain DLR loss is flat, and its gradient in L2 mere rounding.
     clear = (highest.numpy() < 1 - 1e-6) | (loss != "dlr")
     assert clear.sum() > 2
-    np.testing.assert_allclose(run.highest[clear], last(best)[clear], atol=1e-10)
-    np.testing.assert_allclose(run.fooling[clear], last(fooling)[clear], atol=1e-10)
+    np.testing.assert_allclose(run.x_max[clear], last(best)[clear], atol=1e-10)
+    np.testing.assert_allclose(run.x_adv[clear], last(fooling)[clear], atol=1e-10)
 
 
 @pytest.mark.parametrize("norm", NAMES)

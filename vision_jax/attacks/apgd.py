@@ -1,9 +1,9 @@
 """Auto-PGD: an attack without a step size to choose (Croce & Hein 2020; for L1 their 2021 paper).
 
-It starts with steps of twice the radius. At checkpoints that lie ever closer, the step of an
-example whose loss rose too seldom, or whose highest loss stood still, is halved, and the example
-goes back to its highest point. APGD-CE, APGD-DLR and APGD-T are this with the losses of
-`losses.make_untargeted` and `losses.make_targeted_dlr`.
+It starts with steps eta of twice the radius. At checkpoints that lie ever closer, the eta of an
+example is halved if its loss rose in less than a share rho of the steps or its f_max stood still,
+and the example goes back to x_max. Names are those of the paper's algorithm 1. APGD-CE, APGD-DLR
+and APGD-T are this with the losses of `losses.make_untargeted` and `losses.make_targeted_dlr`.
 
 From the same noise each point is the published code's, in all norms and to the rounding of the
 model. But where the label is not even the runner-up, the plain DLR loss is flat, at 1: there L2's
@@ -26,29 +26,29 @@ from vision_jax.attacks.norms import Norm
 
 Array = jax.Array
 
-MOMENTUM = 0.75  # share of the new step; the rest is of the last one
-RISING = 0.75  # share of a window's steps that has to raise the loss
+ALPHA = 0.75  # share of the new step, the momentum's being 1 - alpha
+RHO = 0.75  # share of a window's steps that has to increase the loss
 SPARSER = 1.5  # L1: entries of the best point per entry of the next step
 SHRINKING = ((3, 0.3), (2, 0.3), (1, 0.4))  # L1: (radius over epsilon, share of the steps)
 
 
-class Climb(NamedTuple):
+class SingleRun(NamedTuple):
     """What one run found; B examples, S steps.
 
-    `fooling` is the last point that fooled, or the start where `fooled` is False; `losses` and
-    `step_sizes` are those of each step, before its own checkpoint halves them.
+    `x_adv` is the last point that fooled, or the start where `fooled` is False; `losses` and
+    `etas` are those of each step, before its own checkpoint halves them.
     """
 
-    highest: Array  # f[B, H, W, C], where the loss was highest
-    loss: Array  # f[B], there
-    fooling: Array  # f[B, H, W, C]
+    x_max: Array  # f[B, H, W, C], the point of the highest loss
+    f_max: Array  # f[B], the loss there
+    x_adv: Array  # f[B, H, W, C]
     fooled: Array  # bool[B]
     losses: Array  # f[S, B]
-    step_sizes: Array  # f[S, B]
+    etas: Array  # f[S, B]
 
 
 def checkpoints(steps: int, norm: Norm = "linf") -> tuple[int, ...]:
-    """Numbers of steps after which step sizes are looked at, each at most `steps`.
+    """Numbers of steps after which eta may be halved, the paper's w_j, each at most `steps`.
 
     Examples:
       >>> checkpoints(100)
@@ -104,7 +104,7 @@ def apgd(
         kept, highest, solved = best
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, restart)
         begin = random_start(own, images, epsilon * (3 if shrinking else 1), norm)
-        run = climb(
+        run = single_run(
             loss_of_images,
             images,
             own,
@@ -115,9 +115,9 @@ def apgd(
             expectation=expectation,
             shrinking=shrinking,
         )
-        worse = ~solved & (run.fooled | (run.loss > highest))
-        ends = where(run.fooled, run.fooling, run.highest)
-        best = where(worse, ends, kept), jnp.where(worse, run.loss, highest), solved | run.fooled
+        worse = ~solved & (run.fooled | (run.f_max > highest))
+        ends = where(run.fooled, run.x_adv, run.x_max)
+        best = where(worse, ends, kept), jnp.where(worse, run.f_max, highest), solved | run.fooled
         return best, None
 
     lowest = jnp.full(len(images), -jnp.inf, images.dtype)
@@ -147,7 +147,7 @@ def start_from(noise: Array, images: Array, epsilon: ArrayLike, norm: Norm) -> A
     return jnp.clip(images + radius * _normalize(noise, norm), 0, 1)
 
 
-def climb(
+def single_run(
     loss_of_images: Callable[..., tuple[Array, Array]],
     images: Array,
     keys: Array | None = None,
@@ -158,71 +158,71 @@ def climb(
     steps: int = 100,
     expectation: int = 0,
     shrinking: bool = False,
-) -> Climb:
+) -> SingleRun:
     """One run from `begin` f[B, H, W, C]; the rest as in `apgd`.
 
     In balls that shrink, each run starts where the one before was highest and only the last one
     counts. `keys` key[B] are for an `expectation`.
     """
     if not shrinking:
-        moments = _moments(steps, norm, images.dtype)
-        return _climb(loss_of_images, images, keys, begin, epsilon, norm, moments, expectation)
+        iterations = _iterations(steps, norm, images.dtype)
+        return _scan(loss_of_images, images, keys, begin, epsilon, norm, iterations, expectation)
     lengths = [int(np.ceil(share * steps)) for _, share in SHRINKING[:-1]]
     lengths.append(steps - sum(lengths))
     runs = [
-        _moments(length, norm, images.dtype, factor)
+        _iterations(length, norm, images.dtype, factor)
         for (factor, _), length in zip(SHRINKING, lengths, strict=True)
     ]
-    moments = _Moment(*map(jnp.concatenate, zip(*runs, strict=True)))
-    run = _climb(loss_of_images, images, keys, begin, epsilon, norm, moments, expectation, True)
+    iterations = _Iteration(*map(jnp.concatenate, zip(*runs, strict=True)))
+    run = _scan(loss_of_images, images, keys, begin, epsilon, norm, iterations, expectation, True)
     last = lengths[-1]
-    return run._replace(losses=run.losses[-last:], step_sizes=run.step_sizes[-last:])
+    return run._replace(losses=run.losses[-last:], etas=run.etas[-last:])
 
 
-class _Moment(NamedTuple):
-    """What steps of a run do; the first of a run, number 0, only looks at where it begins."""
+class _Iteration(NamedTuple):
+    """What steps of a run do; the first of a run, number 0, only evaluates its start."""
 
     number: Array  # i[S + 1]
-    share: Array  # f[S + 1], of the new step
+    alpha: Array  # f[S + 1], of the new step
     window: Array  # i[S + 1], steps since the last checkpoint
     checked: Array  # bool[S + 1], a checkpoint comes after it
     factor: Array  # f[S + 1], of the radius
 
 
-def _moments(steps: int, norm: Norm, dtype: jnp.dtype, factor: float = 1) -> _Moment:
+def _iterations(steps: int, norm: Norm, dtype: jnp.dtype, factor: float = 1) -> _Iteration:
     points = np.array((0, *checkpoints(steps, norm)))
     windows, checked = np.zeros(steps + 1, int), np.zeros(steps + 1, bool)
     windows[points[1:]], checked[points[1:]] = np.diff(points), True
     numbers = np.arange(steps + 1)
-    shares = np.where(numbers > 1, MOMENTUM, 1).astype(dtype)
+    shares = np.where(numbers > 1, ALPHA, 1).astype(dtype)
     factors = np.full(steps + 1, factor, dtype)
-    return _Moment(*map(jnp.asarray, (numbers, shares, windows, checked, factors)))
+    return _Iteration(*map(jnp.asarray, (numbers, shares, windows, checked, factors)))
 
 
 class _State(NamedTuple):
-    at: Array  # f[B, H, W, C]
-    before: Array  # f[B, H, W, C], the point of one step earlier
+    x: Array  # f[B, H, W, C]
+    x_last: Array  # f[B, H, W, C], the point of one step earlier
     gradient: Array  # f[B, H, W, C]
-    highest: Array  # f[B, H, W, C]
-    highest_gradient: Array  # f[B, H, W, C]
-    loss: Array  # f[B], at highest
-    fooling: Array  # f[B, H, W, C]
+    x_max: Array  # f[B, H, W, C]
+    gradient_at_x_max: Array  # f[B, H, W, C]
+    f_max: Array  # f[B], the loss at x_max
+    x_adv: Array  # f[B, H, W, C]
     fooled: Array  # bool[B]
-    step_size: Array  # f[B]
-    last_loss: Array  # f[B]
+    eta: Array  # f[B]
+    f_last: Array  # f[B]
     rises: Array  # i32[B], since the last checkpoint
-    checked_loss: Array  # f[B], the highest one at the last checkpoint
+    f_max_checked: Array  # f[B], at the last checkpoint
     halved: Array  # bool[B], there
-    entries: Array  # i32[B], L1: entries that the highest point changed there
+    entries: Array  # i32[B], L1: entries that x_max changed there
     still: Array  # i32[B], L1: entries that a step leaves, but for ties
 
 
-def _climb(
-    loss_of_images, images, keys, begin, epsilon, norm, moments, expectation, shrinking=False
-) -> Climb:
+def _scan(
+    loss_of_images, images, keys, begin, epsilon, norm, iterations, expectation, shrinking=False
+) -> SingleRun:
     """The model is compiled once, for the beginnings of runs as for their steps."""
 
-    def look(at: Array, number: ArrayLike) -> tuple[Array, Array, Array]:
+    def evaluate(at: Array, number: ArrayLike) -> tuple[Array, Array, Array]:
         """(gradient, loss, fooled); of a model that draws the mean gradient and the last draw."""
         if not expectation:
             return input_gradient(loss_of_images, at)
@@ -240,97 +240,97 @@ def _climb(
     epsilon = jnp.broadcast_to(jnp.asarray(epsilon, dtype), (count,))
     widest = 1 if norm == "l1" else 2  # step, in radii
 
-    def start(begin: Array, largest: Array) -> _State:
+    def start(begin: Array, eta_0: Array) -> _State:
         nothing = jnp.zeros(count, dtype)
         entries = _entries(begin - images) if shrinking else jnp.full(count, size, jnp.int32)
         dense = jnp.full(count, _rest(0.2, size), jnp.int32)
         return _State(
-            at=begin,
-            before=begin,
+            x=begin,
+            x_last=begin,
             gradient=jnp.zeros_like(begin),
-            highest=begin,
-            highest_gradient=jnp.zeros_like(begin),
-            loss=nothing - jnp.inf,
-            fooling=begin,
+            x_max=begin,
+            gradient_at_x_max=jnp.zeros_like(begin),
+            f_max=nothing - jnp.inf,
+            x_adv=begin,
             fooled=jnp.zeros(count, bool),
-            step_size=largest,
-            last_loss=nothing,
+            eta=eta_0,
+            f_last=nothing,
             rises=jnp.zeros(count, jnp.int32),
-            checked_loss=nothing,
+            f_max_checked=nothing,
             halved=jnp.ones(count, bool),
             entries=entries,
             still=_still(entries, size, dtype) if shrinking else dense,
         )
 
-    def step(state: _State, now: _Moment):
+    def step(state: _State, now: _Iteration):
         first = now.number == 0
         radius = now.factor * epsilon
-        largest = widest * radius
+        eta_0 = widest * radius
         if shrinking:
-            fresh = start(norms.project(state.highest, images, radius, norm), largest)
+            fresh = start(norms.project(state.x_max, images, radius, norm), eta_0)
             state = jax.tree.map(functools.partial(jnp.where, first), fresh, state)
-        length = norms.per_example(state.step_size, images)
+        length = norms.per_example(state.eta, images)
         if norm == "l1":
             direction = _sparse_signs(state.gradient, state.still)
-            moved = norms.project(state.at + length * direction, images, radius, norm)
+            moved = norms.project(state.x + length * direction, images, radius, norm)
         else:
             ascent = jnp.sign(state.gradient)
             if norm == "l2":
                 ascent = _normalize(state.gradient, norm)
-            aim = _project(state.at + length * ascent, images, radius, norm)
-            last = state.at - state.before
-            moved = state.at + (aim - state.at) * now.share + last * (1 - now.share)
+            aim = _project(state.x + length * ascent, images, radius, norm)
+            last = state.x - state.x_last
+            moved = state.x + (aim - state.x) * now.alpha + last * (1 - now.alpha)
             moved = _project(moved, images, radius, norm)
-        moved = jnp.where(first, state.at, moved)
-        gradient, loss, fooled = look(moved, now.number)
-        higher = loss > state.loss
+        moved = jnp.where(first, state.x, moved)
+        gradient, loss, fooled = evaluate(moved, now.number)
+        higher = loss > state.f_max
         next_state = state._replace(
-            at=moved,
-            before=state.at,
+            x=moved,
+            x_last=state.x,
             gradient=gradient,
-            highest=where(higher, moved, state.highest),
-            highest_gradient=where(higher, gradient, state.highest_gradient),
-            loss=jnp.where(higher, loss, state.loss),
-            fooling=where(fooled, moved, state.fooling),
+            x_max=where(higher, moved, state.x_max),
+            gradient_at_x_max=where(higher, gradient, state.gradient_at_x_max),
+            f_max=jnp.where(higher, loss, state.f_max),
+            x_adv=where(fooled, moved, state.x_adv),
             fooled=state.fooled | fooled,
             # The first window compares its first loss with 0, as the published code does.
-            last_loss=jnp.where(first, 0, loss),
-            rises=state.rises + (~first & (loss > state.last_loss)),
-            checked_loss=jnp.where(first, loss, state.checked_loss),
+            f_last=jnp.where(first, 0, loss),
+            rises=state.rises + (~first & (loss > state.f_last)),
+            f_max_checked=jnp.where(first, loss, state.f_max_checked),
         )
         checking = _check_sparsity if norm == "l1" else _check
-        return checking(next_state, now, images, largest), (loss, state.step_size)
+        return checking(next_state, now, images, eta_0), (loss, state.eta)
 
     begin = jnp.clip(begin.astype(dtype), 0, 1)
-    state, (losses, step_sizes) = jax.lax.scan(step, start(begin, widest * epsilon), moments)
-    return Climb(state.highest, state.loss, state.fooling, state.fooled, losses[1:], step_sizes[1:])
+    state, (losses, etas) = jax.lax.scan(step, start(begin, widest * epsilon), iterations)
+    return SingleRun(state.x_max, state.f_max, state.x_adv, state.fooled, losses[1:], etas[1:])
 
 
-def _check(state: _State, now: _Moment, images: Array, largest: Array) -> _State:
-    """At a checkpoint: half the step, from the highest point, for whoever does not get on."""
-    seldom = state.rises <= RISING * now.window
-    stuck = ~state.halved & (state.checked_loss >= state.loss)
+def _check(state: _State, now: _Iteration, images: Array, eta_0: Array) -> _State:
+    """At a checkpoint: half the step, from x_max, where conditions 1 or 2 of the paper hold."""
+    seldom = state.rises <= RHO * now.window
+    stuck = ~state.halved & (state.f_max_checked >= state.f_max)
     halve = now.checked & (seldom | stuck)
     return state._replace(
-        at=where(halve, state.highest, state.at),
-        gradient=where(halve, state.highest_gradient, state.gradient),
-        step_size=jnp.where(halve, state.step_size / 2, state.step_size),
+        x=where(halve, state.x_max, state.x),
+        gradient=where(halve, state.gradient_at_x_max, state.gradient),
+        eta=jnp.where(halve, state.eta / 2, state.eta),
         rises=jnp.where(now.checked, 0, state.rises),
-        checked_loss=jnp.where(now.checked, state.loss, state.checked_loss),
+        f_max_checked=jnp.where(now.checked, state.f_max, state.f_max_checked),
         halved=jnp.where(now.checked, halve, state.halved),
     )
 
 
-def _check_sparsity(state: _State, now: _Moment, images: Array, largest: Array) -> _State:
-    """L1: as the highest point changes fewer entries, so do the steps (Croce & Hein 2021, 3.2)."""
-    entries = _entries(state.highest - images)
+def _check_sparsity(state: _State, now: _Iteration, images: Array, eta_0: Array) -> _State:
+    """L1: as x_max changes fewer entries, so do the steps (Croce & Hein 2021, 3.2)."""
+    entries = _entries(state.x_max - images)
     fewer = entries / state.entries < 0.95
-    step_size = jnp.where(fewer, largest, state.step_size / SPARSER)
-    step_size = jnp.clip(step_size, largest / 10, largest)
+    eta = jnp.where(fewer, eta_0, state.eta / SPARSER)
+    eta = jnp.clip(eta, eta_0 / 10, eta_0)
     return state._replace(
-        at=where(now.checked & fewer, state.highest, state.at),
-        gradient=where(now.checked & fewer, state.highest_gradient, state.gradient),
-        step_size=jnp.where(now.checked, step_size, state.step_size),
+        x=where(now.checked & fewer, state.x_max, state.x),
+        gradient=where(now.checked & fewer, state.gradient_at_x_max, state.gradient),
+        eta=jnp.where(now.checked, eta, state.eta),
         entries=jnp.where(now.checked, entries, state.entries),
         still=jnp.where(now.checked, _still(entries, images[0].size, images.dtype), state.still),
     )
@@ -365,7 +365,7 @@ def _entries(delta: Array) -> Array:
 
 
 def _still(entries: Array, size: int, dtype: jnp.dtype) -> Array:
-    """How many of `size` entries a step leaves where the highest point changed `entries`.
+    """How many of `size` entries a step leaves where x_max changed `entries`.
 
     From a table that numpy computes: compiled, the divisions by constants become products, whose
     rounding makes it one entry more or less than in the published code.

@@ -269,7 +269,7 @@ def _functions(
         """The class of that rank at the image, 1 the likeliest."""
         return jnp.take(jnp.argsort(logits_fn(arguments, images), axis=-1), -rank, axis=-1)
 
-    def climbing(loss: losses.Loss) -> Callable[..., Array]:
+    def make_apgd(loss: losses.Loss) -> Callable[..., Array]:
         def attack(arguments, images, labels, keys, epsilon):
             def loss_of_images(images: Array, *own: Array) -> tuple[Array, Array]:
                 logits = bind(arguments, *own or (keys,))
@@ -324,8 +324,8 @@ def _functions(
 
     return {
         "clean": jax.jit(clean, out_shardings=whole),
-        "apgd-ce": jitted(climbing(losses.cross_entropy)),
-        "apgd-dlr": jitted(climbing(losses.dlr)),
+        "apgd-ce": jitted(make_apgd(losses.cross_entropy)),
+        "apgd-dlr": jitted(make_apgd(losses.dlr)),
         "apgd-t": jitted(apgd_t),
         "fab": jitted(nearest),
         "fab again": jitted(partial(nearest, again=True)),
