@@ -98,7 +98,7 @@ def test_numbers_that_were_not_stored(path, rng):
     for number in (10, -1):  # 10 is the header
         with pytest.raises(UserError, match=f"of 10 examples and not of number {number}"):
             cache.read([0, number])
-    with pytest.raises(UserError, match="not on number 10"):
+    with pytest.raises(UserError, match="not of number 10"):
         cache.batch(2, 4)
 
 
