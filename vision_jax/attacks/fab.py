@@ -3,7 +3,7 @@
 Each step goes to the point of the box that a linear model of the boundary puts nearest, a little
 beyond it and a little towards the image. A point that fools is kept if it is the nearest so far,
 and the search goes on from closer to the image. It minimizes the distance; the radius decides
-afterwards.
+afterwards. Names are those of the paper's algorithm 1.
 """
 
 import jax
@@ -17,9 +17,9 @@ from vision_jax.attacks.norms import Norm
 
 Array = jax.Array
 
-MOST_BIAS = 0.1  # the image's largest share in a step's starting point (alpha_max)
-OVERSHOOT = 1.05  # of a step, over what the linear model asks for (eta)
-RETREAT = 0.9  # of the distance that remains after a point that fools (beta)
+ALPHA_MAX = 0.1  # the image's largest share in a step's starting point
+ETA = 1.05  # overshoot of a step, over what the linear model asks for
+BETA = 0.9  # share of the distance that remains after a point that fools
 
 
 def fab(
@@ -79,22 +79,22 @@ def fab(
         return values[rows, nearest], slopes[nearest, rows]
 
     def step(carry: tuple[Array, Array, Array], _: None):
-        at, nearest, least = carry
-        value, slope = linear_model(at)
-        # <slope, x> = bound is the boundary.
-        bound = (slope * at).sum((1, 2, 3)) - value
-        there = jax.vmap(_onto_plane, (0, 0, 0, None))(at, slope, bound, norm)
-        back = jax.vmap(_onto_plane, (0, 0, 0, None))(images, slope, bound, norm)
-        size, size_back = (jnp.maximum(norms.size(d, norm), 1e-8) for d in (there, back))
-        bias = jnp.minimum(size / (size + size_back), MOST_BIAS)
-        at = (at + OVERSHOOT * there) * (1 - bias) + (images + OVERSHOOT * back) * bias
-        at = jnp.clip(at, 0, 1)
-        fooled = jnp.argmax(logits_of_images(at), axis=-1) != labels
-        length = norms.size(at - images, norm)[:, 0, 0, 0]
+        x, x_out, least = carry
+        f, w = linear_model(x)
+        # The hyperplane <w, x> = b is the linear model's boundary.
+        b = (w * x).sum((1, 2, 3)) - f
+        delta = jax.vmap(_onto_plane, (0, 0, 0, None))(x, w, b, norm)
+        delta_orig = jax.vmap(_onto_plane, (0, 0, 0, None))(images, w, b, norm)
+        d, d_orig = (jnp.maximum(norms.size(x, norm), 1e-8) for x in (delta, delta_orig))
+        alpha = jnp.minimum(d / (d + d_orig), ALPHA_MAX)
+        x = (x + ETA * delta) * (1 - alpha) + (images + ETA * delta_orig) * alpha
+        x = jnp.clip(x, 0, 1)
+        fooled = jnp.argmax(logits_of_images(x), axis=-1) != labels
+        length = norms.size(x - images, norm)[:, 0, 0, 0]
         closer = fooled & (length < least)
-        nearest = where(closer, at, nearest)
-        at = where(fooled, images + (at - images) * RETREAT, at)
-        return (at, nearest, jnp.where(closer, length, least)), None
+        x_out = where(closer, x, x_out)
+        x = where(fooled, images + (x - images) * BETA, x)
+        return (x, x_out, jnp.where(closer, length, least)), None
 
     solved = jnp.argmax(logits_of_images(images), axis=-1) != labels
     least = jnp.where(solved, 0, jnp.full(len(images), jnp.inf, images.dtype))

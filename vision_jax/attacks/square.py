@@ -22,7 +22,7 @@ from vision_jax.errors import UserError
 
 Array = jax.Array
 
-SHARE = 0.8  # of an image's area in the first squares
+P_INIT = 0.8  # share of an image's area in the first squares, the paper's p
 HALVED = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which it is halved
 TILES = 5  # a side, in the start of L2 and L1
 
@@ -112,7 +112,7 @@ def square_sides(height: int, width: int, norm: Norm) -> tuple[int, ...]:
     """
     sides = []
     for level in range(len(HALVED) + 1):
-        side = round(math.sqrt(SHARE / 2**level * height * width))
+        side = round(math.sqrt(P_INIT / 2**level * height * width))
         side = max(side, 1) if norm == "linf" else max(side, 3) // 2 * 2 + 1
         sides.append(min(side, height, width))
     return tuple(sides)
