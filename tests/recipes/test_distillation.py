@@ -149,7 +149,7 @@ def test_several_teachers_are_averaged_at_the_temperature(rng):
 def test_a_teacher_is_asked_at_its_own_size_with_its_own_normalization(resnet):
     prepared = runs.Prepared(recipes=ON, trainable=".*", distill__teachers=resnet)
     assert prepared.batch["image"].shape == (8, 24, 24, 3)  # the larger of both
-    [teacher] = prepared.teachers
+    [teacher] = prepared.run.recipes[-1].teachers
     ask = jax.jit(teacher.make_forward(("stage_1",)))
     images = prepared.batch["image"] / jnp.float32(255)
     said = ask(prepared.frozen, {}, {"image": images})
@@ -192,7 +192,7 @@ def test_features_are_matched_through_learned_projections(vit, monkeypatch):
     _, (_, metrics) = jax.jit(prepared.loss_fn)(
         trainable, prepared.frozen, {}, {**prepared.batch, "step": 0}, jax.random.key(0)
     )
-    [teacher] = prepared.teachers
+    [teacher] = prepared.run.recipes[-1].teachers
     view = {"image": prepared.batch["image"] / jnp.float32(255)}
     told = teacher.make_forward(("block_0", "block_1", "embed", "pooled", "block_1/attention"))(
         prepared.frozen, {}, view
@@ -280,9 +280,9 @@ def test_the_distillation_token_learns_of_the_teacher_and_the_other_of_labels(vi
     found = gradient(prepared.state.trainable, prepared.frozen, {}, batch)
     # Both heads begin at zero, so all classes have a quarter: p - target, halved.
     told = np.asarray(
-        prepared.teachers[0].make_forward(())(prepared.frozen, {}, {"image": batch["image"] / 255})[
-            "logits"
-        ]
+        prepared.run.recipes[-1]
+        .teachers[0]
+        .make_forward(())(prepared.frozen, {}, {"image": batch["image"] / 255})["logits"]
     ).argmax(-1)
     for head, targets in (("head", np.asarray(batch["label"])), ("head_dist", told)):
         expected = 0.5 * (0.25 - np.eye(4)[targets]).mean(0)
@@ -406,7 +406,7 @@ def test_cached_teacher_outputs_cost_nothing(vit):
     own = {k: v for k, v in live.frozen.items() if not distillation.is_beside(k)}
     stored = cost.count(live.step.lower(live.state, own, batch).compile()).flops
     assert stored == flops["plain"]
-    ask = jax.jit(live.teachers[0].make_forward(())).lower(
+    ask = jax.jit(live.run.recipes[-1].teachers[0].make_forward(())).lower(
         live.frozen, {}, {"image": live.batch["image"]}
     )
     assert flops["live"] == flops["plain"] + cost.count(ask.compile()).flops
@@ -451,7 +451,7 @@ def test_a_detector_learns_from_the_queries_of_another(family, tmp_path):
         jax.random.key(0),
     )  # fmt: skip
     np.testing.assert_allclose(loss, metrics["taught_queries"], rtol=1e-6)
-    [teacher] = prepared.teachers
+    [teacher] = prepared.run.recipes[-1].teachers
     view = {
         "image": batch["image"] / 255,
         "pixel_mask": pixel_mask(batch["size"], batch["image"].shape[1:3])[..., None],
