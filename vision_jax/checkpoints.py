@@ -169,7 +169,11 @@ def restore(workdir: Path, step: int, target: Any) -> tuple[Any, list[str]]:
 
 
 def restore_frozen(workdir: Path, target: dict[str, Any]) -> tuple[dict[str, jax.Array], list[str]]:
-    """The frozen parameters, likewise."""
+    """(frozen parameters by path, notes for the log); `target` has the ShapeDtypeStructs.
+
+    Raises:
+      UserError: they are damaged, or of other shapes.
+    """
     if not target:
         return {}, []
     folder = (workdir / "frozen").absolute()

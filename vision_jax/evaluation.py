@@ -22,7 +22,7 @@ class Examples(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name of the data in messages."""
 
     def __len__(self) -> int: ...
 

@@ -88,7 +88,7 @@ class Loaded:
 
     @property
     def family(self) -> Family:
-        """The architecture's."""
+        """The entry of the model's architecture in families.FAMILIES."""
         return FAMILIES[families.family_of(self.model)]
 
     def preprocess(self, images: Photo | Sequence[Photo]) -> Any:

@@ -270,7 +270,7 @@ def summarize_parameters(
 
     Args:
       trainable: arrays (or anything with a shape and a dtype) by path.
-      frozen: likewise.
+      frozen: the other parameters, by path.
     """
     everything = sum(map(_size, [*trainable.values(), *frozen.values()]))
     rows: list[tuple[str | int, ...]] = []

@@ -40,7 +40,8 @@ class TrainState:
       step: i32[], updates done.
       trainable: {path: array}.
       opt_state: optax's state for `trainable`.
-      model_state: collections that the model updates by itself (BatchNorm statistics); {} without.
+      model_state: collections that the model updates by itself, {} without: BatchNorm's running
+        statistics, which are buffers in PyTorch.
       ema: moving average of `trainable` and of the arrays of `model_state`, by path, or None.
         Averaged weights beside the last weights' BatchNorm statistics would be a model that never
         was.

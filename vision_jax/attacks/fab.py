@@ -46,7 +46,7 @@ def fab(
       keys: key[B], to begin at a random point; None begins at the images.
       epsilon: a scalar or f[B]; the random point is at half this distance.
       norm: of the distance.
-      steps: how many.
+      steps: number of steps.
       targets: i32[B], whose boundary is looked for; fooled is whoever is not `labels`.
       start: f[B, H, W, C], where to begin instead of the images.
     """

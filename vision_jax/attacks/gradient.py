@@ -81,7 +81,7 @@ def pgd(
       keys: key[B]; None where nothing is drawn.
       epsilon: radius, a scalar or f[B], in units of the pixels; may be traced.
       step_size: the norm of a step, a scalar or f[B]; may be traced.
-      steps: how many.
+      steps: number of steps of each restart.
       norm: of the ball and of the steps.
       pixel_mask: bool[B, H, W, 1], True where the attack may change the image: not in padding; None
         for everywhere.
@@ -174,7 +174,7 @@ def _worst_of(
 
 
 def _fold(keys: Array, number: ArrayLike) -> Array:
-    """key[B] of another draw."""
+    """key[B]: each key with the number folded in."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 

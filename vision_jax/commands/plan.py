@@ -33,7 +33,7 @@ class Plan:
 
     Attributes:
       batch_size: images over all devices.
-      devices: how many.
+      devices: number of devices to plan for.
       flops: of matrix products and convolutions.
       state: bytes of what trains, the optimizer's state and the averages; donated, so that the new
         state takes the place of the old one.

@@ -53,7 +53,7 @@ class Field:
       name: with the section's, "optim.lr".
       default: what it is where nobody says otherwise; also its type.
       check: what a value must be.
-      help: one line.
+      help: what the field is, in one line that stands alone.
       tasks: that have it; None for all there are.
       instead: defaults of other tasks, by task.
     """
@@ -70,7 +70,7 @@ class Field:
 
 
 def one_of(*names: str) -> Check:
-    """One of these texts."""
+    """A check that the value is one of these texts."""
     return _one_of(names)
 
 

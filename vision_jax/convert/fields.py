@@ -42,7 +42,7 @@ class Fields:
 
     @property
     def known(self) -> frozenset[str]:
-        """Names of all fields."""
+        """Names of all fields that a config of these types may have."""
         texts = f"{_EVERY} {self.used} {self.seen} {self.free}".split()
         return frozenset((*texts, *self.only, *self.inner))
 

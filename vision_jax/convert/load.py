@@ -130,7 +130,7 @@ def import_weights(
     the first convolution's, both as timm does.
 
     Args:
-      weights: the weights.
+      weights: those that `read_weights` found.
       target: path -> `jax.ShapeDtypeStruct`, of parameters and statistics together.
       arguments: of the model that `target` belongs to.
       reinitialized: paths that the caller initializes itself, a head for other classes, say. They

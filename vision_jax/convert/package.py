@@ -239,5 +239,5 @@ def preprocessing_of(arguments: Arguments, own: Mapping[str, Any] | None) -> dic
 
 
 def as_numpy(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Host arrays by path."""
+    """Parameters as NumPy arrays on the host, by path."""
     return {path: np.asarray(array) for path, array in params.items()}

@@ -183,7 +183,7 @@ class Entry:
 
     @property
     def source(self) -> str:
-        """The library."""
+        """The library that published the weights, such as "timm": how `name` begins."""
         return self.name.partition("/")[0]
 
 

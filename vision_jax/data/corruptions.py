@@ -185,7 +185,7 @@ def impulse_noise(image: np.ndarray, share: float, rng: Rng) -> np.ndarray:
 
 
 def defocus_blur(image: np.ndarray, parameters: tuple[float, float], rng: Rng) -> np.ndarray:
-    """Averages over a disk."""
+    """Defocus: the mean over a disk, antialiased."""
     from scipy import ndimage, signal  # here, because training imports this file and needs neither
 
     del rng

@@ -58,7 +58,7 @@ def _checksum(arrays: tuple[np.ndarray, ...]) -> int:
 
 
 def digest(fingerprint: Fingerprint) -> str:
-    """In 64 characters."""
+    """sha256 of a fingerprint, 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
 
 

@@ -54,7 +54,7 @@ _PROBLEMS: dict[str, tuple[str, str, str]] = {  # kind: (code, title, advice)
 
 
 def diagnose_problems(subject: Subject, problems: Sequence[Problem]) -> list[Finding]:
-    """What the reader refused."""
+    """Findings of what the reader refused, one for each kind of problem."""
     by_kind: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         if problem.kind != "unreadable":  # the scan reports images

@@ -1,1 +1,1 @@
-"""Arrays in, arrays out."""
+"""Pure functions of arrays: losses, augmentation, boxes, evaluation."""

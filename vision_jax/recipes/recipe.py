@@ -29,16 +29,16 @@ from vision_jax.steps import Flat, Replay
 
 @dataclass(frozen=True)
 class Student:
-    """What recipes are told of the model that trains.
+    """What recipes know of the model that trains.
 
     Attributes:
-      task: its name.
+      task: its name, a key of TASKS.
       labels_images: whether a label is an image's, so that logits are f[B, C].
       model: the flax module.
       family: its architecture's name.
-      predicts: what its head says (see models.families.Family).
+      predicts: what its head computes (see models.families.Family).
       image_size: (height, width) in pixels.
-      class_names: by label.
+      class_names: name of each label, in their order.
     """
 
     task: str
@@ -90,12 +90,12 @@ class Recipe:
         return {}
 
     def place(self, mesh: Mesh) -> Flat:
-        """Those arrays."""
+        """The arrays of `abstract` on the mesh, by path."""
         del mesh
         return {}
 
     def view_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Of the images that are read, at least; `image_size` is the student's."""
+        """The least (height, width) of the images that are read; `image_size` is the student's."""
         return image_size
 
     def open_stored(self, views: Any) -> Callable[[int], dict[str, np.ndarray]] | None:
@@ -104,12 +104,12 @@ class Recipe:
         return None
 
     def transform(self, objective: Objective, student: Student) -> Objective:
-        """The objective, changed."""
+        """The objective that training minimizes, out of the one that the recipes before left."""
         del student
         return objective
 
     def lines(self) -> list[str]:
-        """What the log should say of it."""
+        """Lines of the log about the recipe."""
         return []
 
     def sources(self) -> tuple[tuple[str, str], ...]:
@@ -126,7 +126,7 @@ def make_recipes(names: Sequence[str], fields: Mapping[str, Any]) -> tuple[Recip
     """The recipes of a run, in the order in which they are applied.
 
     Args:
-      names: of RECIPES.
+      names: of recipes, keys of RECIPES.
       fields: all of the config, by dotted name; each recipe takes what it needs.
     """
     return tuple(importlib.import_module(RECIPES[name]).make(fields) for name in names)

@@ -199,12 +199,16 @@ def build_model(config: ConfigDict, description: Description) -> Any:
 
 
 def save_description(description: Description, path: Path) -> None:
-    """Writes model.json."""
+    """Writes a description as JSON, the model.json of a workdir."""
     write_json(dataclasses.asdict(description), path)
 
 
 def load_description(path: Path) -> Description:
-    """Reads model.json."""
+    """Reads a description from the model.json of a workdir.
+
+    Raises:
+      UserError: there is none, or a damaged one.
+    """
     if not path.is_file():
         raise UserError(f"{path.parent} holds no run: there is no {path.name} in it")
     record = read_json(path)

@@ -36,17 +36,17 @@ class Run:
     """A prepared run.
 
     Attributes:
-      config: its own.
-      task: its task's module.
+      config: all fields, locked.
+      task: the module of config.task (tasks/api.py).
       mesh: of the devices.
       weights: what a new run's parameters come from; None: random initialization, or another run.
       description: of the model.
       model: the flax module.
       student: what recipes know of it.
       recipes: in the order in which they are applied.
-      parameters: their layout.
+      parameters: which there are, trainable and frozen, with their shardings.
       schedule: learning rate by update.
-      tx: the optimizer.
+      tx: the optimizer of what trains, an optax.GradientTransformation.
       abstract_state: ShapeDtypeStructs of the state with shardings: the target of a restore.
       shardings: of the state.
     """
@@ -69,7 +69,7 @@ class Run:
 
     @cached_property
     def plain_objective(self) -> Objective:
-        """The task's own."""
+        """The objective of the task, before recipes change it."""
         names = dict.fromkeys(name for recipe in self.recipes for name in recipe.features)
         apply = families.make_apply(self.model, tuple(names))
         return self.task.make_objective(
@@ -86,7 +86,7 @@ class Run:
         return make_loss(reduce(change, self.recipes, self.plain_objective))
 
     def make_train_step(self) -> Any:
-        """The one compiled step."""
+        """(state, frozen, batch) -> (state, metrics), compiled; see steps.make_train_step."""
         options = [recipe.step for recipe in self.recipes]
         return steps.make_train_step(
             self.loss_fn,
@@ -131,7 +131,7 @@ class Run:
         return {p: leaf for recipe in self.recipes for p, leaf in recipe.place(self.mesh).items()}
 
     def abstract_beside(self) -> Flat:
-        """Their ShapeDtypeStructs."""
+        """ShapeDtypeStructs of the frozen arrays that recipes bring, by path."""
         return {p: leaf for r in self.recipes for p, leaf in r.abstract(self.mesh).items()}
 
     # Data -----------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Shrinking:
     after: Mapping[str, Any]
 
     def line(self) -> str:
-        """For the log."""
+        """What is kept, and each argument before and after, as a line of the log."""
         kept = [f"{row} {', '.join(map(str, chosen))}" for row, chosen in self.layers.items()]
         pairs = [(name, self.before[name], new) for name, new in self.after.items()]
         return "; ".join(
@@ -62,7 +62,7 @@ def plan_shrinking(
 
     Args:
       family: of the model.
-      arguments: its own.
+      arguments: of the model, before.
       layers: (row, indices or how many, evenly spread) of each row that gets shorter.
       width: of a narrower ViT; 0 leaves it. Heads keep their size.
       mlp_width: of its MLPs; 0 leaves it.

@@ -212,7 +212,7 @@ class Factors:
 
 
 def has_magnitude(adapter: LowRank) -> bool:
-    """Whether it is DoRA's."""
+    """Whether an adapter has the magnitude of DoRA."""
     return adapter.magnitude is not None
 
 

@@ -41,10 +41,10 @@ class ThreatModel:
     """What an attack may change, and its budget of steps.
 
     Attributes:
-      norm: of perturbations.
-      epsilon: the radius; images are in [0, 1].
+      norm: of perturbations, "linf" or "l2".
+      epsilon: the radius of the ball, in units of images in [0, 1].
       step: length of an attack's step, as a share of the radius.
-      steps: how many.
+      steps: number of steps.
       warmup_steps: the radius grows linearly to epsilon over so many steps of training.
     """
 

@@ -1,4 +1,4 @@
-"""The teachers of a run: found, placed among the frozen arrays, asked."""
+"""The teachers of a run: found, placed among the frozen arrays, and run on views."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ class Teacher:
     """A frozen model that a run learns from.
 
     Attributes:
-      weights: its own.
+      weights: the file that its arrays come from.
       family: its architecture's name.
       model: the flax module, computing in config.distill.dtype.
-      image_size: that it is asked at, (height, width) in pixels; None for one that takes
-        padded images: it sees the student's canvas.
+      image_size: (height, width) in pixels that it takes; None for one that takes padded images:
+        it sees the student's canvas.
       prefix: of its arrays' paths.
     """
 

@@ -1,1 +1,1 @@
-"""One label an image."""
+"""Image classification: one label for each image."""

@@ -49,17 +49,17 @@ def measure(
 
     Args:
       workdir: where files are written.
-      trained: the run.
+      trained: the run's model with its parameters.
       source: images that are attacked.
       surrogate: another run, whose attacks the self-check carries over.
       attacks: see under_attack.make_attack.
       norm: of what epsilons measure, in pixels from 0 to 1.
       epsilons: the largest norms, growing.
       steps: of each attack but fgsm.
-      restarts: likewise.
+      restarts: random restarts of each attack but fgsm.
       corruptions: names (see data.corruptions.find_names), () for none.
       severities: of each, 1 to 5.
-      autoattack: which, or "off".
+      autoattack: its version: standard, plus, rand; or off.
       autoattack_epsilon: its largest norm.
       self_check: look for signs of masked gradients.
       images: so many, evenly spread; 0 takes all.

@@ -235,7 +235,7 @@ class Evaluation:
 
 
 def make_batches(config: ConfigDict, preprocessing: Preprocessing) -> Callable[..., Iterator[Any]]:
-    """Of evaluation (see evaluate.run.MakeBatches)."""
+    """Makes the batches of an evaluation (see evaluation.MakeBatches)."""
     return partial(make_eval_batches, preprocessing=preprocessing, num_threads=config.data.threads)
 
 

@@ -84,7 +84,7 @@ class Examples:
     index: np.ndarray
 
     def take(self, rows: np.ndarray) -> "Examples":
-        """Some of them."""
+        """The examples at these rows, i[M] or bool[N]."""
         return Examples(self.images[rows], self.labels[rows], self.index[rows])
 
 
