@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.adversarial.method = "trades"
     config.adversarial.epsilon = 0.031
     config.adversarial.steps = 10
-    config.adversarial.step = 0.007 / 0.031
+    config.adversarial.step_size = 0.007 / 0.031
     config.adversarial.watch = 500
 
     config.optim.name = "sgd"

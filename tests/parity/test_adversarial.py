@@ -250,7 +250,7 @@ def test_loss_gradient_and_statistics_are_the_papers(name, reference, rng):
     method, restated, attack_steps, step, gamma = CASES[name]
     ours = Ours(rng, reference)
     theirs = Theirs(reference, ours)
-    threat_model = ThreatModel("linf", EPSILON, step=step, steps=attack_steps)
+    threat_model = ThreatModel("linf", EPSILON, step_size=step, steps=attack_steps)
     goal = adversarial.make_adversarial(
         ours.objective(), method, threat_model, beta=BETA, weight_epsilon=gamma
     )
@@ -261,7 +261,7 @@ def test_loss_gradient_and_statistics_are_the_papers(name, reference, rng):
     # The start is what an attack with steps of no length returns.
     prepare_key, _ = jax.random.split(KEY)
     attack_key = jax.random.fold_in(prepare_key, adversarial.ATTACK)
-    stay = ThreatModel("linf", EPSILON, step=0.0, steps=1)
+    stay = ThreatModel("linf", EPSILON, step_size=0.0, steps=1)
     loss = lambda images: (images.sum((1, 2, 3)), jnp.zeros(BATCH, bool))  # noqa: E731
     noise = 0.0
     if method in ("trades", "mart"):  # these may begin a little outside of the box
@@ -286,7 +286,7 @@ def test_free_training_is_the_papers(reference, rng):
     times, rate = 3, 0.05
     ours = Ours(rng, reference, 0.3, 0.7)  # nowhere near the box
     theirs = Theirs(reference, ours)
-    threat_model = ThreatModel("linf", EPSILON, step=1.0, steps=1)
+    threat_model = ThreatModel("linf", EPSILON, step_size=1.0, steps=1)
     replay = adversarial.make_replay(threat_model, times)
     tx = optax.sgd(rate, momentum=0.9)
     state = steps.make_state(jax.tree.map(jnp.copy, ours.params), ours.state, tx=tx, ema=False)

@@ -52,7 +52,7 @@ def linear(seen):
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_the_criterion_itself_is_raised_in_evaluation_mode(warmup):
     seen = []
-    threat_model = ThreatModel("linf", 0.1, step=2.5, steps=1, warmup_steps=warmup)
+    threat_model = ThreatModel("linf", 0.1, step_size=2.5, steps=1, warmup_steps=warmup)
     goal = adversarial.on_adversarial_examples(linear(seen), threat_model)
     view = goal.prepare({"w": jnp.float32(3)}, {}, {}, BATCH, jax.random.key(0))
     radius = 0.1 * (3 / 5 if warmup else 1)  # the third step
@@ -66,7 +66,7 @@ def test_the_criterion_itself_is_raised_in_evaluation_mode(warmup):
 def test_an_image_is_attacked_the_same_in_any_batch(norm):
     """One step of little length: what is left is mostly the random start."""
     goal = adversarial.on_adversarial_examples(
-        linear([]), ThreatModel(norm, 0.1, step=0.01, steps=1)
+        linear([]), ThreatModel(norm, 0.1, step_size=0.01, steps=1)
     )
     prepare = jax.jit(
         lambda batch: goal.prepare({"w": 1.0}, {}, {}, batch, jax.random.key(0))["image"]
@@ -84,7 +84,7 @@ def test_free_perturbations_begin_in_the_ball_and_stay_there():
     sizes = {"linf": np.max, "l2": lambda x, axes: np.sqrt((x**2).sum(axes))}
     uphill = jnp.broadcast_to(SLOPES, IMAGES.shape)
     for norm, size in sizes.items():
-        replay = adversarial.make_replay(ThreatModel(norm, 0.2, step=1.0, steps=1), 3)
+        replay = adversarial.make_replay(ThreatModel(norm, 0.2, step_size=1.0, steps=1), 3)
         first = replay.start(BATCH, jax.random.key(0))
         last = first
         for _ in range(2):  # enough to lead from one end to the other
@@ -183,7 +183,9 @@ def test_adapters_are_attacked_as_the_merged_model():
         goal = classify.make_objective(
             prepared.config, prepared.model, "classes", prepared.apply, assemble
         )
-        goal = adversarial.on_adversarial_examples(goal, ThreatModel("l2", 0.5, step=0.5, steps=3))
+        goal = adversarial.on_adversarial_examples(
+            goal, ThreatModel("l2", 0.5, step_size=0.5, steps=3)
+        )
         return jax.jit(goal.prepare)(trainable, frozen, {}, batch, jax.random.key(0))["image"]
 
     ours = seen(prepared.plan.assemble, trainable, prepared.frozen)

@@ -112,7 +112,7 @@ def test_the_loss_is_shared_between_labels_and_teacher_and_the_teacher_learns_no
 def test_an_attack_is_against_what_the_teacher_says_of_the_plain_image():
     """Robust distillation: one step along the gradient of the whole criterion, teacher held."""
     goal = adversarial.on_adversarial_examples(
-        taught(linear()), ThreatModel("linf", 0.1, step=3.0, steps=1)
+        taught(linear()), ThreatModel("linf", 0.1, step_size=3.0, steps=1)
     )
     frozen = {"teacher_0/kernel": TEACHER}
     view = goal.prepare({"kernel": KERNEL}, frozen, {}, VIEW, jax.random.key(0))

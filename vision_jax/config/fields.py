@@ -352,7 +352,7 @@ FIELDS = (
     ),
     _field("adversarial.steps", 3, COUNT, "steps of each attack (fast and free have one)"),
     _field(
-        "adversarial.step",
+        "adversarial.step_size",
         0.0,
         NOT_NEGATIVE,
         "length of a step as a share of epsilon; 0 takes the method's usual one",

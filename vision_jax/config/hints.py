@@ -56,6 +56,9 @@ WORDS = {
     "log_every": "logging_steps log_interval log_freq print_freq",
     "seed": "random_seed rng_seed",
     "adversarial.epsilon": "eps attack_eps",
+    "adversarial.step_size": "pgd_step_size attack_lr",
+    "data.short": "shortest_edge min_size",
+    "data.longest": "longest_edge max_size",
     "adversarial.steps": "attack_steps pgd_steps",
     "distill.temperature": "tau distillation_tau",
     "distill.teachers": "teacher teacher_model",
@@ -71,7 +74,10 @@ ELSEWHERE = {
     "devices gpu gpus num_gpus n_gpu cuda accelerator use_gpu",
 }
 # Fields that had another name: old -> new. A run's own config.json is read by the old name too.
-RENAMED = {"optim.rates": "optim.lr_multipliers"}
+RENAMED = {
+    "optim.rates": "optim.lr_multipliers",
+    "adversarial.step": "adversarial.step_size",
+}
 EPOCHS = "; an epoch is the number of training images / batch_size updates"
 
 

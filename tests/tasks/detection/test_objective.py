@@ -118,7 +118,7 @@ def test_adversarial_training_keeps_off_the_padding(norm, rng):
     objective = detection.make_objective(
         apply, dict, set_loss=lambda outputs, view: (outputs["sum"], {})
     )
-    threat_model = adversarial.ThreatModel(norm, epsilon=0.1, step=0.5, steps=3)
+    threat_model = adversarial.ThreatModel(norm, epsilon=0.1, step_size=0.5, steps=3)
     size = np.array([[6, 7], [4, 7], [6, 2]], np.int32)
     batch = {
         "image": rng.uniform(0.3, 0.7, (3, 6, 7, 3)).astype(np.float32),

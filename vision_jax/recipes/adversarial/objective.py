@@ -43,14 +43,14 @@ class ThreatModel:
     Attributes:
       norm: of perturbations, "linf" or "l2".
       epsilon: the radius of the ball, in units of images in [0, 1].
-      step: length of an attack's step, as a share of the radius.
+      step_size: norm of an attack's step, as a share of the radius.
       steps: number of steps.
       warmup_steps: the radius grows linearly to epsilon over so many steps of training.
     """
 
     norm: Literal["linf", "l2"]
     epsilon: float
-    step: float
+    step_size: float
     steps: int
     warmup_steps: int = 0
 
@@ -74,7 +74,7 @@ class ThreatModel:
             keys,
             norm=self.norm,
             epsilon=radius,
-            step_size=self.step * radius,
+            step_size=self.step_size * radius,
             steps=self.steps,
             start=images + noise * _normal(keys, images) if noise else None,
             pixel_mask=view.get("pixel_mask"),
@@ -225,7 +225,7 @@ def make_replay(threat_model: ThreatModel, times: int) -> Replay:
 
     def move(perturbation: Array, uphill: Array, step: Array) -> Array:
         gray, radius = jnp.full_like(perturbation, 0.5), threat_model.radius(step)
-        step_size = norms.per_example(threat_model.step * radius, gray)
+        step_size = norms.per_example(threat_model.step_size * radius, gray)
         moved = gray + perturbation + step_size * norms.steepest(uphill, gray, threat_model.norm)
         return norms.project(moved, gray, radius, threat_model.norm) - gray
 

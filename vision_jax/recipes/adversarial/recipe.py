@@ -88,7 +88,7 @@ def make(fields: Mapping[str, Any]) -> Adversarial:
     threat_model = adversarial.ThreatModel(
         section["norm"],
         section["epsilon"],
-        step=section["step"] or usual,
+        step_size=section["step_size"] or usual,
         steps=steps,
         warmup_steps=section["warmup_steps"],
     )
