@@ -210,7 +210,7 @@ def test_damaged_images_are_left_out_of_the_truth_too(restored, tmp_path):
 
 
 def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
-    config = detection_runs.tiny_config(evaluate__patience=4)
+    config = detection_runs.tiny_config(evaluate__warn_after=4)
     assert train.run(config, tmp_path) == 0
     early, late = capsys.readouterr().out.split("step 3: ")[1].split("step 6: ")
     assert "warning: " not in early  # there was no time yet

@@ -703,7 +703,7 @@ FIELDS = (
     ),
     _field("evaluate.score", 0.5, SHARE, "boxes of a lower score are not drawn", DETECTION),
     _field(
-        "evaluate.patience",
+        "evaluate.warn_after",
         500,
         FROM_0,
         "updates after which empty or constant predictions are warned of",

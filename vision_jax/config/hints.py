@@ -77,6 +77,7 @@ ELSEWHERE = {
 RENAMED = {
     "optim.rates": "optim.lr_multipliers",
     "adversarial.step": "adversarial.step_size",
+    "evaluate.patience": "evaluate.warn_after",
 }
 EPOCHS = "; an epoch is the number of training images / batch_size updates"
 

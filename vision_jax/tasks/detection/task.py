@@ -245,14 +245,14 @@ class Evaluation:
       source: the images that could be read.
       summary: see evaluate.detection.summarize.
       damaged: names of images that could not be read and are not in `source`.
-      patience: updates after which predictions must have become something.
+      warn_after: updates after which empty or constant predictions are warned of.
     """
 
     detections: Detections
     source: DetectionSource
     summary: dict[str, Any]
     damaged: tuple[str, ...]
-    patience: int
+    warn_after: int
 
     def line(self) -> str:
         """The summary for the screen."""
@@ -270,7 +270,7 @@ class Evaluation:
 
     def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
         """Why AP may stay at 0, once there was time to learn."""
-        if step < self.patience:
+        if step < self.warn_after:
             return []
         name = "eval/mean_iou_matched"
         ious = [record[name] for record in history if name in record and record["step"] < step]
@@ -306,7 +306,7 @@ def _evaluation(config, source, found, damaged) -> Evaluation:
     found["index"] = np.cumsum(read)[found["index"]].astype(np.int32) - 1  # rows of `seen`
     detections = metrics.collect_detections([found])
     summary = metrics.summarize(detections, seen)
-    return Evaluation(detections, seen, summary, damaged, config.evaluate.patience)
+    return Evaluation(detections, seen, summary, damaged, config.evaluate.warn_after)
 
 
 def _make_run_over(config, outputs_fn, mesh, preprocessing, batch_size=None):
