@@ -239,12 +239,12 @@ def _replayed(loss_fn, replay, update, state, beside, batch, key):
             perturbed = {**batch, "perturbation": perturbation}
             return loss_fn(trainable, beside(now), now.model_state, perturbed, key)
 
-        (loss, (model_state, metrics)), (gradients, uphill) = jax.value_and_grad(
+        (loss, (model_state, metrics)), (gradients, ascent) = jax.value_and_grad(
             loss_of, argnums=(0, 1), has_aux=True
         )(now.trainable, perturbation)
         number = state.step * replay.times + turn
         now, metrics = update(now, number, loss, model_state, metrics, gradients)
-        return (now, replay.move(perturbation, uphill, state.step)), metrics
+        return (now, replay.move(perturbation, ascent, state.step)), metrics
 
     first = (state, replay.start(batch, jax.random.fold_in(key, REPLAY)))
     (new, _), metrics = jax.lax.scan(body, first, jnp.arange(replay.times))

@@ -1,4 +1,4 @@
-"""Attacks that climb along the input gradient: FGSM, PGD, and PGD with momentum and diversity."""
+"""Attacks by gradient ascent on the loss: FGSM, PGD, and PGD with momentum and diversity."""
 
 from collections.abc import Callable
 from functools import partial
@@ -111,7 +111,7 @@ def pgd(
     images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     length = norms.per_example(step_size, images)
 
-    def climb(restart: ArrayLike, solved: Array) -> Array:
+    def ascend(restart: ArrayLike, solved: Array) -> Array:
         own = _fold(keys, restart)
         if start is not None:
             begin = start.astype(images.dtype)
@@ -146,13 +146,13 @@ def pgd(
     if freeze_solved:
         solved = loss_of_images(images)[1]
     if restarts == 1:
-        return climb(0, solved)
-    return _worst_of(restarts, climb, loss_of_images, images, solved, freeze_solved)
+        return ascend(0, solved)
+    return _worst_of(restarts, ascend, loss_of_images, images, solved, freeze_solved)
 
 
 def _worst_of(
     restarts: int,
-    climb: Callable[[ArrayLike, Array], Array],
+    ascend: Callable[[ArrayLike, Array], Array],
     loss_of_images: LossOfImages,
     images: Array,
     solved: Array,
@@ -162,7 +162,7 @@ def _worst_of(
 
     def keep_worst(best, restart):
         kept, highest, solved = best
-        ends = climb(restart, solved & freeze_solved)
+        ends = ascend(restart, solved & freeze_solved)
         loss, fooled = loss_of_images(ends)
         worse = (fooled > solved) | ((fooled == solved) & (loss > highest))
         worse &= ~(solved & freeze_solved)

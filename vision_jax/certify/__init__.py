@@ -1,5 +1,5 @@
 """Certificates: proof, number by number, that an imported model computes what its source computes.
 
-The one room that imports torch, timm, torchvision and transformers (extra `parity`).
+The one package that imports torch, timm, torchvision and transformers (extra `parity`).
 docs/certificates.md says what a certificate proves and how to read one.
 """

@@ -184,9 +184,9 @@ def perturb_weights(objective: Objective, epsilon: float) -> Objective:
             outputs, _ = objective.forward(trainable, frozen, model_state, seen, key, train=True)
             return objective.criterion(trainable, outputs, seen)[0].mean()
 
-        uphill = jax.grad(loss)(jax.lax.stop_gradient(trainable))
+        gradients = jax.grad(loss)(jax.lax.stop_gradient(trainable))
         shifted = {
-            path: array + epsilon * jax.lax.stop_gradient(_rescaled(uphill[path], array))
+            path: array + epsilon * jax.lax.stop_gradient(_rescaled(gradients[path], array))
             if optim.is_decayed(path, array)
             else array
             for path, array in trainable.items()
@@ -223,10 +223,10 @@ def make_replay(threat_model: ThreatModel, times: int) -> Replay:
         keys, radius = keys_of(key, batch["index"]), threat_model.radius(batch["step"])
         return norms.random_start(keys, gray, radius, threat_model.norm) - gray
 
-    def move(perturbation: Array, uphill: Array, step: Array) -> Array:
+    def move(perturbation: Array, ascent: Array, step: Array) -> Array:
         gray, radius = jnp.full_like(perturbation, 0.5), threat_model.radius(step)
         step_size = norms.per_example(threat_model.step_size * radius, gray)
-        moved = gray + perturbation + step_size * norms.steepest(uphill, gray, threat_model.norm)
+        moved = gray + perturbation + step_size * norms.steepest(ascent, gray, threat_model.norm)
         return norms.project(moved, gray, radius, threat_model.norm) - gray
 
     return Replay(times, start, move)

@@ -92,8 +92,8 @@ def check_gradients(
     others = forward(some)["logits"], turned
     spread = max(np.abs(other - logits).max() for other in others) / np.abs(logits).max()
     slopes = over(partial(_slopes, seed))(some)
-    climb = over(partial(_pgd, seed, norm))
-    pgd, anywhere = climb(some, epsilon), climb(some, everything)
+    run_pgd = over(partial(_pgd, seed, norm))
+    pgd, anywhere = run_pgd(some, epsilon), run_pgd(some, everything)
     step = over(partial(_fgsm, norm))(some, epsilon)
     search = over(partial(_search, seed, norm))(some, epsilon)
 

@@ -72,13 +72,13 @@ def measure(
     kept = np.zeros(len(source), bool)
     kept[np.linspace(0, len(source) - 1, count).astype(int)] = True
     source = part_of(source, kept)
-    goal = objective.make_objective(trained.apply, trained.assemble, set_loss=set_loss)
+    set_objective = objective.make_objective(trained.apply, trained.assemble, set_loss=set_loss)
     trainable, frozen, model_state = trained.arguments
 
     def make_adversarial(attack):
         postprocess = objective.POSTPROCESS[trained.predicts]
         return objective.make_adversarial_outputs(
-            goal, postprocess=postprocess, attack=attack, seed=seed
+            set_objective, postprocess=postprocess, attack=attack, seed=seed
         )
 
     def make_measure(attack):
