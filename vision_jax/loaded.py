@@ -122,7 +122,7 @@ class Loaded:
         train: bool = False,
         key: jax.Array | None = None,
     ) -> dict[str, Any]:
-        """What the model says of images; a pure function, for jit, grad and vmap.
+        """The model's outputs for images; a pure function, for jit, grad and vmap.
 
         Args:
           variables: of the form of `self.variables`. Kernels may be structured leaves: adapters.
@@ -306,7 +306,7 @@ def evaluate(
       data: what config.data.eval takes: a folder of class folders, a list of paths and labels,
         `embedded:fashion_mnist/test`; a detector's annotations, COCO JSON, say. Classes are matched
         by name.
-      images: the folder of a detector's images, where the annotations don't say it.
+      images: the folder of a detector's images, where the annotations don't name it.
       batch_size: images at once, over all devices.
 
     Returns:

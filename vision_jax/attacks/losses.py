@@ -13,7 +13,7 @@ LogitsOfImages = Callable[[Array], Array]  # f[B, H, W, C] -> f[B, C]
 # f[B, H, W, C] -> (loss f[B], to be maximized; fooled bool[B])
 LossOfImages = Callable[[Array], tuple[Array, Array]]
 # (logits f[B, C], labels i32[B] or class probabilities f[B, C]) -> f[B], large where labels are not
-# what the logits say
+# predicted
 Loss = Callable[[Array, Array], Array]
 
 

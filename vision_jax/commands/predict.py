@@ -1,4 +1,4 @@
-"""predict: what a finished run's model says of each file, as text, in files and as pictures."""
+"""predict: the predictions of a finished run for each file, as text, in files and as pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path

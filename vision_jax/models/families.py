@@ -35,7 +35,7 @@ class Family:
         `pyramid`: ((named feature, stride in pixels), ...) from fine to coarse, () without one.
       variant: arguments of a named variant, or None if the name is not one of this family's.
       task: what its head is for.
-      predicts: what the head says: the classes of whole images, or a set of boxes whose classes are
+      predicts: what it finds: the classes of whole images, or a set of boxes whose classes are
         a softmax with one for no object, or a sigmoid each.
       pixel_mask: whether it takes padded images, f32[B, H, W, C], and beside them which pixels are
         some, bool[B, H, W].

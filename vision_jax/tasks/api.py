@@ -30,7 +30,7 @@ class Trained:
     Attributes:
       mesh: of the devices.
       model: the flax module.
-      predicts: what its head says (see models.families.Family).
+      predicts: what its head computes (see models.families.Family).
       apply: the model as tasks call it (see objective.Apply).
       exact_apply: the same in float32, whatever the run computes in.
       assemble: arrays by path -> the parameter tree.

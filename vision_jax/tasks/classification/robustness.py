@@ -61,7 +61,7 @@ def measure(
       severities: of each, 1 to 5.
       autoattack: its version: standard, plus, rand; or off.
       autoattack_epsilon: its largest norm.
-      self_check: look for signs of masked gradients.
+      self_check: look for signs of gradient masking.
       images: so many, evenly spread; 0 takes all.
       batch_size: images at once.
       threads: that decode and corrupt images.
@@ -149,7 +149,7 @@ def measure(
                 seed=seed,
                 surrogate=exact(surrogate) if surrogate else None,
             )
-            record["self_check"] = _said(findings, say)
+            record["self_check"] = _report_findings(findings, say)
     pictures = _adversarial_pictures(seen, attacked, examples, clean, record)
     if first:
         from vision_jax.tasks.classification.figures import draw_robustness  # matplotlib
@@ -185,10 +185,12 @@ def find_surrogate(
     return other
 
 
-def _said(findings: Sequence[Finding], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The checks for masked gradients, on the screen and for JSON."""
+def _report_findings(
+    findings: Sequence[Finding], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The checks for gradient masking, on the screen and for JSON."""
     flagged = [finding for finding in findings if finding.flagged]
-    say(f"self-check: {len(flagged)} of {len(findings)} checks find signs of masked gradients")
+    say(f"self-check: {len(flagged)} of {len(findings)} checks find signs of gradient masking")
     for finding in findings:
         mark = "DOUBT" if finding.flagged else "ok"
         say(f"  {mark:5} {finding.name:15} {finding.what}  n={finding.count}")

@@ -55,7 +55,7 @@ class Finding:
 
     @property
     def flagged(self) -> bool:
-        """Whether it is a sign of masked gradients; a value that is no number is one."""
+        """Whether it is a sign of gradient masking; a value that is no number is one."""
         return not self.value <= self.limit
 
 
