@@ -42,7 +42,9 @@ def train_once(overrides: dict[str, str]) -> tuple[float, float]:
         trained = restore(config, Path(workdir), "last").trained
         section = config.adversarial
         outputs_fn = classify.make_outputs(trained.predicts, trained.apply, trained.assemble)
-        watched = make_watch(outputs_fn, norm=section.norm, epsilon=threat.epsilon, seed=config.seed)
+        watched = make_watch(
+            outputs_fn, norm=section.norm, epsilon=section.epsilon, seed=config.seed
+        )
         source = classify.read_eval_source(config, trained.class_names)
         batches = classify.make_batches(config, trained.preprocessing)
         run_over = make_run_over(

@@ -7,7 +7,7 @@
 The tests compile thousands of tiny programs and run each a few times, so machine code that is not
 optimized costs a third of the time. The programs themselves, their fusions, memory and counted
 FLOPs are those of any run. What XLA_FLAGS says already has the last word. With USUAL_XLA_FLAGS in
-the environment the code is what users run: .ci/run does so where results are equal to the bit.
+the environment the code is what users run: .ci/run does so where results are bit-identical.
 """
 
 import os
