@@ -104,7 +104,7 @@ def test_predictions_do_not_depend_on_batch_or_canvas(restored):
         np.testing.assert_allclose(found[0][name], found[1][name], rtol=0, atol=4e-6 * scale)
 
 
-def test_resume_is_exact_to_the_bit(finished, tmp_path):
+def test_resume_is_bit_identical(finished, tmp_path):
     config = detection_runs.tiny_config()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detect.Evaluation, "line", interrupt)

@@ -88,7 +88,7 @@ def renamed(arrays, names):
     return taken
 
 
-def test_chosen_blocks_are_the_teachers_to_the_bit(teachers, tmp_path):
+def test_chosen_blocks_are_bit_identical_to_the_teachers(teachers, tmp_path):
     file, arrays = teachers["vit"]
     student = Prepared(model__weights=file, model__layers='(("block", (2, 0)),)', **FULL)
     assert student.description.arguments["depth"] == 2

@@ -104,7 +104,7 @@ def test_the_model_carries_what_it_needs():
     assert header["arguments"]["num_classes"] == 4
 
 
-def test_frozen_parameters_are_the_weights_to_the_bit_and_have_no_optimizer_state():
+def test_frozen_parameters_are_bit_identical_to_the_weights_and_have_no_optimizer_state():
     before = load_file(runs.inputs() / "weights.safetensors")
     after = load_file(runs.finished() / "model.safetensors")
     adapted = re.compile(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc\d)\.weight")

@@ -51,7 +51,7 @@ def small(**arguments):
 
 
 @pytest.mark.parametrize("to", ["transformers", "detr"])
-def test_a_file_comes_back_to_the_bit(to, tmp_path):
+def test_a_file_comes_back_bit_identical(to, tmp_path):
     model, params = small()
     record = {**SIDES, "mean": list(model.mean), "std": list(model.std)}
     options = {"to": to, "class_names": NAMES, "preprocessing": record}

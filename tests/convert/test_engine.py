@@ -86,7 +86,7 @@ def test_layouts_written_out(rng):
     assert params["stem/kernel"][1, 0, 2, 3] == stem[3, 2, 1, 0]
 
 
-def test_round_trip_is_identical_to_the_bit(rng):
+def test_round_trip_is_bit_identical(rng):
     tensors = checkpoint(rng)
     back = export_tensors(import_tensors(tensors, RULES, target()), RULES)
     assert set(back) == set(tensors)

@@ -180,7 +180,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_round_trip_is_identical_to_the_bit(name, rng):
+def test_round_trip_is_bit_identical(name, rng):
     to, arguments = VARIANTS[name]
     model = small(**arguments)
     params = random_params(rng, model)

@@ -91,7 +91,7 @@ def test_it_says_what_it_found_and_names_each_file(source, tmp_path, capsys):
     assert (out.stat().st_mode & 0o700) == 0o700
 
 
-def test_there_and_back_is_identical_to_the_bit(source, tmp_path, capsys):
+def test_there_and_back_is_bit_identical(source, tmp_path, capsys):
     succeeds(capsys, source, f"--out={tmp_path / 'a'}", "--to=transformers")
     succeeds(capsys, tmp_path / "a", f"--out={tmp_path / 'b'}")
     original, again = load_file(source), load_file(tmp_path / "b" / "model.safetensors")

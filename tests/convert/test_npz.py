@@ -66,7 +66,7 @@ def kind(name):
         ("big_vision scanned", {**MAP, "num_classes": 0, "patch_size": 6}),
     ],
 )
-def test_both_ways_to_the_bit(name, changed, prefix, tmp_path):
+def test_both_ways_bit_identical(name, changed, prefix, tmp_path):
     arguments = {**ARGUMENTS, **changed}
     params = random_params(arguments)
     table = kind(name).with_prefix(prefix)

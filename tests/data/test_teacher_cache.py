@@ -50,7 +50,7 @@ def path(tmp_path):
     return tmp_path / "teacher.array_record"
 
 
-def test_arrays_come_back_to_the_bit_in_any_order(path, rng):
+def test_arrays_come_back_bit_identical_in_any_order(path, rng):
     arrays = make_arrays(rng)
     assert write_teacher_cache(path, batches_of(arrays), IDENTITY) == 10
     assert list(path.parent.iterdir()) == [path]
@@ -141,7 +141,7 @@ def test_a_write_that_fails_leaves_what_was_there(path, rng):
         write_teacher_cache(path / "below", batches_of(make_arrays(rng)), IDENTITY)
 
 
-def test_the_loss_is_that_of_a_live_teacher_to_the_bit(path, rng):
+def test_the_loss_is_that_of_a_live_teacher_bit_identical(path, rng):
     """The teacher inside the student's program, and its stored top logits read from the file."""
     sizes = {"image_size": (8, 8), "patch_size": 4, "depth": 2, "num_heads": 2, "mlp_width": 48}
     teacher, student = (build_model("vit", num_classes=20, width=w, **sizes) for w in (32, 16))

@@ -42,7 +42,7 @@ def flops(function, *arrays) -> float:
         ("resnet", RESNET, ["stem", "stage_0", "stage_1"]),
     ],
 )
-def test_outputs_are_the_same_to_the_bit_with_features(family, arguments, names, rng):
+def test_outputs_are_bit_identical_with_features(family, arguments, names, rng):
     model, variables = build(rng, family, **arguments)
     expected = jax.jit(model.apply)(variables, IMAGES)
     apply = jax.jit(partial(apply_with_features, model, names=names))

@@ -189,7 +189,7 @@ def test_files_give_what_timm_makes_of_them(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_we_write_timm_reads_to_the_bit(name, tmp_path):
+def test_what_we_write_timm_reads_bit_identical(name, tmp_path):
     _, reference, weights = written(name, tmp_path)
     family, arguments = convert.recognize(weights)
     model = build_model(family, **arguments)

@@ -358,7 +358,7 @@ def test_resampled_relative_positions_equal_timms(old, new, extra):
 @pytest.mark.parametrize(
     ("window", "pretrained"), [(w, p) for w in (1, 2, 7, 24, 37) for p in (0, 6, 12)]
 )
-def test_offsets_equal_torchs_to_the_bit(window, pretrained):
+def test_offsets_are_bit_identical_to_torchs(window, pretrained):
     attention = timm.models.swin_transformer_v2.WindowAttention(
         8, (window, window + 1), 2, pretrained_window_size=(pretrained, pretrained)
     )

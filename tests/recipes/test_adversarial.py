@@ -125,7 +125,7 @@ def test_an_attack_costs_its_passes_and_no_parameter_gradient_or_memory(what):
 
 @pytest.mark.long(but=["pgd"])
 @pytest.mark.parametrize("method", ["pgd", "free"])
-def test_one_compile_over_50_steps_and_frozen_leaves_to_the_bit(method):
+def test_one_compile_over_50_steps_and_frozen_leaves_bit_identical(method):
     prepared = runs.Prepared(
         recipes=ON,
         adversarial__method=method,

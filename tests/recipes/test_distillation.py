@@ -358,7 +358,7 @@ def test_cached_teacher_outputs_give_bit_identical_losses(resnet, vit, tmp_path,
 
 
 @pytest.mark.long
-def test_whole_updates_from_a_file_are_those_of_a_live_teacher_to_the_bit(tmp_path):
+def test_whole_updates_from_a_file_are_those_of_a_live_teacher_bit_identical(tmp_path):
     """The config at its own size, with XLA's usual optimizations, in which gradients may round
     otherwise where something else surrounds the student."""
     common = ["--config=configs/distill_vit_small.py"]

@@ -276,7 +276,7 @@ def test_what_trains_is_what_the_leaf_says_and_then_what_the_rules_say():
             trainable_paths(tree, [rule], field="trainable")
 
 
-def test_a_step_leaves_what_is_fixed_to_the_bit_and_keeps_no_state_for_it():
+def test_a_step_leaves_what_is_fixed_bit_identical_and_keeps_no_state_for_it():
     model, images = make_vit(), make_images()
     params = put(quantize, make_params())
     params = lora.attach(params, ADAPTED, key=KEY, rank=2, alpha=4.0)

@@ -197,7 +197,7 @@ def test_another_rule_leaves_other_adapters_alone(rng):
     assert (a0["mlp"]["fc1"]["kernel"].a != a1["mlp"]["fc1"]["kernel"].a).any()
 
 
-def test_adapters_swap_over_one_base_to_the_bit(rng):
+def test_adapters_swap_over_one_base_bit_identical(rng):
     params = make_params(rng)
     first, second = (
         lora.detach(trained(rng, attach(params, rules, rank=rank)))[1]
@@ -228,7 +228,7 @@ def test_unmerge_undoes_merge(rng):
         lora.unmerge(lora.merge(dora), dora_adapters)
 
 
-def test_frozen_leaves_stay_to_the_bit_and_have_no_gradient_or_optimizer_state(rng):
+def test_frozen_leaves_stay_bit_identical_and_have_no_gradient_or_optimizer_state(rng):
     model, images = make_vit(), make_images(rng)
     params = attach(make_params(rng), [".*/(qkv|fc2)/kernel"], qkv_parts="q,v", dropout=0.1)
     flat = paths.flatten(params)

@@ -116,7 +116,7 @@ def test_one_compilation_for_all_epsilons(subject):
     assert len(traced) == before > 0
 
 
-def test_epsilon_zero_is_clean_to_the_bit(subject):
+def test_epsilon_zero_is_bit_identical_to_clean(subject):
     weights, examples = subject
     clean = over(weights, None)(examples)["logits"]
     for name in ("fgsm", "pgd"):
