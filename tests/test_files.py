@@ -31,7 +31,8 @@ def test_only_regular_files_are_opened(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as server:
         os.chdir(tmp_path)  # a socket's path must be short
         server.bind("socket")
-        assert open_regular(tmp_path / "a").read() == b"\xef\xbb\xbfa\n"
+        with open_regular(tmp_path / "a") as file:
+            assert file.read() == b"\xef\xbb\xbfa\n"
         assert read_text(str(tmp_path / "a")) == "a\n"
         for name, reason in (
             ("pipe", "a named pipe"),

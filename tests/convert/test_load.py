@@ -32,7 +32,7 @@ from vision_jax.ops.position_embedding import resample_positions
 from vision_jax.trees.paths import flatten, unflatten
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/model.safetensors"))
 HEAD = ("head/kernel", "head/bias")
 
 
