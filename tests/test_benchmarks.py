@@ -10,21 +10,25 @@ import pytest
 import runs
 
 SHORT = ("--config.total_steps=2", "--config.optim.warmup_steps=0", "--config.batch_size=8")
+FEW_IMAGES = (  # 48 and 20: the benchmarks' own test images are 1,000
+    "--config.data.train=cifar10:{inputs}/train",
+    "--config.data.eval=cifar10:{inputs}/test",
+)
 BENCHMARKS = {
-    "adversarial": ("--seeds=1", "--rows", "LoRA", *SHORT),
+    "adversarial": ("--seeds=1", "--rows", "LoRA", *SHORT, *FEW_IMAGES),
     "attacks": ("--images=2", "--steps=1", "--cw_steps=1", "--models", "vit"),
     "autoattack": ("--images=4", "--steps=1", "--models", "resnet"),
     "checksums": ("--gigabytes=0.02",),
     "coco_evaluation": ("--images=3", "--detections=4"),
     "detection_input": ("--images=4", "--threads=1"),
     "detr_tiny": ("--seeds=1", *SHORT, "--config.data.eval=composites:test/0/4"),
-    "distillation": ("--seeds=1", "--rows", "alone", "--teacher=none", *SHORT),
+    "distillation": ("--seeds=1", "--rows", "alone", "--teacher=none", *SHORT, *FEW_IMAGES),
     "import_weights": ("--depth=1", "--repeats=1"),
     "input": ("--images=4", "--threads=1"),
     "listing": ("--files=20", "--classes=2", "--boxes=20", "--repeats=1"),
     "lora_step": ("--variant=ti/16", "--depth=1", "--image_size=32", "--batch=2", "--time"),
     "matching": ("--problems=2", "--targets=5", "--queries=6"),
-    "transfer": ("--seeds=1", "--recipes", "LoRA, pretrained", *SHORT),
+    "transfer": ("--seeds=1", "--recipes", "LoRA, pretrained", *SHORT, *FEW_IMAGES),
 }
 BESIDE = {  # what these measure beside, of the extra `parity`
     "attacks": "foolbox",
@@ -64,8 +68,9 @@ def test_a_benchmark_knows_its_flags(name, monkeypatch, capsys):
 def test_a_benchmark_runs(name, monkeypatch):
     skip_without_its_reference(name)
     monkeypatch.setenv("XLA_FLAGS", runs.xla_flags(1))
+    arguments = [flag.format(inputs=runs.inputs()) for flag in BENCHMARKS[name]]
     found = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *BENCHMARKS[name]],
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
         cwd=runs.ROOT,
         env=os.environ,
         capture_output=True,
