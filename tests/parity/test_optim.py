@@ -102,7 +102,8 @@ def test_muon_is_torchs(rng):
             params = optax.apply_updates(params, updates)
     expected = reference.detach().numpy().T
     change = np.linalg.norm(expected - start)
-    assert np.linalg.norm(params["block_0/mlp/fc1/kernel"] - expected) < 0.02 * change
+    found = np.asarray(params["block_0/mlp/fc1/kernel"])
+    assert np.linalg.norm(found - expected) < 0.02 * change
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
