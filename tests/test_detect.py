@@ -104,6 +104,7 @@ def test_predictions_do_not_depend_on_batch_or_canvas(restored):
         np.testing.assert_allclose(found[0][name], found[1][name], rtol=0, atol=4e-6 * scale)
 
 
+@pytest.mark.long
 def test_resume_is_bit_identical(finished, tmp_path):
     config = detection_runs.tiny_config()
     with pytest.MonkeyPatch.context() as patch:
@@ -120,6 +121,7 @@ def interrupt(self):
     raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_one_compile_a_canvas(tmp_path, monkeypatch):
     traces = []
     make_loss = preparation.make_loss
@@ -209,6 +211,7 @@ def test_damaged_images_are_left_out_of_the_truth_too(restored, tmp_path):
     assert "(1 damaged skipped)" in result.line()
 
 
+@pytest.mark.long
 def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
     config = detection_runs.tiny_config(evaluate__warn_after=4)
     assert train.run(config, tmp_path) == 0
@@ -236,6 +239,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, changes, message):
     assert not workdir.exists()
 
 
+@pytest.mark.long
 def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(tmp_path):
     write_composites(tmp_path / "plain", "train", count=16, seed=1, size=64, plain=True)
     config = detection_runs.tiny_config(
@@ -254,6 +258,7 @@ def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(tmp_path)
     assert all(0 <= record["eval/mean_iou_top1"] <= 1 for record in records)
 
 
+@pytest.mark.long
 def test_the_same_step_on_one_and_on_eight_devices(restored):
     config = detection_runs.tiny_config()
     source, _ = detect.read_sources(config)
@@ -304,6 +309,7 @@ def test_accumulation_is_the_larger_batch(family):
         np.testing.assert_allclose(found[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.long
 def test_frozen_parameters_stay_and_adapters_train(tmp_path):
     config = detection_runs.tiny_config(
         trainable=("class_head/.*",),

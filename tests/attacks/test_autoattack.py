@@ -256,6 +256,7 @@ def test_autoattack_finds_what_a_linear_model_withstands(quick, version, norm, r
     check(case, verdicts, seen, version, norm)
 
 
+@pytest.mark.long
 def test_autoattack_depends_on_no_batch_and_attacks_only_what_stands(x64, quick, monkeypatch, rng):
     monkeypatch.setattr(autoattack, "QUERIES_A_CALL", 20)
     case = Linear(rng, "linf")

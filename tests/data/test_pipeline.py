@@ -103,6 +103,7 @@ def test_threads_do_not_change_the_order(rng):
     assert_same(*runs)
 
 
+@pytest.mark.long
 def test_worker_processes_do_not_change_the_order_and_resume(tmp_path, rng):
     """Also: damaged images that workers met are counted on this side."""
     source = file_source(rng, tmp_path, 23, damaged=(3, 11))

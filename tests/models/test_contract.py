@@ -445,10 +445,14 @@ def trained(family, form="plain", **schedule):
     return outputs, flatten(gradients), flatten(new)
 
 
+# The others compile for seconds.
+QUICK_FORMS = [(family, "plain") for family in ("vit", "resnet", "convnext", "detr")]
+
+
 @pytest.mark.parametrize(
     ("family", "form"),
     [
-        pytest.param(*case, marks=[] if case[1] == "plain" else pytest.mark.long)
+        pytest.param(*case, marks=[] if case in QUICK_FORMS else pytest.mark.long)
         for case in EVERY_FORM
     ],
 )
@@ -468,6 +472,7 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.long(but=["vit-remat", "vit-scan", "resnet-remat"])
 @pytest.mark.parametrize(
     ("family", "schedule"),
     [pytest.param(*case, id="-".join([case[0], *case[1]])) for case in SCHEDULES],

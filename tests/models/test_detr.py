@@ -196,6 +196,7 @@ def test_grid_queries_need_no_other_parameters():
     assert flatten(abstract(small(grid_queries=True))) == flatten(abstract(small()))
 
 
+@pytest.mark.long
 def test_grid_queries_start_in_the_cells_of_a_grid():
     model = small(grid_queries=True)
     images = random_images((64, 64))

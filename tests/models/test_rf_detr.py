@@ -109,6 +109,7 @@ def test_layers_decay_over_the_backbone_alone():
     assert base.num_layers - 1 - base.layer_of("backbone/block_0/norm1/bias") == 12
 
 
+@pytest.mark.long
 def test_the_first_group_of_training_is_the_prediction():
     model = small()
     params, images = random_params(model), random_images()

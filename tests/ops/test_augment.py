@@ -152,6 +152,7 @@ def everything(key, images, targets):
     return augment.mixup_or_cutmix(keys[2], images, targets, mixup_alpha=0.8, cutmix_alpha=1.0)
 
 
+@pytest.mark.long
 def test_one_compile_and_the_same_result_on_eight_devices(rng):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     batch = NamedSharding(mesh, PartitionSpec("data"))

@@ -123,6 +123,7 @@ def test_epsilon_zero_is_bit_identical_to_clean(subject):
         np.testing.assert_array_equal(over(weights, name)(examples, 0.0)["logits"], clean)
 
 
+@pytest.mark.long
 def test_autoattack_finds_what_a_linear_model_withstands(subject, rng):
     """Of three classes: the nearest boundary in L-infinity is the L1 norm of a difference away."""
     _, examples = subject

@@ -79,6 +79,7 @@ def pgd(loss, images, keys, *, epsilon, pixel_mask):
     )
 
 
+@pytest.mark.long
 def test_an_attack_stays_in_its_ball_and_off_the_padding(attacked, batch):
     found = jax.device_get(attacked(batch))
     inside = np.asarray(detection.pixel_mask(jnp.asarray(batch["size"]), (64, 80)))
