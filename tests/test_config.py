@@ -518,3 +518,9 @@ def test_recipes_in_a_senseless_order_are_refused_with_the_order_that_has_sense(
     reading = read_config(str(tmp_path / "config.json"), {})
     assert reading.config.recipes == ("lora", "distill", "adversarial")
     assert any("in the order in which they were applied" in note for note in reading.notes)
+
+
+def test_a_field_of_another_task_is_told_from_a_wrong_one():
+    for name in ("evaluate.warn_after", "evaluate.patience", "data.max_boxes"):
+        with pytest.raises(UserError, match=f"unknown config key `{name}`: it is a field of det"):
+            load_config(CONFIG, {name: "3"})

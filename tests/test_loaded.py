@@ -462,3 +462,28 @@ def test_the_package_alone_is_light():
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert child.stdout == "module 'vision_jax' has no attribute 'nothing'\n"
+
+
+def test_bytes_are_images_too_and_a_model_is_shown_in_a_line(files, rng):
+    loaded = vision_jax.load(files["vit"])
+    images = rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    floats, name = images / np.float32(255), loaded.feature_names[-1]
+    found, wanted = (
+        (logits(loaded, x), loaded.features(loaded.variables, x, [name])[name])
+        for x in (images, floats)
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert len(repr(loaded)) < 2000
+
+
+@pytest.mark.parametrize("weights", ["", None])
+def test_no_weights_are_one_line(weights):
+    with pytest.raises(UserError, match="name weights"):
+        vision_jax.load(weights)
+
+
+@pytest.mark.parametrize("image_size", ["64", 64.0, (16, 16, 3), 0])
+def test_a_size_that_is_none_is_one_line(files, image_size):
+    with pytest.raises(UserError, match="give pixels a side"):
+        vision_jax.load(files["vit"], image_size=image_size)

@@ -10,7 +10,7 @@ run is made of, so that a notebook and a run compute the same.
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ from vision_jax.files import expand
 from vision_jax.models import families
 from vision_jax.models.families import DTYPES, FAMILIES, Family
 from vision_jax.objective import forward_keys
+from vision_jax.ops.images import to_float
 from vision_jax.run.description import find_head, model_shapes
 from vision_jax.run.parameters import fill_parameters
 from vision_jax.tasks.api import Evaluation, find_task
@@ -80,7 +81,7 @@ class Loaded:
     """
 
     model: Any
-    variables: Variables
+    variables: Variables = field(repr=False)  # a notebook shows what a cell ends with
     class_names: tuple[str, ...]
     preprocessing: Preprocessing | DetectionPreprocessing
     origin: str
@@ -126,7 +127,7 @@ class Loaded:
 
         Args:
           variables: of the form of `self.variables`. Kernels may be structured leaves: adapters.
-          images: f[B, H, W, C] in [0, 1].
+          images: f[B, H, W, C] in [0, 1], or u8[B, H, W, C].
           pixel_mask: bool[B, H, W], of a detector's padded images.
           train: dropout and drop path act, and BatchNorm takes the batch's statistics.
           key: of what is random in training.
@@ -140,7 +141,7 @@ class Loaded:
         state = variables.get("batch_stats", {})
         keys = {} if key is None else forward_keys(key)
         outputs, state = families.make_apply(self.model)(
-            variables["params"], state, images, *masks, train=train, keys=keys
+            variables["params"], state, to_float(images), *masks, train=train, keys=keys
         )
         return {**outputs, "batch_stats": state} if train and state else outputs
 
@@ -151,7 +152,7 @@ class Loaded:
 
         Args:
           variables: see `apply`.
-          images: f[B, H, W, C] in [0, 1].
+          images: f[B, H, W, C] in [0, 1], or u8[B, H, W, C].
           names: such as "stage_2", "block_5", "block_5/attention" and "pooled"; `feature_names` has
             all but the attention's.
           pixel_mask: see `apply`.
@@ -163,7 +164,8 @@ class Loaded:
           UserError: a name that the model has not, with the nearest that it has.
         """
         masks = () if pixel_mask is None else (pixel_mask,)
-        return families.apply_with_features(self.model, variables, images, *masks, names=names)[1]
+        seen = to_float(images)
+        return families.apply_with_features(self.model, variables, seen, *masks, names=names)[1]
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -429,7 +431,9 @@ def import_adapter(directory: str | os.PathLike[str], loaded: Loaded) -> Any:
 
 def _spec(weights: str | os.PathLike[str]) -> str:
     """What `convert.read_weights` takes; a name of the zoo becomes the address of its weights."""
-    spec = os.fspath(weights)
+    spec = os.fspath(weights) if isinstance(weights, str | os.PathLike) else ""
+    if not spec:
+        raise UserError(f"load({weights!r}): name weights, such as 'embedded:vit_cifar10'")
     if _ZOO_NAME.fullmatch(spec) and not expand(spec).exists():
         return published(spec)[1]
     return spec
@@ -475,12 +479,12 @@ def _make_preprocessing(
     task = FAMILIES[family].task
     given: dict[str, Any] = {}
     if image_size is not None:
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(size) != 2 or min(size) < 1:
-            raise UserError(f"image_size {image_size}: give pixels a side, or (height, width)")
+        size = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+        if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+            raise UserError(f"image_size {image_size!r}: give pixels a side, or (height, width)")
         if task == "detection" and size[0] != size[1]:
             raise UserError(f"image_size {size}: a detector takes squares; give one number")
-        given["image_size"] = size
+        given["image_size"] = tuple(size)
     made = find_task(task).make_preprocessing(
         default_config(task), weights.preprocessing or {}, {**arguments, **given}
     )

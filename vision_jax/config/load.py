@@ -82,8 +82,12 @@ def read_config(path: str, overrides: Mapping[str, str]) -> Reading:
     problems, notes, values = [], [], {name: field.default for name, field in table.items()}
     for old, new in RENAMED.items() if of_run else ():
         if old in stated and new in table:
-            stated[new] = stated.pop(old)
-            notes.append(f"{path}: {old} is {new} now, and keeps its value")
+            value = stated.pop(old)
+            kept = (
+                "keeps its value" if new not in stated else f"{new} has one already, which counts"
+            )
+            stated.setdefault(new, value)
+            notes.append(f"{path}: {old} is {new} now, and {kept}")
     unknown = sorted(stated.keys() - table.keys())
     if of_run and unknown:
         notes.append(f"{path} has fields that this version has not, left out: {_list(unknown)}")
@@ -357,6 +361,9 @@ def _nested(values: Mapping[str, Value]) -> ConfigDict:
 
 
 def _unknown(name: str, table: Mapping[str, Field]) -> str:
+    others = [task for task in TASKS if RENAMED.get(name, name) in fields_of(task)]
+    if others and RENAMED.get(name, name) not in table:
+        return f"unknown config key `{name}`: it is a field of {', '.join(others)}"
     return f"unknown config key `{name}`{suggest(name, list(table))}"
 
 
