@@ -48,6 +48,7 @@ def test_every_benchmark_is_here():
     assert {path.stem for path in (runs.ROOT / "benchmarks").glob("*.py")} == set(BENCHMARKS)
 
 
+@pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")  # foolbox
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_knows_its_flags(name, monkeypatch, capsys):
     skip_without_its_reference(name)

@@ -79,6 +79,7 @@ def test_sharding_divides_the_state_and_shows_its_communication():
     assert "all-gather" not in whole.collectives
 
 
+@pytest.mark.long
 def test_the_largest_batch_fits_and_the_next_does_not():
     config = runs.tiny_config()
     description = plan.describe_planned(config)[0]
@@ -94,6 +95,7 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     assert plan.largest_batch(config, description, 1000) is None
 
 
+@pytest.mark.long
 def test_without_data_and_weights_the_architecture_is_enough(capsys):
     fields = {"data.train": "gone", "model.weights": "gone.safetensors"}
     arguments = [

@@ -536,6 +536,7 @@ def test_rates_act_in_training_only_and_by_the_key(family):
     assert train._cache_size() == 2
 
 
+@pytest.mark.long(but=["vit", "resnet"])
 @pytest.mark.parametrize("family", CASES)
 def test_bfloat16_stays_near_float32_and_its_head_is_float32(family):
     half, size = build(family, dtype=jnp.bfloat16), CASES[family].size

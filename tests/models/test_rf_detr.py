@@ -125,6 +125,7 @@ def test_the_first_group_of_training_is_the_prediction():
         assert difference(second, alone) > 1e-3
 
 
+@pytest.mark.long
 def test_masks():
     """None is all of the image; padding's content is nothing; one that is all padding is finite."""
     model = small()
@@ -156,6 +157,7 @@ def test_the_start_is_proposals_of_one_percent():
     np.testing.assert_allclose(jax.nn.sigmoid(params["class_head"]["bias"]), 0.01, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_other_sizes_share_the_weights():
     model, params = small(), abstract(small())
     apply = partial(model.apply, return_features=True)

@@ -91,6 +91,7 @@ def test_an_attack_stays_in_its_ball_and_off_the_padding(attacked, batch):
     assert (found["after"] > found["before"]).all()
 
 
+@pytest.mark.long
 def test_an_attack_is_the_same_in_another_batch_and_on_8_devices(attacked, batch):
     """But for signs of gradients that are zero up to rounding."""
     alone = jax.device_get(attacked(batch))
@@ -151,6 +152,7 @@ STILL = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["detr", "rf_detr"])
 def test_adversarial_training_of_a_detector(family):
     """Every way that there is: one compilation, and higher losses than those of plain images."""
