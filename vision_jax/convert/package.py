@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vision_jax.convert.engine import Rule
 from vision_jax.convert.files import Tensors, held, write_safetensors, write_shards
 from vision_jax.convert.load import export_weights
@@ -236,8 +234,3 @@ def preprocessing_of(arguments: Arguments, own: Mapping[str, Any] | None) -> dic
         "interpolation": own.get("interpolation") or "bicubic",
         **complete_crop(own, size),
     }
-
-
-def as_numpy(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Parameters as NumPy arrays on the host, by path."""
-    return {path: np.asarray(array) for path, array in params.items()}

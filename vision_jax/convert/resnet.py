@@ -184,10 +184,6 @@ def _named(arguments: Arguments, names: Mapping[str, str]) -> str | None:
     return next((names[ours] for ours in matches), None)
 
 
-def _plain_stem(arguments: Arguments) -> bool:
-    return not arguments["stem_widths"] and arguments["stem_width"] == 64
-
-
 def _stem_type(arguments: Arguments) -> str | None:
     """timm's name for the stem, or None if it has none."""
     width = arguments["stem_width"] // 2
