@@ -98,7 +98,7 @@ def apgd(
     Returns:
       f[B, H, W, C] within epsilon of images and in [0, 1].
     """
-    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    images = images.astype(np.promote_types(images.dtype, np.float32))
 
     def keep_worst(best: tuple[Array, Array, Array], restart: Array):
         kept, highest, solved = best
@@ -295,7 +295,7 @@ def _scan(
             fooled=state.fooled | fooled,
             # The first window compares its first loss with 0, as the published code does.
             f_last=jnp.where(first, 0, loss),
-            rises=state.rises + (~first & (loss > state.f_last)),
+            rises=state.rises + (~first & (loss > state.f_last)).astype(jnp.int32),
             f_max_checked=jnp.where(first, loss, state.f_max_checked),
         )
         checking = _check_sparsity if norm == "l1" else _check
@@ -308,7 +308,7 @@ def _scan(
 
 def _check(state: _State, now: _Iteration, images: Array, eta_0: Array) -> _State:
     """At a checkpoint: half the step, from x_max, where conditions 1 or 2 of the paper hold."""
-    seldom = state.rises <= RHO * now.window
+    seldom = state.rises.astype(float) <= RHO * now.window.astype(float)
     stuck = ~state.halved & (state.f_max_checked >= state.f_max)
     halve = now.checked & (seldom | stuck)
     return state._replace(
@@ -353,7 +353,7 @@ def _sparse_signs(gradient: Array, still: Array) -> Array:
     """Signs of all but the `still` smallest entries, over their number: of L1 norm 1."""
     flat = jnp.abs(gradient).reshape(len(gradient), -1)
     least = jnp.take_along_axis(jnp.sort(flat), still[:, None], axis=1)
-    signs = jnp.sign(gradient) * (flat >= least).reshape(gradient.shape)
+    signs = jnp.sign(gradient) * (flat >= least).astype(flat.dtype).reshape(gradient.shape)
     # The published code's 1e-10: without it float64 brings entries exactly to 0 that there stay at
     # 1e-11 and are counted.
     return signs / (norms.size(signs, "l1") + 1e-10)

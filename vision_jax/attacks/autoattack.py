@@ -250,7 +250,7 @@ def _functions(
         return lambda images: logits_fn(arguments, images)
 
     def wrong(logits: Array, labels: Array) -> Array:
-        return jnp.argmax(logits, axis=-1) != labels
+        return ~losses.predicts(logits, labels)
 
     def jitted(attack: Callable[..., Array], static: tuple[str, ...] = ()) -> Callable[..., Any]:
         def run(arguments, images, labels, keys, epsilon, *arrays, **extra):

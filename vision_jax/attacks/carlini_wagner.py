@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vision_jax.attacks.losses import LossOfImages
@@ -37,7 +38,7 @@ def carlini_wagner(
     Returns:
       f[B, H, W, C]: the nearest image found that fools, and the image itself where none was.
     """
-    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    images = images.astype(np.promote_types(images.dtype, np.float32))
     origin = jnp.arctanh((2 * images - 1) * 0.999999)  # black and white are infinitely far off
     center = _image(origin)
     adam = optax.adam(learning_rate)

@@ -8,11 +8,12 @@ afterwards. Names are those of the paper's algorithm 1.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from vision_jax.attacks import norms
 from vision_jax.attacks.examples import where
-from vision_jax.attacks.losses import LogitsOfImages
+from vision_jax.attacks.losses import LogitsOfImages, predicts
 from vision_jax.attacks.norms import Norm
 
 Array = jax.Array
@@ -50,7 +51,7 @@ def fab(
       targets: i32[B], whose boundary is looked for; fooled is whoever is not `labels`.
       start: f[B, H, W, C], where to begin instead of the images.
     """
-    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    images = images.astype(np.promote_types(images.dtype, np.float32))
     if keys is not None:
         start = random_start(keys, images, epsilon, norm)
     begin = images if start is None else start.astype(images.dtype)
@@ -89,14 +90,14 @@ def fab(
         alpha = jnp.minimum(d / (d + d_orig), ALPHA_MAX)
         x = (x + ETA * delta) * (1 - alpha) + (images + ETA * delta_orig) * alpha
         x = jnp.clip(x, 0, 1)
-        fooled = jnp.argmax(logits_of_images(x), axis=-1) != labels
+        fooled = ~predicts(logits_of_images(x), labels)
         length = norms.size(x - images, norm)[:, 0, 0, 0]
         closer = fooled & (length < least)
         x_out = where(closer, x, x_out)
         x = where(fooled, images + (x - images) * BETA, x)
         return (x, x_out, jnp.where(closer, length, least)), None
 
-    solved = jnp.argmax(logits_of_images(images), axis=-1) != labels
+    solved = ~predicts(logits_of_images(images), labels)
     least = jnp.where(solved, 0, jnp.full(len(images), jnp.inf, images.dtype))
     return jax.lax.scan(step, (begin, images, least), length=steps)[0][1]
 

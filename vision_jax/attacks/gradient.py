@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from vision_jax.attacks import norms
@@ -108,7 +109,7 @@ def pgd(
         if draws:
             raise UserError("attack: keys are missing for its random start or diversity")
         keys = jax.random.split(jax.random.key(0), len(images))
-    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    images = images.astype(np.promote_types(images.dtype, np.float32))
     length = norms.per_example(step_size, images)
 
     def ascend(restart: ArrayLike, solved: Array) -> Array:

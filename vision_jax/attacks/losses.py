@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vision_jax.errors import UserError
 from vision_jax.ops import losses
@@ -58,6 +59,12 @@ def hard(labels: Array) -> Array:
     return labels if jnp.issubdtype(labels.dtype, jnp.integer) else jnp.argmax(labels, axis=-1)
 
 
+def predicts(logits: Array, labels: Array) -> Array:
+    """bool[B], whether the likeliest class is that of the labels, i32[B] or f[B, C]."""
+    classes = hard(labels)
+    return jnp.argmax(logits, axis=-1).astype(classes.dtype) == classes
+
+
 def make_untargeted(
     logits_of_images: LogitsOfImages, labels: Array, loss: Loss = cross_entropy
 ) -> LossOfImages:
@@ -71,7 +78,7 @@ def make_untargeted(
 
     def loss_of_images(images: Array) -> tuple[Array, Array]:
         logits = _logits(logits_of_images, images)
-        return loss(logits, labels), jnp.argmax(logits, axis=-1) != hard(labels)
+        return loss(logits, labels), ~predicts(logits, labels)
 
     return loss_of_images
 
@@ -83,7 +90,7 @@ def make_targeted(
 
     def loss_of_images(images: Array) -> tuple[Array, Array]:
         logits = _logits(logits_of_images, images)
-        return -loss(logits, targets), jnp.argmax(logits, axis=-1) == hard(targets)
+        return -loss(logits, targets), predicts(logits, targets)
 
     return loss_of_images
 
@@ -112,7 +119,7 @@ def make_targeted_dlr(
             for classes in (labels, targets)
         )
         spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
-        return (target - label) / spread, jnp.argmax(logits, axis=-1) != labels
+        return (target - label) / spread, ~predicts(logits, labels)
 
     return loss_of_images
 
@@ -120,7 +127,7 @@ def make_targeted_dlr(
 def _logits(logits_of_images: LogitsOfImages, images: Array) -> Array:
     """Logits in float32 or better, whatever the model computes in."""
     logits = logits_of_images(images)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return logits.astype(np.promote_types(logits.dtype, np.float32))
 
 
 def _top(logits: Array, number: int, name: str) -> Array:

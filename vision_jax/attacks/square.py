@@ -69,18 +69,18 @@ def square(
     Raises:
       UserError: images of less than 5 pixels a side in L2 and L1.
     """
-    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    images = images.astype(np.promote_types(images.dtype, np.float32))
     height, width, channels = images.shape[1:]
     if norm != "linf" and min(height, width) < TILES:
         raise UserError(
             f"square attack in {norm}: images of {height} x {width} pixels; needs 5 a side"
         )
     propose = (_repaint if norm == "linf" else _move_mass)(images, epsilon, norm)
-    sides = jnp.array(square_sides(height, width, norm))
+    sides = jnp.array(square_sides(height, width, norm), jnp.int32)
 
     def margin(at: Array) -> Array:
         logits = logits_of_images(at)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits.astype(np.promote_types(logits.dtype, np.float32))
         return -losses.margin(logits, labels)
 
     def unsolved(state: tuple[Array, Array, Array]) -> Array:
@@ -91,8 +91,8 @@ def square(
         number, at, least = state
         level = (number > jnp.array(HALVED)).sum()
         draws = _draw(keys, number, channels)
-        room = (jnp.array([height, width] * 2) - sides[level])[None]
-        places = jnp.floor(draws.places * room)
+        room = (jnp.array([height, width] * 2, jnp.int32) - sides[level])[None]
+        places = jnp.floor(draws.places * room.astype(draws.places.dtype))
         tried = propose(at, draws._replace(places=places.astype(jnp.int32)), level, sides[level])
         found = margin(tried)
         better = (least > 0) & ((found < least) | (found <= 0))
@@ -200,7 +200,7 @@ def _window(images: Array, row: Array, column: Array, side: Array) -> Array:
     """bool[B, H, W, 1], True in each example's square."""
 
     def inside(first: Array, length: int) -> Array:
-        offset = jnp.arange(length)[None] - first[:, None]
+        offset = jnp.arange(length, dtype=jnp.int32)[None] - first[:, None]
         return (offset >= 0) & (offset < side)
 
     height, width = images.shape[1:3]

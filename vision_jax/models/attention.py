@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def attend(
@@ -41,7 +42,7 @@ def attend(
         )
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # [B, K, N, d]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    softmax_dtype = jnp.promote_types(q.dtype, jnp.float32)
+    softmax_dtype = np.promote_types(q.dtype, np.float32)
     logits = jnp.einsum("bknd,bkmd->bknm", q * scale, k, preferred_element_type=softmax_dtype)
     if bias is not None:
         logits = logits + bias.astype(softmax_dtype)
@@ -59,6 +60,6 @@ def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
     Returns:
       f[B, K, N, M], at least f32; rows sum to 1.
     """
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = np.promote_types(q.dtype, np.float32)
     logits = jnp.einsum("bnkd,bmkd->bknm", q * q.shape[-1] ** -0.5, k, preferred_element_type=wide)
     return jax.nn.softmax(logits, axis=-1)

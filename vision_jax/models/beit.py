@@ -109,7 +109,7 @@ def relative_bias(module: nn.Module, num_heads: int, grid: tuple[int, int], dtyp
     """f[1, K, N, N] from the module's parameter `relative_position_bias_table`, in float32."""
     shape = (num_offsets(grid) + NUM_EXTRA, num_heads)
     table = module.param("relative_position_bias_table", nn.initializers.zeros, shape)
-    table = table.astype(jnp.promote_types(dtype, jnp.float32))
+    table = table.astype(np.promote_types(dtype, np.float32))
     return table[relative_index(grid)].transpose(2, 0, 1)[None]
 
 
@@ -246,7 +246,7 @@ class Beit(nn.Module):
             features[f"block_{index}"] = x
         features["pooled"] = pooled = self._pool(x)  # [B, D]
         if self.num_classes:
-            dtype = jnp.promote_types(self.dtype, jnp.float32)
+            dtype = np.promote_types(self.dtype, np.float32)
             init = nn.initializers.zeros
             pooled = Dense(self.num_classes, dtype=dtype, kernel_init=init, name="head")(pooled)
         return (pooled, features) if return_features else pooled

@@ -15,6 +15,7 @@ Exactness, where ports go wrong:
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vision_jax.models.layers import ACTIVATIONS, Conv, Dense, drop_path, layer_norm, normalize
@@ -129,7 +130,7 @@ class GlobalResponseNorm(nn.Module):
         scale, bias = (
             self.param(name, zeros, width).reshape(1, 1, 1, -1) for name in ("scale", "bias")
         )
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
         norms = jnp.sqrt(jnp.square(wide).sum((1, 2), keepdims=True))  # [B, 1, 1, C]
         norms = norms / (norms.mean(-1, keepdims=True) + self.epsilon)
         return x + (scale * (wide * norms) + bias).astype(x.dtype)
@@ -307,6 +308,6 @@ class ConvNeXt(nn.Module):
     def _head(self, x, train):
         if train and self.dropout:
             x = nn.Dropout(self.dropout, deterministic=False)(x)
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = np.promote_types(self.dtype, np.float32)
         zeros = nn.initializers.zeros
         return Dense(self.num_classes, dtype=dtype, kernel_init=zeros, name="head")(x)

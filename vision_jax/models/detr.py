@@ -224,7 +224,7 @@ class Detr(nn.Module):
         features["input_proj"] = x
         batch, height, width, _ = x.shape
         valid = self._cells(pixel_mask, (height, width))  # [B, h, w]
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = np.promote_types(self.dtype, np.float32)
         positions = sine_positions(valid, self.width, wide).astype(self.dtype)
         x, positions = (y.reshape(batch, height * width, self.width) for y in (x, positions))
         # Not minus infinity: an image that is nothing but padding would have no gradient.

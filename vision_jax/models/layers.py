@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 
@@ -123,7 +124,7 @@ class BatchNorm(nn.Module):
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         if train and not self.frozen and not self.is_initializing():
             axes = tuple(range(x.ndim - 1))
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            wide = x.astype(np.promote_types(x.dtype, np.float32))
             batch_mean = wide.mean(axes)
             # Two passes: the mean of squares less the square of the mean cancels in float32.
             batch_var = jnp.square(wide - batch_mean.reshape((1,) * len(axes) + (-1,))).mean(axes)
@@ -137,7 +138,7 @@ class BatchNorm(nn.Module):
         gain = scale * jax.lax.rsqrt(batch_var + self.epsilon)
         shape = (1,) * (x.ndim - 1) + (-1,)
         shift = bias - batch_mean * gain
-        wide = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        wide = x.astype(np.promote_types(self.dtype, np.float32))
         return (wide * gain.reshape(shape) + shift.reshape(shape)).astype(self.dtype)
 
 

@@ -14,6 +14,7 @@ import math
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vision_jax.models.layers import BatchNorm, Conv, Dense, drop_path, normalize
@@ -246,7 +247,7 @@ class RegNet(nn.Module):
         if self.num_classes:
             if train and self.dropout:
                 pooled = nn.Dropout(self.dropout, deterministic=False)(pooled)
-            dtype = jnp.promote_types(self.dtype, jnp.float32)
+            dtype = np.promote_types(self.dtype, np.float32)
             zeros = nn.initializers.zeros
             logits = Dense(self.num_classes, dtype=dtype, kernel_init=zeros, name="head")(pooled)
         return (logits, features) if return_features else logits

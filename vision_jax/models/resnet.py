@@ -15,6 +15,7 @@ Exactness, where ports go wrong:
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vision_jax.models.layers import BatchNorm, Conv, Dense, drop_path, max_pool, normalize
@@ -319,7 +320,7 @@ class ResNet(nn.Module):
         if self.num_classes:
             if train and self.dropout:
                 pooled = nn.Dropout(self.dropout, deterministic=False)(pooled)
-            dtype = jnp.promote_types(self.dtype, jnp.float32)
+            dtype = np.promote_types(self.dtype, np.float32)
             init = nn.initializers.zeros
             pooled = Dense(self.num_classes, dtype=dtype, kernel_init=init, name="head")(pooled)
         return (pooled, features) if return_features else pooled

@@ -205,7 +205,7 @@ class DeformableAttention(nn.Module):
     @nn.compact
     def __call__(self, queries, boxes, memory, valid):
         batch, count, width = queries.shape
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = np.promote_types(self.dtype, np.float32)
         heads, points = self.num_heads, self.num_points
         value = Dense(width, dtype=self.dtype, name="value")(memory)
         value = jnp.where(valid[..., None], value, 0)
@@ -300,7 +300,7 @@ class Proposals(nn.Module):
     @nn.compact
     def __call__(self, memory, boxes, valid):
         width = memory.shape[-1]
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = np.promote_types(self.dtype, np.float32)
         x = Dense(width, dtype=self.dtype, name="proj")(memory)
         x = layer_norm("norm", EPSILON, self.dtype)(x)
         logits = _class_head(self.num_classes, wide)(x)
@@ -434,7 +434,7 @@ class RfDetr(nn.Module):
             name="projector",
         )(maps)
         features["memory"] = memory
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = np.promote_types(self.dtype, np.float32)
         valid = pixel_mask[:, :: self.patch_size, :: self.patch_size]  # [B, h, w]
         ratio = jnp.stack([valid[:, 0].mean(-1, wide), valid[:, :, 0].mean(-1, wide)], axis=-1)
         ratio = jnp.where(ratio > 0, ratio, 1)  # an image that is nothing but padding

@@ -266,7 +266,7 @@ class WindowAttention(nn.Module):
         return _unit(q) * jnp.tile(scale, (windows, 1, 1)).reshape(1, 1, -1, 1)
 
     def _bias(self, rows, columns):
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = np.promote_types(self.dtype, np.float32)
         tall, wide = self.window
         if self.version == 1:
             table = self.param(
@@ -454,7 +454,7 @@ class Swin(nn.Module):
         if self.num_classes:
             if train and self.dropout:
                 pooled = nn.Dropout(self.dropout, deterministic=False)(pooled)
-            dtype = jnp.promote_types(self.dtype, jnp.float32)
+            dtype = np.promote_types(self.dtype, np.float32)
             init = nn.initializers.zeros
             pooled = Dense(self.num_classes, dtype=dtype, kernel_init=init, name="head")(pooled)
         return (pooled, features) if return_features else pooled
@@ -508,5 +508,5 @@ def pad_to(x: jax.Array, multiple: tuple[int, int]) -> jax.Array:
 
 def _unit(x: jax.Array) -> jax.Array:
     """x[..., d] / max(‖x‖, 1e-12), in float32 or better; its gradient at zero is finite."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(np.promote_types(x.dtype, np.float32))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vision_jax.errors import UserError
@@ -509,7 +510,7 @@ class ViT(nn.Module):
         return layer_norm("norm", *norm)(x) if self.norm_after_pool else x
 
     def _head(self, pooled):
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = np.promote_types(self.dtype, np.float32)
         arguments: dict[str, Any] = {
             "features": self.num_classes,
             "use_bias": self.head_bias,

@@ -89,7 +89,7 @@ def _interval(size: int, center: Array, fraction: Array) -> Array:
     """bool[size], true on `fraction` of the places around `center` in [0, 1), clipped."""
     length = jnp.floor(size * fraction)
     start = jnp.floor(size * center) - length // 2
-    places = jnp.arange(size)
+    places = jnp.arange(size, dtype=start.dtype)
     return (places >= start) & (places < start + length)
 
 

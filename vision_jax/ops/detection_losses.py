@@ -17,6 +17,7 @@ bool[B, T]; and so are the examples, `mask` bool[B]. What is masked counts nothi
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vision_jax.errors import UserError
@@ -97,21 +98,22 @@ def detr_loss(
     classes = jax.vmap(jax.vmap(classes_of), (0, None))(query, label)  # [L, B, Q]
     log_likelihood = _at(jax.nn.log_softmax(logits), classes[..., None])[..., 0]
     weights = jnp.where(classes == no_object, no_object_weight, 1.0).astype(logits.dtype)
-    weights *= mask[None, :, None]
+    weights *= mask[None, :, None].astype(weights.dtype)
     whole_targets, whole_mask = _whole((target_mask, mask), whole)
     num_boxes, num_images = _counts(whole_targets, whole_mask)
     boxes_a_row, images_a_row = (
         _a_row(n, whole_mask, logits.dtype) for n in (num_boxes, num_images)
     )
-    count = _alone(target_mask) if alone else boxes_a_row
+    count = _alone(target_mask, logits.dtype) if alone else boxes_a_row
     terms, iou = _box_terms(boxes, query, target_boxes, target_mask, count)
     # Of each image: a query for each target, and the others, which are without.
     if alone:
-        found = target_mask.sum(1)
+        found = target_mask.sum(1).astype(float)
         total = no_object_weight * (logits.shape[2] - found) + found
         total = jnp.where(mask, total, 0).astype(logits.dtype)[None]
     else:
-        total = no_object_weight * (logits.shape[2] * num_images - num_boxes) + num_boxes
+        free = logits.shape[2] * num_images - num_boxes
+        total = no_object_weight * free.astype(float) + num_boxes.astype(float)
         total = (total / len(whole_mask)).astype(logits.dtype)
     terms["loss_ce"] = -(weights * log_likelihood).sum(2) / jnp.where(total > 0, total, 1)
 
@@ -215,7 +217,7 @@ def sigmoid_detr_loss(
     num_boxes, num_images = _counts(whole_targets, whole_mask)
     images_a_row = _a_row(num_images, whole_mask, logits.dtype)
     boxes_a_row = _a_row(groups * num_boxes, whole_mask, logits.dtype)
-    count = _alone(all_mask) if alone else boxes_a_row
+    count = _alone(all_mask, logits.dtype) if alone else boxes_a_row
     terms, iou = _box_terms(boxes, query, target_boxes, all_mask, count)
     loss_ce = _sigmoid_term(logits, query, label, iou, all_mask, mask, class_loss, alpha)
     terms["loss_ce"] = loss_ce / count
@@ -237,7 +239,7 @@ def _prepared(
     logits: Array, boxes: Array, target_boxes: Array, target_mask: Array, mask: Array
 ) -> tuple[Array, Array, Array, Array]:
     """All in one precision; a padded example has no targets, and zeros for what may be NaN."""
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    dtype = np.promote_types(logits.dtype, np.float32)
     rows = mask[None, :, None, None]
     logits = jnp.where(rows, logits.astype(dtype), 0)
     boxes = jnp.where(rows, boxes.astype(dtype), 0)
@@ -322,9 +324,9 @@ def _a_row(count: Array, mask: Array, dtype: jnp.dtype) -> Array:
     return (jnp.maximum(count, 1) / len(mask)).astype(dtype)
 
 
-def _alone(target_mask: Array) -> Array:
-    """What an image's sums are divided by if it is alone: its boxes, i[1, B], at least 1."""
-    return jnp.maximum(target_mask.sum(1), 1)[None]
+def _alone(target_mask: Array, dtype: jnp.dtype) -> Array:
+    """What an image's sums are divided by if it is alone: its boxes, f[1, B], at least 1."""
+    return jnp.maximum(target_mask.sum(1), 1)[None].astype(dtype)
 
 
 def _box_terms(
@@ -396,4 +398,4 @@ def _at(values: Array, index: Array, axis: int = -1) -> Array:
 
 def _mean(values: Array, mask: Array, a_row: Array) -> Array:
     """The mean of what is in mask[B, ...], of which there are `a_row` in the mean over B."""
-    return jnp.where(mask, values, 0).sum() / len(mask) / a_row
+    return jnp.where(mask, values.astype(a_row.dtype), 0).sum() / len(mask) / a_row

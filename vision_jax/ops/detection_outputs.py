@@ -6,6 +6,7 @@ given; not clipped to the image, as in the reference. Computed in float32 at lea
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vision_jax.ops.boxes import cxcywh_to_xyxy
 
@@ -72,4 +73,4 @@ def _pixels(boxes_cxcywh_01: Array, size: Array) -> Array:  # [B, N, 4]
 
 
 def _float(values: Array) -> Array:
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(np.promote_types(values.dtype, np.float32))

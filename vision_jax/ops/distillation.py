@@ -11,11 +11,13 @@ row gets its share. No gradient flows to the teacher. All is computed in float32
 where an input is. Shapes that do not go together, and unknown kinds, raise UserError.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp, xlogy
 
@@ -459,7 +461,7 @@ def expand_logits(top: TopLogits, num_classes: int) -> Array:
 
 def _wide(*arrays: Array, students: int = 1) -> list[Array]:
     """All in one dtype, at least float32; those after the students' without a gradient."""
-    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    dtype = functools.reduce(np.promote_types, (x.dtype for x in arrays), np.dtype("float32"))
     return [
         array.astype(dtype) if index < students else lax.stop_gradient(array).astype(dtype)
         for index, array in enumerate(arrays)
@@ -519,7 +521,7 @@ def _distances(features: Array) -> Array:
     squared = squares[:, None] + squares[None] - 2 * products
     apart = ~jnp.eye(len(features), dtype=bool)
     distance = jnp.where(apart, jnp.sqrt(jnp.maximum(squared, 1e-12)), 0)
-    count = jnp.maximum((distance > 0).sum(), 1)
+    count = jnp.maximum((distance > 0).sum(), 1).astype(distance.dtype)
     return distance / (distance.sum() / count)
 
 
@@ -536,7 +538,7 @@ def _interpolate(features: Array, axis: int, size: int) -> Array:
     low = jnp.floor(place).astype(jnp.int32)
     shape = [1] * features.ndim
     shape[axis] = size
-    share = (place - low).reshape(shape)
+    share = (place - low.astype(place.dtype)).reshape(shape)
     below, above = (
         jnp.take(features, index, axis=axis) for index in (low, jnp.minimum(low + 1, old - 1))
     )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vision_jax.errors import UserError
@@ -90,13 +91,14 @@ def solve(cost: Array, target_mask: Array) -> tuple[Array, Array]:
     def search(state: _State) -> _State:
         """Reaches the next query; the path to it goes through the one reached last."""
         first = state.last == queries
-        row = jnp.where(first, jnp.argmax(is_free(state.query)), state.target[state.last])
+        free = jnp.argmax(is_free(state.query)).astype(jnp.int32)
+        row = jnp.where(first, free, state.target[state.last])
         reduced = cost[row] - state.price
         start = jnp.where(first, 0, state.distance[state.last] - reduced[state.last])
         distance = start + reduced
         shorter = ~state.reached & (distance < state.distance)
         distance = jnp.where(shorter, distance, state.distance)
-        previous = jnp.where(shorter, row, state.previous).astype(jnp.int32)
+        previous = jnp.where(shorter, row, state.previous)
         last = jnp.argmin(jnp.where(state.reached, jnp.inf, distance)).astype(jnp.int32)
         found = state.target[last] == targets
         falls = jnp.where(found & state.reached, distance[last] - distance, 0)
@@ -154,7 +156,7 @@ def solve(cost: Array, target_mask: Array) -> tuple[Array, Array]:
 
 def _finite(cost: Array, target_mask: Array) -> Array:
     """f[T, Q] at least f32, where what is not finite exceeds all that a matching can cost."""
-    cost = cost.astype(jnp.promote_types(cost.dtype, jnp.float32))
+    cost = cost.astype(np.promote_types(cost.dtype, np.float32))
     limit = float(jnp.finfo(cost.dtype).max) ** 0.5  # sums of such costs stay finite
     valid = jnp.isfinite(cost) & target_mask[:, None]
     cost = jnp.where(valid, jnp.clip(cost, -limit, limit), 0)

@@ -104,7 +104,7 @@ def attach(
             )
         own_parts = parts if path.endswith("qkv/kernel") else None
         a_shape, b_shape = _factor_shapes(path, kernel.shape, rank, own_parts)
-        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+        dtype = np.promote_types(kernel.dtype, np.float32)
         bound = 1 / math.sqrt(math.prod(kernel.shape[:-1]))
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         return LowRank(
@@ -269,7 +269,7 @@ def join_adapter(factors: Mapping[int, Factors], kernel: jax.Array, total: int) 
     """
     first = factors[min(factors)]
     rank = max(one.a.shape[-1] for one in factors.values())
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    dtype = np.promote_types(kernel.dtype, np.float32)
     a, b, magnitudes = [], [], []
     for part, columns in enumerate(jnp.split(kernel, total, axis=-1)):
         if part not in factors:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vision_jax.errors import UserError, nearest
 from vision_jax.trees import paths
@@ -151,7 +152,7 @@ def narrow_vit(params: Params, *, num_heads: int, width: int, mlp_width: int) ->
         for axis, kind in axes[path].items():
             kept, total = channels if kind == WIDTH else inner[block, kind]
             # An axis may hold several of it one after another: q, k, v; gate and value; two pools.
-            starts = total * jnp.arange(leaf.shape[axis] // total)
+            starts = total * jnp.arange(leaf.shape[axis] // total, dtype=kept.dtype)
             leaf = jnp.take(leaf, (starts[:, None] + kept[None]).reshape(-1), axis=axis)
         return leaf
 
@@ -173,7 +174,7 @@ def _largest(weights: Array, count: int) -> Array:
 def _squares(leaf: Array, axis: int) -> Array:
     """Sum of squares over all axes but one."""
     others = tuple(index for index in range(leaf.ndim) if index != axis)
-    return jnp.square(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))).sum(others)
+    return jnp.square(leaf.astype(np.promote_types(leaf.dtype, np.float32))).sum(others)
 
 
 def _channel_weights(flat: Mapping[str, Array], axes: Mapping[str, Mapping[int, str]]) -> Array:
@@ -200,7 +201,7 @@ def _kept_heads(flat: Mapping[str, Array], block: str, size: int, count: int) ->
     read = _squares(flat[f"{block}/proj/kernel"], 0)
     weights = _by_group(last, size) * _by_group(read, size)
     kept = _largest(weights, count)
-    return (size * kept[:, None] + jnp.arange(size)[None]).reshape(-1)
+    return (size * kept[:, None] + jnp.arange(size, dtype=kept.dtype)[None]).reshape(-1)
 
 
 def _kept_hidden(flat: Mapping[str, Array], block: str, count: int) -> Array:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from vision_jax import optim
@@ -291,7 +292,7 @@ def _divergence(logits: Array, others: Array) -> Array:
 
 
 def _precise(logits: Array) -> Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return logits.astype(np.promote_types(logits.dtype, np.float32))
 
 
 def _rescaled(direction: Array, like: Array) -> Array:

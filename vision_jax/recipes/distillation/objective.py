@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vision_jax.errors import UserError
@@ -205,7 +206,7 @@ def make_teacher_outputs(
                 found |= {TEACHER_OUTPUT + name: array for name, array in top._asdict().items()}
             else:
                 found[f"{TEACHER_OUTPUT}logits"] = together.astype(
-                    jnp.promote_types(together.dtype, jnp.float32)
+                    np.promote_types(together.dtype, np.float32)
                 )
         return found
 

@@ -206,12 +206,14 @@ def _search(seed, norm, logits_of_images, images, labels, index, epsilon):
     """
     loss = losses.make_untargeted(logits_of_images, labels, losses.margin)
     height, width, channels = images.shape[1:]
-    y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    y, x = (jnp.arange(length, dtype=float) for length in (height, width))
+    y, x = y[:, None, None], x[None, :, None]
 
     def square(key, number):
         place_key, color_key = jax.random.split(key)
         side = jnp.maximum(min(height, width) * 0.5 ** (1 + 4 * number / QUERIES), 1)
-        top, left = jax.random.uniform(place_key, (2,)) * jnp.array([height, width]) - side / 2
+        corner = jax.random.uniform(place_key, (2,)) * jnp.array([height, width], float)
+        top, left = corner - side / 2
         color = jax.random.rademacher(color_key, (1, 1, channels), images.dtype)
         return jnp.where((abs(y - top) < side) & (abs(x - left) < side), color, 0)
 
