@@ -10,10 +10,12 @@ FLOPs are those of any run. What XLA_FLAGS says already has the last word. With 
 the environment the code is what users run: .ci/run does so where results are bit-identical.
 """
 
+import functools
 import os
 import secrets
 import zlib
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +81,43 @@ def pytest_collection_modifyitems(config, items):
             continue
         if not hasattr(item, "callspec") or item.callspec.id not in mark.kwargs.get("but", ()):
             item.add_marker(pytest.mark.skip(reason="long: with --all"))
+
+
+# Where a promotion of dtypes must be written out.
+STRICT = ("attacks", "ops", "tasks", "trees", "test_optim.py", "test_steps.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strict_dtypes(request):
+    """A mask times floats, or float32 with bfloat16, raises: whoever means it writes the dtype.
+
+    What is at least float32 is `np.promote_types(dtype, np.float32)`; jnp's refuses here too.
+    Three functions of libraries promote on their own and still may: the statistics and the scaling
+    of flax's norms, where activations are not float32, and the bias correction of optax's Adam,
+    which takes a float to the power of an integer.
+    """
+    if request.path.relative_to(Path(__file__).parent).parts[0] not in STRICT:
+        yield
+        return
+    import flax.linen.normalization
+    import optax
+
+    def lenient(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            with jax.numpy_dtype_promotion("standard"):
+                return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("strict"):
+        for module, name in (
+            (flax.linen.normalization, "_compute_stats"),
+            (flax.linen.normalization, "_normalize"),
+            (optax.tree, "bias_correction"),
+        ):
+            patch.setattr(module, name, lenient(getattr(module, name)))
+        yield
 
 
 @pytest.fixture

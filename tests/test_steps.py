@@ -187,3 +187,9 @@ def test_model_state_goes_from_one_micro_batch_to_the_next():
     step = steps.make_train_step(counting, tx, seed=0, schedule=lambda step: 0.1, accumulate=4)
     state, _ = step(state, FROZEN, BATCH)
     np.testing.assert_allclose(state.model_state["seen"], Y.sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_dtypes_promote_where_it_is_written_alone():
+    """The fixture of conftest.py is on."""
+    with pytest.raises(jax.dtypes.TypePromotionError, match="strict"):
+        jnp.ones(2) * jnp.ones(2, bool)

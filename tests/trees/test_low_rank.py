@@ -176,7 +176,7 @@ def test_dropout_gradient_is_that_of_the_written_out_product(rng):
     with jax.enable_x64(True):
         _, x, leaf = make_case(rng, "dense", jnp.float64, dropout=0.25)
         key = jax.random.key(3)
-        keep = jax.random.bernoulli(key, 0.75, x.shape)
+        keep = jax.random.bernoulli(key, 0.75, x.shape).astype(x.dtype)
 
         def ours(a, b, x):
             replaced = LowRank(leaf.base, a, b, None, 0.7, None, 0.25)
