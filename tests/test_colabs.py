@@ -88,6 +88,7 @@ def test_the_first_cell_leaves_an_installation_alone(monkeypatch):
     exec(installing_cell("any_checkpoint"), {})
 
 
+@pytest.mark.long
 def test_finetune_your_images(tmp_path, monkeypatch):
     printed = execute("finetune_your_images", tmp_path, monkeypatch)
     assert "120 images of" in printed

@@ -202,11 +202,7 @@ CELLS = [
     pytest.param(
         cell,
         id="-".join([*cell[:4], *("01"[on] for on in cell[4])]),
-        marks=[]
-        if cell == FEW[0]
-        else pytest.mark.long
-        if cell in FEW
-        else [pytest.mark.long, pytest.mark.hours],
+        marks=pytest.mark.long if cell in FEW else [pytest.mark.long, pytest.mark.hours],
     )
     for cell in every_cell()
 ]

@@ -48,7 +48,7 @@ def small(path: Path):
     return load_config(str(path), changes)
 
 
-@pytest.mark.long(but=["vit_lora", "detr_tiny"])
+@pytest.mark.long(but=["vit_lora"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_trains_at_small_size(path, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)

@@ -32,6 +32,7 @@ def features(split):
     return np.asarray(model.apply({"params": paths.unflatten(like, flat)}, images)), source.labels
 
 
+@pytest.mark.long
 def test_the_numbers_are_those_of_the_features(tmp_path, capsys):
     config = runs.tiny_config(
         evaluate__neighbors="(1, 3)", evaluate__shots="(2,)", evaluate__repeats=2

@@ -131,6 +131,7 @@ def test_the_embedded_model():
     assert loaded.feature_names == ("embed", *(f"block_{i}" for i in range(6)), "pooled")
 
 
+@pytest.mark.long
 def test_a_new_head(files, rng):
     whole = vision_jax.load(files["vit"])
     images = whole.preprocess(photos(rng))
@@ -205,6 +206,7 @@ def test_apply_under_jit_and_vmap(files, family, rng):
     assert (abs(both[1] - both[0]) > 1e-3).any()
 
 
+@pytest.mark.long
 def test_gradients_in_float64_are_those_of_differences(files, rng):
     single = vision_jax.load(files["vit"])
     images = single.preprocess(photos(rng, count=2))
@@ -282,6 +284,7 @@ def detector(tmp_path_factory):
     return vision_jax.load(detection_runs.write_detector(path))
 
 
+@pytest.mark.long
 def test_a_detector_finds_the_same_beside_images_of_other_shapes(detector, rng):
     wide, high = (
         rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((30, 60, 3), (50, 40, 3))

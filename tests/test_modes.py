@@ -277,6 +277,7 @@ def robustness_run(tmp_path, name="robust", **changes):
     return runs.full_config(**fields), workdir
 
 
+@pytest.mark.long
 def test_robustness_writes_figures_and_a_picture(tmp_path, capsys):
     config, workdir = robustness_run(tmp_path)
     assert robustness.run(config, workdir, "last") == 0

@@ -203,8 +203,9 @@ def test_update_rule_with_weight_decay_on_kernels_only(name, rng):
     result = train(make(name, params), params, gradients)
     for path, array in expected.items():
         # The rate and Adam's bias correction are float32, so the error is relative to the change.
-        change = np.abs(array - params[path]).max()
-        np.testing.assert_allclose(result[path], array, rtol=0, atol=1e-6 * change, err_msg=path)
+        # Where Lion's signs cancel, the change is the rounding of the sum.
+        bound = 1e-6 * np.abs(array - params[path]).max() + 1e-15 * np.abs(array).max()
+        np.testing.assert_allclose(result[path], array, rtol=0, atol=bound, err_msg=path)
 
 
 def test_muon_updates_are_as_large_as_adams(rng):

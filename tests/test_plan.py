@@ -17,6 +17,7 @@ def planned(config):
     return plan.compile_step(config, plan.describe_planned(config)[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make",
     [
@@ -57,7 +58,7 @@ def test_memory_is_what_xla_reports_of_the_step_that_trains(make, tmp_path, monk
     assert found.batch == sum(x.dtype.itemsize * x.size // 8 for x in jax.tree.leaves(called[0][2]))
 
 
-@pytest.mark.long(but=["vit_lora", "detr_tiny"])
+@pytest.mark.long(but=["vit_lora"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_has_a_plan(path):
     found = planned(small(path))
@@ -66,6 +67,7 @@ def test_every_config_has_a_plan(path):
     assert found.collectives["all-reduce"][1] > 0  # of gradients, among 8 devices
 
 
+@pytest.mark.long
 def test_sharding_divides_the_state_and_shows_its_communication():
     whole, parted = (
         planned(

@@ -56,6 +56,7 @@ def execute(blocks: list[str]) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.long
 def test_docs_python(folder):
     blocks = blocks_of("docs/python.md")
     whole = "".join(blocks)

@@ -98,6 +98,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.long(but=["linear probe, sgd", "q and v, lion"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_change_what_trains_and_nothing_else(name):
     prepared = Prepared(

@@ -121,6 +121,7 @@ def test_frozen_parameters_are_bit_identical_to_the_weights_and_have_no_optimize
     np.testing.assert_array_equal(restored.frozen[kernel].T, before["blocks.0.attn.qkv.weight"])
 
 
+@pytest.mark.long
 def test_one_compile_over_50_steps(tmp_path, monkeypatch):
     traces, made = [], []
     make_loss, make_step = preparation.make_loss, steps.make_train_step
@@ -218,6 +219,7 @@ def start_two(workdir, fields, program=("-m", "vision_jax.main"), others=None, d
     ]
 
 
+@pytest.mark.long
 def test_two_processes_are_one_run(tmp_path):
     fields = runs.overrides(mesh__fsdp=2, **runs.FULL)
     children = start_two(tmp_path / "two", fields, devices=2)
@@ -257,6 +259,7 @@ main.command()
 """
 
 
+@pytest.mark.long
 def test_the_failure_of_one_process_ends_the_other_within_seconds(tmp_path):
     program = tmp_path / "failing.py"
     program.write_text(FAILING)
@@ -434,6 +437,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(train, "write_results", lambda *arguments, **keywords: None)
 
 
+@pytest.mark.long
 def test_a_run_that_died_before_its_first_checkpoint_may_be_another_one(tmp_path, monkeypatch):
     quick(monkeypatch)
     for record in ("config.json", "model.json", "train_data.json.gz"):
@@ -460,6 +464,7 @@ def trained_bytes(workdir):
     return step, {path: np.asarray(leaf).tobytes() for path, leaf in state["trainable"].items()}
 
 
+@pytest.mark.long
 def test_a_run_of_constant_rate_goes_on_to_another_length(tmp_path, monkeypatch):
     """Bit-identical to one that long from the start; with other workers, and evaluated
     elsewhere."""

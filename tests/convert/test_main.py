@@ -605,7 +605,7 @@ def peak_of(*arguments):
     return int(done.stdout.split("PEAK")[1])
 
 
-@pytest.mark.long(but=["bfloat16"])
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_shards_convert_in_bounded_memory(dtype, tmp_path, rng):

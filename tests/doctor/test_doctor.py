@@ -143,6 +143,7 @@ def test_clean_sets_raise_no_alarm(style, tmp_path):
         assert alarms(examine(plain, quick=True)[1]) == {}
 
 
+@pytest.mark.long
 def test_what_the_package_brings_is_clean():
     """Real photos split by photo, composites, and small clothes on black, much alike."""
     for one, other in (

@@ -447,7 +447,7 @@ def trained(family, form="plain", **schedule):
 
 
 # The others compile for seconds.
-QUICK_FORMS = [(family, "plain") for family in ("vit", "resnet", "convnext", "detr")]
+QUICK_FORMS = [(family, "plain") for family in ("vit", "resnet", "convnext")]
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_masks():
     assert difference(rest, plain) == 0
 
 
+@pytest.mark.long
 def test_the_start_is_proposals_of_one_percent():
     """Heads that predict no shift and a probability of 0.01 around it."""
     model, images = small(), random_images()

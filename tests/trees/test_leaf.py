@@ -224,6 +224,7 @@ def test_a_kernel_of_another_shape_is_refused_whatever_stands_in_for_it():
             jax.eval_shape(model.apply, {"params": params}, make_images())
 
 
+@pytest.mark.long(but=["dora"])
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_adapters_over_it_have_the_gradients_that_they_have_over_the_merged_kernels(settings):
     with jax.enable_x64(True):

@@ -95,6 +95,7 @@ def test_merged_logits_equal_attached_ones(settings, dtype, rng):
         assert relative_difference(attached, base) > 1e-2
 
 
+@pytest.mark.long
 def test_scan_equals_unrolled_with_adapters(rng):
     params, images = (
         trained(rng, attach(make_params(rng, depth=2), [r"block_\d+/.*"], qkv_parts="q,v")),
@@ -258,6 +259,7 @@ def test_frozen_leaves_stay_bit_identical_and_have_no_gradient_or_optimizer_stat
     assert_identical(base, lora.detach(params)[0])
 
 
+@pytest.mark.long
 def test_attached_step_has_under_0_7_of_the_flops_of_full_fine_tuning():
     model = make_vit(width=192, depth=2, num_heads=3, mlp_width=768, image_size=(64, 64))
     images = jax.ShapeDtypeStruct((8, 64, 64, 3), jnp.float32)

@@ -116,6 +116,7 @@ def test_layers_that_are_not_there(layers, message):
 # Width --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(but=["siglip"])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_whole_width_is_the_teacher_and_a_part_fits_the_student(form, rng):
     arguments = {**VIT, **FORMS[form]}
@@ -128,6 +129,7 @@ def test_the_whole_width_is_the_teacher_and_a_part_fits_the_student(form, rng):
     assert jax.tree.map(jnp.shape, student) == jax.tree.map(jnp.shape, like["params"])
 
 
+@pytest.mark.long(but=["swiglu"])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_has_no_effect_is_cut_for_free(form, rng):
     """The student hidden in a teacher: copies of channels that nothing reads, dead heads and units.
