@@ -64,9 +64,13 @@ def pytest_configure(config):
         config.option.seed = secrets.randbelow(2**32)
     if not hasattr(config, "cache"):  # -p no:cacheprovider
         return
-    # What one test compiles, others and other workers load: most of the time went there.
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # What one test compiles, others, other workers and commands load: most of the time went there.
+    for name, value in (
+        ("jax_compilation_cache_dir", str(config.cache.mkdir("xla"))),
+        ("jax_persistent_cache_min_compile_time_secs", 0.5),
+    ):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -114,6 +114,7 @@ MOVED = {"frozen": "probe", "teach": "cache-teacher"}  # older names
 FROM_CONFIG = ("train", "probe", "cache-teacher", "plan")  # these take --config
 FROM_WORKDIR = ("evaluate", "predict", "robustness")  # these a finished run
 CONFIGURED = (*FROM_CONFIG, *FROM_WORKDIR)
+COMPUTING = ("train", "probe", "cache-teacher", *FROM_WORKDIR)
 # Fields that a finished run keeps: what it is and was trained with.
 KEPT = re.compile(
     r"task|total_steps|batch_size|(checkpoint|log)_every|trainable|recipes|evaluate\.(every|warn_after)"
@@ -169,6 +170,22 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
             "const": "",
             "metavar": "NAME",
             "help": "print what a field, those of a section, or all may be, and end",
+        },
+    ),
+    "no-cache": (
+        COMPUTING,
+        {
+            "action": "store_const",
+            "const": True,
+            "help": "compile anew: neither read nor keep compiled programs in the cache folder",
+        },
+    ),
+    "no-kept-memory": (
+        COMPUTING,
+        {
+            "action": "store_const",
+            "const": True,
+            "help": "on a CPU, give the memory of each step back to the system: slower",
         },
     ),
     "coordinator": (
@@ -242,6 +259,13 @@ def _run(arguments: Sequence[str]) -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"
         count = f"--xla_force_host_platform_device_count={flags['devices']}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+    if name in COMPUTING:
+        from vision_jax import machine
+
+        if not flags["no-kept-memory"]:
+            machine.keep_memory()
+        if not flags["no-cache"]:
+            machine.keep_compiled()
     module, _, function = command.run.partition(":")
     run = getattr(importlib.import_module(module), function)
     if flags["coordinator"]:

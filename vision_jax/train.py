@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vision_jax import processes, sharding, steps
+from vision_jax import machine, processes, sharding, steps
 from vision_jax.checkpoints import (
     Checkpoints,
     last_complete_step,
@@ -181,6 +181,7 @@ def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: 
     # 6. The loop. --------------------------------------------------------------------------------
     result = None
     stop = _Stop()
+    memory = machine.MemoryWatch()
     with stop.watched(), log.progress(config.total_steps, completed=step) as progress:
         report = _Reporter(log, progress, config.batch_size, config.log_every)
         batch = next_batch(step) if step < config.total_steps else {}
@@ -191,6 +192,7 @@ def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: 
             if pending is not None:
                 report(*pending)
             pending = (step, metrics)
+            memory.check()
 
             finished = step == config.total_steps
             stopping = step % stop.every == 0 and stop.requested()
@@ -199,6 +201,7 @@ def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: 
             if stopping or evaluating or step % config.checkpoint_every == 0:
                 report(*pending)  # a state that is not finite is never saved
                 pending, measured = None, None
+                machine.give_back_memory()
                 if evaluating:
                     trained, statistics = steps.averaged(state)
                     result = evaluate(trained, frozen, statistics)
@@ -211,6 +214,7 @@ def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: 
                     for warning in result.warnings(step, history):
                         log.say(f"warning: {warning}")
                 checkpoints.save(step, state, measured)
+                machine.give_back_memory()
                 report.restart_clock()
             if stopping:
                 break

@@ -8,19 +8,16 @@ with one subclass of `Leaf`, and a transform that puts it in the tree; nothing e
 
 import abc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from vision_jax.trees import paths
+from vision_jax.trees import paths, products
+from vision_jax.trees.products import Product
 
 Array = jax.Array
 Params = Any  # nested dicts of arrays and structured leaves
-Product = Callable[[Array, Array], Array]  # of x and a whole kernel, linear in both
 
 
 class Leaf(abc.ABC):
@@ -179,7 +176,7 @@ def dot(x: Array, kernel: Kernel, dropout_key: Array | None = None) -> Array:
       kernel: an array or a structured leaf, usually in float32.
       dropout_key: for dropout inside of the leaf; None outside training.
     """
-    return multiply(dense_product(x), x, kernel, dropout_key)
+    return multiply(products.dense(x), x, kernel, dropout_key)
 
 
 def convolve(
@@ -191,19 +188,14 @@ def convolve(
     dropout_key: Array | None = None,
     dilation: int = 1,
 ) -> Array:
-    """Convolution of x[B, H, W, in] with kernel[h, w, in / groups, out], in x's dtype.
-
-    A plain kernel that tiles the image (stride = size, no padding: a patch embedding, or 1 x 1) is
-    one dot on rearranged pixels, which is the same sum and faster, in its weight gradient most of
-    all.
-    """
-    window = kernel.shape[:2]
-    reach = tuple((size - 1) * dilation + 1 for size in window)
-    tiles = tuple(strides) == window == reach and not any(map(any, padding)) and groups == 1
-    if tiles and not isinstance(kernel, Leaf):
-        return _tiled(x, kernel)
-    sides = tuple((low, high) for low, high in padding)
-    product = partial(_convolution, tuple(strides), sides, groups, dilation)
+    """Convolution of x[B, H, W, in] with kernel[h, w, in / groups, out], in x's dtype."""
+    product = products.convolution(
+        kernel.shape[:2],
+        tuple(strides),
+        tuple((low, high) for low, high in padding),
+        groups,
+        dilation,
+    )
     return multiply(product, x, kernel, dropout_key)
 
 
@@ -212,73 +204,3 @@ def multiply(product: Product, x: Array, kernel: Kernel, dropout_key: Array | No
     if isinstance(kernel, Leaf):
         return kernel.multiply(product, x, dropout_key)
     return product(x, kernel)
-
-
-def dense_product(x: Array) -> Product:
-    """The product of a dense layer for inputs of x's dtype."""
-    return _half_dot if x.dtype in (jnp.bfloat16, jnp.float16) else _plain_dot
-
-
-def _plain_dot(x: Array, kernel: Array) -> Array:
-    return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-
-
-@jax.custom_vjp
-def _half_dot(x: Array, kernel: Array) -> Array:
-    """A product of half-precision inputs whose three products all accumulate in float32.
-
-    Autodiff of a dot with a float32 result would multiply float32 by bfloat16 in its backward pass,
-    which no matrix unit takes; and one with a bfloat16 result rounds the parameters' gradient.
-    """
-    product = lax.dot_general(
-        x,
-        kernel.astype(x.dtype),
-        (((x.ndim - 1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    return product.astype(x.dtype)
-
-
-def _half_dot_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _half_dot(x, kernel), (x, kernel)
-
-
-def _half_dot_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
-    float32 = {"preferred_element_type": jnp.float32}
-    dx = lax.dot_general(dy, kernel.astype(x.dtype), (((dy.ndim - 1,), (1,)), ((), ())), **float32)
-    rows = tuple(range(x.ndim - 1))
-    dkernel = lax.dot_general(x, dy, ((rows, rows), ((), ())), **float32)  # [in, out]
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
-
-
-_half_dot.defvjp(_half_dot_forward, _half_dot_backward)
-
-
-def _tiled(x: Array, kernel: Array) -> Array:
-    """The convolution of x[B, H, W, in] by a kernel[h, w, in, out] whose windows tile it."""
-    h, w, _, outputs = kernel.shape
-    batch, height, width, channels = x.shape
-    x = x[:, : height // h * h, : width // w * w]  # what a strided convolution leaves out
-    x = x.reshape(batch, height // h, h, width // w, w, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // h, width // w, -1)
-    return dot(x, kernel.reshape(-1, outputs))  # [B, H/h, W/w, out]
-
-
-def _convolution(
-    strides: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    groups: int,
-    dilation: int,
-    x: Array,
-    kernel: Array,
-) -> Array:
-    return lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        strides,
-        padding,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )

@@ -92,9 +92,9 @@ def attach(
     parts = _parse_parts(qkv_parts, chosen)
     scale = alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
 
-    def adapt(path: str, kernel: Any) -> Any:
-        if path not in chosen:
-            return kernel
+    shapes = {}  # of each adapter: those of A and of B, and the dtype of both
+    for path in sorted(chosen):
+        kernel = kernels[path]
         if isinstance(kernel, LowRank):
             raise UserError(f"{path} has an adapter already: merge or detach it first")
         if kernel.ndim not in (2, 4):
@@ -103,17 +103,22 @@ def attach(
                 "exclude it from the rules"
             )
         own_parts = parts if path.endswith("qkv/kernel") else None
-        a_shape, b_shape = _factor_shapes(path, kernel.shape, rank, own_parts)
         dtype = np.promote_types(kernel.dtype, np.float32)
-        bound = 1 / math.sqrt(math.prod(kernel.shape[:-1]))
-        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        shapes[path] = (*_factor_shapes(path, kernel.shape, rank, own_parts), dtype)
+    fans = {path: math.prod(kernels[path].shape[:-1]) for path in shapes}
+    first = _draw({path: (a, dtype, fans[path]) for path, (a, _, dtype) in shapes.items()}, key)
+
+    def adapt(path: str, kernel: Any) -> Any:
+        if path not in chosen:
+            return kernel
+        _, b_shape, dtype = shapes[path]
         return LowRank(
             base=kernel,
-            a=jax.random.uniform(own_key, a_shape, dtype, -bound, bound),
+            a=first[path],
             b=jnp.zeros(b_shape, dtype),
             magnitude=output_norm(merge_leaf(kernel).astype(dtype)) if dora else None,
             scale=scale,
-            parts=own_parts,
+            parts=parts if path.endswith("qkv/kernel") else None,
             dropout=dropout,
         )
 
@@ -291,6 +296,30 @@ def join_adapter(factors: Mapping[int, Factors], kernel: jax.Array, total: int) 
         parts=(total, tuple(sorted(factors))) if total > 1 else None,
         dropout=first.dropout,
     )
+
+
+def _draw(
+    arrays: Mapping[str, tuple[tuple[int, ...], Any, int]], key: jax.Array
+) -> dict[str, jax.Array]:
+    """By path, an array of (shape, dtype), uniform in ±1/√fan_in; each has a key of its own.
+
+    Those that are alike are drawn in one loop, whose body compiles once: the same draws.
+    """
+    alike: dict[Any, list[str]] = {}
+    for path, of in arrays.items():
+        alike.setdefault(of, []).append(path)
+    drawn: dict[str, jax.Array] = {}
+    for (shape, dtype, fan_in), names in alike.items():
+        draw = partial(_draw_one, key, shape, dtype, 1 / math.sqrt(fan_in))
+        own = np.array([zlib.crc32(path.encode()) for path in names], np.uint32)
+        drawn |= dict(zip(names, jax.lax.map(draw, own), strict=True))
+    return drawn
+
+
+def _draw_one(
+    key: jax.Array, shape: tuple[int, ...], dtype: Any, bound: float, number: jax.Array
+) -> jax.Array:
+    return jax.random.uniform(jax.random.fold_in(key, number), shape, dtype, -bound, bound)
 
 
 def _factor_shapes(

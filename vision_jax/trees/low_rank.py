@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vision_jax.trees.leaf import Kernel, Leaf, Product, dense_product, merge_leaf, multiply
+from vision_jax.trees import products
+from vision_jax.trees.leaf import Kernel, Leaf, merge_leaf, multiply
+from vision_jax.trees.products import Product
 
 Array = jax.Array
 
@@ -134,7 +136,7 @@ def _scale_outputs(x: Array, gain: Array) -> Array:
 
 def _factored_update(product: Product, x: Array, leaf: LowRank) -> Array:
     """s · (x·A)·B by the skinny products; the merged form is cheaper wherever it applies."""
-    dense = dense_product(x)
+    dense = products.dense(x)
     scales = part_scales(leaf)
     if leaf.parts is None:
         return scales[0] * dense(product(x, leaf.a), leaf.b)

@@ -1,0 +1,114 @@
+"""Compiled programs kept on disk, and freed memory kept for the next step."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import runs
+
+from vision_jax import machine
+
+COMPILE = """
+import json
+from vision_jax import machine
+folder = machine.keep_compiled()
+import jax, jax.monitoring, numpy
+seen = []
+jax.monitoring.register_event_listener(lambda name, **_: seen.append(name))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x @ x + 1)(numpy.ones((3, 3), numpy.float32))
+print(json.dumps([str(folder), sum(name.endswith("cache_hits") for name in seen)]))
+"""
+STEPS = """
+import resource
+import sys
+from vision_jax import machine
+kept = machine.keep_memory() if sys.argv[1] == "keep" else None
+import jax
+step = jax.jit(lambda x: jax.numpy.sort(jax.numpy.sin(x)[::-1])[0])  # 64 MB of temporaries
+x = jax.numpy.ones(2**23)
+faults = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(kept, min(faults))
+"""
+
+
+def run(code, *arguments, **environment):
+    unset = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *arguments],
+        env={**kept, "JAX_PLATFORMS": "cpu", **environment},
+        cwd=runs.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_program_is_compiled_once_for_all_processes(tmp_path):
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    folder, hits = json.loads(run(COMPILE, **cache))
+    assert hits == 0
+    assert folder.startswith(str(tmp_path / "vision_jax"))
+    assert json.loads(run(COMPILE, **cache)) == [folder, 1]
+
+
+def test_a_program_that_was_half_written_is_written_again(tmp_path):
+    """A killed process leaves one; JAX by itself reads it in each run, warns and compiles anew."""
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    folder, _ = json.loads(run(COMPILE, **cache))
+    (program,) = (tmp_path / "vision_jax").rglob("*-cache")
+    program.write_bytes(program.read_bytes()[:100])
+    program.with_name(program.name.removesuffix("-cache") + "-atime").unlink()
+    assert json.loads(run(COMPILE, **cache)) == [folder, 0]
+    assert json.loads(run(COMPILE, **cache)) == [folder, 1]
+
+
+def test_the_users_own_cache_comes_first(tmp_path):
+    found = json.loads(run(COMPILE, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")))
+    assert found == ["None", 0]
+
+
+@pytest.mark.skipif(machine._glibc() is None, reason="Linux with glibc")
+def test_a_step_computes_in_the_memory_of_the_one_before():
+    kept, faults = run(STEPS, "keep").split()
+    plain = int(run(STEPS, "leave").split()[1])
+    assert kept == "True"
+    assert plain > 8_000  # pages of the temporaries
+    assert int(faults) < plain / 20
+
+
+@pytest.mark.parametrize(
+    "environment", [{"MALLOC_ARENA_MAX": "2"}, {"JAX_PLATFORMS": "cuda,cpu"}], ids=" ".join
+)
+def test_other_devices_and_the_users_own_allocator_are_left_alone(environment):
+    code = "from vision_jax import machine; print(machine.keep_memory())"
+    assert run(code, **environment) == "False"
+
+
+def test_memory_is_given_back_when_it_grows_and_not_for_what_stays(monkeypatch):
+    held, freed, given = [100], [], []
+    monkeypatch.setattr(machine, "_resident_bytes", lambda: held[0])
+    monkeypatch.setattr(
+        machine, "give_back_memory", lambda: (given.append(held[0]), held.__setitem__(0, freed[0]))
+    )
+    watch = machine.MemoryWatch()
+    watch.check()
+    held[0] = 150
+    watch.check()
+    assert given == []
+    held[0], freed[:] = 170, [110]
+    watch.check()
+    assert given == [170]
+    held[0], freed[:] = 180, [175]  # it is needed
+    watch.check()
+    watch.check()
+    assert given == [170, 180]

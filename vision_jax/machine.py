@@ -1,0 +1,148 @@
+"""What a process sets on its machine before JAX computes: nothing of it changes a result.
+
+Two things, each with a flag that leaves it be: programs that were compiled once are kept on disk,
+and on a CPU the memory of one step is kept for the next.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import os
+import platform
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+CACHE_BYTES = 2 * 2**30  # the programs used longest ago make room
+CACHED_SECONDS = 0.3  # what compiles faster isn't worth a file
+GROWTH = 1.6  # one more place for a step's memory is the usual case, two are too many
+MOST_TIMES = 20  # that a run gives memory back for it
+
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_MOST = 2**31 - 1
+
+
+def keep_compiled() -> Path | None:
+    """Keeps compiled programs in the user's cache folder; the folder, or None if it is not ours.
+
+    JAX names a program by itself, its options, the device and the versions of JAX and XLA. Code for
+    a CPU is for this kind of CPU, so each kind has a folder of its own: home folders are shared.
+    What JAX_COMPILATION_CACHE_DIR or a config of JAX's says comes first.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:
+        return None
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "vision_jax" / "compiled" / _kind_of_cpu()
+    _remove_unfinished(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_SECONDS)
+    return folder
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what a killed process began to write: JAX would warn of it in each run from then on.
+
+    JAX holds a lock while it writes a program and then the time of its last use beside it.
+    """
+    if not folder.is_dir():
+        return
+    # What cannot be removed costs a warning.
+    with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lockfile", timeout=5):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+                program.unlink()
+
+
+def keep_memory() -> bool:
+    """Lets the process keep freed memory, for the next step; whether it does.
+
+    XLA's CPU client allocates a step's temporaries anew each time. glibc would ask the system for
+    a block of their size and give it back, and the system fills each page with zeros: 82,000 a step
+    of configs/vit_lora.py, a quarter of its time. Where JAX may find another device, with other C
+    libraries, and where the environment says something of the allocator, nothing is changed.
+
+    To be called before JAX is imported: a thread that allocates has a heap of its own from then on.
+    """
+    libc = _glibc()
+    if libc is None or _may_find_accelerator():
+        return False
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ):
+        return False
+    # One heap for all threads: a thread's own is small, and what is larger comes from the system.
+    settings = ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, _MOST), (_TRIM_THRESHOLD, _MOST))
+    return all(libc.mallopt(name, value) for name, value in settings)
+
+
+def give_back_memory() -> None:
+    """Gives freed memory back to the system, where something else begins that needs other sizes.
+
+    Without it, a process that trains and evaluates by turns would hold the memory of both.
+    """
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+class MemoryWatch:
+    """Gives memory back when a process that does the same again and again holds more than before.
+
+    A small block that settles where a large one was makes the next large one take another place.
+    The system gets the old place back. That step loses the time that keeping memory saves.
+    """
+
+    def __init__(self) -> None:
+        self._usual = 0
+        self._left = MOST_TIMES
+
+    def check(self) -> None:
+        """To be called once a step."""
+        now = _resident_bytes()
+        if self._usual == 0 or self._left == 0:
+            self._usual = self._usual or now
+            return
+        if now > GROWTH * self._usual:
+            give_back_memory()
+            self._left -= 1
+            if _resident_bytes() > GROWTH * self._usual:
+                self._usual = now  # it is needed
+
+
+def _resident_bytes() -> int:
+    """Memory of this process now; 0 where the system doesn't say."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return None
+    return ctypes.CDLL(None)
+
+
+def _may_find_accelerator() -> bool:
+    """Whether JAX will look for one: what it finds it tells only after its threads have begun."""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    if wanted:
+        return wanted != "cpu"
+    packages = ("jax_plugins", "libtpu")
+    found = any(importlib.util.find_spec(name) is not None for name in packages)
+    return found or bool(entry_points(group="jax_plugins"))
+
+
+def _kind_of_cpu() -> str:
+    """Architecture and a digest of what the CPU can do, "x86_64-1f2e3d4c"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    said = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    return f"{platform.machine()}-{hashlib.sha256(''.join(said).encode()).hexdigest()[:8]}"

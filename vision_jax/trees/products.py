@@ -1,0 +1,204 @@
+"""The products of layers, dense and convolution, in the form that each platform runs best.
+
+A product is a function of x and a whole kernel, linear in both. On GPUs and TPUs it is XLA's own,
+with autodiff's gradient. On a CPU the forms below are the same sums in an order for which XLA has
+fast code there; docs/performance.md says what each of them gains.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product as pairs
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+Array = jax.Array
+Product = Callable[[Array, Array], Array]
+Sides = tuple[tuple[int, int], ...]  # padding before and after
+
+# A convolution of fewer channels multiplies all its windows at once, a wider one tap by tap.
+FEW_CHANNELS = 16
+
+
+def dense(x: Array) -> Product:
+    """x[..., in], kernel[in, out] -> f[..., out], for inputs of x's dtype."""
+    if x.dtype in (jnp.bfloat16, jnp.float16):
+        return _half_dot
+    return _flat_dot if jax.default_backend() == "cpu" else _plain_dot
+
+
+def convolution(
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: Sides,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Product:
+    """x[B, H, W, in], kernel[h, w, in / groups, out] -> f[B, H', W', out].
+
+    A kernel whose windows tile the image (a patch embedding, or 1 x 1) is one dot on rearranged
+    pixels.
+
+    Args:
+      window: (h, w) of the kernel.
+      strides: of its rows and columns.
+      padding: rows above and below, columns left and right.
+      groups: of channels, each with outputs of its own.
+      dilation: steps between the pixels of a window.
+    """
+    cpu = jax.default_backend() == "cpu"
+    reach = tuple((size - 1) * dilation + 1 for size in window)
+    if groups == 1 and not any(map(any, padding)):
+        if strides == window == reach:
+            return _tiled
+        if cpu and window == (1, 1):
+            return partial(_strided_pixels, strides)
+    form = _cpu_convolution if cpu and groups == 1 else _convolution
+    return partial(form, strides, padding, groups, dilation)
+
+
+# Dense -------------------------------------------------------------------------------------------
+
+
+def _plain_dot(x: Array, kernel: Array) -> Array:
+    return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _flat_dot(x: Array, kernel: Array) -> Array:
+    """With two axes, whose transposes XLA folds into the products of the gradient.
+
+    With more it copies the wide gradient of the outputs for the kernel's gradient.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _half_dot(x: Array, kernel: Array) -> Array:
+    """A product of half-precision inputs whose three products all accumulate in float32.
+
+    Autodiff of a dot with a float32 result would multiply float32 by bfloat16 in its backward pass,
+    which no matrix unit takes; and one with a bfloat16 result rounds the parameters' gradient.
+    """
+    product = lax.dot_general(
+        x,
+        kernel.astype(x.dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return product.astype(x.dtype)
+
+
+def _half_dot_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _half_dot(x, kernel), (x, kernel)
+
+
+def _half_dot_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    float32 = {"preferred_element_type": jnp.float32}
+    dx = lax.dot_general(dy, kernel.astype(x.dtype), (((dy.ndim - 1,), (1,)), ((), ())), **float32)
+    rows = tuple(range(x.ndim - 1))
+    dkernel = lax.dot_general(x, dy, ((rows, rows), ((), ())), **float32)  # [in, out]
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+_half_dot.defvjp(_half_dot_forward, _half_dot_backward)
+
+
+# Convolution -------------------------------------------------------------------------------------
+
+
+def _tiled(x: Array, kernel: Array) -> Array:
+    """The convolution of x[B, H, W, in] by a kernel[h, w, in, out] whose windows tile it."""
+    h, w, _, outputs = kernel.shape
+    batch, height, width, channels = x.shape
+    x = x[:, : height // h * h, : width // w * w]  # what a strided convolution leaves out
+    x = x.reshape(batch, height // h, h, width // w, w, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // h, width // w, -1)
+    return dense(x)(x, kernel.reshape(-1, outputs))  # [B, H/h, W/w, out]
+
+
+def _strided_pixels(strides: tuple[int, ...], x: Array, kernel: Array) -> Array:
+    """A strided 1 x 1 convolution: a dot of the pixels that it sees."""
+    return _tiled(x[:, :: strides[0], :: strides[1]], kernel)
+
+
+def _convolution(
+    strides: tuple[int, ...], padding: Sides, groups: int, dilation: int, x: Array, kernel: Array
+) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        strides,
+        padding,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _cpu_convolution(
+    strides: tuple[int, ...], padding: Sides, groups: int, dilation: int, x: Array, kernel: Array
+) -> Array:
+    """`_convolution`, whose gradient of the kernel is dots of windows and outputs.
+
+    XLA would convolve the images with the outputs' gradient as a kernel of its size, at a fraction
+    of the speed. A rule of the tangent, which is transposed, and not of the gradient: forward mode
+    and batching go on working.
+    """
+    return _convolution(strides, padding, groups, dilation, x, kernel)
+
+
+def _cpu_convolution_jvp(
+    strides: tuple[int, ...],
+    padding: Sides,
+    groups: int,
+    dilation: int,
+    primals: tuple[Array, Array],
+    tangents: tuple[Any, Any],
+) -> tuple[Array, Any]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    plain = partial(_convolution, strides, padding, groups, dilation)
+    y = plain(x, kernel)
+    parts = []
+    if not isinstance(dx, SymbolicZero):
+        parts.append(plain(dx, kernel))
+    if not isinstance(dkernel, SymbolicZero):
+        parts.append(_by_windows(strides, padding, dilation, x, dkernel))
+    return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
+
+
+_cpu_convolution.defjvp(_cpu_convolution_jvp, symbolic_zeros=True)
+
+
+def _by_windows(
+    strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, kernel: Array
+) -> Array:
+    """The convolution as dots of what each tap of the kernel[h, w, in, out] sees of x."""
+    kernel = kernel.astype(x.dtype)
+    taps = list(_taps(strides, padding, dilation, x, kernel.shape[:2]))
+    if x.shape[-1] < FEW_CHANNELS:
+        return dense(x)(jnp.concatenate(taps, -1), kernel.reshape(-1, kernel.shape[-1]))
+    products = map(dense(x), taps, kernel.reshape(-1, *kernel.shape[2:]))
+    return sum(products, start=next(products))  # [B, H', W', out]
+
+
+def _taps(
+    strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, window: tuple[int, ...]
+) -> Iterator[Array]:
+    """f[B, H', W', in] for each tap of the window, row by row: the pixels that it meets."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    counts = [
+        (side - (size - 1) * dilation - 1) // stride + 1
+        for side, size, stride in zip(x.shape[1:3], window, strides, strict=True)
+    ]
+    for first in pairs(*(range(0, size * dilation, dilation) for size in window)):
+        rows, columns = (
+            slice(low, low + (count - 1) * stride + 1, stride)
+            for low, count, stride in zip(first, counts, strides, strict=True)
+        )
+        yield x[:, rows, columns]
