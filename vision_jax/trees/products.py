@@ -127,7 +127,13 @@ def _strided_pixels(strides: tuple[int, ...], x: Array, kernel: Array) -> Array:
 
 
 def _convolution(
-    strides: tuple[int, ...], padding: Sides, groups: int, dilation: int, x: Array, kernel: Array
+    strides: tuple[int, ...],
+    padding: Sides,
+    groups: int,
+    dilation: int,
+    x: Array,
+    kernel: Array,
+    axes: str = "HWIO",
 ) -> Array:
     return lax.conv_general_dilated(
         x,
@@ -135,7 +141,7 @@ def _convolution(
         strides,
         padding,
         rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=("NHWC", axes, "NHWC"),
         feature_group_count=groups,
     )
 
@@ -166,7 +172,9 @@ def _cpu_convolution_jvp(
     y = plain(x, kernel)
     parts = []
     if not isinstance(dx, SymbolicZero):
-        parts.append(plain(dx, kernel))
+        # Transposed, this is a convolution by a kernel whose axes are in the usual order. XLA has
+        # no fast code for the other order inside of a loop, over the steps of an attack, say.
+        parts.append(plain(dx, kernel.swapaxes(-1, -2), axes="HWOI"))
     if not isinstance(dkernel, SymbolicZero):
         parts.append(_by_windows(strides, padding, dilation, x, dkernel))
     return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
