@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 CACHE_BYTES = 2 * 2**30  # the programs used longest ago make room
 CACHED_SECONDS = 0.3  # what compiles faster isn't worth a file
 GROWTH = 1.6  # one more place for a step's memory is the usual case, two are too many
-MOST_TIMES = 20  # that a run gives memory back for it
+MOST_TIMES = 4  # that a run gives memory back for it
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
