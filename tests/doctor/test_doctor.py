@@ -829,7 +829,8 @@ def test_words(tmp_path, capsys, monkeypatch):
     assert "no\\nimages" in texts[0]
     assert f"wrote {tmp_path}/f.png" in texts[0]
     assert all(c.isprintable() or c == "\n" for c in texts[0])
-    assert Image.open(tmp_path / "f.png").width == 1300
+    with Image.open(tmp_path / "f.png") as image:
+        assert image.width == 1300
     (tmp_path / "one").mkdir()
     content = make_set(tmp_path / "one", rng, images=1)
     content["images"][0]["file_name"] = "elsewhere.png"
