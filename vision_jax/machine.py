@@ -35,7 +35,7 @@ def keep_compiled() -> Path | None:
     """
     import jax
 
-    if jax.config.read("jax_compilation_cache_dir"):
+    if jax.config.values["jax_compilation_cache_dir"]:
         return None
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "vision_jax" / "compiled" / _kind_of_cpu()
