@@ -24,6 +24,7 @@ MOST_TIMES = 4  # that a run gives memory back for it
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _MOST = 2**31 - 1
+_KEPT: set[int] = set()  # the process that keeps its memory: its allocator can't be asked
 
 
 def keep_compiled() -> Path | None:
@@ -68,25 +69,29 @@ def keep_memory() -> bool:
     of configs/vit_lora.py, a quarter of its time. Where JAX may find another device, with other C
     libraries, and where the environment says something of the allocator, nothing is changed.
 
-    To be called before JAX is imported: a thread that allocates has a heap of its own from then on.
+    Nor is it after JAX was imported: a thread that allocates has a heap of its own from then on.
     """
     libc = _glibc()
-    if libc is None or _may_find_accelerator():
+    if libc is None or "jax" in sys.modules or _may_find_accelerator():
         return False
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ):
         return False
     # One heap for all threads: a thread's own is small, and what is larger comes from the system.
     settings = ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, _MOST), (_TRIM_THRESHOLD, _MOST))
-    return all(libc.mallopt(name, value) for name, value in settings)
+    if not all(libc.mallopt(name, value) for name, value in settings):
+        return False
+    _KEPT.add(os.getpid())
+    return True
 
 
 def give_back_memory() -> None:
     """Gives freed memory back to the system, where something else begins that needs other sizes.
 
-    Without it, a process that trains and evaluates by turns would hold the memory of both.
+    Without it, a process that trains and evaluates by turns would hold the memory of both. Nothing
+    happens where `keep_memory` did nothing.
     """
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
+    if os.getpid() in _KEPT:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class MemoryWatch:
