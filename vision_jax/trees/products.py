@@ -56,8 +56,9 @@ def convolution(
             return _tiled
         if cpu and window == (1, 1):
             return partial(_strided_pixels, strides)
-    form = _cpu_convolution if cpu and groups == 1 else _convolution
-    return partial(form, strides, padding, groups, dilation)
+    if cpu and groups == 1:
+        return partial(_cpu_convolution, strides, padding, dilation)
+    return partial(_convolution, strides, padding, groups, dilation)
 
 
 # Dense -------------------------------------------------------------------------------------------
@@ -146,9 +147,9 @@ def _convolution(
     )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _cpu_convolution(
-    strides: tuple[int, ...], padding: Sides, groups: int, dilation: int, x: Array, kernel: Array
+    strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, kernel: Array
 ) -> Array:
     """`_convolution`, whose gradient of the kernel is dots of windows and outputs.
 
@@ -156,19 +157,18 @@ def _cpu_convolution(
     of the speed. A rule of the tangent, which is transposed, and not of the gradient: forward mode
     and batching go on working.
     """
-    return _convolution(strides, padding, groups, dilation, x, kernel)
+    return _convolution(strides, padding, 1, dilation, x, kernel)
 
 
 def _cpu_convolution_jvp(
     strides: tuple[int, ...],
     padding: Sides,
-    groups: int,
     dilation: int,
     primals: tuple[Array, Array],
     tangents: tuple[Any, Any],
 ) -> tuple[Array, Any]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    plain = partial(_convolution, strides, padding, groups, dilation)
+    plain = partial(_convolution, strides, padding, 1, dilation)
     y = plain(x, kernel)
     parts = []
     if not isinstance(dx, SymbolicZero):
