@@ -355,7 +355,7 @@ def _entries() -> tuple[Entry, ...]:
             f"transformers/{kind}-{size}",
             title,
             build,
-            (("depths", depths), ("hidden_sizes", widths)),
+            (("depths", depths), ("hidden_sizes", widths), ("num_labels", 1000)),
             reduced=shallow if size in giants else (),
             published=f"hf://facebook/{kind}-{size}-" + ("224" if kind == "convnext" else "1k-224"),
             license="apache-2.0",

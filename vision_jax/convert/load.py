@@ -52,12 +52,16 @@ def assumptions(weights: Weights) -> tuple[str, ...]:
 
     Other networks have such tensors too, whose configs say what they compute.
     """
-    if weights.metadata.get("config") or weights.metadata.get("vision_jax"):
+    if weights.metadata.get("vision_jax"):
         return ()
     table, arguments = _recognize(weights)
+    if weights.metadata.get("config"):
+        defaults = FAMILIES[table.family].defaults
+        told = (name for name in table.by_name if arguments[name] != defaults[name])
+        return tuple(f"{name}={arguments[name]}, by the weights' name" for name in told)
     name = _named(weights, table)
     if name and FAMILIES[table.family].variant(name) is not None:
-        return (f"timm's {name}, by the name of the file",)
+        return (f"{table.source}'s {name}, by the name of the file",)
     return tuple(f"{it}={arguments[it]}" if it in arguments else it for it in table.unseen)
 
 
@@ -266,7 +270,7 @@ def arguments_of(model: Any) -> dict[str, Any]:
 
 
 def class_names_of(weights: Weights) -> list[str] | None:
-    """Names of the classes where the weights bring them: our header, or the source's config.
+    """Names of the classes: our header's, the source's config's, or those of all such files.
 
     A name keeps its number; numbers without a name are called LABEL_0 and so on, as transformers
     calls them.
@@ -288,7 +292,10 @@ def class_names_of(weights: Weights) -> list[str] | None:
             return [str(name) for name in names]
         if isinstance(names, dict) and names:
             return _names_by_number(names, f"{weights.origin}: config.json: {field}")
-    return None
+    known = list(find_table(shapes_of(weights.tensors)).class_names)
+    if not known or len(known) != _recognize(weights)[1]["num_classes"]:
+        return None
+    return known
 
 
 def _names_by_number(names: Mapping[str, Any], what: str) -> list[str]:

@@ -38,7 +38,9 @@ def write_package(
     timm loads the folder with `timm.create_model("local-dir:FOLDER", pretrained=True)` and
     transformers with `AutoModelForImageClassification.from_pretrained(FOLDER)`, or ObjectDetection;
     for torchvision config.json names the builder and its arguments, and for the original DETR the
-    options of its main.py, whose `load_state_dict` takes the file's tensors.
+    options of its main.py, for YOLOX the arguments of pixeltable-yolox's YoloxConfig, for NanoDet
+    what differs of the original's config nanodet-g; their
+    `load_state_dict` takes the file's tensors.
 
     Args:
       folder: made if it is not there.
@@ -46,7 +48,7 @@ def write_package(
         are read and written one at a time.
       family: of the model.
       arguments: all of the model's.
-      to: "timm", "torchvision", "transformers", "npz" or "detr".
+      to: "timm", "torchvision", "transformers", "npz", "detr", "yolox" or "nanodet".
       class_names: by label.
       preprocessing: image_size (height, width), mean, std, crop_pct, crop_mode, interpolation; or
         a detector's short, longest, mean, std, interpolation.
@@ -70,11 +72,18 @@ def write_package(
     if to == "timm":
         files[CONFIG_FILE] = _timm_config(table, arguments, class_names, preprocessing)
     elif to == "torchvision":
-        files[CONFIG_FILE] = _torchvision_config(table, arguments, class_names)
-        if preprocessing:
+        config = files[CONFIG_FILE] = _torchvision_config(table, arguments, class_names)
+        if preprocessing and "short" in preprocessing:  # a detector resizes by itself
+            config["kwargs"] |= {
+                "min_size": preprocessing["short"],
+                "max_size": preprocessing["longest"],
+                "image_mean": list(preprocessing["mean"]),
+                "image_std": list(preprocessing["std"]),
+            }
+        elif preprocessing:
             files[PREPROCESSOR_FILE] = _torchvision_transform(preprocessing)
-    elif to == "detr":
-        files[CONFIG_FILE] = _detr_config(table, arguments, class_names)
+    elif to in ("detr", "yolox", "nanodet"):
+        files[CONFIG_FILE] = _own_config(table, arguments, class_names)
     elif to == "transformers":
         files[CONFIG_FILE] = _transformers_config(table, arguments, class_names)
         if preprocessing:
@@ -161,16 +170,16 @@ def _torchvision_config(
     table: Table, arguments: Arguments, class_names: Sequence[str] | None
 ) -> dict[str, Any]:
     config = dict(table.config(arguments))
-    kwargs = {**config.get("kwargs", {}), "num_classes": arguments["num_classes"]}
+    kwargs = {"num_classes": arguments["num_classes"], **config.get("kwargs", {})}
     names = {"class_names": list(class_names)} if class_names else {}
     return {"library": "torchvision", **config, "kwargs": kwargs, **names}
 
 
-def _detr_config(
+def _own_config(
     table: Table, arguments: Arguments, class_names: Sequence[str] | None
 ) -> dict[str, Any]:
     names = {"class_names": list(class_names)} if class_names else {}
-    return {"library": "detr", **table.config(arguments), **names}
+    return {"library": table.source, **table.config(arguments), **names}
 
 
 def _torchvision_transform(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,6 +232,7 @@ def preprocessing_of(arguments: Arguments, own: Mapping[str, Any] | None) -> dic
             "interpolation": own["interpolation"] or "bilinear",
             "mean": tuple(arguments["mean"]),
             "std": tuple(arguments["std"]),
+            "rule": own.get("rule") or "detr",
         }
     size = own.get("image_size") or arguments.get("image_size")
     if size is None:

@@ -6,6 +6,7 @@ only when asked for by name, and then through torch's weights-only reader.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import numpy as np
 
 from vision_jax.checksums import DamagedFileError, verify_checksums
 from vision_jax.convert.files import INDEX_FILE, Tensors, open_npz, open_pickle, open_safetensors
+from vision_jax.convert.onnx_file import open_onnx
 from vision_jax.convert.processors import (
     ALIASED,
     IMAGENET_MEAN,
@@ -30,9 +32,11 @@ from vision_jax.convert.processors import (
     shown,
 )
 from vision_jax.convert.table import pair
+from vision_jax.convert.tfjs_file import open_tfjs
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import open_regular, parse_json, read_json
+from vision_jax.models.faster_rcnn import LOW_RESOLUTION, LOW_SIDES, PREPROCESSING
 from vision_jax.trees.paths import select
 
 WEIGHTS_FILE = "model.safetensors"
@@ -61,8 +65,8 @@ class Weights:
         precision is widened to float32. Of files they are `Tensors`, read when asked for.
       metadata: "config" (config.json's contents) and "vision_jax" (our own header), where there.
       preprocessing: mean, std, image_size (height, width), crop_pct, crop_mode, crop_rule and
-        interpolation; each None where unknown; `short`, `longest` and `square`, about the sides, of
-        detectors alone. None as a whole if nothing came with the weights.
+        interpolation; each None where unknown; `short`, `longest`, `square` and `rule`, about the
+        sides, of detectors alone. None as a whole if nothing came with the weights.
       origin: where they came from, for people.
       files: that they were read from.
     """
@@ -96,7 +100,8 @@ def read_weights(
     Args:
       spec: where they are:
         `embedded:NAME`, a file of the package;
-        a path of a `.safetensors`, `.npz`, `.pth`, `.pt`, `.bin` or `.ckpt` file;
+        a path of a `.safetensors`, `.npz`, `.onnx`, `.pth`, `.pt`, `.bin` or `.ckpt` file, or of
+        the `.json` file of a TensorFlow.js graph model;
         a path of a folder in Hugging Face's layout, or of a finished run;
         `hf://OWNER/NAME[@REVISION]`;
         `timm://NAME[.TAG]`, timm's published weights of an architecture;
@@ -210,7 +215,7 @@ def _shards(folder: Path) -> list[Path]:
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{folder / INDEX_FILE}: shard {name!r} is no .safetensors file beside")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # Path's raises at a name that is too long
             raise UserError(f"{folder / name}: shard is missing; download the model again")
         paths.append(folder / name)
     return paths
@@ -236,6 +241,11 @@ def _assemble(
             part = open_pickle(path)
         elif path.suffix == ".npz":
             part = open_npz(path)
+        elif path.suffix == ".onnx":
+            part = open_onnx(path)
+        elif path.suffix == ".json":
+            part, shards = open_tfjs(path)
+            paths = [*paths, *shards]
         else:
             part, metadata = open_safetensors(path)
             header.update(metadata)
@@ -245,7 +255,9 @@ def _assemble(
     ours = _header_json(header, paths[0])
     metadata = dict(config, **({"vision_jax": ours} if ours else {}))
     try:
-        preprocessing = preprocessing or read_preprocessing(metadata)
+        smaller = paths[0].name.startswith(LOW_RESOLUTION)  # images, says a lone file's name
+        named = {"config": {"model": LOW_RESOLUTION}} if smaller else {}
+        preprocessing = preprocessing or read_preprocessing(metadata or named)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -305,8 +317,10 @@ def _read_torchvision(spec: str) -> Weights:
         known = ", ".join(published.__members__) or "none"
         raise UserError(f"{spec}: torchvision's weights of {name} are {known}")
     entry = published[choice]
-    config = {"library": "torchvision", "model": name, "kwargs": {}}
-    config["class_names"] = entry.meta.get("categories")
+    config: dict[str, Any] = {"library": "torchvision", "model": name, "kwargs": {}}
+    config["weights"] = entry.name
+    names = entry.meta.get("categories") or ()
+    config["class_names"] = [one for one in names if one != "__background__"] or None
     preset = entry.transforms()
     preprocessing = torchvision_preprocessing(preset) if hasattr(preset, "crop_size") else None
     path = _fetch(entry.url, spec)
@@ -425,6 +439,8 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         found, channels = _from_timm(config, cfg)
     elif isinstance(preprocessor, dict) and config.get("library") == "torchvision":
         found = _from_torchvision(preprocessor)
+    elif str(config.get("model")).startswith("fasterrcnn"):
+        found = _from_detector(config)
     elif isinstance(preprocessor, dict):
         found = read_processor(preprocessor, config, metadata.get("preprocessor_file"))
         channels = len(found["mean"])
@@ -444,7 +460,10 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         known["interpolation"] = known["interpolation"].removesuffix(ALIASED)
     Preprocessing(**{**STANDARD, **known})  # raises where a value makes no sense
     edges = {name: int(found[name]) for name in ("short", "longest") if found.get(name)}
-    return read | edges | ({"square": bool(found.get("square"))} if edges else {})
+    if not edges:
+        return read
+    rule = {"rule": found["rule"]} if found.get("rule") else {}
+    return read | edges | {"square": bool(found.get("square")), **rule}
 
 
 def timm_cfg(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -494,6 +513,17 @@ def _from_torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: config.get(name) for name in ("mean", "std", "interpolation")}
     share = crop_share(crop, resized)
     return {**kept, "image_size": (crop, crop), "crop_pct": share, "crop_mode": "center"}
+
+
+def _from_detector(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a detector of torchvision's resizes to by itself, by its builder and its arguments."""
+    given = config.get("kwargs") or {}
+    own = LOW_SIDES if config["model"] == LOW_RESOLUTION else {}
+    sides: dict[str, Any] = {**PREPROCESSING, **own}
+    for ours, name in (("short", "min_size"), ("longest", "max_size")):
+        size = given.get(name) or sides[ours]
+        sides[ours] = size if isinstance(size, int) else size[-1]  # of several, in evaluation
+    return {**sides, "mean": given.get("image_mean"), "std": given.get("image_std")}
 
 
 def torchvision_preprocessing(preset: Any) -> dict[str, Any]:

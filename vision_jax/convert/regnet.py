@@ -319,6 +319,7 @@ def _entries() -> tuple[Entry, ...]:
                     ("hidden_sizes", VARIANTS[f"regnet{name}"]["widths"]),
                     ("groups_width", max(VARIANTS[f"regnet{name}"]["group_widths"])),
                     ("layer_type", name[0]),
+                    ("num_labels", 1000),
                 ),
                 published=f"hf://facebook/regnet-{name.replace('_', '-')}",
                 license="apache-2.0",

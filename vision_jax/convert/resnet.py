@@ -196,6 +196,8 @@ def _holds(source: str, arguments: Arguments) -> bool:
     a = arguments
     if not a["stem_pool"] or a["stem_size"] != 7 or a["dilation"]:
         return False
+    if a["batch_norm_eps"] != ResNet.batch_norm_eps:
+        return False
     if source == "transformers":
         plain = not a["stem_widths"] and not a["pooled_shortcut"]
         return plain and a["groups"] == 1 and a["base_width"] == 64
@@ -341,6 +343,7 @@ def _entries() -> tuple[Entry, ...]:
                         "hidden_sizes",
                         (64, 128, 256, 512) if kind == BASIC else (256, 512, 1024, 2048),
                     ),
+                    ("num_labels", 1000),
                 ),
                 published=f"hf://microsoft/resnet-{size}",
                 license="apache-2.0",

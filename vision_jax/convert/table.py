@@ -70,7 +70,8 @@ class Table:
     """How one kind of file names one architecture. `{p}` stands for the prefix of the file at hand.
 
     Attributes:
-      source: "timm", "torchvision", "transformers", "npz" or "detr" (its original repository).
+      source: "timm", "torchvision", "transformers", "npz", or "detr", "yolox" and "nanodet", their
+        original repositories; "onnx" and "tfjs", whose tensors have numbers.
       family: the architecture's key in models.families.FAMILIES.
       kind: tells the tables of one source and family from each other.
       anchors: tensors that every such file has, and by which it is recognized.
@@ -92,6 +93,8 @@ class Table:
       fields: all that is known of config.json, where the source is transformers.
       unseen: what the tensors don't show and the model computes by: arguments, whose values
         `arguments` takes from config.json, and in words what the model has no argument for.
+      by_name: arguments that no file shows and that the weights' published name tells.
+      class_names: in the order of labels, of a kind of file that never says them.
       file_names: how timm's architectures of the family begin the names of files, which then say
         what no config does.
     """
@@ -111,6 +114,8 @@ class Table:
     adapt: Callable[[str, np.ndarray, Arguments, Arguments], np.ndarray] = _unchanged
     fields: Fields | None = None
     unseen: tuple[str, ...] = ()
+    by_name: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     file_names: str = ""
 
     def with_prefix(self, prefix: str) -> "Table":

@@ -11,11 +11,14 @@ from vision_jax.convert import (
     convnext,
     detr,
     efficientnet,
+    faster_rcnn,
+    nanodet,
     regnet,
     resnet,
     rf_detr,
     swin,
     vit,
+    yolox,
 )
 from vision_jax.convert.fields import check_seen, check_values
 from vision_jax.convert.files import Tensors, strip_prefixes
@@ -34,10 +37,26 @@ TABLES: tuple[Table, ...] = (
     *swin.TABLES,
     *detr.TABLES,
     *rf_detr.TABLES,
+    *yolox.TABLES,
+    *faster_rcnn.TABLES,
+    *nanodet.TABLES,
 )
 ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
     (module.TABLES[0].family, module.ZOO)
-    for module in (beit, vit, resnet, regnet, efficientnet, convnext, swin, detr, rf_detr)
+    for module in (
+        beit,
+        vit,
+        resnet,
+        regnet,
+        efficientnet,
+        convnext,
+        swin,
+        detr,
+        rf_detr,
+        yolox,
+        faster_rcnn,
+        nanodet,
+    )
 )
 ZOO: tuple[Entry, ...] = tuple(entry for _, entries in ZOOS for entry in entries)
 
@@ -120,7 +139,10 @@ def infer_arguments(table: Table, shapes: Shapes, metadata: Metadata) -> dict[st
 _BUILDER = (
     "num_classes image_size patch_size num_layers num_heads hidden_dim mlp_dim width_mult groups "
     "width_per_group embed_dim depths window_size mlp_ratio block downsample_layer dropout "
-    "attention_dropout stochastic_depth_prob zero_init_residual progress weights"
+    "attention_dropout stochastic_depth_prob zero_init_residual progress weights "
+    "weights_backbone min_size max_size image_mean image_std rpn_pre_nms_top_n_test "
+    "rpn_post_nms_top_n_test rpn_pre_nms_top_n_train rpn_post_nms_top_n_train "
+    "rpn_score_thresh rpn_batch_size_per_image box_batch_size_per_image box_detections_per_img"
 )
 
 
@@ -169,9 +191,12 @@ def naming_for_export(to: str, family: str, arguments: Arguments) -> Table:
 
 
 def own_naming(family: str) -> str:
-    """Whose naming a run's own files take: timm's where it has the family, else transformers'."""
-    sources = {table.source for table in TABLES if table.family == family}
-    return "timm" if "timm" in sources else "transformers"
+    """Whose naming a run's own files take: timm's where it has the family, else transformers'.
+
+    Of a family that neither has, its own repository's.
+    """
+    sources = [table.source for table in TABLES if table.family == family]
+    return next((name for name in ("timm", "transformers") if name in sources), sources[0])
 
 
 def published(name: str) -> tuple[str, str]:

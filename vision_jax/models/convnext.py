@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vision_jax.errors import UserError
 from vision_jax.models.layers import ACTIVATIONS, Conv, Dense, drop_path, layer_norm, normalize
 
 # depths, widths
@@ -220,6 +221,11 @@ class ConvNeXt(nn.Module):
         return tuple((f"stage_{i}", first * 2**i) for i in range(len(self.depths)))
 
     @property
+    def size_divisor(self) -> int:
+        """Of an image's sides: of others the last pixels would be cut off."""
+        return 1 if self.stem_widths else self.patch_size
+
+    @property
     def num_layers(self) -> int:
         """Layers for layer-wise rate decay."""
         return sum(self.depths) + 2
@@ -269,6 +275,11 @@ class ConvNeXt(nn.Module):
             rates = tuple(self.drop_path * (before + i) / last for i in range(depth))
             strides = 2 if index else self.first_stride
             stage = Stage(width, strides, rates, block, self.remat, name=f"stage_{index}")
+            if min(x.shape[1:3]) < strides:
+                raise UserError(
+                    f"convnext: images of {images.shape[1:3]} pixels are too small, nothing is "
+                    f"left of them for stage {index}"
+                )
             features[f"stage_{index}"] = x = stage(x, train)
         pooled = self._pool(x)  # [B, D]
         features["pooled"] = pooled

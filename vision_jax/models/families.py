@@ -1,7 +1,8 @@
 """The architectures by name: the one list of what there is to build."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 import jax
@@ -14,11 +15,14 @@ from vision_jax.models import (
     convnext,
     detr,
     efficientnet,
+    faster_rcnn,
+    nanodet,
     regnet,
     resnet,
     rf_detr,
     swin,
     vit,
+    yolox,
 )
 from vision_jax.models.attention import attention_weights
 from vision_jax.models.layers import RUN_ARGUMENTS as RUN_ARGUMENTS
@@ -35,19 +39,26 @@ class Family:
         `pyramid`: ((named feature, stride in pixels), ...) from fine to coarse, () without one.
       variant: arguments of a named variant, or None if the name is not one of this family's.
       task: what its head is for.
-      predicts: what it finds: the classes of whole images, or a set of boxes whose classes are
-        a softmax with one for no object, or a sigmoid each.
+      predicts: what it finds: the classes of whole images; a set of boxes whose classes are a
+        softmax with one for no object, or a sigmoid each; boxes of proposals that it makes first;
+        a box and classes of each point of a grid; or of each cell of its maps, whose box may be
+        distributions of its sides (see tasks.detection.objective.PREDICTIONS).
       pixel_mask: whether it takes padded images, f32[B, H, W, C], and beside them which pixels are
         some, bool[B, H, W].
       backbone: where the parameters of a model inside it begin, "backbone/"; "" without one.
+      preprocessing: how its images are prepared where its weights do not say: fields of the task's
+        preprocessing; {} is the task's own way.
     """
 
     model: Callable[..., Any]
     variant: Callable[[str], dict[str, Any] | None]
     task: str = "classification"
-    predicts: Literal["classes", "softmax_set", "sigmoid_set"] = "classes"
+    predicts: Literal[
+        "classes", "softmax_set", "sigmoid_set", "proposals", "points", "cells", "sides"
+    ] = "classes"
     pixel_mask: bool = False
     backbone: str = ""
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def arguments(self) -> list[str]:
@@ -72,12 +83,32 @@ FAMILIES: dict[str, Family] = {
     "convnext": Family(convnext.ConvNeXt, convnext.variant),
     "detr": Family(detr.Detr, detr.variant, "detection", "softmax_set", True, "backbone/"),
     "efficientnet": Family(efficientnet.EfficientNet, efficientnet.variant),
+    "faster_rcnn": Family(
+        faster_rcnn.FasterRcnn,
+        faster_rcnn.variant,
+        "detection",
+        "proposals",
+        True,
+        "backbone/",
+        faster_rcnn.PREPROCESSING,
+    ),
+    "nanodet": Family(
+        nanodet.NanoDet,
+        nanodet.variant,
+        "detection",
+        "sides",
+        True,
+        preprocessing=nanodet.PREPROCESSING,
+    ),
     "regnet": Family(regnet.RegNet, regnet.variant),
     "resnet": Family(resnet.ResNet, resnet.variant),
     "rf_detr": Family(
         rf_detr.RfDetr, rf_detr.variant, "detection", "sigmoid_set", True, "backbone/"
     ),
     "swin": Family(swin.Swin, swin.variant),
+    "yolox": Family(
+        yolox.Yolox, yolox.variant, "detection", "cells", True, "backbone/", yolox.PREPROCESSING
+    ),
 }
 
 
@@ -143,7 +174,50 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # a config's names
 
 def initialize(model: Any, key: jax.Array, image_size: tuple[int, int]) -> Any:
     """{"params": ..., "batch_stats": ...} of a model; the latter only if it has BatchNorm."""
-    return model.init(key, jnp.zeros((1, *image_size, model.in_channels)))
+    try:
+        init = _init_of(model, tuple(image_size))
+    except TypeError:  # somebody's model with an argument that has no hash
+        init = _init_of.__wrapped__(model, tuple(image_size))
+    return init(key)
+
+
+@functools.lru_cache(maxsize=8)
+def _init_of(model: Any, image_size: tuple[int, ...]) -> Callable[[jax.Array], Any]:
+    """`model.init` that is traced once, however many ask for its shapes or for some of its arrays.
+
+    Tracing a model takes seconds, most of a start with compiled programs in the cache. `inline`
+    leaves no call in the program of those who ask: it is the one that they would have traced.
+    """
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, jnp.zeros((1, *image_size, model.in_channels)))
+
+    return jax.jit(init, inline=True)
+
+
+def check_image_size(model: Any, image_size: tuple[int, int], where: str) -> None:
+    """Checks a size that somebody asks for; weights keep the one that they come with.
+
+    The sources' models cut an image that does not fill its patches, without a word: timm's,
+    transformers' (but for its Swin, which pads) and torchvision's ConvNeXt and Swin; its ViT
+    refuses.
+
+    Args:
+      model: of any family.
+      image_size: (height, width) in pixels.
+      where: it was given, for the message.
+
+    Raises:
+      UserError: the model would not see all of the pixels.
+    """
+    unit = getattr(model, "size_divisor", 1)
+    for side in image_size:
+        if more := side % unit:
+            near = [str(one) for one in (side - more, side - more + unit) if one]
+            raise UserError(
+                f"{where}: of {side} pixels a {family_of(model)} with patches of {unit} would not "
+                f"see the last {more}: take a multiple of {unit}, such as {' or '.join(near)}"
+            )
 
 
 def make_apply(
@@ -214,15 +288,46 @@ def apply_with_features(
     )
     (outputs, features), changed = result if collections else (result, {})
     kept = {name: tree for name, tree in changed.items() if name in mutable}
-    for block, tree in changed.get("intermediates", {}).items():
-        if block + ATTENTION in sown and "query_key" in tree.get("attn", {}):
-            features[block + ATTENTION] = attention_weights(*tree["attn"]["query_key"][0])
+    for block, pair in _queries_and_keys(changed):
+        if block + ATTENTION in sown:
+            features[block + ATTENTION] = attention_weights(*pair)
     for name in names:
         if name not in features:
+            known = feature_names(model, variables, *inputs)
             scanned = name in sown and getattr(model, "scan", False)
-            hint = "; set model.scan=False" if scanned else nearest(name, list(features))
+            hint = "; set model.scan=False" if scanned else nearest(name, known)
             raise UserError(
-                f"features: {family_of(model)} gives no {name!r} of {', '.join(features)}{hint}"
+                f"features: {family_of(model)} gives no {name!r} of {', '.join(known)}{hint}"
             )
     chosen = {name: features[name] for name in names}
     return ((outputs, chosen), kept) if mutable else (outputs, chosen)
+
+
+def feature_names(model: Any, variables: Mapping[str, Any], *inputs: Any) -> tuple[str, ...]:
+    """What `apply_with_features` can give, in the order of computation; nothing is computed.
+
+    Args:
+      model: of any family.
+      variables: its collections, or their ShapeDtypeStructs.
+      *inputs: images, and a detector's pixel mask, or their ShapeDtypeStructs.
+    """
+    names: list[str] = []
+
+    def run(variables, inputs):
+        (_, features), changed = model.apply(
+            variables, *inputs, return_features=True, mutable=["intermediates"]
+        )
+        blocks = {block for block, _ in _queries_and_keys(changed)}
+        for name in features:
+            names.extend([name + ATTENTION] if name in blocks else [])
+            names.append(name)
+
+    jax.eval_shape(run, variables, inputs)  # whose result would be sorted by name
+    return tuple(names)
+
+
+def _queries_and_keys(changed: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """(block, its (queries, keys) f[B, N, K, d]) of a ViT's collection "intermediates"."""
+    for block, tree in changed.get("intermediates", {}).items():
+        if "query_key" in tree.get("attn", {}):
+            yield block, tree["attn"]["query_key"][0]

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 
 from vision_jax.errors import UserError
+from vision_jax.models import tangents
 from vision_jax.trees.leaf import Kernel, convolve, dot, supports_groups
 
 Initializer = Callable[..., Any]
@@ -26,6 +27,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "relu": nn.relu,
     "relu6": nn.relu6,
+    "hard_swish": nn.hard_swish,
 }
 
 # Arguments that say how a model computes and not what it is; each run decides them for itself.
@@ -123,32 +125,44 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, width)
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         if train and not self.frozen and not self.is_initializing():
-            axes = tuple(range(x.ndim - 1))
             wide = x.astype(np.promote_types(x.dtype, np.float32))
-            batch_mean = wide.mean(axes)
-            # Two passes: the mean of squares less the square of the mean cancels in float32.
-            batch_var = jnp.square(wide - batch_mean.reshape((1,) * len(axes) + (-1,))).mean(axes)
+            y, batch_mean, batch_var = tangents.batch_norm(wide, scale, bias, self.epsilon)
             size = x.size // x.shape[-1]
             unbiased = batch_var * (size / max(size - 1, 1))
             for running, new in ((mean, batch_mean), (var, unbiased)):
                 running.value += self.momentum * (jax.lax.stop_gradient(new) - running.value)
             count.value += 1
         else:
-            batch_mean, batch_var = mean.value, var.value
-        gain = scale * jax.lax.rsqrt(batch_var + self.epsilon)
-        shape = (1,) * (x.ndim - 1) + (-1,)
-        shift = bias - batch_mean * gain
-        wide = x.astype(np.promote_types(self.dtype, np.float32))
-        return (wide * gain.reshape(shape) + shift.reshape(shape)).astype(self.dtype)
+            wide = x.astype(np.promote_types(self.dtype, np.float32))
+            y = tangents.scale_and_shift(wide, mean.value, var.value, scale, bias, self.epsilon)
+        return y.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + epsilon) · scale + bias over the last axis of x[..., D].
+
+    The variance takes two passes, as torch computes it, in float32 (or better).
+    """
+
+    epsilon: float
+    dtype: Any = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1:]
+        scale = self.param("scale", self.scale_init, width, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, width, jnp.float32)
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
+        scale, bias = (leaf.astype(wide.dtype) for leaf in (scale, bias))
+        return tangents.layer_norm(wide, scale, bias, self.epsilon).astype(self.dtype)
 
 
 def layer_norm(
     name: str, epsilon: float, dtype: Any, scale_init: Initializer = nn.initializers.ones
-) -> nn.LayerNorm:
-    """LayerNorm with the two-pass variance, as torch computes it."""
-    return nn.LayerNorm(
-        epsilon=epsilon, use_fast_variance=False, dtype=dtype, scale_init=scale_init, name=name
-    )
+) -> LayerNorm:
+    """A LayerNorm of this name."""
+    return LayerNorm(epsilon=epsilon, dtype=dtype, scale_init=scale_init, name=name)
 
 
 def max_pool(x: jax.Array, size: int, strides: int, padding: int) -> jax.Array:
@@ -158,7 +172,24 @@ def max_pool(x: jax.Array, size: int, strides: int, padding: int) -> jax.Array:
     """
     sides = (padding, padding)
     x = jnp.pad(x, ((0, 0), sides, sides, (0, 0)), constant_values=jnp.finfo(x.dtype).min)
-    return nn.max_pool(x, (size, size), (strides, strides))
+    return tangents.max_pool(x, size, strides)
+
+
+def masked(x, mask):
+    """x[B, h, w, C] with zeros where mask[B, h, w] is False; x itself without a mask."""
+    return x if mask is None else jnp.where(mask[..., None], x, 0)
+
+
+def stride_mask(mask, strides: int):
+    """The mask after a convolution: an output is valid where its center is."""
+    return mask if mask is None else mask[:, ::strides, ::strides]
+
+
+def average(x, mask):
+    """The mean f[B, C] of x[B, h, w, C] over a mask bool[B, h, w], or over all without one."""
+    if mask is None:
+        return x.mean((1, 2))
+    return x.sum((1, 2)) / jnp.maximum(mask.sum((1, 2)), 1)[:, None].astype(x.dtype)
 
 
 def drop_path(x: jax.Array, rate: Any, key: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ Exactness, where ports go wrong:
   - the max pool pads (1, 1) with minus infinity;
   - a bottleneck's stride sits on its 3 x 3 convolution, in transformers by request on the first;
   - the average pool of a `d` shortcut is ceil_mode without counting the padding;
-  - BatchNorm: epsilon 1e-5, momentum 0.1.
+  - BatchNorm: epsilon 1e-5 (0 in torchvision's Faster R-CNN of COCO_V1), momentum 0.1.
 """
 
 from typing import Any, Literal
@@ -18,7 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vision_jax.models.layers import BatchNorm, Conv, Dense, drop_path, max_pool, normalize
+from vision_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    Dense,
+    average,
+    drop_path,
+    masked,
+    max_pool,
+    normalize,
+    stride_mask,
+)
 
 BASIC, BOTTLENECK = "basic", "bottleneck"
 _LAYERS: dict[int, tuple[str, tuple[int, ...]]] = {
@@ -74,19 +84,9 @@ def variant(name: str) -> dict[str, Any] | None:
     return VARIANTS.get(name)
 
 
-def masked(x, mask):
-    """x[B, h, w, C] with zeros where mask[B, h, w] is False; x itself without a mask."""
-    return x if mask is None else jnp.where(mask[..., None], x, 0)
-
-
 def relu(x, mask):
     """relu(x[B, h, w, C]), zero outside the mask."""
     return masked(nn.relu(x), mask)
-
-
-def stride_mask(mask, strides):
-    """The mask after a convolution: an output is valid where its center is."""
-    return mask if mask is None else mask[:, ::strides, ::strides]
 
 
 class Block(nn.Module):
@@ -110,6 +110,7 @@ class Block(nn.Module):
     groups: int = 1
     pooled_shortcut: bool = False
     stride_first: bool = False
+    batch_norm_eps: float = 1e-5
     freeze_norm: bool = False
     dtype: Any = jnp.float32
 
@@ -173,7 +174,13 @@ class Block(nn.Module):
         return self._norm("downsample_bn")(x, train)
 
     def _norm(self, name, init=nn.initializers.ones):
-        return BatchNorm(frozen=self.freeze_norm, dtype=self.dtype, scale_init=init, name=name)
+        return BatchNorm(
+            self.batch_norm_eps,
+            frozen=self.freeze_norm,
+            dtype=self.dtype,
+            scale_init=init,
+            name=name,
+        )
 
 
 class Stage(nn.Module):
@@ -224,6 +231,7 @@ class ResNet(nn.Module):
       first_stride: stride of the first stage (transformers' downsample_in_first_stage is 2).
       stem_pool: a max pool follows the stem.
       dilation: the last stage keeps the grid of the one before and dilates its convolutions (DC5).
+      batch_norm_eps: what BatchNorm adds to the variance.
       in_channels: of the images; `mean` and `std` have as many entries.
       mean, std: per-channel normalization of the images.
       dropout, drop_path: rates in training; drop_path grows linearly with depth up to its value.
@@ -246,6 +254,7 @@ class ResNet(nn.Module):
     first_stride: int = 1
     stem_pool: bool = True
     dilation: bool = False
+    batch_norm_eps: float = 1e-5
     in_channels: int = 3
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -312,11 +321,7 @@ class ResNet(nn.Module):
             x = stage(x, train, mask)
             mask = stride_mask(mask, stage.strides)
             features[f"stage_{index}"] = x
-        if mask is None:
-            pooled = x.mean((1, 2))  # [B, D]
-        else:
-            pooled = x.sum((1, 2)) / jnp.maximum(mask.sum((1, 2)), 1)[:, None].astype(x.dtype)
-        features["pooled"] = pooled
+        features["pooled"] = pooled = average(x, mask)
         if self.num_classes:
             if train and self.dropout:
                 pooled = nn.Dropout(self.dropout, deterministic=False)(pooled)
@@ -338,6 +343,7 @@ class ResNet(nn.Module):
                 "groups": self.groups,
                 "pooled_shortcut": self.pooled_shortcut,
                 "stride_first": self.stride_first,
+                "batch_norm_eps": self.batch_norm_eps,
                 "freeze_norm": self.freeze_norm,
                 "dtype": self.dtype,
             },
@@ -363,7 +369,9 @@ class ResNet(nn.Module):
             )(x)
 
         def norm(x, name):
-            x = BatchNorm(frozen=self.freeze_norm, dtype=self.dtype, name=name)(x, train)
+            x = BatchNorm(
+                self.batch_norm_eps, frozen=self.freeze_norm, dtype=self.dtype, name=name
+            )(x, train)
             return relu(x, mask)
 
         mask = stride_mask(mask, self._stem_stride)

@@ -410,6 +410,11 @@ class Swin(nn.Module):
         return tuple((f"stage_{i}", self.patch_size * 2**i) for i in range(len(self.depths)))
 
     @property
+    def size_divisor(self) -> int:
+        """Of an image's sides: of others the last pixels would be cut off."""
+        return 1 if self.library == "transformers" else self.patch_size
+
+    @property
     def num_layers(self) -> int:
         """Layers for layer-wise rate decay."""
         return sum(self.depths) + 2

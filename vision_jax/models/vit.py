@@ -349,6 +349,11 @@ class ViT(nn.Module):
     pyramid: ClassVar[tuple[tuple[str, int], ...]] = ()
 
     @property
+    def size_divisor(self) -> int:
+        """Of an image's sides: of others the last pixels would be cut off."""
+        return self.patch_size
+
+    @property
     def num_layers(self) -> int:
         """Layers for layer-wise rate decay."""
         return self.depth + 2

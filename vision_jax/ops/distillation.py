@@ -3,7 +3,7 @@
     of logits      soft_logits, hard_label, decoupled, token; ensemble_logits for several teachers
     of features    hint, attention_transfer, attention_maps, patch_tokens, relational_distance,
                    relational_angle; to_grid brings other architectures' features to one grid
-    of detectors   detr_queries
+    of detectors   detr_queries; yolox_detections and yolox_cells, sums over cells
     to store       compress_logits and expand_logits
 
 The mean over the batch is the loss of the paper; where that compares examples with each other, each
@@ -23,8 +23,10 @@ from jax.scipy.special import logsumexp, xlogy
 
 from vision_jax.errors import UserError
 from vision_jax.ops import boxes as box_ops
+from vision_jax.ops.cells import decode
 from vision_jax.ops.losses import cross_entropy
 from vision_jax.ops.matching import match
+from vision_jax.ops.simota import BOX_WEIGHT, cell_sums, iou_cxcywh
 
 Array = jax.Array
 
@@ -400,6 +402,116 @@ def detr_queries(
     pairs = class_weight * temperature**2 * kl + l1_weight * l1 + giou_weight * (1 - giou)
     total = confidence.sum(-1)
     return (confidence * pairs).sum(-1) / jnp.where(total > 0, total, 1)
+
+
+def yolox_detections(
+    logits: Array,
+    object_logits: Array,
+    box_deltas: Array,
+    score: Array,
+    label: Array,
+    boxes_xyxy_px: Array,
+    mask: Array,
+    *,
+    canvas: Sequence[int],
+    strides: Sequence[int],
+    least_score: float,
+) -> Array:
+    """YOLOX' loss of what a teacher has found, in proportion to how sure it is.
+
+    SimOTA (Ge et al. 2021, https://arxiv.org/abs/2107.08430) gives the teacher's boxes to cells of
+    the student, wherever the teacher itself looked for them: it may be any detector. A cell's
+    object is trained towards the score of its box, as Efficient Teacher does where a teacher is not
+    sure (Xu et al. 2023, https://arxiv.org/abs/2302.07577); its class towards the IoU and its box
+    by 5·(1 - IoU²), as YOLOX does, both times the score. With scores of 1 it is the loss of labels,
+    but for their count.
+
+    Args:
+      logits: f[B, A, C], as the next two a student's outputs.
+      object_logits: f[B, A].
+      box_deltas: f[B, A, 4].
+      score: f[B, N] in [0, 1] of the teacher's boxes, 0 of what is none.
+      label: i32[B, N].
+      boxes_xyxy_px: f[B, N, 4] on the student's canvas.
+      mask: bool[B], the images that count.
+      canvas: (H, W) in pixels.
+      strides: of the student's maps, in pixels.
+      least_score: of a box that is learned.
+
+    Returns:
+      Sums over cells, f[B], to be divided by a number of cells.
+    """
+    logits, objects, deltas, score, boxes = _wide(
+        logits, object_logits, box_deltas, score, boxes_xyxy_px, students=3
+    )
+    area = jnp.all(boxes[..., 2:] > boxes[..., :2], axis=-1)
+    terms, _, _ = cell_sums(
+        logits,
+        objects,
+        deltas,
+        label,
+        box_ops.xyxy_to_cxcywh(boxes),
+        (score > 0) & (score >= least_score) & area,
+        mask,
+        score,
+        canvas=canvas,
+        strides=strides,
+    )
+    return BOX_WEIGHT * terms["loss_box"] + terms["loss_object"] + terms["loss_class"]
+
+
+def yolox_cells(
+    logits: Array,
+    object_logits: Array,
+    box_deltas: Array,
+    teacher_logits: Array,
+    teacher_object_logits: Array,
+    teacher_box_deltas: Array,
+    mask: Array,
+    *,
+    canvas: Sequence[int],
+    strides: Sequence[int],
+    temperature: float = 1.0,
+) -> Array:
+    """What another YOLOX says of each cell, its classes and boxes times its objectness.
+
+    T² · KL of an object + objectness · (T² · Σ KL of each class + 5·(1 - IoU²)): the scaling by the
+    teacher's objectness, without which background is most of the loss, is Mehta & Ozturk's (2018,
+    https://arxiv.org/abs/1805.06361), the box's distance YOLOX' own.
+
+    Args:
+      logits: f[B, A, C], as the next two a student's outputs.
+      object_logits: f[B, A].
+      box_deltas: f[B, A, 4].
+      teacher_logits: f[B, A, C], as the next two a teacher's of the same cells.
+      teacher_object_logits: f[B, A].
+      teacher_box_deltas: f[B, A, 4].
+      mask: bool[B], the images that count.
+      canvas: (H, W) in pixels.
+      strides: of the maps, in pixels.
+      temperature: T of the KLs.
+
+    Returns:
+      Sums over cells, f[B], to be divided by a number of cells.
+    """
+    _alike(logits, teacher_logits)
+    logits, objects, deltas, teacher_logits, teacher_objects, teacher_deltas = _wide(
+        logits,
+        object_logits,
+        box_deltas,
+        teacher_logits,
+        teacher_object_logits,
+        teacher_box_deltas,
+        students=3,
+    )
+    objectness = jax.nn.sigmoid(teacher_objects)  # [B, A]
+    yes, classes = (
+        temperature**2 * _binary_kl(x / temperature, y / temperature)
+        for x, y in ((objects[..., None], teacher_objects[..., None]), (logits, teacher_logits))
+    )
+    boxes, theirs = (decode(x, canvas, strides) for x in (deltas, teacher_deltas))
+    off = BOX_WEIGHT * (1 - jnp.square(iou_cxcywh(boxes, theirs)))
+    return jnp.where(mask[:, None], yes + objectness * (classes + off), 0).sum(axis=1)
 
 
 # Storage ------------------------------------------------------------------------------------------

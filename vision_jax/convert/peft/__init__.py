@@ -13,8 +13,8 @@ Reading and writing name modules by the tables of `convert/`. What PEFT says dif
 Source: peft 0.21, tuners/lora/{layer,dora,model}.py and utils/save_and_load.py.
 """
 
-from vision_jax.convert.peft.names import CONFIG_FILE, TENSORS_FILE
+from vision_jax.convert.peft.names import CONFIG_FILE, TENSORS_FILE, without_module
 from vision_jax.convert.peft.read import read_adapter
 from vision_jax.convert.peft.write import write_adapter
 
-__all__ = ["CONFIG_FILE", "TENSORS_FILE", "read_adapter", "write_adapter"]
+__all__ = ["CONFIG_FILE", "TENSORS_FILE", "read_adapter", "without_module", "write_adapter"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from vision_jax.convert.engine import CONV, FUSE_LINEAR, LINEAR, POINTWISE, Rule
 from vision_jax.convert.table import Arguments, Table
-from vision_jax.convert.tables import TABLES, naming_for_export
+from vision_jax.convert.tables import TABLES, naming_for_export, own_naming
 from vision_jax.convert.vit.names import JOIN_LINEAR
 from vision_jax.errors import UserError
 
@@ -83,6 +83,16 @@ def owners_of(rules: Sequence[Rule]) -> dict[str, Owners]:
         if rule.layout in (LINEAR, CONV, POINTWISE, FUSE_LINEAR, JOIN_LINEAR)
         and rule.names[0].endswith(".weight")
     }
+
+
+def without_module(kernels: Collection[str], family: str, arguments: Arguments) -> list[str]:
+    """Those of the kernels that are no module in the naming of a run's own files.
+
+    YOLOX' stem is one: two pixels a side are channels there, before a window of 3 x 3.
+    """
+    table = table_in_memory(own_naming(family), family, arguments)
+    rules = [rule for rule in table.rules(arguments) if isinstance(rule, Rule)]
+    return sorted(set(kernels) - owners_of(rules).keys())
 
 
 def recognize(

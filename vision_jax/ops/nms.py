@@ -1,0 +1,122 @@
+"""Non-maximum suppression on the device, of fixed shapes, batched, each class for itself.
+
+A box is dropped if a kept one of its class, with a higher score, overlaps it by more than a
+threshold. Equal to torchvision 0.29's `nms` called class by class, ties included; not to its
+`batched_nms` of few boxes, which moves classes apart and rounds the corners by it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vision_jax.ops.boxes import iou_xyxy, pairwise_iou_xyxy
+
+Array = jax.Array
+
+
+def nms(
+    boxes_xyxy: Array,
+    scores: Array,
+    valid: Array,
+    iou: float,
+    labels: Array | None = None,
+    platform: str | None = None,
+) -> Array:
+    """Which boxes are kept.
+
+    Among equal scores the earlier box goes first. No gradient flows through it. By platform it is
+    one of two algorithms with the same result: on a CPU the boxes of each class are visited by
+    falling score, all classes at once, without an array of pairs; elsewhere, and of one class, the
+    greedy choice is found as the fixed point of "kept, unless a kept one suppresses it" over all
+    pairs, in as many rounds as the longest chain of suppressions has links.
+
+    Examples:
+      >>> boxes = jnp.array([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 3.0], [4.0, 4.0, 5.0, 5.0]])
+      >>> nms(boxes, jnp.array([0.5, 0.9, 0.1]), jnp.ones(3, bool), 0.5).tolist()
+      [False, True, True]
+
+    Args:
+      boxes_xyxy: f[..., N, 4].
+      scores: f[..., N].
+      valid: bool[..., N]; what is not valid is not kept and suppresses nothing.
+      iou: the overlap above which the lower score is dropped.
+      labels: i32[..., N], the class of each box, or None for one class.
+      platform: "cpu", "gpu" or "tpu"; the default backend if None.
+
+    Returns:
+      bool[..., N] in the order of the boxes.
+    """
+    boxes, scores = (lax.stop_gradient(x) for x in (boxes_xyxy, scores))
+    ranked = labels is not None and (platform or jax.default_backend()) == "cpu"
+    labels = jnp.zeros(scores.shape, jnp.int32) if labels is None else labels
+    arguments = (boxes, jnp.where(valid, scores, -jnp.inf), valid, labels)
+    lead = len(scores.shape) - 1
+    boxes, scores, there, labels = (x.reshape(-1, *x.shape[lead:]) for x in arguments)
+    find = _by_rank if ranked else _by_pairs
+    return find(boxes, scores, there, labels, iou).reshape(valid.shape)
+
+
+def best(keep: Array, scores: Array, most: int) -> tuple[Array, Array]:
+    """The kept boxes by falling score: (i32[..., most], bool[..., most] which are there).
+
+    Of fewer than `most` boxes, N, the result has N places.
+
+    Examples:
+      >>> best(jnp.array([True, False, True]), jnp.array([0.1, 0.9, 0.5]), 2)[0].tolist()
+      [2, 0]
+    """
+    count = min(most, scores.shape[-1])
+    found, index = lax.top_k(jnp.where(keep, scores, -jnp.inf), count)
+    return index, found > -jnp.inf
+
+
+def _by_rank(boxes: Array, scores: Array, valid: Array, labels: Array, iou: float) -> Array:
+    """f[B, N, 4], f[B, N] -> bool[B, N]: round r asks of each class its box of rank r."""
+    order = jnp.lexsort((-scores, labels), axis=-1)  # [B, N]
+    boxes, valid, labels = _take(boxes, order), _take(valid, order), _take(labels, order)
+    place = jnp.broadcast_to(jnp.arange(order.shape[1])[None], order.shape)
+    begins = jnp.concatenate([jnp.ones_like(valid[:, :1]), labels[:, 1:] != labels[:, :-1]], axis=1)
+    start = lax.cummax(jnp.where(begins, place, 0), axis=1)
+    rank = place - start
+    rounds = jnp.max(jnp.where(valid, rank, 0))  # the last of a class suppresses nobody
+
+    def suppress(rank_now, keep):
+        leader = jnp.minimum(start + rank_now, order.shape[1] - 1)
+        follows = (rank > rank_now) & _take(keep, leader)
+        overlap = iou_xyxy(_take(boxes, leader), boxes) > iou
+        return keep & ~(follows & overlap)
+
+    keep = lax.fori_loop(0, rounds, suppress, valid)
+    return _put(keep, order)
+
+
+def _by_pairs(boxes: Array, scores: Array, valid: Array, labels: Array, iou: float) -> Array:
+    """f[B, N, 4], f[B, N] -> bool[B, N]: the fixed point over all pairs."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    boxes, valid, labels = _take(boxes, order), _take(valid, order), _take(labels, order)
+    place = jnp.arange(order.shape[1])
+    before = (place[:, None] < place[None, :])[None]
+    suppresses = before & (labels[:, :, None] == labels[:, None, :])
+    suppresses &= pairwise_iou_xyxy(boxes, boxes) > iou  # [B, N, N]
+
+    def again(state):
+        keep, last = state
+        return jnp.any(keep != last)
+
+    def settle(state):
+        keep, _ = state
+        return valid & ~jnp.any(suppresses & keep[:, :, None], axis=1), keep
+
+    keep, _ = lax.while_loop(again, settle, (valid, ~valid))
+    return _put(keep, order)
+
+
+def _take(values: Array, index: Array) -> Array:
+    """values[b, index[b]], of f[B, N, ...] and i32[B, M]."""
+    index = index.reshape(*index.shape, *(1,) * (values.ndim - 2))
+    return jnp.take_along_axis(values, index, axis=1, mode="clip")
+
+
+def _put(values: Array, order: Array) -> Array:
+    """The inverse of `_take` by a permutation."""
+    return jnp.put_along_axis(values, order, values, axis=1, inplace=False)
