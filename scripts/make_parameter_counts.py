@@ -17,21 +17,17 @@ from vision_jax.convert.table import Entry
 from vision_jax.convert.tables import ZOO
 from vision_jax.models.families import build_model, initialize
 
-CLASSIFIER = "ForImageClassification"  # of transformers
-IMAGENET = 1000  # classes of the published weights
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "vision_jax/convert/parameters.json"
 
 
 def count(entry: Entry) -> int:
     """The parameters of a model of the zoo, statistics left out."""
-    # Certificates of these are with the two labels of transformers' default.
-    labels = "num_labels" in dict(entry.arguments) or not entry.build.endswith(CLASSIFIER)
     certificate = ROOT / f"docs/certificates/{entry.name}.json"
-    if labels and certificate.is_file():
+    if certificate.is_file():
         return json.loads(certificate.read_text())["parameters"]
     family, arguments = references.full_arguments(entry)
-    model = build_model(family, **(arguments if labels else {**arguments, "num_classes": IMAGENET}))
+    model = build_model(family, **arguments)
     size = (entry.image_size, entry.image_size)
     shapes = jax.eval_shape(lambda key: initialize(model, key, size), jax.random.key(0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
