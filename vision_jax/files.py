@@ -85,7 +85,10 @@ def read_bytes(path: str | os.PathLike[str], largest: int = MAX_TEXT_BYTES) -> b
     """
     with open_regular(path, largest) as file:
         try:
-            data = file.read(largest + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size + 1)  # `largest` takes room for as many bytes first
+            if len(data) > size:  # it grew, or the system says no size, as of those in /proc
+                data += file.read(largest + 1 - len(data))
         except OSError as error:
             raise UserError(f"{path}: can't be read ({error.strerror})") from error
     if len(data) > largest:  # it grew

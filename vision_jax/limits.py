@@ -4,7 +4,8 @@ A number costs nothing to write, and what is built by it may cost a machine's me
 models stay far below each bound.
 """
 
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from vision_jax.files import MAX_ARRAY_DIMENSIONS
 
@@ -70,8 +71,11 @@ def check_argument(name: str, value: Any, kind: Any) -> None:
             check_argument(name, entry, inner[0])
         if name == "depths" and sum(value) > BLOCKS:
             raise ValueError(f"are more than {BLOCKS} blocks")
-    elif type(None) in inner:
-        if value is not None:
-            check_argument(name, value, inner[0])
+    elif origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return
+        listed = isinstance(value, tuple | list)
+        kinds = [one for one in inner if (get_origin(one) is tuple) == listed]
+        check_argument(name, value, (kinds or inner)[0])
     elif not isinstance(value, kind):
         raise ValueError(f"is no {kind.__name__}")

@@ -31,7 +31,9 @@ from vision_jax.data.detection_transforms import (
     resized_size,
     to_cxcywh_01,
 )
+from vision_jax.data.mosaic import Example, mixup, mosaic
 from vision_jax.data.pipeline import MAX_DRAWS, CountDamaged, Damaged, DamageLog, iterate
+from vision_jax.data.transforms import to_channels
 from vision_jax.errors import UserError
 
 EPOCHS_A_PERIOD = 16  # over so many epochs the batches are divided among the groups
@@ -71,6 +73,7 @@ class _Place:
     group: int
     short: int
     canvas: tuple[int, int]
+    batch: int
 
 
 def _group_images(
@@ -170,7 +173,7 @@ class _Schedule:
         row = rows[_permutation(len(rows), self._seed, number, epoch)[rank]]
         drawn = int(np.random.default_rng((self._seed, 2, batch)).integers(len(self._shorts)))
         canvas = self._groups[number].canvases[drawn]
-        return _Place(int(row), number, self._shorts[drawn], canvas)
+        return _Place(int(row), number, self._shorts[drawn], canvas, batch)
 
 
 @dataclass(frozen=True)
@@ -186,28 +189,79 @@ class _LoadForTraining:
     def __call__(
         self, place: _Place, rng: np.random.Generator
     ) -> tuple[dict[str, Any] | None, list[Damaged]]:
-        row, damaged = place.row, list[Damaged]()
+        damaged: list[Damaged] = []
+        found = self._read(place.row, place, rng, damaged)
+        augmentation = self.augmentation
+        mosaics = augmentation.mosaic if place.batch < augmentation.plain_from else 0.0
+        if found and mosaics and rng.random() < mosaics:
+            found = self._mosaic(found, place, rng, damaged)
+            augmentation = replace(augmentation, crop=0.0)
+        if found is None:
+            return None, damaged
+        row, (image, boxes, label) = found
+        image, boxes, kept = detection_train_transform(
+            image,
+            boxes,
+            rng,
+            preprocessing=self.preprocessing,
+            augmentation=augmentation,
+            short=place.short,
+            canvas=place.canvas,
+        )
+        made = _make_example(image, boxes, label[kept], place.canvas, self.max_boxes)
+        return made | {"mask": np.bool_(True), "index": np.int32(row)}, damaged
+
+    def _read(
+        self, row: int, place: _Place, rng: np.random.Generator, damaged: list[Damaged]
+    ) -> tuple[int, Example] | None:
+        """(row, example), another row's where it can't be read; None after too many of these."""
         while len(damaged) < MAX_DRAWS:
             try:
                 example = self.source[row]
-                counted = ~example["crowd"]
-                image, boxes, kept = detection_train_transform(
-                    example["image"],
-                    example["boxes_xyxy_px"][counted].astype(np.float64),
-                    rng,
-                    preprocessing=self.preprocessing,
-                    augmentation=self.augmentation,
-                    short=place.short,
-                    canvas=place.canvas,
-                )
             except DamagedImageError as error:
                 damaged.append(Damaged(row, self.source.example_name(row), str(error)))
                 row = int(rng.choice(self.groups[place.group].rows))
                 continue
-            label = example["label"][counted][kept]
-            made = _make_example(image, boxes, label, place.canvas, self.max_boxes)
-            return made | {"mask": np.bool_(True), "index": np.int32(row)}, damaged
-        return None, damaged
+            counted = ~example["crowd"]
+            boxes = example["boxes_xyxy_px"][counted].astype(np.float64)
+            return row, (example["image"], boxes, example["label"][counted])
+        return None
+
+    def _mosaic(
+        self,
+        first: tuple[int, Example],
+        place: _Place,
+        rng: np.random.Generator,
+        damaged: list[Damaged],
+    ) -> tuple[int, Example] | None:
+        """A mosaic of an example and three drawn ones, perhaps mixed with a fifth."""
+
+        def draw() -> Example | None:
+            found = self._read(int(rng.integers(len(self.source))), place, rng, damaged)
+            if found is None:
+                return None
+            image, boxes, label = found[1]
+            return to_channels(image, channels), boxes, label
+
+        channels = len(self.preprocessing.mean)
+        row, (image, boxes, label) = first
+        four = [(to_channels(image, channels), boxes, label), draw(), draw(), draw()]
+        whole = [example for example in four if example is not None]
+        if len(whole) < len(four):
+            return None
+        made = mosaic(
+            whole,
+            rng,
+            preprocessing=self.preprocessing,
+            side=place.short,
+            scale=self.augmentation.mosaic_scale,
+        )
+        if len(made[1]) and rng.random() < self.augmentation.mixup:
+            other = draw()
+            if other is None:
+                return None
+            made = mixup(made, other, rng, preprocessing=self.preprocessing)
+        return row, made
 
 
 def _make_example(
@@ -288,9 +342,14 @@ def make_detection_train_iterator(
     """
     if max_boxes < 1:
         raise UserError(f"data max_boxes {max_boxes}: use 1 or more, say 100")
+    if augmentation.mosaic and not preprocessing.on_squares:
+        raise UserError(
+            f"augmentation mosaic {augmentation.mosaic}: a mosaic is square, and this model's "
+            "images are not: leave it at 0"
+        )
     shorts = augmentation.shorts or (preprocessing.short,)
     for short in shorts:
-        if preprocessing.square and (short, short) not in preprocessing.buckets:
+        if preprocessing.on_squares and (short, short) not in preprocessing.buckets:
             raise UserError(
                 f"augmentation shorts {short}: square images of {short} need the bucket"
                 f" ({short}, {short}): add it to the buckets"

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vision_jax.data.transforms import INTERPOLATIONS, resize, to_channels
+from vision_jax.data.transforms import INTERPOLATIONS, flip_image, resize, to_channels
 from vision_jax.errors import UserError
 
 STRIDE = 32  # of default canvases: what detectors divide their input by
 ALIASED = "bilinear_aliased"
+RULES = ("detr", "torchvision", "letterbox")  # of sizes, see resized_size
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2
 
 
@@ -23,12 +24,13 @@ LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2
 class DetectionPreprocessing:
     """What a detector expects of its images; it travels with the weights.
 
-    The short side becomes `short`, unless the long side would exceed `longest` then: DETR's rule,
-    see `resized_size`. With `square` both sides become `short`, whatever the aspect ratio.
-    `interpolation` is Pillow's, antialiased, or "bilinear_aliased", which is bilinear without
-    antialiasing, as transformers' RfDetrImageProcessor has it. `mean` and `std` are per channel,
-    for images in [0, 1]; the model applies them, the host doesn't. `buckets` are the canvases,
-    (height, width), that images are padded to at the bottom and right: one compilation each.
+    The short side becomes `short`, unless the long side would exceed `longest` then; `rule` says
+    how, see `resized_size`. With `square` both sides become `short`, whatever the
+    aspect ratio. `interpolation` is Pillow's, antialiased, or "bilinear_aliased", which is bilinear
+    without antialiasing, as transformers' RfDetrImageProcessor and torchvision's detectors have it.
+    `mean` and `std` are per channel, for images in [0, 1]; the model applies them, the host
+    doesn't. `buckets` are the canvases, (height, width), that images are padded to at the bottom
+    and right: one compilation each.
     """
 
     short: int
@@ -38,8 +40,11 @@ class DetectionPreprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     buckets: tuple[tuple[int, int], ...]
+    rule: str = "detr"
 
     def __post_init__(self):
+        if self.rule not in RULES:
+            raise UserError(f"preprocessing rule {self.rule!r}: use one of {', '.join(RULES)}")
         for field in ("mean", "std"):  # model.json has lists
             object.__setattr__(self, field, tuple(getattr(self, field)))
         object.__setattr__(self, "buckets", tuple((h, w) for h, w in self.buckets))
@@ -54,11 +59,16 @@ class DetectionPreprocessing:
             )
         if not self.buckets or min(min(bucket) for bucket in self.buckets) < 1:
             raise UserError(f"preprocessing buckets {self.buckets}: use pairs (height, width)")
-        if self.square and (self.short, self.short) not in self.buckets:
+        if self.on_squares and (self.short, self.short) not in self.buckets:
             raise UserError(
                 f"preprocessing buckets {self.buckets}: square images of {self.short} need the"
                 f" bucket ({self.short}, {self.short})"
             )
+
+    @property
+    def on_squares(self) -> bool:
+        """Whether images of each short side come on a square of it."""
+        return self.square or self.rule == "letterbox"
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -75,7 +85,9 @@ class DetectionAugmentation:
     size the image is imagined at a short side that is drawn from `crop_resize`; the window's sides
     are drawn, each on its own, from `crop_size` there, as far as the image reaches. Both are
     relative to the preprocessing's `short`; the defaults are DETR's 400, 500, 600 and 384–600 at
-    800. `brightness`, `contrast`, `saturation`: factors are drawn from 1 ± these.
+    800. `brightness`, `contrast`, `saturation`: factors are drawn from 1 ± these. `mosaic`: the
+    share of images that become a part of four, scaled by a factor of `mosaic_scale`, and `mixup`
+    the share of those that are mixed with a fifth (data/mosaic.py), both before batch `plain_from`.
     """
 
     shorts: tuple[int, ...] = ()
@@ -86,12 +98,20 @@ class DetectionAugmentation:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
+    mosaic: float = 0.0
+    mosaic_scale: tuple[float, float] = (0.5, 1.5)
+    mixup: float = 0.0
+    plain_from: float = math.inf
 
     def __post_init__(self):
         if self.shorts and min(self.shorts) < 1:
             raise UserError(f"augmentation shorts {self.shorts}: use numbers of pixels")
-        if not 0 <= self.crop <= 1:
-            raise UserError(f"augmentation crop {self.crop}: use a share of the images, 0 to 1")
+        for field in ("crop", "mosaic", "mixup"):
+            if not 0 <= getattr(self, field) <= 1:
+                value = getattr(self, field)
+                raise UserError(f"augmentation {field} {value}: use a share of the images, 0 to 1")
+        if not 0 < self.mosaic_scale[0] <= self.mosaic_scale[1]:
+            raise UserError(f"augmentation mosaic_scale {self.mosaic_scale}: use 0 < least ≤ most")
         if not self.crop_resize or min(self.crop_resize) <= 0:
             raise UserError(f"augmentation crop_resize {self.crop_resize}: use positive numbers")
         if not 0 < self.crop_size[0] <= self.crop_size[1]:
@@ -109,17 +129,29 @@ def resized_size(
 ) -> tuple[int, int]:
     """(height, width) of an image of `size` after the resize; `short` replaces preprocessing.short.
 
-    The short side becomes `short` and the long side is rounded down; if the long side would exceed
-    `longest`, it becomes that, and the short side is rounded. Equal to transformers 5.23,
-    DetrImageProcessor, but for two corners: transformers leaves an image alone whose short side is
-    right already, even if it is longer than `longest` (300 × 641 at 480 and 640); and it fails on
-    strips whose short side rounds to 0, which is 1 here.
+    By the rule "detr" the short side becomes `short` and the long side is rounded down; if the long
+    side would exceed `longest`, it becomes that, and the short side is rounded. Equal to
+    transformers 5.23, DetrImageProcessor, but for two corners: transformers leaves an image alone
+    whose short side is right already, even if it is longer than `longest` (300 × 641 at 480 and
+    640); and it fails on strips whose short side rounds to 0, which is 1 here.
+
+    By the rule "letterbox" the image becomes as large as a square of `short` holds, both sides
+    rounded down. Equal to pixeltable-yolox 0.4.3, `preproc`, whose canvases are these squares.
+
+    By the rule "torchvision" both sides are rounded down, and may miss `short` by one where a float
+    falls short of it. Equal to torchvision 0.29, GeneralizedRCNNTransform.
     """
     height, width = size
     side = preprocessing.short if short is None else short
     if preprocessing.square:
         return side, side
+    if preprocessing.rule == "letterbox":
+        scale = min(side / height, side / width)
+        return max(int(height * scale), 1), max(int(width * scale), 1)
     least, most = min(size), max(size)
+    if preprocessing.rule == "torchvision":
+        scale = min(side / least, preprocessing.longest / most)
+        return max(int(height * scale), 1), max(int(width * scale), 1)
     exact: float = side
     if most / least * side > preprocessing.longest:
         exact = preprocessing.longest * least / most
@@ -193,12 +225,6 @@ def crop_boxes(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarr
     """Clipped to the window (top, left, height, width), and relative to it; some may be empty."""
     top, left, height, width = window
     return np.clip(boxes - [left, top, left, top], 0, [width, height, width, height])
-
-
-def flip_image(image: np.ndarray) -> np.ndarray:
-    """uint8[H, W, C] mirrored left to right, as a copy that moves pixels rather than bytes."""
-    pixels = np.ascontiguousarray(image).view(f"V{image.shape[2]}")  # [H, W, 1]
-    return pixels[:, ::-1].copy().view(np.uint8)
 
 
 def flip_boxes(boxes: np.ndarray, width: float) -> np.ndarray:

@@ -9,6 +9,7 @@ A damaged image is replaced by another one, drawn at random, so that no other ex
 reported beside the batch and counted on this side of the workers, so counts are exact.
 """
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.decode import DamagedImageError, Picture
 from vision_jax.data.sources import Source
 from vision_jax.data.transforms import (
     Preprocessing,
@@ -31,6 +32,7 @@ from vision_jax.data.transforms import (
 from vision_jax.errors import UserError
 
 CROPS = ("random_resized", "pad", "none")
+EXAMPLES_AT_ONCE = 8  # in evaluation
 MAX_DRAWS = 20  # images tried for one place in a batch; all damaged means that nearly all are
 
 
@@ -93,7 +95,7 @@ class _LoadForTraining:
         damaged: list[Damaged] = []
         while len(damaged) < MAX_DRAWS:
             try:
-                example = self.source[row]
+                example = self.source.open(row)
                 image = self._augment(example["image"], rng)
                 return example | {"image": image, "mask": np.bool_(True)}, damaged
             except DamagedImageError as error:
@@ -101,16 +103,16 @@ class _LoadForTraining:
                 row = int(rng.integers(len(self.source)))
         return None, damaged
 
-    def _augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _augment(self, picture: Picture, rng: np.random.Generator) -> np.ndarray:
         size = self.preprocessing.image_size
         if self.crop == "random_resized":
-            image = to_channels(image, len(self.preprocessing.mean))
+            picture = to_channels(picture, len(self.preprocessing.mean))
             interpolation = self.preprocessing.interpolation
             image = random_resized_crop(
-                image, rng, size, self.crop_scale, self.crop_ratio, interpolation
+                picture, rng, size, self.crop_scale, self.crop_ratio, interpolation
             )
         else:
-            image = eval_transform(image, self.preprocessing)
+            image = eval_transform(picture, self.preprocessing)
             if self.crop == "pad":
                 image = random_crop_padded(image, rng, padding=min(size) // 8)
         return random_flip(image, rng) if self.flip else image
@@ -248,7 +250,7 @@ class _LoadForEvaluation:
         if row < 0:
             return blank, None
         try:
-            example = self.source[row]
+            example = self.source.open(row)
             image = eval_transform(example["image"], self.preprocessing)
         except DamagedImageError as error:
             damaged = Damaged(row, self.source.example_name(row), str(error))
@@ -276,15 +278,22 @@ def make_eval_batches(
     batch_count = -(-len(source) // (batch_size * process_count))
     rows = np.full(batch_count * batch_size * process_count, -1, np.int32)
     rows[: len(source)] = np.arange(len(source))
-    examples = iter(
+    # A thread hands over some examples at once: one by one costs more than small images, and a
+    # whole batch would leave the other threads idle at the end.
+    parts = (
         grain.MapDataset.source(rows[process_index::process_count])
         .map(_LoadForEvaluation(source, preprocessing))
+        .batch(EXAMPLES_AT_ONCE, batch_fn=list)
         .to_iter_dataset(
-            grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
+            grain.ReadOptions(
+                num_threads=num_threads,
+                prefetch_buffer_size=-(-2 * batch_size // EXAMPLES_AT_ONCE),
+            )
         )
     )
+    examples = itertools.chain.from_iterable(parts)
     for _ in range(batch_count):
-        loaded = [next(examples) for _ in range(batch_size)]
+        loaded = list(itertools.islice(examples, batch_size))
         batch = _stack([example for example, _ in loaded])
         log.record(int(batch["mask"].sum()), [one for _, one in loaded if one is not None])
         yield batch

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vision_jax.data.decode import decode_array, decode_image, read_image_file
+from vision_jax.data.decode import Picture, decode_array, decode_picture, read_image_file
 from vision_jax.data.folders import Inside, list_files, list_folders, refuse_splits, splits_among
 from vision_jax.errors import UserError
 from vision_jax.files import (
@@ -67,7 +67,12 @@ class Source:
 
         Raises DamagedImageError if the image can't be read.
         """
-        image = self.reader.read(int(self.rows[i]))
+        example = self.open(i)
+        return example | {"image": np.asarray(example["image"])}
+
+    def open(self, i: int) -> dict[str, Any]:
+        """`source[i]` with the image as transforms.py takes it fastest: a file's is Pillow's."""
+        image = self.reader.open(int(self.rows[i]))
         return {"image": image, "label": self.labels[i], "index": np.int32(i)}
 
     def example_name(self, i: int) -> str:
@@ -177,9 +182,11 @@ class ArrayReader:
     name: str
     images: np.ndarray
 
-    def read(self, row: int) -> np.ndarray:
+    def open(self, row: int) -> np.ndarray:
         image = self.images[row]
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
+
+    read = open
 
     def example_name(self, row: int) -> str:
         return f"{self.name}[{row}]"
@@ -240,11 +247,14 @@ class FileReader:
 
     def read(self, row: int, *, upright: bool = True) -> np.ndarray:
         """`upright` False leaves a photo as it is stored, whatever its EXIF orientation says."""
+        return np.asarray(self.open(row, upright=upright))
+
+    def open(self, row: int, *, upright: bool = True) -> Picture:
         name = self.example_name(row)
         data = read_image_file(name)
         if name.endswith(".npy"):
             return decode_array(data, name=name)
-        return decode_image(data, name=name, upright=upright)
+        return decode_picture(data, name=name, upright=upright)
 
     def example_name(self, row: int) -> str:
         return str(self.folder / self.paths[row])
@@ -443,13 +453,16 @@ def _is_integer(label: str) -> bool:
 
 @dataclass(frozen=True)
 class TfdsReader:
-    """A tfds data source whose images are left encoded, for decode_image to check and decode."""
+    """A tfds data source whose images are left encoded, for decode.py to check and decode."""
 
     name: str
     data_source: Any
 
     def read(self, row: int) -> np.ndarray:
-        return decode_image(self.data_source[row]["image"], name=self.example_name(row))
+        return np.asarray(self.open(row))
+
+    def open(self, row: int) -> Picture:
+        return decode_picture(self.data_source[row]["image"], name=self.example_name(row))
 
     def example_name(self, row: int) -> str:
         return f"{self.name}[{row}]"

@@ -1,19 +1,22 @@
-"""Image geometry on the host: uint8[H, W, C] in, uint8[h, w, C] out.
+"""Image geometry on the host: uint8[h, w, C] of a picture.
 
-Each function is pure; the random ones draw from the generator they are given. Resampling is
-Pillow's, antialiased, because that is what the weights of timm, torchvision and transformers saw.
-Augmentations that need arithmetic on pixels run on the device instead.
+A picture is uint8[H, W, C], or Pillow's own of mode RGB: what is decoded from a file stays Pillow's
+until it has its final size, because an array of all its pixels and back costs a third of cropping
+and resizing them. Both give the same bytes. Each function is pure; the random ones draw from the
+generator they are given. Resampling is Pillow's, antialiased, because that is what the weights of
+timm, torchvision and transformers saw. Augmentations that need arithmetic on pixels run on the
+device instead.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
 
-from vision_jax.data.decode import MAX_PIXELS, DamagedImageError
+from vision_jax.data.decode import MAX_PIXELS, DamagedImageError, Picture
 from vision_jax.errors import UserError
 
 INTERPOLATIONS = {
@@ -81,11 +84,26 @@ def complete_crop(own: Mapping[str, Any], size: tuple[int, int]) -> dict[str, An
     }
 
 
-def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """uint8[H, W, C] → uint8[H, W, channels]: color to luma and grey to color, nothing else.
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(height, width)."""
+    if isinstance(picture, Image.Image):
+        return picture.height, picture.width
+    return picture.shape[0], picture.shape[1]
+
+
+@overload
+def to_channels(image: np.ndarray, channels: int) -> np.ndarray: ...
+@overload
+def to_channels(image: Picture, channels: int) -> Picture: ...
+def to_channels(image: Picture, channels: int) -> Picture:
+    """[H, W, C] → [H, W, channels]: color to luma and grey to color, nothing else.
 
     Luma is Pillow's (ITU-R 601-2). Raises DamagedImageError for other numbers of channels.
     """
+    if isinstance(image, Image.Image):
+        if channels == 3:
+            return image
+        image = np.asarray(image)
     own = image.shape[2]
     if own == channels:
         return image
@@ -99,16 +117,16 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     )
 
 
-def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+def eval_transform(image: Picture, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and crop as timm or transformers do, up to normalization, bit-identical to them.
 
-    uint8[H, W, C] → uint8[h, w, len(mean)], (h, w) = preprocessing.image_size. Source: timm 1.0.31,
+    Returns uint8[h, w, len(mean)], (h, w) = preprocessing.image_size. Source: timm 1.0.31,
     data/transforms_factory.py `transforms_imagenet_eval`; torchvision's Resize and CenterCrop;
     transformers 5.24, image_processing_backends.py `PilBackend`.
     """
     size = preprocessing.image_size
     image = to_channels(image, len(preprocessing.mean))
-    height, width = image.shape[:2]
+    height, width = size_of(image)
     # timm floors a quotient of floats (224 / 0.9 → 248); the same expression gives the same floor.
     target_h, target_w = (math.floor(side / preprocessing.crop_pct) for side in size)
     fill: tuple[int, ...] = (0,)
@@ -126,19 +144,33 @@ def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
     else:
         ratio = min(height / target_h, width / target_w)
         resized = (round(height / ratio), round(width / ratio))
-    image = resize(image, resized, preprocessing.interpolation)
-    return center_crop(image, size, fill, preprocessing.crop_rule)
+    view = resize(image, resized, preprocessing.interpolation)
+    return center_crop(view, size, fill, preprocessing.crop_rule)
 
 
-def resize(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """uint8[H, W, C] → uint8[h, w, C], `size` = (h, w), with antialiasing."""
+def resize(
+    image: Picture,
+    size: tuple[int, int],
+    interpolation: str,
+    window: tuple[int, int, int, int] | None = None,
+) -> np.ndarray:
+    """A picture, or its `window` (top, left, h, w) alone, to uint8[*size, C], with antialiasing.
+
+    No pixel outside of the window has a part in it, unlike in Pillow's own `resize(box=window)`.
+    """
+    top, left, old_h, old_w = window or (0, 0, *size_of(image))
     height, width = size
-    if (height, width) == image.shape[:2]:
-        return image
     if height * width > MAX_PIXELS or min(size) < 1:  # a strip of pixels grows without bound
-        raise DamagedImageError(
-            f"{image.shape[1]} × {image.shape[0]} pixels is too narrow to resize: crop it"
+        raise DamagedImageError(f"{old_w} × {old_h} pixels is too narrow to resize: crop it")
+    if isinstance(image, Image.Image):
+        cut = image.crop((left, top, left + old_w, top + old_h)) if window else image
+        whole = size == (old_h, old_w)
+        return np.asarray(
+            cut if whole else cut.resize((width, height), INTERPOLATIONS[interpolation])
         )
+    image = image[top : top + old_h, left : left + old_w]
+    if size == (old_h, old_w):
+        return image
     planes = [image] if image.shape[2] == 3 else list(image.transpose(2, 0, 1))
     resized = [
         np.asarray(Image.fromarray(plane).resize((width, height), INTERPOLATIONS[interpolation]))
@@ -177,20 +209,20 @@ def center_crop(
 
 
 def random_resized_crop(
-    image: np.ndarray,
+    image: Picture,
     rng: np.random.Generator,
     size: tuple[int, int],
     scale: tuple[float, float],
     ratio: tuple[float, float],
     interpolation: str,
 ) -> np.ndarray:
-    """A random window, resized: uint8[H, W, C] → uint8[h, w, C], `size` = (h, w).
+    """A random window, resized: uint8[h, w, C], `size` = (h, w).
 
     The window's area is a fraction of the image in `scale`, its width / height is log-uniform in
     `ratio`. After 10 windows that don't fit, the largest central one within `ratio`. Source:
     torchvision 0.29.1, RandomResizedCrop.get_params.
     """
-    height, width = image.shape[:2]
+    height, width = size_of(image)
     top, left, h, w = _fallback_window(height, width, ratio)
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -198,9 +230,9 @@ def random_resized_crop(
         try_h, try_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < try_h <= height and 0 < try_w <= width:
             h, w = try_h, try_w
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            top, left = (int(rng.integers(room + 1)) for room in (height - h, width - w))
             break
-    return resize(image[top : top + h, left : left + w], size, interpolation)
+    return resize(image, size, interpolation, (top, left, h, w))
 
 
 def _fallback_window(
@@ -230,4 +262,10 @@ def random_crop_padded(image: np.ndarray, rng: np.random.Generator, padding: int
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mirror left to right with probability 1/2: uint8[H, W, C], same shape."""
-    return image[:, ::-1] if rng.random() < 0.5 else image
+    return flip_image(image) if rng.random() < 0.5 else image
+
+
+def flip_image(image: np.ndarray) -> np.ndarray:
+    """uint8[H, W, C] mirrored left to right, as a copy that moves pixels rather than bytes."""
+    pixels = np.ascontiguousarray(image).view(f"V{image.shape[2]}")  # [H, W, 1]
+    return pixels[:, ::-1].copy().view(np.uint8)

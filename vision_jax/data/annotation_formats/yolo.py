@@ -86,7 +86,8 @@ def read_yolo_yaml(spec: str, images: Path | None) -> Reading:
     paths: list[str] = []
     for place in places:
         tries = (root / t for t in _readings(place, base if isinstance(base, str) else ""))
-        found = next((p for p in tries if inside.holds(p) and p.exists()), None)
+        # Unlike Path.exists, os.path's answers no to a name that is too long to be a file's.
+        found = next((p for p in tries if inside.holds(p) and os.path.exists(p)), None)
         if found is None:
             raise one_line(
                 f"{path}: {split}: {short(place)} is not in {root}: give the folder that it is"
