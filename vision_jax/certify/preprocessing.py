@@ -19,6 +19,7 @@ from vision_jax.convert.read import read_preprocessing, torchvision_preprocessin
 from vision_jax.convert.table import Entry
 from vision_jax.data.detection_transforms import DetectionPreprocessing, detection_eval_transform
 from vision_jax.data.transforms import Preprocessing, eval_transform
+from vision_jax.models import faster_rcnn, yolox
 
 ODD_SIZES = ((301, 417), (233, 199), (97, 512))  # (height, width) of the compared images,
 LEFT_OVER = 4  # and so many for each of which another number of pixels is left beside the crop
@@ -74,7 +75,8 @@ def _own_transform(
         return partial(eval_transform, preprocessing=Preprocessing(**record)), mean, std
     canvas = (record["longest"],) * 2
     fields = {name: record[name] for name in ("short", "longest", "interpolation", "mean", "std")}
-    ours = DetectionPreprocessing(**fields, square=record["square"], buckets=(canvas,))
+    shape = {"square": record["square"], "rule": record.get("rule") or "detr"}
+    ours = DetectionPreprocessing(**fields, **shape, buckets=(canvas,))
     boxes = np.zeros((0, 4))
     return lambda image: detection_eval_transform(image, boxes, ours, canvas)[0], mean, std
 
@@ -110,10 +112,32 @@ def source_preprocessing(entry: Entry, reference: Reference) -> SourcePreprocess
     if entry.source == "torchvision":
         weights = torchvision.models.get_model_weights(entry.name.partition("/")[2]).DEFAULT
         preset = weights.transforms()
+        if not hasattr(preset, "crop_size"):
+            resize: Any = reference.module.transform
+            return SourcePreprocessing(
+                f"torchvision {type(resize).__name__}",
+                {
+                    **faster_rcnn.PREPROCESSING,
+                    "short": resize.min_size[-1],
+                    "longest": resize.max_size,
+                    "square": False,
+                    "mean": tuple(resize.image_mean),
+                    "std": tuple(resize.image_std),
+                },
+                lambda image: _resized(resize, preset(Image.fromarray(image))),
+            )
         return SourcePreprocessing(
             f"torchvision {weights}, Pillow",
             torchvision_preprocessing(preset),
             lambda image: preset(Image.fromarray(image)).permute(1, 2, 0).numpy(),
+        )
+    if entry.source == "yolox":
+        side, (mean, std) = entry.image_size, ((0.0,) * 3, (1 / 255,) * 3)
+        record = {**yolox.PREPROCESSING, "short": side, "longest": side, "square": False}
+        return SourcePreprocessing(
+            f"pixeltable-yolox preproc, {side} pixels",
+            {**record, "mean": mean, "std": std},
+            lambda image: _letterboxed(image, side),
         )
     if entry.source == "transformers":
         kind = reference.module.config.model_type
@@ -131,6 +155,21 @@ def source_preprocessing(entry: Entry, reference: Reference) -> SourcePreprocess
             ].transpose(1, 2, 0),
         )
     return None
+
+
+def _resized(resize: Any, image: Any) -> np.ndarray:
+    """What a detector of torchvision's makes of an image, without the padding."""
+    images, _ = resize([image])
+    height, width = images.image_sizes[0]
+    return images.tensors[0, :, :height, :width].permute(1, 2, 0).numpy()
+
+
+def _letterboxed(image: np.ndarray, side: int) -> np.ndarray:
+    """What pixeltable-yolox makes of an image, without the grey around it."""
+    from yolox.data.data_augment import preproc
+
+    canvas, scale = preproc(image, (side, side), swap=(0, 1, 2))
+    return canvas[: int(image.shape[0] * scale), : int(image.shape[1] * scale)]
 
 
 def _sides(kind: Any, entry: Entry) -> dict[str, dict[str, int]]:

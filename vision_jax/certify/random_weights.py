@@ -53,10 +53,10 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
             value = 1 + 0.3 * value
         else:
             value *= 0.3
-        if "bbox_embed" in name:
+        if "bbox_embed" in name or "bbox_pred." in name:
             # Boxes scale by the exponent of this head, and a detector that samples a random map
             # far from its cells multiplies rounding from layer to layer.
-            value *= 0.5
+            value *= 0.5 if "bbox_embed" in name else 0.1
         parameter.data = value.to(parameter.dtype)
     for norm in batch_norms(module):
         norm.weight.data *= 0.7

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc import locate
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,9 @@ import transformers
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
+from vision_jax.certify import reference_faster_rcnn
 from vision_jax.certify.reference_detr import DETR
+from vision_jax.certify.reference_nanodet import NanoDet
 from vision_jax.convert.engine import Rule
 from vision_jax.convert.load import recognize, write_safetensors
 from vision_jax.convert.package import NPZ_FILE, read_config, write_package
@@ -35,7 +38,7 @@ class Reference:
     """A PyTorch model.
 
     Attributes:
-      source: "timm", "torchvision", "transformers", "npz" or "detr".
+      source: "timm", "torchvision", "transformers", "npz", "detr", "yolox" or "nanodet".
       module: the model, in evaluation mode.
       build: what the source calls it.
       arguments: what it was built with.
@@ -60,8 +63,11 @@ class Reference:
         else:
             tensors = {k: v.numpy() for k, v in self.module.state_dict().items()}
             write_safetensors(folder / "model.safetensors", tensors)
-            if self.source == "detr":  # its dilation is in no tensor
+            if self.source in ("detr", "yolox", "nanodet"):  # what they say is in no tensor
                 (folder / CONFIG_FILE).write_text(json.dumps(self.arguments))
+            if self.build.startswith("fasterrcnn"):  # nor is the number of proposals
+                config = {"library": "torchvision", "model": self.build, "kwargs": self.arguments}
+                (folder / CONFIG_FILE).write_text(json.dumps(config))
             return str(folder / "model.safetensors")
         return str(folder)
 
@@ -103,7 +109,9 @@ class Reference:
             output = module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), **keywords)
         for hook in hooks:
             hook.remove()
-        if hasattr(output, "pred_boxes"):
+        if isinstance(output, SimpleNamespace):
+            seen |= {name: value.numpy() for name, value in vars(output).items()}
+        elif hasattr(output, "pred_boxes"):
             seen["logits"] = output.logits.numpy()
             seen["boxes_cxcywh_01"] = output.pred_boxes.numpy()
             if hasattr(output, "enc_outputs_class"):
@@ -143,7 +151,8 @@ def make_reference(source: str, build: str, arguments: Mapping[str, Any]) -> Ref
 
     Args:
       source: "timm", "torchvision", "transformers", "npz" for a timm model whose weights travel in
-        big_vision's files, or "detr" for the original DETR.
+        big_vision's files, "detr" for the original DETR, "yolox" for pixeltable-yolox's, or
+        "nanodet".
       build: an architecture of timm's, a builder of torchvision's or the path of a class of its
         own ("torchvision.models...", also among the arguments), a class of transformers'.
       arguments: keywords of the builder; for transformers of the config.
@@ -159,9 +168,19 @@ def make_reference(source: str, build: str, arguments: Mapping[str, Any]) -> Ref
             # A class, where no builder has such an architecture.
             module = cast(Any, locate(build))(**parts)
         else:
+            if build.startswith("fasterrcnn"):
+                parts.setdefault("weights_backbone", None)
             module = torchvision.models.get_model(build, weights=None, **parts)
+            if build.startswith("fasterrcnn"):
+                module = reference_faster_rcnn.raw(module)
     elif source == "detr":
         module = DETR(**arguments)
+    elif source == "nanodet":
+        module = NanoDet(**arguments)
+    elif source == "yolox":
+        from vision_jax.certify import reference_yolox  # the package is installed by hand
+
+        module = reference_yolox.Yolox(**arguments) if arguments else reference_yolox.named(build)
     else:
         model_class = getattr(transformers, build)
         config = model_class.config_class(**arguments)
@@ -216,6 +235,11 @@ def rebuild(
         reference = make_reference("torchvision", config["model"], config["kwargs"])
     elif table.source == "detr":
         reference = make_reference("detr", "DETR", table.config(arguments))
+    elif table.source == "nanodet":
+        reference = make_reference("nanodet", "nanodet_g", table.config(arguments))
+    elif table.source == "yolox":
+        given = {**table.config(arguments), "num_classes": arguments["num_classes"]}
+        reference = make_reference("yolox", "YOLOX", given)
     else:
         given = {**config["model_args"], "num_classes": config["num_classes"]}
         reference = make_reference("timm", config["architecture"], given)

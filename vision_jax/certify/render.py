@@ -51,8 +51,8 @@ def render(folder: Path) -> str:
     if reduced:
         lines += [
             "",
-            "† certified at reduced depth (the certificate says which); parameters and GFLOPs are "
-            "the whole model's.",
+            "† certified at reduced depth or of few proposals (the certificate says which); "
+            "parameters and GFLOPs are the whole model's.",
         ]
     return "\n".join(lines) + "\n"
 
