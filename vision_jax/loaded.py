@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from vision_jax import convert, sharding
@@ -39,10 +40,10 @@ from vision_jax.models import families
 from vision_jax.models.families import DTYPES, FAMILIES, Family
 from vision_jax.objective import forward_keys
 from vision_jax.ops.images import to_float
-from vision_jax.run.description import find_head, model_shapes
+from vision_jax.run.description import find_head, model_shapes, own_image_size
 from vision_jax.run.parameters import fill_parameters
-from vision_jax.tasks.api import Evaluation, find_task
-from vision_jax.tasks.detection.objective import POSTPROCESS, pixel_mask
+from vision_jax.tasks.api import Evaluation, Trained, find_task
+from vision_jax.tasks.detection.objective import PREDICTIONS, pixel_mask
 from vision_jax.trees import lora, paths
 
 Variables = Mapping[
@@ -154,7 +155,7 @@ class Loaded:
           variables: see `apply`.
           images: f[B, H, W, C] in [0, 1], or u8[B, H, W, C].
           names: such as "stage_2", "block_5", "block_5/attention" and "pooled"; `feature_names` has
-            all but the attention's.
+            all of them.
           pixel_mask: see `apply`.
 
         Returns:
@@ -172,13 +173,7 @@ class Loaded:
         """What `features` can give, in the order of computation."""
         size = self.preprocessing.image_size
         images = jax.ShapeDtypeStruct((1, *size, self.model.in_channels), jnp.float32)
-        names: list[str] = []
-
-        def run(variables, images):
-            names.extend(self.model.apply(variables, images, return_features=True)[1])
-
-        jax.eval_shape(run, self.variables, images)  # whose result would be sorted by name
-        return tuple(names)
+        return families.feature_names(self.model, self.variables, images)
 
     def pyramid(
         self, variables: Variables, images: Any, pixel_mask: Any = None
@@ -214,16 +209,15 @@ class Loaded:
 
         Returns:
           {"score": f[B, N], "label": i32[B, N], "boxes_xyxy_px": f[B, N, 4]}, in pixels of the
-          original images.
+          original images; what scores 0 is no box.
 
         Raises:
           UserError: no detector.
         """
         predicts = self.family.predicts
-        if predicts not in POSTPROCESS:
+        if predicts not in PREDICTIONS:
             raise UserError(f"{self.origin} is a classifier: take the softmax of its logits")
-        last = outputs["logits"][-1], outputs["boxes_cxcywh_01"][-1]
-        return POSTPROCESS[predicts](*last, jnp.asarray(sizes))
+        return PREDICTIONS[predicts].postprocess(outputs, jnp.asarray(sizes))
 
 
 def load(
@@ -266,11 +260,14 @@ def load(
     names = _choose_names(own_names, num_classes, class_names)
     arguments["num_classes"] = len(names)
     preprocessing = _make_preprocessing(read, family, arguments, image_size)
+    own_size = own_image_size(read, arguments)
     if "image_size" in FAMILIES[family].arguments:
         arguments["image_size"] = preprocessing.image_size
     model = families.build_model(family, **arguments, dtype=_compute_dtype(dtype))
 
     size = preprocessing.image_size
+    if size != own_size:
+        families.check_image_size(model, size, "image_size")
     shapes = model_shapes(model, size)
     target = {path: leaf for tree in shapes.values() for path, leaf in paths.flatten(tree).items()}
     begins = len(names) != own_classes or (class_names is not None and names != own_names)
@@ -290,6 +287,23 @@ def load(
     if model.dtype == jnp.float64:
         variables = jax.tree.map(_widen, variables)
     return Loaded(model, variables, names, preprocessing, read.origin, tuple(new))
+
+
+def trained_of(loaded: Loaded, mesh: Mesh) -> Trained:
+    """The model with its own arrays, on the mesh, as tasks use it."""
+    placed = jax.device_put(dict(loaded.variables), sharding.replicated(mesh))
+    return Trained(
+        mesh=mesh,
+        model=loaded.model,
+        predicts=loaded.family.predicts,
+        apply=families.make_apply(loaded.model),
+        exact_apply=families.make_apply(loaded.model),
+        assemble=lambda params: params,
+        arguments=(placed["params"], {}, placed.get("batch_stats", {})),
+        step=0,
+        preprocessing=loaded.preprocessing,
+        class_names=loaded.class_names,
+    )
 
 
 def evaluate(
@@ -347,8 +361,8 @@ def save(
       directory: made if it is not there; files of the same name are replaced.
       loaded: the model.
       variables: its arrays; adapters are merged.
-      to: whose naming and config: "timm", "torchvision", "transformers", "npz" or "detr". None is
-        timm's, and transformers' for what timm has not.
+      to: whose naming and config: "timm", "torchvision", "transformers", "npz", "detr" or "yolox".
+        None is timm's, and transformers' for what timm has not, or its own repository's.
 
     Returns:
       The files.
@@ -486,7 +500,9 @@ def _make_preprocessing(
             raise UserError(f"image_size {size}: a detector takes squares; give one number")
         given["image_size"] = tuple(size)
     made = find_task(task).make_preprocessing(
-        default_config(task), weights.preprocessing or {}, {**arguments, **given}
+        default_config(task),
+        {**FAMILIES[family].preprocessing, **(weights.preprocessing or {})},
+        {**arguments, **given},
     )
     if made is None:
         raise UserError(

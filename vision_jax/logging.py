@@ -173,19 +173,20 @@ class RunLog:
 
 @contextlib.contextmanager
 def show_progress(
-    total: int, *, show: bool = True
+    total: int, *, what: str = "batches", show: bool = True
 ) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
-    """(advance, say) for a long evaluation: a bar on a terminal, and lines above it.
+    """(advance, say) for what takes long: a bar on a terminal, and lines above it.
 
     Args:
       total: how often `advance` will be called.
+      what: the things that are counted.
       show: False for silence, on other processes than the first.
     """
     console = Console(quiet=not show, highlight=False, soft_wrap=True)
     bar = Progress(
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("batches"),
+        TextColumn(what),
         TimeRemainingColumn(),
         console=console,
         expand=True,

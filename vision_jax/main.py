@@ -73,7 +73,7 @@ COMMANDS: Mapping[str, Command] = {
     "predict": Command(
         "name what --images show",
         "vision_jax.commands.predict:run",
-        ("config", "workdir", "checkpoint", "images", "out"),
+        ("config", "workdir", "checkpoint", "images", "out", "weights"),
     ),
     "robustness": Command(
         "accuracy under attacks and corruptions",
@@ -127,7 +127,7 @@ KEPT = re.compile(
 FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
     "PATTERN": (
         ("models",),
-        {"nargs": "?", "default": "", "help": "a part of a name, or one with * and ?"},
+        {"nargs": "*", "help": "parts of names, or names with * and ?"},
     ),
     "config": (
         FROM_CONFIG,
@@ -150,6 +150,10 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         {"nargs": "+", "action": "extend", "default": [], "help": "files or folders"},
     ),
     "out": (("predict",), {"type": expand, "help": "where files go; WORKDIR by default"}),
+    "weights": (
+        ("predict",),
+        {"help": "instead of a run: a file or folder of weights, hf://OWNER/NAME, timm://NAME"},
+    ),
     "devices": (("plan",), {"type": int, "help": "as many virtual CPU devices, for config.mesh"}),
     "memory": (
         ("plan",),
@@ -248,7 +252,13 @@ def _run(arguments: Sequence[str]) -> int:
         from vision_jax import processes
 
         processes.connect(flags["coordinator"], flags["processes"], flags["process"])
-    if name in CONFIGURED:
+    if flags["weights"]:
+        if given := [
+            flag for flag in ("workdir", "checkpoint", "show", "coordinator") if flags[flag]
+        ]:
+            raise UserError(f"--{given[0]} is of a run, and --weights stand in its place: give one")
+        flags["config"] = overrides
+    elif name in CONFIGURED:
         reading, workdir = _read(name, flags, overrides)  # before JAX, whose import takes seconds
         if flags["show"]:
             print("\n".join(show(reading)))
@@ -291,7 +301,8 @@ def _read(name: str, flags: Mapping[str, Any], overrides: dict[str, str]) -> tup
     path, workdir = flags["config"], flags["workdir"]
     if name in FROM_WORKDIR or (flags["show"] and workdir and not path):
         if not workdir:
-            raise UserError(f"{name} needs --workdir=DIR, a finished run's folder")
+            other = " or --weights=FILE" if name == "predict" else ""
+            raise UserError(f"{name} needs --workdir=DIR, a finished run's folder{other}")
         path = str(workdir / "config.json")
         if not Path(path).is_file():
             raise UserError(f"--workdir: {workdir} holds no run, there is no config.json in it")

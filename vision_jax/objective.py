@@ -41,11 +41,14 @@ class Objective:
         comes back is the one given.
       criterion: (trainable, outputs, view) -> (losses f32[B], metrics). The mean of the losses is
         the loss; metrics are scalars by name.
+      counted: the metric, if any, by which losses and metrics are divided (see
+        steps.make_train_step). A recipe that adds a term of its own can't be accumulated then.
     """
 
     prepare: Callable[[Flat, Flat, Any, View, jax.Array], View]
     forward: Callable[..., tuple[Outputs, Any]]
     criterion: Callable[[Flat, Outputs, View], tuple[jax.Array, Metrics]]
+    counted: str = ""
 
 
 def make_loss(objective: Objective) -> LossFn:
@@ -73,7 +76,7 @@ def forward_keys(key: jax.Array) -> dict[str, jax.Array]:
 
 def zero_after(*arrays: jax.Array) -> jax.Array:
     """f32[] 0, known only once all of the arrays are; NaN where they are not finite."""
-    return 0 * sum((x.astype(jnp.float32).sum() for x in arrays), jnp.zeros(()))
+    return 0 * sum((x.astype(jnp.float32).sum() for x in arrays), jnp.zeros((), jnp.float32))
 
 
 def after(zero: jax.Array, array: jax.Array) -> jax.Array:

@@ -104,6 +104,7 @@ def make_train_step(
     schedule: Callable[[Any], Any],
     accumulate: int = 1,
     whole: Sequence[str] = (),
+    counted: str = "",
     ema_decay: float = 0.0,
     replay: Replay | None = None,
     average_prefix: str = "",
@@ -123,6 +124,9 @@ def make_train_step(
         gradients are averaged.
       whole: names of the batch's arrays that micro-batches also get as they are, under "whole": a
         loss that is divided by a count, of boxes, say, must count over all of the update.
+      counted: name of a metric that says by which count the batch's loss and all other metrics are
+        divided (0 as 1), where only the model tells it. Micro-batches weigh by it then, and it is
+        their sum.
       ema_decay: of the moving average; 0 keeps none.
       replay: instead of one update a step; the loss function finds "perturbation" in the batch. Its
         metrics are means over the updates. Not with `accumulate`.
@@ -167,7 +171,7 @@ def make_train_step(
                 )
             else:
                 loss, model_state, metrics, gradients = _accumulated(
-                    gradient, accumulate, whole, state, frozen, batch, key
+                    gradient, accumulate, whole, counted, state, frozen, batch, key
                 )
             new, metrics = update(state, state.step, loss, model_state, metrics, gradients)
         new = jax.tree.map(lambda new, old: jnp.where(metrics["finite"], new, old), new, state)
@@ -185,7 +189,7 @@ def _with_average(frozen: Flat, prefix: str, state: TrainState) -> Flat:
     return {**frozen, **{prefix + path: leaf for path, leaf in state.ema.items()}}
 
 
-def _accumulated(gradient, accumulate, whole, state, frozen, batch, key):
+def _accumulated(gradient, accumulate, whole, counted, state, frozen, batch, key):
     """Loss, metrics and gradients averaged over micro-batches, one in memory at a time."""
 
     def split(array):  # [B, ...] -> [accumulate, B / accumulate, ...]
@@ -206,8 +210,12 @@ def _accumulated(gradient, accumulate, whole, state, frozen, batch, key):
         (loss, (model_state, metrics)), gradients = gradient(
             trainable, fixed, model_state, rows, jax.random.fold_in(key, index)
         )
-        total = jax.tree.map(jnp.add, total, (loss, metrics, gradients))
-        return (model_state, total), None
+        own = (loss, metrics, gradients)
+        if counted:
+            count = metrics[counted]
+            own = jax.tree.map(lambda x: x * jnp.maximum(count, 1).astype(x.dtype), own)
+            own[1][counted] = count
+        return (model_state, jax.tree.map(jnp.add, total, own)), None
 
     micro = (jnp.arange(accumulate), jax.tree.map(split, dict(batch)))
     first = jax.tree.map(lambda x: x[0], micro)
@@ -221,7 +229,11 @@ def _accumulated(gradient, accumulate, whole, state, frozen, batch, key):
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, gradients))
     (model_state, total), _ = jax.lax.scan(body, (state.model_state, zeros), micro)
-    loss, metrics, gradients = jax.tree.map(lambda x: x / accumulate, total)
+    count = total[1][counted] if counted else None
+    divisor = accumulate if count is None else jnp.maximum(count, 1)
+    loss, metrics, gradients = jax.tree.map(lambda x: x / divisor, total)
+    if count is not None:
+        metrics[counted] = count
     return loss, model_state, metrics, gradients
 
 

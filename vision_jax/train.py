@@ -7,11 +7,11 @@ checkpoint: the order of the data and all keys are functions of (seed, step), so
 ends with parameters bit-identical to those of an uninterrupted one.
 """
 
-import dataclasses
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,13 +53,16 @@ from vision_jax.run.description import Description, find_shrinking, load_descrip
 from vision_jax.run.parameters import head_warnings
 from vision_jax.run.prepare import Run, prepare
 from vision_jax.run.results import write_results
-from vision_jax.tasks.api import find_task
+from vision_jax.steps import Flat
+from vision_jax.tasks.api import Task, find_task
 
 STEPS_BETWEEN_AGREEMENTS = 8  # of several processes on whether to stop: they wait for each other
 
 
 def run(config: ConfigDict, workdir: Path, start_from: Path | None = None) -> int:
     """Trains, or continues, and evaluates; returns the process's exit code.
+
+    The seven parts stand below in this order.
 
     Args:
       config: of the run.
@@ -70,194 +73,94 @@ def run(config: ConfigDict, workdir: Path, start_from: Path | None = None) -> in
       UserError: bad input, before anything in the workdir is touched, or a run that cannot go on.
     """
     with ExitStack() as resources:  # closes what is open, whatever happens
-        return _run(config, workdir, start_from, resources)
+        facts = _find_facts(config, workdir, start_from, resources)
+        prepared, origin = _prepare_run(facts)
+        begin = _make_arrays(prepared, facts, origin)
+        del origin  # and with it the old run's arrays
+        program = _make_program(prepared, facts, begin)
+        log, checkpoints = _open_workdir(prepared, facts, begin, resources)
+        end = _train(prepared, facts, begin, program, log, checkpoints)
+        if end.signal:
+            return 128 + end.signal
+        _finish(prepared, facts, begin, program, log, end)
+    return 0
 
 
-def _run(config: ConfigDict, workdir: Path, start_from: Path | None, resources: ExitStack) -> int:
-    # 1. The facts: what the workdir holds, and the data. -----------------------------------------
-    first = jax.process_index() == 0
+# 1. The facts: what the workdir holds, and the data. ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What there is before anything is made.
+
+    Attributes:
+      config: of the run.
+      workdir: its folder.
+      start_from: the folder of another run, or None.
+      lock: on the workdir; None on all processes but the first.
+      held: the config of the run that the workdir holds and that goes on, or None.
+      train_source: the data.
+      eval_source: the data of evaluation.
+      fingerprint: of the training data.
+      notes: what the user should know, gathered until there is a log.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    start_from: Path | None
+    lock: workdirs.Lock | None
+    held: ConfigDict | None
+    train_source: Any
+    eval_source: Any
+    fingerprint: Fingerprint
+    notes: list[str]
+
+
+def _find_facts(
+    config: ConfigDict, workdir: Path, start_from: Path | None, resources: ExitStack
+) -> _Facts:
     check_ranges(config)
+    first = jax.process_index() == 0
     lock = processes.together(
         lambda: resources.enter_context(workdirs.locked(workdir)) if first else None
     )
-    last = last_complete_step(workdir)
-    held = workdirs.read_held(config, workdir, last)
+    held = workdirs.read_held(config, workdir, last_complete_step(workdir))
     train_source, eval_source = find_task(config.task).read_sources(config)
     fingerprint = take_fingerprint(train_source)
-    notes: list[str] = []
+    notes = workdirs.check_records(workdir) if held is not None else []
+    return _Facts(
+        config, workdir, start_from, lock, held, train_source, eval_source, fingerprint, notes
+    )
 
-    # 2. The model, its recipes and its optimizer: the run's own, another run's, or new. ----------
+
+# 2. The model, its recipes and its optimizer: the run's own, another run's, or new. ---------------
+
+
+def _prepare_run(facts: _Facts) -> tuple[Run, continuation.Origin | None]:
+    """(the prepared run, the other run that it begins with)."""
+    config, workdir, start_from = facts.config, facts.workdir, facts.start_from
     origin = None
-    if held is not None:
-        notes += workdirs.check_records(workdir)
+    if facts.held is not None:
         recorded = load_description(workdir / workdirs.MODEL_FILE)
         workdirs.check_origin(start_from, recorded.started_from, workdir)
-        _check_same_data(train_source, fingerprint, recorded, workdir)
+        _check_same_data(facts.train_source, facts.fingerprint, recorded, workdir)
         adapter = workdirs.kept_adapter(config, workdir)
         prepared = prepare(config, description=recorded, adapter=adapter)
         _check_same_teachers(recorded, prepared.description)
     elif start_from is not None:
         origin = continuation.read_origin(config, start_from, workdir)
-        notes += origin.notes
-        described = continuation.describe(config, origin, train_source.class_names)
+        facts.notes.extend(origin.notes)
+        described = continuation.describe(config, origin, facts.train_source.class_names)
         adapter = workdirs.kept_adapter(config, start_from)
         prepared = prepare(config, description=described, adapter=adapter)
     else:
-        prepared = prepare(config, train_source.class_names)
-    task, description, parameters = prepared.task, prepared.description, prepared.parameters
+        prepared = prepare(config, facts.train_source.class_names)
     processes.check_equal(
         "data, model or weights",
-        {"data": digest(fingerprint)} | dataclasses.asdict(description),
+        {"data": digest(facts.fingerprint)} | asdict(prepared.description),
     )
-    stored = prepared.stored  # opened now: a file of another run is refused before anything else
-
-    # 3. The parameters: restored, taken over from another run, or imported and initialized. ------
-    step, fresh, of_optimizer = 0, list[str](), ""
-    if held is not None:
-        step, state, of_state = restore_newest(workdir, prepared.abstract_state)
-        frozen, of_frozen = restore_frozen(workdir, parameters.abstract()[1])
-        notes += [*of_state, *of_frozen]
-    elif origin is not None:
-        state, frozen, of_optimizer = continuation.make_state(prepared, origin)
-        del origin  # and with it the old run's arrays
-    else:
-        state, frozen, fresh = prepared.make_arrays()
-    damage = DamageLog()
-    data = prepared.training_data(train_source, damage, step)
-
-    # 4. The step, compiled at its first call. -----------------------------------------------------
-    train_step = prepared.make_train_step()
-    evaluate = prepared.make_evaluate(eval_source)
-    evaluate_every = config.evaluate.every or -(-len(train_source) // config.batch_size)
-    place = sharding.make_batch_placer(prepared.mesh)
-    fixed = {**frozen, **prepared.place_beside()}
-
-    def next_batch(step: int) -> dict[str, jax.Array]:
-        return place({**next(data), **(stored(step) if stored else {})})
-
-    # 5. The workdir, which is written to from here on. -------------------------------------------
-    if first and lock is not None:
-        lock.used = True
-        notes += [lock.note] if lock.note else []
-        workdirs.remove_drafts(workdir)
-    if held is not None:
-        notes += processes.together(lambda: set_aside(workdir, step) if first else [])
-    checkpoints = resources.enter_context(
-        closing(Checkpoints(workdir, task.best_metric, task.best_is))
-    )
-    if held is None:
-        checkpoints.save_frozen(frozen)
-    if first:
-        workdirs.write_records(
-            workdir, config, held, description, fingerprint, None if held else prepared.adapter
-        )
-    log = resources.enter_context(closing(open_log(workdir, resume_step=step, show=first)))
-    for note in notes:
-        log.say(f"warning: {note}")
-    for source in (train_source, eval_source):
-        log.say(f"data: {source.name}, {len(source)} images, {len(source.class_names)} classes")
-        if source.note:
-            log.say(f"data: {source.note}")
-    if held is not None:
-        log.say(f"resumed at step {step} from {checkpoints.directory / str(step)}")
-    elif start_from is not None:
-        log.say(f"parameters: those of {description.started_from}; {of_optimizer}")
-    else:
-        _say_weights(log, prepared, fresh)
-    for recipe in prepared.recipes:
-        for line in recipe.lines():
-            log.say(line)
-    log.wrote(workdir / "config.json", "every field of this run's config")
-    log.wrote(workdir / "model.json", "architecture, preprocessing and class names")
-    log.wrote(workdir / "train_data.json.gz", "names and sizes of the training data")
-    log.wrote(workdir / "checksums.json", "of these and of the results")
-    if frozen:
-        log.wrote(workdir / "frozen", "the frozen parameters")
-    log.wrote(workdir / "checkpoints", "the last and the best state")
-    if first:
-        task.announce(log, workdir, train_source, eval_source)
-    log.table("Parameters", PARAMETER_COLUMNS, summarize_parameters(*parameters.abstract()))
-
-    # 6. The loop. --------------------------------------------------------------------------------
-    result = None
-    stop = _Stop()
-    memory = machine.MemoryWatch()
-    with stop.watched(), log.progress(config.total_steps, completed=step) as progress:
-        report = _Reporter(log, progress, config.batch_size, config.log_every)
-        batch = next_batch(step) if step < config.total_steps else {}
-        pending = None  # the last step and its metrics, read while the next one computes
-        while step < config.total_steps:
-            state, metrics = train_step(state, fixed, batch)
-            step += 1
-            if pending is not None:
-                report(*pending)
-            pending = (step, metrics)
-            memory.check()
-
-            finished = step == config.total_steps
-            stopping = step % stop.every == 0 and stop.requested()
-            # Also before stopping: the resumed run would not know this step's result.
-            evaluating = finished or step % evaluate_every == 0
-            if stopping or evaluating or step % config.checkpoint_every == 0:
-                report(*pending)  # a state that is not finite is never saved
-                pending, measured = None, None
-                machine.give_back_memory()
-                if evaluating:
-                    trained, statistics = steps.averaged(state)
-                    result = evaluate(trained, frozen, statistics)
-                    best = result.summary[task.best_metric]
-                    measured = None if best is None else {task.best_metric: best}
-                    history = read_metrics(workdir / "metrics.jsonl") if first else []
-                    values = ((name, result.summary[name]) for name in task.reported)
-                    log.scalars(step, {f"eval/{n}": v for n, v in values if v is not None})
-                    log.say(f"step {step}: {result.line()}")
-                    for warning in result.warnings(step, history):
-                        log.say(f"warning: {warning}")
-                checkpoints.save(step, state, measured)
-                machine.give_back_memory()
-                report.restart_clock()
-            if stopping:
-                break
-            if not finished:  # while the device computes
-                batch = next_batch(step)
-
-    for name in damage.names:
-        log.say(f"skipped a damaged image: {name}")
-    if damage.count:
-        log.say(f"{damage.count} of {len(train_source)} training images are damaged")
-    checkpoints.wait()
-    if stop.requested():
-        log.say(
-            f"stopped by {signal.Signals(stop.signal).name} at step {step}; the state is saved. "
-            "Run the same command again to resume."
-        )
-        return 128 + stop.signal
-
-    # 7. The results. -----------------------------------------------------------------------------
-    if result is None:  # this workdir was finished before
-        trained, statistics = steps.averaged(state)
-        result = evaluate(trained, frozen, statistics)
-        log.say(f"step {step}: {result.line()}")
-    write_results(prepared, workdir, log, state, frozen, result, eval_source)
-    return 0
-
-
-def _say_weights(log: RunLog, prepared: Run, fresh: list[str]) -> None:
-    """Where a new run's parameters came from, and what a user should know of it."""
-    weights, description = prepared.weights, prepared.description
-    if weights is None:
-        log.say("parameters: random initialization")
-        return
-    log.say(f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})")
-    if description.assumed:
-        log.say(f"assumed, since no config came with them: {', '.join(description.assumed)}")
-    if ignored := unknown_fields(weights):
-        log.say(f"fields of its config.json that nobody knows: {', '.join(ignored[:8])}")
-    if (shrinking := find_shrinking(prepared.config, weights)) is not None:
-        log.say(f"taken of them: {shrinking.line()}")
-    log.say(f"re-initialized as config.model.reinitialize says: {', '.join(fresh) or 'none'}")
-    for warning in head_warnings(weights, prepared.model, description, fresh, prepared.parameters):
-        log.say(f"warning: {warning}")
+    _ = prepared.stored  # opened now: a file of another run is refused before anything else
+    return prepared, origin
 
 
 def _check_same_data(
@@ -282,6 +185,249 @@ def _check_same_teachers(recorded: Description, now: Description) -> None:
                 f"the teacher {origin} has changed since this run began (sha256 {found[:16]}, was "
                 f"{sha256[:16]}): start in another --workdir"
             )
+
+
+# 3. The parameters: restored, taken over from another run, or imported and initialized. -----------
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """Where training begins.
+
+    Attributes:
+      step: how many are done.
+      state: what the first step takes, and with it the buffers of its arrays.
+      frozen: arrays by path.
+      lines: where the arrays came from, for the log.
+    """
+
+    step: int
+    state: steps.TrainState
+    frozen: Flat
+    lines: Sequence[str]
+
+
+def _make_arrays(prepared: Run, facts: _Facts, origin: continuation.Origin | None) -> _Begin:
+    if facts.held is not None:
+        workdir = facts.workdir
+        step, state, of_state = restore_newest(workdir, prepared.abstract_state)
+        frozen, of_frozen = restore_frozen(workdir, prepared.parameters.abstract()[1])
+        facts.notes.extend([*of_state, *of_frozen])
+        checkpoint = (workdir / "checkpoints" / str(step)).absolute()
+        return _Begin(step, state, frozen, [f"resumed at step {step} from {checkpoint}"])
+    if origin is not None:
+        state, frozen, of_optimizer = continuation.make_state(prepared, origin)
+        started_from = prepared.description.started_from
+        return _Begin(0, state, frozen, [f"parameters: those of {started_from}; {of_optimizer}"])
+    state, frozen, fresh = prepared.make_arrays()
+    return _Begin(0, state, frozen, list(_describe_weights(prepared, fresh)))
+
+
+def _describe_weights(prepared: Run, fresh: Sequence[str]) -> Iterator[str]:
+    """Where a new run's parameters came from, and what a user should know of it."""
+    weights, description = prepared.weights, prepared.description
+    if weights is None:
+        yield "parameters: random initialization"
+        return
+    yield f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})"
+    if description.assumed:
+        yield f"assumed, since no config came with them: {', '.join(description.assumed)}"
+    if ignored := unknown_fields(weights):
+        yield f"fields of its config.json that nobody knows: {', '.join(ignored[:8])}"
+    if (shrinking := find_shrinking(prepared.config, weights)) is not None:
+        yield f"taken of them: {shrinking.line()}"
+    yield f"re-initialized as config.model.reinitialize says: {', '.join(fresh) or 'none'}"
+    for warning in head_warnings(weights, prepared.model, description, fresh, prepared.parameters):
+        yield f"warning: {warning}"
+
+
+# 4. The step, compiled at its first call, and its batches. ----------------------------------------
+
+
+@dataclass(frozen=True)
+class _Program:
+    """What the loop calls.
+
+    Attributes:
+      train_step: (state, batch) -> (state, metrics); the state is donated.
+      next_batch: the batch of the step of this number, on the devices; to be called in their order.
+      evaluate: state -> Evaluation.
+      damage: the damaged images that were met.
+    """
+
+    train_step: Callable[[steps.TrainState, Any], tuple[steps.TrainState, steps.Metrics]]
+    next_batch: Callable[[int], dict[str, jax.Array]]
+    evaluate: Callable[[steps.TrainState], Any]
+    damage: DamageLog
+
+
+def _make_program(prepared: Run, facts: _Facts, begin: _Begin) -> _Program:
+    damage = DamageLog()
+    data = prepared.training_data(facts.train_source, damage, begin.step)
+    stored, place = prepared.stored, sharding.make_batch_placer(prepared.mesh)
+    frozen = begin.frozen
+    fixed = {**frozen, **prepared.place_beside()}
+    compiled = prepared.make_train_step()
+    run_evaluation = prepared.make_evaluate(facts.eval_source)
+
+    def train_step(state: steps.TrainState, batch: Any) -> tuple[steps.TrainState, steps.Metrics]:
+        return compiled(state, fixed, batch)
+
+    def next_batch(step: int) -> dict[str, jax.Array]:
+        return place({**next(data), **(stored(step) if stored else {})})
+
+    def evaluate(state: steps.TrainState) -> Any:
+        trained, statistics = steps.averaged(state)
+        return run_evaluation(trained, frozen, statistics)
+
+    return _Program(train_step, next_batch, evaluate, damage)
+
+
+# 5. The workdir, which is written to from here on. ------------------------------------------------
+
+
+def _open_workdir(
+    prepared: Run, facts: _Facts, begin: _Begin, resources: ExitStack
+) -> tuple[RunLog, Checkpoints]:
+    config, workdir, held, lock = facts.config, facts.workdir, facts.held, facts.lock
+    first, task, notes = jax.process_index() == 0, prepared.task, facts.notes
+    if lock is not None:
+        lock.used = True
+        notes.extend([lock.note] if lock.note else [])
+        workdirs.remove_drafts(workdir)
+    if held is not None:
+        notes.extend(processes.together(lambda: set_aside(workdir, begin.step) if first else []))
+    checkpoints = resources.enter_context(
+        closing(Checkpoints(workdir, task.best_metric, task.best_is))
+    )
+    if held is None:
+        checkpoints.save_frozen(begin.frozen)
+    if first:
+        description, adapter = prepared.description, None if held else prepared.adapter
+        workdirs.write_records(workdir, config, held, description, facts.fingerprint, adapter)
+    log = resources.enter_context(closing(open_log(workdir, resume_step=begin.step, show=first)))
+    _say_beginning(log, prepared, facts, begin)
+    return log, checkpoints
+
+
+def _say_beginning(log: RunLog, prepared: Run, facts: _Facts, begin: _Begin) -> None:
+    workdir, train_source, eval_source = facts.workdir, facts.train_source, facts.eval_source
+    for note in facts.notes:
+        log.say(f"warning: {note}")
+    for source in (train_source, eval_source):
+        log.say(f"data: {source.name}, {len(source)} images, {len(source.class_names)} classes")
+        if source.note:
+            log.say(f"data: {source.note}")
+    for line in begin.lines:
+        log.say(line)
+    for recipe in prepared.recipes:
+        for line in recipe.lines():
+            log.say(line)
+    log.wrote(workdir / "config.json", "every field of this run's config")
+    log.wrote(workdir / "model.json", "architecture, preprocessing and class names")
+    log.wrote(workdir / "train_data.json.gz", "names and sizes of the training data")
+    log.wrote(workdir / "checksums.json", "of these and of the results")
+    if begin.frozen:
+        log.wrote(workdir / "frozen", "the frozen parameters")
+    log.wrote(workdir / "checkpoints", "the last and the best state")
+    if jax.process_index() == 0:
+        prepared.task.announce(log, workdir, train_source, eval_source)
+    rows = summarize_parameters(*prepared.parameters.abstract())
+    log.table("Parameters", PARAMETER_COLUMNS, rows)
+
+
+# 6. The loop. -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where training ended.
+
+    Attributes:
+      step: how many are done.
+      state: after them.
+      result: the last Evaluation; None if none was made here.
+      signal: the one that stopped it early, 0 for none.
+    """
+
+    step: int
+    state: steps.TrainState
+    result: Any
+    signal: int
+
+
+def _train(
+    prepared: Run,
+    facts: _Facts,
+    begin: _Begin,
+    program: _Program,
+    log: RunLog,
+    checkpoints: Checkpoints,
+) -> _End:
+    config, step, state, result = facts.config, begin.step, begin.state, None
+    evaluate_every = config.evaluate.every or -(-len(facts.train_source) // config.batch_size)
+    stop = _Stop()
+    memory = machine.MemoryWatch()
+    with stop.watched(), log.progress(config.total_steps, completed=step) as progress:
+        report = _Reporter(log, progress, config.batch_size, config.log_every)
+        batch = program.next_batch(step) if step < config.total_steps else {}
+        pending = None  # the last step and its metrics, read while the next one computes
+        while step < config.total_steps:
+            state, metrics = program.train_step(state, batch)
+            step += 1
+            if pending is not None:
+                report(*pending)
+            pending = (step, metrics)
+            memory.check()
+
+            finished = step == config.total_steps
+            stopping = step % stop.every == 0 and stop.requested()
+            # Also before stopping: the resumed run would not know this step's result.
+            evaluating = finished or step % evaluate_every == 0
+            if stopping or evaluating or step % config.checkpoint_every == 0:
+                report(*pending)  # a state that is not finite is never saved
+                pending, measured = None, None
+                machine.give_back_memory()
+                if evaluating:
+                    result = program.evaluate(state)
+                    measured = _report_evaluation(log, prepared.task, facts.workdir, step, result)
+                checkpoints.save(step, state, measured)
+                machine.give_back_memory()
+                report.restart_clock()
+            if stopping:
+                break
+            if not finished:  # while the device computes
+                batch = program.next_batch(step)
+
+    _report_damage(log, program.damage, len(facts.train_source))
+    checkpoints.wait()
+    if stop.requested():
+        log.say(
+            f"stopped by {signal.Signals(stop.signal).name} at step {step}; the state is saved. "
+            "Run the same command again to resume."
+        )
+    return _End(step, state, result, stop.signal)
+
+
+def _report_evaluation(
+    log: RunLog, task: Task, workdir: Path, step: int, result: Any
+) -> dict[str, float] | None:
+    """Shows and logs an evaluation; returns the number by which the best checkpoint is kept."""
+    history = read_metrics(workdir / "metrics.jsonl") if jax.process_index() == 0 else []
+    values = ((name, result.summary[name]) for name in task.reported)
+    log.scalars(step, {f"eval/{n}": v for n, v in values if v is not None})
+    log.say(f"step {step}: {result.line()}")
+    for warning in result.warnings(step, history):
+        log.say(f"warning: {warning}")
+    best = result.summary[task.best_metric]
+    return None if best is None else {task.best_metric: best}
+
+
+def _report_damage(log: RunLog, damage: DamageLog, images: int) -> None:
+    for name in damage.names:
+        log.say(f"skipped a damaged image: {name}")
+    if damage.count:
+        log.say(f"{damage.count} of {images} training images are damaged")
 
 
 class _Reporter:
@@ -360,3 +506,16 @@ class _Stop:
         self.signal = number
         for again in (signal.SIGTERM, signal.SIGINT):
             signal.signal(again, signal.SIG_DFL)
+
+
+# 7. The results. ----------------------------------------------------------------------------------
+
+
+def _finish(
+    prepared: Run, facts: _Facts, begin: _Begin, program: _Program, log: RunLog, end: _End
+) -> None:
+    result = end.result
+    if result is None:  # this workdir was finished before
+        result = program.evaluate(end.state)
+        log.say(f"step {end.step}: {result.line()}")
+    write_results(prepared, facts.workdir, log, end.state, begin.frozen, result, facts.eval_source)

@@ -5,7 +5,7 @@ The counts of parameters are read from convert/parameters.json (scripts/make_par
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib import resources
@@ -14,6 +14,7 @@ from vision_jax.convert import read_weights, recognize
 from vision_jax.convert.read import embedded_names
 from vision_jax.convert.tables import ZOOS
 from vision_jax.errors import UserError, nearest
+from vision_jax.models.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,25 @@ class Model:
     weights: str
 
 
-def run(pattern: str) -> int:
-    """Prints the models whose name has the pattern in it or matches it, with or without the source.
+def run(patterns: Sequence[str]) -> int:
+    """Prints the models that one of the patterns is about, or all without any.
+
+    A pattern is a part of a name, or has wildcards for all of it, with or without the source.
 
     Raises:
-      UserError: there are none; with the nearest name.
+      UserError: there are none for a pattern; with the nearest name.
     """
-    models, wanted = list(all_models()), pattern.lower()
+    models = list(all_models())
+    for pattern in patterns:
+        if not any(_is_about(pattern, model.name) for model in models):
+            whole = [model.name for model in models]
+            hint = nearest(pattern, whole) or nearest(pattern, [n.partition("/")[2] for n in whole])
+            raise UserError(f"there is no model {pattern!r}{hint or '; without it all are listed'}")
     found = [
         model
         for model in models
-        if wanted in model.name.lower()
-        or fnmatch(model.name.lower(), wanted)
-        or fnmatch(model.name.lower().partition("/")[2], wanted)
+        if not patterns or any(_is_about(pattern, model.name) for pattern in patterns)
     ]
-    if not found:
-        whole = [model.name for model in models]
-        hint = nearest(pattern, whole) or nearest(pattern, [n.partition("/")[2] for n in whole])
-        raise UserError(f"there is no model {pattern!r}{hint or '; without it all are listed'}")
     rows = [("name", "family", "parameters", "pixels", "config.model.weights")]
     rows += [
         (m.name, m.family, f"{m.parameters / 1e6:.2f} M", str(m.image_size), m.weights or "a file")
@@ -68,6 +70,11 @@ def run(pattern: str) -> int:
     return 0
 
 
+def _is_about(pattern: str, name: str) -> bool:
+    wanted, name = pattern.lower(), name.lower()
+    return wanted in name or fnmatch(name, wanted) or fnmatch(name.partition("/")[2], wanted)
+
+
 def all_models() -> Iterator[Model]:
     """The zoo, and what the package brings."""
     file = resources.files("vision_jax.convert").joinpath("parameters.json")
@@ -76,7 +83,9 @@ def all_models() -> Iterator[Model]:
         weights = read_weights(f"embedded:{name}")
         family, arguments = recognize(weights)
         count = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
-        yield Model(weights.origin, family, count, arguments["image_size"][0], weights.origin)
+        # A model for images of any size is used at what its family is prepared for.
+        side, _ = arguments.get("image_size") or (FAMILIES[family].preprocessing["short"],) * 2
+        yield Model(weights.origin, family, count, side, weights.origin)
     for family, entries in ZOOS:
         for entry in entries:
             spec = f"timm://{entry.build}" if entry.source == "timm" else entry.published

@@ -6,6 +6,7 @@ many virtual CPU devices; the compiler then is the CPU's, and so are its tempora
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,20 @@ from ml_collections import ConfigDict
 from vision_jax import convert, cost, sharding
 from vision_jax.config import check_ranges
 from vision_jax.errors import UserError
-from vision_jax.logging import PARAMETER_COLUMNS, human_size, print_table, summarize_parameters
+from vision_jax.logging import (
+    PARAMETER_COLUMNS,
+    human_size,
+    print_table,
+    show_progress,
+    summarize_parameters,
+)
 from vision_jax.models.families import FAMILIES
 from vision_jax.run.description import Description, describe, read_weights
 from vision_jax.run.prepare import prepare
 from vision_jax.tasks.api import find_task
 
 GIB = 2**30
-MOST_COMPILATIONS = 5  # after the first two, to find the largest batch
+MOST_COMPILATIONS = 7  # to find the largest batch
 MOST_UNITS = 2**20
 UNKNOWN_CLASSES = 1000  # when neither the data nor the weights can be read
 
@@ -72,14 +79,19 @@ def run(config: ConfigDict, memory: float | None) -> int:
         print(f"note: {note}")
     parameters = prepare(config, description=description).parameters
     print_table("Parameters", PARAMETER_COLUMNS, summarize_parameters(*parameters.abstract()))
-    plan = compile_step(config, description)
-    for line in lines(plan, config):
-        print(line)
-    if memory is not None:
-        print(f"Largest batch in {memory:g} GiB a device, of the batch that all devices share:")
-        for name, changed in _variants(config, description.family, plan.devices):
-            found = largest_batch(changed, description, memory * GIB)
-            print(f"  {name:24}  {_found(found, plan.devices)}")
+    devices = jax.device_count()
+    variants = [] if memory is None else _variants(config, description.family, devices)
+    most = 1 + len(variants) * MOST_COMPILATIONS
+    with show_progress(most, what="compilations") as (advance, say):
+        plan = compile_step(config, description)
+        advance()
+        for line in lines(plan, config):
+            say(line)
+        if memory is not None:
+            say(f"Largest batch in {memory:g} GiB a device, of the batch that all devices share:")
+            for name, changed in variants:
+                found = largest_batch(changed, description, memory * GIB, advance)
+                say(f"  {name:24}  {_found(found, devices)}")
     return 0
 
 
@@ -132,37 +144,47 @@ def compile_step(config: ConfigDict, description: Description) -> Plan:
 
 
 def largest_batch(
-    config: ConfigDict, description: Description, budget: float
+    config: ConfigDict,
+    description: Description,
+    budget: float,
+    advance: Callable[[], None] = lambda: None,
 ) -> tuple[int, float] | None:
     """The largest batch whose step fits `budget` bytes a device, and its bytes a device.
 
     Memory grows nearly linearly with the batch: two sizes give the line, the size where it meets
     the budget is compiled, and so on from there. None: not even the smallest batch fits.
+    `advance` is called MOST_COMPILATIONS times: after each, and at the end for those not needed.
     """
     unit = jax.device_count() * config.optim.accumulate
+    left = MOST_COMPILATIONS
 
     def bytes_of(units: int) -> int:
+        nonlocal left
         changed = config.copy_and_resolve_references()
         changed.batch_size = units * unit
-        return compile_step(changed, description).total
+        size = compile_step(changed, description).total
+        left -= 1
+        advance()
+        return size
 
     fits, last = 1, bytes_of(1)
     size = last
-    if size > budget:
-        return None
-    slope = max((bytes_of(4) - size) / 3, 1.0)
-    units, too_many = 1, MOST_UNITS
-    for _ in range(MOST_COMPILATIONS):
-        units = int(units + (budget - last) / slope)
-        units = min(max(units, fits + 1), too_many - 1)
-        if units <= fits:
-            break
-        last = bytes_of(units)
-        if last <= budget:
-            fits, size = units, last
-        else:
-            too_many = units
-    return fits * unit, size
+    if size <= budget:
+        slope = max((bytes_of(4) - size) / 3, 1.0)
+        units, too_many = 1, MOST_UNITS
+        while left:
+            units = int(units + (budget - last) / slope)
+            units = min(max(units, fits + 1), too_many - 1)
+            if units <= fits:
+                break
+            last = bytes_of(units)
+            if last <= budget:
+                fits, size = units, last
+            else:
+                too_many = units
+    for _ in range(left):
+        advance()
+    return (fits * unit, size) if size <= budget else None
 
 
 def lines(plan: Plan, config: ConfigDict) -> list[str]:

@@ -4,6 +4,7 @@ from vision_jax.config.fields import FEATURES, FIELDS, RECIPES, TASKS, Check, Fi
 from vision_jax.config.load import (
     Reading,
     check_ranges,
+    config_without_file,
     default_config,
     differences,
     fields,
@@ -26,6 +27,7 @@ __all__ = [
     "Field",
     "Reading",
     "check_ranges",
+    "config_without_file",
     "default_config",
     "differences",
     "fields",

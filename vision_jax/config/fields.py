@@ -153,7 +153,8 @@ FILTERS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")  # dat
 FILTER = Check(lambda value: value in ("", *FILTERS), f"{', '.join(FILTERS)}, or empty")
 SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 RECIPE_NAMES = Check(
-    lambda names: all(name in RECIPES and names.count(name) == 1 for name in names),
+    # A list, since what a file holds in a name's place may have no hash.
+    lambda names: all(name in list(RECIPES) and names.count(name) == 1 for name in names),
     lambda: f"a tuple of {', '.join(RECIPES)}, each at most once",
 )
 ROWS = Check(
@@ -171,6 +172,10 @@ SHORTS = Check(
     _every(lambda value: type(value) is int and 0 < value < MOST), "positive whole numbers, or ()"
 )
 AREAS = Check(_are_areas, "two shares of the image's area, the smaller first")
+FACTORS = Check(
+    lambda value: len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1],
+    "two factors above 0, the smaller first",
+)
 SEVERITIES = Check(
     lambda values: len(values) > 0 and all(type(x) is int and 1 <= x <= 5 for x in values),
     "whole numbers from 1 to 5",
@@ -263,7 +268,7 @@ FIELDS = (
         ("head(_dist)?/.*",),
         RULES,
         "parameters that start anew, such as the head of other classes: regexes over whole paths",
-        detection=(r"(proposals_\d+/)?class_head/.*",),
+        detection=(r"((proposals|head)_\d+/)?class_head/.*",),
     ),
     _field(
         "model.drop",
@@ -402,15 +407,15 @@ FIELDS = (
     _field(
         "distill.logits",
         "soft",
-        one_of("soft", "hard", "decoupled", "queries", "none"),
-        "loss of the teachers' logits; detectors have queries or none",
+        one_of("soft", "hard", "decoupled", "queries", "detections", "cells", "none"),
+        "loss of the teachers' logits; DETRs have queries, YOLOX detections or cells",
         detection="queries",
     ),
     _field(
         "distill.temperature",
         4.0,
         ABOVE_0,
-        "temperature of soft, decoupled and queries",
+        "temperature of soft, decoupled, queries and cells",
         detection=1.0,
     ),
     _field(
@@ -418,6 +423,13 @@ FIELDS = (
         0.5,
         SHARE,
         "weight of the loss of the logits; that of the labels has the rest of 1",
+    ),
+    _field(
+        "distill.least_score",
+        0.3,
+        SHARE,
+        "score from which a teacher's detections are learned",
+        DETECTION,
     ),
     _field(
         "distill.token",
@@ -591,6 +603,34 @@ FIELDS = (
         0.5,
         SHARE,
         "training view: share of the images that are cropped at random",
+        DETECTION,
+    ),
+    _field(
+        "data.mosaic",
+        0.0,
+        SHARE,
+        "training view: share of the images that become mosaics of four; for square images",
+        DETECTION,
+    ),
+    _field(
+        "data.mosaic_scale",
+        (0.5, 1.5),
+        FACTORS,
+        "training view: smallest and largest factor that a mosaic is scaled by",
+        DETECTION,
+    ),
+    _field(
+        "data.mixup",
+        0.0,
+        SHARE,
+        "training view: share of the mosaics that are mixed with another image",
+        DETECTION,
+    ),
+    _field(
+        "data.plain_steps",
+        0,
+        FROM_0,
+        "updates at the end without mosaics; YOLOX adds an L1 loss of its boxes in them",
         DETECTION,
     ),
     _field("data.flip", True, ANY, "training view: flip half of the images horizontally"),

@@ -6,7 +6,7 @@ from collections.abc import Collection
 # The words of timm, transformers, ultralytics, PEFT and big_vision, without their sections.
 WORDS = {
     "optim.lr": "learning_rate base_lr base_learning_rate peak_lr max_lr blr lr0 init_lr",
-    "total_steps": "epochs epoch num_epochs num_train_epochs max_epochs total_epochs steps "
+    "total_steps": "epochs epoch num_epochs num_train_epochs max_epochs total_epochs step steps "
     "max_steps num_steps train_steps num_train_steps training_steps iterations max_iter num_iters "
     "updates",
     "optim.warmup_steps": "warmup warmup_epochs warmup_ratio warmup_iters num_warmup_steps",
@@ -21,6 +21,7 @@ WORDS = {
     "optim.accumulate": "gradient_accumulation_steps accum_steps accum_iter grad_accum "
     "grad_accum_steps accumulation_steps accumulate_grad_batches",
     "optim.ema_decay": "ema model_ema model_ema_decay",
+    "optim.lr_multipliers": "rates lr_mult",
     "optim.layer_decay": "llrd layerwise_lr_decay layer_lr_decay",
     "optim.b1": "beta1 adam_beta1 betas",
     "optim.b2": "beta2 adam_beta2",
@@ -70,6 +71,8 @@ ELSEWHERE = {
     "output save_dir log_dir logdir logging_dir exp_dir run_dir project",
     "the data's classes are counted": "num_classes nb_classes n_classes num_labels nc",
     "the same command run again resumes": "resume resume_from resume_from_checkpoint auto_resume",
+    "training has no early stop, and the best checkpoint is kept beside the last": "patience "
+    "early_stopping early_stop early_stopping_patience",
     "JAX takes all devices that it finds; JAX_PLATFORMS=cpu in the environment chooses": "device "
     "devices gpu gpus num_gpus n_gpu cuda accelerator use_gpu",
 }
@@ -90,7 +93,7 @@ def suggest(name: str, known: Collection[str]) -> str:
       ': did you mean `optim.lr`?'
     """
     for old, new in RENAMED.items():
-        if name in (old, old.rpartition(".")[2]) and new in known:
+        if name == old and new in known:  # without its section it may mean anything
             return f": it is `{new}` now"
     last = name.rpartition(".")[2].replace("-", "_").lower()
     section = [one for one in known if one.startswith(f"{name}.")]

@@ -10,7 +10,7 @@ import json
 import re
 import runpy
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,14 +106,8 @@ def read_config(path: str, overrides: Mapping[str, str]) -> Reading:
         notes.append(f"{path}: recipes are {ordered!r}, in the order in which they were applied")
     if missing := [name for name in table if name not in stated]:
         notes.append(f"{path} lacks fields, which have their defaults: {_fill(missing, values)}")
-    for name, text in overrides.items():
-        try:
-            if name not in table:
-                raise UserError(_unknown(name, table))
-            values[name] = _parse(table[name], text, values[name])
-            origins[name] = COMMAND_LINE
-        except UserError as error:
-            problems.append(str(error))
+    problems += _override(values, table, overrides)
+    origins |= dict.fromkeys(overrides, COMMAND_LINE)
     if values["task"] != task:
         problems.append(f"config.task: {path} is a config of {task}: take one of {values['task']}")
         values["task"] = task
@@ -124,6 +118,36 @@ def read_config(path: str, overrides: Mapping[str, str]) -> Reading:
     if problems:
         raise UserErrors(problems)
     return Reading(_nested(values), tuple(notes), origins)
+
+
+def config_without_file(task: str, overrides: Mapping[str, str]) -> ConfigDict:
+    """`default_config` with {"evaluate.score": "0.3"} set in it, checked as a file's.
+
+    Raises:
+      UserErrors: all unknown fields, and values of another type or out of range.
+    """
+    table = _table(task)
+    values = {name: field.default for name, field in table.items()}
+    problems = _override(values, table, overrides)
+    _fit_warmup(values, table, {})
+    if problems := [*problems, *check_values(values)]:
+        raise UserErrors(problems)
+    return _nested(values)
+
+
+def _override(
+    values: dict[str, Value], table: Mapping[str, Field], overrides: Mapping[str, str]
+) -> list[str]:
+    """Sets what a command line says; returns what is wrong with it."""
+    problems = []
+    for name, text in overrides.items():
+        try:
+            if name not in table:
+                raise UserError(_unknown(name, table))
+            values[name] = _parse(table[name], text, values[name])
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def fields(config: ConfigDict) -> dict[str, Value]:
@@ -172,7 +196,7 @@ def check_values(values: Mapping[str, Value]) -> list[str]:
 def _relations(values: Mapping[str, Value]) -> list[tuple[str, bool, str]]:
     """(several fields, whether they go together, what to say if they do not)."""
     steps, warmup = values["total_steps"], values["optim.warmup_steps"]
-    updates = steps * _replays(values)
+    updates = steps * updates_a_step(values)
     batch, parts = values["batch_size"], values["optim.accumulate"]
     lora, ordered = "lora" in values["recipes"], _in_order(values["recipes"])
     return [
@@ -285,19 +309,28 @@ def _read_file(path: str) -> tuple[dict[str, Value], bool]:
     except SyntaxError as error:
         raise UserError(f"--config: {path} is no Python file: {error}") from error
     except (Exception, SystemExit) as error:  # whatever the file does wrong is its author's to mend
-        lines = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
-        ]
-        place = f"{path}:{lines[-1]}" if lines else path
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        place = f"{path}:{frames[-1].lineno}" if frames else path
         reason = str(error).splitlines()[0] if str(error) else ""
         absent = re.match(r"\W*(?:Key )?\W*(\w+)\W*(?:does not exist|$)", reason)
         if isinstance(error, AttributeError) and absent:  # what a ConfigDict says of its fields
             known = {name: field for task in TASKS for name, field in fields_of(task).items()}
-            reason = _unknown(absent[1], known)
+            reason = _unknown(_with_section(absent[1], frames, known), known)
         raise UserError(f"--config: {place}: {type(error).__name__}: {reason}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config() of {path} must return a ConfigDict")
     return fields(config), False
+
+
+def _with_section(
+    name: str, frames: Sequence[traceback.FrameSummary], known: Collection[str]
+) -> str:
+    """The dotted name of a field that a line of a file sets by `config.optim.rates = ...`."""
+    line = (frames[-1].line or "") if frames else ""
+    written = re.search(rf"(\w+)\.{name}\b", line)
+    section = written[1] if written else ""
+    inside = any(one.startswith(f"{section}.") for one in known)
+    return f"{section}.{name}" if inside else name
 
 
 def _flatten(record: Mapping[str, Any], above: str = "") -> dict[str, Value]:
@@ -410,13 +443,8 @@ def _parse(field: Field, text: str, now: Value) -> Value:
         ) from None
 
 
-def updates_a_step(config: ConfigDict) -> int:
-    """Several in free adversarial training."""
-    return _replays(fields(config))
-
-
-def _replays(values: Mapping[str, Value]) -> int:
-    """Updates a step: several in free adversarial training."""
+def updates_a_step(values: Mapping[str, Value]) -> int:
+    """Updates of the parameters a step, by all fields: several in free adversarial training."""
     free = "adversarial" in values["recipes"] and values["adversarial.method"] == "free"
     return values["adversarial.replays"] if free else 1
 
@@ -426,7 +454,7 @@ def _fit_warmup(
 ) -> list[str]:
     """Shortens a warm-up that nobody asked for where the run is shorter; returns what to say."""
     warmup, total = values["optim.warmup_steps"], values["total_steps"]
-    updates = total * _replays(values)
+    updates = total * updates_a_step(values)
     lengths = [stated.get("total_steps", 0), table["total_steps"].default]
     usual = next((n for n in lengths if type(n) is int and warmup <= n), None)
     if warmup <= updates or usual is None:

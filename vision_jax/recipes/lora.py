@@ -29,15 +29,24 @@ class Lora(Recipe):
     adapter: Path | None = None
 
     def attach(self, params: Any, model: Any, key: jax.Array) -> Any:
-        """Kernels -> low-rank leaves that compute the same at first, or what the adapter says."""
-        if self.adapter is None:
-            return lora.attach(params, key=key, **self.settings)
-        return peft.read_adapter(
-            self.adapter,
-            params,
-            family=families.family_of(model),
-            arguments=convert.arguments_of(model),
-        )
+        """Kernels -> low-rank leaves that compute the same at first, or what the adapter says.
+
+        Raises:
+          UserError: rules that match nothing, or a kernel whose adapter PEFT has no place for; or
+            an adapter of another model.
+        """
+        family, arguments = families.family_of(model), convert.arguments_of(model)
+        if self.adapter is not None:
+            return peft.read_adapter(self.adapter, params, family=family, arguments=arguments)
+        attached = lora.attach(params, key=key, **self.settings)
+        homeless = peft.without_module(lora.detach(attached)[1], family, arguments)
+        if homeless:
+            raise UserError(
+                f"config.lora.rules: {homeless[0]} is no layer of its own in the files of "
+                f"{family}, so that PEFT has no place for its adapter: take a rule that leaves it "
+                f"out, such as (?!{homeless[0]}$).*kernel"
+            )
+        return attached
 
     def lines(self) -> list[str]:
         """Where an adapter comes from."""

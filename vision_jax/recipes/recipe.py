@@ -66,7 +66,6 @@ class StepOptions:
 class Recipe:
     """A recipe that changes nothing."""
 
-    updates = 1  # of the parameters, a step
     step = StepOptions()
     features: tuple[str, ...] = ()
     adapter: Path | None = None  # the folder that it begins with, of which a workdir keeps a copy

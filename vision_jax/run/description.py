@@ -5,7 +5,7 @@ A run keeps it as WORKDIR/model.json, so that its workdir alone rebuilds the mod
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,19 @@ def _architecture(
     return family, arguments | _checked_arguments(model.arguments, FAMILIES[family].arguments)
 
 
+def own_image_size(
+    weights: convert.Weights, arguments: Mapping[str, Any]
+) -> tuple[int, int] | None:
+    """(height, width) of the images that weights were used with, if anything tells.
+
+    Args:
+      weights: as they were read.
+      arguments: of the model that was recognized in them.
+    """
+    size = arguments.get("image_size") or (weights.preprocessing or {}).get("image_size")
+    return tuple(size) if size else None
+
+
 def find_shrinking(config: ConfigDict, weights: convert.Weights | None) -> shrink.Shrinking | None:
     """What the config leaves of a bigger model, whose weights it names; None: all.
 
@@ -133,10 +146,13 @@ def describe(
     model = config.model
     if old is not None:
         family, arguments, own = old.family, dict(old.arguments), asdict(old.preprocessing)
+        own_size = old.preprocessing.image_size
     else:
+        own_size = own_image_size(weights, convert.recognize(weights)[1]) if weights else None
         family, arguments = _architecture(config, weights)
         own = (weights.preprocessing if weights is not None else None) or {}
     known = FAMILIES[family]
+    own = {**known.preprocessing, **own}
     if "in_channels" not in arguments:
         arguments["in_channels"] = known.defaults["in_channels"]
     for name, given in (("mean", model.mean), ("std", model.std)):
@@ -159,6 +175,9 @@ def describe(
     head_of = arguments.get("num_classes")
     arguments["num_classes"] = 0 if headless else len(class_names)
     arguments = {name: value for name, value in arguments.items() if name not in RUN_ARGUMENTS}
+    if preprocessing.image_size != own_size:
+        built = families.build_model(family, **arguments)
+        families.check_image_size(built, preprocessing.image_size, "config.model.image_size")
     if not headless and head_of not in (None, len(class_names)):
         built = families.build_model(family, **arguments)
         _check_head(model.reinitialize, built, preprocessing.image_size, head_of)
@@ -248,9 +267,10 @@ def model_shapes(model: Any, image_size: tuple[int, int]) -> Any:
 
 def find_head(model: Any, image_size: tuple[int, int]) -> tuple[set[str], set[str]]:
     """(paths of what is made for a number of classes, all paths), whatever the architecture."""
+    least = max(model.num_classes, 1)  # without classes there is no head
     one, two = (
-        paths.flatten(model_shapes(model.clone(num_classes=model.num_classes + more), image_size))
-        for more in (1, 2)
+        paths.flatten(model_shapes(model.clone(num_classes=count), image_size))
+        for count in (least, least + 1)
     )
     every = {path.partition("/")[2]: leaf.shape != one[path].shape for path, leaf in two.items()}
     return {path for path, differs in every.items() if differs}, set(every)

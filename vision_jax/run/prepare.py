@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax import convert, optim, sharding, steps
-from vision_jax.config import fields
+from vision_jax.config import fields, updates_a_step
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.models import families
@@ -95,6 +95,7 @@ class Run:
             schedule=self.schedule,
             accumulate=self.config.optim.accumulate,
             whole=self.task.whole,
+            counted=self.plain_objective.counted,
             ema_decay=self.config.optim.ema_decay,
             replay=next((o.replay for o in options if o.replay is not None), None),
             average_prefix=next((o.average_prefix for o in options if o.average_prefix), ""),
@@ -260,7 +261,7 @@ def prepare(
         projections=description.projections,
     )
     trainable, _ = parameters.abstract()
-    schedule, tx = _make_optimizer(config, model, trainable, recipes)
+    schedule, tx = _make_optimizer(config, model, trainable)
     abstract_state, shardings = _abstract_state(config, tx, parameters, mesh)
     return Run(
         config,
@@ -311,9 +312,10 @@ def _attach(recipes: tuple[Recipe, ...], model: Any, params: Any, key: jax.Array
     return params
 
 
-def make_schedule(config: ConfigDict, updates: int = 1) -> optim.Schedule:
-    """The learning rate by the index of the update, of which there are so many a step."""
+def make_schedule(config: ConfigDict) -> optim.Schedule:
+    """The learning rate by the index of the update, of which a step may make several."""
     settings = config.optim
+    updates = updates_a_step(fields(config))
     return optim.make_schedule(
         settings.schedule,
         peak=settings.lr,
@@ -323,12 +325,10 @@ def make_schedule(config: ConfigDict, updates: int = 1) -> optim.Schedule:
     )
 
 
-def _make_optimizer(
-    config: ConfigDict, model: Any, trainable: Flat, recipes: tuple[Recipe, ...]
-) -> tuple[Any, Any]:
+def _make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any, Any]:
     """(schedule, optax transformation) of the config, for these trainable arrays."""
     settings = config.optim
-    schedule = make_schedule(config, max((recipe.updates for recipe in recipes), default=1))
+    schedule = make_schedule(config)
     tx = optim.make_optimizer(
         settings.name,
         schedule=schedule,

@@ -28,9 +28,9 @@ def write_results(
     """Figures, the adapter in PEFT's layout, and the merged model in its source's naming."""
     trained, statistics = steps.averaged(state)
     params = run.parameters.assemble({**trained, **frozen})
-    # Every process gathers, the first one writes.
-    gather = jax.jit(lambda *trees: trees, out_shardings=sharding.replicated(run.mesh))
-    whole = gather(params, statistics)
+    whole = (params, statistics)
+    if jax.process_count() > 1:  # every process gathers, the first one writes
+        whole = jax.jit(lambda *trees: trees, out_shardings=sharding.replicated(run.mesh))(*whole)
     if jax.process_index():
         return
     host, statistics = jax.device_get(whole)

@@ -24,7 +24,7 @@ Flat = dict[str, Any]
 # Rows of layers by the argument that counts them; `depths` has one for each stage.
 ROWS = {"depth": "block", "encoder_depth": "encoder", "decoder_depth": "decoder"}
 # Where the first block of a stage changes width and stride: the others can't take its place.
-OPENED = ("resnet", "regnet", "efficientnet", "detr")
+OPENED = ("resnet", "regnet", "efficientnet", "detr", "faster_rcnn")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,13 @@ def plan_shrinking(
     after = {name: depths[row] for name, row in ROWS.items() if name in known}
     if "depths" in known:
         after["depths"] = tuple(depths[f"{stages}{i}/block"] for i in range(len(known["depths"])))
+    if any(isinstance(ratio, tuple) for ratio in known.get("expansions", ())):  # of each block
+        after["expansions"] = tuple(
+            tuple(ratio[block] for block in kept.get(f"{stages}{i}/block", range(len(ratio))))
+            if isinstance(ratio, tuple)
+            else ratio
+            for i, ratio in enumerate(known["expansions"])
+        )
     if width or mlp_width:
         after |= _narrower(family, known, width, mlp_width)
     return Shrinking(kept, {name: known[name] for name in after}, after)
@@ -89,7 +96,7 @@ def _chosen(
 ) -> tuple[int, ...]:
     if row not in depths:
         raise UserError(
-            f"config.model.layers: {family} has no row {row!r} of {', '.join(depths)}"
+            f"config.model.layers: {family} has no row {row!r} of {', '.join(depths) or 'none'}"
             f"{nearest(row, list(depths))}"
         )
     if isinstance(chosen, int):

@@ -28,7 +28,7 @@ from vision_jax.checksums import (
     save_checksums,
     write_checksums,
 )
-from vision_jax.config import differences, load_config, save_config, updates_a_step
+from vision_jax.config import differences, fields, load_config, save_config, updates_a_step
 from vision_jax.convert import peft
 from vision_jax.data.fingerprint import Fingerprint, write_fingerprint
 from vision_jax.errors import UserError
@@ -295,9 +295,8 @@ def _check_length(held: ConfigDict, config: ConfigDict, workdir: Path, last: int
     text = f"{workdir} holds a run with config.total_steps {before}"
     if now < last:
         raise UserError(f"{text}, of which {last} are done: {now} are too few")
-    times = updates_a_step(config)
-    updates = np.arange(last * times)
-    ours, theirs = (np.asarray(make_schedule(one, times)(updates)) for one in (config, held))
+    updates = np.arange(last * updates_a_step(fields(config)))
+    ours, theirs = (np.asarray(make_schedule(one)(updates)) for one in (config, held))
     if not np.array_equal(ours, theirs):
         raise UserError(
             f"{text}: with {now} the rates of the {last} steps that are done would have been "

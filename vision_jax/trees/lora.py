@@ -89,7 +89,7 @@ def attach(
     _check_settings(rank, alpha, dropout)
     kernels = {path: leaf for path, leaf in leaves(params).items() if path.endswith("kernel")}
     chosen = paths.select(kernels, rules, field="lora.rules")
-    parts = _parse_parts(qkv_parts, chosen)
+    parts = _parse_parts(qkv_parts, chosen)  # of each kernel that is split, by path
     scale = alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
 
     shapes = {}  # of each adapter: those of A and of B, and the dtype of both
@@ -102,9 +102,8 @@ def attach(
                 f"lora.rules: {path} {kernel.shape} is no kernel of a dense or convolution layer; "
                 "exclude it from the rules"
             )
-        own_parts = parts if path.endswith("qkv/kernel") else None
         dtype = np.promote_types(kernel.dtype, np.float32)
-        shapes[path] = (*_factor_shapes(path, kernel.shape, rank, own_parts), dtype)
+        shapes[path] = (*_factor_shapes(path, kernel.shape, rank, parts.get(path)), dtype)
     fans = {path: math.prod(kernels[path].shape[:-1]) for path in shapes}
     first = _draw({path: (a, dtype, fans[path]) for path, (a, _, dtype) in shapes.items()}, key)
 
@@ -118,7 +117,7 @@ def attach(
             b=jnp.zeros(b_shape, dtype),
             magnitude=output_norm(merge_leaf(kernel).astype(dtype)) if dora else None,
             scale=scale,
-            parts=parts if path.endswith("qkv/kernel") else None,
+            parts=parts.get(path),
             dropout=dropout,
         )
 
@@ -335,18 +334,21 @@ def _factor_shapes(
     return (len(chosen), *inputs, rank), (len(chosen), rank, outputs // total)
 
 
-def _parse_parts(qkv_parts: str, chosen: set[str]) -> tuple[int, tuple[int, ...]] | None:
+def _parse_parts(qkv_parts: str, chosen: set[str]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """`LowRank.parts` of the fused qkv kernels among the chosen ones, by path; {} for ""."""
     if not qkv_parts:
-        return None
+        return {}
     names = [name.strip() for name in qkv_parts.split(",")]
     if not set(names) <= set(QKV) or len(set(names)) != len(names):
         raise UserError(f"lora.qkv_parts: {qkv_parts!r} is no list of q, k and v, such as 'q,v'")
-    if not any(path.endswith("qkv/kernel") for path in chosen):
+    parts = len(QKV), tuple(sorted(QKV.index(name) for name in names))
+    found = {path: parts for path in chosen if path.endswith("qkv/kernel")}
+    if not found:
         raise UserError(
             f"lora.qkv_parts: {qkv_parts!r} needs a fused qkv kernel among those of lora.rules; "
             "add '.*/qkv/kernel' there or set lora.qkv_parts=''"
         )
-    return len(QKV), tuple(sorted(QKV.index(name) for name in names))
+    return found
 
 
 def _check_settings(rank: int, alpha: float, dropout: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -56,9 +57,7 @@ def convolution(
             return _tiled
         if cpu and window == (1, 1):
             return partial(_strided_pixels, strides)
-    if cpu and groups == 1:
-        return partial(_cpu_convolution, strides, padding, dilation)
-    return partial(_convolution, strides, padding, groups, dilation)
+    return partial(_cpu_convolution if cpu else _convolution, strides, padding, groups, dilation)
 
 
 # Dense -------------------------------------------------------------------------------------------
@@ -147,55 +146,144 @@ def _convolution(
     )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _cpu_convolution(
-    strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, kernel: Array
+    strides: tuple[int, ...], padding: Sides, groups: int, dilation: int, x: Array, kernel: Array
 ) -> Array:
     """`_convolution`, whose gradient of the kernel is dots of windows and outputs.
 
     XLA would convolve the images with the outputs' gradient as a kernel of its size, at a fraction
-    of the speed. A rule of the tangent, which is transposed, and not of the gradient: forward mode
-    and batching go on working.
+    of the speed, for groups at a hundredth. A rule of the tangent, which is transposed, and not of
+    the gradient: forward mode and batching go on working.
+
+    A convolution of single channels is sums of shifted images, and so are its gradients.
     """
-    return _convolution(strides, padding, 1, dilation, x, kernel)
+    if _is_depthwise(groups, x, kernel):
+        return _by_shifts(strides, padding, dilation, x, kernel)
+    return _convolution(strides, padding, groups, dilation, x, kernel)
 
 
 def _cpu_convolution_jvp(
     strides: tuple[int, ...],
     padding: Sides,
+    groups: int,
     dilation: int,
     primals: tuple[Array, Array],
     tangents: tuple[Any, Any],
 ) -> tuple[Array, Any]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    plain = partial(_convolution, strides, padding, 1, dilation)
-    y = plain(x, kernel)
+    y = _cpu_convolution(strides, padding, groups, dilation, x, kernel)
+    depthwise = _is_depthwise(groups, x, kernel)
     parts = []
-    if not isinstance(dx, SymbolicZero):
+    if isinstance(dx, SymbolicZero):
+        pass
+    elif depthwise:
+        parts.append(_by_shifts(strides, padding, dilation, dx, kernel))
+    elif groups > 1:
+        parts.append(_convolution(strides, padding, groups, dilation, dx, kernel))
+    else:
         # Transposed, this is a convolution by a kernel whose axes are in the usual order. XLA has
         # no fast code for the other order inside of a loop, over the steps of an attack, say.
-        parts.append(plain(dx, kernel.swapaxes(-1, -2), axes="HWOI"))
+        turned = kernel.swapaxes(-1, -2)
+        parts.append(_convolution(strides, padding, 1, dilation, dx, turned, axes="HWOI"))
     if not isinstance(dkernel, SymbolicZero):
-        parts.append(_by_windows(strides, padding, dilation, x, dkernel))
+        by = _by_rows if depthwise else partial(_by_windows, groups)
+        # In float32, as the kernel is: half precision is not faster here, and `_half_dot`, whose
+        # gradient is its own, can't be transposed.
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
+        parts.append(by(strides, padding, dilation, wide, dkernel).astype(x.dtype))
     return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
 
 
 _cpu_convolution.defjvp(_cpu_convolution_jvp, symbolic_zeros=True)
 
 
+def _is_depthwise(groups: int, x: Array, kernel: Array) -> bool:
+    """Whether each channel has one kernel[h, w, 1] and gives one output."""
+    return groups == x.shape[-1] == kernel.shape[-1] > 1
+
+
 def _by_windows(
-    strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, kernel: Array
+    groups: int, strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, kernel: Array
 ) -> Array:
     """The convolution as dots of what each tap of the kernel[h, w, in, out] sees of x."""
     kernel = kernel.astype(x.dtype)
-    taps = list(_taps(strides, padding, dilation, x, kernel.shape[:2]))
-    if x.shape[-1] < FEW_CHANNELS:
-        return dense(x)(jnp.concatenate(taps, -1), kernel.reshape(-1, kernel.shape[-1]))
-    products = map(dense(x), taps, kernel.reshape(-1, *kernel.shape[2:]))
+    seen = list(taps(strides, padding, dilation, x, window=kernel.shape[:2]))
+    if groups > 1:
+        products = map(partial(_dot_of_groups, groups), seen, kernel.reshape(-1, *kernel.shape[2:]))
+    elif x.shape[-1] < FEW_CHANNELS:
+        return dense(x)(jnp.concatenate(seen, -1), kernel.reshape(-1, kernel.shape[-1]))
+    else:
+        products = map(dense(x), seen, kernel.reshape(-1, *kernel.shape[2:]))
     return sum(products, start=next(products))  # [B, H', W', out]
 
 
-def _taps(
+def _dot_of_groups(groups: int, x: Array, kernel: Array) -> Array:
+    """x[B, H, W, in] by kernel[in / groups, out], whose outputs belong to groups as inputs do."""
+    rows = x.reshape(-1, groups, kernel.shape[0])
+    kernel = kernel.reshape(kernel.shape[0], groups, -1)
+    return jnp.einsum("ngi,igo->ngo", rows, kernel).reshape(*x.shape[:-1], -1)
+
+
+def _by_shifts(
+    strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, kernel: Array
+) -> Array:
+    """The convolution of x[B, H, W, in] by a kernel[h, w, 1, in] as sums of shifted images.
+
+    The barriers, which are in its transpose too, keep XLA from computing it once more for each of
+    its uses.
+    """
+    x = lax.optimization_barrier(x)
+    seen = taps(strides, padding, dilation, x, window=kernel.shape[:2])
+    weights = kernel.astype(x.dtype).reshape(-1, 1, 1, 1, kernel.shape[-1])
+    products = (tap * weight for tap, weight in zip(seen, weights, strict=True))
+    return lax.optimization_barrier(sum(products, start=next(products)))
+
+
+def _by_rows(
+    strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, kernel: Array
+) -> Array:
+    """`_by_shifts`, row by row of the kernel[h, w, 1, in] and row by row of the outputs.
+
+    Transposed, its loops add up products of rows; as a sum over whole images XLA would run one
+    channel at a time. What a loop takes of x is taken again in the transposed loop.
+    """
+    h, w, _, channels = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = (
+        (side - (size - 1) * dilation - 1) // stride + 1
+        for side, size, stride in zip(x.shape[1:3], (h, w), strides, strict=True)
+    )
+    batch = x.shape[0]
+    # Weights for each pixel of an output row, f[h, B, W', in] for each of w: the sum over the
+    # pixels comes once, behind the loops.
+    kernel = kernel.astype(x.dtype).reshape(h, w, 1, 1, channels)
+    kernel = jnp.broadcast_to(kernel, (h, w, batch, width, channels))
+    columns = tuple(kernel[:, index] for index in range(w))
+
+    @jax.checkpoint
+    def kernel_row(y: Array, row: tuple[Array, tuple[Array, ...]]) -> tuple[Array, None]:
+        below, weights = row
+
+        @jax.checkpoint
+        def output_row(_: None, index: Array) -> tuple[None, Array]:
+            pixels = lax.dynamic_index_in_dim(x, index * strides[0] + below, 1, keepdims=False)
+            ends = (width - 1) * strides[1] + 1
+            seen = (
+                pixels[:, first : first + ends : strides[1]]
+                for first in range(0, w * dilation, dilation)
+            )
+            products = (tap * weight for tap, weight in zip(seen, weights, strict=True))
+            return None, sum(products, start=next(products))  # [B, W', in]
+
+        return y + lax.scan(output_row, None, jnp.arange(height))[1], None
+
+    y = jnp.zeros((height, batch, width, channels), x.dtype)
+    y, _ = lax.scan(kernel_row, y, (jnp.arange(0, h * dilation, dilation), columns))
+    return y.swapaxes(0, 1)  # [B, H', W', in]
+
+
+def taps(
     strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, window: tuple[int, ...]
 ) -> Iterator[Array]:
     """f[B, H', W', in] for each tap of the window, row by row: the pixels that it meets."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vision_jax.config import updates_a_step
 from vision_jax.errors import UserError
 from vision_jax.objective import Objective
 from vision_jax.recipes.adversarial import objective as adversarial
@@ -30,7 +31,7 @@ class Adversarial(Recipe):
     weight_epsilon: float
     accumulate: int
     mixed: str
-    updates: int = 1
+    updates: int
 
     def check(self, student: Student) -> None:
         """Raises UserError for what the method can't be combined with."""
@@ -99,5 +100,5 @@ def make(fields: Mapping[str, Any]) -> Adversarial:
         section["weight_epsilon"],
         accumulate=fields["optim.accumulate"],
         mixed=mixed_targets(fields, "label_smoothing", "mixup", "cutmix"),
-        updates=section["replays"] if method == "free" else 1,
+        updates=updates_a_step(fields),
     )

@@ -3,6 +3,9 @@
     prepare    the view, and beside it the teacher outputs: logits, boxes, features
     criterion  (1 - share) · loss of the labels + share · loss of the logits + losses of features
 
+A detector's "logits" are queries, detections or cells: what stands in its outputs or is read from
+them.
+
 Teachers see the very view that the student is shown, each at its own resolution ("patient and
 consistent": Beyer et al. 2022, https://arxiv.org/abs/2106.05237), and before anything attacks it.
 So the targets of an adversarial example are the teacher outputs of the plain image: adversarial
@@ -23,6 +26,8 @@ from jax import lax
 from vision_jax.errors import UserError
 from vision_jax.objective import Objective, Outputs, View, after, zero_after
 from vision_jax.ops import distillation as ops
+from vision_jax.ops.boxes import clip_xyxy
+from vision_jax.ops.detection_outputs import Postprocess
 from vision_jax.ops.distillation import TopLogits
 from vision_jax.ops.images import to_float
 from vision_jax.steps import Flat
@@ -41,6 +46,10 @@ TEACHER_OUTPUT = "teacher/"  # how names of teacher outputs begin, in a view and
 TeacherForward = Callable[[Flat, Any, View], Outputs]
 # The loss of one of the teacher outputs: (trainable, outputs, view) -> f[B].
 Term = Callable[[Flat, Outputs, View], Array]
+# What is kept of a detector's outputs: (outputs, view) -> f[B, ...] by name.
+Read = Callable[[Outputs, View], Mapping[str, Array]]
+# Outputs of a model with maps that say it all of each cell.
+CELLS = ("logits", "object_logits", "box_deltas")
 
 
 def is_beside(path: str) -> bool:
@@ -57,6 +66,7 @@ def distill(
     image_size: tuple[int, int] | None = None,
     label_head: str = "",
     sharded: bool = False,
+    counted: Sequence[str] = (),
 ) -> Objective:
     """An objective whose student also learns the teacher outputs.
 
@@ -70,6 +80,8 @@ def distill(
       label_head: of two heads (DeiT) the one that learns the labels; "" for the logits of both.
       sharded: the student's parameters are, and are gathered only once the teachers have run. It
         takes one more copy of a device's part of them.
+      counted: terms that are sums, divided by the same count as the labels' (Objective.counted), so
+        that micro-batches add up to their batch.
     """
 
     def prepare(trainable, frozen, model_state, batch, key):
@@ -106,6 +118,8 @@ def distill(
         total = (1 - share) * losses
         for name, (weight, term) in terms.items():
             term_losses = term(trainable, outputs, view)
+            if name in counted:
+                term_losses *= len(losses) / jnp.maximum(metrics[objective.counted], 1)
             total += weight * term_losses
             metrics = {**metrics, name: term_losses.mean()}
         return total, metrics
@@ -140,9 +154,10 @@ def make_teacher_forward(
             for name, tree in like.items()
         }
         images = to_channels(view["image"], channels)
+        mask = [view["pixel_mask"][..., 0]] if "pixel_mask" in view else []
         if image_size is not None:
             images = resize(images, image_size)
-        mask = [view["pixel_mask"][..., 0]] if "pixel_mask" in view else []
+            mask = [_nearest(one, image_size) for one in mask]
         return apply(
             own["params"], own.get("batch_stats", {}), images, *mask, train=False, keys={}
         )[0]
@@ -175,24 +190,25 @@ def make_teacher_outputs(
     weights: Sequence[float] = (),
     top_k: int = 0,
     layers: Sequence[str] = (),
+    read: Read | None = None,
 ) -> Callable[[Flat, Any, View], dict[str, Array]]:
     """The outputs of all teachers together on a view, in the form in which they may be cached.
 
     Args:
       forwards: of the teachers.
-      logits: of LOGITS.
+      logits: kind of the loss of the logits, as config.distill.logits.
       temperature: of the loss of the logits, at which several teachers' probabilities are averaged.
       weights: of the teachers; () for equal ones.
       top_k: so many logits are kept (see ops.distillation.compress_logits); 0 for all.
       layers: features of the first teacher, by name.
+      read: of a detector, the one teacher, what is kept in place of logits.
     """
 
     def teacher_outputs(frozen, model_state, view):
         outputs = [forward(frozen, model_state, view) for forward in forwards]
         found = {f"{TEACHER_OUTPUT}{name}": outputs[0]["features"][name] for name in layers}
-        if logits == "queries":
-            for name in ("logits", "boxes_cxcywh_01"):
-                found[TEACHER_OUTPUT + name] = outputs[0][name][-1]  # of the last decoder layer
+        if read is not None:
+            found |= {TEACHER_OUTPUT + name: x for name, x in read(outputs[0], view).items()}
         elif logits != "none":
             together = outputs[0]["logits"]
             if len(outputs) > 1:
@@ -211,6 +227,38 @@ def make_teacher_outputs(
         return found
 
     return teacher_outputs
+
+
+def read_queries(outputs: Outputs, view: View) -> dict[str, Array]:
+    """A DETR's queries, of the last decoder layer."""
+    del view
+    return {name: outputs[name][-1] for name in ("logits", "boxes_cxcywh_01")}
+
+
+def read_cells(outputs: Outputs, view: View) -> dict[str, Array]:
+    """What a YOLOX says of each cell."""
+    del view
+    return {name: outputs[name] for name in CELLS}
+
+
+def make_read_detections(postprocess: Postprocess, most: int) -> Read:
+    """The best boxes of any detector on the view, `most` of them or as many as it gives.
+
+    "score" f[B, N] by falling score, "label" i32[B, N] and "boxes_xyxy_px" f[B, N, 4] on the
+    student's canvas, clipped to the image.
+    """
+
+    def read(outputs, view):
+        found = postprocess(outputs, view["size"])
+        score, best = lax.top_k(found["score"], min(most, found["score"].shape[1]))
+        boxes = jnp.take_along_axis(found["boxes_xyxy_px"], best[..., None], axis=1)
+        return {
+            "score": score,
+            "label": jnp.take_along_axis(found["label"], best, axis=1),
+            "boxes_xyxy_px": clip_xyxy(boxes, view["size"][:, None]),
+        }
+
+    return read
 
 
 def teacher_logits_of(view: View, num_classes: int) -> Array:
@@ -250,6 +298,40 @@ def make_queries_term(*, sigmoid: bool, temperature: float, num_queries: int) ->
         last = (outputs[name][-1][:, :num_queries] for name in ("logits", "boxes_cxcywh_01"))
         theirs = (view[TEACHER_OUTPUT + name] for name in ("logits", "boxes_cxcywh_01"))
         return ops.detr_queries(*last, *theirs, sigmoid=sigmoid, temperature=temperature)
+
+    return term
+
+
+def make_detections_term(*, strides: Sequence[int], least_score: float) -> Term:
+    """The loss of a YOLOX' cells to what the teacher has found; of `distill`'s `counted`."""
+
+    def term(trainable, outputs, view):
+        del trainable
+        said = [outputs[name] for name in CELLS]
+        told = [view[TEACHER_OUTPUT + name] for name in ("score", "label", "boxes_xyxy_px")]
+        return ops.yolox_detections(
+            *[*said, *told, view["mask"]],
+            canvas=view["image"].shape[1:3],
+            strides=strides,
+            least_score=least_score,
+        )
+
+    return term
+
+
+def make_cells_term(*, strides: Sequence[int], temperature: float) -> Term:
+    """The loss of a YOLOX' cells to those of another; of `distill`'s `counted`."""
+
+    def term(trainable, outputs, view):
+        del trainable
+        said = [outputs[name] for name in CELLS]
+        told = [view[TEACHER_OUTPUT + name] for name in CELLS]
+        return ops.yolox_cells(
+            *[*said, *told, view["mask"]],
+            canvas=view["image"].shape[1:3],
+            strides=strides,
+            temperature=temperature,
+        )
 
     return term
 
@@ -337,6 +419,12 @@ def resize(images: Array, size: tuple[int, int]) -> Array:
         return images
     shape = (len(images), *size, images.shape[-1])
     return jnp.clip(jax.image.resize(to_float(images), shape, "cubic", antialias=True), 0, 1)
+
+
+def _nearest(mask: Array, size: tuple[int, int]) -> Array:
+    """bool[B, h, w] -> bool[B, *size]."""
+    shape = (len(mask), *size)
+    return mask if mask.shape == shape else jax.image.resize(mask, shape, "nearest")
 
 
 def to_channels(images: Array, channels: int) -> Array:

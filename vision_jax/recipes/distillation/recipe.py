@@ -16,13 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vision_jax import convert
 from vision_jax.data.teacher_cache import open_teacher_cache
 from vision_jax.errors import UserError
 from vision_jax.models import families
 from vision_jax.models.families import FAMILIES
 from vision_jax.objective import Objective
+from vision_jax.ops.detection_outputs import POSTPROCESS
 from vision_jax.recipes.distillation import objective as distillation
-from vision_jax.recipes.distillation.objective import AVERAGE, AVERAGE_PREFIX, Layout, Match, Term
+from vision_jax.recipes.distillation.objective import (
+    AVERAGE,
+    AVERAGE_PREFIX,
+    Layout,
+    Match,
+    Read,
+    Term,
+)
 from vision_jax.recipes.distillation.teachers import Teacher, find_teachers
 from vision_jax.recipes.recipe import Recipe, StepOptions, Student, mixed_targets
 from vision_jax.steps import Flat
@@ -30,6 +39,14 @@ from vision_jax.steps import Flat
 # Neither changes an image: how the data is read.
 _READING = ("data.eval", "data.threads", "data.workers")
 _OUTPUT_FIELDS = ("logits", "temperature", "teacher_weights", "top_k", "dtype")
+# Kinds of config.distill.logits that fit what a student predicts, of which others have none.
+_KINDS = {
+    "classes": ("soft", "hard", "decoupled"),
+    "softmax_set": ("queries",),
+    "sigmoid_set": ("queries",),
+    "cells": ("detections", "cells"),
+}
+_DETECTORS = ("queries", "detections", "cells")
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,7 @@ class Distill(Recipe):
                 continue
             own = _feature_shape(student.model, student.image_size, layer)[-1]
             first = self.teachers[0]
-            size = first.image_size or student.image_size
+            size = first.own_size or student.image_size
             theirs = _feature_shape(first.model, size, teacher_layer)[-1]
             if own != theirs:
                 found[f"{distillation.PROJECTION}{number}/kernel"] = (own, theirs)
@@ -137,10 +154,10 @@ class Distill(Recipe):
             raise UserError(f"{logits}: with no features either there is nothing to learn from")
         if self.by_average:
             self._check_average()
-        wanted = ("soft", "hard", "decoupled") if student.labels_images else ("queries",)
-        if kind not in (*wanted, "none"):
-            allowed = "soft, hard or decoupled" if student.labels_images else "queries or none"
-            raise UserError(f"{logits}: for {student.task} it is {allowed}")
+        allowed = _KINDS.get("classes" if student.labels_images else student.predicts, ())
+        if kind not in (*allowed, "none"):
+            last = f"{', '.join(allowed)} or none" if allowed else "none, with distill.features"
+            raise UserError(f"{logits}: for the student, a {student.family}, it is {last}")
         mixed = mixed_targets(self.fields, "mixup", "cutmix")
         if kind == "decoupled" and mixed:
             raise UserError(
@@ -152,8 +169,13 @@ class Distill(Recipe):
                 "config.distill.token: the student has no distillation token: add "
                 "('distillation_token', True) and ('position_prefix', 2) to config.model.arguments"
             )
-        if self._of("top_k") and kind == "queries":
+        if self._of("top_k") and kind in _DETECTORS:
             raise UserError("config.distill.top_k is for classes of whole images: set it to 0")
+        if self._of("cache") and kind == "cells":
+            raise UserError(
+                "config.distill.cache: all cells of an image are megabytes, as many as its canvas "
+                "has: take config.distill.logits=detections"
+            )
         weights, teachers = self._of("teacher_weights"), self._of("teachers")
         if weights and len(weights) != len(teachers):
             raise UserError(
@@ -172,6 +194,32 @@ class Distill(Recipe):
                     f"the data has {len(student.class_names)}: take another teacher, or learn from "
                     "its features with config.distill.logits=none"
                 )
+        if kind in _DETECTORS:
+            self._check_detectors(student)
+
+    def _check_detectors(self, student: Student) -> None:
+        kind = self._of("logits")
+        if len(self._of("teachers")) > 1:
+            raise UserError(
+                f"config.distill.teachers: {kind} of several detectors are not put together: name "
+                "one"
+            )
+        for teacher in self.teachers if kind != "detections" else ():
+            if teacher.predicts != student.predicts:
+                others = " or ".join(k for k in _KINDS[student.predicts] if k != kind) or "none"
+                raise UserError(
+                    f"config.distill.logits {kind}: {teacher.weights.origin}, a {teacher.family}, "
+                    f"does not predict what a {student.family} does: set it to {others}"
+                )
+        for teacher in self.teachers:
+            for label, name in enumerate(convert.class_names_of(teacher.weights) or ()):
+                own = student.class_names.index(name) if name in student.class_names else label
+                if own != label:
+                    raise UserError(
+                        f"config.distill.teachers: {teacher.weights.origin} has class {label} for "
+                        f"{name}, and the data {own}: take a teacher of the same classes in the "
+                        "same order"
+                    )
 
     def _check_average(self) -> None:
         if not self.fields["optim.ema_decay"]:
@@ -189,13 +237,25 @@ class Distill(Recipe):
     # The objective --------------------------------------------------------------------------------
 
     def transform(self, objective: Objective, student: Student) -> Objective:
-        """The objective of a student of these teachers."""
+        """The objective of a student of these teachers.
+
+        Raises:
+          UserError: a student without what is compared, or whose loss does not add up with terms
+            of micro-batches.
+        """
+        accumulates = self.fields["optim.accumulate"] > 1
+        if objective.counted and accumulates and self._of("features"):
+            raise UserError(
+                "config.optim.accumulate: the loss of this student weighs micro-batches by their "
+                f"{objective.counted}, which terms of config.distill.features don't: set it to 1"
+            )
         layers = tuple(dict.fromkeys(layer for _, _, layer, _ in self._of("features")))
         forwards = [
             t.make_forward(layers if number == 0 else ()) for number, t in enumerate(self.teachers)
         ]
+        predicts = [t.predicts for t in self.teachers]
         if self.by_average:
-            forwards = [distillation.make_average_forward(objective)]
+            forwards, predicts = [distillation.make_average_forward(objective)], [student.predicts]
         teacher_outputs = distillation.make_teacher_outputs(
             forwards,
             logits=self._of("logits"),
@@ -203,6 +263,7 @@ class Distill(Recipe):
             weights=self._of("teacher_weights"),
             top_k=self._of("top_k"),
             layers=layers,
+            read=self._read(predicts[0]),
         )
         size = student.image_size
         return distillation.distill(
@@ -213,7 +274,20 @@ class Distill(Recipe):
             image_size=size if self.view_size(size) != size else None,
             label_head="head" if self._of("token") else "",
             sharded=self.fields["mesh.fsdp"] != 1,
+            counted=[f"taught_{kind}" for kind in ("detections", "cells")],
         )
+
+    def _read(self, predicts: str) -> Read | None:
+        """What is kept of the outputs of a teacher that predicts so."""
+        kind = self._of("logits")
+        if kind == "queries":
+            return distillation.read_queries
+        if kind == "cells":
+            return distillation.read_cells
+        if kind != "detections":
+            return None
+        most = self.fields["data.max_boxes"]
+        return distillation.make_read_detections(POSTPROCESS[predicts], most)
 
     def _terms(self, student: Student) -> dict[str, tuple[float, Term]]:
         """(weight, loss) of each of the teacher outputs, by the name of its metric."""
@@ -226,6 +300,16 @@ class Distill(Recipe):
                 num_queries=student.model.num_queries,
             )
             terms["taught_queries"] = (self._of("weight"), term)
+        elif kind == "detections":
+            term = distillation.make_detections_term(
+                strides=student.model.strides, least_score=self._of("least_score")
+            )
+            terms["taught_detections"] = (self._of("weight"), term)
+        elif kind == "cells":
+            term = distillation.make_cells_term(
+                strides=student.model.strides, temperature=temperature
+            )
+            terms["taught_cells"] = (self._of("weight"), term)
         elif kind != "none":
             head = "head_dist" if self._of("token") else ""
             term = distillation.make_logits_term(kind, temperature=temperature, head=head)
@@ -259,7 +343,7 @@ class Distill(Recipe):
 
         return {
             "teachers": [
-                [teacher.weights.sha256, teacher.family, list(teacher.image_size or ())]
+                [teacher.weights.sha256, teacher.family, list(teacher.own_size or ())]
                 for teacher in self.teachers
             ],
             "layers": [layer for _, _, layer, _ in self._of("features")],

@@ -27,8 +27,8 @@ class Teacher:
       weights: the file that its arrays come from.
       family: its architecture's name.
       model: the flax module, computing in config.distill.dtype.
-      image_size: (height, width) in pixels that it takes; None for one that takes padded images:
-        it sees the student's canvas.
+      image_size: (height, width) in pixels that images are read at for it; None for one that takes
+        padded images: it sees the student's canvas, resampled where it has a size (RF-DETR).
       prefix: of its arrays' paths.
     """
 
@@ -86,8 +86,18 @@ class Teacher:
         """The teacher as a function of a view, with these of its features."""
         apply = families.make_apply(self.model, features)
         return distillation.make_teacher_forward(
-            apply, self.prefix, self.like, self.image_size, self.model.in_channels
+            apply, self.prefix, self.like, self.own_size, self.model.in_channels
         )
+
+    @property
+    def own_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels that it computes at; None: those of the student's canvas."""
+        return self.image_size or getattr(self.model, "image_size", None)
+
+    @property
+    def predicts(self) -> str:
+        """What its head computes (see models.families.Family)."""
+        return FAMILIES[self.family].predicts
 
 
 def _whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

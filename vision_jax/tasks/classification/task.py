@@ -472,11 +472,7 @@ def robustness(
         surrogate = under_attack.find_surrogate(
             Path(settings.transfer_from), trained, restore_other
         )
-    return under_attack.measure(
-        workdir,
-        trained,
-        read_eval_source(config, trained.class_names),
-        surrogate,
+    wanted = under_attack.Settings(
         attacks=settings.attacks,
         norm=settings.norm,
         epsilons=sorted(settings.epsilons),
@@ -492,3 +488,5 @@ def robustness(
         threads=config.data.threads,
         seed=config.seed,
     )
+    source = read_eval_source(config, trained.class_names)
+    return under_attack.measure(workdir, trained, source, surrogate, wanted)

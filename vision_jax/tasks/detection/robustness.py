@@ -1,7 +1,7 @@
 """A detector under attack: AP by epsilon, and boxes before and after.
 
-Attacks maximize the set loss of each image. The matching is made anew at each step; no gradient
-passes through it. One compilation an attack and canvas, whatever the epsilons.
+Attacks maximize the loss of each image. What is trained to find what is decided anew at each
+step; no gradient passes through it. One compilation an attack and canvas, whatever the epsilons.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,7 @@ from vision_jax.config import write_json
 from vision_jax.data.detection import DetectionSource, part_of
 from vision_jax.errors import UserError, nearest
 from vision_jax.logging import say
+from vision_jax.objective import Objective
 from vision_jax.tasks.api import Evaluation, Trained
 from vision_jax.tasks.detection import objective
 
@@ -30,7 +31,7 @@ def measure(
     trained: Trained,
     source: DetectionSource,
     *,
-    set_loss: objective.SetLoss,
+    attacked: Objective,
     make_run_over: Callable[..., Callable[..., Any]],
     evaluate: Callable[..., Evaluation],
     attacks: Sequence[str],
@@ -49,7 +50,7 @@ def measure(
       workdir: where files are written.
       trained: the run.
       source: images that are attacked, or chosen of.
-      set_loss: of an image, whatever the others of its batch are.
+      attacked: whose loss of an image does not depend on the others of its batch.
       make_run_over: (outputs_fn, batch_size=) -> as evaluation.make_run_over.
       evaluate: (source, outputs over it, names of damaged images) -> Evaluation.
       attacks: of ATTACKS.
@@ -72,13 +73,12 @@ def measure(
     kept = np.zeros(len(source), bool)
     kept[np.linspace(0, len(source) - 1, count).astype(int)] = True
     source = part_of(source, kept)
-    set_objective = objective.make_objective(trained.apply, trained.assemble, set_loss=set_loss)
     trainable, frozen, model_state = trained.arguments
 
     def make_adversarial(attack):
-        postprocess = objective.POSTPROCESS[trained.predicts]
+        postprocess = objective.PREDICTIONS[trained.predicts].postprocess
         return objective.make_adversarial_outputs(
-            set_objective, postprocess=postprocess, attack=attack, seed=seed
+            attacked, postprocess=postprocess, attack=attack, seed=seed
         )
 
     def make_measure(attack):

@@ -120,16 +120,22 @@ def make_preprocessing(
     """How images are prepared: as the config says, else as the weights (`own`) were used to.
 
     Square where the model has an image size, which is config.model.image_size or its own, and where
-    the weights were used to squares and the config says no other sides.
+    the weights were used to squares and the config says no other sides. Letterboxed images come on
+    a square, one for each side of config.data.shorts.
     """
     data = config.data
+    rule = own.get("rule") or "detr"
+    buckets: tuple[tuple[int, int], ...]
     side = (config.model.image_size,) * 2 if config.model.image_size else None
     side = side or arguments.get("image_size")
     if not side and own.get("square") and not (data.short or data.longest):
         side = (own["short"],) * 2
-    if side:
+    if rule == "letterbox":
+        short = longest = int(side[0]) if side else data.short or own["short"]
+        buckets = tuple((edge, edge) for edge in sorted({short, *data.shorts}))
+    elif side:
         short = longest = int(side[0])
-        buckets: tuple[tuple[int, int], ...] = ((short, short),)
+        buckets = ((short, short),)
     else:
         short = data.short or own.get("short") or SHORT
         longest = data.longest or own.get("longest") or LONGEST
@@ -137,11 +143,12 @@ def make_preprocessing(
     return DetectionPreprocessing(
         short=short,
         longest=longest,
-        square=bool(side),
+        square=bool(side) and rule != "letterbox",
         interpolation=data.interpolation or own.get("interpolation") or "bilinear",
         mean=arguments["mean"],
         std=arguments["std"],
         buckets=buckets,
+        rule=rule,
     )
 
 
@@ -171,6 +178,10 @@ def training_data(
             brightness=data.brightness,
             contrast=data.contrast,
             saturation=data.saturation,
+            mosaic=data.mosaic,
+            mosaic_scale=data.mosaic_scale,
+            mixup=data.mixup,
+            plain_from=config.total_steps - data.plain_steps,
         ),
         max_boxes=data.max_boxes,
         seed=config.seed,
@@ -205,19 +216,35 @@ def batch_shapes(config: ConfigDict, preprocessing: DetectionPreprocessing) -> d
 def make_objective(
     config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
 ) -> Objective:
-    """What training minimizes: the set loss of what the model's head predicts."""
-    set_loss = _make_set_loss(config, model, predicts)
-    return objective.make_objective(apply, assemble, set_loss=set_loss)
+    """What training minimizes: the loss of what the model predicts."""
+    return _make_objective(config, model, predicts, apply, assemble)
 
 
-def _make_set_loss(
+def _make_objective(
+    config: ConfigDict,
+    model: Any,
+    predicts: str,
+    apply: Apply,
+    assemble: Callable[..., Any],
+    *,
+    alone: bool = False,
+) -> Objective:
+    """The same, or of each image alone."""
+    prediction = objective.PREDICTIONS[predicts]
+    loss = _make_loss(config, model, predicts, alone=alone)
+    return objective.make_objective(
+        apply, assemble, loss=loss, targets=prediction.targets, counted=prediction.counted
+    )
+
+
+def _make_loss(
     config: ConfigDict, model: Any, predicts: str, *, alone: bool = False
-) -> objective.SetLoss:
+) -> objective.Loss:
     loss = config.loss
-    return objective.make_set_loss(
-        predicts,
-        num_queries=model.num_queries,
+    return objective.PREDICTIONS[predicts].make_loss(
+        model,
         max_boxes=config.data.max_boxes,
+        last_from=config.total_steps - config.data.plain_steps,
         no_object_weight=loss.no_object_weight,
         alone=alone,
         class_cost=loss.class_cost,
@@ -233,7 +260,9 @@ def make_outputs(
     predicts: str, apply: Apply, assemble: Callable[..., Any]
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """What evaluation needs of a batch."""
-    return objective.make_outputs(apply, assemble, postprocess=objective.POSTPROCESS[predicts])
+    return objective.make_outputs(
+        apply, assemble, postprocess=objective.PREDICTIONS[predicts].postprocess
+    )
 
 
 @dataclass(frozen=True)
@@ -437,7 +466,9 @@ def robustness(
         workdir,
         trained,
         read_eval_source(config, trained.class_names),
-        set_loss=_make_set_loss(config, trained.model, trained.predicts, alone=True),
+        attacked=_make_objective(
+            config, trained.model, trained.predicts, trained.apply, trained.assemble, alone=True
+        ),
         make_run_over=partial(
             _make_run_over, config, mesh=trained.mesh, preprocessing=trained.preprocessing
         ),
