@@ -12,13 +12,14 @@ import argparse
 import itertools
 import os
 import tempfile
+import timeit
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.input import best_seconds
 from vision_jax.data.detection import DetectionSource, Ragged
 from vision_jax.data.detection_pipeline import (
     make_detection_eval_batches,
@@ -66,6 +67,10 @@ def write_source(folder: Path, count: int) -> DetectionSource:
         Ragged(np.zeros(6 * count, np.int32), offsets), Ragged(np.zeros(6 * count, bool), offsets),
         Ragged(np.ones(6 * count), offsets), np.arange(count), FileReader(folder, paths),
     )  # fmt: skip
+
+
+def best_seconds(function: Callable[[], None]) -> float:
+    return min(timeit.repeat(function, number=1, repeat=3))
 
 
 def plain_loop(source: DetectionSource, *, resize: bool) -> None:
