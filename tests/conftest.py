@@ -1,8 +1,9 @@
 """What holds for every test: 8 virtual CPU devices, rank promotion raises, one printed seed.
 
-    pytest               in minutes: one of each kind
-    pytest --all         the long tests too: every family, recipe and cell
-    pytest --seed 1234   the draws of the run that printed this seed
+    pytest                   in minutes: one of each kind
+    pytest --all             the long tests too: every family, recipe and cell
+    pytest --all --part 2/4  of those and of tests/parity each fourth, from the second on
+    pytest --seed 1234       the draws of the run that printed this seed
 
 The tests compile thousands of tiny programs and run each a few times, so machine code that is not
 optimized costs a third of the time. The programs themselves, their fusions, memory and counted
@@ -11,6 +12,7 @@ the environment the code is what users run: .ci/run does so where results are bi
 """
 
 import functools
+import gc
 import os
 import secrets
 import zlib
@@ -50,6 +52,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="the tests marked `long` too")
+    parser.addoption(
+        "--part", default="1/1", help="2/4: of the long tests each fourth from the second on"
+    )
     parser.addoption("--seed", type=int, help="of every random draw; a run prints its own")
 
 
@@ -78,17 +83,32 @@ def pytest_configure_node(node):
     node.workerinput["seed"] = node.config.option.seed
 
 
+def is_long(item):
+    """If one of its marks says so: of the test, or of this case of it."""
+    case = item.callspec.id if hasattr(item, "callspec") else None
+    return any(case not in mark.kwargs.get("but", ()) for mark in item.iter_markers("long"))
+
+
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        mark = item.get_closest_marker("long")
-        if mark is None or config.option.all:
-            continue
-        if not hasattr(item, "callspec") or item.callspec.id not in mark.kwargs.get("but", ()):
+    if not config.option.all:
+        for item in filter(is_long, items):
             item.add_marker(pytest.mark.skip(reason="long: with --all"))
+    first, step = map(int, config.option.part.split("/"))
+    many = [item for item in items if is_long(item) or "parity" in item.path.parts]
+    left_out = set(many) - set(many[first - 1 :: step])
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays: to look through it again and again took a tenth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 # Where a promotion of dtypes must be written out.
-STRICT = ("attacks", "ops", "tasks", "trees", "test_optim.py", "test_steps.py")
+STRICT = ("attacks", "models", "ops", "recipes", "tasks", "trees", "test_optim.py", "test_steps.py")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import pytest
 import runs
 
 from vision_jax import convert, train
 from vision_jax.config import load_config
 from vision_jax.data.composites import write_composites
 from vision_jax.models import families
+from vision_jax.run.prepare import Run
+from vision_jax.run.restore import restore
+from vision_jax.tasks.detection.task import Evaluation
 from vision_jax.trees import paths
 
 CONFIG = runs.ROOT / "configs/detr_finetune.py"
@@ -50,6 +55,32 @@ RF_DETR = {
         ("cross_heads", 4),
         ("mlp_width", 32),
     ),
+}
+YOLOX = {
+    "model__variant": "yolox",
+    "model__arguments": (("csp_depth", 1), ("width", 8)),
+    "data__short": 64,
+    "data__longest": 64,
+}
+FASTER_RCNN = {
+    "model__variant": "faster_rcnn",
+    "model__arguments": (
+        ("depths", (1, 1)),
+        ("block", "basic"),
+        ("widths", (8, 16)),
+        ("stem_width", 8),
+        ("width", 8),
+        ("anchor_sizes", (12, 20, 32)),
+        ("proposals", 12),
+        ("train_proposals", 24),
+        ("rpn_samples", 16),
+        ("box_samples", 8),
+        ("head_width", 16),
+        ("candidates", 40),
+        ("most", 8),
+    ),
+    "data__short": 64,
+    "data__longest": 64,
 }
 
 
@@ -104,18 +135,49 @@ def finished() -> Path:
     return workdir
 
 
-def write_detector(path: Path, num_classes: int = 3) -> str:
-    """A random DETR that keeps the aspect ratio of its images: sides of 32 to 64 pixels."""
-    model = families.build_model("detr", num_classes=num_classes, **dict(ARGUMENTS))
+def write_detector(
+    path: Path, num_classes: int = 3, family: str = "detr", arguments: Any = ARGUMENTS
+) -> str:
+    """A random detector for images of 32 to 64 pixels a side; a YOLOX is sure of what it finds."""
+    model = families.build_model(family, num_classes=num_classes, **dict(arguments))
     make = jax.jit(lambda key: families.initialize(model, key, (64, 64)))
     trees = jax.device_get(make(jax.random.key(0))).values()
     flat = {name: leaf for tree in trees for name, leaf in paths.flatten(tree).items()}
+    for name in flat if family == "yolox" else ():
+        if name.endswith(("object_head/bias", "class_head/bias")):
+            flat[name] = flat[name] + 5
     tensors, header = convert.export_weights(
         flat,
-        "detr",
+        family,
         convert.arguments_of(model),
-        to=convert.own_naming("detr"),
+        to=convert.own_naming(family),
         preprocessing={"short": 32, "longest": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3},
     )
     convert.write_safetensors(path, tensors, header)
     return str(path)
+
+
+def interrupt(self: Any) -> None:
+    """In place of a method, a user who stops the run there."""
+    raise KeyboardInterrupt
+
+
+def check_resume(config: Any, folder: Path) -> list[int]:
+    """A run and one that was stopped at its first evaluation end with the same state, bit by bit.
+
+    Returns how many programs of a step each of the three trainings compiled; the first one's
+    workdir is FOLDER/once.
+    """
+    made: list[Any] = []
+    make = Run.make_train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "make_train_step", lambda run: made.append(make(run)) or made[-1])
+        assert train.run(config, folder / "once") == 0
+        with pytest.MonkeyPatch.context() as stop:
+            stop.setattr(Evaluation, "line", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train.run(config, folder / "twice")
+        assert train.run(config, folder / "twice") == 0
+    states = [restore(config, folder / name, "last").state for name in ("once", "twice")]
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get(states))
+    return [step._cache_size() for step in made]

@@ -158,8 +158,8 @@ def write_teacher(path: Path, family: str, classes: int, side: int, **arguments)
     flat, rng = {}, np.random.default_rng(0)
     for tree in variables.values():
         for name, leaf in paths.flatten(tree).items():
-            noise = 0.1 * rng.standard_normal(leaf.shape)
-            flat[name] = np.asarray(leaf + (abs(noise) if name.endswith("var") else noise))
+            noise = 0.1 * rng.standard_normal(leaf.shape, np.float32)
+            flat[name] = np.float32(leaf) + (abs(noise) if name.endswith("var") else noise)
     preprocessing = {
         "image_size": (side, side),
         "mean": (0.4, 0.5, 0.6),

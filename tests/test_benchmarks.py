@@ -14,6 +14,7 @@ FEW_IMAGES = (  # 48 and 20: the benchmarks' own test images are 1,000
     "--config.data.train=cifar10:{inputs}/train",
     "--config.data.eval=cifar10:{inputs}/test",
 )
+BRIEF = ("--rounds=1", "--seconds=0")
 BENCHMARKS = {
     "adversarial": ("--seeds=1", "--rows", "LoRA", *SHORT, *FEW_IMAGES),
     "attacks": ("--images=2", "--steps=1", "--cw_steps=1", "--models", "vit"),
@@ -21,22 +22,40 @@ BENCHMARKS = {
     "checksums": ("--gigabytes=0.02",),
     "coco_evaluation": ("--images=3", "--detections=4"),
     "detection_input": ("--images=4", "--threads=1"),
+    "detectors": ("--small", "--jobs", "NMS", *BRIEF),
     "detr_tiny": ("--seeds=1", *SHORT, "--config.data.eval=composites:test/0/4"),
     "distillation": ("--seeds=1", "--rows", "alone", "--teacher=none", *SHORT, *FEW_IMAGES),
+    "gpu": ("--small", "--jobs", "LoRA", "--switched", "none", *BRIEF),
     "import_weights": ("--depth=1", "--repeats=1"),
-    "input": ("--images=4", "--threads=1"),
+    "input": ("--small", *BRIEF),
     "listing": ("--files=20", "--classes=2", "--boxes=20", "--repeats=1"),
-    "lora_step": ("--variant=ti/16", "--depth=1", "--image_size=32", "--batch=2", "--time"),
+    "inference": ("--small", "--jobs", "ViT", *BRIEF),
+    "lora_step": ("--variant=ti/16", "--depth=1", "--image_size=32", "--batch=2"),
     "matching": ("--problems=2", "--targets=5", "--queries=6"),
+    "pgd": ("--small", *BRIEF),
+    "startup": ("--configs", "configs/vit_lora.py", "--rounds=1"),
+    "training": ("--small", "--jobs", "LoRA", *BRIEF),
     "transfer": ("--seeds=1", "--recipes", "LoRA, pretrained", *SHORT, *FEW_IMAGES),
 }
 BESIDE = {  # what these measure beside, of the extra `parity`
     "attacks": "foolbox",
     "autoattack": "torchattacks",
     "coco_evaluation": "pycocotools",
+    "detectors": "yolox",
+    "gpu": "peft",
     "import_weights": "torch",
+    "inference": "timm",
+    "input": "torchvision",
     "listing": "torchvision",
+    "pgd": "torchattacks",
+    "training": "peft",
 }
+SHARED = {
+    "beside",
+    "ours",
+    "peers",
+    "detector_peers",
+}  # no commands: what the tables beside peers have in common
 
 
 def skip_without_its_reference(name):
@@ -45,7 +64,10 @@ def skip_without_its_reference(name):
 
 
 def test_every_benchmark_is_here():
-    assert {path.stem for path in (runs.ROOT / "benchmarks").glob("*.py")} == set(BENCHMARKS)
+    assert {path.stem for path in (runs.ROOT / "benchmarks").glob("*.py")} == {
+        *BENCHMARKS,
+        *SHARED,
+    }
 
 
 @pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")  # foolbox

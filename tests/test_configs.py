@@ -1,6 +1,7 @@
 """Each config trains at small size, and each of its fields is read by something."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import detection_runs
@@ -9,8 +10,9 @@ import pytest
 import runs
 
 from vision_jax import figures, train
-from vision_jax.config import TASKS, fields, load_config
+from vision_jax.config import TASKS, fields, load_config, updates_a_step
 from vision_jax.logging import read_metrics
+from vision_jax.run.prepare import Run
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 LOADED = [load_config(str(path), {}) for path in CONFIGS]
@@ -21,7 +23,12 @@ SMALLER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size
 def small(path: Path):
     """The config itself, but for sizes and paths."""
     if load_config(str(path), {}).task == "detection":
-        model = detection_runs.RF_DETR if path.stem.startswith("rf_detr") else {}
+        others = {
+            "rf_detr": detection_runs.RF_DETR,
+            "yolox": detection_runs.YOLOX,
+            "fasterrcnn": detection_runs.FASTER_RCNN,
+        }
+        model = others.get(path.stem.removesuffix("_finetune"), {})
         changes = detection_runs.overrides(total_steps=2, **model)
         return load_config(str(path), {n: v for n, v in changes.items() if n != "trainable"})
     keep = ("batch_size", "total_steps", "checkpoint_every", "log_every", "evaluate.every")
@@ -52,7 +59,10 @@ def small(path: Path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_trains_at_small_size(path, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
+    made, make = [], Run.make_train_step
+    monkeypatch.setattr(Run, "make_train_step", lambda run: made.append(make(run)) or made[-1])
     assert train.run(small(path), tmp_path) == 0
+    assert [step._cache_size() for step in made] == [1]  # compilations
     losses = [
         r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r
     ]
@@ -104,11 +114,13 @@ def test_every_field_is_read():
         for path in package.glob(pattern):
             found |= reads(path)
     declared = set().union(*(fields(config) for config in LOADED))
-    # Recipes take them by name from all fields, those of their own section by the rest of it.
+    # Recipes take them by name from all fields, those of their own section by the rest of it. How
+    # many updates a step makes stands beside what checks the fields.
+    sources = [path.read_text() for path in (package / "recipes").rglob("*.py")]
     said = {
         node.value
-        for path in (package / "recipes").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for source in (*sources, inspect.getsource(updates_a_step))
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     sections = ("lora", "distill", "adversarial")

@@ -74,6 +74,7 @@ def test_the_label_map_is_kept(finished):
     }
 
 
+@pytest.mark.long
 def test_evaluate_reprints_the_numbers_of_training(finished, capsys):
     capsys.readouterr()
     assert evaluate.run(detection_runs.tiny_config(evaluate__batch_size=5), finished, "last") == 0
@@ -84,6 +85,7 @@ def test_evaluate_reprints_the_numbers_of_training(finished, capsys):
     assert any(line.split()[:3] == ["ap", "of", "bag"] for line in lines)
 
 
+@pytest.mark.long
 def test_predictions_do_not_depend_on_batch_or_canvas(restored):
     source = detect.read_eval_source(
         detection_runs.tiny_config(), restored.run.description.class_names
@@ -192,6 +194,7 @@ def config_names():
     return read_detection_source(str(detection_runs.data() / "train/train.json")).class_names
 
 
+@pytest.mark.long
 def test_damaged_images_are_left_out_of_the_truth_too(restored, tmp_path):
     shutil.copytree(detection_runs.data() / "test", tmp_path / "test")
     source = read_detection_source(str(tmp_path / "test/test.json"))
@@ -277,7 +280,7 @@ def test_the_same_step_on_one_and_on_eight_devices(restored):
         np.testing.assert_allclose(gradient[path], sharded[path], rtol=0, atol=2e-5 * norm)
 
 
-@pytest.mark.long(but=["detr"])
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["detr", "rf_detr"])
 def test_accumulation_is_the_larger_batch(family):
     """Boxes are counted over the update: images have 1 to 4."""

@@ -88,6 +88,7 @@ def test_tiny_images_are_enlarged_without_blur(tmp_path: Path) -> None:
     assert abs(int(magenta) - int(black)) < 0.1 * magenta
 
 
+@pytest.mark.long
 def test_many_images_and_names_that_look_like_formulas(tmp_path: Path) -> None:
     images = np.zeros((100, 8, 8, 3), np.uint8)
     names = ["$\\broken{", "a very long name " * 20]
@@ -99,6 +100,7 @@ def test_many_images_and_names_that_look_like_formulas(tmp_path: Path) -> None:
     _pixels(figures.draw_confusion(matrix, names, tmp_path / "c.png"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("classes", [2, 10, 45, 1000])
 def test_confusion_of_any_size(tmp_path: Path, classes: int) -> None:
     matrix = np.eye(classes, dtype=np.int64) * 9
@@ -109,6 +111,7 @@ def test_confusion_of_any_size(tmp_path: Path, classes: int) -> None:
     assert 400 < min(pixels.shape[:2]) <= max(pixels.shape[:2]) < 2000
 
 
+@pytest.mark.long
 def test_pyplot_and_its_global_state_stay_out() -> None:
     code = "import sys, vision_jax.figures; print('matplotlib.pyplot' in sys.modules)"
     output = subprocess.run(

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import socket
+import stat
 import time
 import zipfile
 
@@ -58,6 +59,22 @@ def test_sizes_are_bounded(tmp_path):
     (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="UTF-8"):
         read_text(tmp_path / "b")
+
+
+def test_a_file_that_grew_since_it_was_opened_is_read_whole(tmp_path, monkeypatch):
+    """The system says how large a file was; of what it makes up, as in /proc, it says 0."""
+    (tmp_path / "a").write_bytes(b"12345")
+    says = os.fstat
+
+    def fstat(descriptor):
+        found = list(says(descriptor))
+        found[stat.ST_SIZE] = 2
+        return os.stat_result(found)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    assert read_bytes(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(UserError, match="over the limit of 4 bytes"):
+        read_bytes(tmp_path / "a", 4)
 
 
 def test_json(tmp_path):

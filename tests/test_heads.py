@@ -67,14 +67,29 @@ MODELS = {  # what a file may be of: family, arguments, modules that are made fo
         dict(detection_runs.RF_DETR["model__arguments"]),
         ("class_head", "proposals_0/class_head", "proposals_1/class_head"),
     ),
+    "YOLOX": (
+        "yolox",
+        dict(detection_runs.YOLOX["model__arguments"]),
+        ("head_0/class_head", "head_1/class_head", "head_2/class_head"),
+    ),
+    "Faster R-CNN": (
+        "faster_rcnn",
+        dict(detection_runs.FASTER_RCNN["model__arguments"]),
+        ("class_head/logits", "class_head/deltas"),
+    ),
 }  # fmt: skip
-CONFIGS = {"detr": "detr_finetune", "rf_detr": "rf_detr_finetune"}
+CONFIGS = {
+    "detr": "detr_finetune",
+    "rf_detr": "rf_detr_finetune",
+    "yolox": "yolox_finetune",
+    "faster_rcnn": "fasterrcnn_finetune",
+}
 
 
 def write(path, family, arguments, names=OWN):
     """A file of random weights for so many classes, and its arrays by path."""
     model = families.build_model(family, num_classes=len(names), **arguments)
-    size = arguments.get("image_size", (48, 48))
+    size = arguments.get("image_size", (64, 64))
     shapes = jax.eval_shape(lambda key: families.initialize(model, key, size), jax.random.key(0))
     rng = np.random.default_rng(0)
     arrays = {
@@ -121,6 +136,7 @@ def leaves(arguments, modules):
     return {f"{module}/{end}" for module in modules for end in ends}
 
 
+@pytest.mark.long(but=("BEiT", "DeiT, distilled", "ConvNeXt, hidden layer"))
 @pytest.mark.parametrize("name", MODELS)
 def test_another_number_of_classes_begins_a_new_head_and_keeps_the_rest(name, tmp_path):
     """By the rules of the config file as it comes."""
@@ -133,11 +149,13 @@ def test_another_number_of_classes_begins_a_new_head_and_keeps_the_rest(name, tm
     assert arrays.keys() == kept.keys()
     for path, array in arrays.items():
         if path in fresh:
-            assert array.shape[-1] == len(NAMES) + (family == "detr")
+            count = len(NAMES) + (family in ("detr", "faster_rcnn"))
+            assert array.shape[-1] == count * (4 if "deltas" in path else 1)
         else:
             np.testing.assert_array_equal(array, kept[path], err_msg=path)
 
 
+@pytest.mark.long(but=("ViT", "EfficientNet"))
 @pytest.mark.parametrize("name", MODELS)
 def test_advice_is_what_mends_it(name, tmp_path):
     """Beside the rules that there were before, and as a shell takes it."""

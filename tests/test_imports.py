@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import runs
 
 from vision_jax.trees import leaf
@@ -34,11 +35,13 @@ def imported_by(tree: ast.AST) -> set[str]:
     return names
 
 
+@pytest.mark.long
 def test_flax_is_imported_by_models_alone():
     users = {path.relative_to(PACKAGE).parts[0] for path in FILES if "flax" in imported(path)}
     assert users == {"models"}
 
 
+@pytest.mark.long
 def test_torch_and_its_libraries_are_imported_where_their_files_are_read_or_certified():
     """At the top of certify's files alone; elsewhere in the function that needs them."""
     libraries = {"torch", "torchvision", "timm", "transformers"}
@@ -95,6 +98,7 @@ def test_nobody_outside_trees_names_a_leaf_or_spells_its_inner_paths():
                 assert not found, f"{path}: {found[0]}: ask vision_jax.trees"
 
 
+@pytest.mark.long
 def test_configs_are_not_asked_for_fields_that_may_be_missing():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -120,6 +124,7 @@ def python(program: str) -> str:
     return child.stdout
 
 
+@pytest.mark.long
 def test_the_main_job_loads_what_it_needs_when_it_needs_it(tmp_path):
     """Never torch or TensorFlow; matplotlib when something is drawn, scipy's filters not at all."""
     fields = runs.overrides(total_steps=1, evaluate__every=1)

@@ -75,6 +75,7 @@ def unsized(file):
 # What is loaded -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long(but=("resnet",))
 @pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_logits_are_those_of_an_import(files, family, rng):
     loaded = vision_jax.load(files[family])
@@ -128,7 +129,8 @@ def test_the_embedded_model():
     loaded = vision_jax.load("embedded:vit_cifar10")
     assert loaded.class_names[:2] == ("airplane", "automobile")
     assert loaded.preprocessing.image_size == (32, 32)
-    assert loaded.feature_names == ("embed", *(f"block_{i}" for i in range(6)), "pooled")
+    blocks = [name for i in range(6) for name in (f"block_{i}/attention", f"block_{i}")]
+    assert loaded.feature_names == ("embed", *blocks, "pooled")
 
 
 @pytest.mark.long
@@ -186,7 +188,8 @@ def test_names_of_the_zoo_are_addresses_of_their_weights(monkeypatch):
 # Pure functions -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["vit", pytest.param("resnet", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_apply_under_jit_and_vmap(files, family, rng):
     loaded = vision_jax.load(files[family])
     images = loaded.preprocess(photos(rng))
@@ -222,6 +225,7 @@ def test_gradients_in_float64_are_those_of_differences(files, rng):
         check_grads(loss, arguments, order=1, modes=["rev"], atol=1e-5, rtol=1e-5, eps=1e-6)
 
 
+@pytest.mark.long
 def test_training_gives_the_next_statistics(files, rng):
     loaded = vision_jax.load(files["resnet"])
     images = loaded.preprocess(photos(rng))
@@ -235,6 +239,7 @@ def test_training_gives_the_next_statistics(files, rng):
     assert set(loaded.apply(loaded.variables, images)) == {"logits"}
 
 
+@pytest.mark.long
 def test_a_key_decides_what_is_random_in_training(files, rng):
     loaded = vision_jax.load(files["vit"])
     images = loaded.preprocess(photos(rng))
@@ -252,6 +257,7 @@ def test_a_key_decides_what_is_random_in_training(files, rng):
     np.testing.assert_array_equal(logits(noisy, images), logits(loaded, images))
 
 
+@pytest.mark.long
 def test_features_and_pyramid(files, rng):
     loaded = vision_jax.load(files["resnet"], num_classes=0, image_size=(64, 96))
     images = loaded.preprocess(photos(rng))
@@ -269,8 +275,9 @@ def test_features_and_pyramid(files, rng):
 
     vit = vision_jax.load(files["vit"])
     seen = vit.preprocess(photos(rng))
-    attention = vit.features(vit.variables, seen, ["block_0/attention"])["block_0/attention"]
-    np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-5)
+    found = vit.features(vit.variables, seen, vit.feature_names)
+    assert tuple(found) == vit.feature_names
+    np.testing.assert_allclose(found["block_0/attention"].sum(-1), 1, atol=1e-5)
     with pytest.raises(UserError, match="one scale and no pyramid: take features of embed, block"):
         vit.pyramid(vit.variables, seen)
 
@@ -312,6 +319,7 @@ def test_a_detector_finds_the_same_beside_images_of_other_shapes(detector, rng):
     ).any()
 
 
+@pytest.mark.long
 def test_a_detector_is_evaluated_on_annotations(detector):
     data = detection_runs.data() / "test"
     names = tuple(read_names(data / "test.json"))
@@ -327,6 +335,7 @@ def read_names(annotations):
     return read_detection_source(str(annotations), str(annotations.parent)).class_names
 
 
+@pytest.mark.long
 def test_a_detector_on_squares(detector, tmp_path, rng):
     path = detection_runs.write_detector(tmp_path / "detector.safetensors")
     square = vision_jax.load(path, image_size=32, num_classes=2)
@@ -436,7 +445,7 @@ def test_what_is_not_there(files, tmp_path):
     (running / "model.json").write_text("{}")
     for name, said in (
         (tmp_path / "none", "no such file or folder"),
-        ("embedded:vit", "only vit_cifar10"),
+        ("embedded:vit", "only nanodet_coco, vit_cifar10"),
         ("timm/resnet5", "timm/resnet5 is not in the zoo: did you mean timm/resnet50"),
         ("hf://facebook", "write hf://owner/name"),
         (running, "this run has not written its model yet: let it end, or write what its last"),
@@ -451,6 +460,18 @@ def test_what_is_not_there(files, tmp_path):
     assert read_source("embedded:fashion_mnist/test").class_names != loaded.class_names
     with pytest.raises(UserError, match="class"):
         vision_jax.evaluate(loaded, loaded.variables, "embedded:fashion_mnist/test")
+
+
+def test_a_size_of_which_the_model_would_not_see_all_is_refused(files, tmp_path):
+    said = "image_size: of 63 pixels a vit with patches of 4 would not see the last 3: .* 60 or 64"
+    with pytest.raises(UserError, match=said):
+        vision_jax.load(files["vit"], image_size=63)
+    assert vision_jax.load(files["resnet"], image_size=63).preprocessing.image_size == (63, 63)
+    # Weights keep the size that they come with: SigLIP's so400m has patches of 14 and 384 pixels.
+    own = runs.write_teacher(
+        tmp_path / "own.safetensors", "vit", 5, 18, image_size=(18, 18), **{**VIT, "depth": 1}
+    )
+    assert vision_jax.load(own, image_size=18).model.image_size == (18, 18)
 
 
 def test_the_package_alone_is_light():
@@ -468,6 +489,7 @@ def test_the_package_alone_is_light():
     assert child.stdout == "module 'vision_jax' has no attribute 'nothing'\n"
 
 
+@pytest.mark.long
 def test_bytes_are_images_too_and_a_model_is_shown_in_a_line(files, rng):
     loaded = vision_jax.load(files["vit"])
     images = rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)

@@ -53,6 +53,7 @@ def run(code, *arguments, **environment):
     return done.stdout.strip()
 
 
+@pytest.mark.long
 def test_a_program_is_compiled_once_for_all_processes(tmp_path):
     cache = {"XDG_CACHE_HOME": str(tmp_path)}
     folder, hits = json.loads(run(COMPILE, **cache))
@@ -61,6 +62,7 @@ def test_a_program_is_compiled_once_for_all_processes(tmp_path):
     assert json.loads(run(COMPILE, **cache)) == [folder, 1]
 
 
+@pytest.mark.long
 def test_a_program_that_was_half_written_is_written_again(tmp_path):
     """A killed process leaves one; JAX by itself reads it in each run, warns and compiles anew."""
     cache = {"XDG_CACHE_HOME": str(tmp_path)}
@@ -72,11 +74,13 @@ def test_a_program_that_was_half_written_is_written_again(tmp_path):
     assert json.loads(run(COMPILE, **cache)) == [folder, 1]
 
 
+@pytest.mark.long
 def test_the_users_own_cache_comes_first(tmp_path):
     found = json.loads(run(COMPILE, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")))
     assert found == ["None", 0]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(machine._glibc() is None, reason="Linux with glibc")
 def test_a_step_computes_in_the_memory_of_the_one_before():
     kept, faults = run(STEPS, "keep").split()

@@ -123,6 +123,7 @@ BAD = {
     "policy": ({"augment__policy": "auto"}, "none, rand or trivial"),
     "steps": ({"total_steps": 0}, "config.total_steps is 0: it must be at least 1"),
     "image size": ({"model__image_size": 4}, "image_size"),
+    "image size cut": ({"model__image_size": 20}, "take a multiple of 8, such as 16 or 24"),
 }
 
 
@@ -200,6 +201,7 @@ def test_a_workdir_that_cannot_be_written_is_one_line(name, tmp_path, capsys):
     assert str(tmp_path / name) in refusal(capsys)
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path, capsys, monkeypatch):
     def refuse(*arguments, **keywords):
         raise OSError(28, "No space left on device", str(tmp_path / "run/model.json"))
@@ -256,10 +258,17 @@ def test_flags_reach_the_commands(tmp_path, monkeypatch):
     assert (seen[-1][0].optim.lr, seen[-1][0].mesh.data) == (0.5, -1)
 
     assert main.main(["predict", run, "--images=a", "b", "--images", "c", "--out=o"]) == 0
-    config, workdir, checkpoint, images, out = seen[-1]
+    config, workdir, checkpoint, images, out, weights = seen[-1]
     assert config.optim.ema_decay == 0.5  # the run's own
-    assert (workdir, checkpoint, str(out)) == (runs.finished(), "last", "o")
+    assert (workdir, checkpoint, str(out), weights) == (runs.finished(), "last", "o", None)
     assert sorted(images) == ["a", "b", "c"]
+
+    given = ["predict", "--weights=w.json", "--images=a"]
+    assert main.main([*given, "--config.evaluate.score=0.3"]) == 0
+    fields, workdir, _, images, out, weights = seen[-1]
+    assert (fields, workdir, images, out) == ({"evaluate.score": "0.3"}, None, ["a"], None)
+    assert weights == "w.json"
+    assert main.main([*given, run]) == 2
 
     more = ["--checkpoint=best", "--config.evaluate.batch_size=7"]
     for spelled in (["evaluate", run], [run, "--mode=evaluate"], ["--mode", "evaluate", run]):
@@ -349,33 +358,37 @@ def test_the_fields_of_a_file_and_of_a_finished_run_are_shown(capsys, monkeypatc
     assert shown(capsys, "evaluate", "--help-config", "seed").startswith("seed\n  help     of init")
 
 
-def test_models_are_listed_by_a_pattern(capsys):
+def test_models_are_listed_by_patterns(capsys):
     everything = shown(capsys, "models").splitlines()
-    assert len(everything) == 1 + 1 + len(ZOO)
+    assert len(everything) == 1 + 2 + len(ZOO)
     heading, *swins = shown(capsys, "models", "swin_*patch4*").splitlines()
     assert heading.split() == ["name", "family", "parameters", "pixels", "config.model.weights"]
     assert all(line.startswith("timm/swin_") for line in swins)
     assert shown(capsys, "models", "TIMM/SWIN_*patch4*").splitlines() == [heading, *swins]
-    _, own = shown(capsys, "models", "embedded").splitlines()
-    assert own.split() == ["embedded:vit_cifar10", "vit", "0.81", "M", "32", "embedded:vit_cifar10"]
+    _, *own = shown(capsys, "models", "embedded").splitlines()
+    assert [" ".join(line.split()) for line in own] == [
+        "embedded:nanodet_coco nanodet 3.79 M 416 embedded:nanodet_coco",
+        "embedded:vit_cifar10 vit 0.81 M 32 embedded:vit_cifar10",
+    ]
+    both = shown(capsys, "models", "swin_*patch4*", "embedded").splitlines()
+    assert [" ".join(line.split()) for line in both] == [
+        " ".join(line.split()) for line in (heading, *own, *swins)
+    ]
+    assert main.main(["models", "embedded", "resnet5O"]) == 2
+    assert "no model 'resnet5O': did you mean" in capsys.readouterr().err
     lines = shown(capsys, "models", "timm/resnet50").splitlines()
     assert "timm/resnet50  resnet  25.56 M  224  timm://resnet50" in [
         re.sub("  +", "  ", line) for line in lines
     ]
 
 
+@pytest.mark.long
 def test_the_list_of_models_has_the_counts_of_the_certificates():
     counts = {model.name: model for model in models.all_models()}
     certificates = sorted((runs.ROOT / "docs/certificates").rglob("*.json"))
     assert certificates
-    entries = {entry.name: entry for entry in ZOO}
     for path in certificates:
         record = json.loads(path.read_text())
-        entry = entries[record["name"]]
-        if "num_labels" not in dict(entry.arguments) and entry.build.endswith(
-            "ImageClassification"
-        ):
-            continue  # two labels, the default of transformers, where the published have 1,000
         listed = counts[record["name"]]
         assert (listed.parameters, listed.image_size, listed.family) == (
             record["parameters"],
@@ -409,6 +422,7 @@ def outside(folder, *arguments):
     )
 
 
+@pytest.mark.long
 def test_programs_with_flags_of_their_own_are_commands_too(tmp_path):
     for name in ("convert", "doctor"):
         helped = outside(tmp_path, "vision_jax", name, "--help")
@@ -417,6 +431,7 @@ def test_programs_with_flags_of_their_own_are_commands_too(tmp_path):
         assert f"python -m vision_jax.{name}" in helped.stdout
 
 
+@pytest.mark.long
 def test_commands_run_from_any_folder(tmp_path):
     for command, message in (
         (["vision_jax", "docter"], "did you mean `doctor`?"),

@@ -1,7 +1,5 @@
 """Schedules and optimizers against their published update rules, written out in numpy."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,10 +67,6 @@ def train(tx, params, gradients):
 
 
 # --- Schedules ------------------------------------------------------------------------------------
-
-
-def test_doctests():
-    assert doctest.testmod(optim).failed == 0
 
 
 @pytest.mark.parametrize("name", optim.SCHEDULES)
@@ -208,6 +202,7 @@ def test_update_rule_with_weight_decay_on_kernels_only(name, rng):
         np.testing.assert_allclose(result[path], array, rtol=0, atol=bound, err_msg=path)
 
 
+@pytest.mark.long
 def test_muon_updates_are_as_large_as_adams(rng):
     shapes = {"block_0/a/kernel": (64, 64), "block_0/b/kernel": (64, 256), "head/kernel": (64, 64)}
     params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
@@ -235,6 +230,7 @@ def layer_of(path):
     return {"block_0": 1, "head": 2}.get(path.split("/")[0], 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_layer_decay_multiplies_update_and_decay(name, rng):
     params, gradient = to_float32(random_tree(rng)), to_float32(random_tree(rng))
@@ -250,6 +246,7 @@ def test_layer_decay_multiplies_update_and_decay(name, rng):
         np.testing.assert_array_equal(scaled[path], factor * plain[path])
 
 
+@pytest.mark.long
 def test_rates_multiply_on_top_of_layers_and_the_first_that_matches_counts(rng):
     params, gradient = to_float32(random_tree(rng)), to_float32(random_tree(rng))
 
@@ -268,6 +265,7 @@ def test_rates_multiply_on_top_of_layers_and_the_first_that_matches_counts(rng):
 # --- State ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_state_is_stable_and_one_compile_serves_sharded_parameters(name, rng):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))

@@ -1,12 +1,16 @@
 """The plan of a step against the step that training compiles."""
 
+import contextlib
+import re
+
 import detection_runs
 import jax
+import programs
 import pytest
 import runs
 from test_configs import CONFIGS, small
 
-from vision_jax import main, train
+from vision_jax import cost, main, train
 from vision_jax.commands import plan
 from vision_jax.config import load_config
 from vision_jax.errors import UserError
@@ -60,8 +64,12 @@ def test_memory_is_what_xla_reports_of_the_step_that_trains(make, tmp_path, monk
 
 @pytest.mark.long(but=["vit_lora"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_has_a_plan(path):
+def test_every_config_has_a_plan(path, monkeypatch):
+    kept, count = [], cost.count
+    monkeypatch.setattr(cost, "count", lambda compiled: kept.append(compiled) or count(compiled))
     found = planned(small(path))
+    monkeypatch.undo()
+    programs.check(path.stem, kept[0])
     assert found.flops > 0
     assert found.temporary > 0
     assert found.collectives["all-reduce"][1] > 0  # of gradients, among 8 devices
@@ -95,6 +103,25 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     found, size = plan.largest_batch(config, description, budget)
     assert size == total(found) <= budget < total(found + 8)
     assert plan.largest_batch(config, description, 1000) is None
+
+
+def test_the_search_for_the_largest_batch_shows_how_far_it_is(capsys, monkeypatch):
+    """Steps of 3 MiB and 1 MiB more an image: nothing is compiled here."""
+    shown, done = [], []
+
+    def compile_step(config, description):
+        return plan.Plan(config.batch_size, 8, 1.0, 3 << 20, 0, config.batch_size << 20, 0, 0, {})
+
+    @contextlib.contextmanager
+    def show_progress(total, *, what):
+        shown.append((total, what))
+        yield lambda: done.append(what), print
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    monkeypatch.setattr(plan, "show_progress", show_progress)
+    assert plan.run(runs.tiny_config(), memory=99.5 / 1024) == 0
+    assert re.search(r"neither +96 \(12 a device\), 99.0 MiB compiled", capsys.readouterr().out)
+    assert shown == [(len(done), "compilations")]
 
 
 @pytest.mark.long

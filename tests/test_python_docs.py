@@ -76,6 +76,7 @@ def test_docs_python(folder):
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_the_readme_in_python(folder):
     (block,) = blocks_of("README.md")
     printed = execute([block])

@@ -175,6 +175,7 @@ def test_a_description_that_no_model_can_be_is_one_line(change, word, tmp_path):
     assert "model.json" in str(caught.value)
 
 
+@pytest.mark.long
 def test_keys_and_weights_decide_the_parameters():
     one, two, other = Prepared(), Prepared(), Prepared(seed=1)
     kernel = "block_0/attn/qkv/kernel/a"
@@ -185,6 +186,7 @@ def test_keys_and_weights_decide_the_parameters():
         np.testing.assert_array_equal(one.frozen[path], other.frozen[path])
 
 
+@pytest.mark.long
 def test_dropout_is_for_training_alone():
     fields = {"model__dropout": 0.5, "model__drop_path": 0.5, "lora__dropout": 0.5}
     outputs = [
@@ -194,6 +196,7 @@ def test_dropout_is_for_training_alone():
     np.testing.assert_array_equal(*outputs)
 
 
+@pytest.mark.long
 def test_a_run_starts_from_an_adapter_and_its_head(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
     adapter = runs.finished() / "adapter"

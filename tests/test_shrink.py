@@ -118,6 +118,7 @@ def test_a_block_that_is_reinitialized_is_named_as_the_students(teachers):
     assert (kernel != arrays["block_2/mlp/fc1/kernel"]).all()
 
 
+@pytest.mark.long
 def test_the_whole_width_is_the_import_without(teachers):
     fields = {"model__weights": teachers["vit"][0], "model__layers": '(("block", (1,)),)', **FULL}
     whole, plain = Prepared(model__width=16, model__mlp_width=24, **fields), Prepared(**fields)
@@ -125,6 +126,7 @@ def test_the_whole_width_is_the_import_without(teachers):
     check_same(imported(whole), imported(plain))
 
 
+@pytest.mark.long
 def test_a_narrower_shallower_student_trains_its_adapters(teachers):
     file, arrays = teachers["vit"]
     student = Prepared(
@@ -229,12 +231,21 @@ ROWS = {
     "efficientnet": (
         {"stage_1/block": (0, 2)},
         {"num_classes": 3, "depths": (1, 3), "widths": (8, 16), "kernels": (3, 3),
-         "expansions": (1.0, 2.0), "strides": (1, 2)},
+         "expansions": (1.0, (2.0, 3.0, 4.0)), "strides": (1, 2)},
+    ),
+    "faster_rcnn": (
+        {"backbone/stage_1/block": (0, 2)},
+        {"num_classes": 3, "depths": (1, 3), "widths": (4, 8), "stem_width": 4, "width": 8,
+         "anchor_sizes": (8, 16, 32), "head_width": 8, "proposals": 4},
     ),
     "detr": (
         {"encoder": (1,), "decoder": 2, "backbone/stage_0/block": (0, 2)},
         {"num_classes": 3, "depths": (3, 1), "widths": (4, 8), "stem_width": 4, "num_queries": 4,
          "width": 16, "num_heads": 2, "mlp_width": 16, "encoder_depth": 2, "decoder_depth": 3},
+    ),
+    "nanodet": (
+        {"stage_3/block": (0, 2)},
+        {"num_classes": 3, "depths": (1, 2, 2, 3), "stem_width": 4, "width": 8},
     ),
     "rf_detr": (
         {"decoder": (1,)},
@@ -254,8 +265,9 @@ def test_what_is_taken_fits_the_student(family):
     shrinking = shrink.plan_shrinking(
         family, arguments, layers=tuple(layers.items()), width=0, mlp_width=0
     )
-    _, whole = shapes_of(family, arguments)
-    _, wanted = shapes_of(family, {**arguments, **shrinking.after})
+    size = (32, 32) if family == "nanodet" else (16, 16)
+    _, whole = shapes_of(family, arguments, size)
+    _, wanted = shapes_of(family, {**arguments, **shrinking.after}, size)
     taken = paths.flatten(surgery.take_layers(paths.nest(whole), shrinking.layers))
     assert taken.keys() < whole.keys()
     assert taken == wanted
@@ -315,9 +327,14 @@ def test_layers_that_are_written_otherwise(layers):
 
 
 def test_every_family_can_lose_layers():
-    assert {*ROWS, "vit", "resnet"} == FAMILIES.keys()
+    whole = {"yolox"}  # one number counts all of its blocks: there are smaller variants
+    assert {*ROWS, *whole, "vit", "resnet"} == FAMILIES.keys()
+    for family in whole:
+        with pytest.raises(UserError, match=f"{family} has no row 'block' of none"):
+            shrink.plan_shrinking(family, {}, layers=(("block", 1),), width=0, mlp_width=0)
 
 
+@pytest.mark.long
 def test_weights_of_layers_not_taken_must_be_there_too(teachers):
     config = runs.tiny_config(
         model__weights=teachers["vit"][0], model__layers='(("block", (0,)),)', **FULL

@@ -55,6 +55,7 @@ def loss_of_images(loss):
     )
 
 
+@pytest.mark.long(but=("ce-l2", "targeted-l1", "targeted-linf"))
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", ["ce", "dlr", "targeted"])
 def test_apgd_goes_as_the_published_code_does(x64, quick, norm, loss):
@@ -107,6 +108,7 @@ def test_fab_walks_as_the_published_code_does(x64, quick, norm):
     np.testing.assert_allclose(found, GOLDEN[f"{norm}/fab"], atol=1e-11)
 
 
+@pytest.mark.long(but=("linf",))
 @pytest.mark.parametrize("norm", NORMS)
 def test_square_with_the_published_codes_draws_ends_where_it_does(x64, quick, norm, monkeypatch):
     golden = {key: GOLDEN[f"{norm}/square/{key}"] for key in ("places", "query_signs", "result")}
@@ -233,7 +235,7 @@ def check(case, verdicts, seen, version, norm):
     assert size.max() <= case.epsilon + 1e-6
 
 
-@pytest.mark.long(but=["standard-l1"])
+@pytest.mark.long
 @pytest.mark.parametrize(("version", "norm"), list(ROUNDS)[1:])
 def test_autoattack_finds_what_a_linear_model_withstands(quick, version, norm, rng):
     # Losses without a target need not find the nearest of several boundaries.

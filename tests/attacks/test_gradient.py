@@ -45,6 +45,7 @@ def attack(images, labels, keys, norm="linf", loss=losses.cross_entropy, **optio
     return gradient.pgd(loss_of_images, images, keys, norm=norm, **options)
 
 
+@pytest.mark.long(but=("l1-plain",))
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("norm", EPSILON)
 def test_it_stays_in_ball_and_box_and_an_example_in_itself(norm, options, rng):
@@ -65,6 +66,7 @@ def test_it_stays_in_ball_and_box_and_an_example_in_itself(norm, options, rng):
     assert fooled.sum() >= solved.sum()
 
 
+@pytest.mark.long
 def test_batch_size_and_order_change_nothing(rng):
     with jax.enable_x64(True):  # in float32 the sign of next to nothing is chance
         images, labels, keys = make_case(rng, dtype=np.float64)
@@ -93,6 +95,7 @@ def test_frozen_examples_stop_where_they_fool_first(rng):
     assert len(set(first)) > 2
 
 
+@pytest.mark.long
 def test_restarts_are_never_worse_and_keep_the_worst(rng):
     images, labels, keys = make_case(rng, 32)
     loss_of_images = losses.make_untargeted(mlp, labels, losses.margin)
@@ -107,6 +110,7 @@ def test_restarts_are_never_worse_and_keep_the_worst(rng):
     assert (four > one + 1e-4).any()
 
 
+@pytest.mark.long
 def test_fooling_counts_more_than_the_loss(rng):
     """The loss is highest where nothing fools; a restart there does not displace one that does."""
 
@@ -156,6 +160,7 @@ def bilinear(size):
     return weights.clip(0) / weights.clip(0).sum(1, keepdims=True)
 
 
+@pytest.mark.long
 def test_diversity_is_bilinear_on_black(rng):
     images, _, keys = make_case(rng, 200)
 
@@ -210,6 +215,7 @@ def vit_attack(model, params, images, labels, keys, steps=4):
     return gradient.pgd(loss_of_images, images, keys, epsilon=0.03, step_size=0.01, steps=steps)
 
 
+@pytest.mark.long
 def test_pgd_costs_its_steps_and_forms_no_parameter_gradient(rng):
     model, params = make_vit(rng)
     images, labels, keys = jnp.zeros((8, 16, 16, 3)), jnp.zeros(8, int), keys_of(np.arange(8))
@@ -240,6 +246,7 @@ def test_pgd_costs_its_steps_and_forms_no_parameter_gradient(rng):
     assert full > 2.7 * plain
 
 
+@pytest.mark.long
 def test_a_lora_tree_is_attacked_as_its_merged_kernels_and_sharded_parameters_as_whole_ones(rng):
     with jax.enable_x64(True):
         model, params = make_vit(rng)

@@ -56,6 +56,7 @@ def test_a_start_fills_the_ball_and_belongs_to_its_key(norm, rng):
     assert (length(moved - border, norm) <= EPSILON[norm] * (1 + 1e-5)).all()
 
 
+@pytest.mark.long(but=("linf", "l2"))
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_projection_is_in_both_and_moves_nothing_that_is_inside(norm, rng):
     images = make_images(rng, 16)
@@ -72,6 +73,7 @@ def test_a_projection_is_in_both_and_moves_nothing_that_is_inside(norm, rng):
     )
 
 
+@pytest.mark.long
 def test_the_l1_projection_is_the_nearest_point_of_ball_and_box(rng):
     """From the nearest point, no feasible one lies further towards the point that was projected.
 

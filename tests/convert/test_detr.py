@@ -50,6 +50,7 @@ def small(**arguments):
     return model, params
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("to", ["transformers", "detr"])
 def test_a_file_comes_back_bit_identical(to, tmp_path):
     model, params = small()
@@ -81,6 +82,7 @@ def test_an_unequal_decoder_goes_to_transformers_alone(tmp_path):
         write_package(tmp_path / "detr", params, "detr", arguments_of(model), to="detr")
 
 
+@pytest.mark.long(but=("backbone_config-value4-output_stride 8",))
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
@@ -111,6 +113,7 @@ def test_unknown_fields_are_told(tmp_path):
     assert told == ("my_note",)
 
 
+@pytest.mark.long
 def test_another_number_of_classes_keeps_everything_else(tmp_path):
     model, params = small()
     write_package(tmp_path, params, "detr", arguments_of(model), to="transformers")
@@ -127,6 +130,7 @@ def test_another_number_of_classes_keeps_everything_else(tmp_path):
         np.testing.assert_array_equal(value, params[path], path)
 
 
+@pytest.mark.long
 def test_dilation_is_in_the_config_and_in_no_tensor(tmp_path):
     for to, block in (("transformers", "basic"), ("detr", "bottleneck")):
         depths = (2, 2, 2, 2) if block == "basic" else (3, 4, 6, 3)

@@ -73,6 +73,7 @@ def small(**arguments):
     return build_vit(**{**defaults, **arguments})
 
 
+@pytest.mark.long(but=("timm_dinov2_swiglu_registers", "transformers_clip", "timm_deit_distilled"))
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_written_in_timms_naming_loads_by_itself(name, tmp_path):
     weights = read_weights(str(GOLDEN / name))
@@ -107,7 +108,6 @@ def test_the_file_written_in_timms_naming_loads_by_itself(name, tmp_path):
             {"id2label": {"10": "k", **{str(i): f"n{i}" for i in range(10)}}},
             [*(f"n{i}" for i in range(10)), "k"],
         ),
-        ({"id2label": {}}, None),
         ({"class_names": ["a", "b"]}, ["a", "b"]),
         ({"pretrained_cfg": {"label_names": ["a", "b"]}}, ["a", "b"]),
         ({"pretrained_cfg": {"label_names": ["a"]}, "label_names": ["b"]}, ["b"]),
@@ -119,6 +119,12 @@ def test_the_file_written_in_timms_naming_loads_by_itself(name, tmp_path):
 def test_names_of_classes_keep_their_numbers(config, names):
     found = class_names_of(Weights({}, {"config": config}, None, "x"))
     assert found == names
+
+
+def test_weights_without_names_have_none():
+    weights = read_weights(str(GOLDEN / NAMES[0] / "model.safetensors"))
+    weights = dataclasses.replace(weights, metadata={"config": {"id2label": {}}})
+    assert class_names_of(weights) is None
 
 
 @pytest.mark.parametrize("key", ["cat", "-1", "1.0", "9999999", "00", "\u0663", ""])
@@ -179,6 +185,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.long(but=("transformers deit", "transformers vit", "timm norm in front"))
 @pytest.mark.parametrize("name", VARIANTS)
 def test_round_trip_is_bit_identical(name, rng):
     to, arguments = VARIANTS[name]
@@ -219,6 +226,7 @@ def test_another_number_of_classes_needs_the_head_named(rng):
     assert set(flatten(abstract(other))) - set(flat) == set(HEAD)
 
 
+@pytest.mark.long
 def test_another_image_size_resamples_the_positions_of_a_grid_that_is_not_square(rng):
     model = small(num_registers=1, position_prefix=2)
     params = random_params(rng, model)
@@ -352,6 +360,7 @@ def bare_resnet(folder, name):
     return read_weights(str(folder / name))
 
 
+@pytest.mark.long
 def test_what_a_bare_file_does_not_say_is_told(tmp_path):
     weights = bare_resnet(tmp_path, "mine.safetensors")
     assert "pooling and strides without blur" in assumptions(weights)
@@ -363,6 +372,7 @@ def test_what_a_bare_file_does_not_say_is_told(tmp_path):
             recognize(bare_resnet(tmp_path, name))
 
 
+@pytest.mark.long
 def test_the_name_of_a_file_is_taken_where_its_sizes_are(tmp_path):
     """OpenAI's CLIP has timm's quick GELU, which no tensor shows."""
     name = "vit_base_patch32_clip_quickgelu_224"

@@ -425,6 +425,7 @@ runpy.run_module("vision_jax.convert", run_name="__main__")
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="signals of POSIX")
 def test_who_is_stopped_tidies_up(source, tmp_path):
     before = set(tmp_path.rglob("*"))

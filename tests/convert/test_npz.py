@@ -52,6 +52,7 @@ def kind(name):
     return next(t for t in TABLES if (t.source, t.kind) == ("npz", name))
 
 
+@pytest.mark.long(but=("augreg-changed0-params/", "big_vision scanned-changed6-"))
 @pytest.mark.parametrize("prefix", ["", "params/", "params/img/", "img/", "opt/target/"])
 @pytest.mark.parametrize(
     ("name", "changed"),

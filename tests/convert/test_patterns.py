@@ -1,21 +1,15 @@
 """Patterns of adapters against Python's `re`, and how much work they may ask for."""
 
-import doctest
 import re
 import time
 
 import pytest
 
-from vision_jax.convert import patterns
 from vision_jax.convert.patterns import Matcher
 from vision_jax.errors import UserError
 
 NAMES = ["a.b", "ab", "a", "b.a.ab", "aab.b1", "1.b", "b.bb.bbb"]
 PIECES = [*"ab.1()|*+?^$", "(?:", r"\.", r"\d", "[ab]", "[^a]", "{2}", "{1,2}", "{,1}", "*?"]
-
-
-def test_doctests():
-    assert doctest.testmod(patterns).failed == 0
 
 
 def test_random_patterns_match_what_re_matches(rng):

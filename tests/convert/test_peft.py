@@ -4,6 +4,7 @@ The comparisons with PEFT itself are in tests/parity/test_peft.py.
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -72,6 +73,16 @@ def attach(rng, params, rules=(r"block_\d+/.*", "patch_embed/kernel"), **setting
     for path in sorted(lora.adapter_paths(params)):
         flat[path] = jnp.asarray(rng.normal(size=flat[path].shape), jnp.float32)
     return paths.unflatten(params, flat)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(parameters, a folder with an adapter of their first block; not to be changed)."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("adapter")
+    base = make_params(rng)
+    adapted = attach(rng, base, ["block_0/.*"])
+    write_adapter(folder, adapted, base_model_name="x", **MODEL, naming="timm")
+    return base, folder
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -215,11 +226,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("edit", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_adapter_is_refused_in_one_line(edit, message, tmp_path, rng):
-    base = make_params(rng)
-    write_adapter(
-        tmp_path, attach(rng, base, ["block_0/.*"]), base_model_name="x", **MODEL, naming="timm"
-    )
+def test_hostile_adapter_is_refused_in_one_line(edit, message, written, tmp_path):
+    base, folder = written
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     config, tensors = json.loads(config_file.read_text()), safetensors.numpy.load_file(file)
     edit(config, tensors)
@@ -230,13 +239,11 @@ def test_hostile_adapter_is_refused_in_one_line(edit, message, tmp_path, rng):
     assert "\n" not in str(error.value)
 
 
-def test_damaged_folder_is_refused_in_one_line(tmp_path, rng):
-    base = make_params(rng)
+def test_damaged_folder_is_refused_in_one_line(written, tmp_path):
+    base, folder = written
     with pytest.raises(UserError, match=r"no adapter_config\.json in it"):
         read_adapter(tmp_path, base, **MODEL)
-    write_adapter(
-        tmp_path, attach(rng, base, ["block_0/.*"]), base_model_name="x", **MODEL, naming="timm"
-    )
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])

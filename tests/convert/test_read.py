@@ -81,7 +81,7 @@ def test_random_bytes_are_no_safetensors(tmp_path, rng):
 def test_what_is_not_there(tmp_path):
     fails(tmp_path / "none.safetensors", "no such file")
     fails(tmp_path, "model.safetensors", "pytorch_model.bin")
-    fails("embedded:nothing", "the package has no such weights, only vit_cifar10")
+    fails("embedded:nothing", "the package has no such weights, only nanodet_coco, vit_cifar10")
     fails("embedded:../errors.py", "no such weights")
     fails("hf://nothing", "hf://owner/name")
     fails("hf://../../etc", "hf://owner/name")
@@ -135,6 +135,7 @@ def test_shards_are_joined(tmp_path):
         ({"a": "/etc/passwd"}, "/etc/passwd"),
         ({"a": "model.bin"}, "model.bin"),
         ({"a": "model-2.safetensors"}, "missing"),
+        ({"a": f"{'m' * 300}.safetensors"}, "missing"),  # too long for a file's name
         ({}, "weight_map"),
     ],
 )
@@ -256,6 +257,7 @@ def reader(**environment):
     assert process.returncode == 0
 
 
+@pytest.mark.long
 def test_the_hub_then_its_cache_when_the_hub_is_gone(tmp_path):
     path = GOLDEN / "transformers_clip" / "model.safetensors"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -109,7 +109,8 @@ def test_a_header_of_ours_is_the_best_witness():
 def test_the_zoos_names_are_unique_and_say_their_source():
     names = [entry.name for entry in ZOO]
     assert len(names) == len(set(names)) >= 120
-    assert {entry.source for entry in ZOO} == {"timm", "torchvision", "transformers", "npz", "detr"}
+    sources = {"timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet"}
+    assert {entry.source for entry in ZOO} == sources
     assert {table.family for table in TABLES} == set(FAMILIES)
     kinds = [(table.source, table.family, table.kind) for table in TABLES]
     assert len(kinds) == len(set(kinds))
@@ -119,6 +120,9 @@ def test_the_zoos_names_are_unique_and_say_their_source():
     assert all(name.startswith("transformers/clip-") for name in unlicensed), unlicensed
 
 
+@pytest.mark.long(
+    but=("resnet18-{'output_stride': 8}", "vit_tiny_patch16_224-{'mlp_layer': 'glumlp'}")
+)
 @pytest.mark.parametrize(
     ("name", "given"),
     [

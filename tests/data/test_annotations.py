@@ -656,6 +656,7 @@ assert "tensorflow" not in sys.modules
 """
 
 
+@pytest.mark.long
 def test_tfds_without_tensorflow(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     command = [sys.executable, "-c", TFDS_PROGRAM, str(tmp_path)]
@@ -925,6 +926,7 @@ def test_bad_yolo_files(yolo):
     [
         ("train: /etc", "is not in"),
         ("train: ../../..", "is not in"),
+        (f"train: {'x' * 300}", "is not in"),  # too long for a file's name
         ("path: /etc\ntrain: .", "names"),
         ("path: ../..\ntrain: images\nnames: [a, b]", ""),  # found beside the file all the same
         ("train: images\nnames: 3", "`names` is no list"),

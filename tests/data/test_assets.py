@@ -2,9 +2,12 @@ import hashlib
 import json
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
+from vision_jax import load
+from vision_jax.convert.read import embedded_names
 from vision_jax.data.decode import decode_image
 from vision_jax.data.detection import read_detection_source
 from vision_jax.data.sources import ASSETS
@@ -31,6 +34,19 @@ def test_aerial_tiles_are_the_ones_described():
     assert sorted(listed) == [path.name for path in files if path.suffix == ".jpg"]
     for name in listed:
         assert decode_image((AERIAL / name).read_bytes(), name=name).shape == (256, 256, 3)
+
+
+@pytest.mark.parametrize("name", embedded_names())
+def test_embedded_weights_are_the_ones_described(name):
+    digest = hashlib.sha256((ASSETS / f"{name}.safetensors").read_bytes()).hexdigest()
+    assert digest in (ASSETS / "README.md").read_text()
+
+
+def test_the_embedded_detector_knows_the_classes_of_coco():
+    loaded = load("embedded:nanodet_coco")
+    assert len(loaded.class_names) == 80
+    assert loaded.class_names[:3] == ("person", "bicycle", "car")
+    assert sum(leaf.size for leaf in jax.tree.leaves(loaded.variables["params"])) == 3_788_628
 
 
 def test_aerial_splits_share_no_photo():

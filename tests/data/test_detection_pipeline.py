@@ -218,6 +218,7 @@ def test_worker_processes_do_not_change_the_batches_and_resume(tmp_path, rng):
 # --- order --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_no_image_is_starved_and_groups_get_their_share(rng):
     """Groups from tiny to large; counts over each epoch, three epochs, and a whole period."""
     sizes = [(24, 32)] * 50 + [(32, 24)] * 33 + [(32, 12)] * 8 + [(16, 32)] * 5

@@ -141,6 +141,7 @@ def test_a_write_that_fails_leaves_what_was_there(path, rng):
         write_teacher_cache(path / "below", batches_of(make_arrays(rng)), IDENTITY)
 
 
+@pytest.mark.long
 def test_the_loss_is_that_of_a_live_teacher_bit_identical(path, rng):
     """The teacher inside the student's program, and its stored top logits read from the file."""
     sizes = {"image_size": (8, 8), "patch_size": 4, "depth": 2, "num_heads": 2, "mlp_width": 48}

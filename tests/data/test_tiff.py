@@ -80,6 +80,7 @@ def shown(channels, colormap, photometric, extra, bits, are_rgb) -> np.ndarray:
     return np.broadcast_to(colors, (HEIGHT, WIDTH, 3))
 
 
+@pytest.mark.long(but=("None-contig", "deflate-separate"))
 @pytest.mark.parametrize("planar", ["contig", "separate"])
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_right_pixels_or_a_refusal(compression, planar, capfd, rng):

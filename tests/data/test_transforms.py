@@ -4,6 +4,7 @@ from PIL import Image
 
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.transforms import (
+    INTERPOLATIONS,
     Preprocessing,
     center_crop,
     complete_crop,
@@ -210,3 +211,24 @@ def test_color_becomes_luma_and_grey_becomes_color(rng):
     assert to_channels(image, 3) is image
     with pytest.raises(DamagedImageError, match="has 3 channels and the model takes 4"):
         to_channels(image, 4)
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_pictures_of_pillow_give_what_their_arrays_give(interpolation, rng):
+    image = random_image(rng, 33, 46)
+    picture = Image.fromarray(image)
+    window = (5, 7, 21, 30)
+    cut = resize(picture, (8, 9), interpolation, window)
+    assert np.array_equal(cut, resize(image, (8, 9), interpolation, window))
+    assert np.array_equal(cut, resize(image[5:26, 7:37], (8, 9), interpolation))
+    same = resize(picture, (21, 30), interpolation, window)
+    assert np.array_equal(same, image[5:26, 7:37])
+    for function in (
+        lambda x: random_resized_crop(
+            x, np.random.default_rng(3), (9, 8), (0.1, 1), (0.7, 1.4), interpolation
+        ),
+        lambda x: eval_transform(x, preprocessing(interpolation=interpolation, crop_pct=0.9)),
+        lambda x: np.asarray(to_channels(x, 1)),
+        lambda x: np.asarray(to_channels(x, 3)),
+    ):
+        assert np.array_equal(function(picture), function(image))

@@ -609,6 +609,7 @@ def subject(rng, images: int, presence: np.ndarray) -> Subject:
     return Subject("x", None, tuple(map(str, range(images))), names, shown, empty)
 
 
+@pytest.mark.long
 def test_drift_alarms_seldom_on_clean_splits_and_always_on_drifted_ones():
     rng = np.random.default_rng(2)
     alarmed = 0
@@ -838,6 +839,7 @@ def test_words(tmp_path, capsys, monkeypatch):
     assert "missing-file: 1 of 1 file, 100 %; training refuses" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_figure_of_a_hundred_thousand_boxes(clean, tmp_path):
     subject, findings = examine(write(tmp_path / "x.json", clean[1]), clean[0], quick=True)
     rows = np.zeros(10**5, np.int64)  # of the first box
@@ -854,6 +856,7 @@ def test_a_figure_of_a_hundred_thousand_boxes(clean, tmp_path):
     assert time.process_time() - start < 30  # 1 s on an idle machine; without a bound minutes
 
 
+@pytest.mark.long
 def test_module_runs():
     command = [sys.executable, "-m", "vision_jax.doctor", "embedded:fashion_mnist/test", "--quick"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -64,6 +64,7 @@ def test_the_index_knows_offsets_and_the_class_token():
     assert index[0, 0] == offsets + 2
 
 
+@pytest.mark.long
 def test_attention_by_its_definition():
     """Logits of every pair, biases looked up one by one; the key has no bias."""
     model = small(depth=1, shared_relative_bias=True, layer_scale=None)
@@ -98,6 +99,7 @@ def test_attention_by_its_definition():
     assert relative(features["pooled"], pooled) <= 1e-5
 
 
+@pytest.mark.long(but=("arguments3",))
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, build_model, find_variant
 from vision_jax.trees import lora
 from vision_jax.trees.paths import flatten
@@ -34,10 +35,13 @@ class Case:
       layers: of some parameters, for rates by layer.
       unused: how many of its layers no parameter of this form is in.
       forms: other arguments, of which shapes alone are computed.
+      form_features: of a form that has others.
       cells: (side, stride) -> cells of a feature along a side that is no multiple of the stride;
         None where the library decides (the family's own test says so).
       without_gradient: paths of parameters whose gradient is zero but for rounding.
       grouped: paths of the kernels in groups, which take no adapter.
+      rounding: how much more of it there is in training than elsewhere: BatchNorm of few cells in
+        many layers, one after the other, is chaotic (https://arxiv.org/abs/1902.08129).
     """
 
     arguments: Mapping[str, Any]
@@ -45,10 +49,12 @@ class Case:
     layers: Mapping[str, int]
     size: tuple[int, int] = (33, 46)
     forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    form_features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cells: Callable[[int, int], int] | None = lambda side, stride: math.ceil(side / stride)
     without_gradient: str = "none"
     unused: int = 0
     grouped: str = "none"
+    rounding: float = 1.0
 
 
 CASES = {
@@ -116,16 +122,40 @@ CASES = {
         {"num_classes": 3, "depths": (1, 2), "widths": (8, 12), "kernels": (3, 5),
          "expansions": (1, 2), "strides": (1, 2), "stem_width": 8, "head_width": 16,
          "se_ratio": 0.25, "activation": "silu"},
-        features=("stem", "pooled"),
+        features=("stem", "stage_0/block_0", "stage_1/block_0", "last", "pooled"),
         layers={"stem_bn/scale": 0, "stage_0/block_0/project_conv/kernel": 1,
                 "stage_1/block_1/depthwise_bn/bias": 3, "last_conv/kernel": 3},
         forms={
             "mobile": {"se_ratio": 0.0, "activation": "relu6"},
+            "mobile v3": {"se_ratio": (0.0, 0.25), "hard_gate": True, "activation": "hard_swish",
+                          "relu_stages": 1, "expansions": (1, (2, 3)), "head_hidden": 6},
             "TensorFlow": {"same_padding": True, "batch_norm_eps": 1e-3},
         },
         # What follows begins with a convolution and a norm, which takes a shift out again.
         without_gradient=r".*/project_bn/bias",
         grouped=r".*depthwise_conv",
+    ),
+    "faster_rcnn": Case(
+        {"num_classes": 3, "depths": (1, 1, 1, 2), "widths": (4, 4, 8, 8), "stem_width": 8,
+         "width": 8, "anchor_sizes": (8, 16, 32, 64, 128), "proposals": 12, "head_width": 16,
+         "most": 5},
+        features=("stem", "level_0", "level_1", "level_2", "level_3", "level_4"),
+        layers={"backbone/stage_3/block_1/conv1/kernel": 5, "fpn/inner_0/conv/bias": 6,
+                "rpn/conv_0/conv/kernel": 7, "roi_head/fc1/kernel": 7},
+        size=(40, 64),
+        forms={
+            "basic": {"block": "basic"},
+            "v2": {"fpn_norm": True, "rpn_depth": 2, "head_convs": 4, "head_layers": 1},
+            "mobile": {"body": "mobilenet_v3", "kernels": (3, 5, 3, 3), "strides": (2, 2, 2, 2),
+                       "expansions": (1, 2, 2, (2, 3)), "se_ratio": (0.25, 0.0, 0.25, 0.25),
+                       "relu_stages": 2, "anchor_sizes": ((8, 16), (32, 64), (64, 128)),
+                       "least_proposal_score": 0.05},
+        },
+        form_features={
+            "mobile": ("stem", *(f"stage_{i}{end}" for i in range(4) for end in ("", "/block_0")),
+                       "last", "level_0", "level_1", "level_2"),
+        },
+        cells=lambda side, stride: math.ceil(side / 32) * 32 // stride,
     ),
     "regnet": Case(
         {"num_classes": 3, "depths": (1, 2), "widths": (8, 24), "group_widths": (8, 12),
@@ -174,12 +204,32 @@ CASES = {
         forms={"v2": {"version": 2}},
         cells=None,
     ),
+    "nanodet": Case(
+        {"num_classes": 3, "stem_width": 4, "depths": (1, 1, 1, 2), "width": 8, "bins": 4},
+        features=("stem", "level_0", "level_1", "level_2"),
+        layers={"stem/bn/scale": 0, "stage_0/in_conv/conv/kernel": 1,
+                "stage_3/block_1/conv2/bn/bias": 5, "lateral_0/kernel": 6,
+                "head_2/side_head/bias": 6},
+        size=(32, 64),
+        rounding=100.0,
+    ),
+    "yolox": Case(
+        {"num_classes": 3, "csp_depth": 1, "width": 4},
+        features=("stem", "level_0", "level_1", "level_2"),
+        layers={"backbone/stem/bn/scale": 0, "backbone/stage_3/csp/conv3/conv/kernel": 4,
+                "neck/up_0/conv1/bn/bias": 5, "head_2/box_head/bias": 6},
+        size=(32, 64),
+        forms={"depthwise": {"depthwise": True, "activation": "leaky_relu"}},
+        grouped=r".*_depthwise/conv",
+        rounding=100.0,
+    ),
 }  # fmt: skip
-EVERY_FORM = [(family, form) for family in CASES for form in ("plain", *CASES[family].forms)]
+EVERY_FORM = [
+    pytest.param(family, form, marks=[] if form == "plain" else pytest.mark.long)
+    for family in CASES
+    for form in ("plain", *CASES[family].forms)
+]
 CLASSIFIERS = [name for name in CASES if FAMILIES[name].task == "classification"]
-
-
-DETECTORS_LONG = pytest.mark.long(but=CLASSIFIERS)
 
 
 def having(*arguments):
@@ -192,6 +242,7 @@ def build(family, form="plain", **arguments):
     return build_model(family, **{**case.arguments, **case.forms.get(form, {}), **arguments})
 
 
+@functools.cache
 def abstract(model, size):
     images = jnp.zeros((1, *size, model.in_channels))
     return jax.eval_shape(model.init, jax.random.key(0), images)
@@ -253,6 +304,7 @@ def test_every_family_is_here():
 # Parameters --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(but=("vit", "resnet"))
 @pytest.mark.parametrize("family", CASES)
 def test_parameter_names_are_public_and_pinned(family):
     """Renaming one breaks every checkpoint: change these lists only with a migration."""
@@ -294,7 +346,13 @@ COUNTS = {
     "detr_resnet101": 60_464_672,
     "detr_resnet50_dc5": 41_524_768,
     "detr_resnet101_dc5": 60_464_672,
+    "fasterrcnn_resnet50_fpn": 41_755_286,
+    "fasterrcnn_resnet50_fpn_v2": 43_712_278,
+    "fasterrcnn_mobilenet_v3_large_fpn": 19_386_354,
+    "fasterrcnn_mobilenet_v3_large_320_fpn": 19_386_354,
     "mobilenetv2_100": 3_504_872,
+    "mobilenetv3_large_100": 5_483_032,
+    "mobilenet_v3_small": 2_542_856,
     "efficientnet_b0": 5_288_548,
     "efficientnet_lite0": 4_652_008,
     "regnetx_002": 2_684_792,
@@ -339,10 +397,18 @@ COUNTS = {
     "swinv2_large_window12_192": 196_739_932,
     "swinv2_large_window12to16_192to256": 196_739_932,
     "swinv2_large_window12to24_192to384": 196_739_932,
+    "nanodet_g": 3_792_885,
+    "yolox_nano": 914_304,
+    "yolox_tiny": 5_059_056,
+    "yolox_s": 8_972_512,
+    "yolox_m": 25_332_864,
+    "yolox_l": 54_217_376,
+    "yolox_x": 99_082_048,
 }
 FIRST_OF_FAMILY = {find_variant(name)[0]: name for name in reversed(COUNTS)}
 
 
+@pytest.mark.long(but=("ti/16", "resnet18", "beit_base_patch16_224"))
 @pytest.mark.parametrize(
     "name",
     [
@@ -355,11 +421,12 @@ def test_parameter_counts(name):
     arguments = {"image_size": (224, 224), **arguments}
     if "image_size" not in FAMILIES[family].arguments:
         del arguments["image_size"]
-    classes = 1000 if family in CLASSIFIERS else 91
+    classes = 1000 if family in CLASSIFIERS else 91 - (family == "faster_rcnn")  # one is none
     model = build_model(family, num_classes=classes, **arguments)
     params = flatten(abstract(model, arguments.get("image_size", (64, 64)))["params"])
     count = sum(leaf.size for leaf in params.values())
-    if family == "detr":  # the original's BatchNorms have no parameters
+    # The norms of these have no parameters.
+    if family == "detr" or (family == "faster_rcnn" and not name.endswith("v2")):
         count -= sum(x.size for path, x in params.items() if "/bn" in path or "_bn/" in path)
     if family == "swin" and model.version == 2:  # the key's bias, which timm hasn't
         count -= sum(n * model.width * 2**stage for stage, n in enumerate(model.depths))
@@ -379,7 +446,9 @@ def test_layers_cover_every_parameter_in_order(family, form):
     assert set(layers.values()) <= set(range(model.num_layers))
     assert layers[model.stem] == 0
     head = "head" if family in CLASSIFIERS else "class_head"
-    assert layers[f"{head}/kernel"] == layers[f"{head}/bias"] == model.num_layers - 1
+    heads = [layer for path, layer in layers.items() if re.match(rf"(head_\d/)?{head}/", path)]
+    assert len(heads) >= 2
+    assert set(heads) == {model.num_layers - 1}
     blocks = {}  # one layer each, deeper ones later
     for path, layer in layers.items():
         if found := re.match(r"(backbone/)?(stage_(\d+)/)?block_(\d+)/(?!downsample)", path):
@@ -405,15 +474,19 @@ def test_features_and_strides(family, form, whole):
         arguments["image_size"] = size
     model = build(family, form, **arguments)
     images = jnp.zeros((2, *size, model.in_channels))
+    if family in ("nanodet", "yolox") and not whole:
+        with pytest.raises(UserError, match=r"70 x 50 pixels: .* takes multiples of 32"):
+            abstract(model, size)
+        return
     result, features = jax.eval_shape(
         lambda key: model.init_with_output(key, images, return_features=True)[0], jax.random.key(0)
     )
     pyramid = [name for name, _ in model.pyramid]
     heads = ("head", "head_dist") if form == "distilled" else ()
-    assert set(features) == {*pyramid, *case.features, *heads}
+    assert set(features) == {*pyramid, *case.form_features.get(form, case.features), *heads}
     assert all(len(x) == 2 for x in features.values())
     outputs = outputs_of(result)
-    classes = model.num_classes + (family == "detr")  # and none of them
+    classes = model.num_classes + (family in ("detr", "faster_rcnn"))  # and none of them
     assert outputs["logits"].shape[-1] == classes
     for name, stride in model.pyramid:
         if whole or family == "rf_detr":
@@ -446,17 +519,8 @@ def trained(family, form="plain", **schedule):
     return outputs, flatten(gradients), flatten(new)
 
 
-# The others compile for seconds.
-QUICK_FORMS = [(family, "plain") for family in ("vit", "resnet", "convnext")]
-
-
-@pytest.mark.parametrize(
-    ("family", "form"),
-    [
-        pytest.param(*case, marks=[] if case in QUICK_FORMS else pytest.mark.long)
-        for case in EVERY_FORM
-    ],
-)
+@pytest.mark.long(but=("vit-plain", "resnet-plain"))  # the others compile for seconds
+@pytest.mark.parametrize(("family", "form"), EVERY_FORM)
 def test_gradients_are_finite_and_not_zero(family, form):
     outputs, gradients, _ = trained(family, form)
     assert all(np.isfinite(x).all() for x in outputs.values())
@@ -473,7 +537,7 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.long(but=["vit-remat", "vit-scan", "resnet-remat"])
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "schedule"),
     [pytest.param(*case, id="-".join([case[0], *case[1]])) for case in SCHEDULES],
@@ -482,13 +546,14 @@ def test_remat_and_scan_change_nothing_but_the_schedule(family, schedule):
     """The same outputs, gradients and statistics, each of these updated once."""
     outputs, gradients, statistics = trained(family)
     again, gradients_again, statistics_again = trained(family, **schedule)
-    check_near(again, outputs, 1e-6)
+    rounding = CASES[family].rounding
+    check_near(again, outputs, 1e-6 * rounding)
     assert gradients_again.keys() == gradients.keys()
     for path, gradient in gradients.items():
         if re.match(CASES[family].without_gradient, path):
             np.testing.assert_allclose(gradients_again[path], gradient, atol=1e-4, err_msg=path)
         else:
-            assert relative(gradients_again[path], gradient) <= 1e-4, path
+            assert relative(gradients_again[path], gradient) <= 1e-4 * rounding, path
     if "freeze_norm" in FAMILIES[family].arguments:
         frozen = build(family).freeze_norm
         counts = {int(x) for path, x in statistics.items() if path.endswith("count")}
@@ -497,9 +562,10 @@ def test_remat_and_scan_change_nothing_but_the_schedule(family, schedule):
         {path: x for path, x in tree.items() if not path.endswith("count")}
         for tree in (statistics, statistics_again)
     )
-    check_near(moved_again, moved, 1e-5)
+    check_near(moved_again, moved, 1e-5 * rounding)
 
 
+@pytest.mark.long(but=("resnet",))
 @pytest.mark.parametrize("family", having("freeze_norm"))
 def test_frozen_norms_train_as_they_evaluate(family):
     model, size = build(family, freeze_norm=True), CASES[family].size
@@ -510,7 +576,7 @@ def test_frozen_norms_train_as_they_evaluate(family):
     jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
 
 
-@DETECTORS_LONG
+@pytest.mark.long
 @pytest.mark.parametrize("family", having("dropout", "drop_path"))
 def test_rates_act_in_training_only_and_by_the_key(family):
     """With recomputation too, which draws the same."""
@@ -537,7 +603,7 @@ def test_rates_act_in_training_only_and_by_the_key(family):
     assert train._cache_size() == 2
 
 
-@pytest.mark.long(but=["vit", "resnet"])
+@pytest.mark.long(but=("vit",))
 @pytest.mark.parametrize("family", CASES)
 def test_bfloat16_stays_near_float32_and_its_head_is_float32(family):
     half, size = build(family, dtype=jnp.bfloat16), CASES[family].size
@@ -549,7 +615,8 @@ def test_bfloat16_stays_near_float32_and_its_head_is_float32(family):
     for train in (False, True):
         train_or_not = functools.partial(apply, train=train, mutable=["batch_stats"])
         (result, features), _ = jax.eval_shape(train_or_not, variables, images)
-        assert {x.dtype for x in outputs_of(result).values()} == {jnp.dtype("float32")}
+        dtypes = {x.dtype for x in outputs_of(result).values()}
+        assert {x for x in dtypes if jnp.issubdtype(x, jnp.floating)} == {jnp.dtype("float32")}
         assert {x.dtype for x in features.values()} >= {jnp.dtype("bfloat16")}
     if family in CLASSIFIERS:
         logits = jax.jit(half.apply)(variables, images)
@@ -560,6 +627,7 @@ def test_bfloat16_stays_near_float32_and_its_head_is_float32(family):
 # Inputs and heads --------------------------------------------------------------------------------
 
 
+@pytest.mark.long(but=("resnet",))
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_no_head_and_other_channels(family):
     size, channels = CASES[family].size, {"in_channels": 5, "mean": (0.5,) * 5, "std": (0.5,) * 5}
@@ -574,7 +642,7 @@ def test_no_head_and_other_channels(family):
     assert relative(pooled, features["pooled"]) <= 1e-6
 
 
-@DETECTORS_LONG
+@pytest.mark.long(but=("resnet",))
 @pytest.mark.parametrize("family", CASES)
 def test_normalization_is_inside(family):
     size = CASES[family].size
@@ -595,7 +663,7 @@ def test_an_image_of_another_size_is_refused(family):
         abstract(build(family), (width, height))
 
 
-@DETECTORS_LONG
+@pytest.mark.long(but=("resnet",))
 @pytest.mark.parametrize("family", CASES)
 def test_adapters_fit_every_kernel(family):
     """At first they change nothing; then they say what merged weights say."""

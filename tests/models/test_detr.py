@@ -71,6 +71,7 @@ def difference(ours, theirs):
     return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
 
+@pytest.mark.long(but=("basic", "grid_queries", "dc5"))
 @pytest.mark.parametrize("form", FORMS)
 def test_predictions_and_tokens(form):
     model, images = small(**FORMS[form]), jnp.zeros((2, 70, 50, 3))
@@ -105,7 +106,7 @@ def on_canvases(form, dtype, canvases):
     return [(outputs, {name: maps[name] for name in results[1][1]}) for outputs, maps in results]
 
 
-@pytest.mark.long(but=["bottleneck"])
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_computed_of_an_image_does_not_depend_on_its_canvas(form):
     """Up to the order of sums: of other lengths in attention, and as the CPU's products block.
@@ -126,6 +127,7 @@ def test_what_is_computed_of_an_image_does_not_depend_on_its_canvas(form):
             np.testing.assert_array_equal(padded_maps[name], maps[name])
 
 
+@pytest.mark.long
 def test_what_is_computed_of_an_image_does_not_depend_on_its_batch():
     """Bit-identical: neither the padding's content nor other images, one all padding, matter."""
     model = small(**SHORT)
@@ -153,6 +155,7 @@ def test_the_references_way_lets_padding_in():
     jax.tree.map(np.testing.assert_array_equal, again, padded)
 
 
+@pytest.mark.long
 def test_gradients_are_finite_where_there_is_nothing_but_padding():
     images, mask = on_canvas(random_images((40, 64), 3), (64, 96))
     mask = mask.at[2].set(False)
@@ -167,6 +170,7 @@ def test_gradients_are_finite_where_there_is_nothing_but_padding():
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())
 
 
+@pytest.mark.long
 def test_one_compile_for_all_masks_of_a_canvas():
     model = small(**SHORT)
     variables = random_variables(model)
@@ -192,6 +196,7 @@ def test_sine_positions_count_the_valid_cells():
                 np.testing.assert_allclose(found[image, row, column], expected, atol=2e-6)
 
 
+@pytest.mark.long
 def test_grid_queries_need_no_other_parameters():
     assert flatten(abstract(small(grid_queries=True))) == flatten(abstract(small()))
 
@@ -227,6 +232,7 @@ def test_grid_queries_look_near_their_boxes():
         np.testing.assert_allclose(found[b, head, query, 5 * row + column], expected, rtol=2e-5)
 
 
+@pytest.mark.long
 def test_grid_queries_move_boxes_from_layer_to_layer():
     """Each layer's box is its own move from the last one's, through which no gradient flows."""
     model = small(grid_queries=True)

@@ -117,6 +117,7 @@ class Net(nn.Module):
         return BatchNorm(name="second")(x, train)
 
 
+@pytest.mark.long
 def test_a_batch_over_4_devices_is_normalized_as_on_one():
     """Each device's two images have another mean, which norms that don't synchronize would show."""
     net = Net()

@@ -63,6 +63,7 @@ def difference(ours, theirs):
     return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [
@@ -91,6 +92,7 @@ def test_predictions_of_the_variants(name):
         }
 
 
+@pytest.mark.long
 def test_layers_decay_over_the_backbone_alone():
     """rfdetr's exponents with 12 blocks: embeddings 14, block i 13 - i, everything else 0."""
     model = RfDetr(num_classes=91, **variant("rf_detr_nano"))

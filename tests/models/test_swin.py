@@ -106,6 +106,7 @@ def test_the_mask_parts_what_the_shift_brought_together():
     np.testing.assert_array_equal(mask, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("library", "version"),
     [
@@ -152,6 +153,7 @@ def test_features_and_gradients_at_any_size(library, version):
             assert not np.asarray(gradient).reshape(3, -1)[1].any()
 
 
+@pytest.mark.long
 def test_adapters_on_parts_of_the_second_versions_attention():
     model = small(version=2)
     params, images = random_params(model), random_images(model)

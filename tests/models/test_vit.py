@@ -53,6 +53,7 @@ def relative(ours, theirs):
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
+@pytest.mark.long(but=("transformers_clip",))
 @pytest.mark.parametrize(
     "name", sorted(path.parent.name for path in GOLDEN.glob("*/model.safetensors"))
 )
@@ -72,6 +73,7 @@ def test_blocks_and_logits_equal_the_golden_outputs(name):
     assert relative(logits, golden["logits"]) <= 1e-5
 
 
+@pytest.mark.long(but=("size1",))
 @pytest.mark.parametrize("size", [(4, 20), (15, 11)])
 def test_any_image_size(size):
     model = small(image_size=size)
@@ -87,6 +89,7 @@ def test_any_image_size(size):
     np.testing.assert_array_equal(logits, cut)
 
 
+@pytest.mark.long
 def test_randomness_in_training_is_a_function_of_the_key_under_scan():
     model = small(scan=True, drop_path=0.5, dropout=0.3)
     params, images = random_params(model), random_images(model, count=16)
@@ -129,6 +132,7 @@ def test_unknown_variants_name_the_known(variant):
         variant_arguments(variant)
 
 
+@pytest.mark.long(but=("vit_tiny_patch16_224", "deit_base_distilled_patch16_224"))
 @pytest.mark.parametrize("name", VARIANTS)
 def test_timms_names_are_variants(name):
     family, arguments = find_variant(f"{name}.some_tag")

@@ -123,12 +123,14 @@ def test_rand_augment_applies_one_operation_of_its_table_to_each_image(rng):
     assert_explained(images, augmented, {name: table[[13]] for name, table in strengths.items()})
 
 
+@pytest.mark.long
 def test_trivial_augment_applies_one_operation_at_any_strength_to_each_image(rng):
     images = random_images(rng, 400, 6, 6)
     augmented = jax.jit(augment.trivial_augment)(random_key(rng), images)
     assert_explained(images, augmented, augment.trivial_augment_strengths())
 
 
+@pytest.mark.long
 def test_more_operations_change_more_and_none_changes_nothing(rng):
     images = random_images(rng, 64, 16, 16)
     key = random_key(rng)
@@ -211,6 +213,7 @@ def test_both_off_is_the_input_itself(rng):
     assert result[1] is TARGETS
 
 
+@pytest.mark.long
 def test_mixup_blends_images_and_targets_by_one_beta_share(rng):
     alpha = rng.uniform(0.2, 1.5)
     images, targets = mix_many(rng, 3000, BLACK_WHITE, TARGETS, mixup_alpha=alpha, cutmix_alpha=0.0)
@@ -222,6 +225,7 @@ def test_mixup_blends_images_and_targets_by_one_beta_share(rng):
     assert share.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)
 
 
+@pytest.mark.long
 def test_partner_is_the_mirrored_example(rng):
     images, targets = random_images(rng, 5, 4, 4), jnp.eye(5)
     (mixed,), (mixed_targets,) = mix_many(
@@ -256,6 +260,7 @@ def test_cutmix_pastes_a_clipped_box_and_corrects_the_targets(rng):
     np.testing.assert_array_equal(pasted, pasted.any(2)[:, :, None] & pasted.any(1)[:, None, :])
 
 
+@pytest.mark.long
 def test_switch_and_probability_choose_per_batch(rng):
     images, targets = mix_many(
         rng,

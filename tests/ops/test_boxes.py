@@ -1,7 +1,5 @@
 """Boxes against their formulas written out in numpy, and at the degenerate ones."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +11,6 @@ from vision_jax.ops import boxes
 def random_xyxy(rng: np.random.Generator, *shape: int) -> np.ndarray:
     corners = rng.uniform(-2, 10, (*shape, 2, 2))
     return np.concatenate([corners.min(-2), corners.max(-2)], axis=-1)
-
-
-def test_doctests():
-    assert doctest.testmod(boxes).failed == 0
 
 
 def test_conversions_are_each_others_inverse(rng):

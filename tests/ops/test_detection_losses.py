@@ -121,6 +121,7 @@ def reference(name: str, logits, boxes, label, target_boxes, target_mask, mask):
     return total, terms | {"loss_aux": total - last}
 
 
+@pytest.mark.long(but=("detr",))
 @pytest.mark.parametrize("name", LOSSES)
 def test_terms_are_those_of_the_loop(name, rng):
     for _ in range(5):
@@ -133,6 +134,7 @@ def test_terms_are_those_of_the_loop(name, rng):
         assert all(np.isfinite(x).all() for x in gradients)
 
 
+@pytest.mark.long(but=("detr",))
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_is_masked_counts_nothing(name, rng):
     problem = make_problem(rng, name)
@@ -189,7 +191,7 @@ def test_metrics_of_the_last_layer(name, rng):
     assert float(metrics["cardinality_error"]) == pytest.approx(1 / EXAMPLES)
 
 
-@pytest.mark.long(but=["detr"])
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["detr", "ia_bce"])
 def test_one_device_and_eight_give_the_same_without_gathering_the_costs(name, rng):
     problem = make_problem(rng, name)
@@ -232,6 +234,7 @@ def test_proposals_are_one_layer_more_and_not_the_last(rng):
     assert metrics["loss_ce"] == pytest.approx(float(same["loss_ce"]), rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_mean_over_micro_batches_is_the_whole_batch(name, size, rng):
@@ -291,6 +294,7 @@ def test_extreme_predictions_have_finite_losses_and_gradients(name, rng):
     assert all(np.isfinite(x).all() for x in gradients)
 
 
+@pytest.mark.long
 def test_half_precision_predictions_are_scored_in_float32(rng):
     problem = make_problem(rng, "detr")
     halves = [jnp.asarray(x, jnp.bfloat16) for x in problem[:2]]

@@ -1,13 +1,15 @@
 """Scored boxes against loops in numpy; transformers' own: tests/parity."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from vision_jax.ops import detection_outputs
-from vision_jax.ops.detection_outputs import sigmoid_detections, softmax_detections
+from vision_jax.ops.detection_outputs import (
+    pair_detections,
+    sigmoid_detections,
+    softmax_detections,
+)
 
 SIZE = np.array([[480, 640], [300, 200]], np.int32)
 
@@ -21,10 +23,6 @@ def _corners(box: np.ndarray, size: np.ndarray) -> list[float]:
     x, y, w, h = box
     height, width = size
     return [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height]
-
-
-def test_doctests() -> None:
-    assert doctest.testmod(detection_outputs).failed == 0
 
 
 def test_softmax_never_gives_no_object() -> None:
@@ -41,6 +39,7 @@ def test_softmax_never_gives_no_object() -> None:
         np.testing.assert_allclose(found["boxes_xyxy_px"][b, q], expected, atol=1e-4)
 
 
+@pytest.mark.long
 def test_sigmoid_takes_the_best_pairs() -> None:
     logits, boxes = _outputs(3)
     logits[0, 2] = [5, 6, -9]  # one query with two classes
@@ -57,6 +56,7 @@ def test_sigmoid_takes_the_best_pairs() -> None:
                 np.testing.assert_allclose(found["boxes_xyxy_px"][b, n], expected, atol=1e-4)
 
 
+@pytest.mark.long
 def test_half_precision_is_computed_in_float32() -> None:
     logits, boxes = (jnp.asarray(values, jnp.bfloat16) for values in _outputs(4))
     for function in (softmax_detections, sigmoid_detections):
@@ -65,3 +65,17 @@ def test_half_precision_is_computed_in_float32() -> None:
         for name, values in found.items():
             np.testing.assert_array_equal(values, expected[name])
             assert values.dtype == (jnp.int32 if name == "label" else jnp.float32)
+
+
+def test_pairs_of_cell_and_class_are_clipped_and_suppressed_within_a_class():
+    """A cell counts with each class; what a better box of the class covers is gone."""
+    logits = jnp.array([[[2.0, 1.0], [3.0, -9.0], [-9.0, -9.0]]])
+    boxes = jnp.array([[[0.5, 0.5, 1.2, 0.5], [0.5, 0.5, 1.0, 0.5], [0.1, 0.1, 0.1, 0.1]]])
+    found = pair_detections(logits, boxes, jnp.array([[100, 200]]), most=4)
+    there = np.asarray(found["score"][0]) > 0
+    assert there.tolist() == [True, True, False, False]
+    assert found["label"][0][there].tolist() == [0, 1]
+    np.testing.assert_allclose(found["score"][0][there], jax.nn.sigmoid(jnp.array([3.0, 1.0])))
+    # The second reaches over both sides of the image.
+    wanted = [[0.0, 25.0, 200.0, 75.0]] * 2
+    np.testing.assert_allclose(found["boxes_xyxy_px"][0][there], wanted, rtol=1e-6)

@@ -1,6 +1,5 @@
 """What must hold of the distillation losses whatever their formulas, and the stored form."""
 
-import doctest
 import functools
 from functools import partial
 
@@ -30,10 +29,6 @@ def random_boxes(rng, *shape: int):
     return low.reshape(1, 1, 4) + (high - low).reshape(1, 1, 4) * jax.nn.sigmoid(
         random(rng, *shape, 4)
     )
-
-
-def test_doctests():
-    assert doctest.testmod(distillation).failed == 0
 
 
 LOSSES = {
@@ -83,6 +78,7 @@ def test_zero_and_equal_features_have_finite_gradients(name, rng):
             assert np.isfinite(gradient).all()
 
 
+@pytest.mark.long
 def test_decoupled_with_the_teachers_own_weights_is_soft_logits(rng):
     logits, teacher, temperature = 3 * random(rng, 1, 7), 3 * random(rng, 1, 7), 2.0
     other = 1 - jax.nn.softmax(teacher / temperature)[0, LABEL[0]]
@@ -138,6 +134,7 @@ def test_shapes_that_do_not_go_together_are_refused(rng):
             jax.eval_shape(function, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
 
 
+@pytest.mark.long
 def test_sharded_batches_give_the_same_losses_and_gradients(rng):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -156,6 +153,7 @@ def test_sharded_batches_give_the_same_losses_and_gradients(rng):
         np.testing.assert_allclose(alone[1], together[1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.long
 def test_tokens_on_their_own_grid_keep_their_places(rng):
     tokens = random(rng, 2, 1 + 6, 4)
     grid = distillation.to_grid(tokens, (2, 3), grid=(2, 3), num_prefix=1)
@@ -167,6 +165,7 @@ def test_tokens_on_their_own_grid_keep_their_places(rng):
 # Detectors ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_order_of_queries_does_not_matter_and_equal_ones_lose_nothing(rng):
     loss = jax.jit(partial(distillation.detr_queries, most_queries=5))
     logits, boxes = 3 * random(rng, 2, 8, 4), random_boxes(rng, 2, 8)
@@ -180,6 +179,7 @@ def test_the_order_of_queries_does_not_matter_and_equal_ones_lose_nothing(rng):
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_queries_that_the_teacher_does_not_believe_in_weigh_nothing(rng):
     loss = jax.jit(partial(distillation.detr_queries, sigmoid=True, most_queries=2))
     teacher, boxes = random(rng, 2, 4, 3).at[:, 2:].set(-100.0), random_boxes(rng, 2, 4)
@@ -194,6 +194,7 @@ def test_queries_that_the_teacher_does_not_believe_in_weigh_nothing(rng):
 # Storage ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_best_classes_keep_their_probabilities_at_the_temperature(rng):
     logits, temperature = 2 * random(rng, 6, 20), 3.0
     top = distillation.compress_logits(logits, 5, temperature)

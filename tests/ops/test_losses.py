@@ -1,17 +1,11 @@
 """Losses against their formulas written out in numpy."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vision_jax.ops import losses
-
-
-def test_doctests():
-    assert doctest.testmod(losses).failed == 0
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -1,7 +1,5 @@
 """Matching against scipy's exact assignment, and on costs that no model should give."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +11,6 @@ from vision_jax.ops import matching
 
 match = jax.jit(matching.match)
 solve = jax.jit(jax.vmap(matching.solve))
-
-
-def test_doctests():
-    assert doctest.testmod(matching).failed == 0
 
 
 def random_problems(
@@ -115,6 +109,7 @@ def test_more_targets_than_queries_raise_before_anything_runs():
         jax.eval_shape(match, jnp.zeros((2, 5, 4)), jnp.zeros((2, 5), bool))
 
 
+@pytest.mark.long
 def test_a_loss_over_matched_costs_has_the_gradient_of_the_costs_alone(rng):
     cost = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
 

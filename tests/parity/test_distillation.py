@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from timm.task.token_distillation import TokenDistillationTask
 from torch import nn
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from vision_jax.ops import distillation
 
@@ -358,3 +358,138 @@ def test_detr_queries(queries, teacher_queries, most, sigmoid, rng):
             random_boxes(rng, EXAMPLES, teacher_queries),
         ],
     )
+
+
+# A YOLOX student ----------------------------------------------------------------------------------
+
+CANVAS, STRIDES = (32, 64), (8, 16, 32)
+
+
+def places() -> tuple[torch.Tensor, torch.Tensor]:
+    """Column and row of each cell [A, 2], and its stride [A, 1]."""
+    found = [
+        (column, row, stride)
+        for stride in STRIDES
+        for row in range(CANVAS[0] // stride)
+        for column in range(CANVAS[1] // stride)
+    ]
+    table = torch.tensor(found, dtype=torch.float64)
+    return table[:, :2], table[:, 2:]
+
+
+def decoded(deltas: torch.Tensor) -> torch.Tensor:
+    """Corners [..., A, 4]."""
+    cells, stride = places()
+    center, sides = (deltas[..., :2] + cells) * stride, deltas[..., 2:].exp() * stride
+    return torch.cat([center - sides / 2, center + sides / 2], -1)
+
+
+def simota(logits, objects, boxes, label, targets) -> dict[int, int]:
+    """The target of each cell that has one, of one image; boxes and targets are corners."""
+    cells, stride = places()
+    centers = (cells + 0.5) * stride
+    middle = (targets[:, :2] + targets[:, 2:]) / 2
+    near = (centers[None] - middle[:, None]).abs().amax(-1) < 1.5 * stride[:, 0]
+    part = near.any(0)
+    iou = torch.where(part, box_iou(targets, boxes), 0)
+    chance = (logits.sigmoid() * objects.sigmoid()[:, None]).sqrt()
+    cost = torch.full(iou.shape, torch.inf, dtype=torch.float64)
+    for t in range(len(targets)):
+        wanted = F.one_hot(label[t], CLASSES).to(chance).expand_as(chance)
+        bce = F.binary_cross_entropy(chance, wanted, reduction="none").sum(-1)
+        far = torch.where(near[t], 0, 1e6)
+        cost[t, part] = (bce - 3 * (iou[t] + 1e-8).log() + far)[part]
+    claims: dict[int, list[int]] = {}
+    for t in range(len(targets)):
+        count = max(int(iou[t].topk(10).values.sum()), 1)
+        for cell in cost[t].topk(count, largest=False).indices.tolist():
+            claims.setdefault(cell, []).append(t)
+    return {
+        cell: owners[0] if len(owners) == 1 else int(cost[:, cell].argmin())
+        for cell, owners in claims.items()
+        if cost[owners, cell].min() < torch.inf
+    }
+
+
+def cells_of(rng: np.random.Generator) -> list[np.ndarray]:
+    """Logits, object logits and deltas of a random YOLOX; boxes of some 16 pixels."""
+    count = len(places()[0])
+    deltas = 0.3 * rng.normal(size=(EXAMPLES, count, 4))
+    deltas[..., 2:] += np.log(16 / places()[1].numpy())
+    deltas[..., :2] += 0.5
+    return [random(rng, EXAMPLES, count, CLASSES), random(rng, EXAMPLES, count), deltas]
+
+
+def test_yolox_detections(rng):
+    """Of boxes some are too unsure, some have no area, and an image may have none."""
+    corner = rng.uniform([0, 0], [44, 16], (EXAMPLES, 5, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(8, 20, (EXAMPLES, 5, 2))], -1)
+    boxes[0, 1, 2:] = boxes[0, 1, :2]
+    score = rng.uniform(0.3, 1, (EXAMPLES, 5))
+    score[:, 3], score[1] = 0.2, 0
+    label = rng.integers(0, CLASSES, (EXAMPLES, 5))
+
+    def function(logits, objects, deltas, score, boxes):
+        return distillation.yolox_detections(
+            logits,
+            objects,
+            deltas,
+            score,
+            jnp.asarray(label),
+            boxes,
+            jnp.ones(EXAMPLES, bool),
+            canvas=CANVAS,
+            strides=STRIDES,
+            least_score=0.25,
+        )
+
+    def reference(logits, objects, deltas, score, boxes):
+        total, cells = torch.zeros((), dtype=torch.float64), 0
+        for image in range(EXAMPLES):
+            area = (boxes[image, :, 2:] > boxes[image, :, :2]).all(-1)
+            kept = [t for t in range(5) if score[image, t] >= 0.25 and area[t]]
+            own, sure = decoded(deltas[image]), torch.zeros(objects.shape[1], dtype=torch.float64)
+            classes, targets = torch.tensor(label[image, kept]), boxes[image, kept]
+            with torch.no_grad():
+                given = (logits[image], objects[image], own, classes, targets)
+                owner = simota(*given) if kept else {}
+            cells += len(owner)
+            for cell, t in owner.items():
+                sure[cell] = weight = score[image, kept[t]].item()
+                iou = box_iou(own[cell][None], targets[t][None])[0, 0]
+                wanted = torch.zeros(CLASSES, dtype=torch.float64)
+                wanted[classes[t]] = iou.detach()
+                bce = F.binary_cross_entropy_with_logits(
+                    logits[image, cell], wanted, reduction="sum"
+                )
+                total = total + weight * (5 * (1 - iou**2) + bce)
+            total = total + F.binary_cross_entropy_with_logits(
+                objects[image], sure, reduction="sum"
+            )
+        assert cells > 2 * EXAMPLES
+        return total / EXAMPLES
+
+    check(function, reference, cells_of(rng), [score, boxes])
+
+
+@pytest.mark.long
+def test_yolox_cells(rng):
+    def function(*arrays):
+        return distillation.yolox_cells(
+            *arrays, jnp.ones(EXAMPLES, bool), canvas=CANVAS, strides=STRIDES, temperature=2.0
+        )
+
+    def reference(logits, objects, deltas, *teacher):
+        teacher_logits, teacher_objects, teacher_deltas = teacher
+
+        def divergence(said, told):
+            bernoulli = (torch.distributions.Bernoulli(logits=x / 2) for x in (told, said))
+            return 4 * torch.distributions.kl_divergence(*bernoulli)
+
+        own, theirs = (decoded(x).reshape(-1, 4) for x in (deltas, teacher_deltas))
+        iou = box_iou(own, theirs).diagonal().reshape(objects.shape)
+        weighted = divergence(logits, teacher_logits).sum(-1) + 5 * (1 - iou**2)
+        losses = divergence(objects, teacher_objects) + teacher_objects.sigmoid() * weighted
+        return losses.sum() / EXAMPLES
+
+    check(function, reference, cells_of(rng), cells_of(rng))

@@ -49,6 +49,7 @@ def linear(seen):
     return Objective(prepare, forward, criterion)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_the_criterion_itself_is_raised_in_evaluation_mode(warmup):
     seen = []
@@ -61,7 +62,7 @@ def test_the_criterion_itself_is_raised_in_evaluation_mode(warmup):
     assert set(seen) == {False}
 
 
-@pytest.mark.long(but=["linf"])
+@pytest.mark.long
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_image_is_attacked_the_same_in_any_batch(norm):
     """One step of little length: what is left is mostly the random start."""
@@ -80,6 +81,7 @@ def test_an_image_is_attacked_the_same_in_any_batch(norm):
     assert (moved > 0.02).all()
 
 
+@pytest.mark.long
 def test_free_perturbations_begin_in_the_ball_and_stay_there():
     sizes = {"linf": np.max, "l2": lambda x, axes: np.sqrt((x**2).sum(axes))}
     uphill = jnp.broadcast_to(SLOPES, IMAGES.shape)
@@ -107,7 +109,7 @@ GRID = {
 }
 
 
-@pytest.mark.long(but=["adapters"])
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["adapters", "everything"])
 def test_an_attack_costs_its_passes_and_no_parameter_gradient_or_memory(what):
     """Per step of the attack: a forward pass and the input's gradient."""
@@ -150,7 +152,7 @@ def test_one_compile_over_50_steps_and_frozen_leaves_bit_identical(method):
     assert after == before
 
 
-@pytest.mark.long(but=["pgd"])
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["pgd", "trades", "free"])
 def test_one_device_and_eight_give_the_same_numbers(method):
     losses = []
@@ -168,6 +170,7 @@ def test_one_device_and_eight_give_the_same_numbers(method):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
+@pytest.mark.long
 def test_adapters_are_attacked_as_the_merged_model():
     prepared = runs.Prepared(recipes=ON)
     rng = np.random.default_rng(0)

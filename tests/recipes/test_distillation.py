@@ -1,5 +1,6 @@
 """Distillation: what teachers see and say, what a student makes of it, how a run lives with it."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -10,20 +11,26 @@ import detection_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import runs
 
-from vision_jax import convert, cost, train
+from vision_jax import convert, cost, steps, train
 from vision_jax.commands import cache_teacher
+from vision_jax.config import load_config
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.models.families import make_apply
 from vision_jax.objective import Objective, make_loss
 from vision_jax.ops import distillation as ops
+from vision_jax.ops.detection_outputs import POSTPROCESS
+from vision_jax.ops.simota import yolox_loss
 from vision_jax.recipes.adversarial import objective as adversarial
 from vision_jax.recipes.adversarial.objective import ThreatModel
 from vision_jax.recipes.distillation import objective as distillation
 from vision_jax.recipes.distillation.recipe import Distill
+from vision_jax.run import prepare as preparation
+from vision_jax.tasks.detection import task as detect
 from vision_jax.tasks.detection.objective import pixel_mask
 from vision_jax.trees import paths
 
@@ -91,6 +98,7 @@ def taught(goal: Objective, share: float = 0.3) -> Objective:
     )
 
 
+@pytest.mark.long
 def test_the_loss_is_shared_between_labels_and_teacher_and_the_teacher_learns_nothing():
     loss = make_loss(taught(linear()))
 
@@ -109,6 +117,7 @@ def test_the_loss_is_shared_between_labels_and_teacher_and_the_teacher_learns_no
     assert not theirs["teacher_0/kernel"].any()
 
 
+@pytest.mark.long
 def test_an_attack_is_against_what_the_teacher_says_of_the_plain_image():
     """Robust distillation: one step along the gradient of the whole criterion, teacher held."""
     goal = adversarial.on_adversarial_examples(
@@ -146,12 +155,13 @@ def test_several_teachers_are_averaged_at_the_temperature(rng):
 # A run --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_teacher_is_asked_at_its_own_size_with_its_own_normalization(resnet):
     prepared = runs.Prepared(recipes=ON, trainable=".*", distill__teachers=resnet)
     assert prepared.batch["image"].shape == (8, 24, 24, 3)  # the larger of both
     [teacher] = prepared.run.recipes[-1].teachers
     ask = jax.jit(teacher.make_forward(("stage_1",)))
-    images = prepared.batch["image"] / jnp.float32(255)
+    images = prepared.batch["image"].astype(jnp.float32) / 255
     said = ask(prepared.frozen, {}, {"image": images})
     variables = {
         name: paths.unflatten(
@@ -193,7 +203,7 @@ def test_features_are_matched_through_learned_projections(vit, monkeypatch):
         trainable, prepared.frozen, {}, {**prepared.batch, "step": 0}, jax.random.key(0)
     )
     [teacher] = prepared.run.recipes[-1].teachers
-    view = {"image": prepared.batch["image"] / jnp.float32(255)}
+    view = {"image": prepared.batch["image"].astype(jnp.float32) / 255}
     told = teacher.make_forward(("block_0", "block_1", "embed", "pooled", "block_1/attention"))(
         prepared.frozen, {}, view
     )["features"]
@@ -238,7 +248,7 @@ def test_the_moving_average_teaches():
         current = {k: np.array(v) for k, v in state.trainable.items()}
         state, metrics = prepared.step(state, prepared.frozen, prepared.batch)
         seen.append(float(metrics["taught_soft"]))
-    images = prepared.batch["image"] / jnp.float32(255)
+    images = prepared.batch["image"].astype(jnp.float32) / 255
     frozen = prepared.frozen
     said, own = (
         prepared.apply(prepared.plan.assemble({**x, **frozen}), {}, images, train=False, keys={})[0]
@@ -260,6 +270,7 @@ def test_the_moving_average_teaches_with_its_own_statistics():
     assert said["logits"] == ({"w": 1}, {"base": 3}, {"norm": {"mean": 2}})
 
 
+@pytest.mark.long
 def test_the_distillation_token_learns_of_the_teacher_and_the_other_of_labels(vit):
     arguments = "(('width', 32), ('depth', 1), ('num_heads', 2), ('mlp_width', 64), "
     arguments += "('patch_size', 8), ('distillation_token', True), ('position_prefix', 2))"
@@ -418,7 +429,7 @@ def test_cached_teacher_outputs_cost_nothing(vit):
         ({"distill__teachers": "()"}, "set config.distill.teachers"),
         ({"distill__teachers": "ema"}, "set config.optim.ema_decay"),
         ({"distill__logits": "none"}, "nothing to learn from"),
-        ({"distill__logits": "queries"}, "for classification it is soft"),
+        ({"distill__logits": "queries"}, "a vit, it is soft, hard, decoupled or none"),
         ({"distill__logits": "decoupled", "augment__mixup": 0.2}, "sets the one true class apart"),
         ({"distill__token": True}, "no distillation token"),
         ({"distill__teacher_weights": "(1.0, 2.0)"}, "2 for 1 teachers"),
@@ -474,3 +485,281 @@ def test_a_detector_learns_from_the_queries_of_another(family, tmp_path):
         sigmoid=family == "rf_detr",
     )
     np.testing.assert_allclose(loss, expected.mean(), rtol=1e-4)
+
+
+# A YOLOX student ----------------------------------------------------------------------------------
+
+OTHERS = {
+    "detr": detection_runs.ARGUMENTS,
+    "rf_detr": detection_runs.RF_DETR["model__arguments"],
+    "faster_rcnn": detection_runs.FASTER_RCNN["model__arguments"],
+    "yolox": (("csp_depth", 1), ("width", 16)),
+}
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """family -> the file of a random detector of eight classes."""
+    folder = tmp_path_factory.mktemp("detectors")
+
+    @functools.cache
+    def write(family):
+        path = folder / f"{family}.safetensors"
+        return detection_runs.write_detector(path, 8, family, OTHERS[family])
+
+    return write
+
+
+def taught_config(teacher, **more):
+    fields = {
+        **detection_runs.YOLOX,
+        "recipes": ON,
+        "distill__teachers": f"('{teacher}',)",
+        "distill__logits": "detections",
+        "distill__least_score": 0.0,
+        **more,
+    }
+    path = runs.ROOT / "configs/yolox_finetune.py"
+    return load_config(str(path), detection_runs.overrides(**fields))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("detr", "detections"),
+        ("rf_detr", "detections"),
+        ("faster_rcnn", "detections"),
+        ("yolox", "detections"),
+        ("yolox", "cells"),
+    ],
+)
+def test_a_yolox_learns_from_any_detector(family, kind, detector):
+    """The loss alone, against the operation on what both say of the same mosaics."""
+    config = taught_config(detector(family), distill__logits=kind, distill__weight=1.0)
+    prepared = runs.Prepared(config=config)
+    [teacher] = prepared.run.recipes[-1].teachers
+    batch = {**prepared.batch, "step": 0}
+    mask = pixel_mask(batch["size"], batch["image"].shape[1:3])
+    view = {"image": batch["image"] / 255, "pixel_mask": mask[..., None]}
+
+    @jax.jit
+    def answers(trainable, frozen, model_state, batch, view):
+        key = jax.random.key(0)
+        loss, (_, metrics) = prepared.loss_fn(trainable, frozen, model_state, batch, key)
+        told = teacher.make_forward(())(frozen, {}, view)
+        params = prepared.plan.assemble({**trainable, **frozen})
+        seen = (view["image"], view["pixel_mask"][..., 0])
+        said, _ = prepared.apply(params, model_state, *seen, train=True, keys={})
+        found = POSTPROCESS[teacher.predicts](told, batch["size"])
+        return loss, metrics, told, said, found
+
+    state = prepared.state
+    loss, metrics, told, said, found = answers(
+        state.trainable, prepared.frozen, state.model_state, batch, view
+    )
+    names = ("logits", "object_logits", "box_deltas")
+    student = [said[name] for name in names]
+    shapes = {"canvas": batch["image"].shape[1:3], "strides": (8, 16, 32)}
+    if kind == "cells":
+        expected = ops.yolox_cells(
+            *student, *(told[name] for name in names), batch["mask"], **shapes
+        )
+    else:
+        best = np.argsort(-found["score"], axis=1, kind="stable")[:, : config.data.max_boxes]
+        score, label = (np.take_along_axis(found[x], best, 1) for x in ("score", "label"))
+        assert (score[:, 0] > 0).all()
+        boxes = np.take_along_axis(np.asarray(found["boxes_xyxy_px"]), best[..., None], 1)
+        edges = np.tile(np.float32(batch["size"])[:, None, ::-1], 2)
+        expected = ops.yolox_detections(
+            *student,
+            score,
+            label,
+            jnp.asarray(np.clip(boxes, 0, edges), jnp.float32),
+            batch["mask"],
+            least_score=0,
+            **shapes,
+        )
+    expected = expected.sum() / jnp.maximum(metrics["foreground"], 1)
+    np.testing.assert_allclose(metrics[f"taught_{kind}"], expected, rtol=1e-4)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+@pytest.mark.long
+def test_a_yolox_goes_toward_a_teacher_that_finds_what_is_labeled(detector):
+    """Its loss is that of the labels, and falls, by one program."""
+    config = taught_config(
+        detector("detr"), data__mosaic=0.0, distill__weight=1.0, optim__lr=0.01, optim__name="adamw"
+    )
+    prepared = runs.Prepared(config=config)
+    batch, state, found = prepared.batch, prepared.state, []
+    sides = jnp.tile(batch["size"][:, None, ::-1], 2).astype(jnp.float32)
+    boxes = batch["boxes_cxcywh_01"]
+    corners = jnp.concatenate(
+        [boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], axis=-1
+    )
+    told = {
+        "teacher/score": batch["target_mask"].astype(jnp.float32),
+        "teacher/label": batch["label"],
+        "teacher/boxes_xyxy_px": corners * sides,
+    }
+    for _ in range(12):
+        state, metrics = prepared.step(state, prepared.frozen, {**batch, **told})
+        labels = 5 * metrics["loss_box"] + metrics["loss_object"] + metrics["loss_class"]
+        np.testing.assert_allclose(metrics["taught_detections"], labels, rtol=1e-3)
+        found.append(float(metrics["taught_detections"]))
+    assert found[-1] < 0.95 * found[0], found
+    assert prepared.step._cache_size() == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["detections", "cells"])
+def test_micro_batches_of_a_taught_yolox_add_up_to_their_batch(kind, rng):
+    """One update in 1 and 4 parts, in float64, whose images have 0 to 3 boxes."""
+    size, slots, cells = 8, 3, 42
+    counts = np.array([3, 0, 0, 1, 2, 3, 0, 2])
+    boxes = rng.uniform([20, 10, 12, 10], [44, 22, 32, 20], (size, slots, 4))
+    corners = rng.uniform([4, 2, 24, 16], [20, 10, 60, 30], (size, slots, 4))
+    batch = {
+        "image": np.zeros((size, 32, 64, 1)),
+        "label": rng.integers(0, 3, (size, slots)),
+        "boxes": boxes,
+        "target_mask": np.arange(slots)[None] < counts[:, None],
+        "mask": np.ones(size, bool),
+        "index": np.arange(size),
+    }
+    own, theirs = (
+        (
+            rng.normal(size=(size, cells, 3)),
+            rng.normal(size=(size, cells)),
+            0.5 * rng.normal(size=(size, cells, 4)),
+        )
+        for _ in range(2)
+    )
+    found = (rng.uniform(size=(size, slots)), rng.integers(0, 3, (size, slots)), corners)
+    names = distillation.CELLS if kind == "cells" else ("score", "label", "boxes_xyxy_px")
+    told = theirs if kind == "cells" else found
+    batch |= {f"teacher/{name}": array for name, array in zip(names, told, strict=True)}
+    settings = {"temperature": 2.0} if kind == "cells" else {"least_score": 0.1}
+    term = getattr(distillation, f"make_{kind}_term")(strides=(8, 16, 32), **settings)
+
+    def loss(outputs, view):
+        predicted = (outputs[name] for name in distillation.CELLS)
+        targets = (view[name] for name in ("label", "boxes", "target_mask", "mask"))
+        return yolox_loss(*predicted, *targets, canvas=(32, 64), strides=(8, 16, 32))
+
+    student = Objective(
+        prepare=lambda trainable, frozen, model_state, batch, key: dict(batch),
+        forward=lambda trainable, frozen, model_state, view, key, train: (
+            {name: trainable[name][view["index"]] for name in trainable},
+            model_state,
+        ),
+        criterion=lambda trainable, outputs, view: loss(outputs, view),
+        counted="foreground",
+    )
+    objective = distillation.distill(
+        student,
+        teacher_outputs=lambda *_: {},
+        terms={"taught": (0.7, term)},
+        share=0.4,
+        counted=["taught"],
+    )
+    results = []
+    with jax.enable_x64(True):
+        for parts in (1, 4):
+            tx = optax.sgd(1.0)
+            step = steps.make_train_step(
+                make_loss(objective),
+                tx,
+                seed=0,
+                schedule=lambda step: 1.0,
+                accumulate=parts,
+                counted="foreground",
+            )
+            trainable = {n: jnp.asarray(x) for n, x in zip(distillation.CELLS, own, strict=True)}
+            state = steps.make_state(trainable, {}, tx=tx, ema=False)
+            state, metrics = step(state, {}, jax.tree.map(jnp.asarray, batch))
+            results.append(jax.device_get((state.trainable, metrics)))
+    whole, split = results
+    assert whole[1]["foreground"] > 8
+    assert whole[1]["taught"] > 0
+    jax.tree.map(
+        lambda own, wanted: np.testing.assert_allclose(own, wanted, rtol=1e-10, atol=1e-12),
+        *(split, whole),
+    )
+
+
+@pytest.mark.long
+def test_a_taught_yolox_with_adapters_under_attack_resumes_and_reads_stored_boxes(
+    detector, tmp_path, monkeypatch
+):
+    """Bit-identical: a run that was stopped, and one that reads a Faster R-CNN's boxes."""
+    monkeypatch.setattr(train, "write_results", lambda *arguments, **keywords: None)
+    fields = {
+        "recipes": "('lora', 'distill', 'adversarial')",
+        "model__freeze_norm": True,
+        "trainable": ("head_./(class|box|object)_head/.*",),
+        "lora__rules": ("backbone/stage_.*conv/kernel",),
+        "lora__rank": 2,
+        "adversarial__steps": 1,
+        "data__shorts": (),
+        "total_steps": 4,
+        "evaluate__every": 2,
+        "checkpoint_every": 2,
+    }
+    teacher = detector("faster_rcnn")
+    live = taught_config(teacher, **fields)
+    stored = taught_config(teacher, **fields, distill__cache=tmp_path / "told")
+    assert detection_runs.check_resume(live, tmp_path) == [1, 1, 1]
+    assert cache_teacher.run(stored) == 0
+    assert train.run(stored, tmp_path / "stored") == 0
+    assert losses_of(tmp_path / "stored") == losses_of(tmp_path / "once")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["detections", "cells"])
+def test_the_average_of_a_yolox_teaches_in_micro_batches_under_attack(kind):
+    """Traced, not compiled: shapes and dtypes of all of it go together."""
+    config = taught_config(
+        "ema",
+        recipes="('distill', 'adversarial')",
+        distill__logits=kind,
+        optim__ema_decay=0.9,
+        optim__accumulate=2,
+        adversarial__steps=1,
+        batch_size=16,
+    )
+    run = preparation.prepare(config, detect.read_sources(config)[0].class_names)
+    frozen = run.parameters.abstract()[1]
+    step = run.make_train_step()
+    _, metrics = jax.eval_shape(step, run.abstract_state, frozen, run.abstract_batch())
+    assert metrics[f"taught_{kind}"].shape == ()
+
+
+def test_what_a_detector_does_not_teach_is_refused(detector, monkeypatch):
+    """In one line, before training."""
+    teacher, config = detector("detr"), taught_config(detector("detr"))
+    names = detect.read_sources(config)[0].class_names
+
+    def refused(message, names=names, **fields):
+        with pytest.raises(UserError, match=message):
+            preparation.prepare(taught_config(teacher, **fields), names).loss_fn  # noqa: B018
+
+    refused("a yolox, it is detections, cells or none", distill__logits="queries")
+    refused("does not predict what a yolox does: set it to detections", distill__logits="cells")
+    two = f"('{teacher}', '{teacher}')"
+    refused("detections of several detectors are not put together", distill__teachers=two)
+    average = {"distill__teachers": "('ema',)", "optim__ema_decay": 0.9}
+    refused("can't be stored", distill__cache="x", **average)
+    refused("are megabytes", distill__logits="cells", distill__cache="x")
+    refused("top_k is for classes of whole images", distill__top_k=2)
+    refused("knows 8 classes and the data has 7", names=names[:7])
+    monkeypatch.setattr(convert, "class_names_of", lambda weights: list(names[::-1]))
+    refused(f"has class 0 for {names[7]}, and the data 7")
+    monkeypatch.undo()
+    hint = "(('attention_transfer', 'stage_0', 'stage_0', 1.0),)"
+    parts = {"optim__accumulate": 2, "batch_size": 16}
+    refused("terms of config.distill.features don't", distill__features=hint, **parts)
+    rf_detr = {**detection_runs.RF_DETR, "distill__logits": "queries"}
+    refused("does not predict what a rf_detr does: set it to none", **rf_detr)
+    refused("a faster_rcnn, it is none, with", **detection_runs.FASTER_RCNN)

@@ -161,6 +161,7 @@ def assert_identical(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+@pytest.mark.long(but=("prune",))
 @pytest.mark.parametrize("make", [quantize, prune, flatten])
 def test_a_model_computes_with_it_what_it_computes_with_the_merged_kernels(make):
     """Dense layers, the patch embedding and, stacked, blocks in a scan."""
@@ -185,6 +186,7 @@ def test_a_model_computes_with_it_what_it_computes_with_the_merged_kernels(make)
         assert (relative_difference(ours, plain) > 1e-4) == (make is not flatten)
 
 
+@pytest.mark.long
 def test_convolutions(rng):
     with jax.enable_x64(True):
         x = jnp.asarray(rng.normal(size=(2, 7, 8, 4)))
@@ -224,7 +226,7 @@ def test_a_kernel_of_another_shape_is_refused_whatever_stands_in_for_it():
             jax.eval_shape(model.apply, {"params": params}, make_images())
 
 
-@pytest.mark.long(but=["dora"])
+@pytest.mark.long
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_adapters_over_it_have_the_gradients_that_they_have_over_the_merged_kernels(settings):
     with jax.enable_x64(True):
@@ -277,6 +279,7 @@ def test_what_trains_is_what_the_leaf_says_and_then_what_the_rules_say():
             trainable_paths(tree, [rule], field="trainable")
 
 
+@pytest.mark.long
 def test_a_step_leaves_what_is_fixed_bit_identical_and_keeps_no_state_for_it():
     model, images = make_vit(), make_images()
     params = put(quantize, make_params())

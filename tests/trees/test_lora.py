@@ -69,6 +69,7 @@ def relative_difference(actual, expected):
     return float(jnp.abs(actual - expected).max() / jnp.abs(expected).max())
 
 
+@pytest.mark.long(but=("settings2-float64",))
 @pytest.mark.parametrize(
     ("settings", "dtype"),
     [(settings, "float64") for settings in SETTINGS.values()]
@@ -187,6 +188,7 @@ def test_the_whole_tree_of_a_vit_with_adapters():
     }
 
 
+@pytest.mark.long
 def test_another_rule_leaves_other_adapters_alone(rng):
     params = make_params(rng, depth=2)
     few = paths.flatten(attach(params, ["block_0/.*"]))
@@ -198,6 +200,7 @@ def test_another_rule_leaves_other_adapters_alone(rng):
     assert (a0["mlp"]["fc1"]["kernel"].a != a1["mlp"]["fc1"]["kernel"].a).any()
 
 
+@pytest.mark.long
 def test_adapters_swap_over_one_base_bit_identical(rng):
     params = make_params(rng)
     first, second = (
@@ -216,6 +219,7 @@ def assert_identical(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+@pytest.mark.long
 def test_unmerge_undoes_merge(rng):
     params = trained(rng, attach(make_params(rng), qkv_parts="q,v"))
     base, adapters = lora.detach(params)
@@ -229,6 +233,7 @@ def test_unmerge_undoes_merge(rng):
         lora.unmerge(lora.merge(dora), dora_adapters)
 
 
+@pytest.mark.long
 def test_frozen_leaves_stay_bit_identical_and_have_no_gradient_or_optimizer_state(rng):
     model, images = make_vit(), make_images(rng)
     params = attach(make_params(rng), [".*/(qkv|fc2)/kernel"], qkv_parts="q,v", dropout=0.1)
@@ -283,6 +288,7 @@ def test_attached_step_has_under_0_7_of_the_flops_of_full_fine_tuning():
     assert flops(adapted, adapters, lora.merge) > 0.85 * full  # what autodiff makes of it
 
 
+@pytest.mark.long
 def test_dropout_is_the_same_on_one_and_eight_devices(rng):
     model, images = make_vit(), make_images(rng, 16)
     params = trained(rng, attach(make_params(rng), [".*/(qkv|fc1)/kernel"], dropout=0.5))
@@ -304,6 +310,7 @@ def test_dropout_is_the_same_on_one_and_eight_devices(rng):
     assert relative_difference(still, merged) < 1e-6
 
 
+@pytest.mark.long
 def test_attach_to_sharded_and_abstract_parameters(rng):
     params = make_params(rng)
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -85,6 +85,7 @@ def test_gradient_is_that_of_autodiff_through_the_merged_kernel(form, rng):
             assert_close(got, wanted, 1e-13)
 
 
+@pytest.mark.long(but=("dense",))
 @pytest.mark.parametrize("form", ["dense", "dora of parts"])
 def test_bfloat16_inputs_with_float32_parameters(form, rng):
     """The products round their inputs to bfloat16; the parameters' gradients stay in float32."""

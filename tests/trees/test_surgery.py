@@ -1,6 +1,5 @@
 """Students cut out of teachers: the whole is the teacher, and what does nothing is cut for free."""
 
-import doctest
 from functools import partial
 
 import jax
@@ -43,10 +42,6 @@ def draw(rng, shapes):
 def check_same(tree, other):
     assert jax.tree.structure(tree) == jax.tree.structure(other)
     jax.tree.map(np.testing.assert_array_equal, tree, other)
-
-
-def test_doctests():
-    assert doctest.testmod(surgery).failed == 0
 
 
 @pytest.mark.parametrize(("depth", "count"), [(12, 12), (12, 6), (7, 2), (5, 3), (24, 7)])
@@ -116,7 +111,7 @@ def test_layers_that_are_not_there(layers, message):
 # Width --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long(but=["siglip"])
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_the_whole_width_is_the_teacher_and_a_part_fits_the_student(form, rng):
     arguments = {**VIT, **FORMS[form]}
@@ -129,7 +124,7 @@ def test_the_whole_width_is_the_teacher_and_a_part_fits_the_student(form, rng):
     assert jax.tree.map(jnp.shape, student) == jax.tree.map(jnp.shape, like["params"])
 
 
-@pytest.mark.long(but=["swiglu"])
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_what_has_no_effect_is_cut_for_free(form, rng):
     """The student hidden in a teacher: copies of channels that nothing reads, dead heads and units.

@@ -53,6 +53,7 @@ def test_loss_is_the_cross_entropy_of_images_in_0_1(smoothing):
     assert apply.seen["keys"] == ["adapter", "dropout"]
 
 
+@pytest.mark.long(but=("changes5",))
 @pytest.mark.parametrize(
     "changes",
     [

@@ -135,7 +135,7 @@ def flagged(found: dict[str, Finding]) -> set[str]:
     return {name for name, finding in found.items() if finding.flagged}
 
 
-@pytest.mark.long(but=["dense"])
+@pytest.mark.long
 @pytest.mark.parametrize("model", [dense, convolution, normalized])
 def test_honest_robust_models_are_not_flagged(model):
     params = trained(model, adversarial=True)
@@ -198,7 +198,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.long(but=["quantized"])
+@pytest.mark.long
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_defences_are_flagged(name):
     logits_fn, model, expected = BROKEN[name]

@@ -85,7 +85,7 @@ def test_accuracies_are_those_of_a_linear_model(subject):
     assert results["fgsm"][-1]["largest"] == pytest.approx(0.05, rel=1e-5)
 
 
-@pytest.mark.long(but=["pgd"])
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["pgd", "difgsm"])
 def test_draws_belong_to_the_example(subject, name, rng):
     weights, examples = subject

@@ -1,6 +1,5 @@
 """Figures worked out by hand, the files, and the guard against AP 0. pycocotools: tests/parity."""
 
-import doctest
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,10 @@ from PIL import Image
 
 from vision_jax.data.detection import DetectionSource, Ragged, read_detection_source
 from vision_jax.errors import UserError
-from vision_jax.tasks.classification import metrics as classification
 from vision_jax.tasks.detection import metrics as detection
 from vision_jax.tasks.detection.metrics import Detections, diagnose
 
 NOTHING = make_detections([])
-
-
-def test_doctests() -> None:
-    assert doctest.testmod(classification).failed == 0
 
 
 def test_truth_past_the_edge_is_measured_as_its_file_states_it(tmp_path: Path) -> None:

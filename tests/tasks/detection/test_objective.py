@@ -50,9 +50,9 @@ def attacked(restored):
     objective = detection.make_objective(
         families.make_apply(model),
         restored.run.parameters.assemble,
-        set_loss=detect._make_set_loss(config, model, "softmax_set", alone=True),
+        loss=detect._make_loss(config, model, "softmax_set", alone=True),
     )
-    postprocess = detection.POSTPROCESS["softmax_set"]
+    postprocess = detection.PREDICTIONS["softmax_set"].postprocess
     outputs_fn = detection.make_adversarial_outputs(
         objective, postprocess=postprocess, attack=pgd, seed=3
     )
@@ -118,7 +118,7 @@ def test_adversarial_training_keeps_off_the_padding(norm, rng):
         return {"sum": (slope * images).sum((1, 2, 3))}, model_state
 
     objective = detection.make_objective(
-        apply, dict, set_loss=lambda outputs, view: (outputs["sum"], {})
+        apply, dict, loss=lambda outputs, view: (outputs["sum"], {})
     )
     threat_model = adversarial.ThreatModel(norm, epsilon=0.1, step_size=0.5, steps=3)
     size = np.array([[6, 7], [4, 7], [6, 2]], np.int32)
