@@ -12,7 +12,7 @@ from benchmarks import beside
 from benchmarks.beside import Job
 from benchmarks.training import DETR, HOWS
 
-FIELDS = {"faster_rcnn": DETR, "yolox": {}}
+FIELDS = {"faster_rcnn": {**DETR, "optim.lr": 1e-9}, "yolox": {}}  # detector_peers.RATE
 YOLOX_S = {"depth": 1 / 3, "width": 1 / 2}
 
 

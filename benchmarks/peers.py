@@ -111,10 +111,16 @@ def write_timm(folder: Path, build: str, classes: int, arguments: dict[str, Any]
     return model
 
 
-def stepping(model: Any, loss_of: Callable[[], torch.Tensor], clip: float, bfloat16: bool) -> Side:
+def stepping(
+    model: Any,
+    loss_of: Callable[[], torch.Tensor],
+    clip: float,
+    bfloat16: bool,
+    rate: float = 1e-3,
+) -> Side:
     """AdamW steps on a loss."""
     parameters = [x for x in model.parameters() if x.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=DEVICE == "cuda")
+    optimizer = torch.optim.AdamW(parameters, lr=rate, fused=DEVICE == "cuda")
 
     def run() -> float:
         optimizer.zero_grad()

@@ -555,18 +555,21 @@ def _propose(
     (f[B, R, 4] in pixels, within the image; bool[B, R] which are some). No gradient flows to them.
     """
     parts = []
-    for number, ((logits, deltas), own, there) in enumerate(zip(found, boxes, inside, strict=True)):
+    for (logits, deltas), own, there in zip(found, boxes, inside, strict=True):
         logits, deltas = (lax.stop_gradient(x) for x in (logits, deltas))
         score = jnp.where(there, logits, -jnp.inf)
         score, index = lax.top_k(score, min(count, score.shape[1]))  # [B, N]
         deltas, own = (jnp.take_along_axis(x, index[..., None], axis=1) for x in (deltas, own))
         moved = clip_xyxy(anchors.decode(deltas, own), sizes[:, None])
-        parts.append((score, moved, jnp.full(score.shape, number)))
-    score, moved, level = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        parts.append((score, moved))
+    most = max(score.shape[1] for score, _ in parts)
+    score = jnp.stack([_padded(score, most, -jnp.inf) for score, _ in parts], axis=1)  # [B, L, N]
+    moved = jnp.stack([_padded(moved, most, 0) for _, moved in parts], axis=1)
     valid = (score > -jnp.inf) & _large(moved, LEAST_PROPOSAL)
     if least:
         valid &= nn.sigmoid(score) >= least
-    keep = nms.nms(moved, score, valid, RPN_OVERLAP, level)
+    keep = nms.nms(moved, score, valid, RPN_OVERLAP)
+    keep, score, moved = (x.reshape(len(x), -1, *x.shape[3:]) for x in (keep, score, moved))
     index, proposed = nms.best(keep, score, count)
     moved = jnp.take_along_axis(moved, index[..., None], axis=1)
     return jnp.where(proposed[..., None], moved, 0), proposed
@@ -592,6 +595,14 @@ def _detect(logits, deltas, proposals, proposed, sizes, candidates: int, most: i
         "label": jnp.take_along_axis(label, index, axis=1).astype(jnp.int32),
         "boxes_xyxy_01": jnp.take_along_axis(boxes, index[..., None], axis=1) / sides,
     }
+
+
+def _padded(values, count: int, fill: float):
+    """[B, n, ...] -> [B, count, ...]."""
+    more = count - values.shape[1]
+    return jnp.pad(
+        values, ((0, 0), (0, more), *((0, 0),) * (values.ndim - 2)), constant_values=fill
+    )
 
 
 def _large(boxes, least: float):

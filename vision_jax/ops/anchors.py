@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vision_jax.ops.boxes import iou_xyxy
+from vision_jax.ops.boxes import iou_of_sides, sides_of
 
 Array = jax.Array
 
@@ -114,12 +114,14 @@ def assign(
       -1 neither).
     """
     boxes, targets = (lax.stop_gradient(x) for x in (boxes_xyxy, targets_xyxy))
+    sides = sides_of(boxes)
     count = jnp.max(jnp.where(target_mask, jnp.arange(target_mask.shape[1])[None] + 1, 0))
 
     def visit(number, state):
         best, target, closest = state
         mask = lax.dynamic_index_in_dim(target_mask, number, 1)  # [B, 1]
-        overlap = iou_xyxy(boxes, lax.dynamic_slice_in_dim(targets, number, 1, 1))  # [B, N]
+        one = lax.dynamic_slice_in_dim(targets, number, 1, 1)
+        overlap = iou_of_sides(sides, sides_of(one))  # [B, N]
         better = mask & (overlap > best)
         closest |= mask & (overlap == jnp.max(overlap, axis=1, keepdims=True))
         return jnp.where(better, overlap, best), jnp.where(better, number, target), closest

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Sides = tuple[Array, Array, Array, Array]  # left, top, right, bottom, f[...] each
 
 
 def cxcywh_to_xyxy(boxes: Array) -> Array:
@@ -71,8 +72,27 @@ def iou_xyxy(boxes: Array, others: Array) -> Array:
     Returns:
       f[...] in [0, 1].
     """
-    intersection, union = _overlap(boxes, others)
-    return _ratio(intersection, union)
+    return iou_of_sides(sides_of(boxes), sides_of(others))
+
+
+def sides_of(boxes: Array) -> Sides:
+    """f[..., 4] xyxy -> left, top, right and bottom, f[...] each.
+
+    A loop that asks for overlaps again and again does so several times as fast on a CPU with these
+    arrays as with one of boxes, in which what is read together lies four numbers apart.
+    """
+    left, top, right, bottom = (boxes[..., i] for i in range(4))
+    return left, top, right, bottom
+
+
+def iou_of_sides(sides: Sides, others: Sides) -> Array:
+    """`iou_xyxy` of boxes whose sides are arrays of their own.
+
+    Examples:
+      >>> iou_of_sides((0.0, 0.0, 2.0, 2.0), (1.0, 0.0, 3.0, 2.0)).item()
+      0.3333333432674408
+    """
+    return _ratio(*_overlap(sides, others))
 
 
 def giou_xyxy(boxes: Array, others: Array) -> Array:
@@ -93,10 +113,12 @@ def giou_xyxy(boxes: Array, others: Array) -> Array:
     Returns:
       f[...] in [-1, 1].
     """
-    intersection, union = _overlap(boxes, others)
-    low = jnp.minimum(boxes[..., :2], others[..., :2])
-    high = jnp.maximum(boxes[..., 2:], others[..., 2:])
-    hull = _positive_area(high - low)
+    sides, other_sides = sides_of(boxes), sides_of(others)
+    intersection, union = _overlap(sides, other_sides)
+    left, top, right, bottom = zip(sides, other_sides, strict=True)
+    hull = _positive_area(
+        jnp.maximum(*right) - jnp.minimum(*left), jnp.maximum(*bottom) - jnp.minimum(*top)
+    )
     return _ratio(intersection, union) - _ratio(hull - union, hull)
 
 
@@ -122,18 +144,19 @@ def pairwise_giou_xyxy(boxes: Array, others: Array) -> Array:
     return giou_xyxy(boxes[..., :, None, :], others[..., None, :, :])
 
 
-def _overlap(boxes: Array, others: Array) -> tuple[Array, Array]:
+def _overlap(sides: Sides, others: Sides) -> tuple[Array, Array]:
     """Areas of intersection and union."""
-    low = jnp.maximum(boxes[..., :2], others[..., :2])
-    high = jnp.minimum(boxes[..., 2:], others[..., 2:])
-    intersection = _positive_area(high - low)
-    return intersection, area_xyxy(boxes) + area_xyxy(others) - intersection
+    left, top, right, bottom = zip(sides, others, strict=True)
+    intersection = _positive_area(
+        jnp.minimum(*right) - jnp.maximum(*left), jnp.minimum(*bottom) - jnp.maximum(*top)
+    )
+    area, other = ((right - left) * (bottom - top) for left, top, right, bottom in (sides, others))
+    return intersection, area + other - intersection
 
 
-def _positive_area(sides: Array) -> Array:
+def _positive_area(width: Array, height: Array) -> Array:
     # Not maximum: a NaN must come through, and boxes that touch pull on each other as in torch.
-    sides = jnp.where(sides < 0, 0, sides)
-    return sides[..., 0] * sides[..., 1]
+    return jnp.where(width < 0, 0, width) * jnp.where(height < 0, 0, height)
 
 
 def _ratio(part: Array, whole: Array) -> Array:

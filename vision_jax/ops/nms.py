@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vision_jax.ops.boxes import iou_xyxy, pairwise_iou_xyxy
+from vision_jax.ops.boxes import iou_of_sides, pairwise_iou_xyxy, sides_of
 
 Array = jax.Array
 
@@ -26,9 +26,9 @@ def nms(
 
     Among equal scores the earlier box goes first. No gradient flows through it. By platform it is
     one of two algorithms with the same result: on a CPU the boxes of each class are visited by
-    falling score, all classes at once, without an array of pairs; elsewhere, and of one class, the
-    greedy choice is found as the fixed point of "kept, unless a kept one suppresses it" over all
-    pairs, in as many rounds as the longest chain of suppressions has links.
+    falling score, all classes at once, without an array of pairs; elsewhere the greedy choice is
+    found as the fixed point of "kept, unless a kept one suppresses it" over all pairs, in as many
+    rounds as the longest chain of suppressions has links.
 
     Examples:
       >>> boxes = jnp.array([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 3.0], [4.0, 4.0, 5.0, 5.0]])
@@ -47,13 +47,15 @@ def nms(
       bool[..., N] in the order of the boxes.
     """
     boxes, scores = (lax.stop_gradient(x) for x in (boxes_xyxy, scores))
-    ranked = labels is not None and (platform or jax.default_backend()) == "cpu"
-    labels = jnp.zeros(scores.shape, jnp.int32) if labels is None else labels
-    arguments = (boxes, jnp.where(valid, scores, -jnp.inf), valid, labels)
-    lead = len(scores.shape) - 1
-    boxes, scores, there, labels = (x.reshape(-1, *x.shape[lead:]) for x in arguments)
-    find = _by_rank if ranked else _by_pairs
-    return find(boxes, scores, there, labels, iou).reshape(valid.shape)
+    count = scores.shape[-1]
+
+    def flat(values, *rest):
+        return None if values is None else values.reshape(-1, count, *rest)
+
+    find = _by_rank if (platform or jax.default_backend()) == "cpu" else _by_pairs
+    scores = jnp.where(valid, scores, -jnp.inf)
+    keep = find(flat(boxes, 4), flat(scores), flat(valid), flat(labels), iou)
+    return keep.reshape(valid.shape)
 
 
 def best(keep: Array, scores: Array, most: int) -> tuple[Array, Array]:
@@ -70,34 +72,47 @@ def best(keep: Array, scores: Array, most: int) -> tuple[Array, Array]:
     return index, found > -jnp.inf
 
 
-def _by_rank(boxes: Array, scores: Array, valid: Array, labels: Array, iou: float) -> Array:
+def _by_rank(boxes: Array, scores: Array, valid: Array, labels: Array | None, iou: float) -> Array:
     """f[B, N, 4], f[B, N] -> bool[B, N]: round r asks of each class its box of rank r."""
-    order = jnp.lexsort((-scores, labels), axis=-1)  # [B, N]
-    boxes, valid, labels = _take(boxes, order), _take(valid, order), _take(labels, order)
-    place = jnp.broadcast_to(jnp.arange(order.shape[1])[None], order.shape)
-    begins = jnp.concatenate([jnp.ones_like(valid[:, :1]), labels[:, 1:] != labels[:, :-1]], axis=1)
-    start = lax.cummax(jnp.where(begins, place, 0), axis=1)
-    rank = place - start
+    place = jnp.broadcast_to(jnp.arange(scores.shape[1])[None], scores.shape)
+    if labels is None:
+        order, start = jnp.argsort(-scores, axis=-1, stable=True), None
+        rank = place
+    else:
+        order = jnp.lexsort((-scores, labels), axis=-1)  # [B, N]
+        labels = _take(labels, order)
+        first = labels[:, 1:] != labels[:, :-1]
+        first = jnp.concatenate([jnp.ones_like(valid[:, :1]), first], axis=1)
+        start = lax.cummax(jnp.where(first, place, 0), axis=1)
+        rank = place - start
+    valid = _take(valid, order)
+    sides = sides_of(_take(boxes, order))
     rounds = jnp.max(jnp.where(valid, rank, 0))  # the last of a class suppresses nobody
 
     def suppress(rank_now, keep):
-        leader = jnp.minimum(start + rank_now, order.shape[1] - 1)
-        follows = (rank > rank_now) & _take(keep, leader)
-        overlap = iou_xyxy(_take(boxes, leader), boxes) > iou
-        return keep & ~(follows & overlap)
+        def leading(values):  # of each box's class, [B, N] or, of one class, [B, 1]
+            if start is None:
+                return lax.dynamic_slice_in_dim(values, rank_now, 1, axis=1)
+            return _take(values, jnp.minimum(start + rank_now, order.shape[1] - 1))
+
+        left, top, right, bottom = map(leading, sides)
+        overlap = iou_of_sides((left, top, right, bottom), sides) > iou
+        return keep & ~((rank > rank_now) & leading(keep) & overlap)
 
     keep = lax.fori_loop(0, rounds, suppress, valid)
     return _put(keep, order)
 
 
-def _by_pairs(boxes: Array, scores: Array, valid: Array, labels: Array, iou: float) -> Array:
+def _by_pairs(boxes: Array, scores: Array, valid: Array, labels: Array | None, iou: float) -> Array:
     """f[B, N, 4], f[B, N] -> bool[B, N]: the fixed point over all pairs."""
     order = jnp.argsort(-scores, axis=-1, stable=True)
-    boxes, valid, labels = _take(boxes, order), _take(valid, order), _take(labels, order)
+    boxes, valid = _take(boxes, order), _take(valid, order)
     place = jnp.arange(order.shape[1])
-    before = (place[:, None] < place[None, :])[None]
-    suppresses = before & (labels[:, :, None] == labels[:, None, :])
+    suppresses = (place[:, None] < place[None, :])[None]
     suppresses &= pairwise_iou_xyxy(boxes, boxes) > iou  # [B, N, N]
+    if labels is not None:
+        labels = _take(labels, order)
+        suppresses &= labels[:, :, None] == labels[:, None, :]
 
     def again(state):
         keep, last = state
