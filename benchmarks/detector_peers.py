@@ -23,8 +23,8 @@ from vision_jax.certify.reference_yolox import Yolox
 
 FROZEN = ("backbone.body.conv1", "backbone.body.layer1")  # besides every BatchNorm
 BUILDER = "fasterrcnn_resnet50_fpn"
-# Its weights stay next to what they are. Random ones that learn further propose fewer boxes, after a
-# step a tenth of the 512 samples, and the peer computes that much less; real ones propose enough.
+# Its weights stay next to what they are. Random ones that learn further propose fewer boxes, soon
+# a tenth of the 512 samples, and the peer computes that much less; real ones propose enough.
 RATE = 1e-9
 # Of the outputs of random heads: enough boxes score more than the least that counts.
 SPREAD = {

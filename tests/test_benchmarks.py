@@ -23,7 +23,7 @@ BENCHMARKS = {
     "coco_evaluation": ("--images=3", "--detections=4"),
     "detection_input": ("--images=4", "--threads=1"),
     "detectors": ("--small", "--jobs", "NMS", *BRIEF),
-    "detr_tiny": ("--seeds=1", *SHORT, "--config.data.eval=composites:test/0/4"),
+    "small_detectors": ("--seeds=1", *SHORT, "--config.data.eval=composites:test/0/4"),
     "distillation": ("--seeds=1", "--rows", "alone", "--teacher=none", *SHORT, *FEW_IMAGES),
     "gpu": ("--small", "--jobs", "LoRA", "--switched", "none", *BRIEF),
     "import_weights": ("--depth=1", "--repeats=1"),
