@@ -109,14 +109,14 @@ class Reference:
             output = module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), **keywords)
         for hook in hooks:
             hook.remove()
-        if isinstance(output, SimpleNamespace):
-            seen |= {name: value.numpy() for name, value in vars(output).items()}
-        elif hasattr(output, "pred_boxes"):
+        if hasattr(output, "pred_boxes"):
             seen["logits"] = output.logits.numpy()
             seen["boxes_cxcywh_01"] = output.pred_boxes.numpy()
             if hasattr(output, "enc_outputs_class"):
                 seen["encoder_logits"] = output.enc_outputs_class.numpy()
                 seen["encoder_boxes_cxcywh_01"] = output.enc_outputs_coord_logits.numpy()
+        elif isinstance(output, SimpleNamespace):
+            seen |= {name: value.numpy() for name, value in vars(output).items()}
         else:
             seen["logits"] = result_of(output, self.module).numpy()
         self.module.float()
