@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from vision_jax.convert import engine
 from vision_jax.convert.files import Tensor, Tensors
 from vision_jax.convert.load import export_weights
 from vision_jax.convert.tables import (
@@ -141,12 +142,7 @@ def test_the_zoos_names_are_unique_and_say_their_source():
 )
 def test_what_a_config_says_and_no_tensor_shows_is_not_overlooked(name, given):
     family, arguments = arguments_of(name)
-    model = build_model(family, **arguments)
-    images = jnp.zeros((1, *arguments.get("image_size", (64, 64)), 3))
-    like = jax.eval_shape(model.init, jax.random.key(0), images)
-    flat = {path: leaf for tree in like.values() for path, leaf in flatten(tree).items()}
-    params = Tensors({path: Tensor(leaf.shape, leaf.dtype, dict) for path, leaf in flat.items()})
-    tensors, _ = export_weights(params, family, arguments)
+    tensors, _ = export_weights(shapes_in(family, arguments), family, arguments)
     shapes = shapes_of(tensors)
     table = find_table(shapes)
 
@@ -158,6 +154,58 @@ def test_what_a_config_says_and_no_tensor_shows_is_not_overlooked(name, given):
     (word,) = given
     with pytest.raises(UserError, match=word):
         infer(**given)
+
+
+# A model of each naming that can be written, as "source: variant".
+READ_BACK = (
+    *("timm: vit_tiny_patch16_224", "torchvision: vit_tiny_patch16_224"),
+    *("transformers: vit_tiny_patch16_224", "timm: beit_base_patch16_224"),
+    *("transformers: beit_base_patch16_224", "timm: resnet18"),
+    *("transformers: resnet18", "timm: regnetx_002", "transformers: regnetx_002"),
+    *("torchvision: regnety_004", "timm: efficientnet_b0", "torchvision: efficientnet_b0"),
+    *("efficientnet_pytorch: efficientnet_b0", "timm: mobilenetv2_050"),
+    *("torchvision: mobilenetv2_050", "transformers: mobilenetv2_050"),
+    *("torchvision: mobilenet_v3_small", "timm: convnext_atto", "torchvision: convnext_tiny"),
+    *("transformers: convnext_atto", "transformers: convnextv2_atto"),
+    *("timm: swin_tiny_patch4_window7_224", "torchvision: swin_tiny_patch4_window7_224"),
+    *("transformers: swin_tiny_patch4_window7_224", "transformers: swinv2_tiny_window8_256"),
+    *("transformers: detr_resnet50", "detr: detr_resnet50", "transformers: rf_detr_nano"),
+    *("yolox: yolox_nano", "torchvision: fasterrcnn_resnet50_fpn", "nanodet: nanodet_g"),
+)
+TOLD = {  # what the naming computes by, where the variant's own arguments differ
+    "efficientnet_pytorch: efficientnet_b0": {"same_padding": True, "batch_norm_eps": 1e-3},
+    "torchvision: swin_tiny_patch4_window7_224": {"library": "torchvision"},
+    "transformers: swin_tiny_patch4_window7_224": {"library": "transformers"},
+    "transformers: swinv2_tiny_window8_256": {"library": "transformers"},
+    "transformers: rf_detr_nano": {"image_size": (384, 384)},
+}
+QUICKLY = tuple(name for name in READ_BACK if "mobilenet" in name)
+
+
+@pytest.mark.long(but=QUICKLY)
+@pytest.mark.parametrize("naming", READ_BACK)
+def test_each_naming_is_read_as_it_is_written(naming):
+    source, name = naming.split(": ")
+    family, arguments = arguments_of(name, **TOLD.get(naming, {}))
+    if "image_size" in FAMILIES[family].required:
+        arguments.setdefault("image_size", (224, 224))
+    table = table_for_export(source, family, arguments)
+    tensors = engine.export_lazily(shapes_in(family, arguments), table.rules(arguments))
+    shapes = shapes_of(tensors)
+    found = find_table(shapes)
+    assert (found.source, found.family, found.kind) == (source, family, table.kind)
+    inferred = infer_arguments(found, shapes, {"config": table.config(arguments)})
+    assert inferred == {argument: arguments[argument] for argument in inferred}
+    assert {"num_classes"} < set(inferred)
+
+
+def shapes_in(family, arguments):
+    """The model's arrays by path, without numbers."""
+    model = build_model(family, **arguments)
+    images = jnp.zeros((1, *(arguments.get("image_size") or (64, 64)), 3))
+    like = jax.eval_shape(model.init, jax.random.key(0), images)
+    flat = {path: leaf for tree in like.values() for path, leaf in flatten(tree).items()}
+    return Tensors({path: Tensor(leaf.shape, leaf.dtype, dict) for path, leaf in flat.items()})
 
 
 def test_no_other_library_is_given_a_detr_with_grid_queries():

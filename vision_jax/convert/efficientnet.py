@@ -195,7 +195,7 @@ def _torchvision_rules(kind: str, a: Arguments) -> list[Rule]:
 def _transformers_parts(expanded: bool, gated: bool) -> Parts:
     names = {"expand": "expand_1x1", "depthwise": "conv_3x3", "project": "reduce_1x1"}
     parts = {part: (f"{name}.convolution", f"{name}.normalization") for part, name in names.items()}
-    return {**parts, "gate": ("none", "none")}
+    return parts
 
 
 def _transformers_rules(a: Arguments) -> list[Rule]:
@@ -321,6 +321,8 @@ def _block(shapes: Shapes, name: str, parts: Callable[[bool, bool], Parts]) -> B
     for expanded, gated in product((True, False), repeat=2):
         there = {"expand": expanded, "depthwise": True, "gate": gated, "project": True}
         named = parts(expanded, gated)
+        if gated and "gate" not in named:
+            continue
         tensors = {kind: f"{name}.{named[kind][0]}.weight" for kind in there if there[kind]}
         if all(tensor in shapes for tensor in tensors.values()):
             return {kind: shapes[tensor] for kind, tensor in tensors.items()}
