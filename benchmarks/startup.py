@@ -13,6 +13,7 @@ over ours. The larger models begin at random and see the embedded data.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def take(command: Sequence[str], checkout: Path, cache: Path, whole: bool) -> di
             ended = 0
             while not ended:
                 if not whole and metrics.is_file() and metrics.stat().st_size:
-                    process.kill()
+                    os.kill(process.pid, signal.SIGKILL)  # Popen's own would reap what has ended
                 ended, status, usage = os.wait4(process.pid, os.WNOHANG)
                 time.sleep(0 if ended else POLL)
             wall = time.monotonic() - start
