@@ -83,6 +83,32 @@ FASTER_RCNN = {
     "data__longest": 64,
 }
 
+_DENSE = (
+    ("depths", (1, 1)),
+    ("block", "basic"),
+    ("widths", (8, 16)),
+    ("stem_width", 8),
+    ("first_map", 0),
+    ("width", 8),
+    ("head_depth", 1),
+    ("head_groups", 4),
+    ("candidates", 20),
+    ("least_score", 0.001),
+    ("most", 8),
+)
+RETINANET = {
+    "model__variant": "retinanet",
+    "model__arguments": (*_DENSE, ("anchor_sizes", (8, 16, 32, 48)), ("box_loss", "giou")),
+    "data__short": 64,
+    "data__longest": 64,
+}
+FCOS = {
+    "model__variant": "fcos",
+    "model__arguments": (*_DENSE, ("point_sizes", (4, 8, 16, 32))),
+    "data__short": 64,
+    "data__longest": 64,
+}
+
 
 @functools.cache
 def data() -> Path:

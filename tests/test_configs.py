@@ -27,6 +27,7 @@ def small(path: Path):
             "rf_detr": detection_runs.RF_DETR,
             "yolox": detection_runs.YOLOX,
             "fasterrcnn": detection_runs.FASTER_RCNN,
+            "retinanet": detection_runs.RETINANET,
         }
         model = others.get(path.stem.removesuffix("_finetune"), {})
         changes = detection_runs.overrides(total_steps=2, **model)

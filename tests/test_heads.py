@@ -77,12 +77,20 @@ MODELS = {  # what a file may be of: family, arguments, modules that are made fo
         dict(detection_runs.FASTER_RCNN["model__arguments"]),
         ("class_head/logits", "class_head/deltas"),
     ),
+    "RetinaNet": (
+        "retinanet",
+        dict(detection_runs.RETINANET["model__arguments"]),
+        ("class_head",),
+    ),
+    "FCOS": ("fcos", dict(detection_runs.FCOS["model__arguments"]), ("class_head",)),
 }  # fmt: skip
 CONFIGS = {
     "detr": "detr_finetune",
     "rf_detr": "rf_detr_finetune",
     "yolox": "yolox_finetune",
     "faster_rcnn": "fasterrcnn_finetune",
+    "retinanet": "retinanet_finetune",
+    "fcos": "retinanet_finetune",
 }
 
 
@@ -150,7 +158,8 @@ def test_another_number_of_classes_begins_a_new_head_and_keeps_the_rest(name, tm
     for path, array in arrays.items():
         if path in fresh:
             count = len(NAMES) + (family in ("detr", "faster_rcnn"))
-            assert array.shape[-1] == count * (4 if "deltas" in path else 1)
+            each = 4 if "deltas" in path else 3 if family == "retinanet" else 1
+            assert array.shape[-1] == each * count
         else:
             np.testing.assert_array_equal(array, kept[path], err_msg=path)
 

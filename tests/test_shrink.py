@@ -238,6 +238,16 @@ ROWS = {
         {"num_classes": 3, "depths": (1, 3), "widths": (4, 8), "stem_width": 4, "width": 8,
          "anchor_sizes": (8, 16, 32), "head_width": 8, "proposals": 4},
     ),
+    "fcos": (
+        {"backbone/stage_1/block": (0, 2)},
+        {"num_classes": 3, "depths": (1, 3), "widths": (4, 8), "stem_width": 4, "width": 8,
+         "head_groups": 2, "point_sizes": (8, 16, 32), "candidates": 4},
+    ),
+    "retinanet": (
+        {"backbone/stage_1/block": (0, 2)},
+        {"num_classes": 3, "depths": (1, 3), "widths": (4, 8), "stem_width": 4, "width": 8,
+         "anchor_sizes": (8, 16, 32), "candidates": 4},
+    ),
     "detr": (
         {"encoder": (1,), "decoder": 2, "backbone/stage_0/block": (0, 2)},
         {"num_classes": 3, "depths": (3, 1), "widths": (4, 8), "stem_width": 4, "num_queries": 4,

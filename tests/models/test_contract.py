@@ -157,6 +157,32 @@ CASES = {
         },
         cells=lambda side, stride: math.ceil(side / 32) * 32 // stride,
     ),
+    "fcos": Case(
+        {"num_classes": 3, "depths": (1, 1, 1, 2), "widths": (4, 4, 8, 8), "stem_width": 8,
+         "width": 8, "head_depth": 2, "head_groups": 4, "candidates": 20, "most": 5},
+        features=("stem", "level_0", "level_1", "level_2", "level_3", "level_4"),
+        layers={"backbone/stage_3/block_1/conv1/kernel": 5, "fpn/p6/kernel": 6,
+                "box_tower/norm_1/scale": 7, "center_head/bias": 7},
+        size=(40, 64),
+        forms={"basic": {"block": "basic"}, "without norms": {"head_groups": 0}},
+        cells=lambda side, stride: math.ceil(side / 32) * 32 // stride,
+    ),
+    "retinanet": Case(
+        {"num_classes": 3, "depths": (1, 1, 1, 2), "widths": (4, 4, 8, 8), "stem_width": 8,
+         "width": 8, "anchor_sizes": (8, 16, 32, 64, 128), "head_depth": 2, "candidates": 20,
+         "most": 5},
+        features=("stem", "level_0", "level_1", "level_2", "level_3", "level_4"),
+        layers={"backbone/stage_3/block_1/conv1/kernel": 5, "fpn/inner_0/conv/bias": 6,
+                "fpn/p7/bias": 6, "class_tower/conv_0/kernel": 7},
+        size=(40, 64),
+        forms={
+            "v2": {"head_groups": 4, "coarse_of_map": True, "box_loss": "giou",
+                   "anchor_sizes": ((8, 10), (16, 20), (32, 40), (64, 80), (128, 160))},
+            "all maps": {"first_map": 0, "anchor_sizes": (8, 16, 32, 64, 128, 256)},
+        },
+        form_features={"all maps": ("stem", *(f"level_{index}" for index in range(6)))},
+        cells=lambda side, stride: math.ceil(side / 32) * 32 // stride,
+    ),
     "regnet": Case(
         {"num_classes": 3, "depths": (1, 2), "widths": (8, 24), "group_widths": (8, 12),
          "stem_width": 8, "se_ratio": 0.25},
@@ -350,6 +376,9 @@ COUNTS = {
     "fasterrcnn_resnet50_fpn_v2": 43_712_278,
     "fasterrcnn_mobilenet_v3_large_fpn": 19_386_354,
     "fasterrcnn_mobilenet_v3_large_320_fpn": 19_386_354,
+    "fcos_resnet50_fpn": 32_269_600,
+    "retinanet_resnet50_fpn": 34_014_999,
+    "retinanet_resnet50_fpn_v2": 38_198_935,
     "mobilenetv2_100": 3_504_872,
     "mobilenetv3_large_100": 5_483_032,
     "mobilenet_v3_small": 2_542_856,
@@ -426,7 +455,8 @@ def test_parameter_counts(name):
     params = flatten(abstract(model, arguments.get("image_size", (64, 64)))["params"])
     count = sum(leaf.size for leaf in params.values())
     # The norms of these have no parameters.
-    if family == "detr" or (family == "faster_rcnn" and not name.endswith("v2")):
+    frozen = family in ("faster_rcnn", "fcos", "retinanet") and not name.endswith("v2")
+    if family == "detr" or frozen:
         count -= sum(x.size for path, x in params.items() if "/bn" in path or "_bn/" in path)
     if family == "swin" and model.version == 2:  # the key's bias, which timm hasn't
         count -= sum(n * model.width * 2**stage for stage, n in enumerate(model.depths))

@@ -21,6 +21,7 @@ from vision_jax.trees import paths
 NAMES = ("ant", "bee", "cat")
 CONFIGS = {name: f"configs/{name}_finetune.py" for name in ("detr", "rf_detr", "yolox")}
 CONFIGS["faster_rcnn"] = "configs/fasterrcnn_finetune.py"
+CONFIGS |= dict.fromkeys(("retinanet", "fcos"), "configs/retinanet_finetune.py")
 
 
 def smallest():
@@ -74,7 +75,7 @@ def test_other_classes_keep_all_but_the_head_and_go_back(entry, tmp_path):
     table = table_for_export(entry.source, family, arguments)
     back = references.rebuild(table, family, arguments, arrays, None, tmp_path / "back")  # strictly
     count = len(NAMES) + (family in ("detr", "faster_rcnn"))
-    counts = {count, 4 * count} if family == "faster_rcnn" else {count}
+    counts = {"faster_rcnn": {count, 4 * count}, "retinanet": {9 * count}}.get(family, {count})
     assert sum(bool(counts & {*p.shape}) for p in back.module.parameters()) >= len(fresh)
     if entry.source in ("timm", "transformers"):
         folder = tmp_path / "named"

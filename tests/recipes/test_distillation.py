@@ -493,6 +493,8 @@ OTHERS = {
     "detr": detection_runs.ARGUMENTS,
     "rf_detr": detection_runs.RF_DETR["model__arguments"],
     "faster_rcnn": detection_runs.FASTER_RCNN["model__arguments"],
+    "retinanet": detection_runs.RETINANET["model__arguments"],
+    "fcos": detection_runs.FCOS["model__arguments"],
     "yolox": (("csp_depth", 1), ("width", 16)),
 }
 
@@ -530,6 +532,8 @@ def taught_config(teacher, **more):
         ("detr", "detections"),
         ("rf_detr", "detections"),
         ("faster_rcnn", "detections"),
+        ("retinanet", "detections"),
+        ("fcos", "detections"),
         ("yolox", "detections"),
         ("yolox", "cells"),
     ],

@@ -19,7 +19,7 @@ from vision_jax.convert.read import read_preprocessing, torchvision_preprocessin
 from vision_jax.convert.table import Entry
 from vision_jax.data.detection_transforms import DetectionPreprocessing, detection_eval_transform
 from vision_jax.data.transforms import Preprocessing, eval_transform
-from vision_jax.models import faster_rcnn, yolox
+from vision_jax.models import pyramid, yolox
 
 ODD_SIZES = ((301, 417), (233, 199), (97, 512))  # (height, width) of the compared images,
 LEFT_OVER = 4  # and so many for each of which another number of pixels is left beside the crop
@@ -117,7 +117,7 @@ def source_preprocessing(entry: Entry, reference: Reference) -> SourcePreprocess
             return SourcePreprocessing(
                 f"torchvision {type(resize).__name__}",
                 {
-                    **faster_rcnn.PREPROCESSING,
+                    **pyramid.PREPROCESSING,
                     "short": resize.min_size[-1],
                     "longest": resize.max_size,
                     "square": False,

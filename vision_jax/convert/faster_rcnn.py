@@ -9,31 +9,29 @@ there are, and how large images, says their name.
 """
 
 import re
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from vision_jax.convert import efficientnet, resnet
-from vision_jax.convert.engine import CONV, POINTWISE, Rule, affine, batch_norm, one
-from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
-from vision_jax.errors import UserError
-from vision_jax.models.families import FAMILIES
-from vision_jax.models.faster_rcnn import (
-    LOW_RESOLUTION,
-    MOBILE_HEAD,
-    MOBILE_ONLY,
-    VARIANTS,
+from vision_jax.convert.engine import POINTWISE, Rule, affine
+from vision_jax.convert.pyramid import (
+    BODY,
+    FPN,
+    body_modules,
+    body_rules,
+    conv_norm,
+    epsilon_of,
+    level_rules,
+    of_body,
+    said_epsilon,
 )
-from vision_jax.models.resnet import ResNet
+from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
+from vision_jax.models.families import FAMILIES
+from vision_jax.models.faster_rcnn import LOW_RESOLUTION, MOBILE_ONLY, VARIANTS
 
 V1 = "fasterrcnn_resnet50_fpn"
 PUBLISHED_V1 = f"{V1}_coco"  # how the file's name begins
 MOBILE = "fasterrcnn_mobilenet_v3_large_fpn"
-_BODY, _FPN = "backbone.body.", "backbone.fpn."
 _BOX = "roi_heads.box_head"
-_STRUCTURE = ("depths", "widths", "stem_width", "batch_norm_eps")  # of the body
-_OF_BODY = {"resnet": ("block",), "mobilenet_v3": MOBILE_ONLY}
-_FAMILY = {"resnet": "resnet", "mobilenet_v3": "efficientnet"}
 # Arguments of torchvision's builders that no tensor shows.
 _KEYWORDS = {
     "rpn_pre_nms_top_n_test": "proposals",
@@ -45,20 +43,6 @@ _KEYWORDS = {
     "box_detections_per_img": "most",
     "rpn_score_thresh": "least_proposal_score",
 }
-_TABLES = {
-    "resnet": next(table for table in resnet.TABLES if table.source == "torchvision"),
-    "mobilenet_v3": next(table for table in efficientnet.TABLES if table.kind == "mobilenet_v3"),
-}
-_PREFIX = {"resnet": "", "mobilenet_v3": "features."}  # of the body in its own files
-
-
-def _body_arguments(arguments: Arguments) -> dict[str, Any]:
-    """The body's, as its own tables take them."""
-    kind = arguments["body"]
-    names = (*_STRUCTURE, *_OF_BODY[kind], "in_channels", "mean", "std")
-    own = {name: arguments[name] for name in names}
-    fixed = {"hard_gate": True} if kind == "mobilenet_v3" else {}
-    return {**FAMILIES[_FAMILY[kind]].defaults, **fixed, **own, "num_classes": 0}
 
 
 def _maps(arguments: Arguments) -> int:
@@ -66,40 +50,18 @@ def _maps(arguments: Arguments) -> int:
     return 2 if arguments["body"] == "mobilenet_v3" else len(arguments["depths"])
 
 
-def _body_rules(arguments: Arguments) -> list[Rule]:
-    rules, kind = [], arguments["body"]
-    for rule in _TABLES[kind].rules(_body_arguments(arguments)):
-        assert isinstance(rule, Rule)
-        if not rule.paths[0].startswith(("head/", "pre_logits/")):
-            (name,), (path,) = rule.names, rule.paths
-            name = _BODY + name.removeprefix(_PREFIX[kind])
-            rules.append(replace(rule, names=(name,), paths=(f"backbone/{path}",)))
-    return rules
-
-
-def _conv_norm(name: str, path: str, norm: bool, numbered: bool = True) -> tuple[Rule, ...]:
-    conv = f"{name}.0" if numbered else name
-    if not norm:
-        return affine(conv, f"{path}/conv", CONV)
-    kernel = one(f"{conv}.weight", f"{path}/conv/kernel", CONV)
-    return (*kernel, *batch_norm(f"{name}.1", f"{path}/bn"))
-
-
 def _rules(numbered: bool, arguments: Arguments) -> list[Rule]:
     """`numbered`: convolutions of the pyramid and of the proposals stand in a Sequential."""
-    rules = _body_rules(arguments)
-    for index in range(_maps(arguments)):
-        for kind in ("inner", "layer"):
-            name, path = f"{_FPN}{kind}_blocks.{index}", f"fpn/{kind}_{index}"
-            rules += _conv_norm(name, path, arguments["fpn_norm"], numbered)
+    rules = body_rules(arguments, arguments["body"])
+    rules += level_rules(_maps(arguments), arguments["fpn_norm"], numbered)
     for index in range(arguments["rpn_depth"]):
         name = f"rpn.head.conv.{index}" if numbered else "rpn.head.conv"
-        rules += _conv_norm(name, f"rpn/conv_{index}", False, numbered)
+        rules += conv_norm(name, f"rpn/conv_{index}", False, numbered)
     rules += affine("rpn.head.cls_logits", "rpn/score_head", POINTWISE)
     rules += affine("rpn.head.bbox_pred", "rpn/box_head", POINTWISE)
     convs = arguments["head_convs"]
     for index in range(convs):
-        rules += _conv_norm(f"{_BOX}.{index}", f"roi_head/conv_{index}", True)
+        rules += conv_norm(f"{_BOX}.{index}", f"roi_head/conv_{index}", True)
     for index in range(arguments["head_layers"]):
         # After the convolutions what flattens, and after each layer a ReLU.
         name = f"{_BOX}.{convs + 1 + 2 * index}" if convs else f"{_BOX}.fc{6 + index}"
@@ -107,27 +69,6 @@ def _rules(numbered: bool, arguments: Arguments) -> list[Rule]:
     rules += affine("roi_heads.box_predictor.cls_score", "class_head/logits")
     rules += affine("roi_heads.box_predictor.bbox_pred", "class_head/deltas")
     return rules
-
-
-def _of_body(kind: str, shapes: Shapes) -> dict[str, Any]:
-    """What the tensors of the body say of it."""
-    own = {
-        _PREFIX[kind] + name.removeprefix(_BODY): shape
-        for name, shape in shapes.items()
-        if name.startswith(_BODY)
-    }
-    body = _TABLES[kind].arguments(own, {})
-    names = (*_STRUCTURE, *_OF_BODY[kind], "in_channels")
-    fixed = FAMILIES["resnet"].defaults
-    if kind == "mobilenet_v3":
-        fixed = {"head_width": MOBILE_HEAD * body["widths"][-1]}
-    for name, value in body.items():
-        if name not in (*names, "num_classes") and value != fixed.get(name, value):
-            raise UserError(
-                f"the backbone is a {_FAMILY[kind]} with {name} {value}: not supported in a "
-                "Faster R-CNN"
-            )
-    return {name: body[name] for name in names if name in body}
 
 
 def _arguments(kind: str, numbered: bool, shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
@@ -139,15 +80,15 @@ def _arguments(kind: str, numbered: bool, shapes: Shapes, metadata: Metadata) ->
     def count(pattern: str) -> int:
         return sum(re.fullmatch(pattern, name) is not None for name in shapes)
 
-    inner = f"{_FPN}inner_blocks.0"
+    inner = f"{FPN}inner_blocks.0"
     convs = count(rf"{re.escape(_BOX)}\.\d+\.0\.weight")
     given = config.get("kwargs") or {}
     return {
         "num_classes": shapes["roi_heads.box_predictor.cls_score.weight"][0] - 1,
         "body": kind,
-        **_of_body(kind, shapes),
+        **of_body(shapes, "Faster R-CNN", kind),
         **{name: known[name] for name in unseen if name in known},
-        "batch_norm_eps": _epsilon(config),
+        "batch_norm_eps": epsilon_of(config, (V1, PUBLISHED_V1)),
         "width": shapes[f"{inner}.0.weight" if numbered else f"{inner}.weight"][0],
         "fpn_norm": f"{inner}.1.weight" in shapes,
         "rpn_depth": count(r"rpn\.head\.conv\.\d\.0\.weight") if numbered else 1,
@@ -156,14 +97,6 @@ def _arguments(kind: str, numbered: bool, shapes: Shapes, metadata: Metadata) ->
         "head_width": shapes["roi_heads.box_predictor.cls_score.weight"][1],
         **{ours: given[name] for name, ours in _KEYWORDS.items() if name in given},
     }
-
-
-def _epsilon(config: Metadata) -> float:
-    """BatchNorm's epsilon: what a config of ours says, or what the weights' name tells."""
-    published = (config.get("model"), config.get("weights")) == (V1, "COCO_V1")
-    if published or config.get("architecture") == PUBLISHED_V1:
-        return 0.0
-    return float(config.get("norm_eps", ResNet.batch_norm_eps))
 
 
 def _named(arguments: Arguments) -> str:
@@ -191,7 +124,6 @@ def _config(arguments: Arguments) -> dict[str, Any]:
     given = {
         name: arguments[ours] for name, ours in _KEYWORDS.items() if arguments[ours] != known[ours]
     }
-    eps = arguments["batch_norm_eps"]
     return {
         "model": builder,
         "kwargs": {
@@ -199,21 +131,15 @@ def _config(arguments: Arguments) -> dict[str, Any]:
             "weights_backbone": None,
             **given,
         },
-        **({"norm_eps": eps} if eps != ResNet.batch_norm_eps else {}),
+        **said_epsilon(arguments),
     }
 
 
 def _modules(arguments: Arguments) -> dict[str, str]:
-    kind = arguments["body"]
-    body = _TABLES[kind].modules(_body_arguments(arguments))
     levels = range(_maps(arguments))
     return {
-        **{
-            own: _BODY + name.removeprefix(_PREFIX[kind])
-            for own, name in body.items()
-            if own != "pooled"
-        },
-        **{f"level_{index}": f"{_FPN}layer_blocks.{index}" for index in levels},
+        **body_modules(arguments, arguments["body"]),
+        **{f"level_{index}": f"{FPN}layer_blocks.{index}" for index in levels},
     }
 
 
@@ -226,8 +152,8 @@ def _table(kind: str, numbered: bool) -> Table:
         "faster_rcnn",
         kind if numbered else f"{kind} before 0.13",
         (
-            f"{_BODY}{stem}.weight",
-            f"{_FPN}inner_blocks.0{first}.weight",
+            f"{BODY}{stem}.weight",
+            f"{FPN}inner_blocks.0{first}.weight",
             f"rpn.head.conv{first}{first}.weight",
             "roi_heads.box_predictor.cls_score.weight",
         ),

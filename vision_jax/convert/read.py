@@ -36,7 +36,8 @@ from vision_jax.convert.tfjs_file import open_tfjs
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import open_regular, parse_json, read_json
-from vision_jax.models.faster_rcnn import LOW_RESOLUTION, LOW_SIDES, PREPROCESSING
+from vision_jax.models.faster_rcnn import LOW_RESOLUTION, LOW_SIDES
+from vision_jax.models.pyramid import PREPROCESSING
 from vision_jax.trees.paths import select
 
 WEIGHTS_FILE = "model.safetensors"
@@ -46,6 +47,9 @@ RUN_FILE = "model.json"  # only in the folder of a run of ours
 PROCESSOR_FILE = "processor_config.json"  # its image_processor goes before the other file
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 ALLOW_PICKLE = "--config.model.allow_pickle=True"
+# How torchvision's builders of detectors begin; of the dense ones each class is a sigmoid.
+DENSE = ("retinanet", "fcos")
+DETECTORS = ("fasterrcnn", *DENSE)
 STANDARD: dict[str, Any] = {  # stands in for what a config leaves out, to check the rest
     "image_size": (1, 1),
     "mean": (0.5,),
@@ -320,7 +324,9 @@ def _read_torchvision(spec: str) -> Weights:
     config: dict[str, Any] = {"library": "torchvision", "model": name, "kwargs": {}}
     config["weights"] = entry.name
     names = entry.meta.get("categories") or ()
-    config["class_names"] = [one for one in names if one != "__background__"] or None
+    # A sigmoid has the background among its classes; a softmax has one for none.
+    kept = [one for one in names if name.startswith(DENSE) or one != "__background__"]
+    config["class_names"] = kept or None
     preset = entry.transforms()
     preprocessing = torchvision_preprocessing(preset) if hasattr(preset, "crop_size") else None
     path = _fetch(entry.url, spec)
@@ -439,7 +445,7 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         found, channels = _from_timm(config, cfg)
     elif isinstance(preprocessor, dict) and config.get("library") == "torchvision":
         found = _from_torchvision(preprocessor)
-    elif str(config.get("model")).startswith("fasterrcnn"):
+    elif str(config.get("model")).startswith(DETECTORS):
         found = _from_detector(config)
     elif isinstance(preprocessor, dict):
         found = read_processor(preprocessor, config, metadata.get("preprocessor_file"))

@@ -12,9 +12,11 @@ from vision_jax.convert import (
     detr,
     efficientnet,
     faster_rcnn,
+    fcos,
     nanodet,
     regnet,
     resnet,
+    retinanet,
     rf_detr,
     swin,
     vit,
@@ -39,6 +41,8 @@ TABLES: tuple[Table, ...] = (
     *rf_detr.TABLES,
     *yolox.TABLES,
     *faster_rcnn.TABLES,
+    *fcos.TABLES,
+    *retinanet.TABLES,
     *nanodet.TABLES,
 )
 ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
@@ -55,6 +59,8 @@ ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
         rf_detr,
         yolox,
         faster_rcnn,
+        fcos,
+        retinanet,
         nanodet,
     )
 )
@@ -142,7 +148,8 @@ _BUILDER = (
     "attention_dropout stochastic_depth_prob zero_init_residual progress weights "
     "weights_backbone min_size max_size image_mean image_std rpn_pre_nms_top_n_test "
     "rpn_post_nms_top_n_test rpn_pre_nms_top_n_train rpn_post_nms_top_n_train "
-    "rpn_score_thresh rpn_batch_size_per_image box_batch_size_per_image box_detections_per_img"
+    "rpn_score_thresh rpn_batch_size_per_image box_batch_size_per_image box_detections_per_img "
+    "topk_candidates score_thresh detections_per_img center_sampling_radius"
 )
 
 

@@ -16,9 +16,12 @@ from vision_jax.models import (
     detr,
     efficientnet,
     faster_rcnn,
+    fcos,
     nanodet,
+    pyramid,
     regnet,
     resnet,
+    retinanet,
     rf_detr,
     swin,
     vit,
@@ -41,8 +44,9 @@ class Family:
       task: what its head is for.
       predicts: what it finds: the classes of whole images; a set of boxes whose classes are a
         softmax with one for no object, or a sigmoid each; boxes of proposals that it makes first;
-        a box and classes of each point of a grid; or of each cell of its maps, whose box may be
-        distributions of its sides (see tasks.detection.objective.PREDICTIONS).
+        a box and classes of each anchor, of each point, which also says how central it is, or of
+        each cell of its maps, whose box may be distributions of its sides (see
+        tasks.detection.objective.PREDICTIONS).
       pixel_mask: whether it takes padded images, f32[B, H, W, C], and beside them which pixels are
         some, bool[B, H, W].
       backbone: where the parameters of a model inside it begin, "backbone/"; "" without one.
@@ -54,7 +58,14 @@ class Family:
     variant: Callable[[str], dict[str, Any] | None]
     task: str = "classification"
     predicts: Literal[
-        "classes", "softmax_set", "sigmoid_set", "proposals", "points", "cells", "sides"
+        "classes",
+        "softmax_set",
+        "sigmoid_set",
+        "proposals",
+        "anchors",
+        "points",
+        "cells",
+        "sides",
     ] = "classes"
     pixel_mask: bool = False
     backbone: str = ""
@@ -90,7 +101,16 @@ FAMILIES: dict[str, Family] = {
         "proposals",
         True,
         "backbone/",
-        faster_rcnn.PREPROCESSING,
+        pyramid.PREPROCESSING,
+    ),
+    "fcos": Family(
+        fcos.Fcos,
+        fcos.variant,
+        "detection",
+        "points",
+        True,
+        "backbone/",
+        pyramid.PREPROCESSING,
     ),
     "nanodet": Family(
         nanodet.NanoDet,
@@ -102,6 +122,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "regnet": Family(regnet.RegNet, regnet.variant),
     "resnet": Family(resnet.ResNet, resnet.variant),
+    "retinanet": Family(
+        retinanet.RetinaNet,
+        retinanet.variant,
+        "detection",
+        "anchors",
+        True,
+        "backbone/",
+        pyramid.PREPROCESSING,
+    ),
     "rf_detr": Family(
         rf_detr.RfDetr, rf_detr.variant, "detection", "sigmoid_set", True, "backbone/"
     ),

@@ -11,9 +11,8 @@ Everything has a fixed shape: proposals and detections are padded and say which 
 it, sampling and losses too, is one program.
 
 Exactness, where ports go wrong:
-  - an image is seen on a canvas of its own, its sides rounded up to multiples of 32 and filled with
-    the mean color, as torchvision has it of one image. What lies beyond, on a batch's canvas, is
-    zero after each layer, so that nothing depends on it; torchvision's results do;
+  - an image is seen on a canvas of its own (models/pyramid.py), so that nothing depends on its
+    batch; torchvision's results do;
   - the published v1 weights (COCO_V1) are for a BatchNorm whose epsilon is 0 (`batch_norm_eps`), in
     no file; others for 1e-5;
   - a MobileNetV3 gives two maps, both of stride 32: of the block that reaches it and of the last
@@ -41,15 +40,15 @@ from jax import lax
 from vision_jax.errors import UserError
 from vision_jax.models.efficientnet import MOBILE_V3, EfficientNet, each
 from vision_jax.models.efficientnet import VARIANTS as MOBILENETS
-from vision_jax.models.layers import BatchNorm, Conv, Dense, Initializer, masked
+from vision_jax.models.layers import Dense, masked
+from vision_jax.models.pyramid import ConvNorm, OnPyramid, Pyramid
 from vision_jax.models.resnet import VARIANTS as RESNETS
 from vision_jax.models.resnet import ResNet
 from vision_jax.ops import anchors, nms
-from vision_jax.ops.boxes import clip_xyxy, cxcywh_to_xyxy
+from vision_jax.ops.boxes import clip_xyxy, targets_in_pixels
 from vision_jax.ops.roi_align import roi_align
 
 MOBILE_HEAD = 6  # channels of a MobileNetV3's last convolution, in those before it
-STRIDE = 32  # an image's own canvas is a multiple of it
 RATIOS = (0.5, 1.0, 2.0)  # heights over widths of anchors
 BINS = 7  # of a proposal, along a side
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # that the box head's deltas are multiplied by
@@ -58,12 +57,6 @@ RPN_FOREGROUND, RPN_BACKGROUND, RPN_SHARE = 0.7, 0.3, 0.5
 BOX_FOREGROUND, BOX_BACKGROUND, BOX_SHARE = 0.5, 0.5, 0.25
 RPN_OVERLAP, LEAST_PROPOSAL = 0.7, 1e-3  # IoU of suppression, side in pixels
 LEAST_SCORE, OVERLAP, LEAST_BOX = 0.05, 0.5, 1e-2  # of detections
-PREPROCESSING = {
-    "short": 800,
-    "longest": 1333,
-    "rule": "torchvision",
-    "interpolation": "bilinear_aliased",
-}
 LOW_RESOLUTION = "fasterrcnn_mobilenet_v3_large_320_fpn"
 LOW_SIDES = {"short": 320, "longest": 640}  # of its images
 # What a MobileNetV3 is told beside what a ResNet is told too.
@@ -94,9 +87,8 @@ _OF_THE_BODY = (  # of either
     *("depths", "widths", "stem_width", "batch_norm_eps", "in_channels", "mean", "std"),
     *("freeze_norm", "dtype", "remat"),
 )
-# torch's own start of a linear layer, uniform in ±1 / √inputs; and of a pyramid, in ±√(3 / inputs).
+# torch's own start of a linear layer, uniform in ±1 / √inputs.
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-_fpn_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _small = nn.initializers.normal(0.01)
 
@@ -107,59 +99,6 @@ def variant(name: str) -> dict[str, Any] | None:
 
 
 # Layers -----------------------------------------------------------------------------------------
-
-
-class ConvNorm(nn.Module):
-    """norm(conv(x)), or conv(x) with a bias, padded such that it keeps the size."""
-
-    features: int
-    size: int
-    kernel_init: Initializer
-    norm: bool
-    frozen: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        sides = (self.size // 2,) * 2
-        x = Conv(
-            self.features,
-            (self.size, self.size),
-            padding=(sides, sides),
-            use_bias=not self.norm,
-            dtype=self.dtype,
-            kernel_init=self.kernel_init,
-            name="conv",
-        )(x)
-        if not self.norm:
-            return x
-        return BatchNorm(frozen=self.frozen, dtype=self.dtype, name="bn")(x, train)
-
-
-class Pyramid(nn.Module):
-    """Maps f[B, h, w, C] from fine to coarse -> maps f[B, h, w, D], and one level more."""
-
-    width: int
-    norm: bool
-    frozen: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, maps, masks, train: bool):
-        def conv(name, size, x, mask):
-            rest = (self.norm, self.frozen, self.dtype)
-            layer = ConvNorm(self.width, size, _fpn_uniform, *rest, name=name)
-            return masked(layer(x, train), mask)
-
-        levels: list[Any] = []
-        above = None
-        for index in reversed(range(len(maps))):
-            x = conv(f"inner_{index}", 1, maps[index], masks[index])
-            if above is not None:
-                x = x + (above if above.shape == x.shape else _repeated(above, x.shape))
-            above = x
-            levels.insert(0, conv(f"layer_{index}", 3, above, masks[index]))
-        return [*levels, levels[-1][:, ::2, ::2]]
 
 
 class ProposalHead(nn.Module):
@@ -226,25 +165,10 @@ class ClassHead(nn.Module):
         return predict("logits", count), deltas.reshape(*x.shape[:-1], count, 4)
 
 
-def _repeated(x, shape):
-    """x[B, h, w, C] with each cell four times: [B, 2·h, 2·w, C]."""
-    batch, height, width, channels = shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height // 2, 2, width // 2, 2, channels))
-    return x.reshape(shape)
-
-
-def _inside(grid, counts):
-    """bool[B, h, w]: the first counts[B, 2] rows and columns of a grid (h, w)."""
-    rows, columns = (
-        jnp.arange(side)[None] < counts[:, axis, None] for axis, side in enumerate(grid)
-    )
-    return rows[:, :, None] & columns[:, None, :]
-
-
 # Model ------------------------------------------------------------------------------------------
 
 
-class FasterRcnn(nn.Module):
+class FasterRcnn(OnPyramid):
     """Images f32[B, H, W, in_channels] in [0, 1] -> proposals, and what is inside of them.
 
     Attributes:
@@ -308,16 +232,6 @@ class FasterRcnn(nn.Module):
     remat: bool = False
 
     @property
-    def stem(self) -> str:
-        """Path of the first convolution's kernel."""
-        return f"backbone/{self._body(parent=None).stem}"
-
-    @property
-    def pyramid(self) -> tuple[tuple[str, int], ...]:
-        """Named features of the body and their stride in pixels, from fine to coarse."""
-        return self._body(parent=None).pyramid
-
-    @property
     def _maps(self) -> tuple[tuple[str, int], ...]:
         """Those that the levels are made of, and their strides."""
         if self.body == "resnet":
@@ -325,18 +239,6 @@ class FasterRcnn(nn.Module):
         shrinking = max(index for index, strides in enumerate(self.strides) if strides > 1)
         stride = 2 * math.prod(self.strides)
         return (f"stage_{shrinking}/block_0", stride), ("last", stride)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers for layer-wise rate decay: the body's, the pyramid, the heads."""
-        return sum(self.depths) + 3
-
-    def layer_of(self, path: str) -> int:
-        """Depth of a parameter: the body's, then the pyramid, and all heads last."""
-        top, _, rest = path.partition("/")
-        if top == "backbone":
-            return self._body(parent=None).layer_of(rest)
-        return sum(self.depths) + (1 if top == "fpn" else 2)
 
     @nn.compact
     def __call__(
@@ -392,7 +294,7 @@ class FasterRcnn(nn.Module):
         num_anchors = len(RATIOS) * len(sizes_of[0])
         head = ProposalHead(num_anchors, self.rpn_depth, self.dtype, name="rpn")
         found = [head(x, mask, train) for x, mask in zip(levels, masks[1:], strict=True)]
-        boxes, inside = self._anchors(levels, extents)
+        boxes, inside = self._anchors(levels, extents, self.anchor_sizes, RATIOS)
         learns = train and targets is not None
         count = self.train_proposals if learns else self.proposals
         least = self.least_proposal_score
@@ -422,7 +324,7 @@ class FasterRcnn(nn.Module):
 
         if targets is not None:
             keys = self._keys(len(images), train)
-            wanted = _in_pixels(targets, sizes)
+            wanted = targets_in_pixels(targets["boxes_cxcywh_01"], targets["target_mask"], sizes)
             outputs |= self._rpn_targets(keys[:, 0], boxes, inside, wanted)
             chosen, aims = self._box_targets(keys[:, 1], proposals, proposed, targets, wanted)
             logits, deltas = look(chosen)
@@ -451,47 +353,6 @@ class FasterRcnn(nn.Module):
         own = {name: getattr(self, name) for name in MOBILE_ONLY}
         head_width = MOBILE_HEAD * self.widths[-1]
         return EfficientNet(num_classes=0, head_width=head_width, **{**MOBILE_V3, **own, **given})
-
-    def _canvas(self, images, pixel_mask):
-        """Images on a canvas of a multiple of 32, filled up with the mean color.
-
-        Returns:
-          (images, sizes i32[B, 2] of the images without padding, extents i32[B, 2] of their own
-          canvases, masks of these: bool[B, h, w] of the canvas and of each level, or None).
-        """
-        batch, *canvas = images.shape[:3]
-        more = [(0, -side % STRIDE) for side in canvas]
-        if pixel_mask is None:
-            sizes = jnp.broadcast_to(jnp.array([canvas]), (batch, 2))
-        else:
-            sides = [pixel_mask.any(axis=axis).sum(1) for axis in (2, 1)]
-            sizes = jnp.maximum(jnp.stack(sides, axis=1).astype(jnp.int32), 1)
-        extents = -(-sizes // STRIDE) * STRIDE
-        images = jnp.pad(images, ((0, 0), *more, (0, 0)))
-        grid = images.shape[1:3]
-        if pixel_mask is not None or any(after for _, after in more):
-            mean = jnp.asarray(self.mean, images.dtype).reshape(1, 1, 1, -1)
-            images = jnp.where(_inside(grid, sizes)[..., None], images, mean)
-        if pixel_mask is None:
-            return images, sizes, extents, [None] * (len(self._maps) + 2)
-        mask = _inside(grid, extents)
-        masks = [mask, *(mask[:, ::stride, ::stride] for _, stride in self._maps)]
-        return images, sizes, extents, [*masks, masks[-1][:, ::2, ::2]]
-
-    def _anchors(self, levels, extents):
-        """Of each level its anchors f[B, N, 4] in pixels, and which lie on the image's canvas."""
-        boxes, inside = [], []
-        for index, (x, size) in enumerate(zip(levels, self.anchor_sizes, strict=True)):
-            cells = extents // self._maps[min(index, len(levels) - 2)][1]
-            if index == len(levels) - 1:
-                cells = -(-cells // 2)
-            grid = x.shape[1:3]
-            base = anchors.base_anchors(each(size, 1), RATIOS)
-            strides = (extents // cells).astype(np.promote_types(x.dtype, np.float32))
-            boxes.append(anchors.grid_anchors(base, grid, strides))
-            there = _inside(grid, cells).reshape(len(cells), -1)
-            inside.append(jnp.repeat(there, len(base), axis=1))
-        return boxes, inside
 
     def _keys(self, batch, train):
         """key[B, 2]: of the anchors and of the proposals that are drawn."""
@@ -607,17 +468,6 @@ def _padded(values, count: int, fill: float):
 
 def _large(boxes, least: float):
     return jnp.all(boxes[..., 2:] - boxes[..., :2] >= least, axis=-1)
-
-
-def _in_pixels(targets: Mapping[str, Any], sizes):
-    """(boxes f[B, T, 4] xyxy in pixels, bool[B, T] which are some).
-
-    What has no area is none: all anchors overlap it as much as the closest one does.
-    """
-    boxes = targets["boxes_cxcywh_01"]
-    sides = jnp.tile(sizes[:, ::-1], 2)[:, None].astype(boxes.dtype)
-    some = targets["target_mask"] & jnp.all(boxes[..., 2:] > 0, axis=-1)
-    return cxcywh_to_xyxy(boxes * sides), some
 
 
 def _sampled(foreground, background):

@@ -68,6 +68,7 @@ class Conv(nn.Module):
     use_bias: bool = True
     dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x):
@@ -82,7 +83,7 @@ class Conv(nn.Module):
         x = x.astype(self.dtype)
         x = convolve(x, kernel, self.strides, self.padding, self.groups, key, self.dilation)
         if self.use_bias:
-            x = add_bias(x, self.param("bias", nn.initializers.zeros, (self.features,)))
+            x = add_bias(x, self.param("bias", self.bias_init, (self.features,)))
         return x
 
 
@@ -156,6 +157,41 @@ class LayerNorm(nn.Module):
         wide = x.astype(np.promote_types(x.dtype, np.float32))
         scale, bias = (leaf.astype(wide.dtype) for leaf in (scale, bias))
         return tangents.layer_norm(wide, scale, bias, self.epsilon).astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """(x - mean) / sqrt(variance + epsilon) · scale + bias of groups of channels of x[B, h, w, D].
+
+    torch's: mean and (biased) variance are of an image, over all cells and the channels of a group,
+    D / groups beside each other. Computed in float32 (or better).
+    """
+
+    groups: int
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        """`mask`: bool[B, h, w] of the cells that count; what is elsewhere makes no sense after."""
+        batch, height, width, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
+        groups = wide.reshape(batch, height * width, self.groups, -1)
+        there, cells = None, height * width
+        if mask is not None:
+            there = mask.reshape(batch, -1, 1, 1)
+            cells = jnp.maximum(there.sum(1, keepdims=True), 1).astype(wide.dtype)
+
+        def mean(values):
+            kept = values if there is None else jnp.where(there, values, 0)
+            return kept.sum((1, 3), keepdims=True) / (cells * groups.shape[-1])
+
+        centered = groups - mean(groups)
+        normed = centered * jax.lax.rsqrt(mean(jnp.square(centered)) + self.epsilon)
+        row = (1, 1, 1, -1)
+        y = normed.reshape(x.shape) * scale.astype(wide.dtype).reshape(row)
+        return (y + bias.astype(wide.dtype).reshape(row)).astype(self.dtype)
 
 
 def layer_norm(

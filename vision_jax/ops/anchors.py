@@ -82,6 +82,35 @@ def encode(
     return deltas * _weights(weights, deltas)
 
 
+def decode_distances(distances: Array, squares_xyxy: Array) -> Array:
+    """Boxes f[..., 4] xyxy whose left, top, right and bottom are so far from squares' middles.
+
+    Distances f[..., 4] are in sides of the squares f[..., 4]; negative ones lie beyond the middle.
+
+    Examples:
+      >>> square = jnp.array([2.0, 2.0, 4.0, 4.0])
+      >>> decode_distances(jnp.array([0.0, 1.0, 2.0, 3.0]), square).tolist()
+      [3.0, 1.0, 7.0, 9.0]
+    """
+    low, high = squares_xyxy[..., :2], squares_xyxy[..., 2:]
+    middle, moves = (low + high) / 2, distances * jnp.concatenate([high - low] * 2, axis=-1)
+    return jnp.concatenate([middle - moves[..., :2], middle + moves[..., 2:]], axis=-1)
+
+
+def encode_distances(targets_xyxy: Array, squares_xyxy: Array) -> Array:
+    """The distances f[..., 4] that decode to the targets; finite for squares without area.
+
+    Examples:
+      >>> box = jnp.array([3.0, 1.0, 7.0, 9.0])
+      >>> encode_distances(box, jnp.array([2.0, 2.0, 4.0, 4.0])).tolist()
+      [0.0, 1.0, 2.0, 3.0]
+    """
+    low, high = squares_xyxy[..., :2], squares_xyxy[..., 2:]
+    middle, sides = (low + high) / 2, jnp.maximum(high - low, SMALLEST)
+    moves = (middle - targets_xyxy[..., :2], targets_xyxy[..., 2:] - middle)
+    return jnp.concatenate([x / sides for x in moves], axis=-1)
+
+
 def _weights(weights: Sequence[float], like: Array) -> Array:
     return jnp.asarray(weights, like.dtype).reshape((1,) * (like.ndim - 1) + (4,))
 

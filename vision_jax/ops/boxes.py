@@ -33,6 +33,23 @@ def xyxy_to_cxcywh(boxes: Array) -> Array:
     return jnp.concatenate([(low + high) / 2, high - low], axis=-1)
 
 
+def targets_in_pixels(
+    boxes_cxcywh_01: Array, target_mask: Array, size: Array
+) -> tuple[Array, Array]:
+    """Padded targets as (boxes_xyxy_px f[B, T, 4], bool[B, T] which are some).
+
+    What has no area is none: all anchors overlap it as much as the closest one does.
+
+    Args:
+      boxes_cxcywh_01: f[B, T, 4], relative to the images without padding.
+      target_mask: bool[B, T].
+      size: i32[B, 2], (height, width) of the images without padding, in pixels.
+    """
+    sides = jnp.tile(size[:, ::-1], 2)[:, None].astype(boxes_cxcywh_01.dtype)
+    some = target_mask & jnp.all(boxes_cxcywh_01[..., 2:] > 0, axis=-1)
+    return cxcywh_to_xyxy(boxes_cxcywh_01 * sides), some
+
+
 def clip_xyxy(boxes: Array, size: Array) -> Array:
     """Boxes cut at the borders of their image; one wholly outside gets no area.
 

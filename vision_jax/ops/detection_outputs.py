@@ -196,6 +196,8 @@ POSTPROCESS: dict[str, Postprocess] = {
     "softmax_set": _of_last_layer(softmax_detections),
     "sigmoid_set": _of_last_layer(sigmoid_detections),
     "proposals": _chosen,
+    "anchors": _chosen,
+    "points": _chosen,
     "cells": _of_cells,
     "sides": _of_sides,
 }

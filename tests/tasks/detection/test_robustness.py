@@ -55,6 +55,8 @@ def test_figures_of_each_epsilon_and_a_picture(restored, tmp_path, capsys, monke
 MODELS = {
     "yolox": ("yolox_finetune.py", detection_runs.YOLOX),
     "faster_rcnn": ("fasterrcnn_finetune.py", detection_runs.FASTER_RCNN),
+    "retinanet": ("retinanet_finetune.py", detection_runs.RETINANET),
+    "fcos": ("retinanet_finetune.py", detection_runs.FCOS),
 }
 
 

@@ -20,6 +20,7 @@ from vision_jax.attacks.examples import keys_of
 from vision_jax.errors import UserError
 from vision_jax.objective import Apply, Batch, Objective, forward_keys
 from vision_jax.ops import detection_losses
+from vision_jax.ops.dense_losses import anchor_loss, point_loss
 from vision_jax.ops.detection_outputs import POSTPROCESS, Postprocess
 from vision_jax.ops.images import to_float
 from vision_jax.ops.proposal_losses import proposal_loss
@@ -183,10 +184,44 @@ def make_proposal_loss(model: Any, *, max_boxes: int, alone: bool = False, **wei
     return lambda outputs, batch: proposal_loss(outputs, batch["mask"], alone=alone)
 
 
+def make_anchor_loss(model: Any, **others: Any) -> Loss:
+    """RetinaNet's loss (ops/dense_losses.py), of each image alone in any case.
+
+    Args:
+      model: with the kind of its `box_loss`.
+      **others: of other detectors' losses; config.loss has no weight of its terms.
+    """
+    del others
+    return lambda outputs, batch: anchor_loss(
+        outputs,
+        *(batch[name] for name in (*TARGETS, "mask", "size")),
+        box_loss=model.box_loss,
+    )
+
+
+def make_point_loss(model: Any, *, alone: bool = False, **others: Any) -> Loss:
+    """FCOS' loss (ops/dense_losses.py).
+
+    Args:
+      model: with the `radius` around the center of a box.
+      alone: an image's loss does not depend on the others of its batch.
+      **others: of other detectors' losses; config.loss has no weight of its terms.
+    """
+    del others
+    return lambda outputs, batch: point_loss(
+        outputs,
+        *(batch[name] for name in (*TARGETS, "mask", "size")),
+        radius=model.radius,
+        alone=alone,
+    )
+
+
 PREDICTIONS: dict[str, Prediction] = {
     "softmax_set": Prediction(partial(make_set_loss, sigmoid=False), POSTPROCESS["softmax_set"]),
     "sigmoid_set": Prediction(partial(make_set_loss, sigmoid=True), POSTPROCESS["sigmoid_set"]),
     "proposals": Prediction(make_proposal_loss, POSTPROCESS["proposals"], targets=True),
+    "anchors": Prediction(make_anchor_loss, POSTPROCESS["anchors"]),
+    "points": Prediction(make_point_loss, POSTPROCESS["points"], counted="foreground"),
     "cells": Prediction(make_cell_loss, POSTPROCESS["cells"], counted="foreground"),
     "sides": Prediction(make_side_loss, POSTPROCESS["sides"]),
 }

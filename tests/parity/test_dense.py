@@ -1,0 +1,445 @@
+"""RetinaNet and FCOS beside torchvision's: files, raw outputs, detections, losses, gradients."""
+
+import json
+import re
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torchvision import models
+from torchvision.models import ResNet, resnet
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision_detectors import apply, imported, keep, normalized, sees, variables_of
+
+from vision_jax import convert
+from vision_jax.certify.measure import relative_error
+from vision_jax.certify.random_weights import randomize, randomize_statistics, sample_images
+from vision_jax.certify.reference_dense import outputs as raw_outputs
+from vision_jax.certify.reference_dense import raw
+from vision_jax.certify.references import Reference
+from vision_jax.convert.package import write_package
+from vision_jax.convert.read import read_preprocessing
+from vision_jax.convert.retinanet import PUBLISHED_V1, V1
+from vision_jax.convert.tables import find_table, infer_arguments
+from vision_jax.models import fcos, retinanet
+from vision_jax.models.families import FAMILIES, build_model
+from vision_jax.ops.dense_losses import anchor_loss, assign_points, point_loss
+from vision_jax.tasks.detection.objective import TARGETS
+from vision_jax.trees import paths
+
+VARIANTS = {**retinanet.VARIANTS, **fcos.VARIANTS}
+FAMILY = {name: "retinanet" if name in retinanet.VARIANTS else "fcos" for name in VARIANTS}
+CLASSES, WIDTH = 5, 64
+SPREAD = {  # of the outputs of random heads, such that there are detections
+    "head.classification_head.cls_logits": 2.0,
+    "head.regression_head.bbox_reg": 0.5,
+    "head.regression_head.bbox_ctrness": 1.5,
+}
+
+
+# References -------------------------------------------------------------------------------------
+
+
+def small(name, norm=nn.BatchNorm2d, **keywords):
+    """torchvision's of that name, of few blocks and channels."""
+    body = ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm)
+    levels = {f"layer{index + 2}": str(index) for index in range(3)}
+    coarse = 512 if name.endswith("v2") else WIDTH
+    extra = LastLevelP6P7(coarse, WIDTH)
+    backbone = BackboneWithFPN(body, levels, [128, 256, 512], WIDTH, extra_blocks=extra)
+    if name.startswith("fcos"):
+        return FCOS(backbone, CLASSES, **keywords).eval()
+    head = None
+    if name.endswith("v2"):
+        head = RetinaNetHead(WIDTH, 9, CLASSES, norm_layer=partial(nn.GroupNorm, 32))
+        head.regression_head._loss_type = "giou"
+    return RetinaNet(backbone, CLASSES, head=head, **keywords).eval()
+
+
+def calibrate(model, seed=0):
+    """Random weights and statistics, and heads whose outputs find something."""
+    randomize(model, seed)
+    reference = Reference("torchvision", raw(model), "", {})
+    randomize_statistics(reference, (128, 128), 3, seed)
+    images = torch.tensor(sample_images(2, (128, 160), 3, seed)).permute(0, 3, 1, 2).float()
+    for name, spread in SPREAD.items():
+        if name not in dict(model.named_modules()):
+            continue
+        module, seen = model.get_submodule(name), []
+        hook = module.register_forward_hook(partial(keep, seen))
+        with torch.no_grad():
+            raw_outputs(model, 4 * (images - 0.5))
+            scale = spread / torch.cat(seen).std()
+            for parameter in module.parameters():
+                parameter *= scale
+        hook.remove()
+    if isinstance(model, FCOS):  # distances are of a ReLU: of sides, some of them 0
+        model.head.regression_head.bbox_reg.bias.data += 1
+    del model.forward  # the class's own again
+    return model
+
+
+@cache
+def reference(name):
+    return calibrate(small(name))
+
+
+def on_a_canvas(sizes, canvas):
+    """Images f[B, H, W, 3] of these sizes, upper left on white, and where: bool[B, H, W]."""
+    images, mask = np.ones((len(sizes), *canvas, 3)), np.zeros((len(sizes), *canvas), bool)
+    for image, there, (height, width) in zip(images, mask, sizes, strict=True):
+        image[:height, :width] = sample_images(1, (height, width), 3, height)[0]
+        there[:height, :width] = True
+    return images, mask
+
+
+# Network ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", VARIANTS)
+def test_detections_are_torchvisions_of_each_image_alone(name):
+    """All of them, of images of two sizes on a canvas that is too large for both, in float64."""
+    sizes, canvas = ((128, 160), (101, 75)), (192, 256)
+    images, mask = on_a_canvas(sizes, canvas)
+    module = reference(name)
+    arguments, flat = imported(module)
+    model = build_model(FAMILY[name], **arguments, dtype=jnp.float64)
+    ours = apply(model, flat, images, mask)
+    module.double()
+    for index, (height, width) in enumerate(sizes):
+        image = images[index, :height, :width]
+        with torch.no_grad():
+            (found,) = module(sees(module, image))
+        there = ours["score"][index] > 0
+        assert 20 < there.sum() == len(found["scores"]) <= model.most
+        np.testing.assert_allclose(ours["score"][index][there], found["scores"], rtol=1e-9)
+        np.testing.assert_array_equal(ours["label"][index][there], found["labels"])
+        boxes = ours["boxes_xyxy_01"][index][there] * [width, height, width, height]
+        assert relative_error(boxes, found["boxes"].numpy()) <= 1e-9
+    module.float()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_raw_outputs(name, dtype):
+    """And each level of the pyramid."""
+    bar = {"float32": 1e-5, "float64": 1e-12}[dtype]
+    module = reference(name)
+    arguments, flat = imported(module)
+    model = build_model(FAMILY[name], **arguments, dtype=jnp.dtype(dtype))
+    images = sample_images(2, (128, 96), 3, 5)
+    ours, features = apply(model, flat, images, dtype=dtype, return_features=True)
+    module.to(getattr(torch, dtype))
+    with torch.no_grad():
+        theirs = vars(raw_outputs(module, normalized(images, dtype)))
+        levels = module.backbone(normalized(images, dtype))
+    module.float()
+    for key, value in theirs.items():
+        assert relative_error(ours[key], value.numpy()) <= bar, key
+    assert len(levels) == 5
+    for index, level in enumerate(levels.values()):
+        assert relative_error(features[f"level_{index}"], level.numpy()) <= bar, index
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def old_names(tensors):
+    """As torchvision before 0.13 and the published v1 have them: norms without counts."""
+    renamed = {}
+    for name, x in tensors.items():
+        for part in ("inner_blocks", "layer_blocks"):
+            name = re.sub(rf"({part}\.\d)\.0\.", r"\1.", name)
+        if not name.endswith("num_batches_tracked"):
+            match = re.fullmatch(r"(head\.\w+\.conv\.)(\d)\.0\.(\w+)", name)
+            renamed[f"{match[1]}{2 * int(match[2])}.{match[3]}" if match else name] = x
+    return renamed
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_file_tells_its_variant_and_each_tensor_has_its_place(name):
+    """By names and shapes alone; the older names of v1 and of FCOS too."""
+    with torch.device("meta"):
+        module = models.get_model(name, weights=None, weights_backbone=None)
+    shapes = {key: tuple(x.shape) for key, x in module.state_dict().items()}
+    counts = {V1: [354, 301], f"{V1}_v2": [362], "fcos_resnet50_fpn": [372, 319]}[name]
+    spelled = [shapes, old_names(shapes)][: len(counts)]
+    assert [len(names) for names in spelled] == counts
+    for names in spelled:
+        table = find_table(names)
+        assert table.family == FAMILY[name]
+        arguments = {**FAMILIES[table.family].defaults, **infer_arguments(table, names, {})}
+        assert {key: arguments[key] for key in VARIANTS[name]} == VARIANTS[name]
+        assert arguments["num_classes"] == 91
+        rules = table.rules(arguments)
+        kept = [key for rule in rules for key in rule.names if key in names]
+        assert sorted(kept) == sorted(names)
+
+
+@pytest.mark.parametrize("name", [V1, "fcos_resnet50_fpn"])
+def test_older_names_give_the_same_arrays(name):
+    module = small(name)
+    tensors = {key: x.numpy() for key, x in module.state_dict().items()}
+    _, expected = imported(module)
+    arguments, found = imported(module, old_names(tensors))
+    assert arguments["batch_norm_eps"] == 1e-5
+    for path, array in found.items():
+        wanted = np.zeros_like(array) if path.endswith("count") else expected[path]
+        np.testing.assert_array_equal(array, wanted, err_msg=path)
+
+
+def test_the_published_v1_has_no_epsilon_and_says_so(tmp_path):
+    """By the file's name, by torchvision's name of the weights, or by a config of ours."""
+    tensors = old_names({key: x.numpy() for key, x in small(V1).state_dict().items()})
+    for name, epsilon in ((f"{PUBLISHED_V1}-eeacb38b", 0.0), ("mine", 1e-5)):
+        file = tmp_path / f"{name}.safetensors"
+        convert.write_safetensors(file, tensors)
+        weights = convert.read_weights(str(file))
+        assert convert.recognize(weights)[1]["batch_norm_eps"] == epsilon
+        assert f"batch_norm_eps={epsilon}" in convert.assumptions(weights)
+    said = {"library": "torchvision", "model": V1}
+    for config in ({"weights": "COCO_V1"}, {"norm_eps": 0.0}):
+        given = replace(weights, metadata={"config": said | config})
+        assert convert.recognize(given)[1]["batch_norm_eps"] == 0.0
+        assert convert.assumptions(given) == ("batch_norm_eps=0.0, by the weights' name",)
+
+
+@pytest.mark.long
+def test_frozen_norms_without_epsilon():
+    """What torchvision makes of the published weights, and of our file of them, strictly."""
+    module = small(V1, FrozenBatchNorm2d)
+    overwrite_eps(module, 0.0)
+    calibrate(module)
+    config = {"library": "torchvision", "model": V1, "weights": "COCO_V1"}
+    arguments, flat = imported(module, metadata={"config": config})
+    model = build_model("retinanet", **arguments, dtype=jnp.float64)
+    images = sample_images(1, (64, 64), 3, 2)
+    ours = apply(model, flat, images)
+    again = small(V1, FrozenBatchNorm2d)
+    tensors, _ = convert.export_weights(flat, "retinanet", arguments, to="torchvision")
+    again.load_state_dict({key: torch.tensor(x) for key, x in tensors.items()}, strict=True)
+    overwrite_eps(again, 0.0)
+    for one in (module, again):
+        with torch.no_grad():
+            theirs = vars(raw_outputs(one.double(), normalized(images)))
+        for key, value in theirs.items():
+            assert relative_error(ours[key], value.numpy()) <= 1e-12, key
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_written_folder_is_what_its_builder_loads(name, tmp_path):
+    """With as many candidates and detections, for as many classes, and sides of images."""
+    own = {"num_classes": 3, "candidates": 50, "most": 7, "least_score": 0.1}
+    sizes = {**VARIANTS[name], **own, "batch_norm_eps": 0.0}
+    arguments = {**FAMILIES[FAMILY[name]].defaults, **sizes}
+    built = build_model(FAMILY[name], **arguments)
+    like = jax.eval_shape(built.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    flat = {
+        path: np.zeros(x.shape, x.dtype)
+        for tree in like.values()
+        for path, x in paths.flatten(tree).items()
+    }
+    said = {"short": 320, "longest": 640, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    write_package(tmp_path, flat, FAMILY[name], arguments, to="torchvision", preprocessing=said)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["norm_eps"] == 0.0
+    module = models.get_model(config["model"], weights=None, **config["kwargs"])
+    module.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    assert (module.topk_candidates, module.detections_per_img, module.score_thresh) == (50, 7, 0.1)
+    assert (module.transform.min_size, module.transform.max_size) == ((320,), 640)
+    weights = convert.read_weights(str(tmp_path))
+    plain = replace(weights, metadata={"config": config})  # without our header
+    for read in (weights, plain):
+        found = convert.recognize(read)[1]
+        assert {key: found[key] for key in sizes} == sizes
+    read = read_preprocessing({"config": config})
+    assert (read["short"], read["longest"], read["rule"]) == (320, 640, "torchvision")
+
+
+# Losses -----------------------------------------------------------------------------------------
+
+SIDE, SLOTS = 64, 24
+SIZES, CANVAS = ((SIDE, SIDE), (51, 58)), (96, 160)  # a canvas of SIDE, of each image alone
+
+
+def random_targets(counts, sides=(8, 45)):
+    """(label, boxes cxcywh in [0, 1], mask) of images of SIZES, `counts` boxes each."""
+    rng = np.random.default_rng(3)
+    size = rng.uniform(*sides, (len(counts), SLOTS, 2)) / SIDE
+    centers = size / 2 + (1 - size) * rng.random(size.shape)
+    mask = np.arange(SLOTS)[None] < np.array(counts)[:, None]
+    return {
+        "label": rng.integers(0, CLASSES, mask.shape),
+        "boxes_cxcywh_01": np.concatenate([centers, size], axis=-1),
+        "target_mask": mask,
+    }
+
+
+def loss_of(model):
+    """(outputs, targets..., mask, size) -> (losses, metrics) of a model of ours."""
+    if isinstance(model, retinanet.RetinaNet):
+        return partial(anchor_loss, box_loss=model.box_loss)
+    return partial(point_loss, radius=model.radius)
+
+
+@cache
+def learner(name):
+    """(the reference, its arrays, a compiled (variables, images, mask, targets) -> ...)."""
+    module = calibrate(small(name)).double()
+    arguments, flat = imported(module)
+    model = build_model(FAMILY[name], **arguments, dtype=jnp.float64)
+    sizes = jnp.array(SIZES)
+
+    @jax.jit
+    def value_and_grad(variables, images, mask, targets):
+        def loss(params):
+            given = {**variables, "params": params}
+            outputs, _ = model.apply(given, images, mask, train=True, mutable=["batch_stats"])
+            everyone = jnp.ones(len(images), bool)
+            losses, metrics = loss_of(model)(
+                outputs, *(targets[n] for n in TARGETS), everyone, sizes
+            )
+            return losses.mean(), metrics
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    return module, flat, value_and_grad
+
+
+CASES = {
+    "plain": {"counts": (3, 1)},
+    "an image without boxes": {"counts": (0, 2)},
+    "no boxes at all": {"counts": (0, 0)},
+    "crowds": {"counts": (SLOTS, SLOTS), "sides": (20, 40)},
+    "of a pixel": {"counts": (4, 2), "sides": (1, 2)},
+}
+TERMS = {"classification": "class", "bbox_regression": "box", "bbox_ctrness": "center"}
+
+
+def their_terms(module, images, targets):
+    """Loss terms of torchvision's, of a canvas that is each image's own."""
+    module.train()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.eval()
+    given = []
+    for (height, width), label, boxes, mask in zip(SIZES, *targets.values(), strict=True):
+        boxes = boxes[mask] * [width, height, width, height]
+        center, half = boxes[:, :2], boxes[:, 2:] / 2
+        corners = np.concatenate([center - half, center + half], axis=-1)
+        given.append({"boxes": torch.tensor(corners), "labels": torch.tensor(label[mask])})
+    module.transform.resize = lambda image, target: (image, target)
+    seen = [
+        torch.tensor(image[:height, :width].transpose(2, 0, 1))
+        for image, (height, width) in zip(images, SIZES, strict=True)
+    ]
+    module.zero_grad()
+    return module(seen, given)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *((V1, case) for case in CASES),
+        *((f"{V1}_v2", case) for case in CASES if case != "an image without boxes"),
+        *(("fcos_resnet50_fpn", case) for case in CASES),
+    ],
+)
+def test_losses_and_gradients_are_torchvisions(name, case):
+    """One image is smaller than the other, and our canvas larger than both."""
+    module, flat, value_and_grad = learner(name)
+    (images, mask), targets = on_a_canvas(SIZES, CANVAS), random_targets(**CASES[case])
+    terms = their_terms(module, images, targets)
+    sum(terms.values()).backward()
+    with jax.enable_x64(True):
+        variables = variables_of(flat, "float64")
+        given = jax.tree.map(jnp.asarray, (images, mask, targets))
+        (value, metrics), gradients = jax.device_get(value_and_grad(variables, *given))
+    for key, term in terms.items():
+        expected, ours = term.item(), metrics[f"loss_{TERMS[key]}"]
+        np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-12, err_msg=key)
+    np.testing.assert_allclose(value, sum(terms.values()).item(), rtol=1e-10)
+    found = metrics["foreground" if name.startswith("fcos") else "anchors"]
+    assert (found > 0) == ("no boxes" not in case and (case, name[:4]) != ("of a pixel", "fcos"))
+    tensors = {key: x.numpy() for key, x in module.state_dict().items()}
+    tensors |= {
+        key: np.zeros(x.shape) if x.grad is None else x.grad.numpy()
+        for key, x in module.named_parameters()
+    }
+    _, expected = imported(module, tensors)
+    for path, gradient in paths.flatten(gradients).items():
+        scale = max(np.abs(expected[path]).max(), 1e-6)
+        assert np.abs(gradient - expected[path]).max() <= 1e-10 * scale, path
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", VARIANTS)
+def test_boxes_without_area_train_nothing(name):
+    """torchvision refuses them: the loss is that of the others alone."""
+    module, flat, value_and_grad = learner(name)
+    (images, mask), targets = on_a_canvas(SIZES, CANVAS), random_targets((3, 1))
+    targets["boxes_cxcywh_01"][:, 0, 2:] = 0
+    others = {**targets, "target_mask": targets["target_mask"].copy()}
+    others["target_mask"][:, 0] = False
+    with jax.enable_x64(True):
+        variables = variables_of(flat, "float64")
+        found, alone = (
+            jax.device_get(
+                value_and_grad(variables, *jax.tree.map(jnp.asarray, (images, mask, one)))
+            )
+            for one in (targets, others)
+        )
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
+    expected = sum(their_terms(module, images, others).values()).item()
+    np.testing.assert_allclose(found[0][0], expected, rtol=1e-10)
+
+
+def test_points_and_boxes_of_equal_area_and_at_every_bound(rng):
+    """As torchvision's compute_loss, of points on a grid and boxes of whole pixels."""
+    side = np.repeat([8.0, 16.0, 32.0], [64, 16, 4])
+    corners = [
+        (stride * np.indices((64 // stride, 64 // stride)).reshape(2, -1)[::-1]).T
+        for stride in (8, 16, 32)
+    ]
+    middle = np.concatenate(corners).astype(float)
+    points = np.concatenate([middle - side[:, None] / 2, middle + side[:, None] / 2], axis=1)
+    low = rng.integers(0, 48, (12, 2))
+    boxes = np.concatenate([low, low + 4 * rng.integers(1, 12, (12, 2))], axis=1).astype(float)
+    boxes[6:] = boxes[:6][:, [1, 0, 3, 2]]  # of as much area
+    least, most = 4 * side, 8 * side
+    least[:64], most[-4:] = 0, np.inf
+    with jax.enable_x64(True):
+        target, found = assign_points(
+            jnp.asarray(points)[None],
+            jnp.stack([jnp.asarray(least), jnp.asarray(most)], -1)[None],
+            jnp.asarray(boxes)[None],
+            jnp.ones((1, 12), bool),
+            radius=1.5,
+        )
+    seen = []
+    module = FCOS.__new__(FCOS)
+    nn.Module.__init__(module)
+    module.center_sampling_radius = 1.5
+    module.head = nn.Module()
+    module.head.compute_loss = lambda targets, outputs, anchors, matched: seen.append(matched)
+    wanted = {"boxes": torch.tensor(boxes), "labels": torch.zeros(12, dtype=torch.int64)}
+    module.compute_loss([wanted], {}, [torch.tensor(points)], [64, 16, 4])
+    matched = seen[0][0].numpy()
+    assert (matched >= 0).sum() > 20
+    np.testing.assert_array_equal(np.where(found[0], target[0], -1), matched)

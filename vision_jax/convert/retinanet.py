@@ -1,0 +1,104 @@
+"""Tables for RetinaNet: torchvision's files of v1 and v2, v1's in both of their spellings.
+
+Source: torchvision 0.29 models/detection/retinanet.py. Files from before 0.13, the published v1
+weights among them, call the convolutions of the pyramid without the numbers of a Sequential, and
+those of the heads by the number of each second one, between which ReLUs stand. BatchNorm's epsilon
+is in no file: that of the published v1 weights is 0, which is known by their name; of others it is
+asked for (`batch_norm_eps`).
+"""
+
+from functools import partial
+from typing import Any
+
+from vision_jax.convert.dense import (
+    KEYWORDS,
+    TOWERS,
+    dense_arguments,
+    dense_config,
+    dense_modules,
+    dense_named,
+    dense_rules,
+)
+from vision_jax.convert.engine import Rule
+from vision_jax.convert.pyramid import BODY, FPN, epsilon_of
+from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
+from vision_jax.models.families import FAMILIES
+from vision_jax.models.retinanet import VARIANTS
+
+FAMILY = "retinanet"
+V1, V2 = VARIANTS
+PUBLISHED_V1 = f"{V1}_coco"  # how the file's name begins
+_CLASSES, _BOXES = f"{TOWERS['class']}.cls_logits", f"{TOWERS['box']}.bbox_reg"
+
+
+def _rules(numbered: bool, arguments: Arguments) -> list[Rule]:
+    """`numbered`: convolutions of the pyramid and the heads stand in Sequentials of their own."""
+    return dense_rules(
+        arguments,
+        {"class": _CLASSES, "box": _BOXES},
+        numbered,
+        not arguments["head_groups"],
+        lambda index: (f"{index}.0", f"{index}.1") if numbered else (f"{2 * index}", ""),
+    )
+
+
+def _arguments(numbered: bool, shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
+    config = metadata.get("config", {})
+    found = dense_arguments(
+        shapes, config, "RetinaNet", numbered, FAMILIES[FAMILY].defaults, KEYWORDS
+    )
+    anchors = shapes[f"{_BOXES}.weight"][0] // 4
+    return {
+        "num_classes": shapes[f"{_CLASSES}.weight"][0] // anchors,
+        **found,
+        "batch_norm_eps": epsilon_of(config, (V1, PUBLISHED_V1)),
+        "box_loss": "giou" if found["head_groups"] else "l1",
+    }
+
+
+def _named(arguments: Arguments) -> str:
+    return dense_named(FAMILY, VARIANTS, arguments, ("anchor_sizes", "box_loss"))
+
+
+def _config(arguments: Arguments) -> dict[str, Any]:
+    builder = _named(arguments)
+    return dense_config(FAMILY, builder, VARIANTS[builder], arguments, KEYWORDS)
+
+
+def _table(numbered: bool) -> Table:
+    first = ".0" if numbered else ""
+    return Table(
+        "torchvision",
+        FAMILY,
+        "numbered" if numbered else "before 0.13",
+        (
+            f"{BODY}conv1.weight",
+            f"{FPN}inner_blocks.0{first}.weight",
+            f"{FPN}extra_blocks.p6.weight",
+            f"{TOWERS['class']}.conv.0{first}.weight",
+            f"{_CLASSES}.weight",
+            f"{_BOXES}.weight",
+        ),
+        arguments=partial(_arguments, numbered),
+        rules=partial(_rules, numbered),
+        holds=lambda arguments: numbered and _named(arguments) != "",
+        config=_config,
+        modules=dense_modules,
+        unseen=("batch_norm_eps", "anchor_sizes", "box_loss", "least_score"),
+        by_name=("batch_norm_eps",),
+        file_names=PUBLISHED_V1,
+    )
+
+
+TABLES = tuple(_table(numbered) for numbered in (True, False))
+ZOO = tuple(
+    Entry(
+        f"torchvision/{name}",
+        "RetinaNet",
+        name,
+        image_size=128,
+        published=f"torchvision://{name}",
+        license="BSD-3-Clause",
+    )
+    for name in VARIANTS
+)
