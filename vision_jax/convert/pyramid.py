@@ -5,7 +5,6 @@ Files from before 0.13 call the pyramid's convolutions without the number of a S
 BatchNorm has no count of updates, and its epsilon is in no file.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,7 +83,7 @@ def _body_arguments(arguments: Arguments, kind: str) -> dict[str, Any]:
 
 def level_rules(count: int, norm: bool, numbered: bool) -> list[Rule]:
     """Rules of the convolutions of so many maps; `numbered`: they stand in a Sequential."""
-    rules = []
+    rules: list[Rule] = []
     for index in range(count):
         for kind in ("inner", "layer"):
             name, path = f"{FPN}{kind}_blocks.{index}", f"fpn/{kind}_{index}"
@@ -101,7 +100,7 @@ def conv_norm(name: str, path: str, norm: bool, numbered: bool = True) -> tuple[
     return (*kernel, *batch_norm(f"{name}.1", f"{path}/bn"))
 
 
-def epsilon_of(config: Metadata, published: Sequence[str]) -> float:
+def epsilon_of(config: Metadata, published: tuple[str, str]) -> float:
     """BatchNorm's epsilon: what a config of ours says, or what the weights' name tells.
 
     Args:

@@ -26,7 +26,7 @@ from vision_jax.models.families import FAMILIES
 from vision_jax.models.retinanet import VARIANTS
 
 FAMILY = "retinanet"
-V1, V2 = VARIANTS
+V1 = "retinanet_resnet50_fpn"
 PUBLISHED_V1 = f"{V1}_coco"  # how the file's name begins
 _CLASSES, _BOXES = f"{TOWERS['class']}.cls_logits", f"{TOWERS['box']}.bbox_reg"
 

@@ -217,12 +217,12 @@ def detect(
     score, label, boxes = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
     boxes = clip_xyxy(boxes, sizes[:, None])
     kept = nms.nms(boxes, score, score > least, overlap, label)
-    index, kept = nms.best(kept, score, most)
+    order, kept = nms.best(kept, score, most)
     sides = jnp.tile(sizes[:, ::-1], 2)[:, None].astype(boxes.dtype)  # width, height, twice
     return {
-        "score": jnp.where(kept, jnp.take_along_axis(score, index, axis=1), 0),
-        "label": jnp.take_along_axis(label, index, axis=1).astype(jnp.int32),
-        "boxes_xyxy_01": _at(boxes, index) / sides,
+        "score": jnp.where(kept, jnp.take_along_axis(score, order, axis=1), 0),
+        "label": jnp.take_along_axis(label, order, axis=1).astype(jnp.int32),
+        "boxes_xyxy_01": _at(boxes, order) / sides,
     }
 
 

@@ -154,14 +154,15 @@ class OnPyramid(nn.Module):
     @property
     def num_layers(self) -> int:
         """Layers for layer-wise rate decay: the body's, the pyramid, the heads."""
-        return sum(self.depths) + 3
+        return sum(self._body(parent=None).depths) + 3
 
     def layer_of(self, path: str) -> int:
         """Depth of a parameter: the body's, then the pyramid, and all heads last."""
         top, _, rest = path.partition("/")
+        body = self._body(parent=None)
         if top == "backbone":
-            return self._body(parent=None).layer_of(rest)
-        return sum(self.depths) + (1 if top == "fpn" else 2)
+            return body.layer_of(rest)
+        return sum(body.depths) + (1 if top == "fpn" else 2)
 
     def _body(self, **place):
         raise NotImplementedError
@@ -184,7 +185,7 @@ class OnPyramid(nn.Module):
         images = jnp.pad(images, ((0, 0), *more, (0, 0)))
         grid = images.shape[1:3]
         if pixel_mask is not None or any(after for _, after in more):
-            mean = jnp.asarray(self.mean, images.dtype).reshape(1, 1, 1, -1)
+            mean = jnp.asarray(self._body(parent=None).mean, images.dtype).reshape(1, 1, 1, -1)
             images = jnp.where(inside(grid, sizes)[..., None], images, mean)
         if pixel_mask is None:
             return images, sizes, extents, [None] * (1 + len(self._maps) + self._more)
