@@ -17,6 +17,7 @@ from torchvision.models import ResNet, resnet
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -330,25 +331,90 @@ CASES = {
 TERMS = {"classification": "class", "bbox_regression": "box", "bbox_ctrness": "center"}
 
 
+def as_theirs(targets):
+    """torchvision's targets, of images of SIZES."""
+    given = []
+    rows = (targets[name] for name in ("label", "boxes_cxcywh_01", "target_mask"))
+    for (height, width), label, boxes, mask in zip(SIZES, *rows, strict=True):
+        boxes = boxes[mask] * [width, height, width, height]
+        center, half = boxes[:, :2], boxes[:, 2:] / 2
+        corners = np.concatenate([center - half, center + half], axis=-1)
+        given.append({"boxes": torch.tensor(corners), "labels": torch.tensor(label[mask])})
+    return given
+
+
 def their_terms(module, images, targets):
     """Loss terms of torchvision's, of a canvas that is each image's own."""
     module.train()
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.eval()
-    given = []
-    for (height, width), label, boxes, mask in zip(SIZES, *targets.values(), strict=True):
-        boxes = boxes[mask] * [width, height, width, height]
-        center, half = boxes[:, :2], boxes[:, 2:] / 2
-        corners = np.concatenate([center - half, center + half], axis=-1)
-        given.append({"boxes": torch.tensor(corners), "labels": torch.tensor(label[mask])})
     module.transform.resize = lambda image, target: (image, target)
     seen = [
         torch.tensor(image[:height, :width].transpose(2, 0, 1))
         for image, (height, width) in zip(images, SIZES, strict=True)
     ]
     module.zero_grad()
-    return module(seen, given)
+    return module(seen, as_theirs(targets))
+
+
+@pytest.mark.long(but=("retinanet_resnet50_fpn_v2-crowds", "fcos_resnet50_fpn-crowds"))
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_losses_of_outputs_are_torchvisions(name, case, rng):
+    """And their gradients, of random outputs of all places, and of some that are on no image."""
+    module, targets = small(name).double(), random_targets(**CASES[case])
+    grids = [(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]
+    maps = [torch.zeros(2, WIDTH, *grid, dtype=torch.float64) for grid in grids]
+    places = module.anchor_generator(ImageList(torch.zeros(2, 3, SIDE, SIDE), list(SIZES)), maps)
+    point = name.startswith("fcos")
+    counts = [(1 if point else 9) * height * width for height, width in grids]
+    shapes = {"cls_logits": CLASSES, "bbox_regression": 4, **({"bbox_ctrness": 1} if point else {})}
+    raw = {key: rng.normal(size=(2, sum(counts), size)) for key, size in shapes.items()}
+    if point:
+        raw["bbox_regression"] = np.maximum(2 * raw["bbox_regression"] + 1, 0)
+    said = {key: torch.tensor(x, requires_grad=True) for key, x in raw.items()}
+    terms = module.compute_loss(as_theirs(targets), said, places, *([counts] if point else []))
+    sum(terms.values()).backward()
+
+    def more(x):  # places that are on no canvas of an image
+        return jnp.concatenate([x, 3 * jnp.ones_like(x[:, :7])], axis=1)
+
+    known = {"cls_logits": "logits", "bbox_regression": "distances" if point else "box_deltas"}
+    known |= {"bbox_ctrness": "center_logits"}
+    boxes = np.stack(places)
+    with jax.enable_x64(True):
+        levels = jnp.split(jnp.asarray(boxes), np.cumsum(counts)[:-1], axis=1)
+        fixed = {"inside": more(jnp.ones(boxes.shape[:2], bool)).at[:, sum(counts) :].set(False)}
+        fixed["points_xyxy_px" if point else "anchors_xyxy_px"] = more(jnp.asarray(boxes))
+        if point:
+            reach = [fcos._reach(x, index, len(levels)) for index, x in enumerate(levels)]
+            fixed["reach_px"] = more(jnp.concatenate(reach, axis=1))
+        given = (targets[key] for key in TARGETS)
+        rest = [*map(jnp.asarray, given), jnp.ones(2, bool), jnp.array(SIZES)]
+        if point:
+            loss = partial(point_loss, radius=1.5)
+        else:
+            loss = partial(anchor_loss, box_loss=VARIANTS[name].get("box_loss", "l1"))
+
+        @jax.jit
+        @partial(jax.value_and_grad, has_aux=True)
+        def value_and_grad(own):
+            wide = {known[key]: more(x) for key, x in own.items()}
+            if point:
+                wide["center_logits"] = wide["center_logits"][..., 0]
+            losses, metrics = loss({**wide, **fixed}, *rest)
+            return losses.mean(), metrics
+
+        (value, metrics), gradients = value_and_grad(jax.tree.map(jnp.asarray, raw))
+        found = jax.device_get((value, metrics, gradients))
+    np.testing.assert_allclose(found[0], sum(terms.values()).item(), rtol=1e-10)
+    for key, term in terms.items():
+        ours = found[1][f"loss_{TERMS[key]}"]
+        np.testing.assert_allclose(ours, term.item(), rtol=1e-10, atol=1e-12, err_msg=key)
+    for key, x in said.items():
+        expected = np.zeros(x.shape) if x.grad is None else x.grad.numpy()
+        assert np.abs(found[2][key] - expected).max() <= 1e-10 * np.abs(expected).max(), key
 
 
 @pytest.mark.long
@@ -356,8 +422,8 @@ def their_terms(module, images, targets):
     ("name", "case"),
     [
         *((V1, case) for case in CASES),
-        *((f"{V1}_v2", case) for case in CASES if case != "an image without boxes"),
-        *(("fcos_resnet50_fpn", case) for case in CASES),
+        *((f"{V1}_v2", case) for case in ("plain", "no boxes at all")),
+        *(("fcos_resnet50_fpn", case) for case in ("plain", "no boxes at all")),
     ],
 )
 def test_losses_and_gradients_are_torchvisions(name, case):
