@@ -41,7 +41,9 @@ def train_once(overrides: dict[str, str]) -> tuple[float, float]:
         assert code == 0, f"interrupted: {code}"
         trained = restore(config, Path(workdir), "last").trained
         section = config.adversarial
-        outputs_fn = classify.make_outputs(trained.predicts, trained.apply, trained.assemble)
+        outputs_fn = classify.make_outputs(
+            config, trained.model, trained.predicts, trained.apply, trained.assemble
+        )
         watched = make_watch(
             outputs_fn, norm=section.norm, epsilon=section.epsilon, seed=config.seed
         )

@@ -28,6 +28,7 @@ SMALL = {
         "(1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255)": "(8 / 255,)",
     },
     "teach_a_student": {"STEPS = 400": "STEPS = 2", "STEPS = 1000": "STEPS = 2"},
+    "pretrain_your_images": {"STEPS = 2000": "STEPS = 4", "FINE_STEPS = 500": "FINE_STEPS = 2"},
     "detect_your_objects": {"STEPS = 1500": "STEPS = 10", "SIDE = 160": "SIDE = 64"},
 }
 
@@ -115,6 +116,18 @@ def test_detect_your_objects(tmp_path, monkeypatch):
     assert "evaluation on " in printed
     assert len(list((run / "predictions").glob("*.png"))) == 3
     assert (run / "model.safetensors").is_file()
+
+
+@pytest.mark.long
+def test_pretrain_your_images(tmp_path, monkeypatch):
+    printed = execute("pretrain_your_images", tmp_path, monkeypatch)
+    assert (tmp_path / "runs/mae/reconstructions.png").is_file()
+    for name in ("from_scratch", "pretrained"):
+        last = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")[-1]
+        assert f"{name:12} {last['eval/top1']:.3f}" in printed
+    assert (
+        "runs/mae" in json.loads((tmp_path / "runs/pretrained/model.json").read_text())["weights"]
+    )
 
 
 @pytest.mark.long

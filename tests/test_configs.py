@@ -17,6 +17,7 @@ from vision_jax.run.prepare import Run
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 LOADED = [load_config(str(path), {}) for path in CONFIGS]
 SMALLER_RESNET = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8}
+SMALLER_DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 SMALLER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 8}
 
 
@@ -47,7 +48,9 @@ def small(path: Path):
         moved = tuple((kind, "block_0", "block_0", weight) for kind, _, _, weight in matches)
         changes["distill.features"] = repr(moved)
     arguments = load_config(str(path), {}).model.arguments
-    if "width" in dict(arguments):
+    if load_config(str(path), {}).task == "pretraining":
+        changes["model.arguments"] = repr(tuple((SMALLER | SMALLER_DECODER).items()))
+    elif "width" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))
     elif load_config(str(path), {}).model.variant.startswith("deit"):
         changes["model.arguments"] = repr(tuple(SMALLER.items()))

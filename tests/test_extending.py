@@ -73,7 +73,7 @@ def make_objective(config, model, predicts, apply, assemble):
     return replace(plain, criterion=criterion)
 
 
-def make_outputs(predicts, apply, assemble):
+def make_outputs(config, model, predicts, apply, assemble):
     return classes.make_outputs(apply, assemble)
 
 

@@ -340,8 +340,9 @@ def evaluate(
         config.data.eval_images = os.fspath(images)
     source = task.read_eval_source(config, loaded.class_names)
     mesh = sharding.make_mesh(**config.mesh)
+    apply = families.make_apply(loaded.model)
     outputs_fn = task.make_outputs(
-        family.predicts, families.make_apply(loaded.model), lambda params: params
+        config, loaded.model, family.predicts, apply, lambda params: params
     )
     run = task.make_evaluate(config, outputs_fn, mesh, source, loaded.preprocessing)
     placed = jax.device_put(dict(variables), sharding.replicated(mesh))

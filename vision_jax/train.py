@@ -315,7 +315,8 @@ def _say_beginning(log: RunLog, prepared: Run, facts: _Facts, begin: _Begin) -> 
     for note in facts.notes:
         log.say(f"warning: {note}")
     for source in (train_source, eval_source):
-        log.say(f"data: {source.name}, {len(source)} images, {len(source.class_names)} classes")
+        classes = f", {len(source.class_names)} classes" if source.class_names else ""
+        log.say(f"data: {source.name}, {len(source)} images{classes}")
         if source.note:
             log.say(f"data: {source.note}")
     for line in begin.lines:

@@ -11,7 +11,14 @@ from PIL import Image
 
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.folders import list_files
-from vision_jax.data.sources import ASSETS, read_source, split_source, subset
+from vision_jax.data.sources import (
+    ASSETS,
+    hold_out,
+    read_source,
+    read_unlabelled,
+    split_source,
+    subset,
+)
 from vision_jax.errors import UserError
 
 
@@ -446,6 +453,43 @@ def test_split_source_keeps_one_of_each_class_on_both_sides(folder):
     (folder / "dog" / "2.png").unlink()
     with pytest.raises(UserError, match="class 'dog' has one image"):
         split_source(read_source(str(folder)), 0.5, seed=0)
+
+
+def test_images_without_labels(folder):
+    """Flat or nested, and what has labels without them."""
+    source = read_unlabelled(str(folder))
+    assert source.reader.paths == (
+        "cat/1.png", "cat/2.PNG", "cat/3.bmp", "dog/2.png", "dog/a/1.png"
+    )  # fmt: skip
+    assert source.class_names == ()
+    assert source.labels.tolist() == [0] * 5
+    assert "ignored" in source.note
+    flat = read_unlabelled(str(folder / "cat"))
+    assert len(flat) == 3
+    assert flat[1]["image"].shape == (3, 4, 3)
+    embedded = read_unlabelled("embedded:fashion_mnist/test")
+    assert (len(embedded), embedded.class_names, embedded.labels.max()) == (1000, (), 0)
+    (folder / "list.csv").write_text("path,label\ncat/1.png,cat\ndog/2.png,dog\n")
+    assert read_unlabelled(str(folder / "list.csv")).labels.tolist() == [0, 0]
+    (folder / "none").mkdir()
+    with pytest.raises(UserError, match="none: no image in it or below"):
+        read_unlabelled(str(folder / "none"))
+    with pytest.raises(UserError, match=r"no data: set config\.data\.train"):
+        read_unlabelled("")
+
+
+def test_images_are_held_out_without_labels(folder):
+    source = read_unlabelled(str(folder))
+    train, held_out = hold_out(source, 0.4, 1)
+    assert (len(train), len(held_out)) == (3, 2)
+    assert sorted([*train.rows, *held_out.rows]) == list(range(5))
+    again = hold_out(source, 0.4, 1)[1]
+    assert again.rows.tolist() == held_out.rows.tolist() == sorted(held_out.rows)
+    assert [len(part) for part in hold_out(source, 0.01, 0)] == [4, 1]
+    with pytest.raises(UserError, match="one image, so none can be held out"):
+        hold_out(subset(source, 1, 0), 0.5, 0)
+    with pytest.raises(UserError, match="holdout 1"):
+        hold_out(source, 1, 0)
 
 
 def test_subset(folder):

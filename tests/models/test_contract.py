@@ -183,6 +183,23 @@ CASES = {
         form_features={"all maps": ("stem", *(f"level_{index}" for index in range(6)))},
         cells=lambda side, stride: math.ceil(side / 32) * 32 // stride,
     ),
+    "mae": Case(
+        {"num_classes": 0, "image_size": (12, 8), "patch_size": 4, "width": 16, "depth": 2,
+         "num_heads": 2, "mlp_width": 24, "num_registers": 1, "decoder_width": 8,
+         "decoder_depth": 1, "decoder_num_heads": 2, "decoder_mlp_width": 12},
+        features=("embed", "block_0", "block_1", "encoded"),
+        layers={"pos_embed": 0, "cls_token": 0, "block_1/mlp/fc1/kernel": 2, "norm/scale": 2,
+                "decoder/pos_embed": 3, "decoder/block_0/norm1/scale": 3},
+        size=(12, 8),
+        forms={
+            "everything": {"distillation_token": True, "num_registers": 2, "pre_norm": True,
+                           "qk_norm": True, "gated_mlp": True, "layer_scale": 0.5},
+            "patches alone": {"class_token": False, "position_prefix": 0, "pool": "avg",
+                              "num_registers": 0},
+        },
+        # Nothing is hidden here; the key's norm has a bias that is the same for all keys.
+        without_gradient=r"decoder/mask_token|.*/k_norm/bias",
+    ),
     "regnet": Case(
         {"num_classes": 3, "depths": (1, 2), "widths": (8, 24), "group_widths": (8, 12),
          "stem_width": 8, "se_ratio": 0.25},
@@ -426,6 +443,8 @@ COUNTS = {
     "swinv2_large_window12_192": 196_739_932,
     "swinv2_large_window12to16_192to256": 196_739_932,
     "swinv2_large_window12to24_192to384": 196_739_932,
+    "mae_vit_base_patch16": 111_907_840,
+    "mae_vit_large_patch16": 329_541_888,
     "nanodet_g": 3_792_885,
     "yolox_nano": 914_304,
     "yolox_tiny": 5_059_056,
@@ -476,6 +495,7 @@ def test_layers_cover_every_parameter_in_order(family, form):
     assert set(layers.values()) <= set(range(model.num_layers))
     assert layers[model.stem] == 0
     head = "head" if family in CLASSIFIERS else "class_head"
+    head = "decoder/pred" if family == "mae" else head
     heads = [layer for path, layer in layers.items() if re.match(rf"(head_\d/)?{head}/", path)]
     assert len(heads) >= 2
     assert set(heads) == {model.num_layers - 1}
@@ -517,6 +537,8 @@ def test_features_and_strides(family, form, whole):
     assert all(len(x) == 2 for x in features.values())
     outputs = outputs_of(result)
     classes = model.num_classes + (family in ("detr", "faster_rcnn"))  # and none of them
+    if family == "mae":  # the pixels of a patch
+        classes = model.patch_size**2 * model.in_channels
     assert outputs["logits"].shape[-1] == classes
     for name, stride in model.pyramid:
         if whole or family == "rf_detr":

@@ -58,6 +58,8 @@ class Reference:
             )
         elif self.source == "transformers":
             self.module.save_pretrained(folder)
+            if isinstance(self.module, transformers.ViTMAEForPreTraining):
+                _rename(folder / "model.safetensors", "decoder_encoder.layer.", "decoder_layers.")
         elif self.source == "npz":
             return str(_save_npz(self.module, folder))
         else:
@@ -99,9 +101,10 @@ class Reference:
             for name, path in modules.items()
         ]
         module = self.module.to(getattr(torch, str(images.dtype)))
-        if isinstance(module, transformers.ViTMAEModel):
+        if isinstance(module, transformers.ViTMAEPreTrainedModel):
             # It shuffles the patches by the order of the noise: sorted noise leaves them alone.
-            patches = module.embeddings.patch_embeddings.num_patches
+            encoder: Any = getattr(module, "vit", module)
+            patches = encoder.embeddings.patch_embeddings.num_patches
             keywords["noise"] = torch.linspace(0, 1, patches).expand(len(images), -1)
         if pixel_mask is not None:
             keywords["pixel_mask"] = torch.from_numpy(pixel_mask)
@@ -121,6 +124,12 @@ class Reference:
             seen["logits"] = result_of(output, self.module).numpy()
         self.module.float()
         return seen
+
+
+def _rename(path: Path, old: str, new: str) -> None:
+    """Names in a file as the published files have them, where the library writes others."""
+    tensors = {name.replace(old, new): tensor.numpy() for name, tensor in load_file(path).items()}
+    write_safetensors(path, tensors, {"format": "pt"})
 
 
 def tensor_of(output: Any) -> torch.Tensor:

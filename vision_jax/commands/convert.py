@@ -6,6 +6,7 @@
     python -m vision_jax.convert torchvision://swin_t --out=DIR
     python -m vision_jax.convert detr-r50-e632da11.pth --allow-pickle --out=DIR --to=transformers
     python -m vision_jax.convert runs/vit_lora --out=DIR --to=transformers
+    python -m vision_jax.convert runs/mae_embedded --out=DIR --to=transformers --family=mae
     python -m vision_jax.convert checkpoint.pth --allow-pickle --dry-run
 
 SOURCE is a file (.safetensors, .npz; .pth, .pt, .bin, .ckpt with --allow-pickle), a folder in
@@ -116,6 +117,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of a run: this checkpoint instead of the model that its end wrote",
     )
     parser.add_argument(
+        "--family",
+        default="",
+        metavar="NAME",
+        help="what to take a file for that could be several: mae keeps an MAE's decoder, which is "
+        "left out otherwise",
+    )
+    parser.add_argument(
         "--shard-gb",
         type=float,
         metavar="N",
@@ -135,7 +143,9 @@ def _run(flags: argparse.Namespace) -> int:
 
     if flags.out is not None:
         _check_free(flags.out)
-    model = read_model(flags.source, flags.allow_pickle, flags.checkpoint, flags.drop)
+    model = read_model(flags.source, flags.allow_pickle, flags.checkpoint, flags.drop, flags.family)
+    if flags.family and model.family != flags.family:
+        raise UserError(f"--family={flags.family}: {flags.source} is a {model.family}")
     print(model.recognized, flush=True)
     for remark in model.remarks:
         print(remark)
@@ -158,7 +168,11 @@ def _check_free(out: Path) -> None:
 
 
 def read_model(
-    source: str, allow_pickle: bool, checkpoint: str | None, dropped: Sequence[str] = ()
+    source: str,
+    allow_pickle: bool,
+    checkpoint: str | None,
+    dropped: Sequence[str] = (),
+    family: str = "",
 ) -> Model:
     """Reads and checks everything but the values.
 
@@ -167,6 +181,7 @@ def read_model(
       allow_pickle: read pickles too.
       checkpoint: "last" or "best" of a run's folder; None for the model that it wrote at its end.
       dropped: regular expressions of tensors to leave out.
+      family: what to take the source for, where it could be more than one.
 
     Raises:
       UserError: nothing there, damaged, not known, or not wholly this model's.
@@ -178,9 +193,11 @@ def read_model(
     if checkpoint and not is_run:
         raise UserError(f"--checkpoint is of the folder of a run, and {source} is none")
     if is_run and (checkpoint or not (folder / WEIGHTS_FILE).is_file()):
-        return _from_checkpoint(folder, checkpoint or "last")
+        return _from_checkpoint(folder, checkpoint or "last", family)
     return _from_weights(
-        read_weights(source, allow_pickle=allow_pickle, dropped=dropped, field="--drop")
+        read_weights(
+            source, allow_pickle=allow_pickle, dropped=dropped, field="--drop", family=family
+        )
     )
 
 
@@ -261,12 +278,17 @@ def _target(
     return flat, convert.arguments_of(model)
 
 
-def _from_checkpoint(workdir: Path, checkpoint: str) -> Model:
-    """A checkpoint of a run, adapters merged, averaged where the run averages."""
+def _from_checkpoint(workdir: Path, checkpoint: str, wanted: str) -> Model:
+    """A checkpoint of a run, adapters merged, averaged where the run averages.
+
+    Of an MAE the encoder alone, as of its finished run, unless `wanted` is its family.
+    """
     import jax
 
     from vision_jax import convert
     from vision_jax.config import load_config
+    from vision_jax.models.families import FAMILIES
+    from vision_jax.models.mae import DECODER
     from vision_jax.run.restore import restore
     from vision_jax.trees import lora, paths
 
@@ -278,15 +300,20 @@ def _from_checkpoint(workdir: Path, checkpoint: str) -> Model:
     trainable, frozen, model_state = jax.device_get(trained.trained.arguments)
     params = lora.merge(trained.run.parameters.assemble({**trainable, **frozen}))
     flat = {**paths.flatten(params), **paths.flatten(model_state)}
-    arguments = convert.arguments_of(trained.run.model)
+    family, arguments = description.family, convert.arguments_of(trained.run.model)
+    inside = FAMILIES[family].wraps
+    if inside and wanted != family:
+        family, known = inside, FAMILIES[inside].arguments
+        arguments = {name: value for name, value in arguments.items() if name in known}
+        flat = {path: x for path, x in flat.items() if not path.startswith(DECODER)}
     return Model(
         flat,
-        description.family,
+        family,
         arguments,
         description.class_names,
         dataclasses.asdict(description.preprocessing),
         f"{workdir}: {checkpoint} checkpoint, step {int(trained.state.step)}, of a run of "
-        f"vision_jax: {description.family} ({_differing(description.family, arguments)}): "
+        f"vision_jax: {family} ({_differing(family, arguments)}): "
         f"{len(flat)} parameters",
     )
 

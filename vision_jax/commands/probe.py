@@ -42,7 +42,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     size = description.preprocessing.image_size
     params, model_state = headless_parameters(config, model, size, mesh, weights)
     run_over = make_run_over(
-        task.make_outputs("classes", make_apply(model), lambda params: params),
+        task.make_outputs(config, model, "classes", make_apply(model), lambda params: params),
         mesh,
         partial(
             make_eval_batches,

@@ -15,13 +15,14 @@ Value = Any
 TASKS = {  # see tasks/api.py
     "classification": "vision_jax.tasks.classification.task",
     "detection": "vision_jax.tasks.detection.task",
+    "pretraining": "vision_jax.tasks.pretraining.task",
 }
 RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
     "lora": "vision_jax.recipes.lora",
     "distill": "vision_jax.recipes.distillation.recipe",
     "adversarial": "vision_jax.recipes.adversarial.recipe",
 }
-CLASSIFICATION, DETECTION = "classification", "detection"
+CLASSIFICATION, DETECTION, PRETRAINING = "classification", "detection", "pretraining"
 # What distill.features may compare (recipes/distillation/objective.py).
 FEATURES = (
     "hint",
@@ -218,6 +219,7 @@ FIELDS = (
         (".*",),
         RULES,
         "parameters that train besides adapters: regexes over whole paths",
+        pretraining=("(?!(decoder/)?pos_embed$).*",),
     ),
     _field(
         "recipes",
@@ -269,6 +271,7 @@ FIELDS = (
         RULES,
         "parameters that start anew, such as the head of other classes: regexes over whole paths",
         detection=(r"((proposals|head)_\d+/)?class_head/.*",),
+        pretraining=("decoder/.*",),
     ),
     _field(
         "model.drop",
@@ -486,7 +489,13 @@ FIELDS = (
         detection=1e-4,
     ),
     _field("optim.b1", 0.9, BELOW_1, "decay of the first moment in adamw, lamb, lion and muon"),
-    _field("optim.b2", 0.999, BELOW_1, "decay of the second moment in adamw, lamb, lion and muon"),
+    _field(
+        "optim.b2",
+        0.999,
+        BELOW_1,
+        "decay of the second moment in adamw, lamb, lion and muon",
+        pretraining=0.95,
+    ),
     _field("optim.momentum", 0.9, BELOW_1, "momentum of sgd, lars and muon"),
     _field(
         "optim.clip_norm",
@@ -568,6 +577,7 @@ FIELDS = (
         SHARE,
         "evaluation view: side of the center crop, as a share; 0 takes the weights' own",
         CLASSIFICATION,
+        PRETRAINING,
     ),
     _field("data.interpolation", "", FILTER, "filter of resizing; empty: the weights' own"),
     _field(
@@ -590,6 +600,7 @@ FIELDS = (
         one_of("random_resized", "pad", "none"),
         "training view: the crop; pad shifts by up to 1/8 of the size",
         CLASSIFICATION,
+        PRETRAINING,
     ),
     _field(
         "data.crop_scale",
@@ -597,6 +608,8 @@ FIELDS = (
         AREAS,
         "smallest and largest area of a random_resized crop, as shares of the image",
         CLASSIFICATION,
+        PRETRAINING,
+        pretraining=(0.2, 1.0),
     ),
     _field(
         "data.crop",
@@ -726,6 +739,21 @@ FIELDS = (
         "weight of queries without a box in DETR's class term; RF-DETR's has none",
         DETECTION,
     ),
+    # A masked autoencoder's.
+    _field(
+        "mae.mask_ratio",
+        0.75,
+        Check(lambda value: 0 < value < 1, "above 0 and below 1"),
+        "share of the patches that the encoder does not see and that are reconstructed",
+        PRETRAINING,
+    ),
+    _field(
+        "mae.normalize",
+        True,
+        ANY,
+        "reconstruct each patch's pixels less their mean, over their standard deviation",
+        PRETRAINING,
+    ),
     # Evaluation.
     _field(
         "evaluate.every",
@@ -748,6 +776,8 @@ FIELDS = (
         FROM_0,
         "updates after which empty or constant predictions are warned of",
         DETECTION,
+        PRETRAINING,
+        pretraining=200,
     ),
     _field(
         "evaluate.neighbors",

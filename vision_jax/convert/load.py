@@ -93,7 +93,7 @@ def _recognize(weights: Weights) -> tuple[Table, dict[str, Any]]:
     shapes = shapes_of(weights.tensors)
     metadata = weights.metadata
     try:
-        table = find_table(shapes)
+        table = find_table(shapes, weights.family)
         bare = not (metadata.get("config") or metadata.get("vision_jax"))
         if bare and (name := _named(weights, table)):
             metadata = {**metadata, "config": {"architecture": name}}
@@ -183,7 +183,8 @@ def _adapter(
     table: Table, own: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> Callable[[str, np.ndarray], np.ndarray]:
     """(path, array) -> array for the image size and channels of the model that is wanted."""
-    wanted = {**own, **arguments}
+    known = FAMILIES[table.family].arguments  # the model may be one around it
+    wanted = {**own, **{name: x for name, x in arguments.items() if name in known}}
     stem = build_model(table.family, **wanted).stem
 
     def adapt(path: str, array: np.ndarray) -> np.ndarray:
@@ -292,7 +293,7 @@ def class_names_of(weights: Weights) -> list[str] | None:
             return [str(name) for name in names]
         if isinstance(names, dict) and names:
             return _names_by_number(names, f"{weights.origin}: config.json: {field}")
-    known = list(find_table(shapes_of(weights.tensors)).class_names)
+    known = list(find_table(shapes_of(weights.tensors), weights.family).class_names)
     if not known or len(known) != _recognize(weights)[1]["num_classes"]:
         return None
     return known

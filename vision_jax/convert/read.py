@@ -73,6 +73,7 @@ class Weights:
         sides, of detectors alone. None as a whole if nothing came with the weights.
       origin: where they came from, for people.
       files: that they were read from.
+      family: what to take them for, where they could be more than one (see tables.find_table).
     """
 
     tensors: Mapping[str, np.ndarray]
@@ -80,6 +81,7 @@ class Weights:
     preprocessing: dict[str, Any] | None
     origin: str
     files: Sequence[Path] = ()
+    family: str = ""
 
     @cached_property
     def sha256(self) -> str:
@@ -98,6 +100,7 @@ def read_weights(
     allow_pickle: bool = False,
     dropped: Sequence[str] = (),
     field: str = "config.model.drop",
+    family: str = "",
 ) -> Weights:
     """Reads weights.
 
@@ -115,6 +118,8 @@ def read_weights(
       dropped: regular expressions of whole names of tensors to leave out, as the file names them
         or without what a wrapper puts before all the rest; each must match something.
       field: where `dropped` comes from, for the error message.
+      family: what to take them for, where they could be more than one: "mae" keeps an MAE's
+        decoder, which is left out otherwise.
 
     Raises:
       UserError: nothing there, damaged, or not weights.
@@ -122,7 +127,7 @@ def read_weights(
     if spec.startswith("embedded:"):
         return _read_embedded(spec.removeprefix("embedded:"))
     weights = _read(spec, allow_pickle)
-    return replace(weights, tensors=_bare(weights.tensors, dropped, field))
+    return replace(weights, tensors=_bare(weights.tensors, dropped, field), family=family)
 
 
 def _bare(tensors: Any, dropped: Sequence[str], field: str) -> Tensors:

@@ -175,6 +175,7 @@ class Entry:
       image_size: pixels a side.
       published: where weights are, as `read_weights` takes it ("hf://microsoft/resnet-50").
       license: of those weights; "" for timm, whose own metadata say it.
+      family: what to take its files for, where they could be more than one (see `find_table`).
     """
 
     name: str
@@ -185,6 +186,7 @@ class Entry:
     image_size: int = 224
     published: str = ""
     license: str = ""
+    family: str = ""
 
     @property
     def source(self) -> str:

@@ -13,6 +13,7 @@ from vision_jax.convert import (
     efficientnet,
     faster_rcnn,
     fcos,
+    mae,
     nanodet,
     regnet,
     resnet,
@@ -44,6 +45,7 @@ TABLES: tuple[Table, ...] = (
     *fcos.TABLES,
     *retinanet.TABLES,
     *nanodet.TABLES,
+    *mae.TABLES,  # last: what it takes is a ViT's too
 )
 ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
     (module.TABLES[0].family, module.ZOO)
@@ -62,6 +64,7 @@ ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
         fcos,
         retinanet,
         nanodet,
+        mae,
     )
 )
 ZOO: tuple[Entry, ...] = tuple(entry for _, entries in ZOOS for entry in entries)
@@ -69,13 +72,18 @@ ZOO: tuple[Entry, ...] = tuple(entry for _, entries in ZOOS for entry in entries
 CANDIDATES = 4  # named by the error for a file that none of the tables knows
 
 
-def find_table(shapes: Shapes) -> Table:
+def find_table(shapes: Shapes, family: str = "") -> Table:
     """The table of the file whose tensors have these names and shapes, its prefix filled in.
+
+    Args:
+      shapes: by name.
+      family: what to take the file for if it can be that: of an MAE's file "mae" keeps the decoder,
+        and without it the file is a ViT's.
 
     Raises:
       UserError: none; names the nearest candidates and what the file lacks of each.
     """
-    for table in TABLES:
+    for table in sorted(TABLES, key=lambda table: table.family != family):
         if (found := table.matches(shapes)) is not None:
             return found
 
@@ -127,7 +135,11 @@ def infer_arguments(table: Table, shapes: Shapes, metadata: Metadata) -> dict[st
     """
     ours = metadata.get("vision_jax", {}).get("arguments")
     if isinstance(ours, dict):  # JSON keeps tuples as lists
-        return {name: _tuples(value) for name, value in ours.items()}
+        found = {name: _tuples(value) for name, value in ours.items()}
+        if metadata["vision_jax"].get("family") in (None, table.family):
+            return found
+        # A part of what the header describes: an MAE's encoder.
+        return {name: x for name, x in found.items() if name in FAMILIES[table.family].arguments}
     (prefix,) = table.prefixes
     bare, config = without_prefix(shapes, prefix), metadata.get("config", {})
     if config.get("library") == "torchvision":

@@ -9,6 +9,8 @@
     FILE.csv                          a header `path,label`, paths in the file's folder; separated
                                       by commas, semicolons, tabs or bars
     FILE.jsonl                        {"path": ..., "label": ...} a line, likewise
+
+`read_unlabelled` takes all of these without their labels, and any FOLDER of images.
 """
 
 import codecs
@@ -106,6 +108,47 @@ def read_source(spec: str, *, class_names: tuple[str, ...] | None = None) -> Sou
     if path.suffix in _ENTRIES:
         return _read_list(path, _ENTRIES[path.suffix](path), class_names)
     raise UserError(f"{spec}: not a folder, .csv or .jsonl: list paths and labels in one of these")
+
+
+def read_unlabelled(spec: str) -> Source:
+    """`read_source` without labels: all are 0, and there are no class names.
+
+    A folder's images may lie flat or at any depth, whatever their folders are called.
+
+    Raises:
+      UserError: what `read_source` refuses, or a folder without an image.
+    """
+    path = expand(spec) if spec else Path()
+    if not spec or not path.is_dir():
+        source = read_source(spec)
+        return replace(source, class_names=(), labels=np.zeros(len(source), np.int32))
+    names, ignored = list_files(path, IMAGE_SUFFIXES, follow_links=True)
+    if not names:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"{path}: no image in it or below ({kinds})")
+    note = f"{path}: {ignored} hidden files or files that are no images ignored"
+    rows = np.arange(len(names))
+    labels = np.zeros(len(names), np.int32)
+    reader = FileReader(path, tuple(names))
+    return Source(str(path), (), labels, rows, reader, note if ignored else "")
+
+
+def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+    """(train, held out) of images without labels: the share, rounded, but 1 to all less 1.
+
+    Both keep the order of the source. A function of the number of images and the seed.
+
+    Raises:
+      UserError: unless 0 < share < 1 and there are two images.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"holdout {share}: use a share between 0 and 1, say 0.1")
+    if len(source) < 2:
+        raise UserError(f"{source.name}: one image, so none can be held out: add images")
+    count = min(max(round(share * len(source)), 1), len(source) - 1)
+    held_out = np.zeros(len(source), bool)
+    held_out[np.random.default_rng(seed).choice(len(source), count, replace=False)] = True
+    return _part(source, ~held_out), _part(source, held_out)
 
 
 def examine_source(spec: str) -> tuple[Source, list[UserError]]:

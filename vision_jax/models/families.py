@@ -17,6 +17,7 @@ from vision_jax.models import (
     efficientnet,
     faster_rcnn,
     fcos,
+    mae,
     nanodet,
     pyramid,
     regnet,
@@ -46,12 +47,14 @@ class Family:
         softmax with one for no object, or a sigmoid each; boxes of proposals that it makes first;
         a box and classes of each anchor, of each point, which also says how central it is, or of
         each cell of its maps, whose box may be distributions of its sides (see
-        tasks.detection.objective.PREDICTIONS).
+        tasks.detection.objective.PREDICTIONS); the pixels of patches.
       pixel_mask: whether it takes padded images, f32[B, H, W, C], and beside them which pixels are
         some, bool[B, H, W].
       backbone: where the parameters of a model inside it begin, "backbone/"; "" without one.
       preprocessing: how its images are prepared where its weights do not say: fields of the task's
         preprocessing; {} is the task's own way.
+      wraps: the family whose models are a part of it under the same names, and whose variants and
+        weights its task takes for its own; "" without one.
     """
 
     model: Callable[..., Any]
@@ -66,10 +69,12 @@ class Family:
         "points",
         "cells",
         "sides",
+        "pixels",
     ] = "classes"
     pixel_mask: bool = False
     backbone: str = ""
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    wraps: str = ""
 
     @property
     def arguments(self) -> list[str]:
@@ -112,6 +117,7 @@ FAMILIES: dict[str, Family] = {
         "backbone/",
         pyramid.PREPROCESSING,
     ),
+    "mae": Family(mae.Mae, mae.variant, "pretraining", "pixels", wraps="vit"),
     "nanodet": Family(
         nanodet.NanoDet,
         nanodet.variant,
@@ -159,6 +165,14 @@ def find_variant(name: str) -> tuple[str, dict[str, Any]]:
         f"unknown variant {name!r}: take a name such as b/16, resnet50, convnext_tiny or one of "
         "docs/zoo.md"
     )
+
+
+def for_task(task: str, family: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(family, arguments) that a task makes of a model: of a ViT, pretraining makes an MAE's."""
+    for name, known in FAMILIES.items():
+        if known.task == task and known.wraps == family:
+            return name, mae.encoder_of(arguments)
+    return family, dict(arguments)
 
 
 def family_of(model: Any) -> str:

@@ -409,6 +409,10 @@ class ViT(nn.Module):
         features.update(heads)
         return (logits, features) if return_features else logits
 
+    def init_positions(self, key, shape):
+        """The first position embeddings f32[1, P + N, D]."""
+        return nn.initializers.normal(0.02)(key, shape)
+
     def _embed(self, images, train):
         dtype = self.dtype
         patches = (self.patch_size, self.patch_size)
@@ -423,9 +427,8 @@ class ViT(nn.Module):
         if self.num_registers:
             shape = (1, self.num_registers, self.width)
             prefix.append(self.param("reg_token", normal(1e-6), shape))
-        positions = self.param(
-            "pos_embed", normal(0.02), (1, self.position_prefix + x.shape[1], self.width)
-        )
+        shape = (1, self.position_prefix + x.shape[1], self.width)
+        positions = self.param("pos_embed", self.init_positions, shape)
         if prefix:
             tokens = jnp.concatenate(prefix, axis=1)  # [1, P, D]
             own = self.position_prefix

@@ -138,6 +138,39 @@ def sine_positions(mask: jax.Array, width: int, dtype: Any = jnp.float32) -> jax
     return jnp.concatenate(parts, axis=-1)
 
 
+def grid_positions(grid: tuple[int, int], width: int, num_prefix: int) -> np.ndarray:
+    """Sines and cosines of each patch's column and row, which don't train: MAE's positions.
+
+    MAE (https://arxiv.org/abs/2111.06377), util/pos_embed.py of the original code: places count
+    from 0, and the frequencies fall geometrically from 1 to 1/10000.
+
+    Args:
+      grid: (rows, columns) of patches.
+      width: D, a multiple of 4: half of the channels are the column's, half the row's, and of each
+        half the sines stand before the cosines.
+      num_prefix: tokens before the patches, which get zeros.
+
+    Returns:
+      f32[1, num_prefix + rows·columns, D].
+
+    Raises:
+      ValueError: a width that is no multiple of 4.
+
+    Examples:
+      >>> (100 * grid_positions((1, 2), 4, 1)).round().astype(int).tolist()
+      [[[0, 0, 0, 0], [0, 100, 0, 100], [84, 54, 0, 100]]]
+    """
+    if width % 4:
+        raise ValueError(f"sines of two places need a width that is a multiple of 4, not {width}")
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))  # [D/4]
+    rows, columns = (axis.ravel() for axis in np.indices(grid))  # [N] each
+    angles = [place[:, None] * frequencies for place in (columns, rows)]  # [N, D/4] each
+    parts = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
+    patches = np.concatenate(parts, axis=1)  # [N, D]
+    whole = np.concatenate([np.zeros((num_prefix, width)), patches])
+    return whole.astype(np.float32)[None]
+
+
 def sine_boxes(boxes: jax.Array, width: int) -> jax.Array:
     """Sines and cosines of the numbers of boxes.
 

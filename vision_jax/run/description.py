@@ -63,6 +63,7 @@ def read_weights(config: ConfigDict) -> convert.Weights | None:
         config.model.weights,
         allow_pickle=config.model.allow_pickle,
         dropped=config.model.drop,
+        family=families.for_task(config.task, "vit", {})[0],
     )
 
 
@@ -74,9 +75,9 @@ def _architecture(
     family = ""
     arguments: dict[str, Any] = {}
     if weights is not None:
-        family, arguments = convert.recognize(weights)
+        family, arguments = families.for_task(config.task, *convert.recognize(weights))
     if model.variant:
-        named, sizes = find_variant(model.variant)
+        named, sizes = families.for_task(config.task, *find_variant(model.variant))
         if family not in ("", named):
             raise UserError(
                 f"config.model.variant {model.variant!r} is a {named}, and "

@@ -176,6 +176,7 @@ def _plain_parameters(
         rules = () if headless else config.model.reinitialize
         fresh = paths.select(target, rules, field="config.model.reinitialize")
         reinitialized = sorted(find_head(model, image_size)[0] if headless else fresh)
+        reinitialized += getattr(model, "left_out", ())
         shrinking = find_shrinking(config, weights)
         if shrinking is None:
             placed = convert.import_weights(
@@ -248,7 +249,12 @@ def head_warnings(
 ) -> list[str]:
     """What a user should know of the head of a new run from weights; `fresh` began anew."""
     warnings = []
-    idle = [path for path in fresh if path in plan.shardings and path not in plan.trainable]
+    computed = getattr(model, "computed", ())  # these need no training
+    idle = [
+        path
+        for path in fresh
+        if path in plan.shardings and path not in plan.trainable and path not in computed
+    ]
     if idle:
         warnings.append(
             f"{', '.join(idle)}: re-initialized, and not among what trains: it stays as it was "

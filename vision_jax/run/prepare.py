@@ -174,7 +174,9 @@ class Run:
     def outputs_fn(self) -> Callable[..., Mapping[str, jax.Array]]:
         """(trainable, frozen, model_state, batch) -> what evaluation needs of the batch."""
         apply = families.make_apply(self.model)
-        return self.task.make_outputs(self.student.predicts, apply, self.parameters.assemble)
+        return self.task.make_outputs(
+            self.config, self.model, self.student.predicts, apply, self.parameters.assemble
+        )
 
     def make_evaluate(self, source: Any) -> Callable[..., Any]:
         """A function (trainable, frozen, model_state) -> Evaluation over the whole source."""
@@ -232,7 +234,9 @@ def prepare(
     if training:
         _check_batch(config, mesh)
     if description is None:
-        names = class_names or task.read_sources(config)[0].class_names
+        names = class_names
+        if names is None:
+            names = task.read_sources(config)[0].class_names
         weights = weights or read_weights(config)
         description = describe(config, weights, names)
     model = build_model(config, description)

@@ -120,7 +120,7 @@ class Task(Protocol):
         self, config: Config, model: Any, predicts: str, apply: Apply, assemble: Any
     ) -> Objective: ...
     def make_outputs(
-        self, predicts: str, apply: Apply, assemble: Any
+        self, config: Config, model: Any, predicts: str, apply: Apply, assemble: Any
     ) -> Callable[..., Mapping[str, jax.Array]]: ...
     def make_evaluate(
         self, config: Config, outputs_fn: Any, mesh: Mesh, source: Any, preprocessing: Any

@@ -168,10 +168,10 @@ def make_objective(
 
 
 def make_outputs(
-    predicts: str, apply: Apply, assemble: Callable[..., Any]
+    config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """What evaluation needs of a batch."""
-    del predicts  # classes
+    del config, model, predicts  # classes
     return objective.make_outputs(apply, assemble)
 
 
@@ -353,7 +353,7 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
       UserError: none of the files can be read.
     """
     views, kept, damaged = _read_views(names, trained.preprocessing)
-    probabilities = softmax(_logits_of(views, trained, config.evaluate.batch_size))
+    probabilities = softmax(_logits_of(config, views, trained))
     if jax.process_index():
         return
     _write_predictions(views, kept, damaged, probabilities, trained.class_names, out)
@@ -379,10 +379,12 @@ def _read_views(
     return views, kept, damaged
 
 
-def _logits_of(views: Sequence[np.ndarray], trained: Trained, batch_size: int) -> np.ndarray:
+def _logits_of(config: ConfigDict, views: Sequence[np.ndarray], trained: Trained) -> np.ndarray:
     """f[N, C] of u8[H, W, C] each, on all devices and processes."""
-    outputs_fn = make_outputs(trained.predicts, trained.apply, trained.assemble)
-    size = -(-min(len(views), batch_size) // jax.device_count())
+    outputs_fn = make_outputs(
+        config, trained.model, trained.predicts, trained.apply, trained.assemble
+    )
+    size = -(-min(len(views), config.evaluate.batch_size) // jax.device_count())
     size *= jax.device_count()
     place = sharding.make_batch_placer(trained.mesh)
     step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(trained.mesh))

@@ -257,9 +257,10 @@ def _make_loss(
 
 
 def make_outputs(
-    predicts: str, apply: Apply, assemble: Callable[..., Any]
+    config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """What evaluation needs of a batch."""
+    del config, model
     return objective.make_outputs(
         apply, assemble, postprocess=objective.PREDICTIONS[predicts].postprocess
     )
@@ -402,7 +403,9 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     from vision_jax.tasks.detection import figures  # matplotlib, only where something is drawn
 
     class_names = trained.class_names
-    outputs_fn = make_outputs(trained.predicts, trained.apply, trained.assemble)
+    outputs_fn = make_outputs(
+        config, trained.model, trained.predicts, trained.apply, trained.assemble
+    )
     run_over = _make_run_over(config, outputs_fn, trained.mesh, trained.preprocessing)
     source = images_alone(names, class_names)
     found, damaged = run_over(source, *trained.arguments)

@@ -1,0 +1,331 @@
+"""Pretraining as users run it: a run, its continuation, what comes out, and what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+from jax.sharding import Mesh
+from PIL import Image
+from safetensors.numpy import load_file
+
+from vision_jax import convert, cost, train
+from vision_jax.checkpoints import best_step
+from vision_jax.commands import convert as converter
+from vision_jax.config import load_config
+from vision_jax.errors import UserError
+from vision_jax.logging import read_metrics
+from vision_jax.main import main
+from vision_jax.run.prepare import Run, prepare
+from vision_jax.run.restore import restore
+from vision_jax.tasks.pretraining.figures import reconstruct
+
+ENCODER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 4}
+DECODER = {
+    "decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2, "decoder_mlp_width": 32,
+}  # fmt: skip
+TINY = {
+    "model.arguments": repr(tuple((ENCODER | DECODER).items())),
+    "model.image_size": 16,
+    "batch_size": 16,
+    "total_steps": 6,
+    "checkpoint_every": 2,
+    "log_every": 1,
+    "evaluate.every": 3,
+    "evaluate.batch_size": 8,
+    "optim.warmup_steps": 1,
+    "optim.lr": 0.01,
+}
+
+
+def overrides(**more):
+    fields = TINY | {
+        "data.train": f"cifar10:{runs.inputs()}/train",
+        "data.eval": f"cifar10:{runs.inputs()}/test",
+    }
+    fields |= {name.replace("__", "."): value for name, value in more.items()}
+    return {name: str(value) for name, value in fields.items()}
+
+
+def tiny(**more):
+    return load_config(str(runs.ROOT / "configs/mae_embedded.py"), overrides(**more))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(the workdir of a finished run, how often its step was compiled)."""
+    workdir, made, make = tmp_path_factory.mktemp("mae") / "run", [], Run.make_train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "make_train_step", lambda run: made.append(make(run)) or made[-1])
+        assert train.run(tiny(optim__ema_decay=0.5, optim__accumulate=2), workdir) == 0
+    (step,) = made
+    return workdir, step._cache_size()
+
+
+def test_a_run_leaves_its_figures_and_compiles_once(finished):
+    workdir, compilations = finished
+    assert compilations == 1
+    records = read_metrics(workdir / "metrics.jsonl")
+    losses = {r["step"]: r["eval/loss"] for r in records if "eval/loss" in r}
+    assert sorted(losses) == [3, 6]
+    assert all("eval/spread" in r for r in records if "eval/loss" in r)
+    assert best_step(workdir, "loss", "lowest") == min(losses, key=losses.get)
+    with Image.open(workdir / "reconstructions.png") as image:
+        assert image.width > image.height > 300
+    screen = (workdir / "model.json").read_text()
+    assert json.loads(screen)["family"] == "mae"
+    assert json.loads(screen)["class_names"] == []
+
+
+def test_positions_are_sines_and_do_not_train(finished):
+    restored = restore(load_config(str(finished[0] / "config.json"), {}), finished[0], "last")
+    assert set(restored.frozen) == {"pos_embed", "decoder/pos_embed"}
+    assert np.abs(restored.frozen["pos_embed"][0, 0]).max() == 0  # the class token's
+
+
+def test_what_comes_out_is_an_ordinary_vit(finished, tmp_path):
+    """For config.model.weights, timm and transformers; with --family=mae the decoder is kept."""
+    workdir, _ = finished
+    tensors = load_file(workdir / "model.safetensors")
+    config = load_config(
+        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels",
+        overrides(
+            model__weights=workdir, model__variant="", data__subset=0, total_steps=2,
+            model__arguments="(('pool', 'avg'), ('norm_after_pool', True))",
+        ),
+    )  # fmt: skip
+    run = prepare(config, runs.CLASSES)
+    state, frozen, fresh = run.make_arrays()
+    assert fresh == ["head/bias", "head/kernel"]
+    assert run.description.family == "vit"
+    arrays = {**state.trainable, **frozen}
+    np.testing.assert_array_equal(
+        arrays["block_0/attn/qkv/kernel"].T, tensors["blocks.0.attn.qkv.weight"]
+    )
+    np.testing.assert_array_equal(arrays["pos_embed"], tensors["pos_embed"])
+    assert not any(path.startswith("decoder") for path in arrays)
+    for to, family, kind in (
+        ("timm", "", "vit"), ("transformers", "", "vit"), ("transformers", "mae", "vit_mae")
+    ):  # fmt: skip
+        out = tmp_path / f"{to}{family}"
+        flags = [f"--out={out}", f"--to={to}", *([f"--family={family}"] if family else [])]
+        assert converter.main([str(workdir), *flags]) == 0
+        written = json.loads((out / "config.json").read_text())
+        assert written.get("model_type", "vit") == kind
+        again = convert.read_weights(str(out), family=family)
+        assert convert.recognize(again)[0] == (family or "vit")
+    # From a checkpoint, the same.
+    assert converter.main([str(workdir), "--checkpoint=last", f"--out={tmp_path / 'last'}"]) == 0
+    last = load_file(tmp_path / "last/model.safetensors")
+    assert not any(name.startswith("decoder") for name in last)
+    np.testing.assert_array_equal(last["cls_token"], tensors["cls_token"])
+
+
+@pytest.mark.long
+def test_fine_tuning_from_a_run(finished, tmp_path):
+    config = load_config(
+        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels",
+        overrides(
+            model__weights=finished[0], model__variant="", model__arguments="()", data__subset=0
+        ),
+    )
+    assert train.run(config, tmp_path / "fine") == 0
+    assert any("eval/top1" in r for r in read_metrics(tmp_path / "fine/metrics.jsonl"))
+
+
+def test_predict_and_evaluate_of_a_finished_run(finished, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        image = Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8))
+        image.save(tmp_path / name)
+    flags = [f"--workdir={finished[0]}", f"--images={tmp_path}", f"--out={tmp_path / 'out'}"]
+    assert main(["predict", *flags]) == 0
+    assert capsys.readouterr().out.count("loss ") == 2
+    assert (tmp_path / "out/reconstructions.png").is_file()
+    assert main(["evaluate", f"--workdir={finished[0]}"]) == 0
+    found = float(capsys.readouterr().out.split("loss ")[1].split()[0])
+    records = read_metrics(finished[0] / "metrics.jsonl")
+    (logged,) = (r["eval/loss"] for r in records if r.get("step") == 6 and "eval/loss" in r)
+    assert abs(found - logged) < 2e-4
+    assert main(["robustness", f"--workdir={finished[0]}"]) == 2
+    assert "fine-tune it first" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_an_interrupted_run_is_bit_identical(tmp_path, monkeypatch):
+    monkeypatch.setattr("vision_jax.run.results._draw", lambda *arguments: None)
+    fields = {"optim__schedule": "constant", "optim__ema_decay": 0.5}
+    assert train.run(tiny(**fields), tmp_path / "whole") == 0
+    assert train.run(tiny(**fields, total_steps=3), tmp_path / "parts") == 0
+    assert train.run(tiny(**fields), tmp_path / "parts") == 0
+    whole, parts = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(parts[name], array, err_msg=name)
+
+
+def test_one_and_eight_devices_are_the_same():
+    losses, patches = [], []
+    for devices, fsdp in ((1, 1), (8, 8)):
+        prepared = runs.Prepared(devices=devices, fsdp=fsdp, config=tiny())
+        state = prepared.state
+        for _ in range(3):
+            state, metrics = prepared.step(state, prepared.frozen, prepared.batch)
+        assert prepared.step._cache_size() == 1
+        losses.append(float(metrics["loss"]))
+        patches.append(np.asarray(state.trainable["patch_embed/kernel"]))
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+    for kernel in patches[1:]:
+        np.testing.assert_allclose(kernel, patches[0], atol=1e-5)
+
+
+# Cost --------------------------------------------------------------------------------------------
+
+
+def flops(config, class_names):
+    """Of a step on one device; nothing is computed."""
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    run = prepare(config, class_names, mesh=mesh)
+    frozen = run.parameters.abstract()[1]
+    step = run.make_train_step().lower(run.abstract_state, frozen, run.abstract_batch())
+    return cost.count(step.compile()).flops
+
+
+def share_of_supervised(variant, encoder=(), decoder=(), **fields):
+    """FLOPs of a step at 75 % masking over those of the same encoder's step on labels."""
+    common = {
+        "model__variant": variant, "model__image_size": 224, "batch_size": 2, "data__subset": 0,
+        "model__arguments": repr(encoder), **fields,
+    }  # fmt: skip
+    own = {**common, "model__arguments": repr((*encoder, *decoder))}
+    mae = load_config(str(runs.ROOT / "configs/mae_embedded.py"), overrides(**own))
+    labels = load_config(
+        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels", overrides(**common)
+    )
+    return flops(mae, ()) / flops(labels, tuple(map(str, range(1000))))
+
+
+def test_a_step_costs_a_share_of_the_supervised_one():
+    """With a decoder as light beside its encoder as the paper's beside ViT-L."""
+    decoder = (
+        ("decoder_width", 64), ("decoder_depth", 1), ("decoder_num_heads", 2),
+        ("decoder_mlp_width", 256),
+    )  # fmt: skip
+    assert 0.25 < share_of_supervised("ti/16", (("depth", 3),), decoder) <= 0.40
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("variant", "share"), [("l/16", 0.337), ("b/16", 0.556)])
+def test_the_papers_decoder_costs_what_its_sizes_say(variant, share):
+    """ViT-L, the paper's main model: a third. Of ViT-B the decoder is half of the whole."""
+    assert abs(share_of_supervised(variant, model__scan=True) - share) < 0.01
+
+
+# Other weights -----------------------------------------------------------------------------------
+
+
+def test_any_vits_weights_are_continued():
+    """The encoder is the weights', their head has no place, the decoder begins anew."""
+    path = runs.inputs() / "weights.safetensors"
+    arguments = repr(tuple(DECODER.items()))
+    config = tiny(model__weights=path, model__variant="", model__arguments=arguments)
+    run = prepare(config, ())
+    state, frozen, fresh = run.make_arrays()
+    tensors = load_file(path)
+    assert all(name.startswith("decoder/") for name in fresh)
+    arrays = {**state.trainable, **frozen}
+    np.testing.assert_array_equal(arrays["pos_embed"], tensors["pos_embed"])
+    np.testing.assert_array_equal(arrays["norm/scale"], tensors["norm.weight"])
+    assert run.model.mean == pytest.approx((0.5, 0.4, 0.3))  # the weights' own
+    with pytest.raises(UserError, match=r"parameters get no tensor: decoder/"):
+        prepare(
+            tiny(model__weights=path, model__variant="", model__arguments=arguments,
+                 model__reinitialize="norm/.*"), ()
+        ).make_arrays()  # fmt: skip
+
+
+@pytest.mark.long
+def test_attention_pooling_is_left_out(tmp_path):
+    """SigLIP's tower becomes an encoder, which pools by the mean afterwards."""
+    path = runs.write_teacher(
+        tmp_path / "siglip.safetensors", "vit", 0, 16, **ENCODER, image_size=(16, 16),
+        pool="map", class_token=False, position_prefix=0,
+    )  # fmt: skip
+    arguments = repr(tuple(DECODER.items()))
+    run = prepare(tiny(model__weights=path, model__variant="", model__arguments=arguments), ())
+    assert (run.model.pool, run.model.num_prefix) == ("avg", 0)
+    state, frozen, _ = run.make_arrays()
+    assert not any("attn_pool" in path for path in {**state.trainable, **frozen})
+
+
+@pytest.mark.long
+def test_adapters_continue_a_vit(tmp_path):
+    config = tiny(
+        model__weights=runs.inputs() / "weights.safetensors", model__variant="",
+        model__arguments=repr(tuple(DECODER.items())), recipes="lora",
+        lora__rules=r"block_\d+/attn/qkv/kernel", trainable="decoder/(?!pos_embed).*",
+    )  # fmt: skip
+    assert train.run(config, tmp_path / "run") == 0
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    before = load_file(runs.inputs() / "weights.safetensors")
+    after = load_file(tmp_path / "run/model.safetensors")
+    np.testing.assert_array_equal(after["norm.weight"], before["norm.weight"])
+    assert (after["blocks.0.attn.qkv.weight"] != before["blocks.0.attn.qkv.weight"]).any()
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+RESNET = "(('depths', (1,)), ('widths', (8,)), ('stem_width', 8))"
+
+
+def images(folder, count, size):
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    two, small = images(tmp_path / "two", 2, (32, 32)), images(tmp_path / "small", 30, (12, 20))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = (
+        ({"data__train": two, "data__eval": ""}, "1 images to train on are fewer than a batch"),
+        ({"data__train": small, "data__eval": ""}, "images of 20 x 12 pixels are smaller than"),
+        ({"data__train": empty}, "no image in it or below"),
+        ({"mae__mask_ratio": 0.99}, "some must be hidden and some visible"),
+        ({"model__variant": "resnet", "model__arguments": RESNET}, "takes a ViT"),
+        ({"recipes": "adversarial"}, "adversarial is not for images without labels"),
+    )
+    for fields, message in cases:
+        flags = [f"--config.{name}={value}" for name, value in overrides(**fields).items()]
+        config = f"--config={runs.ROOT / 'configs/mae_embedded.py'}"
+        assert main([config, f"--workdir={tmp_path / 'run'}", *flags]) == 2, message
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+        assert message in line
+        assert not (tmp_path / "run").exists()
+
+
+# Pictures ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_perfect_prediction_gives_the_image_back(rng, normalized):
+    from vision_jax.ops import reconstruction
+
+    shown = rng.integers(0, 256, (2, 9, 12, 3)).astype(np.uint8)  # the last row fills no patch
+    mean, std = (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)
+    patches = reconstruction.patchify(
+        ((shown / 255 - np.reshape(mean, (1, 1, 1, 3))) / np.reshape(std, (1, 1, 1, 3))), 4
+    )
+    if normalized:
+        patches = np.asarray(reconstruction.normalize_patches(patches))
+    hidden = np.array([[1, 0, 1, 1, 1, 0]] * 2, np.float32)
+    visible, made = reconstruct(
+        shown, np.asarray(patches), hidden, mean=mean, std=std, normalized=normalized
+    )
+    np.testing.assert_allclose(made, shown[:, :8] / 255, atol=1e-5)
+    assert (visible[:, :4, :4] == 0.5).all()
+    np.testing.assert_array_equal(visible[:, :4, 4:8], shown[:, :4, 4:8] / 255)

@@ -1,0 +1,1 @@
+"""Images without labels: what a model learns from them alone."""
