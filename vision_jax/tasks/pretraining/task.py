@@ -22,6 +22,7 @@ from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.pretraining import metrics, objective
+from vision_jax.tasks.pretraining.robustness import refuse
 
 best_metric = "loss"  # what the best checkpoint is best at
 best_is = "lowest"
@@ -426,7 +427,4 @@ def robustness(
 ) -> dict[str, Any]:
     """Raises UserError: attacks and corruptions are of what a model predicts for labels."""
     del config, trained, restore_other
-    raise UserError(
-        f"robustness is of a model that predicts labels, and {workdir} holds a pretraining run: "
-        f"fine-tune it first, with config.model.weights={workdir}"
-    )
+    refuse(workdir)
