@@ -32,6 +32,7 @@ from vision_jax.ops import anchors
 OVERLAP = 0.6  # IoU of suppression
 # Distances to the farthest side of a box that a point learns, in sides of its square.
 LEAST, MOST = 4.0, 8.0
+ENDLESS = 1e8  # pixels, more than any image has
 VARIANTS: dict[str, dict[str, Any]] = {"fcos_resnet50_fpn": RESNETS["resnet50"]}
 
 
@@ -66,7 +67,7 @@ class Fcos(DenseDetector):
         Args:
           images: f32[B, H, W, in_channels] in [0, 1], of any size, padded at the bottom and right.
           pixel_mask: bool[B, H, W], True where the image is; None if nothing is padded.
-          train: BatchNorm updates unless frozen, and nothing is suppressed.
+          train: BatchNorm updates unless frozen.
           return_features: also return a dict of named intermediates as f[B, h, w, C]: the body's,
             "stem", "stage_0" ..., and the pyramid's "level_0" ...
 
@@ -75,7 +76,7 @@ class Fcos(DenseDetector):
           the left, top, right and bottom side of a box, in sides of the point's square,
           "points_xyxy_px" f32[B, A, 4], those squares, "inside" bool[B, A], which of them are on
           the image's own canvas, and "reach_px" f32[B, A, 2], between which the distance to the
-          farthest side of a box is that a point learns; unless it trains, of D detections "score"
+          farthest side of a box is that a point learns; of D detections "score"
           f32[B, D], 0 of what is none, "label" i32[B, D] and "boxes_xyxy_01" f32[B, D, 4], relative
           to the image without its padding. Or (that, features).
 
@@ -102,20 +103,19 @@ class Fcos(DenseDetector):
             "inside": joined(inside),
             "reach_px": joined([_reach(x, i, len(points)) for i, x in enumerate(points)]),
         }
-        if not train:
-            outputs |= detect(
-                said["class"],
-                distances,
-                points,
-                inside,
-                sizes,
-                decode=anchors.decode_distances,
-                overlap=OVERLAP,
-                candidates=self.candidates,
-                least=self.least_score,
-                most=self.most,
-                centered=central,
-            )
+        outputs |= detect(
+            said["class"],
+            distances,
+            points,
+            inside,
+            sizes,
+            decode=anchors.decode_distances,
+            overlap=OVERLAP,
+            candidates=self.candidates,
+            least=self.least_score,
+            most=self.most,
+            centered=central,
+        )
         return (outputs, features) if return_features else outputs
 
 
@@ -124,5 +124,5 @@ def _reach(points, index: int, count: int):
     side = points[..., 2] - points[..., 0]
     least = jnp.zeros_like(side) if index == 0 else LEAST * side
     return jnp.stack(
-        [least, jnp.full_like(side, jnp.inf) if index == count - 1 else MOST * side], -1
+        [least, jnp.full_like(side, ENDLESS) if index == count - 1 else MOST * side], -1
     )

@@ -83,14 +83,14 @@ class RetinaNet(DenseDetector):
         Args:
           images: f32[B, H, W, in_channels] in [0, 1], of any size, padded at the bottom and right.
           pixel_mask: bool[B, H, W], True where the image is; None if nothing is padded.
-          train: BatchNorm updates unless frozen, and nothing is suppressed.
+          train: BatchNorm updates unless frozen.
           return_features: also return a dict of named intermediates as f[B, h, w, C]: the body's,
             "stem", "stage_0" ..., and the pyramid's "level_0" ...
 
         Returns:
           Of A anchors "logits" f32[B, A, C], "box_deltas" f32[B, A, 4], "anchors_xyxy_px"
-          f32[B, A, 4], and "inside" bool[B, A], which of them are on the image's own canvas; unless
-          it trains, of D detections "score" f32[B, D], 0 of what is none, "label" i32[B, D] and
+          f32[B, A, 4], and "inside" bool[B, A], which of them are on the image's own canvas; of D
+          detections "score" f32[B, D], 0 of what is none, "label" i32[B, D] and
           "boxes_xyxy_01" f32[B, D, 4], relative to the image without its padding.
           Or (that, features).
 
@@ -114,17 +114,16 @@ class RetinaNet(DenseDetector):
             "anchors_xyxy_px": joined(boxes),
             "inside": joined(inside),
         }
-        if not train:
-            outputs |= detect(
-                said["class"],
-                said["box"],
-                boxes,
-                inside,
-                sizes,
-                decode=anchors.decode,
-                overlap=OVERLAP,
-                candidates=self.candidates,
-                least=self.least_score,
-                most=self.most,
-            )
+        outputs |= detect(
+            said["class"],
+            said["box"],
+            boxes,
+            inside,
+            sizes,
+            decode=anchors.decode,
+            overlap=OVERLAP,
+            candidates=self.candidates,
+            least=self.least_score,
+            most=self.most,
+        )
         return (outputs, features) if return_features else outputs

@@ -138,6 +138,7 @@ def point_loss(
     unsure = jax.nn.softplus(center) - center * centrality(points, aims)
     found = foreground.sum(axis=1)
     count = jnp.maximum(found, 1) if alone else jnp.maximum(found.sum(), 1)[None] / len(found)
+    count = count.astype(logits.dtype)
     terms = {
         "loss_class": jnp.where(inside, classes, 0).sum(axis=1) / count,
         "loss_box": jnp.where(foreground, off, 0).sum(axis=1) / count,
