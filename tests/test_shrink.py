@@ -216,6 +216,11 @@ def test_plans_are_the_students_with_and_without_the_weights(teachers):
 # Each family's rows, and a student of some of them.
 ROWS = {
     "beit": ({"block": 1}, {**VIT, "depth": 2}),
+    "mae": (
+        {"block": (1,), "decoder/block": (0, 2)},
+        {**VIT, "num_classes": 0, "depth": 2, "decoder_width": 8, "decoder_depth": 3,
+         "decoder_num_heads": 2, "decoder_mlp_width": 8},
+    ),
     "swin": (
         {"stage_1/block": (1,)},
         {"num_classes": 3, "image_size": (16, 16), "width": 8, "depths": (1, 2),

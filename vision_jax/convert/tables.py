@@ -77,13 +77,14 @@ def find_table(shapes: Shapes, family: str = "") -> Table:
 
     Args:
       shapes: by name.
-      family: what to take the file for if it can be that: of an MAE's file "mae" keeps the decoder,
-        and without it the file is a ViT's.
+      family: "mae" keeps the decoder of an MAE's file, which is a ViT's otherwise; others change
+        nothing.
 
     Raises:
       UserError: none; names the nearest candidates and what the file lacks of each.
     """
-    for table in sorted(TABLES, key=lambda table: table.family != family):
+    around = family in FAMILIES and FAMILIES[family].wraps != ""
+    for table in sorted(TABLES, key=lambda table: not (around and table.family == family)):
         if (found := table.matches(shapes)) is not None:
             return found
 

@@ -72,11 +72,14 @@ def plan_shrinking(
     """
     known = {**FAMILIES[family].defaults, **arguments}
     stages = f"{FAMILIES[family].backbone}stage_"
-    depths = {row: known[name] for name, row in ROWS.items() if name in known}
+    rows = {name: row for name, row in ROWS.items() if name in known}
+    if FAMILIES[family].wraps:  # its decoder is a part of its own
+        rows["decoder_depth"] = "decoder/block"
+    depths = {row: known[name] for name, row in rows.items()}
     depths |= {f"{stages}{i}/block": depth for i, depth in enumerate(known.get("depths", ()))}
     kept = {row: _chosen(family, row, chosen, depths) for row, chosen in layers}
     depths |= {row: len(chosen) for row, chosen in kept.items()}
-    after = {name: depths[row] for name, row in ROWS.items() if name in known}
+    after = {name: depths[row] for name, row in rows.items()}
     if "depths" in known:
         after["depths"] = tuple(depths[f"{stages}{i}/block"] for i in range(len(known["depths"])))
     if any(isinstance(ratio, tuple) for ratio in known.get("expansions", ())):  # of each block
