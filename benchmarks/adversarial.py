@@ -21,6 +21,7 @@ from vision_jax.config import load_config
 from vision_jax.evaluation import make_run_over
 from vision_jax.logging import read_metrics
 from vision_jax.run.restore import restore
+from vision_jax.tasks import images
 from vision_jax.tasks.classification import task as classify
 from vision_jax.tasks.classification.under_attack import make_watch
 
@@ -48,7 +49,7 @@ def train_once(overrides: dict[str, str]) -> tuple[float, float]:
             outputs_fn, norm=section.norm, epsilon=section.epsilon, seed=config.seed
         )
         source = classify.read_eval_source(config, trained.class_names)
-        batches = classify.make_batches(config, trained.preprocessing)
+        batches = images.make_batches(config, trained.preprocessing)
         run_over = make_run_over(
             watched, trained.mesh, batches, batch_size=config.evaluate.batch_size
         )

@@ -3,7 +3,7 @@
     description -> model -> recipes, checked -> layout of the parameters -> optimizer -> state
 
 Training, restoring, planning and caching teacher outputs all begin here. A ConfigDict goes no
-deeper than this folder and tasks/NAME/task.py: what lies below takes named arguments.
+deeper than this folder and the tasks' task.py and images.py: what lies below takes named arguments.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,8 @@
 """Classification as a run's task: its config's data, loss, evaluation and pictures."""
 
 import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from ml_collections import ConfigDict
 from vision_jax import sharding, steps
 from vision_jax.config import write_json
 from vision_jax.data.decode import DamagedImageError
-from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import FileReader, Source, read_source, split_source, subset
-from vision_jax.data.transforms import Preprocessing, complete_crop, eval_transform
+from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError, printable, utf8
 from vision_jax.evaluation import make_run_over
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
+from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.classification import objective
 from vision_jax.tasks.classification import robustness as under_attack
@@ -74,30 +74,9 @@ def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> Non
     del log, workdir, train, held_out
 
 
-def make_preprocessing(
-    config: ConfigDict, own: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> Preprocessing | None:
-    """How images are prepared: as the config says, else as the weights (`own`) were used to.
-
-    None without a size: the architecture takes any, and nobody has said one.
-    """
-    size = (config.model.image_size,) * 2 if config.model.image_size else None
-    size = size or arguments.get("image_size") or own.get("image_size")
-    if not size:
-        return None
-    crop = complete_crop(own, size)
-    return Preprocessing(
-        image_size=tuple(size),
-        mean=arguments["mean"],
-        std=arguments["std"],
-        interpolation=config.data.interpolation or own.get("interpolation") or "bicubic",
-        **crop | ({"crop_pct": config.data.crop_pct} if config.data.crop_pct else {}),
-    )
-
-
-def load_preprocessing(record: Mapping[str, Any]) -> Preprocessing:
-    """From its fields in model.json."""
-    return Preprocessing(**record)
+make_preprocessing = images.make_preprocessing
+load_preprocessing = images.load_preprocessing
+batch_shapes = images.batch_shapes
 
 
 def training_data(
@@ -114,34 +93,7 @@ def training_data(
             f"config.augment.policy: {config.augment.policy} changes colors, and the model takes "
             f"{channels} channels: set it to none"
         )
-    return make_train_iterator(
-        source,
-        batch_size=config.batch_size // jax.process_count(),
-        preprocessing=preprocessing,
-        crop=config.data.crop,
-        crop_scale=config.data.crop_scale,
-        flip=config.data.flip,
-        seed=config.seed,
-        num_threads=config.data.threads,
-        num_workers=config.data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        first_batch=first_batch,
-        max_damaged=config.data.max_damaged,
-        damage_log=damage,
-    )
-
-
-def batch_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, Any]:
-    """ShapeDtypeStructs of a training batch, over all processes."""
-    size = config.batch_size
-    shape = (size, *preprocessing.image_size, len(preprocessing.mean))
-    return {
-        "image": jax.ShapeDtypeStruct(shape, np.uint8),
-        "label": jax.ShapeDtypeStruct((size,), np.int32),
-        "index": jax.ShapeDtypeStruct((size,), np.int32),
-        "mask": jax.ShapeDtypeStruct((size,), np.bool_),
-    }
+    return images.make_training_batches(config, source, preprocessing, damage, first_batch)
 
 
 # Loss and evaluation ----------------------------------------------------------------------------
@@ -234,11 +186,6 @@ class Evaluation:
         return [name for name in reported if self.summary[name] is not None]
 
 
-def make_batches(config: ConfigDict, preprocessing: Preprocessing) -> Callable[..., Iterator[Any]]:
-    """Makes the batches of an evaluation (see evaluation.MakeBatches)."""
-    return partial(make_eval_batches, preprocessing=preprocessing, num_threads=config.data.threads)
-
-
 def make_evaluate(
     config: ConfigDict,
     outputs_fn: Callable[..., Mapping[str, jax.Array]],
@@ -254,7 +201,7 @@ def make_evaluate(
     run_over = make_run_over(
         outputs_fn,
         mesh,
-        make_batches(config, preprocessing),
+        images.make_batches(config, preprocessing),
         batch_size=config.evaluate.batch_size,
     )
 
@@ -285,7 +232,7 @@ def _make_attack(
     run_over = make_run_over(
         watched,
         mesh,
-        make_batches(config, preprocessing),
+        images.make_batches(config, preprocessing),
         batch_size=min(config.evaluate.batch_size, len(part)),
     )
 

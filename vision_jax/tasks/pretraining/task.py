@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vision_jax.data.decode import DamagedImageError, Picture
-from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
-from vision_jax.data.sources import FileReader, Source, hold_out, read_unlabelled, subset
-from vision_jax.data.transforms import Preprocessing, complete_crop, eval_transform
+from vision_jax.data.pipeline import DamageLog
+from vision_jax.data.sources import FileReader, Source
+from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError, printable
 from vision_jax.evaluation import make_run_over
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
+from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.pretraining import metrics, objective
 from vision_jax.tasks.pretraining.robustness import refuse
@@ -32,41 +31,14 @@ whole = ()  # of a batch, what losses count over a whole update: each image's is
 labels_images = False
 
 SHOWN = 8  # pictures in reconstructions.png
-TRIED = 16  # images whose size is looked at before training
 RECIPES = ("lora",)  # that make sense without labels
 
 
 # Data -------------------------------------------------------------------------------------------
 
 
-def read_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """The training and the evaluation images, without labels.
-
-    Raises:
-      UserError: what the sources refuse, or fewer training images than a batch has.
-    """
-    train = read_unlabelled(config.data.train)
-    if config.data.eval:
-        held_out = read_unlabelled(config.data.eval)
-    else:
-        train, held_out = hold_out(train, config.data.holdout, config.seed)
-    if config.data.subset:
-        train = subset(train, config.data.subset, config.seed)
-    if len(train) < config.batch_size:
-        raise UserError(
-            f"{train.name}: {len(train)} images to train on are fewer than a batch of "
-            f"{config.batch_size}, which would hold some twice: add images, or set "
-            "config.batch_size"
-        )
-    return train, held_out
-
-
-def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
-    """The evaluation data alone, for a finished run."""
-    del class_names  # none
-    if config.data.eval:
-        return read_unlabelled(config.data.eval)
-    return hold_out(read_unlabelled(config.data.train), config.data.holdout, config.seed)[1]
+read_sources = images.read_unlabelled_sources
+read_eval_source = images.read_unlabelled_eval_source
 
 
 def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> None:
@@ -74,30 +46,9 @@ def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> Non
     del log, workdir, train, held_out
 
 
-def make_preprocessing(
-    config: ConfigDict, own: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> Preprocessing | None:
-    """How images are prepared: as the config says, else as the weights (`own`) were used to.
-
-    None without a size: nobody has said one.
-    """
-    size = (config.model.image_size,) * 2 if config.model.image_size else None
-    size = size or arguments.get("image_size") or own.get("image_size")
-    if not size:
-        return None
-    crop = complete_crop(own, size)
-    return Preprocessing(
-        image_size=tuple(size),
-        mean=arguments["mean"],
-        std=arguments["std"],
-        interpolation=config.data.interpolation or own.get("interpolation") or "bicubic",
-        **crop | ({"crop_pct": config.data.crop_pct} if config.data.crop_pct else {}),
-    )
-
-
-def load_preprocessing(record: Mapping[str, Any]) -> Preprocessing:
-    """From its fields in model.json."""
-    return Preprocessing(**record)
+make_preprocessing = images.make_preprocessing
+load_preprocessing = images.load_preprocessing
+batch_shapes = images.batch_shapes
 
 
 def training_data(
@@ -112,63 +63,8 @@ def training_data(
     Raises:
       UserError: images smaller than what the model takes.
     """
-    _check_sizes(source, preprocessing)
-    return make_train_iterator(
-        source,
-        batch_size=config.batch_size // jax.process_count(),
-        preprocessing=preprocessing,
-        crop=config.data.crop,
-        crop_scale=config.data.crop_scale,
-        flip=config.data.flip,
-        seed=config.seed,
-        num_threads=config.data.threads,
-        num_workers=config.data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        first_batch=first_batch,
-        max_damaged=config.data.max_damaged,
-        damage_log=damage,
-    )
-
-
-def _check_sizes(source: Source, preprocessing: Preprocessing) -> None:
-    """Enlarged images have no detail to reconstruct: refused if all that are tried are so."""
-    height, width = preprocessing.image_size
-    largest = (0, 0)
-    for row in np.unique(np.linspace(0, len(source) - 1, TRIED).astype(int)):
-        try:
-            size = _size(source.open(int(row))["image"])
-        except DamagedImageError:  # counted and named when its turn comes
-            continue
-        if size[0] >= height and size[1] >= width:
-            return
-        largest = max(largest, size, key=min)
-    if largest != (0, 0):
-        raise UserError(
-            f"{source.name}: images of {largest[0]} x {largest[1]} pixels are smaller than the "
-            f"model's {height} x {width}, and enlarged ones have no detail to reconstruct: set "
-            "config.model.image_size to at most "
-            f"{min(largest)}, a multiple of the patch, or take larger images"
-        )
-
-
-def _size(picture: Picture) -> tuple[int, int]:
-    """(height, width)."""
-    if isinstance(picture, np.ndarray):
-        return picture.shape[0], picture.shape[1]
-    return picture.height, picture.width
-
-
-def batch_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, Any]:
-    """ShapeDtypeStructs of a training batch, over all processes."""
-    size = config.batch_size
-    shape = (size, *preprocessing.image_size, len(preprocessing.mean))
-    return {
-        "image": jax.ShapeDtypeStruct(shape, np.uint8),
-        "label": jax.ShapeDtypeStruct((size,), np.int32),
-        "index": jax.ShapeDtypeStruct((size,), np.int32),
-        "mask": jax.ShapeDtypeStruct((size,), np.bool_),
-    }
+    images.check_sizes(source, preprocessing)
+    return images.make_training_batches(config, source, preprocessing, damage, first_batch)
 
 
 # Loss and evaluation ----------------------------------------------------------------------------
@@ -287,9 +183,7 @@ def make_evaluate(
         names = ("loss", "spread", "target_spread", "mask", "index")
         return {name: outputs[name] for name in names}
 
-    batches = partial(
-        make_eval_batches, preprocessing=preprocessing, num_threads=config.data.threads
-    )
+    batches = images.make_batches(config, preprocessing)
     run_over = make_run_over(scores, mesh, batches, batch_size=config.evaluate.batch_size)
     draw = _make_pictures(config, outputs_fn, mesh, source, preprocessing)
 
@@ -312,9 +206,7 @@ def _make_pictures(
     """A function (trainable, frozen, model_state) -> evenly spread images, reconstructed."""
     rows = np.unique(np.linspace(0, len(source) - 1, SHOWN).astype(int))
     part = replace(source, labels=source.labels[rows], rows=source.rows[rows])
-    batches = partial(
-        make_eval_batches, preprocessing=preprocessing, num_threads=config.data.threads
-    )
+    batches = images.make_batches(config, preprocessing)
     run_over = make_run_over(outputs_fn, mesh, batches, batch_size=len(part))
 
     def draw(trainable, frozen, model_state) -> Pictures:
@@ -391,9 +283,7 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
         outputs = outputs_fn(*arguments)
         return {name: outputs[name] for name in ("loss", "mask", "index")}
 
-    batches = partial(
-        make_eval_batches, preprocessing=trained.preprocessing, num_threads=config.data.threads
-    )
+    batches = images.make_batches(config, trained.preprocessing)
     size = min(count, config.evaluate.batch_size)
     run_over = make_run_over(kept, trained.mesh, batches, batch_size=size)
     found, damaged = run_over(source, *trained.arguments)
