@@ -156,7 +156,7 @@ SWITCHES = {"half accumulation": _accumulate_in_half, "no cuDNN attention": _pla
 def infer(folder: Path, *, batch_size: int, image_size: int, dtype: str = "float32") -> Side:
     """The model's outputs for a batch; the value is the mean square of its logits."""
     loaded = load(folder, image_size=image_size, dtype=dtype)
-    program = Program(jax.jit(lambda v, x: loaded.apply(v, x)["logits"]))
+    program = Program(machine.jit(lambda v, x: loaded.apply(v, x)["logits"]))
     images = jnp.asarray(beside.images(batch_size, image_size))
 
     def run() -> float:
@@ -175,7 +175,7 @@ def detect(folder: Path, *, batch_size: int, image_size: int) -> Side:
     def find(variables: Any, images: Any) -> Any:
         return loaded.postprocess(loaded.apply(variables, images), sizes)
 
-    program = Program(jax.jit(find))
+    program = Program(machine.jit(find))
     images = jnp.asarray(beside.images(batch_size, image_size)) / 255.0
 
     def run() -> float:
@@ -220,7 +220,7 @@ def attack(
             random_start=False,
         )
 
-    program = Program(jax.jit(ascend))
+    program = Program(machine.jit(ascend))
 
     def run() -> float:
         found = jax.block_until_ready(program(loaded.variables, images))

@@ -1,7 +1,8 @@
 """What a process sets on its machine before JAX computes: nothing of it changes a result.
 
-Two things, each with a flag that leaves it be: programs that were compiled once are kept on disk,
-and on a CPU the memory of one step is kept for the next.
+Programs that were compiled once are kept on disk, and on a CPU the memory of one step is kept for
+the next; each has a flag that leaves it be. `jit` compiles whole programs with what suits the
+platform.
 """
 
 import contextlib
@@ -11,8 +12,11 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Callable
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -98,15 +102,21 @@ class MemoryWatch:
     """Gives memory back when a process that does the same again and again holds more than before.
 
     A small block that settles where a large one was makes the next large one take another place.
-    The system gets the old place back. That step loses the time that keeping memory saves.
+    The system gets the old place back. That step loses the time that keeping memory saves. The
+    first time, what the compiler has used is given back.
     """
 
     def __init__(self) -> None:
+        self._compiled = False
         self._usual = 0
         self._left = MOST_TIMES
 
     def check(self) -> None:
         """To be called once a step."""
+        if not self._compiled:
+            self._compiled = True
+            give_back_memory()
+            return
         now = _resident_bytes()
         if self._usual == 0 or self._left == 0:
             self._usual = self._usual or now
@@ -116,6 +126,32 @@ class MemoryWatch:
             self._left -= 1
             if _resident_bytes() > GROWTH * self._usual:
                 self._usual = now  # it is needed
+
+
+def jit(function: Callable[..., Any], **keywords: Any) -> Any:
+    """`jax.jit` of a whole program, one that runs for long and is called by no other.
+
+    On a CPU its operations stand in the order that needs the least memory. As it is, XLA starts
+    whatever can be started, so that several threads find work: the copies of an image that the
+    gradient of each convolution's kernel multiplies are all made before the first is used.
+    """
+    import jax
+
+    options = _in_order() if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=options, **keywords)
+
+
+@cache
+def _in_order() -> dict[str, Any] | None:
+    """XLA's option for it, or None where this version has none of that name."""
+    import jax
+
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options
 
 
 def _resident_bytes() -> int:

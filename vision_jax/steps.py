@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vision_jax import optim
+from vision_jax import machine, optim
 from vision_jax.trees import paths
 
 Flat = dict[str, jax.Array]
@@ -178,8 +178,8 @@ def make_train_step(
         return replace(new, step=state.step + 1), metrics
 
     if shardings is None:
-        return jax.jit(train_step, donate_argnums=0)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+        return machine.jit(train_step, donate_argnums=0)
+    return machine.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _with_average(frozen: Flat, prefix: str, state: TrainState) -> Flat:
@@ -270,4 +270,4 @@ def make_eval_step(
     shardings: Any = None,
 ) -> Callable[..., dict[str, jax.Array]]:
     """Compiles `outputs_fn(trainable, frozen, model_state, batch)`, its results laid out so."""
-    return jax.jit(outputs_fn, out_shardings=shardings)
+    return machine.jit(outputs_fn, out_shardings=shardings)

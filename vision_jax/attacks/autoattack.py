@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vision_jax import sharding
+from vision_jax import machine, sharding
 from vision_jax.attacks import losses, norms
 from vision_jax.attacks.apgd import apgd
 from vision_jax.attacks.examples import keys_of
@@ -259,7 +259,7 @@ def _functions(
             fooled = wrong(bind(arguments, again)(found), labels)
             return found, fooled
 
-        return jax.jit(run, static_argnames=static, out_shardings=whole)
+        return machine.jit(run, static_argnames=static, out_shardings=whole)
 
     def clean(arguments, images, labels, keys, epsilon):
         logits = bind(arguments, keys)(images)
@@ -323,7 +323,7 @@ def _functions(
         )
 
     return {
-        "clean": jax.jit(clean, out_shardings=whole),
+        "clean": machine.jit(clean, out_shardings=whole),
         "apgd-ce": jitted(make_apgd(losses.cross_entropy)),
         "apgd-dlr": jitted(make_apgd(losses.dlr)),
         "apgd-t": jitted(apgd_t),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vision_jax import sharding
+from vision_jax import machine, sharding
 from vision_jax.config import check_ranges
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.teacher_cache import write_teacher_cache
@@ -33,7 +33,7 @@ def run(config: ConfigDict) -> int:
     prepared = prepare(config, source.class_names)
     recipe = next(one for one in prepared.recipes if isinstance(one, Distill))
     data = prepared.training_data(source, DamageLog())
-    teacher_outputs = jax.jit(
+    teacher_outputs = machine.jit(
         recipe.make_teacher_outputs(prepared.plain_objective, prepared.student),
         out_shardings=sharding.replicated(prepared.mesh),
     )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vision_jax import sharding
+from vision_jax import machine, sharding
 from vision_jax.attacks import gradient, losses, norms
 from vision_jax.attacks.apgd import apgd
 from vision_jax.attacks.autoattack import Version, autoattack
@@ -66,7 +66,7 @@ class Classifier:
         def logits(arguments, images):
             return self.logits_fn(*arguments, images).astype(jnp.float32)
 
-        return jax.jit(logits, out_shardings=sharding.replicated(self.mesh))
+        return machine.jit(logits, out_shardings=sharding.replicated(self.mesh))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,9 @@ def make_over(classifier: Classifier, probe: Probe) -> Callable[..., Outputs]:
         logits_of_images = partial(classifier.logits_fn, *arguments)
         return probe(logits_of_images, to_float(images), labels, index, *numbers)
 
-    return _over(classifier, jax.jit(program, out_shardings=sharding.replicated(classifier.mesh)))
+    return _over(
+        classifier, machine.jit(program, out_shardings=sharding.replicated(classifier.mesh))
+    )
 
 
 def make_classify(
@@ -155,8 +157,8 @@ def make_classify(
     def compare(images, seen):
         return {"size": norms.size(seen - to_float(images), norm).reshape(-1), "image": seen}
 
-    moving = jax.jit(move, out_shardings=split)
-    comparing = jax.jit(compare, out_shardings=sharding.replicated(classifier.mesh))
+    moving = machine.jit(move, out_shardings=split)
+    comparing = machine.jit(compare, out_shardings=sharding.replicated(classifier.mesh))
 
     def program(arguments, images, labels, index, epsilon=ZERO):
         seen = moving(arguments, images, labels, index, epsilon)
