@@ -1,4 +1,4 @@
-"""Norms and pooling of a CPU beside what autodiff makes of the plain functions, in float64."""
+"""Norms, GELU and pooling of a CPU beside autodiff of the plain functions, in float64."""
 
 from functools import partial
 
@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from scipy import special
 
 from vision_jax.models import tangents
 
@@ -27,7 +29,7 @@ def derivatives(function, primals, directions):
     return jax.tree.leaves(jax.jit(jax.vmap(each))(primals, directions))
 
 
-@pytest.mark.parametrize("case", ["batch norm", "layer norm", "max-pool"])
+@pytest.mark.parametrize("case", ["batch norm", "layer norm", "GELU", "max-pool"])
 def test_derivatives_are_those_of_the_plain_function(case, rng):
     with jax.enable_x64(True):
         x, scale, bias = (rng.normal(size=s) for s in ((2, 3, 7, 6, 4), (2, 4), (2, 4)))
@@ -39,6 +41,9 @@ def test_derivatives_are_those_of_the_plain_function(case, rng):
             ours = lambda *at: tangents.layer_norm(*at, 1e-3)  # noqa: E731
             plain = lambda *at: tangents._plain_layer_norm(1e-3, *at)  # noqa: E731
             primals = (3 + 2 * x, scale, bias)
+        elif case == "GELU":
+            ours, plain = tangents.gelu, lambda x: nn.gelu(x, approximate=False)
+            primals = (3 * x,)
         else:
             ours = lambda x: tangents.max_pool(x, 3, 2)  # noqa: E731
             plain = lambda x: tangents._plain_max_pool(3, 2, x)  # noqa: E731
@@ -62,3 +67,12 @@ def test_the_first_of_equal_pixels_gets_the_gradient_as_in_xla():
         np.testing.assert_allclose(ours, plain, rtol=1e-6)
     lost = tangents.max_pool(x.at[0, 0, 1, 0].set(jnp.nan), 3, 2)
     assert jnp.isnan(lost).sum() == 1
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 2.5e-7), ("bfloat16", 2**-8)])
+def test_gelu_is_the_function_to_a_rounding_or_two(dtype, most):
+    x = jnp.linspace(-12, 12, 20_001).astype(dtype)
+    wide = np.asarray(x, np.float64)
+    error = np.abs(np.asarray(jax.jit(tangents.gelu)(x), np.float64) - wide * special.ndtr(wide))
+    assert (error <= most * np.maximum(1, np.abs(wide))).all()
+    assert tangents.gelu(x).dtype == dtype

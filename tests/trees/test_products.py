@@ -101,3 +101,17 @@ def test_the_kernel_of_a_convolution_in_bfloat16_has_a_gradient(rng):
     half, single = (jax.grad(loss)(kernel, dtype) for dtype in (jnp.bfloat16, jnp.float32))
     assert half.dtype == jnp.float32
     assert jnp.array_equal(half, single)
+
+
+@pytest.mark.parametrize("outputs", [1, 8, 64, 65])
+def test_a_narrow_kernel_has_the_same_gradients(outputs, rng):
+    with jax.enable_x64(True):
+        x, kernel = rng.normal(size=(3, 5, 70)), rng.normal(size=(70, outputs))
+
+        def derivatives(product):
+            loss = lambda x, kernel: jnp.sin(product(x, kernel)).sum()  # noqa: E731
+            return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, kernel)
+
+        found, wanted = map(derivatives, (products._flat_dot, products._plain_dot))
+        for got, expected in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            assert jnp.abs(got - expected).max() <= 1e-13 * jnp.abs(expected).max()

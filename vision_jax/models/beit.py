@@ -95,8 +95,9 @@ class Attention(nn.Module):
             zeros = nn.initializers.zeros
             q, v = (self.param(name, zeros, (width,)) for name in ("q_bias", "v_bias"))
             qkv = add_bias(qkv, jnp.concatenate([q, jnp.zeros_like(q), v]))
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, -1)  # [B, N, 3, K, d]
-        q, k, v = (qkv[:, :, part] for part in range(3))  # [B, N, K, d] each
+        # A split's gradient is one array put together; three slices' are three that are added up.
+        shape = (batch, tokens, self.num_heads, -1)
+        q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))  # [B, N, K, d]
         bias = shared
         if self.grid is not None:
             own = relative_bias(self, self.num_heads, self.grid, self.dtype)

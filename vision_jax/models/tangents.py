@@ -1,16 +1,18 @@
-"""Norms and max-pooling whose tangents are written out, for CPUs.
+"""Norms, GELU and max-pooling whose tangents are written out, for CPUs.
 
 XLA's compiler for CPUs runs what autodiff makes of them slowly (docs/performance.md has the
 figures). The values are those of the plain functions. Each rule is one of the tangent, which
 reverse mode transposes, so that forward mode, batching and second derivatives work as before.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -33,6 +35,11 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """f[..., D] normalized over its last axis, · scale[D] + bias[D], in f32 (or better)."""
     norm = _layer_norm if jax.default_backend() == "cpu" else _plain_layer_norm
     return norm(epsilon, x, scale, bias)
+
+
+def gelu(x: Array) -> Array:
+    """x · Φ(x) of f[...], Φ that of the normal distribution (https://arxiv.org/abs/1606.08415)."""
+    return _gelu(x) if jax.default_backend() == "cpu" else nn.gelu(x, approximate=False)
 
 
 def max_pool(x: Array, size: int, strides: int) -> Array:
@@ -127,6 +134,30 @@ def _layer_norm_jvp(
     dnormed = lax.optimization_barrier(inverse * dx)
     y = centered * (inverse * row(scale)) + row(bias)
     return y, dnormed * row(scale) + normed * row(dscale) + row(dbias)
+
+
+# GELU --------------------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def _gelu(x: Array) -> Array:
+    """By erf, as PyTorch has it: one polynomial, where flax's erfc is two and an exponential."""
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+@_gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """dx · (Φ(x) + x · φ(x)): one array is kept, where autodiff of the product keeps two."""
+    (x,), (dx,) = primals, tangents
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    cdf = _normal_cdf(wide)
+    density = jnp.exp(-0.5 * jnp.square(wide)) * math.sqrt(0.5 / math.pi)
+    return (wide * cdf).astype(x.dtype), dx * (cdf + wide * density).astype(x.dtype)
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
 # Max-pooling -------------------------------------------------------------------------------------

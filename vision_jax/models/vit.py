@@ -186,8 +186,9 @@ class Attention(nn.Module):
     def __call__(self, x):
         batch, tokens, width = x.shape
         qkv = Dense(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, -1)  # [B, N, 3, K, d]
-        q, k, v = (qkv[:, :, part] for part in range(3))  # [B, N, K, d] each
+        # A split's gradient is one array put together; three slices' are three that are added up.
+        shape = (batch, tokens, self.num_heads, -1)
+        q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))  # [B, N, K, d]
         if self.qk_norm:
             q = layer_norm("q_norm", self.layer_norm_eps, self.dtype)(q)
             k = layer_norm("k_norm", self.layer_norm_eps, self.dtype)(k)

@@ -135,15 +135,18 @@ def _scale_outputs(x: Array, gain: Array) -> Array:
 
 
 def _factored_update(product: Product, x: Array, leaf: LowRank) -> Array:
-    """s · (x·A)·B by the skinny products; the merged form is cheaper wherever it applies."""
+    """(s · x·A)·B by the skinny products; the merged form is cheaper wherever it applies.
+
+    s stands where the arrays are narrow, in the gradient too.
+    """
     dense = products.dense(x)
     scales = part_scales(leaf)
     if leaf.parts is None:
-        return scales[0] * dense(product(x, leaf.a), leaf.b)
+        return dense(scales[0] * product(x, leaf.a), leaf.b)
     total, chosen = leaf.parts
     columns = [jnp.zeros((*x.shape[:-1], leaf.b.shape[-1]), x.dtype)] * total
     for position, (part, scale) in enumerate(zip(chosen, scales, strict=True)):
-        columns[part] = scale * dense(product(x, leaf.a[position]), leaf.b[position])
+        columns[part] = dense(scale * product(x, leaf.a[position]), leaf.b[position])
     return jnp.concatenate(columns, axis=-1)  # [..., out]
 
 

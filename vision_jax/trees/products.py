@@ -22,6 +22,8 @@ Sides = tuple[tuple[int, int], ...]  # padding before and after
 
 # A convolution of fewer channels multiplies all its windows at once, a wider one tap by tap.
 FEW_CHANNELS = 16
+# A dense kernel of so few outputs has its gradient as [out, in].
+FEW_OUTPUTS = 64
 
 
 def dense(x: Array) -> Product:
@@ -70,10 +72,17 @@ def _plain_dot(x: Array, kernel: Array) -> Array:
 def _flat_dot(x: Array, kernel: Array) -> Array:
     """With two axes, whose transposes XLA folds into the products of the gradient.
 
-    With more it copies the wide gradient of the outputs for the kernel's gradient.
+    With more it copies the wide gradient of the outputs for the kernel's gradient. A narrow one,
+    an adapter's A, is summed over the rows as [out, in], where the long axis is the contiguous one;
+    the barrier keeps XLA from folding the transpose into the product.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    return (rows @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    rows, kernel = x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype)
+    if kernel.shape[1] <= min(FEW_OUTPUTS, kernel.shape[0] - 1):
+        turned = lax.optimization_barrier(kernel.T)  # [out, in]
+        product = lax.dot_general(rows, turned, (((1,), (1,)), ((), ())))
+    else:
+        product = rows @ kernel
+    return product.reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
