@@ -202,6 +202,22 @@ def test_update_rule_with_weight_decay_on_kernels_only(name, rng):
         np.testing.assert_allclose(result[path], array, rtol=0, atol=bound, err_msg=path)
 
 
+def test_weight_decay_may_follow_a_schedule(rng):
+    """Without a gradient a kernel shrinks by the rate times the decay of each update."""
+    params = random_tree(rng)
+    zeros = {path: 0 * array for path, array in params.items()}
+
+    def decay(step):
+        found = optim.half_cosine(step, first=0.1, last=0.5, total_steps=3)
+        return found.astype(jnp.float64)  # as these parameters are
+
+    result = train(make("adamw", params, decay_schedule=decay), params, [zeros] * 3)
+    factor = np.prod([1 - LR * decay for decay in (0.1, 0.2, 0.4)])
+    for path, array in params.items():
+        expected = array * factor if path in DECAYED else array
+        np.testing.assert_allclose(result[path], expected, rtol=1e-6)
+
+
 @pytest.mark.long
 def test_muon_updates_are_as_large_as_adams(rng):
     shapes = {"block_0/a/kernel": (64, 64), "block_0/b/kernel": (64, 256), "head/kernel": (64, 64)}
@@ -329,6 +345,7 @@ def test_average_follows_the_weights_with_a_warmed_up_decay(rng):
         ("adamw", {"b2": 1.0}, "b2"),
         ("sgd", {"momentum": -0.1}, "momentum"),
         ("adamw", {"weight_decay": -1.0}, "weight_decay"),
+        ("lars", {"decay_schedule": lambda step: 0.1}, "lars has one weight decay"),
         ("adamw", {"clip_norm": float("inf")}, "clip_norm"),
         ("adamw", {"layer_decay": 0.0}, "layer_decay"),
         ("adamw", {"layer_decay": 0.9}, "needs layer_of"),

@@ -9,8 +9,6 @@ the mean is over the pairs that are left; a batch is centered by the center from
 moves afterwards; KoLeo adds its epsilon to each difference and once more to the distance.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -76,19 +74,6 @@ def entropy(probabilities: jax.Array) -> jax.Array:
 
 
 # Schedules ----------------------------------------------------------------------------------------
-
-
-def teacher_momentum(
-    step: jax.typing.ArrayLike, *, first: float, last: float, total_steps: int
-) -> jax.Array:
-    """Share of itself that the teacher keeps after update `step`, counted from 0: half a cosine.
-
-    Examples:
-      >>> [round(float(teacher_momentum(t, first=0.9, last=1, total_steps=4)), 4) for t in (0, 2)]
-      [0.9, 0.95]
-    """
-    progress = jnp.clip(jnp.asarray(step, jnp.float32) / total_steps, 0, 1)
-    return last - (last - first) * (jnp.cos(math.pi * progress) + 1) / 2
 
 
 def teacher_temperature(

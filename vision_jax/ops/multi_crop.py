@@ -1,0 +1,285 @@
+"""Views of images on the device: random crops of several sizes, each augmented by its own draw.
+
+DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294), section 3.1 and its code's
+DataAugmentationDINO, after BYOL and SwAV: two global crops and several smaller local ones, flipped
+and jittered in color, some grey, blurred or solarized. Each operation is torchvision's
+(transforms.v2.functional) on numbers that are not rounded, crops and blur as products with
+matrices, so that all shapes are fixed. All randomness follows from the key, whatever the devices.
+
+Images are f32[B, H, W, C] in [0, 1], C is 3 where colors change, and stay in [0, 1].
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from vision_jax.ops import augment
+from vision_jax.ops.position_embedding import CUBIC
+
+ASPECTS = (3 / 4, 4 / 3)  # width / height of a crop
+TRIES = 10  # to draw a window that fits
+SOLARIZED = 128 / 255  # from here on a solarized pixel is inverted
+BLUR_REACH = 4  # pixels on each side: torchvision's GaussianBlur(9), as DINOv2 has it
+JITTERED, GREY = 0.8, 0.2  # shares of the views
+# Half the range of the factor of brightness, contrast and saturation, and of the hue's turn.
+STRENGTHS = (0.4, 0.4, 0.2, 0.1)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A kind of view.
+
+    Attributes:
+      size: pixels a side.
+      scale: smallest and largest share of the image's area.
+      blurred: share of the views that are blurred, of the first of each image, the second and so
+        on: as many as there are.
+      solarized: share of the views that are solarized, as many.
+      sigmas: smallest and largest standard deviation of the blur in pixels; () blurs none.
+      jitter: strength of changed colors, 1 the paper's; 0 changes none, nor makes any grey.
+    """
+
+    size: int
+    scale: tuple[float, float]
+    blurred: tuple[float, ...]
+    solarized: tuple[float, ...]
+    sigmas: tuple[float, ...] = (0.1, 2.0)
+    jitter: float = 1.0
+
+
+def make_views(key: jax.Array, images: jax.Array, crop: Crop) -> jax.Array:
+    """f32[V, B, size, size, C]: the views of each image.
+
+    Computed one after the other, as one program: the largest array is of one view of each image.
+    """
+    keys = jax.random.split(key, len(crop.blurred))
+    shares = jnp.array([crop.blurred, crop.solarized], jnp.float32).T  # [V, 2]
+    return lax.map(lambda drawn: _make_view(drawn[0], drawn[1], images, crop), (keys, shares))
+
+
+def _make_view(key: jax.Array, shares: jax.Array, images: jax.Array, crop: Crop) -> jax.Array:
+    """f32[B, size, size, C], of shares f32[2] that are blurred and solarized."""
+    batch = len(images)
+    box_key, flip_key, color_key, blur_key, solarize_key = jax.random.split(key, 5)
+    windows = draw_windows(box_key, batch, (images.shape[1], images.shape[2]), crop.scale)
+    x = crop_and_resize(images, windows, crop.size)
+    flipped = jax.random.bernoulli(flip_key, 0.5, (batch,))
+    x = _where(flipped, x[:, :, ::-1], x)
+    if crop.jitter:
+        x = change_colors(color_key, x, crop.jitter)
+    if any(crop.blurred) and crop.sigmas:
+        sigma_key, chosen_key = jax.random.split(blur_key)
+        low, high = crop.sigmas
+        sigmas = jax.random.uniform(sigma_key, (batch,), minval=low, maxval=high)
+        chosen = jax.random.bernoulli(chosen_key, shares[0], (batch,))
+        x = _where(chosen, blur(x, sigmas), x)
+    if any(crop.solarized):
+        chosen = jax.random.bernoulli(solarize_key, shares[1], (batch,))
+        x = _where(chosen, jnp.where(x >= SOLARIZED, 1 - x, x), x)
+    return x
+
+
+def _where(chosen: jax.Array, changed: jax.Array, images: jax.Array) -> jax.Array:
+    """By image."""
+    return jnp.where(chosen[:, None, None, None], changed, images)
+
+
+# Geometry -----------------------------------------------------------------------------------------
+
+
+def draw_windows(
+    key: jax.Array, count: int, size: tuple[int, int], scale: tuple[float, float]
+) -> jax.Array:
+    """Windows i32[count, 4] as (top, left, height, width), drawn as RandomResizedCrop does.
+
+    The area is uniform in `scale`, the logarithm of width / height uniform; the first of ten draws
+    that fits counts, and otherwise the largest central window of an aspect that may be.
+    """
+    height, width = size
+    areas_key, aspects_key, places_key = jax.random.split(key, 3)
+    low, high = scale
+    areas = jax.random.uniform(areas_key, (count, TRIES), minval=low, maxval=high)
+    areas *= height * width
+    low, high = (math.log(aspect) for aspect in ASPECTS)
+    aspects = jnp.exp(jax.random.uniform(aspects_key, (count, TRIES), minval=low, maxval=high))
+    heights = jnp.round(jnp.sqrt(areas / aspects)).astype(jnp.int32)
+    widths = jnp.round(jnp.sqrt(areas * aspects)).astype(jnp.int32)
+    fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
+    first, rows = jnp.argmax(fits, axis=1), jnp.arange(count)
+    h, w = heights[rows, first], widths[rows, first]
+    room = jnp.stack([height - h, width - w], axis=1)
+    corner = jax.random.uniform(places_key, (count, 2)) * (room + 1).astype(jnp.float32)
+    corner = corner.astype(jnp.int32)
+    drawn = jnp.concatenate([jnp.minimum(corner, room), h[:, None], w[:, None]], axis=1)
+    most = _largest(height, width)
+    central = jnp.array([[(height - most[0]) // 2, (width - most[1]) // 2, *most]], jnp.int32)
+    return jnp.where(fits.any(1, keepdims=True), drawn, central)
+
+
+def _largest(height: int, width: int) -> tuple[int, int]:
+    if width / height < ASPECTS[0]:
+        return round(width / ASPECTS[0]), width
+    if width / height > ASPECTS[1]:
+        return height, round(height * ASPECTS[1])
+    return height, width
+
+
+def crop_and_resize(images: jax.Array, windows: jax.Array, size: int) -> jax.Array:
+    """f32[B, size, size, C]: windows i32[B, 4] of images, resized by an antialiased cubic.
+
+    No pixel outside of a window has a part in it: torchvision's resized_crop(antialias=True).
+    """
+    top, left, height, width = windows.T.astype(jnp.float32)
+    rows = _resize_weights(top, height, size, images.shape[1])
+    columns = _resize_weights(left, width, size, images.shape[2])
+    return jnp.clip(_multiply(rows, images, columns), 0, 1)
+
+
+def _resize_weights(start: jax.Array, length: jax.Array, new: int, old: int) -> jax.Array:
+    """f32[B, new, old], as ops.position_embedding.resize_weights of the pixels in a window."""
+    scale = (length / new)[:, None]  # [B, 1]
+    centers = start[:, None] + (jnp.arange(new, dtype=jnp.float32) + 0.5)[None] * scale  # [B, new]
+    places = (jnp.arange(old, dtype=jnp.float32) + 0.5)[None, None]  # [1, 1, old]
+    distances = jnp.abs(places - centers[..., None]) / jnp.maximum(scale, 1)[..., None]
+    near = ((CUBIC + 2) * distances - (CUBIC + 3)) * distances**2 + 1
+    far = ((distances - 5) * distances + 8) * distances * CUBIC - 4 * CUBIC
+    weights = jnp.where(distances < 1, near, jnp.where(distances < 2, far, 0.0))
+    first, end = (x[:, None, None] for x in (start, start + length))
+    weights = jnp.where((places > first) & (places < end), weights, 0.0)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _multiply(rows: jax.Array, images: jax.Array, columns: jax.Array) -> jax.Array:
+    """f32[B, h, w, C] of rows f32[B, h, H], images f32[B, H, W, C] and columns f32[B, w, W]."""
+    exact = lax.Precision.HIGHEST  # of 8 bits and more
+    half = jnp.einsum("bhy,byxc->bhxc", rows, images, precision=exact)
+    return jnp.einsum("bhxc,bwx->bhwc", half, columns, precision=exact)
+
+
+def blur(images: jax.Array, sigmas: jax.Array) -> jax.Array:
+    """Images blurred by a Gaussian of each one's own f32[B] pixels, mirrored beyond their edges."""
+    offsets = jnp.arange(-BLUR_REACH, BLUR_REACH + 1, dtype=jnp.float32)
+    kernel = jnp.exp(-((offsets[None] / sigmas[:, None]) ** 2) / 2)  # [B, k]
+    kernel /= kernel.sum(1, keepdims=True)
+    rows, columns = (
+        jnp.einsum("bk,kij->bij", kernel, jnp.asarray(_shifts(side)), precision="highest")
+        for side in images.shape[1:3]
+    )
+    return jnp.clip(_multiply(rows, images, columns), 0, 1)
+
+
+def _shifts(side: int) -> np.ndarray:
+    """f32[k, side, side]: of each offset, the pixel that is so far from each pixel, mirrored."""
+    places = np.arange(side)[None] + np.arange(-BLUR_REACH, BLUR_REACH + 1)[:, None]
+    period = max(2 * (side - 1), 1)
+    places = np.abs(places) % period
+    places = np.where(places >= side, period - places, places)
+    return np.eye(side, dtype=np.float32)[places]
+
+
+# Colors -------------------------------------------------------------------------------------------
+
+
+def change_colors(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
+    """Brightness, contrast, saturation and hue of most images, and some without color.
+
+    The order of the four is drawn for all images of the batch together, their factors for each.
+    """
+    order_key, factor_key, jitter_key, grey_key = jax.random.split(key, 4)
+    batch = len(images)
+    limits = strength * jnp.array(STRENGTHS, jnp.float32)
+    factors = jax.random.uniform(factor_key, (4, batch), minval=-1) * limits[:, None]
+    branches = [jax.vmap(change) for change in (*_BLENDS, turn_hue)]
+
+    def change(x, which):
+        return lax.switch(which, branches, x, factors[which]), None
+
+    jittered, _ = lax.scan(change, images, jax.random.permutation(order_key, 4))
+    chosen = jax.random.bernoulli(jitter_key, JITTERED, (batch,))
+    images = _where(chosen, jittered, images)
+    grey = jnp.broadcast_to(jax.vmap(augment.color)(images, -jnp.ones(batch)), images.shape)
+    return _where(jax.random.bernoulli(grey_key, GREY, (batch,)), grey, images)
+
+
+_BLENDS = (augment.brightness, augment.contrast, augment.color)
+
+
+def turn_hue(image: jax.Array, turn: jax.Array) -> jax.Array:
+    """An image f32[H, W, 3] whose hue is turned by so many whole turns."""
+    highest, lowest = image.max(-1), image.min(-1)
+    span = highest - lowest
+    red, green, blue = (image[..., channel] for channel in range(3))
+    divisor = jnp.where(span > 0, span, 1)
+    hue = jnp.where(
+        highest == red,
+        (green - blue) / divisor,
+        jnp.where(highest == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    hue = hue / 6 + turn
+    channels = []
+    for offset in (5.0, 3.0, 1.0):
+        place = jnp.mod(offset + 6 * hue, 6)
+        channels.append(highest - span * jnp.clip(jnp.minimum(place, 4 - place), 0, 1))
+    return jnp.stack(channels, axis=-1)
+
+
+# Masked patches -----------------------------------------------------------------------------------
+
+BLOCKS = 8  # rectangles that are tried for a mask
+LEAST_BLOCK = 4  # patches
+
+
+def draw_masks(
+    key: jax.Array,
+    count: int,
+    grid: tuple[int, int],
+    *,
+    share: float,
+    ratio: tuple[float, float],
+) -> jax.Array:
+    """bool[count, h·w]: patches that are masked, in blocks, of a share of the images.
+
+    iBOT's blockwise masking (BEiT's): rectangles of at least 4 patches and an aspect of 0.3 to its
+    inverse, one after the other until the number is reached that is drawn for the image, from
+    `ratio` of its patches; here the number is met exactly, the last rectangle in part.
+
+    Args:
+      key: of the draw.
+      count: of images.
+      grid: (rows, columns) of patches.
+      share: of the images that have masked patches.
+      ratio: smallest and largest share of an image's patches.
+    """
+    rows, columns = grid
+    patches = rows * columns
+    image_key, ratio_key, area_key, aspect_key, place_key, noise_key = jax.random.split(key, 6)
+    low, high = ratio
+    wanted = jax.random.uniform(ratio_key, (count,), minval=low, maxval=high)
+    number = jnp.floor(wanted * patches)  # [B]
+    number = jnp.where(jax.random.bernoulli(image_key, share, (count,)), number, 0)
+    most = jnp.maximum(number, LEAST_BLOCK)[:, None]
+    area = LEAST_BLOCK + jax.random.uniform(area_key, (count, BLOCKS)) * (most - LEAST_BLOCK)
+    limit = math.log(0.3)
+    aspect = jnp.exp(jax.random.uniform(aspect_key, (count, BLOCKS), minval=limit, maxval=-limit))
+    heights = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 1, rows)
+    widths = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 1, columns)
+    room = jnp.stack([rows - heights, columns - widths])
+    top, left = jnp.floor(jax.random.uniform(place_key, room.shape) * (room + 1))
+    y, x = (jnp.asarray(axis.ravel(), jnp.float32)[None, None] for axis in np.indices(grid))
+    top, left, bottom, right = (
+        edge[..., None] for edge in (top, left, top + heights, left + widths)
+    )
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # [B, blocks, N]
+    first = jnp.where(inside.any(1), inside.argmax(1), BLOCKS)  # the block that brings a patch
+    rank = first.astype(jnp.float32) + jax.random.uniform(noise_key, (count, patches))
+    place = jnp.argsort(jnp.argsort(rank, axis=1), axis=1)
+    return place < number.astype(place.dtype)[:, None]
+
+
+def most_masked(grid: tuple[int, int], ratio: tuple[float, float]) -> int:
+    """Patches of an image that `draw_masks` masks at most."""
+    return int(ratio[1] * grid[0] * grid[1])
