@@ -93,6 +93,7 @@ def make_optimizer(
     schedule: Schedule,
     params: Mapping[str, Array],
     weight_decay: float = 0.0,
+    decay_schedule: Schedule | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -126,6 +127,8 @@ def make_optimizer(
       schedule: 0-based update index -> learning rate.
       params: the trainable arrays by path; only their paths and shapes are read.
       weight_decay: λ.
+      decay_schedule: λ by the 0-based index of the update instead; not of lars, whose rule it is a
+        part of.
       b1: decay of the first moment (adamw, lamb, lion, muon's Adam).
       b2: decay of the second moment (the same; Lion's usual value is 0.99).
       eps: added to the root of the second moment (adamw, lamb, muon's Adam).
@@ -153,7 +156,9 @@ def make_optimizer(
         raise UserError(f"layer_decay must be above 0 and at most 1, not {layer_decay}")
 
     decayed = {path: is_decayed(path, array) for path, array in params.items()}
-    decay = optax.add_decayed_weights(weight_decay, mask=decayed)
+    if decay_schedule is not None and name == "lars":
+        raise UserError("config.optim.final_weight_decay: lars has one weight decay: set it to 0")
+    decay = optax.add_decayed_weights(decay_schedule or weight_decay, mask=decayed)
     descend = optax.scale_by_learning_rate(schedule)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     if name == "adamw":
@@ -185,6 +190,19 @@ def make_optimizer(
             factors[path] = factors.get(path, 1.0) * next(chosen, 1.0)
     scale = [_scale_paths(factors)] if factors else []
     return optax.chain(*clip, *rule, *scale)
+
+
+def half_cosine(
+    step: jax.typing.ArrayLike, *, first: float, last: float, total_steps: int
+) -> Array:
+    """From `first` at update 0 to `last` at update `total_steps`, along half a cosine.
+
+    Examples:
+      >>> [round(float(half_cosine(t, first=0.9, last=1, total_steps=4)), 4) for t in (0, 2, 9)]
+      [0.9, 0.95, 1.0]
+    """
+    progress = jnp.clip(jnp.asarray(step, jnp.float32) / total_steps, 0, 1)
+    return last - (last - first) * (jnp.cos(jnp.pi * progress) + 1) / 2
 
 
 def is_decayed(path: str, array: Array) -> bool:

@@ -488,6 +488,12 @@ FIELDS = (
         "weight decay of kernels and adapters; biases, norms and embeddings have none",
         detection=1e-4,
     ),
+    _field(
+        "optim.final_weight_decay",
+        0.0,
+        NOT_NEGATIVE,
+        "weight decay at the end of half a cosine; 0 keeps optim.weight_decay",
+    ),
     _field("optim.b1", 0.9, BELOW_1, "decay of the first moment in adamw, lamb, lion and muon"),
     _field(
         "optim.b2",

@@ -14,6 +14,7 @@ WORDS = {
     "global_batch_size",
     "evaluate.batch_size": "eval_batch_size per_device_eval_batch_size val_batch_size",
     "optim.weight_decay": "wd decay",
+    "optim.final_weight_decay": "weight_decay_end",
     "optim.name": "optimizer opt optimizer_name",
     "optim.schedule": "scheduler sched lr_scheduler lr_scheduler_type lr_schedule",
     "optim.clip_norm": "grad_clip clip_grad max_grad_norm clip gradient_clip gradient_clip_val "

@@ -175,4 +175,4 @@ def _first_difference(before: Any, now: Any) -> str:
 
 def _of_schedule(path: Any, _: Any) -> bool:
     names = [getattr(key, "tuple_name", "") for key in path]
-    return "ScaleByScheduleState" in names
+    return not {"ScaleByScheduleState", "WeightDecaySchedule"}.isdisjoint(names)

@@ -329,6 +329,19 @@ def make_schedule(config: ConfigDict) -> optim.Schedule:
     )
 
 
+def _decay_schedule(config: ConfigDict) -> optim.Schedule | None:
+    """Weight decay by the index of the update; None where it stays."""
+    settings = config.optim
+    if not settings.final_weight_decay:
+        return None
+    return partial(
+        optim.half_cosine,
+        first=settings.weight_decay,
+        last=settings.final_weight_decay,
+        total_steps=config.total_steps * updates_a_step(fields(config)),
+    )
+
+
 def _make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any, Any]:
     """(schedule, optax transformation) of the config, for these trainable arrays."""
     settings = config.optim
@@ -338,6 +351,7 @@ def _make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[An
         schedule=schedule,
         params=trainable,
         weight_decay=settings.weight_decay,
+        decay_schedule=_decay_schedule(config),
         b1=settings.b1,
         b2=settings.b2,
         momentum=settings.momentum,
