@@ -74,7 +74,7 @@ def jobs(small: bool = False) -> list[Job]:
         classifier("ViT-B/16", "vit_base_patch16_224", 4),
         classifier("ResNet-50", "resnet50", 8),
         classifier("ConvNeXt-T", "convnext_tiny", 4),
-        classifier("Swin-T", "swin_tiny_patch4_window7_224", 4),
+        classifier("Swin-T", "swin_tiny_patch4_window7_224", 4, drop_path_rate=0.0),
         classifier("MobileNetV2", "mobilenetv2_100", 16),
         classifier("RegNetY-4GF", "regnety_040", 4),
         detr(2, 480),

@@ -114,7 +114,7 @@ def test_memory_is_given_back_when_it_grows_and_not_for_what_stays(monkeypatch):
     assert given == [300]
     given.clear()
     watch.check()
-    held[0] = 150
+    held[0] = 125
     watch.check()
     assert given == []
     held[0], freed[:] = 170, [110]

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 CACHE_BYTES = 2 * 2**30  # the programs used longest ago make room
 CACHED_SECONDS = 0.3  # what compiles faster isn't worth a file
-GROWTH = 1.6  # one more place for a step's memory is the usual case, two are too many
+GROWTH = 1.3  # more than this is one more place for a step's memory
 MOST_TIMES = 4  # that a run gives memory back for it
 
 # Of glibc's malloc.h.
@@ -86,6 +86,17 @@ def keep_memory() -> bool:
         return False
     _KEPT.add(os.getpid())
     return True
+
+
+def wait_on_cpu(results: Any) -> None:
+    """Waits until a step has ended, where the next one would take memory of its own meanwhile.
+
+    On a CPU there is nothing to gain from a step that begins early: it waits for the cores.
+    """
+    import jax
+
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(results)
 
 
 def give_back_memory() -> None:

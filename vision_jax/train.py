@@ -399,6 +399,7 @@ def _train(
                 break
             if not finished:  # while the device computes
                 batch = program.next_batch(step)
+                machine.wait_on_cpu(metrics)
 
     _report_damage(log, program.damage, len(facts.train_source))
     checkpoints.wait()

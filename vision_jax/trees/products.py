@@ -59,7 +59,7 @@ def convolution(
             return _tiled
         if cpu and window == (1, 1):
             return partial(_strided_pixels, strides)
-    return partial(_cpu_convolution if cpu else _convolution, strides, padding, groups, dilation)
+    return partial(_by_groups if cpu else _convolution, strides, padding, groups, dilation)
 
 
 # Dense -------------------------------------------------------------------------------------------
@@ -155,48 +155,65 @@ def _convolution(
     )
 
 
+def _by_groups(
+    strides: tuple[int, ...], padding: Sides, groups: int, dilation: int, x: Array, kernel: Array
+) -> Array:
+    """A convolution for each group of channels, at several times the speed of one of all groups.
+
+    Groups of one channel are left together.
+    """
+    depthwise = groups == x.shape[-1] == kernel.shape[-1] > 1
+    convolve = partial(_cpu_convolution, strides, padding, dilation, depthwise)
+    if groups == 1 or depthwise:
+        return convolve(x, kernel)
+    parts = (jnp.split(array, groups, axis=-1) for array in (x, kernel))
+    return jnp.concatenate(list(map(convolve, *parts)), axis=-1)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _cpu_convolution(
-    strides: tuple[int, ...], padding: Sides, groups: int, dilation: int, x: Array, kernel: Array
+    strides: tuple[int, ...],
+    padding: Sides,
+    dilation: int,
+    depthwise: bool,
+    x: Array,
+    kernel: Array,
 ) -> Array:
     """`_convolution`, whose gradient of the kernel is dots of windows and outputs.
 
     XLA would convolve the images with the outputs' gradient as a kernel of its size, at a fraction
-    of the speed, for groups at a hundredth. A rule of the tangent, which is transposed, and not of
-    the gradient: forward mode and batching go on working.
+    of the speed. A rule of the tangent, which is transposed, and not of the gradient: forward mode
+    and batching go on working.
 
     A convolution of single channels is sums of shifted images, and so are its gradients.
     """
-    if _is_depthwise(groups, x, kernel):
+    if depthwise:
         return _by_shifts(strides, padding, dilation, x, kernel)
-    return _convolution(strides, padding, groups, dilation, x, kernel)
+    return _convolution(strides, padding, 1, dilation, x, kernel)
 
 
 def _cpu_convolution_jvp(
     strides: tuple[int, ...],
     padding: Sides,
-    groups: int,
     dilation: int,
+    depthwise: bool,
     primals: tuple[Array, Array],
     tangents: tuple[Any, Any],
 ) -> tuple[Array, Any]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    y = _cpu_convolution(strides, padding, groups, dilation, x, kernel)
-    depthwise = _is_depthwise(groups, x, kernel)
+    y = _cpu_convolution(strides, padding, dilation, depthwise, x, kernel)
     parts = []
     if isinstance(dx, SymbolicZero):
         pass
     elif depthwise:
         parts.append(_by_shifts(strides, padding, dilation, dx, kernel))
-    elif groups > 1:
-        parts.append(_convolution(strides, padding, groups, dilation, dx, kernel))
     else:
         # Transposed, this is a convolution by a kernel whose axes are in the usual order. XLA has
         # no fast code for the other order inside of a loop, over the steps of an attack, say.
         turned = kernel.swapaxes(-1, -2)
         parts.append(_convolution(strides, padding, 1, dilation, dx, turned, axes="HWOI"))
     if not isinstance(dkernel, SymbolicZero):
-        by = _by_rows if depthwise else partial(_by_windows, groups)
+        by = _by_rows if depthwise else _by_windows
         # In float32, as the kernel is: half precision is not faster here, and `_half_dot`, whose
         # gradient is its own, can't be transposed.
         wide = x.astype(np.promote_types(x.dtype, np.float32))
@@ -207,31 +224,16 @@ def _cpu_convolution_jvp(
 _cpu_convolution.defjvp(_cpu_convolution_jvp, symbolic_zeros=True)
 
 
-def _is_depthwise(groups: int, x: Array, kernel: Array) -> bool:
-    """Whether each channel has one kernel[h, w, 1] and gives one output."""
-    return groups == x.shape[-1] == kernel.shape[-1] > 1
-
-
 def _by_windows(
-    groups: int, strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, kernel: Array
+    strides: tuple[int, ...], padding: Sides, dilation: int, x: Array, kernel: Array
 ) -> Array:
     """The convolution as dots of what each tap of the kernel[h, w, in, out] sees of x."""
     kernel = kernel.astype(x.dtype)
     seen = list(taps(strides, padding, dilation, x, window=kernel.shape[:2]))
-    if groups > 1:
-        products = map(partial(_dot_of_groups, groups), seen, kernel.reshape(-1, *kernel.shape[2:]))
-    elif x.shape[-1] < FEW_CHANNELS:
+    if x.shape[-1] < FEW_CHANNELS:
         return dense(x)(jnp.concatenate(seen, -1), kernel.reshape(-1, kernel.shape[-1]))
-    else:
-        products = map(dense(x), seen, kernel.reshape(-1, *kernel.shape[2:]))
+    products = map(dense(x), seen, kernel.reshape(-1, *kernel.shape[2:]))
     return sum(products, start=next(products))  # [B, H', W', out]
-
-
-def _dot_of_groups(groups: int, x: Array, kernel: Array) -> Array:
-    """x[B, H, W, in] by kernel[in / groups, out], whose outputs belong to groups as inputs do."""
-    rows = x.reshape(-1, groups, kernel.shape[0])
-    kernel = kernel.reshape(kernel.shape[0], groups, -1)
-    return jnp.einsum("ngi,igo->ngo", rows, kernel).reshape(*x.shape[:-1], -1)
 
 
 def _by_shifts(
