@@ -18,6 +18,7 @@ CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 LOADED = [load_config(str(path), {}) for path in CONFIGS]
 SMALLER_RESNET = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8}
 SMALLER_DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+SMALLER_HEAD = {"prototypes": 16, "head_width": 8, "bottleneck": 4}
 SMALLER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 8}
 
 
@@ -50,6 +51,9 @@ def small(path: Path):
     arguments = load_config(str(path), {}).model.arguments
     if load_config(str(path), {}).task == "pretraining":
         changes["model.arguments"] = repr(tuple((SMALLER | SMALLER_DECODER).items()))
+    elif load_config(str(path), {}).task == "self_distillation":
+        changes["model.arguments"] = repr(tuple((SMALLER | SMALLER_HEAD).items()))
+        changes |= {"dino.view_size": "0", "dino.local_size": "8"}
     elif "width" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))
     elif load_config(str(path), {}).model.variant.startswith("deit"):

@@ -204,15 +204,17 @@ def restore_state(workdir: Path, step: int, target: Any) -> tuple[Any, list[str]
     Versions before 0.2 kept no average of BatchNorm's statistics and evaluated with the last ones:
     in such a checkpoint's state these are the average.
     """
-    statistics = paths.flatten(target.model_state) if isinstance(target, TrainState) else {}
-    if not statistics or not target.ema:
+    if not isinstance(target, TrainState) or not target.ema:
+        return restore(workdir, step, target)
+    statistics = paths.flatten(target.model_state).keys() & target.ema.keys()
+    if not statistics:
         return restore(workdir, step, target)
     folder = (workdir / "checkpoints" / str(step)).absolute()
     with _damage_errors(folder), ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.metadata(folder / "state").item_metadata.tree["ema"]
-    if statistics.keys() <= saved.keys():
+    if statistics <= saved.keys():
         return restore(workdir, step, target)
-    _, weights = paths.partition(target.ema, set(statistics))
+    _, weights = paths.partition(target.ema, statistics)
     state, notes = restore(workdir, step, replace(target, ema=weights))
     last = jax.tree.map(jnp.copy, paths.flatten(state.model_state))  # a copy: both are donated
     return replace(state, ema={**state.ema, **last}), notes

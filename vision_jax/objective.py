@@ -29,6 +29,19 @@ Apply = Callable[..., tuple[dict[str, Any], Any]]
 
 
 @dataclass(frozen=True)
+class Average:
+    """How a loss uses the moving average of what trains (see steps.make_train_step).
+
+    Attributes:
+      prefix: under which it finds the average among the frozen arrays.
+      decay: of the average by update.
+    """
+
+    prefix: str
+    decay: Callable[[Any], jax.Array]
+
+
+@dataclass(frozen=True)
 class Objective:
     """What training minimizes: the mean of the criterion over the examples of a batch.
 
@@ -43,12 +56,17 @@ class Objective:
         the loss; metrics are scalars by name.
       counted: the metric, if any, by which losses and metrics are divided (see
         steps.make_train_step). A recipe that adds a term of its own can't be accumulated then.
+      average: of a loss that learns from the moving average; None for others.
+      make_watch: makes a function (updates done, metrics of the last) -> warnings, of a loss whose
+        metrics tell that nothing is learned; it may raise UserError, which ends the run.
     """
 
     prepare: Callable[[Flat, Flat, Any, View, jax.Array], View]
     forward: Callable[..., tuple[Outputs, Any]]
     criterion: Callable[[Flat, Outputs, View], tuple[jax.Array, Metrics]]
     counted: str = ""
+    average: Average | None = None
+    make_watch: Callable[[], Callable[[int, Mapping[str, float]], list[str]]] | None = None
 
 
 def make_loss(objective: Objective) -> LossFn:

@@ -240,7 +240,14 @@ def update_ema(
     that the first weights are soon forgotten (tf.train.ExponentialMovingAverage, `num_updates`).
     """
     t = jnp.asarray(step, jnp.float32)
-    rate = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
+    return move_average(ema, arrays, jnp.minimum(decay, (1 + t) / (10 + t)))
+
+
+def move_average(
+    ema: Mapping[str, Array], arrays: Mapping[str, Array], decay: Array
+) -> dict[str, Array]:
+    """`update_ema` with the decay as it is."""
+    rate = 1 - decay
 
     def follow(average: Array, array: Array) -> Array:
         array = array.astype(average.dtype)

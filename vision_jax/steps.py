@@ -44,7 +44,7 @@ class TrainState:
         statistics, which are buffers in PyTorch.
       ema: moving average of `trainable` and of the arrays of `model_state`, by path, or None.
         Averaged weights beside the last weights' BatchNorm statistics would be a model that never
-        was.
+        was. Where the state is of averaged weights already, it is not averaged.
     """
 
     step: jax.Array
@@ -70,16 +70,22 @@ class Replay:
 
 
 def make_state(
-    trainable: Flat, model_state: Any, *, tx: optax.GradientTransformation, ema: bool
+    trainable: Flat,
+    model_state: Any,
+    *,
+    tx: optax.GradientTransformation,
+    ema: bool,
+    averages_state: bool = True,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step; `averages_state`: the average is of `model_state` too."""
+    averages = _averages(trainable, model_state if averages_state else {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
         opt_state=tx.init(trainable),
         model_state=model_state,
         # A copy, because all are donated.
-        ema=jax.tree.map(jnp.copy, _averages(trainable, model_state)) if ema else None,
+        ema=jax.tree.map(jnp.copy, averages) if ema else None,
     )
 
 
@@ -88,7 +94,8 @@ def averaged(state: TrainState) -> tuple[Flat, Any]:
     if state.ema is None:
         return state.trainable, state.model_state
     trainable, statistics = paths.partition(state.ema, set(state.trainable))
-    return trainable, paths.unflatten(state.model_state, statistics)
+    last = paths.flatten(state.model_state)
+    return trainable, paths.unflatten(state.model_state, last | statistics)
 
 
 def _averages(trainable: Flat, model_state: Any) -> Flat:
@@ -106,6 +113,7 @@ def make_train_step(
     whole: Sequence[str] = (),
     counted: str = "",
     ema_decay: float = 0.0,
+    average_decay: Callable[[Any], jax.Array] | None = None,
     replay: Replay | None = None,
     average_prefix: str = "",
     shardings: Any = None,
@@ -128,6 +136,7 @@ def make_train_step(
         divided (0 as 1), where only the model tells it. Micro-batches weigh by it then, and it is
         their sum.
       ema_decay: of the moving average; 0 keeps none.
+      average_decay: its decay by update instead, which is not warmed up then.
       replay: instead of one update a step; the loss function finds "perturbation" in the batch. Its
         metrics are means over the updates. Not with `accumulate`.
       average_prefix: under which the loss function finds the moving average among the frozen
@@ -143,7 +152,11 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         ema = state.ema
         if ema is not None:
-            ema = optim.update_ema(ema, _averages(trainable, model_state), ema_decay, number)
+            arrays = _averages(trainable, model_state)
+            if average_decay is not None:
+                ema = optim.move_average(ema, arrays, average_decay(number))
+            else:
+                ema = optim.update_ema(ema, arrays, ema_decay, number)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         finite &= jnp.isfinite(optax.tree.norm(trainable))

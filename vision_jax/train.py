@@ -9,7 +9,7 @@ ends with parameters bit-identical to those of an uninterrupted one.
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -370,7 +370,9 @@ def _train(
     stop = _Stop()
     memory = machine.MemoryWatch()
     with stop.watched(), log.progress(config.total_steps, completed=step) as progress:
-        report = _Reporter(log, progress, config.batch_size, config.log_every)
+        make_watch = prepared.plain_objective.make_watch
+        watch = make_watch() if make_watch is not None else None
+        report = _Reporter(log, progress, config.batch_size, config.log_every, watch)
         batch = program.next_batch(step) if step < config.total_steps else {}
         pending = None  # the last step and its metrics, read while the next one computes
         while step < config.total_steps:
@@ -435,7 +437,15 @@ def _report_damage(log: RunLog, damage: DamageLog, images: int) -> None:
 class _Reporter:
     """Reads the metrics of a step, which waits for it, and shows and logs them."""
 
-    def __init__(self, log: RunLog, progress: Meter, batch_size: int, every: int):
+    def __init__(
+        self,
+        log: RunLog,
+        progress: Meter,
+        batch_size: int,
+        every: int,
+        watch: Callable[[int, Mapping[str, float]], list[str]] | None = None,
+    ):
+        self._watch = watch
         self._log = log
         self._progress = progress
         self._batch_size = batch_size
@@ -447,7 +457,8 @@ class _Reporter:
         """Reports one step.
 
         Raises:
-          UserError: its loss or gradient is not finite. The step itself has changed nothing.
+          UserError: its loss or gradient is not finite: the step itself has changed nothing. Or
+            the objective's watch ends the run.
         """
         values = {name: float(value) for name, value in metrics.items()}
         now = time.monotonic()
@@ -468,6 +479,8 @@ class _Reporter:
                 "config.optim.clip_norm, in a new run; --from begins it with the last checkpoint "
                 "of this one, which is from before that step"
             )
+        for warning in self._watch(step, values) if self._watch is not None else ():
+            self._log.say(f"warning: step {step}: {warning}")
 
     def restart_clock(self) -> None:
         """Leaves what has just happened, an evaluation say, out of the rate."""

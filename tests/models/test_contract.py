@@ -247,6 +247,24 @@ CASES = {
         forms={"v2": {"version": 2}},
         cells=None,
     ),
+    "dino": Case(
+        {"num_classes": 0, "image_size": (12, 8), "patch_size": 4, "width": 16, "depth": 2,
+         "num_heads": 2, "mlp_width": 24, "num_registers": 1, "prototypes": 10, "head_width": 12,
+         "head_depth": 2, "bottleneck": 6},
+        features=("embed", "block_0", "block_1", "normed"),
+        layers={"pos_embed": 0, "mask_token": 0, "block_1/mlp/fc1/kernel": 2, "norm/scale": 2,
+                "dino_head/fc2/bias": 3, "dino_head/prototypes": 3},
+        size=(12, 8),
+        forms={
+            "everything": {"distillation_token": True, "num_registers": 2, "pre_norm": True,
+                           "qk_norm": True, "gated_mlp": True, "layer_scale": 0.5,
+                           "patch_prototypes": 7},
+            "patches alone": {"class_token": False, "position_prefix": 0, "pool": "avg",
+                              "num_registers": 0},
+        },
+        # Nothing is masked here, and patches are not asked for; the key's norm as an MAE's.
+        without_gradient=r"mask_token|ibot_head/.*|.*/k_norm/bias",
+    ),
     "nanodet": Case(
         {"num_classes": 3, "stem_width": 4, "depths": (1, 1, 1, 2), "width": 8, "bins": 4},
         features=("stem", "level_0", "level_1", "level_2"),
@@ -445,6 +463,7 @@ COUNTS = {
     "swinv2_large_window12to24_192to384": 196_739_932,
     "mae_vit_base_patch16": 111_907_840,
     "mae_vit_large_patch16": 329_541_888,
+    "dino_vits16": 43_952_640,
     "nanodet_g": 3_792_885,
     "yolox_nano": 914_304,
     "yolox_tiny": 5_059_056,
@@ -495,7 +514,7 @@ def test_layers_cover_every_parameter_in_order(family, form):
     assert set(layers.values()) <= set(range(model.num_layers))
     assert layers[model.stem] == 0
     head = "head" if family in CLASSIFIERS else "class_head"
-    head = "decoder/pred" if family == "mae" else head
+    head = {"mae": "decoder/pred", "dino": "dino_head"}.get(family, head)
     heads = [layer for path, layer in layers.items() if re.match(rf"(head_\d/)?{head}/", path)]
     assert len(heads) >= 2
     assert set(heads) == {model.num_layers - 1}
@@ -539,6 +558,8 @@ def test_features_and_strides(family, form, whole):
     classes = model.num_classes + (family in ("detr", "faster_rcnn"))  # and none of them
     if family == "mae":  # the pixels of a patch
         classes = model.patch_size**2 * model.in_channels
+    elif family == "dino":
+        classes = model.prototypes
     assert outputs["logits"].shape[-1] == classes
     for name, stride in model.pyramid:
         if whole or family == "rf_detr":

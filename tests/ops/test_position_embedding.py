@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from vision_jax.ops.position_embedding import (
+    interpolate_positions,
     resample_positions,
     resample_relative_positions,
     resize_weights,
@@ -29,6 +30,8 @@ def test_equals_pillow_channel_by_channel(old, new, prefix, rng):
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours[:, :prefix], positions[:, :prefix])
     np.testing.assert_allclose(ours[0, prefix:].reshape(*new, 3), theirs, rtol=1e-5, atol=2e-6)
+    inside = interpolate_positions(positions, old, new, prefix)  # of a model
+    np.testing.assert_allclose(inside, ours, rtol=1e-5, atol=2e-6)
 
 
 def test_the_same_grid_is_untouched(rng):

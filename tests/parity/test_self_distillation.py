@@ -1,4 +1,4 @@
-"""Losses of self-distillation against lightly 1.6: values, gradients, and centers."""
+"""Self-distillation against lightly 1.6, values, gradients, centers; local crops against timm."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from vision_jax import convert
+from vision_jax.certify.random_weights import randomize, sample_images
+from vision_jax.certify.references import make_reference
+from vision_jax.models.families import build_model
 from vision_jax.ops import self_distillation as ops
+from vision_jax.trees.paths import flatten, unflatten
 
 losses = pytest.importorskip("lightly.loss")
 
@@ -89,3 +94,31 @@ def test_koleo(rng, dtype):
         value, gradient = loss(jnp.asarray(features, dtype))
         near(value, theirs, BARS[dtype])
         near(gradient, inputs.grad, BARS[dtype])
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_local_crops_take_positions_as_timm_does(size, tmp_path, request):
+    """Smaller and larger than the model's own images: timm's dynamic_img_size."""
+    given = {"num_classes": 0, "depth": 1, "img_size": 32, "patch_size": 8, "embed_dim": 48}
+    reference = make_reference(
+        "timm", "vit_tiny_patch16_224", {**given, "dynamic_img_size": True, "num_heads": 4}
+    )
+    randomize(reference.module, 3)
+    reference.save(tmp_path)
+    weights = convert.read_weights(str(tmp_path))
+    _, arguments = convert.recognize(weights)
+    arguments |= {"mean": (0.0,) * 3, "std": (1.0,) * 3, "num_classes": 0}
+    heads = {"prototypes": 4, "head_width": 6, "bottleneck": 5}
+    model = build_model("dino", **arguments, **heads)
+    images = sample_images(2, (size, size), 3, request.config.option.seed)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    flat = flatten(variables["params"])
+    vit = {p: x for p, x in flat.items() if not p.startswith(model.added)}
+    flat |= convert.import_weights(weights, vit, arguments)
+    params = unflatten(variables["params"], flat)
+    ours = jax.jit(model.apply)({**variables, "params": params}, jnp.asarray(images, jnp.float32))
+    pixels = torch.from_numpy(images.astype(np.float32).transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        theirs = reference.module.eval().forward_features(pixels)
+    near(ours["token"], theirs[:, 0], 1e-5)
+    near(ours["patch_tokens"], theirs[:, 1:], 1e-5)

@@ -281,14 +281,13 @@ def _target(
 def _from_checkpoint(workdir: Path, checkpoint: str, wanted: str) -> Model:
     """A checkpoint of a run, adapters merged, averaged where the run averages.
 
-    Of an MAE the encoder alone, as of its finished run, unless `wanted` is its family.
+    Of an MAE or a self-distilled model the ViT alone, unless `wanted` is its family.
     """
     import jax
 
     from vision_jax import convert
     from vision_jax.config import load_config
     from vision_jax.models.families import FAMILIES
-    from vision_jax.models.mae import DECODER
     from vision_jax.run.restore import restore
     from vision_jax.trees import lora, paths
 
@@ -305,7 +304,8 @@ def _from_checkpoint(workdir: Path, checkpoint: str, wanted: str) -> Model:
     if inside and wanted != family:
         family, known = inside, FAMILIES[inside].arguments
         arguments = {name: value for name, value in arguments.items() if name in known}
-        flat = {path: x for path, x in flat.items() if not path.startswith(DECODER)}
+        added = trained.run.model.added
+        flat = {path: x for path, x in flat.items() if not path.startswith(added)}
     return Model(
         flat,
         family,

@@ -16,6 +16,7 @@ TASKS = {  # see tasks/api.py
     "classification": "vision_jax.tasks.classification.task",
     "detection": "vision_jax.tasks.detection.task",
     "pretraining": "vision_jax.tasks.pretraining.task",
+    "self_distillation": "vision_jax.tasks.self_distillation.task",
 }
 RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
     "lora": "vision_jax.recipes.lora",
@@ -23,6 +24,7 @@ RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
     "adversarial": "vision_jax.recipes.adversarial.recipe",
 }
 CLASSIFICATION, DETECTION, PRETRAINING = "classification", "detection", "pretraining"
+SELF_DISTILLATION = "self_distillation"
 # What distill.features may compare (recipes/distillation/objective.py).
 FEATURES = (
     "hint",
@@ -272,6 +274,7 @@ FIELDS = (
         "parameters that start anew, such as the head of other classes: regexes over whole paths",
         detection=(r"((proposals|head)_\d+/)?class_head/.*",),
         pretraining=("decoder/.*",),
+        self_distillation=("(dino|ibot)_head/.*|mask_token|(patch_)?center",),
     ),
     _field(
         "model.drop",
@@ -487,6 +490,7 @@ FIELDS = (
         NOT_NEGATIVE,
         "weight decay of kernels and adapters; biases, norms and embeddings have none",
         detection=1e-4,
+        self_distillation=0.04,
     ),
     _field(
         "optim.final_weight_decay",
@@ -509,6 +513,7 @@ FIELDS = (
         NOT_NEGATIVE,
         "largest global norm of the gradient; 0 turns clipping off",
         detection=0.1,
+        self_distillation=3.0,
     ),
     _field(
         "optim.layer_decay",
@@ -528,6 +533,7 @@ FIELDS = (
         0.0,
         BELOW_1,
         "decay of the moving average of what trains, which evaluation uses; 0 for none",
+        self_distillation=0.996,
     ),
     # The data.
     _field(
@@ -584,6 +590,7 @@ FIELDS = (
         "evaluation view: side of the center crop, as a share; 0 takes the weights' own",
         CLASSIFICATION,
         PRETRAINING,
+        SELF_DISTILLATION,
     ),
     _field("data.interpolation", "", FILTER, "filter of resizing; empty: the weights' own"),
     _field(
@@ -607,6 +614,8 @@ FIELDS = (
         "training view: the crop; pad shifts by up to 1/8 of the size",
         CLASSIFICATION,
         PRETRAINING,
+        SELF_DISTILLATION,
+        self_distillation="none",
     ),
     _field(
         "data.crop_scale",
@@ -615,6 +624,7 @@ FIELDS = (
         "smallest and largest area of a random_resized crop, as shares of the image",
         CLASSIFICATION,
         PRETRAINING,
+        SELF_DISTILLATION,
         pretraining=(0.2, 1.0),
     ),
     _field(
@@ -652,7 +662,13 @@ FIELDS = (
         "updates at the end without mosaics; YOLOX adds an L1 loss of its boxes in them",
         DETECTION,
     ),
-    _field("data.flip", True, ANY, "training view: flip half of the images horizontally"),
+    _field(
+        "data.flip",
+        True,
+        ANY,
+        "training view: flip half of the images horizontally",
+        self_distillation=False,
+    ),
     _field(
         "data.brightness",
         0.0,
@@ -760,6 +776,141 @@ FIELDS = (
         "reconstruct each patch's pixels less their mean, over their standard deviation",
         PRETRAINING,
     ),
+    # Self-distillation's: DINO, with iBOT's and DINOv2's terms as switches.
+    _field(
+        "dino.view_size",
+        0,
+        FROM_0,
+        "pixels a side of the square that views are cropped from; 0 takes model.image_size",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.global_scale",
+        (0.25, 1.0),
+        AREAS,
+        "smallest and largest area of the two global crops, as shares of the square",
+        SELF_DISTILLATION,
+    ),
+    _field("dino.local_crops", 8, FROM_0, "local crops of each image", SELF_DISTILLATION),
+    _field(
+        "dino.local_size",
+        96,
+        COUNT,
+        "pixels a side of a local crop, a multiple of the patch",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.local_scale",
+        (0.05, 0.25),
+        AREAS,
+        "smallest and largest area of the local crops, as shares of the square",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.jitter",
+        1.0,
+        SHARE,
+        "strength of changed colors in the views, 1 the paper's; 0 changes none",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.blur",
+        (0.1, 2.0),
+        Check(
+            lambda value: value == () or (FACTORS.fits(value)),
+            "two standard deviations above 0, the smaller first, or ()",
+        ),
+        "smallest and largest standard deviation of the views' blur in pixels; () blurs none",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.solarize", 0.2, SHARE, "share of second global crops solarized", SELF_DISTILLATION
+    ),
+    _field(
+        "dino.student_temperature",
+        0.1,
+        ABOVE_0,
+        "temperature of the student's softmax",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.teacher_temperature",
+        (0.04, 0.04),
+        FACTORS,
+        "temperatures of the teacher's softmax, before and after its warm-up",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.temperature_steps",
+        0,
+        FROM_0,
+        "updates over which the teacher's temperature rises",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.final_momentum",
+        1.0,
+        SHARE,
+        "of the teacher, which begins with optim.ema_decay, at the end of half a cosine",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.centering",
+        "center",
+        one_of("center", "sinkhorn"),
+        "what keeps the teacher from one choice: a moving center, or Sinkhorn-Knopp (DINOv2)",
+        SELF_DISTILLATION,
+    ),
+    _field("dino.center_momentum", 0.9, SHARE, "of the moving center", SELF_DISTILLATION),
+    _field(
+        "dino.frozen_steps",
+        0,
+        FROM_0,
+        "first updates in which the prototypes, a head's last layer, do not train",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.patch_weight",
+        0.0,
+        NOT_NEGATIVE,
+        "weight of the loss of masked patches (iBOT); 0 masks none",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.masked_images",
+        0.5,
+        SHARE,
+        "share of the student's global crops that are masked",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.mask_ratio",
+        (0.1, 0.5),
+        AREAS,
+        "smallest and largest share of a masked crop's patches that are hidden",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.koleo_weight",
+        0.0,
+        NOT_NEGATIVE,
+        "weight of the spread of features in a batch (KoLeo, DINOv2: 0.1); 0 leaves it out",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.stop",
+        False,
+        ANY,
+        "end a run that has collapsed, instead of a warning",
+        SELF_DISTILLATION,
+    ),
+    _field(
+        "dino.neighbors",
+        0,
+        FROM_0,
+        "evaluation: k of the nearest neighbors, by data.eval's labels; 0 reads no labels",
+        SELF_DISTILLATION,
+    ),
     # Evaluation.
     _field(
         "evaluate.every",
@@ -783,7 +934,9 @@ FIELDS = (
         "updates after which empty or constant predictions are warned of",
         DETECTION,
         PRETRAINING,
+        SELF_DISTILLATION,
         pretraining=200,
+        self_distillation=100,
     ),
     _field(
         "evaluate.neighbors",

@@ -10,6 +10,7 @@ from vision_jax.convert import (
     beit,
     convnext,
     detr,
+    dino,
     efficientnet,
     faster_rcnn,
     fcos,
@@ -45,7 +46,8 @@ TABLES: tuple[Table, ...] = (
     *fcos.TABLES,
     *retinanet.TABLES,
     *nanodet.TABLES,
-    *mae.TABLES,  # last: what it takes is a ViT's too
+    *mae.TABLES,  # last: what these take is a ViT's too
+    *dino.TABLES,
 )
 ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
     (module.TABLES[0].family, module.ZOO)
@@ -65,6 +67,7 @@ ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
         retinanet,
         nanodet,
         mae,
+        dino,
     )
 )
 ZOO: tuple[Entry, ...] = tuple(entry for _, entries in ZOOS for entry in entries)
@@ -77,8 +80,8 @@ def find_table(shapes: Shapes, family: str = "") -> Table:
 
     Args:
       shapes: by name.
-      family: "mae" keeps the decoder of an MAE's file, which is a ViT's otherwise; others change
-        nothing.
+      family: "mae" keeps the decoder of an MAE's file, which is a ViT's otherwise, and "dino" the
+        heads of a self-distilled one; others change nothing.
 
     Raises:
       UserError: none; names the nearest candidates and what the file lacks of each.
@@ -139,7 +142,7 @@ def infer_arguments(table: Table, shapes: Shapes, metadata: Metadata) -> dict[st
         found = {name: _tuples(value) for name, value in ours.items()}
         if metadata["vision_jax"].get("family") in (None, table.family):
             return found
-        # A part of what the header describes: an MAE's encoder.
+        # A part of what the header describes: the ViT in an MAE.
         return {name: x for name, x in found.items() if name in FAMILIES[table.family].arguments}
     (prefix,) = table.prefixes
     bare, config = without_prefix(shapes, prefix), metadata.get("config", {})

@@ -14,6 +14,7 @@ from vision_jax.models import (
     beit,
     convnext,
     detr,
+    dino,
     efficientnet,
     faster_rcnn,
     fcos,
@@ -47,7 +48,7 @@ class Family:
         softmax with one for no object, or a sigmoid each; boxes of proposals that it makes first;
         a box and classes of each anchor, of each point, which also says how central it is, or of
         each cell of its maps, whose box may be distributions of its sides (see
-        tasks.detection.objective.PREDICTIONS); the pixels of patches.
+        tasks.detection.objective.PREDICTIONS); the pixels of patches; a likeness to prototypes.
       pixel_mask: whether it takes padded images, f32[B, H, W, C], and beside them which pixels are
         some, bool[B, H, W].
       backbone: where the parameters of a model inside it begin, "backbone/"; "" without one.
@@ -70,6 +71,7 @@ class Family:
         "cells",
         "sides",
         "pixels",
+        "prototypes",
     ] = "classes"
     pixel_mask: bool = False
     backbone: str = ""
@@ -98,6 +100,7 @@ FAMILIES: dict[str, Family] = {
     "beit": Family(beit.Beit, beit.variant),
     "convnext": Family(convnext.ConvNeXt, convnext.variant),
     "detr": Family(detr.Detr, detr.variant, "detection", "softmax_set", True, "backbone/"),
+    "dino": Family(dino.Dino, dino.variant, "self_distillation", "prototypes", wraps="vit"),
     "efficientnet": Family(efficientnet.EfficientNet, efficientnet.variant),
     "faster_rcnn": Family(
         faster_rcnn.FasterRcnn,
@@ -171,7 +174,7 @@ def for_task(task: str, family: str, arguments: Mapping[str, Any]) -> tuple[str,
     """(family, arguments) that a task makes of a model: of a ViT, pretraining makes an MAE's."""
     for name, known in FAMILIES.items():
         if known.task == task and known.wraps == family:
-            return name, mae.encoder_of(arguments)
+            return name, vit.encoder_arguments(arguments)
     return family, dict(arguments)
 
 

@@ -13,7 +13,6 @@ Exactness, where ports go wrong:
     ops.reconstruction.patchify, or of those scaled patch by patch: the task says which.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -46,16 +45,6 @@ def variant(name: str) -> dict[str, Any] | None:
     """Arguments of a variant's name, or None for others."""
     known = VARIANTS.get(name)
     return None if known is None else {**vit.variant_arguments(known), **_PAPER}
-
-
-def encoder_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a ViT, changed where it can be no encoder as it is.
-
-    Attention pooling has no part in the reconstruction and is left out: such a model pools by the
-    mean afterwards.
-    """
-    changed = {"pool": "avg"} if arguments.get("pool") == "map" else {}
-    return {**arguments, **changed}
 
 
 class Decoder(nn.Module):
@@ -125,16 +114,8 @@ class Mae(ViT):
     decoder_mlp_width: int = 2048
 
     # Of a ViT's parameters, those that it has not: weights may have them all the same.
-    left_out: ClassVar[tuple[str, ...]] = (
-        *(f"{head}/{leaf}" for head in ("head", "head_dist") for leaf in ("kernel", "bias")),
-        "attn_pool/latent",
-        *(
-            f"attn_pool/{layer}/{leaf}"
-            for layer in ("q", "kv", "proj", "mlp/fc1", "mlp/fc2")
-            for leaf in ("kernel", "bias")
-        ),
-        *(f"attn_pool/norm/{leaf}" for leaf in ("scale", "bias")),
-    )
+    left_out: ClassVar[tuple[str, ...]] = vit.HEADS
+    added: ClassVar[tuple[str, ...]] = (DECODER,)  # how the paths of what no ViT has begin
     # Those that need no training to be right.
     computed: ClassVar[tuple[str, ...]] = ("pos_embed", f"{DECODER}pos_embed")
 

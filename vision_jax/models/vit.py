@@ -13,6 +13,7 @@ Exactness, where ports go wrong:
 """
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -31,6 +32,7 @@ from vision_jax.models.layers import (
     layer_norm,
     normalize,
 )
+from vision_jax.ops.position_embedding import interpolate_positions
 
 # width, depth, heads, hidden width of the MLP
 SIZES = {
@@ -171,6 +173,29 @@ def build_vit(variant: str | None = None, **arguments: Any) -> "ViT":
     """Builds a ViT from a variant's name, from `ViT`'s arguments, or from both (arguments win)."""
     named = variant_arguments(variant) if variant else {}
     return ViT(**{**named, **arguments})
+
+
+def encoder_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a ViT, changed where it can be no encoder of images without labels as it is.
+
+    Attention pooling has no part in that and is left out: such a model pools by the mean
+    afterwards.
+    """
+    changed = {"pool": "avg"} if arguments.get("pool") == "map" else {}
+    return {**arguments, **changed}
+
+
+# The parameters of heads and of attention pooling, which an encoder has not.
+HEADS = (
+    *(f"{head}/{leaf}" for head in ("head", "head_dist") for leaf in ("kernel", "bias")),
+    "attn_pool/latent",
+    *(
+        f"attn_pool/{layer}/{leaf}"
+        for layer in ("q", "kv", "proj", "mlp/fc1", "mlp/fc2")
+        for leaf in ("kernel", "bias")
+    ),
+    *(f"attn_pool/norm/{leaf}" for leaf in ("scale", "bias")),
+)
 
 
 class Attention(nn.Module):
@@ -414,13 +439,17 @@ class ViT(nn.Module):
         """The first position embeddings f32[1, P + N, D]."""
         return nn.initializers.normal(0.02)(key, shape)
 
-    def _embed(self, images, train):
+    def _embed(self, images, train, hide: Callable[[Any], Any] | None = None):
+        """Tokens f[B, P + N, D]; `hide` replaces some of the patches f[B, N, D]."""
         dtype = self.dtype
         patches = (self.patch_size, self.patch_size)
         x = Conv(
             self.width, patches, patches, use_bias=self.patch_bias, dtype=dtype, name="patch_embed"
         )(normalize(images, self.mean, self.std))
+        grid = x.shape[1:3]
         x = x.reshape(x.shape[0], -1, self.width)  # [B, h·w, D]
+        if hide is not None:
+            x = hide(x)
 
         normal = nn.initializers.normal
         names = ["cls_token"] * self.class_token + ["dist_token"] * self.distillation_token
@@ -428,8 +457,9 @@ class ViT(nn.Module):
         if self.num_registers:
             shape = (1, self.num_registers, self.width)
             prefix.append(self.param("reg_token", normal(1e-6), shape))
-        shape = (1, self.position_prefix + x.shape[1], self.width)
+        shape = (1, self.position_prefix + self.grid[0] * self.grid[1], self.width)
         positions = self.param("pos_embed", self.init_positions, shape)
+        positions = interpolate_positions(positions, self.grid, grid, self.position_prefix)
         if prefix:
             tokens = jnp.concatenate(prefix, axis=1)  # [1, P, D]
             own = self.position_prefix

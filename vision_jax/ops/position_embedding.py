@@ -42,6 +42,28 @@ def resample_positions(
     return np.concatenate([prefix, grid], axis=1)
 
 
+def interpolate_positions(
+    positions: jax.Array, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix: int
+) -> jax.Array:
+    """`resample_positions` of f[1, P + h·w, D] inside a model, with its gradient.
+
+    Examples:
+      >>> grid = jnp.arange(4.0).reshape(1, 4, 1)
+      >>> interpolate_positions(grid, (2, 2), (1, 1), 0).item()
+      1.5
+    """
+    if old_grid == new_grid:
+        return positions
+    prefix, grid = positions[:, :num_prefix], positions[:, num_prefix:]
+    grid = grid.reshape(*old_grid, -1)  # [h, w, D]
+    rows, columns = (
+        jnp.asarray(resize_weights(old, new), grid.dtype)
+        for old, new in zip(old_grid, new_grid, strict=True)
+    )
+    grid = jnp.einsum("Hh,hwd,Ww->HWd", rows, grid, columns, precision="highest")
+    return jnp.concatenate([prefix, grid.reshape(1, -1, grid.shape[-1])], axis=1)
+
+
 def resize_weights(old: int, new: int) -> np.ndarray:
     """Matrix f64[new, old] that resizes a line by an antialiased cubic; its rows sum to one."""
     scale = old / new

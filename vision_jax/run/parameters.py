@@ -102,7 +102,7 @@ def plan_parameters(
     }
     shardings = sharding.parameter_shardings(like, mesh, sharding_rules)
     shardings |= sharding.parameter_shardings(beside, mesh)
-    if lora.adapter_paths(like) and model_state and not model.freeze_norm:
+    if lora.adapter_paths(like) and model_state and not getattr(model, "freeze_norm", True):
         raise UserError(
             "adapters leave BatchNorm's statistics alone: set config.model.freeze_norm=True"
         )

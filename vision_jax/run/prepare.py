@@ -88,6 +88,8 @@ class Run:
     def make_train_step(self) -> Any:
         """(state, frozen, batch) -> (state, metrics), compiled; see steps.make_train_step."""
         options = [recipe.step for recipe in self.recipes]
+        average = self.plain_objective.average
+        prefixes = [average.prefix] if average else [o.average_prefix for o in options]
         return steps.make_train_step(
             self.loss_fn,
             self.tx,
@@ -98,7 +100,8 @@ class Run:
             counted=self.plain_objective.counted,
             ema_decay=self.config.optim.ema_decay,
             replay=next((o.replay for o in options if o.replay is not None), None),
-            average_prefix=next((o.average_prefix for o in options if o.average_prefix), ""),
+            average_decay=average.decay if average else None,
+            average_prefix=next((prefix for prefix in prefixes if prefix), ""),
             shardings=self.shardings,
         )
 
@@ -123,7 +126,7 @@ class Run:
 
     def make_state(self, trainable: Flat, model_state: Any) -> steps.TrainState:
         """The state before the first step, with its shardings; the arrays given are donated."""
-        make = partial(steps.make_state, tx=self.tx, ema=self.config.optim.ema_decay > 0)
+        make = _state_maker(self.config, self.tx, self.model)
         made = jax.jit(make, out_shardings=self.shardings, donate_argnums=(0, 1))
         return made(trainable, model_state)
 
@@ -266,7 +269,7 @@ def prepare(
     )
     trainable, _ = parameters.abstract()
     schedule, tx = _make_optimizer(config, model, trainable)
-    abstract_state, shardings = _abstract_state(config, tx, parameters, mesh)
+    abstract_state, shardings = _abstract_state(_state_maker(config, tx, model), parameters, mesh)
     return Run(
         config,
         task,
@@ -367,12 +370,23 @@ def _make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[An
     return schedule, tx
 
 
+def _state_maker(
+    config: ConfigDict, tx: Any, model: Any
+) -> Callable[[Flat, Any], steps.TrainState]:
+    """(trainable, model_state) -> the state before the first step."""
+    return partial(
+        steps.make_state,
+        tx=tx,
+        ema=config.optim.ema_decay > 0,
+        averages_state=getattr(model, "averages_state", True),
+    )
+
+
 def _abstract_state(
-    config: ConfigDict, tx: Any, parameters: Parameters, mesh: Mesh
+    make: Callable[[Flat, Any], steps.TrainState], parameters: Parameters, mesh: Mesh
 ) -> tuple[steps.TrainState, Any]:
     """(ShapeDtypeStructs with shardings: the target of a restore, the shardings alone)."""
     trainable, _ = parameters.abstract()
-    make = partial(steps.make_state, tx=tx, ema=config.optim.ema_decay > 0)
     shapes = jax.eval_shape(make, trainable, parameters.model_state)
     shardings = sharding.state_shardings(shapes, parameters.shardings, mesh)
     target = jax.tree.map(

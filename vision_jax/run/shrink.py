@@ -73,7 +73,7 @@ def plan_shrinking(
     known = {**FAMILIES[family].defaults, **arguments}
     stages = f"{FAMILIES[family].backbone}stage_"
     rows = {name: row for name, row in ROWS.items() if name in known}
-    if FAMILIES[family].wraps:  # its decoder is a part of its own
+    if "decoder_depth" in known and FAMILIES[family].wraps:  # a part of its own
         rows["decoder_depth"] = "decoder/block"
     depths = {row: known[name] for name, row in rows.items()}
     depths |= {f"{stages}{i}/block": depth for i, depth in enumerate(known.get("depths", ()))}

@@ -134,7 +134,7 @@ TABLES = (
             names.timm(final_norm),
             defaults,
             # MAE's and DINOv2's own pretraining files name their encoders as timm does.
-            dropped=("mask_token", r"decoder_.*"),
+            dropped=("mask_token", r"decoder_.*", r"(dino|ibot)(_patch)?_(head|loss)\..*"),
             file_names=r"(vit|deit3?)_[a-z0-9_]+?(?=[-.]|$)",
             holds=partial(config.holds_timm, after),
             config=config.timm_config,

@@ -1,0 +1,287 @@
+"""Self-distillation as users run it: a run, its continuation, what comes out, what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+from safetensors.numpy import load_file
+
+from vision_jax import convert, train
+from vision_jax.commands import convert as converter
+from vision_jax.config import load_config
+from vision_jax.logging import read_metrics
+from vision_jax.main import main
+from vision_jax.run.prepare import Run, prepare
+from vision_jax.run.restore import restore
+from vision_jax.tasks.self_distillation import task
+
+ENCODER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 4}
+HEAD = {"prototypes": 16, "head_width": 24, "head_depth": 2, "bottleneck": 8}
+TINY = {
+    "model.arguments": repr(tuple((ENCODER | HEAD).items())),
+    "model.image_size": 12,
+    "batch_size": 16,
+    "total_steps": 6,
+    "checkpoint_every": 2,
+    "log_every": 1,
+    "evaluate.every": 3,
+    "evaluate.batch_size": 8,
+    "optim.warmup_steps": 1,
+    "optim.lr": 0.01,
+    "dino.view_size": 16,
+    "dino.local_size": 8,
+    "dino.local_crops": 2,
+    "dino.frozen_steps": 2,
+    "dino.neighbors": 5,
+}
+DINOV2 = {"dino__patch_weight": 1.0, "dino__koleo_weight": 0.1, "dino__centering": "sinkhorn"}
+SEPARATE = repr(tuple((ENCODER | HEAD | {"patch_prototypes": 12}).items()))
+
+
+def overrides(**more):
+    fields = TINY | {
+        "data.train": f"cifar10:{runs.inputs()}/train",
+        "data.eval": f"cifar10:{runs.inputs()}/test",
+    }
+    fields |= {name.replace("__", "."): value for name, value in more.items()}
+    return {name: str(value) for name, value in fields.items()}
+
+
+def tiny(**more):
+    return load_config(str(runs.ROOT / "configs/dino_embedded.py"), overrides(**more))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(the workdir of a finished run, how often its step was compiled)."""
+    workdir, made, make = tmp_path_factory.mktemp("dino") / "run", [], Run.make_train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "make_train_step", lambda run: made.append(make(run)) or made[-1])
+        assert train.run(tiny(dino__patch_weight=1.0), workdir) == 0
+    (step,) = made
+    return workdir, step._cache_size()
+
+
+@pytest.mark.long
+def test_a_run_leaves_its_figures_and_compiles_once(finished):
+    workdir, compilations = finished
+    assert compilations == 1
+    records = read_metrics(workdir / "metrics.jsonl")
+    ranks = {r["step"]: r["eval/rank"] for r in records if "eval/rank" in r}
+    assert sorted(ranks) == [3, 6]
+    assert all(1 <= rank <= 20 for rank in ranks.values())
+    assert all(0 <= r["eval/knn"] <= 1 for r in records if "eval/knn" in r)
+    first = next(r for r in records if r["step"] == 1)
+    named = ("dino", "patch", "teacher_entropy", "batch_entropy", "feature_spread")
+    assert all(np.isfinite(first[f"train/{name}"]) for name in named)
+    with Image.open(workdir / "patches.png") as image:
+        assert image.width > image.height > 200
+    assert json.loads((workdir / "model.json").read_text())["family"] == "dino"
+
+
+@pytest.mark.long
+def test_the_teacher_is_the_moving_average_and_the_centers_are_its_own(finished):
+    restored = restore(load_config(str(finished[0] / "config.json"), {}), finished[0], "last")
+    state = restored.state
+    assert set(state.ema) == set(state.trainable)
+    assert set(state.model_state) == {"center", "patch_center"}
+    assert all(np.abs(x).max() > 0 for x in state.model_state.values())
+    trained, _, centers = restored.trained.arguments
+    for path, array in trained.items():
+        np.testing.assert_array_equal(array, state.ema[path])
+    np.testing.assert_array_equal(centers["center"], state.model_state["center"])
+    tensors = load_file(finished[0] / "model.safetensors")
+    np.testing.assert_array_equal(tensors["pos_embed"], state.ema["pos_embed"])
+    assert np.abs(tensors["pos_embed"] - np.asarray(state.trainable["pos_embed"])).max() > 0
+
+
+@pytest.mark.long
+def test_what_comes_out_is_an_ordinary_vit(finished, tmp_path):
+    """For config.model.weights, timm and transformers; as a dino it is all of itself."""
+    workdir, _ = finished
+    config = load_config(
+        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels",
+        {
+            "model.weights": str(workdir), "model.variant": "", "model.image_size": "12",
+            "model.arguments": "()", "data.subset": "0", "batch_size": "16",
+            "data.train": f"cifar10:{runs.inputs()}/train",
+        },
+    )  # fmt: skip
+    run = prepare(config, runs.CLASSES)
+    state, frozen, fresh = run.make_arrays()
+    assert fresh == ["head/bias", "head/kernel"]
+    assert run.description.family == "vit"
+    tensors = load_file(workdir / "model.safetensors")
+    arrays = {**state.trainable, **frozen}
+    np.testing.assert_array_equal(
+        arrays["block_0/attn/qkv/kernel"].T, tensors["blocks.0.attn.qkv.weight"]
+    )
+    assert not any(path.startswith("dino") for path in arrays)
+    for to in ("timm", "transformers"):
+        out = tmp_path / to
+        assert converter.main([str(workdir), f"--out={out}", f"--to={to}"]) == 0
+        assert convert.recognize(convert.read_weights(str(out)))[0] == "vit"
+    # From a checkpoint, the same.
+    assert converter.main([str(workdir), "--checkpoint=last", f"--out={tmp_path / 'last'}"]) == 0
+    last = load_file(tmp_path / "last/model.safetensors")
+    assert not any(name.startswith(("dino", "mask")) for name in last)
+    np.testing.assert_array_equal(last["cls_token"], tensors["cls_token"])
+    # And a self-distillation goes on from it, heads and centers included.
+    again = tiny(model__weights=workdir, model__variant="", model__arguments="()")
+    with again.unlocked():
+        again.model.reinitialize = ()
+    state, _, fresh = prepare(again, ()).make_arrays()
+    assert not fresh
+    np.testing.assert_array_equal(
+        state.trainable["dino_head/prototypes"].T, tensors["dino_head.last_layer.weight_v"]
+    )
+    np.testing.assert_array_equal(state.model_state["center"], tensors["dino_loss.center"])
+
+
+@pytest.mark.long
+def test_layer_scale_goes_to_a_folder_of_dinov2(tmp_path):
+    arguments = ENCODER | HEAD | {"layer_scale": 0.5, "mlp_width": 128}
+    config = tiny(model__arguments=repr(tuple(arguments.items())), total_steps=1)
+    assert train.run(config, tmp_path / "run") == 0
+    out = tmp_path / "folder"
+    assert converter.main([str(tmp_path / "run"), f"--out={out}", "--to=transformers"]) == 0
+    assert json.loads((out / "config.json").read_text())["model_type"] == "dinov2"
+
+
+@pytest.mark.long
+def test_predict_and_evaluate_of_a_finished_run(finished, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        image = Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8))
+        image.save(tmp_path / name)
+    flags = [f"--workdir={finished[0]}", f"--images={tmp_path}", f"--out={tmp_path / 'out'}"]
+    assert main(["predict", *flags]) == 0
+    assert capsys.readouterr().out.count("cosine ") == 2
+    assert (tmp_path / "out/patches.png").is_file()
+    assert main(["evaluate", f"--workdir={finished[0]}", "--checkpoint=last"]) == 0
+    found = float(capsys.readouterr().out.split("rank ")[1].split()[0])
+    records = read_metrics(finished[0] / "metrics.jsonl")
+    (logged,) = (r["eval/rank"] for r in records if r.get("step") == 6 and "eval/rank" in r)
+    assert abs(found - logged) < 2e-4
+    assert main(["robustness", f"--workdir={finished[0]}"]) == 2
+    assert "fine-tune it first" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", [{}, DINOV2], ids=["dino", "dinov2"])
+def test_an_interrupted_run_is_bit_identical(recipe, tmp_path, monkeypatch):
+    """Teacher, centers, crops and masks: it ends at step 3 and goes on from checkpoint 2."""
+    monkeypatch.setattr("vision_jax.run.results._draw", lambda *arguments: None)
+    config = tiny(**recipe, model__arguments=SEPARATE if recipe else TINY["model.arguments"])
+    assert train.run(config, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(task.Evaluation, "line", lambda evaluation: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.run(config, tmp_path / "parts")
+    assert train.run(config, tmp_path / "parts") == 0
+    whole, parts = (restore(config, tmp_path / n, "last").state for n in ("whole", "parts"))
+    assert int(whole.step) == int(parts.step) == 6
+    for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", [{}, DINOV2], ids=["dino", "dinov2"])
+def test_one_and_eight_devices_are_the_same(recipe):
+    losses, found = [], []
+    for devices, fsdp in ((1, 1), (8, 8)):
+        config = tiny(**recipe, optim__lr=1e-3, optim__warmup_steps=0)
+        prepared = runs.Prepared(devices=devices, fsdp=fsdp, config=config)
+        state, losses_here = prepared.state, []
+        for _ in range(3):
+            state, metrics = prepared.step(state, prepared.frozen, prepared.batch)
+            losses_here.append(float(metrics["loss"]))
+        assert prepared.step._cache_size() == 1
+        losses.append(losses_here)
+        found.append([np.asarray(state.ema["pos_embed"]), np.asarray(state.model_state["center"])])
+    np.testing.assert_allclose(losses[1][0], losses[0][0], rtol=1e-6)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)  # Adam enlarges rounding
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.long
+def test_adapters_continue_a_vit(tmp_path):
+    """The teacher is the average of what trains, on the same frozen weights."""
+    config = tiny(
+        model__weights=runs.inputs() / "weights.safetensors", model__variant="",
+        model__image_size=16, model__arguments=repr(tuple(HEAD.items())), recipes="lora",
+        lora__rules=r"block_\d+/attn/qkv/kernel", trainable="dino_head/.*",
+    )  # fmt: skip
+    assert train.run(config, tmp_path / "run") == 0
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    before = load_file(runs.inputs() / "weights.safetensors")
+    after = load_file(tmp_path / "run/model.safetensors")
+    np.testing.assert_array_equal(after["norm.weight"], before["norm.weight"])
+    assert (after["blocks.0.attn.qkv.weight"] != before["blocks.0.attn.qkv.weight"]).any()
+
+
+RESNET = "(('depths', (1,)), ('widths', (8,)), ('stem_width', 8))"
+
+
+@pytest.mark.long
+def test_bad_input_is_one_line(tmp_path, capsys):
+    small = tmp_path / "small"
+    small.mkdir()
+    for number in range(30):
+        Image.new("RGB", (10, 8), (number, 0, 0)).save(small / f"{number}.png")
+    cases = (
+        ({"batch_size": 64}, "48 images to train on are fewer than a batch of 64"),
+        ({"data__train": small, "data__holdout": 0.1}, "images of 8 x 10 pixels are smaller than"),
+        ({"data__eval": ""}, "config.dino.neighbors asks the labels of config.data.eval"),
+        ({"optim__ema_decay": 0}, "is the teacher's momentum: set it to 0.996, say"),
+        ({"dino__local_size": 6}, "take a multiple of the patch, 4"),
+        ({"dino__patch_weight": 1, "dino__mask_ratio": "(0.05, 0.1)"}, "3 x 3 patches it masks"),
+        ({"model__variant": "resnet", "model__arguments": RESNET}, "takes a ViT"),
+        ({"recipes": "adversarial"}, "adversarial is not for images without labels"),
+    )
+    for fields, message in cases:
+        flags = [f"--config.{name}={value}" for name, value in overrides(**fields).items()]
+        config = f"--config={runs.ROOT / 'configs/dino_embedded.py'}"
+        assert main([config, f"--workdir={tmp_path / 'run'}", *flags]) == 2, message
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+        assert message in line
+        assert not (tmp_path / "run").exists()
+
+
+# Collapse ----------------------------------------------------------------------------------------
+
+
+PLANTED = [
+    ({"dino__center_momentum": 1.0}, "the center does not move"),
+    ({"dino__teacher_temperature": "(0.3, 0.3)"}, "is not below the student's 0.1"),
+    ({"optim__lr": 3.0, "optim__clip_norm": 0.0}, "the rate is too high"),
+]
+
+
+def of_embedded_images(**more):
+    """140 updates of a small ViT on Fashion-MNIST."""
+    fields = {
+        "total_steps": 140, "optim__lr": 1e-3, "optim__warmup_steps": 20, "evaluate__every": 140,
+        "checkpoint_every": 140,
+        "model__image_size": 28, "dino__view_size": 0, "dino__local_size": 12,
+        "data__train": "embedded:fashion_mnist/train", "data__eval": "embedded:fashion_mnist/test",
+        "evaluate__batch_size": 500, "dino__frozen_steps": 0, "batch_size": 32,
+    }  # fmt: skip
+    return tiny(**(fields | more))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("planted", "cause"), [*PLANTED, ({}, "")])
+def test_a_planted_collapse_is_named_and_a_healthy_run_hears_nothing(
+    planted, cause, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("vision_jax.run.results._draw", lambda *arguments: None)
+    assert train.run(of_embedded_images(**planted), tmp_path) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "collapse: " in line]
+    assert len(said) >= bool(cause)
+    assert cause in "".join(said)
+    assert bool(said) == bool(cause)

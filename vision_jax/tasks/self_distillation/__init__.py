@@ -1,0 +1,1 @@
+"""Images without labels: what a student learns from its own moving average."""
