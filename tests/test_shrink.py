@@ -221,6 +221,10 @@ ROWS = {
         {**VIT, "num_classes": 0, "depth": 2, "decoder_width": 8, "decoder_depth": 3,
          "decoder_num_heads": 2, "decoder_mlp_width": 8},
     ),
+    "dino": (
+        {"block": (1,)},
+        {**VIT, "num_classes": 0, "depth": 2, "prototypes": 6, "head_width": 8, "bottleneck": 4},
+    ),
     "swin": (
         {"stage_1/block": (1,)},
         {"num_classes": 3, "image_size": (16, 16), "width": 8, "depths": (1, 2),
