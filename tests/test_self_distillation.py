@@ -263,10 +263,10 @@ PLANTED = [
 
 
 def of_embedded_images(**more):
-    """140 updates of a small ViT on Fashion-MNIST."""
+    """200 updates of a small ViT on Fashion-MNIST."""
     fields = {
-        "total_steps": 140, "optim__lr": 1e-3, "optim__warmup_steps": 20, "evaluate__every": 140,
-        "checkpoint_every": 140,
+        "total_steps": 200, "optim__lr": 1e-3, "optim__warmup_steps": 20, "evaluate__every": 200,
+        "checkpoint_every": 200,
         "model__image_size": 28, "dino__view_size": 0, "dino__local_size": 12,
         "data__train": "embedded:fashion_mnist/train", "data__eval": "embedded:fashion_mnist/test",
         "evaluate__batch_size": 500, "dino__frozen_steps": 0, "batch_size": 32,
