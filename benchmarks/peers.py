@@ -225,6 +225,7 @@ def write_detr(folder: Path, classes: int, arguments: dict[str, Any]) -> Any:
     if not (folder / "model.safetensors").exists():
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             model.save_pretrained(folder)
+        transformers.DetrImageProcessor(image_mean=MEAN, image_std=STD).save_pretrained(folder)
         return model
     return transformers.DetrForObjectDetection.from_pretrained(folder)
 
