@@ -563,6 +563,15 @@ FIELDS = (
         "number of training images, the classes in equal parts; 0 takes all",
     ),
     _field(
+        "data.exclude",
+        "",
+        ANY,
+        "images to leave out of data.train: a file that vision_jax doctor --exclude wrote",
+        CLASSIFICATION,
+        PRETRAINING,
+        SELF_DISTILLATION,
+    ),
+    _field(
         "data.short",
         0,
         FROM_0,

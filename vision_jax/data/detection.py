@@ -17,22 +17,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from vision_jax.data.annotations import Annotations, read_annotations
 from vision_jax.data.decode import DamagedImageError, read_size
-from vision_jax.data.sources import FileReader, balanced_subset
+from vision_jax.data.sources import FileReader, Reader, balanced_subset
 from vision_jax.errors import UserError
 from vision_jax.files import expand
-
-
-class Reader(Protocol):
-    """Images by row: `FileReader`, `TfdsReader` and `ArrayReader` of data/sources.py are such."""
-
-    def read(self, row: int) -> np.ndarray: ...
-    def example_name(self, row: int) -> str: ...
 
 
 @dataclass(frozen=True)

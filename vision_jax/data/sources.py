@@ -9,6 +9,8 @@
     FILE.csv                          a header `path,label`, paths in the file's folder; separated
                                       by commas, semicolons, tabs or bars
     FILE.jsonl                        {"path": ..., "label": ...} a line, likewise
+    FOLDER/NAME-{0000..0127}.tar      WebDataset shards: braces, *, one file, or their folder
+    FOLDER/NAME-*.parquet[:LABEL]     Parquet with images in a column, likewise
 
 `read_unlabelled` takes all of these without their labels, and any FOLDER of images.
 """
@@ -16,15 +18,21 @@
 import codecs
 import csv
 import io
+import os
+import zlib
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
+from vision_jax.data import parquet
 from vision_jax.data.decode import Picture, decode_array, decode_picture, read_image_file
 from vision_jax.data.folders import Inside, list_files, list_folders, refuse_splits, splits_among
+from vision_jax.data.shards import are_shards, find_shards, holds_shards
+from vision_jax.data.tar_shards import list_tars
 from vision_jax.errors import UserError
 from vision_jax.files import (
     MAX_LIST_BYTES,
@@ -33,6 +41,7 @@ from vision_jax.files import (
     parse_json,
     read_arrays,
     read_bytes,
+    read_json,
 )
 
 ASSETS = Path(__file__).parent / "assets"
@@ -43,6 +52,28 @@ PATH_NAMES = ("path", "file_name", "filename", "filepath", "file_path", "image_p
 SPLIT_NAMES = ("split", "subset", "partition")
 LABEL_NAMES = ("label", "class", "class_name", "category")
 MAX_INTEGER_LABEL = 1_000_000  # a slip of the pen in one label must not make 10¹² classes
+
+
+class Reader(Protocol):
+    """What images are read from, by row. Picklable; threads share it."""
+
+    def open(self, row: int) -> Picture:
+        """The image. Raises DamagedImageError if it can't be read."""
+
+    def read(self, row: int) -> np.ndarray:
+        """The image as uint8[H, W, C]."""
+
+    def encoded(self, row: int) -> bytes:
+        """The image's file; of an array, what a file of it would hold."""
+
+    def example_name(self, row: int) -> str:
+        """What to call it in messages."""
+
+    def relative_name(self, row: int) -> str:
+        """Its name wherever the data set lies."""
+
+    def stamp(self, row: int) -> int:
+        """A number that shows most edits, read without the image: its size in bytes, mostly."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +89,7 @@ class Source:
     class_names: tuple[str, ...]
     labels: np.ndarray
     rows: np.ndarray
-    reader: "ArrayReader | FileReader | TfdsReader"
+    reader: Reader
     note: str = ""
 
     def __len__(self) -> int:
@@ -81,6 +112,15 @@ class Source:
         """What to call example i in messages: its path, or the data set and its position."""
         return self.reader.example_name(int(self.rows[i]))
 
+    def blocks(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(i64[N], i64[B]): the block that each example is read with, and the bytes of each block.
+
+        None where each example is read by itself.
+        """
+        if isinstance(self.reader, parquet.ParquetReader):
+            return self.reader.blocks(self.rows), self.reader.sizes
+        return None
+
 
 def read_source(spec: str, *, class_names: tuple[str, ...] | None = None) -> Source:
     """Read the list of examples that `spec` (see the top of this file) names, but no image yet.
@@ -97,16 +137,19 @@ def read_source(spec: str, *, class_names: tuple[str, ...] | None = None) -> Sou
         return _read_cifar10(spec, rest, class_names)
     if kind == "tfds":
         return _read_tfds(spec, class_names)
+    if _is_of_shards(spec):
+        return _read_shards(spec, class_names)
     path = expand(spec)
     if path.is_dir():
         return _read_folder(path, class_names)
     if not path.is_file():
         raise UserError(
             f"{spec}: no such folder or file: give a folder of class folders, a .csv or .jsonl of"
-            " paths and labels, embedded:fashion_mnist/train, cifar10:DIR/train or tfds:NAME/SPLIT"
+            " paths and labels, .tar or .parquet shards, embedded:fashion_mnist/train,"
+            " cifar10:DIR/train or tfds:NAME/SPLIT"
         )
     if path.suffix in _ENTRIES:
-        return _read_list(path, _ENTRIES[path.suffix](path), class_names)
+        return _read_list(path, class_names)
     raise UserError(f"{spec}: not a folder, .csv or .jsonl: list paths and labels in one of these")
 
 
@@ -119,10 +162,18 @@ def read_unlabelled(spec: str) -> Source:
       UserError: what `read_source` refuses, or a folder without an image.
     """
     path = expand(spec) if spec else Path()
+    if spec.startswith("tfds:"):
+        return _read_unlabelled_tfds(spec)
+    if are_shards(spec):
+        return _read_shards(spec, None, labelled=False)
+    if path.suffix in _ENTRIES and path.is_file():
+        return _read_list(path, None, labelled=False)
     if not spec or not path.is_dir():
         source = read_source(spec)
         return replace(source, class_names=(), labels=np.zeros(len(source), np.int32))
     names, ignored = list_files(path, IMAGE_SUFFIXES, follow_links=True)
+    if not names and holds_shards(path):
+        return _read_shards(spec, None, labelled=False)
     if not names:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"{path}: no image in it or below ({kinds})")
@@ -158,10 +209,12 @@ def examine_source(spec: str) -> tuple[Source, list[UserError]]:
     """
     problems: list[UserError] = []
     path = expand(spec)
+    if _is_of_shards(spec):
+        return _read_shards(spec, None), problems
     if path.is_dir():
         return _read_folder(path, None, problems), problems
     if path.is_file() and path.suffix in _ENTRIES:
-        return _read_list(path, _ENTRIES[path.suffix](path), None, problems), problems
+        return _read_list(path, None, problems), problems
     return read_source(spec), problems
 
 
@@ -198,6 +251,36 @@ def subset(source: Source, count: int, seed: int) -> Source:
     return _part(source, balanced_subset(source.labels, count, seed))
 
 
+def leave_out(source: Source, path: str) -> Source:
+    """The source without the images that a file names, as `vision_jax doctor --exclude` writes it.
+
+    It is JSON: a list of names relative to the data set, or an object whose keys they are.
+
+    Raises:
+      UserError: another file, names that the source has not, or all that it has.
+    """
+    names = read_json(expand(path), MAX_LIST_BYTES)
+    if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: not a list of names: write it with `doctor --exclude={path}`")
+    excluded = set(names)
+    own = [source.reader.relative_name(row) for row in source.rows.tolist()]
+    unknown = sorted(excluded - set(own))
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown):,} of its {len(excluded):,} names are not in {source.name},"
+            f" {unknown[0]!r} for one: write it again with `doctor --exclude={path}`"
+        )
+    if len(excluded) == len(set(own)):
+        raise UserError(f"{path}: names all images of {source.name}, so none is left: correct it")
+    kept = _part(source, np.array([name not in excluded for name in own]))
+    return replace(
+        kept,
+        note="; ".join(
+            filter(None, (kept.note, f"{path}: {len(source) - len(kept)} images left out"))
+        ),
+    )
+
+
 def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """bool[N]: `count` random places, the labels in equal parts as far as possible, nested."""
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -231,8 +314,18 @@ class ArrayReader:
 
     read = open
 
+    def encoded(self, row: int) -> bytes:
+        bitmap = io.BytesIO()
+        Image.fromarray(self.read(row)).save(bitmap, "bmp")
+        return bitmap.getvalue()
+
     def example_name(self, row: int) -> str:
         return f"{self.name}[{row}]"
+
+    relative_name = example_name
+
+    def stamp(self, row: int) -> int:
+        return zlib.crc32(self.images[row].tobytes())
 
 
 def _read_cifar10(spec: str, rest: str, class_names: tuple[str, ...] | None) -> Source:
@@ -293,14 +386,25 @@ class FileReader:
         return np.asarray(self.open(row, upright=upright))
 
     def open(self, row: int, *, upright: bool = True) -> Picture:
-        name = self.example_name(row)
-        data = read_image_file(name)
+        name, data = self.example_name(row), self.encoded(row)
         if name.endswith(".npy"):
             return decode_array(data, name=name)
         return decode_picture(data, name=name, upright=upright)
 
+    def encoded(self, row: int) -> bytes:
+        return read_image_file(self.example_name(row))
+
     def example_name(self, row: int) -> str:
         return str(self.folder / self.paths[row])
+
+    def relative_name(self, row: int) -> str:
+        return self.paths[row]
+
+    def stamp(self, row: int) -> int:
+        try:
+            return os.stat(os.path.join(self.folder, self.paths[row])).st_size
+        except OSError:  # it is skipped, counted and named when its turn comes
+            return -1
 
 
 class MissingFileError(UserError):
@@ -344,7 +448,7 @@ def _read_folder(
     )
 
 
-def _csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
+def _csv_entries(path: Path, labelled: bool) -> Iterator[tuple[int, Any, Any]]:
     """(line number, path, label) of each row; the header tells what separates the columns."""
     number = 1
     try:
@@ -354,11 +458,12 @@ def _csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
             io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
         )
         header = [name.strip().lower() for name in next(rows, [])]
-        columns = [_first_of(names, header) for names in (LABEL_NAMES, PATH_NAMES)]
+        wanted = (LABEL_NAMES, PATH_NAMES) if labelled else (PATH_NAMES,)
+        columns = [_first_of(names, header) for names in wanted]
         missing = [name for name in columns if name not in header]
         if missing:
             raise UserError(f"{path}:1: no column {', '.join(missing)}: begin with `path,label`")
-        label_at, path_at = (header.index(name) for name in columns)
+        label_at, path_at = header.index(columns[0]), header.index(columns[-1])
         split = _first_of(SPLIT_NAMES, header)
         splits: set[str | None] = set()
         for row in rows:
@@ -374,8 +479,9 @@ def _csv_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
         raise UserError(f"{path}:{number}: not readable as CSV ({error})") from error
 
 
-def _jsonl_entries(path: Path) -> Iterator[tuple[int, Any, Any]]:
+def _jsonl_entries(path: Path, labelled: bool) -> Iterator[tuple[int, Any, Any]]:
     """(line number, path, label) of each line that isn't blank."""
+    del labelled  # a line may have it or not
     data = read_bytes(path, MAX_LIST_BYTES)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16", "replace").encode()
@@ -409,20 +515,22 @@ def _first_of(names: Sequence[str], given: Container[str]) -> str:
 
 def _read_list(
     path: Path,
-    entries: Iterator[tuple[int, Any, Any]],
     class_names: tuple[str, ...] | None,
     problems: list[UserError] | None = None,
+    *,
+    labelled: bool = True,
 ) -> Source:
     """Labels are class names, or integers if all of them are (names are then "0", "1", ...)."""
     inside = Inside(path.parent)
     places: list[str] = []  # FILE:LINE
     paths: list[str] = []
     raw_labels: list[str] = []
-    for number, image_path, label in entries:
+    for number, image_path, label in _ENTRIES[path.suffix](path, labelled):
         place = f"{path}:{number}"
         try:
             image_path = _check_path(place, inside, image_path)
-            if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+            usable = isinstance(label, str | int) and not isinstance(label, bool) and label != ""
+            if labelled and not usable:
                 raise UserError(f"{place}: label {label!r}: use a class name or an integer from 0")
         except UserError as error:
             _refuse(error, problems)
@@ -432,14 +540,17 @@ def _read_list(
         raw_labels.append(str(label))
     if not paths and not problems:
         raise UserError(f"{path}: no images are listed: add lines of path and label")
+    reader = FileReader(path.parent, tuple(paths))
+    rows = np.arange(len(paths))
+    if not labelled:
+        return Source(str(path), (), np.zeros(len(paths), np.int32), rows, reader)
     if class_names is None:
         class_names = _infer_class_names(places, raw_labels)
     position = {name: i for i, name in enumerate(class_names)}
     labels = [
         _find_label(place, raw, position) for place, raw in zip(places, raw_labels, strict=True)
     ]
-    reader = FileReader(path.parent, tuple(paths))
-    return Source(str(path), class_names, np.array(labels, np.int32), np.arange(len(paths)), reader)
+    return Source(str(path), class_names, np.array(labels, np.int32), rows, reader)
 
 
 def _check_path(place: str, inside: Inside, image_path: Any) -> str:
@@ -505,10 +616,18 @@ class TfdsReader:
         return np.asarray(self.open(row))
 
     def open(self, row: int) -> Picture:
-        return decode_picture(self.data_source[row]["image"], name=self.example_name(row))
+        return decode_picture(self.encoded(row), name=self.example_name(row))
+
+    def encoded(self, row: int) -> bytes:
+        return self.data_source[row]["image"]
 
     def example_name(self, row: int) -> str:
         return f"{self.name}[{row}]"
+
+    relative_name = example_name
+
+    def stamp(self, row: int) -> int:
+        return 0
 
 
 def open_tfds(spec: str) -> tuple[dict[str, Any], Any]:
@@ -555,6 +674,67 @@ def _read_tfds(spec: str, class_names: tuple[str, ...] | None) -> Source:
         raise UserError(f"{spec}: this split has no labels: use another one")
     mapped, names = _map_by_name(spec, labels, own_names, class_names)
     return Source(spec, names, mapped, np.arange(len(mapped)), TfdsReader(spec, data_source))
+
+
+def _read_unlabelled_tfds(spec: str) -> Source:
+    """The images alone, whatever else the data set has; no record is read."""
+    features, records = open_tfds(spec)
+    import tensorflow_datasets as tfds
+
+    if not isinstance(features.get("image"), tfds.features.Image):
+        raise UserError(f"{spec}: needs the feature `image` (Image); it has {', '.join(features)}")
+    count = len(records)
+    if not count:
+        raise UserError(f"{spec}: this split has no images: use another one")
+    reader = TfdsReader(spec, records)
+    return Source(spec, (), np.zeros(count, np.int32), np.arange(count), reader)
+
+
+# --- shards -------------------------------------------------------------------------------------
+
+
+def _is_of_shards(spec: str) -> bool:
+    """Whether it names shards, or a folder with nothing else to train on."""
+    if are_shards(spec):
+        return True
+    path = expand(spec)
+    return path.is_dir() and not list_folders(path)[0] and holds_shards(path)
+
+
+def _read_shards(
+    spec: str,
+    class_names: tuple[str, ...] | None,
+    *,
+    labelled: bool = True,
+) -> Source:
+    """Labels are class names, or integers if all of them are, as in lists."""
+    shards, column = find_shards(spec)
+    reader: Reader
+    own_names, note = None, ""
+    if shards[0].path.endswith(".parquet"):
+        table = parquet.read_table(spec, shards, column, parquet.LABELS if labelled else None)
+        reader, raw, own_names = table.reader, table.texts, table.names
+        advice = "name a split that has labels"
+        count = int(table.reader.starts[-1])
+    else:
+        listed = list_tars(shards, IMAGE_SUFFIXES)
+        reader, raw, note = listed.reader, listed.labels, listed.note
+        advice = "pack a .cls, or a .json with `label`, of the same name right behind it"
+        count = len(raw)
+    rows = np.arange(count)
+    if not labelled:
+        return Source(spec, (), np.zeros(count, np.int32), rows, reader, note)
+    for row, label in enumerate(raw):
+        if label is None or label == "" or (own_names and label == -1):
+            raise UserError(f"{reader.example_name(row)}: has no label: {advice}")
+    if own_names:  # numbers count in these, whatever their own names look like
+        raw = [own_names[i] if i in range(len(own_names)) else i for i in raw]
+    places, texts = [reader.example_name(row) for row in rows], [str(label) for label in raw]
+    names = own_names or class_names or _infer_class_names(places, texts)
+    position = {name: i for i, name in enumerate(names)}
+    numbers = [_find_label(*pair, position) for pair in zip(places, texts, strict=True)]
+    labels, names = _map_by_name(spec, np.array(numbers, np.int32), names, class_names)
+    return Source(spec, names, labels, rows, reader, note)
 
 
 # --- classes ------------------------------------------------------------------------------------

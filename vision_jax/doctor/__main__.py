@@ -4,10 +4,12 @@
     python -m vision_jax.doctor train.json --images=train --against=val.json --against_images=val
     python -m vision_jax.doctor data.yaml:train --against=data.yaml:val --figure=doctor.png
     python -m vision_jax.doctor folder_of_class_folders --quick
+    python -m vision_jax.doctor folder_of_images --unlabelled --exclude=exclude.json
 
 DATASET is what config.data.train takes: for detection COCO or plain JSON, a Pascal VOC or YOLO
 folder, data.yaml:SPLIT, tfds:NAME/SPLIT, embedded: or composites:; for classification a folder of
-class folders, .csv, .jsonl, tfds:, embedded: or cifar10:. Exit code 0: nothing wrong, 1: findings,
+class folders, .csv, .jsonl, .tar and .parquet shards, tfds:, embedded: or cifar10:; with
+--unlabelled any of these, and any folder of images. Exit code 0: nothing wrong, 1: findings,
 2: it can't be examined.
 """
 
@@ -23,9 +25,12 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.text import Text
 
+from vision_jax.doctor.duplicates import diagnose_duplicates, write_excluded
 from vision_jax.doctor.examine import examine, with_classes_of
+from vision_jax.doctor.finding import counted
 from vision_jax.doctor.images import diagnose_loose_files
 from vision_jax.doctor.report import MARKS, report
+from vision_jax.doctor.scan import near_duplicates
 from vision_jax.doctor.splits import compare
 from vision_jax.errors import UserError, printable
 from vision_jax.files import expand
@@ -52,18 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(flags: argparse.Namespace) -> int:
     console = Console(highlight=False)
     progress = Console(stderr=True)
-    for path in filter(None, (flags.json, flags.figure)):  # before the work, not after it
+    written = (flags.json, flags.figure, flags.exclude)
+    for path in filter(None, written):  # before the work, not after it
         if not path.parent.is_dir() or path.is_dir():
             raise UserError(f"{path}: can't be written: name a file in a folder that is there")
     if flags.against_images and not flags.against:
         raise UserError("--against_images goes with --against: give the other split, or leave it")
-    subject, findings = examine(flags.dataset, flags.images, quick=flags.quick, console=progress)
+    if flags.quick and (flags.duplicates or flags.exclude):
+        raise UserError("--quick reads no pixels, by which duplicates are found: leave it out")
+    how = {"unlabelled": flags.unlabelled, "quick": flags.quick, "console": progress}
+    subject, findings = examine(flags.dataset, flags.images, **how)
     other = None
     if flags.against:
-        other, _ = examine(flags.against, flags.against_images, quick=flags.quick, console=progress)
+        other, _ = examine(flags.against, flags.against_images, **how)
         if (subject.annotations is None) != (other.annotations is None):
             raise UserError(f"{flags.dataset} and {flags.against}: only one of them has boxes")
-        other = with_classes_of(subject, other, flags.against)
+        if not flags.unlabelled:
+            other = with_classes_of(subject, other, flags.against)
         findings += compare(subject, other)
     for flag, folder, one in (
         ("--images", flags.images, subject),
@@ -72,6 +82,14 @@ def _run(flags: argparse.Namespace) -> int:
         if folder and one is not None and one.annotations is None:
             raise UserError(f"{flag} is for boxes, and {one.name} has classes: leave it out")
     findings += diagnose_loose_files(subject, other)
+    if flags.exclude and subject.annotations is not None:
+        raise UserError("--exclude is for images with classes or without labels: leave it out")
+    excluded = 0
+    if flags.duplicates or flags.exclude:
+        kept_of = near_duplicates(subject.scan)
+        findings += diagnose_duplicates(subject, kept_of)
+    if flags.exclude:
+        excluded = write_excluded(subject, kept_of, other, flags.exclude)
     order = list(MARKS)
     findings.sort(
         key=lambda finding: (order.index(finding.level), -finding.count / max(finding.of, 1))
@@ -87,6 +105,10 @@ def _run(flags: argparse.Namespace) -> int:
     console.print(report(subject, other, findings, quick=flags.quick))
     for path in filter(None, (flags.json, flags.figure)):
         console.print(Text(printable(f"wrote {path}")), soft_wrap=True)
+    if flags.exclude:
+        found = counted(excluded, "images")
+        text = f"wrote {flags.exclude}, {found} to leave out: set config.data.exclude to it"
+        console.print(Text(printable(text)), soft_wrap=True)
     return FOUND if any(finding.level != "information" for finding in findings) else 0
 
 
@@ -118,6 +140,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--quick",
         action="store_true",
         help="read only the images' headers: no duplicates, no damage",
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="look at the images alone, of any folder too"
+    )
+    parser.add_argument(
+        "--duplicates", action="store_true", help="look for nearly equal images inside of DATASET"
+    )
+    parser.add_argument(
+        "--exclude",
+        type=expand,
+        help="write the nearly equal ones, of DATASET and of both splits, for config.data.exclude",
     )
     parser.add_argument("--json", type=expand, help="write the findings to this file")
     parser.add_argument("--figure", type=expand, help="draw examples and distributions to this PNG")

@@ -13,34 +13,45 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vision_jax.data.annotation_formats.reading import IMAGES, Problem, find_files
 from vision_jax.data.annotations import Annotations, examine_annotations
 from vision_jax.data.folders import splits_among
+from vision_jax.data.shards import are_shards, holds_shards
 from vision_jax.data.sources import (
-    FileReader,
     MissingFileError,
+    Reader,
+    Source,
     examine_source,
     open_tfds,
     read_source,
+    read_unlabelled,
 )
 from vision_jax.doctor.boxes import diagnose_boxes
 from vision_jax.doctor.classes import diagnose_categories, diagnose_classes
 from vision_jax.doctor.entries import diagnose_problems
 from vision_jax.doctor.finding import Finding, Subject
 from vision_jax.doctor.images import diagnose_images
-from vision_jax.doctor.scan import Reader, Scan, scan_images
+from vision_jax.doctor.scan import Scan, scan_images
 from vision_jax.doctor.training import diagnose_training
 from vision_jax.errors import UserError, printable
 from vision_jax.files import expand
 
 
 def examine(
-    spec: str, images: Path | None = None, *, quick: bool = False, console: Console | None = None
+    spec: str,
+    images: Path | None = None,
+    *,
+    unlabelled: bool = False,
+    quick: bool = False,
+    console: Console | None = None,
 ) -> tuple[Subject, list[Finding]]:
     """Everything that is found in one data set. Raises UserError where nothing can be read.
 
-    With `quick` only headers of the images are read: images in both splits and damage behind the
-    headers stay unseen. `console` shows progress.
+    With `unlabelled` the images alone, as pretraining takes them. With `quick` only headers of the
+    images are read: images in both splits and damage behind the headers stay unseen. `console`
+    shows progress.
     """
     if not spec:
         raise UserError("no data set is named: give what config.data.train takes")
+    if unlabelled:
+        return _examine_images(spec, read_unlabelled(spec), (), quick, console)
     if not _has_classes(spec):
         try:
             annotations, problems = examine_annotations(spec, images)
@@ -56,13 +67,15 @@ def _has_classes(spec: str) -> bool:
     """Whether a specification by itself says that it labels whole images."""
     if spec.startswith("tfds:"):
         return "label" in open_tfds(spec)[0]
-    return spec.startswith("cifar10:") or spec.endswith((".csv", ".jsonl"))
+    return spec.startswith("cifar10:") or spec.endswith((".csv", ".jsonl")) or are_shards(spec)
 
 
 def _are_class_folders(path: Path) -> bool:
     """Whether it is folders of images, not named as splits; other files may lie among them."""
     if not path.is_dir() or ((path / "images").is_dir() and (path / "labels").is_dir()):
         return False
+    if holds_shards(path):
+        return True
     images, others = find_files(path, IMAGES), find_files(path, {".json", ".xml", ".yaml", ".yml"})
     tops = {name.partition("/")[0] for name in images if "/" in name}
     beside = {name.partition("/")[0] for name in others if "/" in name}
@@ -115,28 +128,30 @@ def _examine_classes(
     spec: str, quick: bool, console: Console | None
 ) -> tuple[Subject, list[Finding]]:
     source, errors = examine_source(spec)
-    reader = source.reader
-    paths = (
-        reader.paths
-        if isinstance(reader, FileReader)
-        else tuple(reader.example_name(int(row)) for row in source.rows)
-    )
-    subject = Subject(
-        spec,
-        reader,
-        paths,
-        source.class_names,
-        np.stack([np.arange(len(source)), source.labels], 1),
-        _scan(spec, reader, len(source), (), quick, console),
-        labels=source.labels,
-    )
     problems = [
         Problem("missing" if isinstance(error, MissingFileError) else "entry", *_place(str(error)))
         for error in errors
     ]
+    return _examine_images(spec, source, problems, quick, console)
+
+
+def _examine_images(
+    spec: str, source: Source, problems: Sequence[Problem], quick: bool, console: Console | None
+) -> tuple[Subject, list[Finding]]:
+    reader, count = source.reader, len(source)
+    labelled = bool(source.class_names)
+    subject = Subject(
+        spec,
+        reader,
+        tuple(map(reader.relative_name, range(count))),
+        source.class_names,
+        np.stack([np.arange(count), source.labels], 1)[: count * labelled],
+        _scan(spec, reader, count, (), quick, console),
+        labels=source.labels,
+    )
     return subject, [
         *diagnose_problems(subject, problems),
-        *diagnose_classes(subject),
+        *(diagnose_classes(subject) if labelled else ()),
         *diagnose_images(subject),
     ]
 

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from vision_jax.data.annotations import Annotations
-from vision_jax.doctor.scan import Reader, Scan
+from vision_jax.data.sources import Reader
+from vision_jax.doctor.scan import Scan
 
 EXAMPLES = 20  # kept of each finding
 
@@ -52,6 +53,7 @@ TRAINING: dict[str, Training] = {
     "imbalance": "trains",
     "not-referenced": "trains",
     "repeated-image": "trains",
+    "near-duplicate": "trains",
 }
 
 

@@ -1,7 +1,6 @@
 """What image files are, read in threads: sizes, orientations, contents to compare, damage."""
 
 import hashlib
-import io
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,17 +16,17 @@ from vision_jax.data.decode import (
     decode_array,
     decode_thumbnail,
     read_header,
-    read_image_file,
 )
-from vision_jax.data.sources import ArrayReader, FileReader, TfdsReader
+from vision_jax.data.sources import FileReader, Reader
 
-Reader = ArrayReader | FileReader | TfdsReader
 THREADS = 8
 SIDE = 16  # of a thumbnail
 # Two images are nearly the same if their thumbnails, standardized, differ by no more than this:
 # re-encoding and resizing mostly stay below; of 1,000 × 4,000 pairs of clothes on black none does.
 MOST_RMS, MOST_ANYWHERE = 0.1, 0.5
 MOST_NEAR = 256  # images that one is compared with
+MOST_NEAR_ONE = 4096  # inside of one set, where the first of many alike stands for all of them
+DIMENSIONS = 12  # of the tree
 LEAST_CONTRAST = 4.0  # grey levels; what is flatter is like every other flat image
 
 
@@ -82,7 +81,7 @@ def _look(
     name = reader.example_name(row)
     if quick and isinstance(reader, FileReader) and not name.endswith(".npy"):
         return read_header(Path(name)), "", None, None
-    data = _read_encoded(reader, row)
+    data = reader.encoded(row)
     if name.endswith(".npy"):
         image = decode_array(data, name=name)
         height, width = image.shape[:2]
@@ -94,17 +93,6 @@ def _look(
         return header, "", None, None
     thumbnail = decode_thumbnail(data, name=name, side=SIDE)
     return header, "", hashlib.sha256(data).digest(), thumbnail
-
-
-def _read_encoded(reader: Reader, row: int) -> bytes:
-    """An image's file as bytes; of an array, what a file of it would hold."""
-    if isinstance(reader, TfdsReader):
-        return reader.data_source[row]["image"]
-    if isinstance(reader, ArrayReader):
-        bitmap = io.BytesIO()
-        Image.fromarray(reader.read(row)).save(bitmap, "bmp")
-        return bitmap.getvalue()
-    return read_image_file(reader.example_name(row))
 
 
 def same_files(one: Scan, other: Scan) -> list[tuple[int, int]]:
@@ -121,29 +109,67 @@ def repeated_files(scan: Scan) -> list[tuple[int, int]]:
 def similar_images(one: Scan, other: Scan) -> list[tuple[int, int]]:
     """(row, nearest row of the other) of images that differ no more than by re-encoding."""
     rows, values = _standardize(one)
-    other_rows, other_values = _standardize(other)
-    if not len(rows) or not len(other_rows):
-        return []
-    # In a tree of few dimensions distances are no larger, so that no pair within reach is missed.
-    axes = np.linalg.svd(other_values[:: len(other_values) // 2000 + 1], full_matrices=False)[2][
-        :12
-    ]
-    reach = MOST_RMS * SIDE * (1 + 1e-6)
-    tree = cKDTree(other_values @ axes.T)
+    near = _Near(*_standardize(other))
     pairs = []
-    for i, value in enumerate(values @ axes.T):
+    for row, value in zip(rows, values, strict=True):
         # Of a still camera's pictures all are near each other: the nearest ones are enough.
-        near = tree.query(value, k=min(MOST_NEAR, len(other_rows)), distance_upper_bound=reach)[1]
-        near = np.atleast_1d(near)
-        near = near[near < len(other_rows)]
-        if len(near):
-            difference = np.abs(other_values[near] - values[i])  # [near, 256]
-            rms = np.sqrt((difference**2).mean(1))
-            rms[difference.max(1) > MOST_ANYWHERE] = np.inf
-            best = int(rms.argmin())
-            if rms[best] <= MOST_RMS:
-                pairs.append((int(rows[i]), int(other_rows[near[best]])))
+        found = near(value, MOST_NEAR)
+        if len(found):
+            pairs.append((int(row), int(found[0])))
     return pairs
+
+
+def near_duplicates(scan: Scan) -> dict[int, int]:
+    """{row: an earlier row that is kept} of images that are nearly one of those that are kept.
+
+    In the order of the rows each image that is not near a kept one is kept itself, so nothing is
+    left out whose like is not there. Files with the same bytes are near, flat ones too.
+    """
+    kept_of = dict(repeated_files(scan))
+    rows, values = _standardize(scan)
+    first = np.array([row not in kept_of for row in rows.tolist()], bool)
+    rows, values = rows[first], values[first]
+    near = _Near(rows, values)
+    for row, value in zip(rows.tolist(), values, strict=True):
+        if row not in kept_of:
+            for other in near(value, MOST_NEAR_ONE).tolist():
+                if other > row:
+                    kept_of.setdefault(other, row)
+    return {row: kept_of.get(kept, kept) for row, kept in sorted(kept_of.items())}
+
+
+class _Near:
+    """Finds the images that are nearly a given one, in time that hardly grows with their number.
+
+    Args:
+      rows: i64[N].
+      values: f32[N, 256], standardized thumbnails.
+    """
+
+    def __init__(self, rows: np.ndarray, values: np.ndarray):
+        self._rows, self._values = rows, values
+        if len(rows):
+            # In a tree of few dimensions distances are no larger, so that no pair within reach is
+            # missed.
+            some = values[:: len(values) // 2000 + 1]
+            self._axes = np.linalg.svd(some, full_matrices=False)[2][:DIMENSIONS]
+            self._tree = cKDTree(values @ self._axes.T)
+
+    def __call__(self, value: np.ndarray, most: int) -> np.ndarray:
+        """Rows, the nearest first, among the `most` that are nearest in the tree."""
+        count = len(self._rows)
+        if not count:
+            return self._rows
+        reach = MOST_RMS * SIDE * (1 + 1e-6)
+        near = self._tree.query(self._axes @ value, k=min(most, count), distance_upper_bound=reach)[
+            1
+        ]
+        near = np.atleast_1d(near)
+        near = near[near < count]
+        difference = np.abs(self._values[near] - value)  # [near, 256]
+        rms = np.sqrt((difference**2).mean(1))
+        within = (rms <= MOST_RMS) & (difference.max(1, initial=0) <= MOST_ANYWHERE)
+        return self._rows[near[within][rms[within].argsort(kind="stable")]]
 
 
 def _standardize(scan: Scan) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
-from vision_jax.data.sources import Source, hold_out, read_unlabelled, subset
+from vision_jax.data.sources import Source, hold_out, leave_out, read_unlabelled, subset
 from vision_jax.data.transforms import Preprocessing, complete_crop, size_of
 from vision_jax.errors import UserError
 
@@ -93,6 +93,11 @@ def make_batches(config: ConfigDict, preprocessing: Preprocessing) -> Callable[.
     return partial(make_eval_batches, preprocessing=preprocessing, num_threads=config.data.threads)
 
 
+def without_excluded(config: ConfigDict, train: Source) -> Source:
+    """The training images that config.data.exclude leaves."""
+    return leave_out(train, config.data.exclude) if config.data.exclude else train
+
+
 # Images without labels --------------------------------------------------------------------------
 
 
@@ -102,7 +107,7 @@ def read_unlabelled_sources(config: ConfigDict) -> tuple[Source, Source]:
     Raises:
       UserError: what the sources refuse, or fewer training images than a batch has.
     """
-    train = read_unlabelled(config.data.train)
+    train = _read_unlabelled(config)
     if config.data.eval:
         held_out = read_unlabelled(config.data.eval)
     else:
@@ -123,7 +128,11 @@ def read_unlabelled_eval_source(config: ConfigDict, class_names: tuple[str, ...]
     del class_names  # none
     if config.data.eval:
         return read_unlabelled(config.data.eval)
-    return hold_out(read_unlabelled(config.data.train), config.data.holdout, config.seed)[1]
+    return hold_out(_read_unlabelled(config), config.data.holdout, config.seed)[1]
+
+
+def _read_unlabelled(config: ConfigDict) -> Source:
+    return without_excluded(config, read_unlabelled(config.data.train))
 
 
 def check_sizes(source: Source, preprocessing: Preprocessing) -> None:

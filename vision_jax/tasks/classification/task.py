@@ -49,7 +49,7 @@ SHOWN, LISTED = 3, 5  # most probable classes of a file, on the screen and in pr
 
 def read_sources(config: ConfigDict) -> tuple[Source, Source]:
     """The training and the evaluation data, with the same class names."""
-    train = read_source(config.data.train)
+    train = images.without_excluded(config, read_source(config.data.train))
     if config.data.eval:
         train = _subset(config, train)
         return train, read_source(config.data.eval, class_names=train.class_names)
@@ -66,6 +66,7 @@ def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source
     if config.data.eval:
         return read_source(config.data.eval, class_names=class_names)
     train = read_source(config.data.train, class_names=class_names)
+    train = images.without_excluded(config, train)
     return split_source(train, config.data.holdout, config.seed)[1]
 
 
