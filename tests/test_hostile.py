@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from vision_jax.convert import arguments_of, read_weights
 from vision_jax.convert.peft import read_adapter, write_adapter
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.detection import check_boxes, read_detection_source
-from vision_jax.data.sources import read_source
+from vision_jax.data.sources import read_source, read_unlabelled
 from vision_jax.data.teacher_cache import open_teacher_cache, write_teacher_cache
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.doctor.__main__ import main as doctor
@@ -290,6 +291,39 @@ def test_lists_and_arrays_of_classes(tmp_path, capsys, rng):
     spec = f"cifar10:{tmp_path}/train"
     attack(rng, tmp_path / "cifar10.npz", lambda: read(spec), turn_bytes, rewrite_arrays)
     attack(rng, tmp_path / "cifar10.npz", lambda: examine(spec), turn_bytes, rewrite_arrays)
+
+
+def test_shards(tmp_path, rng):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = []
+    for i in range(8):
+        file = io.BytesIO()
+        Image.new("RGB", (6, 5), (i, 0, 0)).save(file, "png")
+        images.append(file.getvalue())
+
+    def read(spec):
+        for source in (read_source(spec), read_unlabelled(spec)):
+            for i in range(len(source)):
+                with contextlib.suppress(DamagedImageError):
+                    source[i]
+
+    path = tmp_path / "a.tar"
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(path, "w", format=form) as tar:
+            for i, image in enumerate(images):
+                long = "x" * 120 * (i == 3)
+                for name, data in ((f"{long}{i}.png", image), (f"{long}{i}.json", b'{"label":1}')):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+        attack(rng, path, lambda: read(str(path)), turn_bytes, turn_bytes)
+        attack(rng, path, lambda: examine(path), turn_bytes)
+    table = {"image": [{"bytes": image, "path": ""} for image in images], "label": list("abababab")}
+    path = tmp_path / "a.parquet"
+    for compression in ("none", "snappy"):
+        pq.write_table(pa.table(table), path, row_group_size=3, compression=compression)
+        attack(rng, path, lambda: read(str(path)), turn_bytes, turn_bytes)
+        attack(rng, path, lambda: examine(path), turn_bytes)
 
 
 def rewrite_arrays(rng, data):

@@ -471,6 +471,12 @@ def test_images_without_labels(folder):
     assert (len(embedded), embedded.class_names, embedded.labels.max()) == (1000, (), 0)
     (folder / "list.csv").write_text("path,label\ncat/1.png,cat\ndog/2.png,dog\n")
     assert read_unlabelled(str(folder / "list.csv")).labels.tolist() == [0, 0]
+    (folder / "paths.csv").write_text("path,size\ncat/1.png,3\ndog/2.png,4\n")
+    (folder / "paths.jsonl").write_text('{"path": "cat/1.png"}\n{"path": "dog/2.png"}\n')
+    for name in ("paths.csv", "paths.jsonl"):
+        assert read_unlabelled(str(folder / name)).reader.paths == ("cat/1.png", "dog/2.png")
+        with pytest.raises(UserError, match=r"no column label|label None: use a class name"):
+            read_source(str(folder / name))
     (folder / "none").mkdir()
     with pytest.raises(UserError, match="none: no image in it or below"):
         read_unlabelled(str(folder / "none"))
@@ -517,7 +523,7 @@ import io, pickle, sys
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from vision_jax.data.sources import read_source
+from vision_jax.data.sources import read_source, read_unlabelled
 from vision_jax.errors import UserError
 
 def png(value):
@@ -528,19 +534,27 @@ def png(value):
 
 class TinyShapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
+    labels = {"label": tfds.features.ClassLabel(names=["round", "square"])}
 
     def _info(self):
-        features = {"image": tfds.features.Image(shape=(None, None, 3)),
-                    "label": tfds.features.ClassLabel(names=["round", "square"])}
+        features = {"image": tfds.features.Image(shape=(None, None, 3))} | self.labels
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, manager):
-        return {"train": ((i, {"image": png(i), "label": i % 2}) for i in range(12))}
+        labels = lambda i: {name: i % 2 for name in self.labels}
+        return {"train": ((i, {"image": png(i)} | labels(i)) for i in range(12))}
 
     def _generate_examples(self):
         pass
 
+class TinyPictures(TinyShapes):
+    labels = {}
+
 folder = sys.argv[1]
+TinyPictures(data_dir=folder, file_format="array_record").download_and_prepare()
+unlabelled = read_unlabelled(f"tfds:tiny_pictures/train@{folder}")
+assert sorted(int(unlabelled[i]["image"][0, 0, 0]) for i in range(12)) == list(range(12))
+assert unlabelled.labels.tolist() == [0] * 12
 TinyShapes(data_dir=folder, file_format="array_record").download_and_prepare()
 source = read_source(f"tfds:tiny_shapes/train@{folder}", class_names=("square", "round"))
 source = pickle.loads(pickle.dumps(source))

@@ -57,7 +57,14 @@ class ParquetReader:
         """The bytes of the image's file."""
         block = int(self.blocks(row))
         shard = self.shards[self.shard[block]]
-        cell = _KEPT.take(shard, int(self.group[block]), self.column)[row - self.starts[block]]
+        first, end = self.starts[block : block + 2].tolist()
+        cells = _KEPT.take(shard, int(self.group[block]), self.column)
+        if len(cells) != end - first:
+            raise DamagedImageError(
+                f"{self.example_name(row)}: its row group has not {end - first:,} rows, as is "
+                "stated: fetch the file again"
+            )
+        cell = cells[row - first]
         if not cell.is_valid:
             raise DamagedImageError(
                 f"{self.example_name(row)}: no image in `{self.column}`: store its bytes, not its "
@@ -186,8 +193,10 @@ def read_table(
             if beside:
                 try:
                     texts += file.read(columns=[beside], use_threads=False).column(0).to_pylist()
-                except (pa.ArrowException, OSError) as error:
+                except (pa.ArrowException, OSError, ValueError) as error:  # texts that are no UTF-8
                     raise _damaged(shard, error) from error
+                if len(texts) != sum(block[2] for block in blocks):
+                    raise _damaged(shard, ValueError(f"`{beside}` has other rows than `{image}`"))
     counts = [block[2] for block in blocks]
     if found is None or not sum(counts):
         raise UserError(f"{spec}: no rows in it: name a file that has some")

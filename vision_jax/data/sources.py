@@ -448,8 +448,15 @@ def _read_folder(
     )
 
 
-def _csv_entries(path: Path, labelled: bool) -> Iterator[tuple[int, Any, Any]]:
-    """(line number, path, label) of each row; the header tells what separates the columns."""
+def _csv_entries(
+    path: Path,
+    path_names: Sequence[str] = PATH_NAMES,
+    label_names: Sequence[str] = LABEL_NAMES,
+) -> Iterator[tuple[int, Any, Any]]:
+    """(line number, path, label) of each row; the header tells what separates the columns.
+
+    Without `label_names` the label is any value.
+    """
     number = 1
     try:
         text = decode_text(read_bytes(path, MAX_LIST_BYTES))
@@ -458,12 +465,13 @@ def _csv_entries(path: Path, labelled: bool) -> Iterator[tuple[int, Any, Any]]:
             io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
         )
         header = [name.strip().lower() for name in next(rows, [])]
-        wanted = (LABEL_NAMES, PATH_NAMES) if labelled else (PATH_NAMES,)
-        columns = [_first_of(names, header) for names in wanted]
+        columns = [_first_of(names, header) for names in (label_names or path_names, path_names)]
         missing = [name for name in columns if name not in header]
         if missing:
-            raise UserError(f"{path}:1: no column {', '.join(missing)}: begin with `path,label`")
-        label_at, path_at = header.index(columns[0]), header.index(columns[-1])
+            raise UserError(
+                f"{path}:1: no column {', '.join(dict.fromkeys(missing))}: begin with `path,label`"
+            )
+        label_at, path_at = (header.index(name) for name in columns)
         split = _first_of(SPLIT_NAMES, header)
         splits: set[str | None] = set()
         for row in rows:
@@ -479,9 +487,10 @@ def _csv_entries(path: Path, labelled: bool) -> Iterator[tuple[int, Any, Any]]:
         raise UserError(f"{path}:{number}: not readable as CSV ({error})") from error
 
 
-def _jsonl_entries(path: Path, labelled: bool) -> Iterator[tuple[int, Any, Any]]:
+def _jsonl_entries(
+    path: Path, path_names: Sequence[str] = PATH_NAMES, label_names: Sequence[str] = ("label",)
+) -> Iterator[tuple[int, Any, Any]]:
     """(line number, path, label) of each line that isn't blank."""
-    del labelled  # a line may have it or not
     data = read_bytes(path, MAX_LIST_BYTES)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16", "replace").encode()
@@ -494,7 +503,8 @@ def _jsonl_entries(path: Path, labelled: bool) -> Iterator[tuple[int, Any, Any]]
             raise UserError(f'{path}:{number}: not of the form {{"path": ..., "label": ...}}')
         split = entry.get(_first_of(SPLIT_NAMES, entry))
         splits.add(split if isinstance(split, str) else None)
-        yield number, entry.get(_first_of(PATH_NAMES, entry)), entry.get("label")
+        label = entry.get(label_names[0]) if label_names else None
+        yield number, entry.get(_first_of(path_names, entry)), label
     _refuse_mixed(path, SPLIT_NAMES[0], splits)
 
 
@@ -525,7 +535,8 @@ def _read_list(
     places: list[str] = []  # FILE:LINE
     paths: list[str] = []
     raw_labels: list[str] = []
-    for number, image_path, label in _ENTRIES[path.suffix](path, labelled):
+    columns = {} if labelled else {"label_names": ()}
+    for number, image_path, label in _ENTRIES[path.suffix](path, **columns):
         place = f"{path}:{number}"
         try:
             image_path = _check_path(place, inside, image_path)
