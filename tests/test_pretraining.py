@@ -1,9 +1,12 @@
 """Pretraining as users run it: a run, its continuation, what comes out, and what is refused."""
 
+import io
 import json
+import tarfile
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import pytest
 import runs
 from jax.sharding import Mesh
@@ -152,10 +155,35 @@ def test_predict_and_evaluate_of_a_finished_run(finished, tmp_path, capsys):
     assert "fine-tune it first" in capsys.readouterr().err
 
 
+def pack(folder, kind, count=50):
+    """Two shards of random images without labels; returns the pattern of their names."""
+    folder.mkdir(exist_ok=True)
+    draws = np.random.default_rng(count)
+    for part in range(2):
+        encoded = []
+        for _ in range(count // 2):
+            file = io.BytesIO()
+            Image.fromarray(draws.integers(0, 256, (20, 24, 3), np.uint8)).save(file, "png")
+            encoded.append(file.getvalue())
+        if kind == "tar":
+            with tarfile.open(folder / f"{part}.tar", "w") as tar:
+                for number, data in enumerate(encoded):
+                    entry = tarfile.TarInfo(f"{number:03}.png")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+        else:
+            table = pyarrow.table({"image": [{"bytes": data, "path": None} for data in encoded]})
+            pyarrow.parquet.write_table(table, folder / f"{part}.parquet", row_group_size=7)
+    return folder / f"{{0..1}}.{kind}"
+
+
 @pytest.mark.long
-def test_an_interrupted_run_is_bit_identical(tmp_path, monkeypatch):
+@pytest.mark.parametrize("store", ["arrays", "tar", "parquet"])
+def test_an_interrupted_run_is_bit_identical(tmp_path, monkeypatch, store):
     monkeypatch.setattr("vision_jax.run.results._draw", lambda *arguments: None)
     fields = {"optim__schedule": "constant", "optim__ema_decay": 0.5}
+    if store != "arrays":
+        fields |= {"data__train": pack(tmp_path / "data", store), "data__eval": ""}
     assert train.run(tiny(**fields), tmp_path / "whole") == 0
     assert train.run(tiny(**fields, total_steps=3), tmp_path / "parts") == 0
     assert train.run(tiny(**fields), tmp_path / "parts") == 0
@@ -163,6 +191,10 @@ def test_an_interrupted_run_is_bit_identical(tmp_path, monkeypatch):
     assert whole.keys() == parts.keys()
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array, err_msg=name)
+    if store != "arrays":
+        pack(tmp_path / "data", store, 46)
+        with pytest.raises(UserError, match=r"has changed since this run began: .* removed \('"):
+            train.run(tiny(**fields, total_steps=9), tmp_path / "parts")
 
 
 def test_one_and_eight_devices_are_the_same():
@@ -291,10 +323,18 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     two, small = images(tmp_path / "two", 2, (32, 32)), images(tmp_path / "small", 30, (12, 20))
     empty = tmp_path / "empty"
     empty.mkdir()
+    tar = pack(tmp_path / "tar", "tar").parent
+    (tar / "0.tar").write_bytes((tar / "0.tar").read_bytes()[:2000])
+    (tar / "none.tar").write_bytes(bytes(10240))
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1], "b": ["x"]}), tmp_path / "b.parquet")
     cases = (
         ({"data__train": two, "data__eval": ""}, "1 images to train on are fewer than a batch"),
         ({"data__train": small, "data__eval": ""}, "images of 20 x 12 pixels are smaller than"),
         ({"data__train": empty}, "no image in it or below"),
+        ({"data__train": tar}, "0.tar: a damaged or truncated tar file"),
+        ({"data__train": tar / "none.tar"}, "none.tar: no image in it: its images end in"),
+        ({"data__train": tmp_path / "b.parquet"}, "its columns: a (int64), b (string)"),
+        ({"data__train": tmp_path / "{0..1}.tar"}, "there is no"),
         ({"mae__mask_ratio": 0.99}, "some must be hidden and some visible"),
         ({"model__variant": "resnet", "model__arguments": RESNET}, "takes a ViT"),
         ({"recipes": "adversarial"}, "adversarial is not for images without labels"),

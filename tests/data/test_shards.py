@@ -117,6 +117,21 @@ def test_a_sample_is_what_stands_together_under_a_name(tmp_path):
         assert source.reader.relative_name(0) == "a.tar/./a.b/1.jpg"
 
 
+@pytest.mark.parametrize("place", ["", "./", "a/"])
+def test_tars_of_macos(tmp_path, place):
+    """A ._NAME beside each file; webdataset takes samples in folders apart by them."""
+    files = []
+    for name, data in (
+        ("1.png", encode(1)),
+        ("1.cls", b"x"),
+        ("2.png", encode(2)),
+        ("2.cls", b"y"),
+    ):
+        files += [(f"{place}._{name}", b"\0\5\x16\7"), (place + name, data)]
+    source = read_source(str(write_tar(tmp_path / "a.tar", files)))
+    assert (reds(source), source.labels.tolist(), source.note) == ([1, 2], [0, 1], "")
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
