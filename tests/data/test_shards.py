@@ -128,7 +128,9 @@ def test_tars_of_macos(tmp_path, place):
         ("2.cls", b"y"),
     ):
         files += [(f"{place}._{name}", b"\0\5\x16\7"), (place + name, data)]
-    source = read_source(str(write_tar(tmp_path / "a.tar", files)))
+    (tmp_path / "._a.tar").write_bytes(b"\0\5\x16\7")
+    write_tar(tmp_path / "a.tar", files)
+    source = read_source(str(tmp_path))
     assert (reds(source), source.labels.tolist(), source.note) == ([1, 2], [0, 1], "")
 
 
@@ -240,11 +242,19 @@ def test_patterns(tmp_path):
     for name in ("train-00000.tar", "train-00001.tar", "test-00000.tar"):
         write_tar(tmp_path / name, [("1.png", encode(1)), ("1.cls", b"0")])
     assert len(read_source(str(tmp_path / "train-*.tar"))) == 2
+    (tmp_path / "more").mkdir()
+    write_tar(tmp_path / "more" / "train-00000.tar", [("1.png", encode(1)), ("1.cls", b"0")])
+    deep = read_source(str(tmp_path / "**" / "train-*0.tar"))
+    assert [deep.reader.relative_name(i) for i in range(2)] == [
+        "more/train-00000.tar/1.png", "train-00000.tar/1.png"
+    ]  # fmt: skip
     assert len(read_source(str(tmp_path / "{test,train}-{00000..00000}.tar"))) == 2
     for spec in (str(tmp_path), str(tmp_path / "*.tar")):
         message = r"several splits: name one of them, .*/train-\*\.tar to train on and .*/test-"
         with pytest.raises(UserError, match=message):
-            read_source(spec)
+            read_unlabelled(spec)
+    with pytest.raises(UserError, match=r"/more: shards and no images of a class: use .*/more$"):
+        read_source(str(tmp_path))
     for spec, message in (
         ("train-{00000..00002}.tar", r"there is no .*train-00002\.tar: check the folder"),
         ("valid-*.tar", "there is no .*valid"),

@@ -5,9 +5,11 @@ hundred images or a thousand: those in use are kept, within a bound, and trainin
 each is read once an epoch (`BlockOrder` of pipeline.py).
 """
 
+import itertools
 import json
 import os
 import threading
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,17 +36,15 @@ class ParquetReader:
     Attributes:
       shards: the files.
       column: what to read, "image.bytes" or "image".
-      shard: i32[G], of each row group the file.
-      group: i32[G], its number in there.
-      starts: i64[G + 1], its first row, over all files.
-      sizes: i64[G], bytes of its images in the file.
+      groups: of each row group the file and its number in there.
+      starts: of each row group the first row, over all files, and the number of rows at the end.
+      sizes: i64[G], bytes of each row group's images in the file.
     """
 
     shards: tuple[Shard, ...]
     column: str
-    shard: np.ndarray
-    group: np.ndarray
-    starts: np.ndarray
+    groups: tuple[tuple[int, int], ...]
+    starts: tuple[int, ...]
     sizes: np.ndarray
 
     def read(self, row: int) -> np.ndarray:
@@ -55,10 +55,9 @@ class ParquetReader:
 
     def encoded(self, row: int) -> bytes:
         """The bytes of the image's file."""
-        block = int(self.blocks(row))
-        shard = self.shards[self.shard[block]]
-        first, end = self.starts[block : block + 2].tolist()
-        cells = _KEPT.take(shard, int(self.group[block]), self.column)
+        block = self._block(row)
+        (shard, group), first, end = self.groups[block], *self.starts[block : block + 2]
+        cells = _KEPT.take(self.shards[shard], group, self.column)
         if len(cells) != end - first:
             raise DamagedImageError(
                 f"{self.example_name(row)}: its row group has not {end - first:,} rows, as is "
@@ -72,9 +71,12 @@ class ParquetReader:
             )
         return cell.as_py()
 
-    def blocks(self, rows: Any) -> np.ndarray:
+    def blocks(self, rows: np.ndarray) -> np.ndarray:
         """The row group of each row, over all files: an index into `sizes`."""
-        return np.searchsorted(self.starts, rows, side="right") - 1
+        return np.searchsorted(np.array(self.starts), rows, side="right") - 1
+
+    def _block(self, row: int) -> int:
+        return bisect_right(self.starts, row) - 1
 
     def example_name(self, row: int) -> str:
         shard, place = self._place(row)
@@ -82,16 +84,15 @@ class ParquetReader:
 
     def relative_name(self, row: int) -> str:
         shard, place = self._place(row)
-        return f"{os.path.basename(shard.path)}[{place}]"
+        return f"{shard.name}[{place}]"
 
     def stamp(self, row: int) -> int:
-        return int(self.sizes[self.blocks(row)])
+        return int(self.sizes[self._block(row)])
 
     def _place(self, row: int) -> tuple[Shard, int]:
         """The file and the row in it."""
-        number = self.shard[int(self.blocks(row))]
-        first = self.starts[np.searchsorted(self.shard, number)]
-        return self.shards[number], int(row - first)
+        number = self.groups[self._block(row)][0]
+        return self.shards[number], row - self.starts[bisect_left(self.groups, (number, 0))]
 
 
 class _Kept:
@@ -203,9 +204,8 @@ def read_table(
     reader = ParquetReader(
         tuple(shards),
         found[0],
-        np.array([block[0] for block in blocks], np.int32),
-        np.array([block[1] for block in blocks], np.int32),
-        np.cumsum([0, *counts], dtype=np.int64),
+        tuple((block[0], block[1]) for block in blocks),
+        tuple(itertools.accumulate(counts, initial=0)),
         np.array([block[3] for block in blocks], np.int64),
     )
     return Table(reader, texts, found[2])

@@ -28,9 +28,13 @@ MAX_SHARDS = 1_000_000  # a slip of the pen in braces must not make 10¹² names
 
 @dataclass(frozen=True)
 class Shard:
-    """A file as it was when it was listed: its size in bytes and when it was changed."""
+    """A file as it was when it was listed: its size in bytes and when it was changed.
+
+    `name` is its path in the folder that all shards of the data set are in.
+    """
 
     path: str
+    name: str
     size: int
     changed_ns: int
 
@@ -58,7 +62,12 @@ def are_shards(spec: str) -> bool:
 
 def holds_shards(folder: Path) -> bool:
     """Whether shards lie in a folder itself."""
-    return any(path.suffix in SUFFIXES for path in folder.iterdir())
+    return bool(_shards_in(folder))
+
+
+def _shards_in(folder: Path) -> list[str]:
+    names = (name for name in os.listdir(folder) if name.endswith(SUFFIXES) and name[0] != ".")
+    return sorted(str(folder / name) for name in names)
 
 
 def find_shards(spec: str) -> tuple[list[Shard], str]:
@@ -76,7 +85,7 @@ def find_shards(spec: str) -> tuple[list[Shard], str]:
         )
     path = expand(pattern)
     if path.is_dir():
-        names = sorted(str(path / name) for name in os.listdir(path) if name.endswith(SUFFIXES))
+        names = _shards_in(path)
         _refuse_splits(spec, names)
     elif path.exists():
         names = [str(path)]
@@ -93,7 +102,8 @@ def find_shards(spec: str) -> tuple[list[Shard], str]:
         raise UserError(
             f"{spec}: .tar and .parquet together: name one kind, {names[0]} for example"
         )
-    return [_list(name) for name in dict.fromkeys(names)], column
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
+    return [_list(name, folder) for name in dict.fromkeys(names)], column
 
 
 def _without_column(spec: str) -> tuple[str, str]:
@@ -102,10 +112,10 @@ def _without_column(spec: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (spec, "")
 
 
-def _list(name: str) -> Shard:
-    with open_regular(name) as file:
+def _list(path: str, folder: str) -> Shard:
+    with open_regular(path) as file:
         found = os.fstat(file.fileno())
-    return Shard(name, found.st_size, found.st_mtime_ns)
+    return Shard(path, os.path.relpath(path, folder), found.st_size, found.st_mtime_ns)
 
 
 def _refuse_splits(spec: str, names: Sequence[str]) -> None:

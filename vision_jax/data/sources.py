@@ -273,12 +273,8 @@ def leave_out(source: Source, path: str) -> Source:
     if len(excluded) == len(set(own)):
         raise UserError(f"{path}: names all images of {source.name}, so none is left: correct it")
     kept = _part(source, np.array([name not in excluded for name in own]))
-    return replace(
-        kept,
-        note="; ".join(
-            filter(None, (kept.note, f"{path}: {len(source) - len(kept)} images left out"))
-        ),
-    )
+    note = f"{path}: {len(source) - len(kept):,} images left out"
+    return replace(kept, note=f"{kept.note}; {note}" if kept.note else note)
 
 
 def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -437,6 +433,8 @@ def _read_folder(
         if not images:
             text = f"{folder / name}: no image in this class folder: add"
             text += f" {', '.join(sorted(IMAGE_SUFFIXES))}, or remove the folder"
+            if holds_shards(folder / name):
+                text = f"{folder / name}: shards and no images of a class: use {folder / name}"
             _refuse(UserError(text), problems)
     paths = tuple(f"{name}/{path}" for name, images in paths_of.items() for path in images)
     labels = np.repeat(np.arange(len(names)), [len(images) for images in paths_of.values()])
@@ -735,15 +733,24 @@ def _read_shards(
     rows = np.arange(count)
     if not labelled:
         return Source(spec, (), np.zeros(count, np.int32), rows, reader, note)
+    first_of: dict[Any, int] = {}  # of each label the first row that has it
     for row, label in enumerate(raw):
-        if label is None or label == "" or (own_names and label == -1):
-            raise UserError(f"{reader.example_name(row)}: has no label: {advice}")
+        first_of.setdefault(label, row)
+    for label in (None, "", *([-1] if own_names else [])):
+        if label in first_of:
+            raise UserError(f"{reader.example_name(first_of[label])}: has no label: {advice}")
+    places = [reader.example_name(row) for row in first_of.values()]
+    texts = [str(label) for label in first_of]
     if own_names:  # numbers count in these, whatever their own names look like
-        raw = [own_names[i] if i in range(len(own_names)) else i for i in raw]
-    places, texts = [reader.example_name(row) for row in rows], [str(label) for label in raw]
+        texts = [own_names[i] if i in range(len(own_names)) else str(i) for i in first_of]
     names = own_names or class_names or _infer_class_names(places, texts)
     position = {name: i for i, name in enumerate(names)}
-    numbers = [_find_label(*pair, position) for pair in zip(places, texts, strict=True)]
+    pairs = zip(places, texts, strict=True)
+    number_of = {
+        label: _find_label(place, text, position)
+        for label, (place, text) in zip(first_of, pairs, strict=True)
+    }
+    numbers = [number_of[label] for label in raw]
     labels, names = _map_by_name(spec, np.array(numbers, np.int32), names, class_names)
     return Source(spec, names, labels, rows, reader, note)
 

@@ -96,7 +96,7 @@ class TarReader:
         return f"{self.shards[self.shard[row]].path}/{self.names[row]}"
 
     def relative_name(self, row: int) -> str:
-        return f"{os.path.basename(self.shards[self.shard[row]].path)}/{self.names[row]}"
+        return f"{self.shards[self.shard[row]].name}/{self.names[row]}"
 
     def stamp(self, row: int) -> int:
         return int(self.sizes[row])

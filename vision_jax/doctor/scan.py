@@ -161,9 +161,8 @@ class _Near:
         if not count:
             return self._rows
         reach = MOST_RMS * SIDE * (1 + 1e-6)
-        near = self._tree.query(self._axes @ value, k=min(most, count), distance_upper_bound=reach)[
-            1
-        ]
+        point, most = self._axes @ value, min(most, count)
+        _, near = self._tree.query(point, k=most, distance_upper_bound=reach)
         near = np.atleast_1d(near)
         near = near[near < count]
         difference = np.abs(self._values[near] - value)  # [near, 256]
