@@ -24,6 +24,7 @@ BENCHMARKS = {
     "detection_input": ("--images=4", "--threads=1"),
     "detectors": ("--small", "--jobs", "NMS", *BRIEF),
     "small_detectors": ("--seeds=1", *SHORT, "--config.data.eval=composites:test/0/4"),
+    "duplicates": ("--images=50",),
     "distillation": ("--seeds=1", "--rows", "alone", "--teacher=none", *SHORT, *FEW_IMAGES),
     "gpu": ("--small", "--jobs", "LoRA", "--switched", "none", *BRIEF),
     "import_weights": ("--depth=1", "--repeats=1"),

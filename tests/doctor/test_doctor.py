@@ -565,6 +565,7 @@ def test_the_table_of_what_training_does_is_complete():
     tested = {code for code, *_ in DEFECTS.values()} | set(OTHER_DEFECTS)
     tested |= {"unreadable-annotation", "conflicting-size", "repeated-image", "pixels-for-shares"}
     tested |= {"conflicting-labels", "labels-off-by-one", "unknown-class", "single-class"}
+    tested.add("near-duplicate")  # in test_duplicates.py
     assert set(TRAINING) - tested == {"leak", "near-leak", "class-drift"}
 
 

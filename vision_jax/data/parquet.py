@@ -11,7 +11,8 @@ import os
 import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,21 +212,22 @@ def read_table(
     return Table(reader, texts, found[2])
 
 
-def _open(shard: Shard) -> Any:
-    """A ParquetFile, whose `with` closes it."""
+@contextmanager
+def _open(shard: Shard) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile, closed at the end."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    opened = shard.open()
-    try:
-        return pq.ParquetFile(
-            opened,
-            thrift_string_size_limit=MAX_METADATA_BYTES,
-            thrift_container_size_limit=MAX_METADATA_BYTES,
-        )
-    except (pa.ArrowException, OSError) as error:
-        opened.close()
-        raise _damaged(shard, error) from error
+    with shard.open() as opened:
+        try:
+            file = pq.ParquetFile(
+                opened,
+                thrift_string_size_limit=MAX_METADATA_BYTES,
+                thrift_container_size_limit=MAX_METADATA_BYTES,
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(shard, error) from error
+        yield file
 
 
 def _damaged(shard: Shard, error: Exception) -> UserError:

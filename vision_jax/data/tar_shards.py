@@ -152,15 +152,16 @@ def list_tars(shards: Sequence[Shard], image_suffixes: frozenset[str]) -> Listed
 
 def _index(shard: Shard, image_suffixes: frozenset[str]) -> Index:
     """The kept one where the shard is still the same, else a new one."""
+    place = os.path.abspath(shard.path)
     about = {
         "version": VERSION,
-        "shard": os.path.abspath(shard.path),
+        "shard": place,
         "size": shard.size,
         "changed_ns": shard.changed_ns,
         "suffixes": sorted(image_suffixes),
     }
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = hashlib.sha256(about["shard"].encode(errors="surrogateescape")).hexdigest()[:32]
+    name = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:32]
     path = Path(base) / "vision_jax" / "shards" / f"{name}.json"
     with suppress(UserError, KeyError, TypeError):  # none is kept, or not as we write it
         kept = read_json(path, MAX_INDEX_BYTES)
@@ -279,7 +280,7 @@ def _members(shard: Shard, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.TarFile(fileobj=_Headers(file), errorlevel=0) as tar:  # type: ignore[arg-type]
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 if member.isdir():
                     continue
                 if not 0 <= member.size <= shard.size - member.offset_data:

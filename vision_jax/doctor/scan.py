@@ -152,7 +152,7 @@ class _Near:
             # In a tree of few dimensions distances are no larger, so that no pair within reach is
             # missed.
             some = values[:: len(values) // 2000 + 1]
-            self._axes = np.linalg.svd(some, full_matrices=False)[2][:DIMENSIONS]
+            self._axes = np.linalg.eigh(some.T @ some)[1][:, -DIMENSIONS:].T  # the main ones
             self._tree = cKDTree(values @ self._axes.T)
 
     def __call__(self, value: np.ndarray, most: int) -> np.ndarray:
