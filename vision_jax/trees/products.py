@@ -225,7 +225,7 @@ _cpu_convolution.defjvp(_cpu_convolution_jvp, symbolic_zeros=True)
 
 
 def _image_by_image(convolve: Product, x: Array, kernel: Array) -> Array:
-    """convolve(x, kernel) in a loop: what leaves a loop, XLA does not compute again for each use."""
+    """convolve(x, kernel) in a loop: what leaves it, XLA does not compute again for each use."""
     return lax.map(lambda image: convolve(image[None], kernel)[0], x)
 
 
@@ -256,8 +256,9 @@ def _by_places(
 ) -> Array:
     """`_by_shifts`, as a sum of images that are put where the outputs which see them are.
 
-    Transposed, it is a sum of shifted images of one padded array, as `_by_shifts` itself is: a fifth
-    of the time of what that gives transposed, which asks of each pixel and tap whether it is inside.
+    Transposed, it is a sum of shifted images of one padded array, as `_by_shifts` itself is: a
+    fifth of the time of what that gives transposed, which asks of each pixel and tap whether it is
+    inside.
     """
     weights = kernel.astype(x.dtype).reshape(-1, 1, 1, 1, kernel.shape[-1])
     reaches = [(size - 1) * dilation for size in kernel.shape[:2]]
