@@ -225,6 +225,11 @@ ROWS = {
         {"block": (1,)},
         {**VIT, "num_classes": 0, "depth": 2, "prototypes": 6, "head_width": 8, "bottleneck": 4},
     ),
+    "siglip": (
+        {"block": (1,), "text/block": (0, 2)},
+        {**VIT, "num_classes": 0, "depth": 2, "vocab_size": 9, "text_length": 4, "text_width": 8,
+         "text_depth": 3, "text_num_heads": 2, "text_mlp_width": 8},
+    ),
     "swin": (
         {"stage_1/block": (1,)},
         {"num_classes": 3, "image_size": (16, 16), "width": 8, "depths": (1, 2),

@@ -236,6 +236,27 @@ CASES = {
         without_gradient=r".*attn/k/bias",  # softmax doesn't see it
         unused=1,  # rfdetr's exponents leave one out between the backbone and all the rest
     ),
+    "siglip": Case(
+        {"num_classes": 0, "image_size": (12, 8), "patch_size": 4, "width": 16, "depth": 2,
+         "num_heads": 2, "mlp_width": 24, "pool": "map", "class_token": False,
+         "position_prefix": 0, "vocab_size": 11, "text_length": 5, "text_width": 12,
+         "text_depth": 3, "text_num_heads": 3, "text_mlp_width": 20},
+        features=("embed", "block_0", "block_1", "pooled"),
+        layers={"pos_embed": 0, "text/token_embed": 0, "text/block_0/norm1/scale": 1,
+                "text/block_2/mlp/fc1/kernel": 2, "text/norm/scale": 2, "attn_pool/latent": 3,
+                "text/head/bias": 3, "logit_scale": 3},
+        size=(12, 8),
+        forms={
+            "everything": {"pool": "token_avg", "class_token": True, "distillation_token": True,
+                           "num_registers": 2, "pre_norm": True, "qk_norm": True,
+                           "gated_mlp": True, "layer_scale": 0.5},
+            "norm after pool": {"norm_after_pool": True, "pool": "avg"},
+            "two tokens": {"pool": "token", "class_token": True, "distillation_token": True,
+                           "position_prefix": 2},
+        },
+        # No text is given here; the key's norm as an MAE's.
+        without_gradient=r"text/.*|.*/k_norm/bias",
+    ),
     "swin": Case(
         {"num_classes": 3, "image_size": (24, 40), "width": 8, "depths": (2, 2),
          "num_heads": (1, 2), "windows": ((2, 3), (2, 2))},
@@ -358,6 +379,11 @@ def outputs_of(result):
     return dict(result) if isinstance(result, Mapping) else {"logits": result}
 
 
+def main_of(outputs):
+    """The logits, or the features of images where texts are what they are compared with."""
+    return outputs["logits" if "logits" in outputs else "image"]
+
+
 def test_every_family_is_here():
     assert set(CASES) == set(FAMILIES)
 
@@ -464,6 +490,7 @@ COUNTS = {
     "mae_vit_base_patch16": 111_907_840,
     "mae_vit_large_patch16": 329_541_888,
     "dino_vits16": 43_952_640,
+    "siglip_base_patch16_224": 203_155_970,
     "nanodet_g": 3_792_885,
     "yolox_nano": 914_304,
     "yolox_tiny": 5_059_056,
@@ -514,7 +541,8 @@ def test_layers_cover_every_parameter_in_order(family, form):
     assert set(layers.values()) <= set(range(model.num_layers))
     assert layers[model.stem] == 0
     head = "head" if family in CLASSIFIERS else "class_head"
-    head = {"mae": "decoder/pred", "dino": "dino_head"}.get(family, head)
+    known = {"mae": "decoder/pred", "dino": "dino_head", "siglip": "text/head"}
+    head = known.get(family, head)
     heads = [layer for path, layer in layers.items() if re.match(rf"(head_\d/)?{head}/", path)]
     assert len(heads) >= 2
     assert set(heads) == {model.num_layers - 1}
@@ -560,7 +588,9 @@ def test_features_and_strides(family, form, whole):
         classes = model.patch_size**2 * model.in_channels
     elif family == "dino":
         classes = model.prototypes
-    assert outputs["logits"].shape[-1] == classes
+    elif family == "siglip":
+        classes = features["pooled"].shape[-1]
+    assert main_of(outputs).shape[-1] == classes
     for name, stride in model.pyramid:
         if whole or family == "rf_detr":
             assert features[name].shape[1:3] == tuple(side // stride for side in size), name
@@ -671,7 +701,7 @@ def test_rates_act_in_training_only_and_by_the_key(family):
     first = train(False, jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, train(False, jax.random.key(1)), first)
     other = train(False, jax.random.key(2))
-    assert relative(outputs_of(other)["logits"], outputs_of(first)["logits"]) > 1e-3
+    assert relative(main_of(outputs_of(other)), main_of(outputs_of(first))) > 1e-3
     check_near(train(True, jax.random.key(1)), first, 1e-5)
     assert train._cache_size() == 2
 
@@ -755,5 +785,5 @@ def test_adapters_fit_every_kernel(family):
         for path, leaf in adapters.items()
     }
     adapted = apply(lora.apply_adapters(base, moved))
-    assert relative(adapted["logits"], plain["logits"]) > 1e-3
+    assert relative(main_of(adapted), main_of(plain)) > 1e-3
     check_near(adapted, apply(lora.merge(lora.apply_adapters(base, moved))), 1e-5)

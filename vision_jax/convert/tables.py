@@ -20,6 +20,7 @@ from vision_jax.convert import (
     resnet,
     retinanet,
     rf_detr,
+    siglip,
     swin,
     vit,
     yolox,
@@ -48,6 +49,7 @@ TABLES: tuple[Table, ...] = (
     *nanodet.TABLES,
     *mae.TABLES,  # last: what these take is a ViT's too
     *dino.TABLES,
+    *siglip.TABLES,
 )
 ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
     (module.TABLES[0].family, module.ZOO)
@@ -68,6 +70,7 @@ ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
         nanodet,
         mae,
         dino,
+        siglip,
     )
 )
 ZOO: tuple[Entry, ...] = tuple(entry for _, entries in ZOOS for entry in entries)
@@ -80,8 +83,8 @@ def find_table(shapes: Shapes, family: str = "") -> Table:
 
     Args:
       shapes: by name.
-      family: "mae" keeps the decoder of an MAE's file, which is a ViT's otherwise, and "dino" the
-        heads of a self-distilled one; others change nothing.
+      family: "mae" keeps the decoder of an MAE's file, which is a ViT's otherwise, "dino" the heads
+        of a self-distilled one and "siglip" the text tower; others change nothing.
 
     Raises:
       UserError: none; names the nearest candidates and what the file lacks of each.

@@ -25,6 +25,7 @@ from vision_jax.models import (
     resnet,
     retinanet,
     rf_detr,
+    siglip,
     swin,
     vit,
     yolox,
@@ -48,7 +49,8 @@ class Family:
         softmax with one for no object, or a sigmoid each; boxes of proposals that it makes first;
         a box and classes of each anchor, of each point, which also says how central it is, or of
         each cell of its maps, whose box may be distributions of its sides (see
-        tasks.detection.objective.PREDICTIONS); the pixels of patches; a likeness to prototypes.
+        tasks.detection.objective.PREDICTIONS); the pixels of patches; a likeness to prototypes;
+        which images and texts belong together.
       pixel_mask: whether it takes padded images, f32[B, H, W, C], and beside them which pixels are
         some, bool[B, H, W].
       backbone: where the parameters of a model inside it begin, "backbone/"; "" without one.
@@ -72,6 +74,7 @@ class Family:
         "sides",
         "pixels",
         "prototypes",
+        "pairs",
     ] = "classes"
     pixel_mask: bool = False
     backbone: str = ""
@@ -143,6 +146,7 @@ FAMILIES: dict[str, Family] = {
     "rf_detr": Family(
         rf_detr.RfDetr, rf_detr.variant, "detection", "sigmoid_set", True, "backbone/"
     ),
+    "siglip": Family(siglip.Siglip, siglip.variant, "image_text", "pairs", wraps="vit"),
     "swin": Family(swin.Swin, swin.variant),
     "yolox": Family(
         yolox.Yolox, yolox.variant, "detection", "cells", True, "backbone/", yolox.PREPROCESSING
@@ -174,7 +178,8 @@ def for_task(task: str, family: str, arguments: Mapping[str, Any]) -> tuple[str,
     """(family, arguments) that a task makes of a model: of a ViT, pretraining makes an MAE's."""
     for name, known in FAMILIES.items():
         if known.task == task and known.wraps == family:
-            return name, vit.encoder_arguments(arguments)
+            left_out = getattr(known.model, "left_out", ())
+            return name, vit.encoder_arguments(arguments, left_out)
     return family, dict(arguments)
 
 

@@ -13,7 +13,7 @@ Exactness, where ports go wrong:
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -175,14 +175,14 @@ def build_vit(variant: str | None = None, **arguments: Any) -> "ViT":
     return ViT(**{**named, **arguments})
 
 
-def encoder_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a ViT, changed where it can be no encoder of images without labels as it is.
+def encoder_arguments(arguments: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
+    """Arguments of a ViT, changed where it can be no part of another model as it is.
 
-    Attention pooling has no part in that and is left out: such a model pools by the mean
+    Where attention pooling is among the parameters that are left out, the ViT pools by the mean
     afterwards.
     """
-    changed = {"pool": "avg"} if arguments.get("pool") == "map" else {}
-    return {**arguments, **changed}
+    pools = arguments.get("pool") == "map" and "attn_pool/latent" in left_out
+    return {**arguments, **({"pool": "avg"} if pools else {})}
 
 
 # The parameters of heads and of attention pooling, which an encoder has not.

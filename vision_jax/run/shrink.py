@@ -22,7 +22,12 @@ from vision_jax.trees import paths, surgery
 Flat = dict[str, Any]
 
 # Rows of layers by the argument that counts them; `depths` has one for each stage.
-ROWS = {"depth": "block", "encoder_depth": "encoder", "decoder_depth": "decoder"}
+ROWS = {
+    "depth": "block",
+    "encoder_depth": "encoder",
+    "decoder_depth": "decoder",
+    "text_depth": "text/block",
+}
 # Where the first block of a stage changes width and stride: the others can't take its place.
 OPENED = ("resnet", "regnet", "efficientnet", "detr", "faster_rcnn", "fcos", "retinanet")
 

@@ -201,7 +201,11 @@ def torchvision_config(a: Arguments) -> dict[str, Any]:
     return {"model": "torchvision.models.VisionTransformer", "kwargs": {**size, **given}}
 
 
-_HIDDEN_ACT = {"gelu_tanh": "gelu_pytorch_tanh"}
+def hidden_act(activation: str) -> str:
+    """transformers' name of an activation."""
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)
+
+
 _MODEL_TYPES = {  # model_type, class with a head, class without
     "vit": ("vit", "ViTForImageClassification", "ViTModel"),
     "deit": ("deit", "DeiTForImageClassification", "DeiTModel"),
@@ -226,7 +230,7 @@ def transformers_config(kind: str, a: Arguments) -> dict[str, Any]:
         "hidden_size": a["width"],
         "num_hidden_layers": a["depth"],
         "num_attention_heads": a["num_heads"],
-        "hidden_act": _HIDDEN_ACT.get(a["activation"], a["activation"]),
+        "hidden_act": hidden_act(a["activation"]),
         "layer_norm_eps": a["layer_norm_eps"],
     }
     if model_type.startswith("dinov2"):

@@ -133,8 +133,14 @@ TABLES = (
             ("patch_embed.proj.weight", "blocks.0.norm1.weight", *anchors),
             names.timm(final_norm),
             defaults,
-            # MAE's and DINOv2's own pretraining files name their encoders as timm does.
-            dropped=("mask_token", r"decoder_.*", r"(dino|ibot)(_patch)?_(head|loss)\..*"),
+            # MAE's and DINOv2's own pretraining files name their encoders as timm does, and so do
+            # those of a run with a text tower.
+            dropped=(
+                "mask_token",
+                r"decoder_.*",
+                r"(dino|ibot)(_patch)?_(head|loss)\..*",
+                *_TEXT_TOWER,
+            ),
             file_names=r"(vit|deit3?)_[a-z0-9_]+?(?=[-.]|$)",
             holds=partial(config.holds_timm, after),
             config=config.timm_config,
