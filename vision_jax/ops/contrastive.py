@@ -1,0 +1,142 @@
+"""Losses of pairs: which image and which text belong together.
+
+The sigmoid loss of SigLIP (Zhai et al. 2023, https://arxiv.org/abs/2303.15343, algorithm 1 and
+section 3.3, "efficient chunked implementation"): every pair of an image and a text is a yes or a
+no by itself, so a batch's matrix of pairs is a sum over its blocks and no device needs all of it.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+# Scalars are 0-d arrays, so that they may be differentiated.
+
+
+def sigmoid_losses(
+    image: jax.Array, text: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh
+) -> jax.Array:
+    """f[B] of each image: -Σⱼ log sigmoid(±logit), + for its own text and - for all others.
+
+    The mean over B is the paper's loss and that of transformers' `SiglipModel(return_loss=True)`.
+    Each device keeps its images and its share of the matrix at a time, B/n × B/n for n devices: the
+    texts go around the ring of the devices, and once more in the backward pass, with their
+    gradients, since nothing but the features is kept for it.
+
+    Args:
+      image: f[B, D], split over all axes of the mesh.
+      text: f[B, D], likewise; text i belongs to image i.
+      scale: f[], a pair's logit is scale · (image · text) + bias.
+      bias: f[].
+      mesh: of the devices; their number divides B.
+    """
+    return _losses(mesh, image, text, scale, bias)
+
+
+def constant_loss(count: int) -> float:
+    """The least loss of a batch in which every pair gets the same logit: nothing is told apart.
+
+    Each pair is then a yes with probability 1/B. A logit of 0 costs B · log 2 instead.
+
+    Examples:
+      >>> round(constant_loss(64), 4)
+      5.151
+    """
+    if count < 2:
+        return 0.0
+    share = 1 / count
+    return float(-jnp.log(share) - (count - 1) * jnp.log1p(-share))
+
+
+def spread(unit: jax.Array) -> jax.Array:
+    """How far unit vectors f[B, D] are from each other: 0 where all agree, 1 without a trend."""
+    return jnp.sqrt(jnp.maximum(1 - (unit.mean(0) ** 2).sum(), 0))
+
+
+# Around the ring ----------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(mesh, image, text, scale, bias):
+    return _forward(mesh, image, text, scale, bias)[0]
+
+
+def _forward(mesh, image, text, scale, bias):
+    split, axes = PartitionSpec(mesh.axis_names), mesh.axis_names
+
+    def of_device(image, text, scale, bias):  # [b, D], [b, D]
+        def add(turn, losses, text):
+            logits, signs = _block(image, text, scale, bias, turn)
+            return losses - jax.nn.log_sigmoid(signs * logits).sum(1)
+
+        def body(turn, carry):
+            losses, text = carry
+            text = _pass_on(text, axes)
+            return add(turn, losses, text), text
+
+        losses = add(0, jnp.zeros_like(image[:, 0]), text)
+        return jax.lax.fori_loop(1, mesh.size, body, (losses, text))[0]
+
+    whole = PartitionSpec()
+    run = jax.shard_map(
+        of_device, mesh=mesh, in_specs=(split, split, whole, whole), out_specs=split
+    )
+    return run(image, text, scale, bias), (image, text, scale, bias)
+
+
+def _backward(mesh, kept, weights):
+    split, axes = PartitionSpec(mesh.axis_names), mesh.axis_names
+
+    def of_device(image, text, scale, bias, weights):  # weights [b]: of each image's loss
+        def add(turn, sums, text, to_text):
+            logits, signs = _block(image, text, scale, bias, turn)
+            to_logits = -weights[:, None] * signs * jax.nn.sigmoid(-signs * logits)  # [b, b]
+            to_image, to_scale, to_bias = sums
+            sums = (
+                to_image + scale * (to_logits @ text),
+                to_scale + (to_logits * (image @ text.T)).sum(),
+                to_bias + to_logits.sum(),
+            )
+            return sums, to_text + scale * (to_logits.T @ image)
+
+        def body(turn, carry):
+            sums, text, to_text = carry
+            text, to_text = _pass_on(text, axes), _pass_on(to_text, axes)
+            sums, to_text = add(turn, sums, text, to_text)
+            return sums, text, to_text
+
+        zero = image[0, 0] * 0
+        begin = add(0, (jnp.zeros_like(image), zero, zero), text, jnp.zeros_like(text))
+        sums, _, to_text = jax.lax.fori_loop(1, mesh.size, body, (begin[0], text, begin[1]))
+        to_image, to_scale, to_bias = sums
+        # One step more and each text's gradient is where the text is.
+        to_text = _pass_on(to_text, axes) if mesh.size > 1 else to_text
+        return to_image, to_text, jax.lax.psum(to_scale, axes), jax.lax.psum(to_bias, axes)
+
+    whole = PartitionSpec()
+    run = jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=(split, split, whole, whole, split),
+        out_specs=(split, split, whole, whole),
+    )
+    return run(*kept, weights)
+
+
+_losses.defvjp(_forward, _backward)
+
+
+def _block(image, text, scale, bias, turn):
+    """(logits f[b, b], signs) of a device's images and the texts that are there at a turn."""
+    logits = scale * (image @ text.T) + bias
+    own = jnp.eye(len(image), dtype=logits.dtype)
+    positive = jnp.where(turn == 0, own, jnp.zeros_like(own))
+    return logits, 2 * positive - 1
+
+
+def _pass_on(x, axes):
+    """What the previous device of the ring had."""
+    count = jax.lax.axis_size(axes)
+    ring = [(place, (place + 1) % count) for place in range(count)]
+    return jax.lax.ppermute(x, axes, ring)
