@@ -159,7 +159,7 @@ def parts(family, trains, teacher, remat):
     run = prepared.run
     predicts = run.student.predicts
     goal = run.task.make_objective(
-        run.config, run.model, predicts, prepared.apply, prepared.plan.assemble
+        run.config, run.model, predicts, prepared.apply, prepared.plan.assemble, run.mesh
     )
     state, key = prepared.state, jax.random.key(0)
     batch = prepared.batch

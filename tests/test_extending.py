@@ -64,7 +64,7 @@ def expected(logits):
     return jax.nn.softmax(logits) @ jnp.arange(logits.shape[-1], dtype=logits.dtype)
 
 
-def make_objective(config, model, predicts, apply, assemble):
+def make_objective(config, model, predicts, apply, assemble, mesh):
     plain = classes.make_objective(apply, assemble, num_classes=model.num_classes)
 
     def criterion(trainable, outputs, view):

@@ -73,7 +73,12 @@ class Run:
         names = dict.fromkeys(name for recipe in self.recipes for name in recipe.features)
         apply = families.make_apply(self.model, tuple(names))
         return self.task.make_objective(
-            self.config, self.model, self.student.predicts, apply, self.parameters.assemble
+            self.config,
+            self.model,
+            self.student.predicts,
+            apply,
+            self.parameters.assemble,
+            self.mesh,
         )
 
     @cached_property

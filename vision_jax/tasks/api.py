@@ -117,7 +117,7 @@ class Task(Protocol):
         self, config: Config, preprocessing: Any
     ) -> dict[str, jax.ShapeDtypeStruct]: ...
     def make_objective(
-        self, config: Config, model: Any, predicts: str, apply: Apply, assemble: Any
+        self, config: Config, model: Any, predicts: str, apply: Apply, assemble: Any, mesh: Mesh
     ) -> Objective: ...
     def make_outputs(
         self, config: Config, model: Any, predicts: str, apply: Apply, assemble: Any

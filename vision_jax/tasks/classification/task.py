@@ -101,10 +101,15 @@ def training_data(
 
 
 def make_objective(
-    config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
+    config: ConfigDict,
+    model: Any,
+    predicts: str,
+    apply: Apply,
+    assemble: Callable[..., Any],
+    mesh: Mesh,
 ) -> Objective:
     """What training minimizes: cross-entropy, of augmented images and smoothed labels."""
-    del predicts  # classes
+    del predicts, mesh  # classes
     augment = config.augment
     return objective.make_objective(
         apply,

@@ -214,9 +214,15 @@ def batch_shapes(config: ConfigDict, preprocessing: DetectionPreprocessing) -> d
 
 
 def make_objective(
-    config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
+    config: ConfigDict,
+    model: Any,
+    predicts: str,
+    apply: Apply,
+    assemble: Callable[..., Any],
+    mesh: Mesh,
 ) -> Objective:
     """What training minimizes: the loss of what the model predicts."""
+    del mesh
     return _make_objective(config, model, predicts, apply, assemble)
 
 

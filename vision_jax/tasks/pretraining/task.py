@@ -71,13 +71,19 @@ def training_data(
 
 
 def make_objective(
-    config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
+    config: ConfigDict,
+    model: Any,
+    predicts: str,
+    apply: Apply,
+    assemble: Callable[..., Any],
+    mesh: Mesh,
 ) -> Objective:
     """What training minimizes: the error of the hidden patches.
 
     Raises:
       UserError: a model that reconstructs nothing, or a recipe that needs labels.
     """
+    del mesh
     others = [name for name in config.recipes if name not in RECIPES]
     if others:
         raise UserError(

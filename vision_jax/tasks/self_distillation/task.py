@@ -106,13 +106,19 @@ def _square(config: ConfigDict, preprocessing: Preprocessing) -> Preprocessing:
 
 
 def make_objective(
-    config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
+    config: ConfigDict,
+    model: Any,
+    predicts: str,
+    apply: Apply,
+    assemble: Callable[..., Any],
+    mesh: Mesh,
 ) -> Objective:
     """What training minimizes: how far the student is from the teacher's choice of prototypes.
 
     Raises:
       UserError: a model that is no ViT, crops that don't fit it, or a recipe that needs labels.
     """
+    del mesh
     others = [name for name in config.recipes if name not in RECIPES]
     if others:
         raise UserError(
