@@ -308,7 +308,7 @@ def test_a_task_is_one_more_line_of_the_list(monkeypatch, tmp_path):
     assert fields(config).keys() == fields_of("dummy").keys() == shared
     with pytest.raises(UserError, match="must be a tuple of lora, distill, adversarial, shake"):
         load_config(str(tmp_path / "mine.json"), {"recipes": "shale"})
-    assert fields_of("classification")["task"].check.wanted.endswith("self_distillation or dummy")
+    assert fields_of("classification")["task"].check.wanted.endswith("image_text or dummy")
 
 
 def test_defaults_are_in_range_and_every_field_is_explained():
@@ -452,10 +452,10 @@ def test_help_of_a_field_a_section_and_all():
         "  help     the peak of the learning rate",
         "  default  0.001; of detection 0.0001",
         "  type     float, at least 0, and finite",
-        "  tasks    classification, detection, pretraining, self_distillation",
+        "  tasks    classification, detection, pretraining, self_distillation, image_text",
     ]
     assert [line for line in explain("data.crop") if "tasks" in line] == [
-        "  tasks    classification, pretraining, self_distillation",
+        "  tasks    classification, pretraining, self_distillation, image_text",
         "  tasks    detection",
     ]
     section = [line for line in explain("loss") if not line.startswith(" ")]

@@ -19,6 +19,10 @@ LOADED = [load_config(str(path), {}) for path in CONFIGS]
 SMALLER_RESNET = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8}
 SMALLER_DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 SMALLER_HEAD = {"prototypes": 16, "head_width": 8, "bottleneck": 4}
+SMALLER_TEXT = {
+    "vocab_size": 300, "text_length": 8, "text_width": 16, "text_depth": 1, "text_num_heads": 2,
+    "text_mlp_width": 16,
+}  # fmt: skip
 SMALLER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 8}
 
 
@@ -54,6 +58,10 @@ def small(path: Path):
     elif load_config(str(path), {}).task == "self_distillation":
         changes["model.arguments"] = repr(tuple((SMALLER | SMALLER_HEAD).items()))
         changes |= {"dino.view_size": "0", "dino.local_size": "8"}
+    elif load_config(str(path), {}).task == "image_text":
+        changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER | SMALLER_TEXT).items()))
+        changes |= {"text.length": "8", "text.vocab_size": "300"}
+        changes["text.zero_shot"] = changes["data.eval"]
     elif "width" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))
     elif load_config(str(path), {}).model.variant.startswith("deit"):

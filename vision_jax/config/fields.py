@@ -17,6 +17,7 @@ TASKS = {  # see tasks/api.py
     "detection": "vision_jax.tasks.detection.task",
     "pretraining": "vision_jax.tasks.pretraining.task",
     "self_distillation": "vision_jax.tasks.self_distillation.task",
+    "image_text": "vision_jax.tasks.image_text.task",
 }
 RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
     "lora": "vision_jax.recipes.lora",
@@ -24,7 +25,7 @@ RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
     "adversarial": "vision_jax.recipes.adversarial.recipe",
 }
 CLASSIFICATION, DETECTION, PRETRAINING = "classification", "detection", "pretraining"
-SELF_DISTILLATION = "self_distillation"
+SELF_DISTILLATION, IMAGE_TEXT = "self_distillation", "image_text"
 # What distill.features may compare (recipes/distillation/objective.py).
 FEATURES = (
     "hint",
@@ -144,6 +145,12 @@ SHARE = Check(lambda value: 0 <= value <= 1, "between 0 and 1")
 AXIS = Check(lambda value: value == -1 or 1 <= value < MOST, "at least 1, or -1 for what is left")
 RULES = Check(_every(_is_regex), "a tuple of regular expressions")
 PAIRS = Check(_every(_is_pair), "a tuple of pairs, each with a name first")
+TEMPLATES = Check(
+    lambda values: (
+        len(values) > 0 and all(isinstance(x, str) and x.count("{}") == 1 for x in values)
+    ),
+    "texts with {} once in each",
+)
 WORDS = Check(_every(lambda value: isinstance(value, str)), "a tuple of texts")
 CHANNELS = Check(_every(_is_number), "a number for each channel, or ()")
 COUNTS = Check(
@@ -275,6 +282,7 @@ FIELDS = (
         detection=(r"((proposals|head)_\d+/)?class_head/.*",),
         pretraining=("decoder/.*",),
         self_distillation=("(dino|ibot)_head/.*|mask_token|(patch_)?center",),
+        image_text=("text/.*|logit_(scale|bias)",),
     ),
     _field(
         "model.drop",
@@ -600,6 +608,7 @@ FIELDS = (
         CLASSIFICATION,
         PRETRAINING,
         SELF_DISTILLATION,
+        IMAGE_TEXT,
     ),
     _field("data.interpolation", "", FILTER, "filter of resizing; empty: the weights' own"),
     _field(
@@ -624,7 +633,9 @@ FIELDS = (
         CLASSIFICATION,
         PRETRAINING,
         SELF_DISTILLATION,
+        IMAGE_TEXT,
         self_distillation="none",
+        image_text="none",
     ),
     _field(
         "data.crop_scale",
@@ -634,6 +645,7 @@ FIELDS = (
         CLASSIFICATION,
         PRETRAINING,
         SELF_DISTILLATION,
+        IMAGE_TEXT,
         pretraining=(0.2, 1.0),
     ),
     _field(
@@ -677,6 +689,7 @@ FIELDS = (
         ANY,
         "training view: flip half of the images horizontally",
         self_distillation=False,
+        image_text=False,
     ),
     _field(
         "data.brightness",
@@ -920,6 +933,64 @@ FIELDS = (
         "evaluation: k of the nearest neighbors, by data.eval's labels; 0 reads no labels",
         SELF_DISTILLATION,
     ),
+    # Images and texts.
+    _field(
+        "text.path_column",
+        "",
+        ANY,
+        "of a .csv or .jsonl: the column of images' paths; empty: path, file_name and the like",
+        IMAGE_TEXT,
+    ),
+    _field(
+        "text.caption_column",
+        "caption",
+        ANY,
+        "of a .csv or .jsonl: the column of captions; empty: made of labels and text.templates",
+        IMAGE_TEXT,
+    ),
+    _field(
+        "text.templates",
+        ("a photo of a {}.",),
+        TEMPLATES,
+        "what is said of a class, {} being its name: captions of labels, prompts of zero-shot",
+        IMAGE_TEXT,
+    ),
+    _field(
+        "text.tokenizer",
+        "",
+        ANY,
+        "a tokenizer.json, or a folder that has one; empty: trained on the captions",
+        IMAGE_TEXT,
+    ),
+    _field(
+        "text.vocab_size",
+        32_000,
+        COUNT,
+        "different tokens at most, where a tokenizer is trained",
+        IMAGE_TEXT,
+    ),
+    _field("text.length", 64, COUNT, "tokens of a text, padding among them", IMAGE_TEXT),
+    _field(
+        "text.zero_shot",
+        "",
+        ANY,
+        "evaluation: images with labels, as data.train of classification; empty: none",
+        IMAGE_TEXT,
+    ),
+    _field(
+        "text.classes",
+        (),
+        WORDS,
+        "what to call the classes of text.zero_shot, by label; () for their own names",
+        IMAGE_TEXT,
+    ),
+    _field(
+        "text.stop",
+        False,
+        ANY,
+        "end a run that has collapsed, instead of a warning",
+        IMAGE_TEXT,
+    ),
     # Evaluation.
     _field(
         "evaluate.every",
@@ -944,8 +1015,10 @@ FIELDS = (
         DETECTION,
         PRETRAINING,
         SELF_DISTILLATION,
+        IMAGE_TEXT,
         pretraining=200,
         self_distillation=100,
+        image_text=100,
     ),
     _field(
         "evaluate.neighbors",

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from vision_jax.data.captions import CaptionedSource
 from vision_jax.data.detection import DetectionSource
 from vision_jax.data.sources import Source
 from vision_jax.errors import UserError
@@ -29,7 +30,13 @@ def take_fingerprint(source: Source | DetectionSource) -> Fingerprint:
     """Of the source's examples, in their order."""
     reader, rows = source.reader, source.rows.tolist()
     names, sizes = [reader.relative_name(row) for row in rows], [reader.stamp(row) for row in rows]
-    if isinstance(source, Source):
+    if isinstance(source, CaptionedSource):
+        tokens = np.zeros((len(source.captions), 0)) if source.tokens is None else source.tokens
+        annotations = [
+            zlib.crc32(source.captions[row].encode(), zlib.crc32(tokens[row].tobytes()))
+            for row in rows
+        ]
+    elif isinstance(source, Source):
         annotations = source.labels.tolist()
     else:
         parts = (source.boxes_xyxy_px, source.label, source.crowd, source.sizes)

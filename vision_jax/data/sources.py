@@ -184,6 +184,35 @@ def read_unlabelled(spec: str) -> Source:
     return Source(str(path), (), labels, rows, reader, note if ignored else "")
 
 
+def read_pairs(
+    path: Path, path_names: Sequence[str] = PATH_NAMES, text_name: str = "caption"
+) -> "tuple[FileReader, list[str]]":
+    """(reader of the images, their texts) of a .csv or .jsonl with a path and a text in each line.
+
+    An image may have several lines. Paths are in the list's folder.
+
+    Args:
+      path: of the list.
+      path_names: of the column of paths, any one of them.
+      text_name: of the column of texts.
+
+    Raises:
+      UserError: a line without text or image, by file and line, or a list without lines.
+    """
+    inside = Inside(path.parent)
+    paths: list[str] = []
+    texts: list[str] = []
+    for number, image_path, text in _ENTRIES[path.suffix](path, path_names, (text_name,)):
+        place = f"{path}:{number}"
+        paths.append(_check_path(place, inside, image_path))
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{place}: {text_name} {text!r}: give the image a text, or no line")
+        texts.append(text.strip())
+    if not paths:
+        raise UserError(f"{path}: no images are listed: add lines of path and {text_name}")
+    return FileReader(path.parent, tuple(paths)), texts
+
+
 def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     """(train, held out) of images without labels: the share, rounded, but 1 to all less 1.
 
@@ -466,8 +495,9 @@ def _csv_entries(
         columns = [_first_of(names, header) for names in (label_names or path_names, path_names)]
         missing = [name for name in columns if name not in header]
         if missing:
+            begin = f"`{path_names[0]},{label_names[0] if label_names else 'label'}`"
             raise UserError(
-                f"{path}:1: no column {', '.join(dict.fromkeys(missing))}: begin with `path,label`"
+                f"{path}:1: no column {', '.join(dict.fromkeys(missing))}: begin with {begin}"
             )
         label_at, path_at = (header.index(name) for name in columns)
         split = _first_of(SPLIT_NAMES, header)
@@ -498,7 +528,8 @@ def _jsonl_entries(
             continue
         entry = parse_json(line, f"{path}:{number}")
         if not isinstance(entry, dict):
-            raise UserError(f'{path}:{number}: not of the form {{"path": ..., "label": ...}}')
+            form = f'{{"{path_names[0]}": ..., "{label_names[0] if label_names else "label"}": ...}}'
+            raise UserError(f"{path}:{number}: not of the form {form}")
         split = entry.get(_first_of(SPLIT_NAMES, entry))
         splits.add(split if isinstance(split, str) else None)
         label = entry.get(label_names[0]) if label_names else None
