@@ -578,6 +578,7 @@ FIELDS = (
         CLASSIFICATION,
         PRETRAINING,
         SELF_DISTILLATION,
+        IMAGE_TEXT,
     ),
     _field(
         "data.short",

@@ -528,7 +528,9 @@ def _jsonl_entries(
             continue
         entry = parse_json(line, f"{path}:{number}")
         if not isinstance(entry, dict):
-            form = f'{{"{path_names[0]}": ..., "{label_names[0] if label_names else "label"}": ...}}'
+            form = (
+                f'{{"{path_names[0]}": ..., "{label_names[0] if label_names else "label"}": ...}}'
+            )
             raise UserError(f"{path}:{number}: not of the form {form}")
         split = entry.get(_first_of(SPLIT_NAMES, entry))
         splits.add(split if isinstance(split, str) else None)

@@ -85,7 +85,7 @@ def _read(config: ConfigDict, spec: str) -> CaptionedSource:
 
 
 def _read_both(config: ConfigDict) -> tuple[Any, Any]:
-    train = _read(config, config.data.train)
+    train = images.without_excluded(config, _read(config, config.data.train))
     if config.data.eval:
         return train, _read(config, config.data.eval)
     return hold_out(train, config.data.holdout, config.seed)
