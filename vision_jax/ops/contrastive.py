@@ -86,6 +86,7 @@ def _forward(mesh, image, text, scale, bias):
 
 
 def _backward(mesh, kept, weights):
+    image, text, scale, bias = kept
     split, axes = PartitionSpec(mesh.axis_names), mesh.axis_names
 
     def of_device(image, text, scale, bias, weights):  # weights [b]: of each image's loss
@@ -121,7 +122,7 @@ def _backward(mesh, kept, weights):
         in_specs=(split, split, whole, whole, split),
         out_specs=(split, split, whole, whole),
     )
-    return run(*kept, weights)
+    return run(image, text, scale, bias, weights)
 
 
 _losses.defvjp(_forward, _backward)

@@ -45,7 +45,7 @@ def summarize(
     (images, first_image), (texts, first_text) = (_number(x) for x in (image_names, captions))
     pairs = np.unique(np.stack([images, texts], 1), axis=0)
     image, text = image[first_image], text[first_text]
-    found = {}
+    found: dict[str, float] = {}
     for name, queries, keys, of in (
         ("image_to_text", image, text, pairs),
         ("text_to_image", text, image, pairs[:, ::-1]),

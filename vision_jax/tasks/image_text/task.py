@@ -239,8 +239,8 @@ def make_evaluate(
     batches = images.make_batches(config, preprocessing)
     of_images = make_run_over(outputs_fn, mesh, batches, batch_size=batch_size)
     of_texts = _make_text_features(outputs_fn, mesh, batch_size)
-    assert source.tokens is not None
-    plain = _plain(source)
+    tokens, plain = source.tokens, replace(source, tokens=None)  # a caption has no image's batch
+    assert tokens is not None
     labelled = read_source(config.text.zero_shot) if config.text.zero_shot else None
     prompts = None
     if labelled is not None:
@@ -262,7 +262,7 @@ def make_evaluate(
         arguments = (trainable, frozen, model_state)
         found, damaged = of_images(plain, *arguments)
         rows, image = found["index"], found["features"]
-        text = of_texts(source.tokens[source.rows[rows]], arguments)
+        text = of_texts(tokens[source.rows[rows]], arguments)
         own = [source.caption(row) for row in rows]
         summary = metrics.summarize(image, text, [source.example_name(row) for row in rows], own)
         shown = np.unique(np.linspace(0, len(rows) - 1, SHOWN).astype(int))
@@ -271,11 +271,6 @@ def make_evaluate(
         return Evaluation(summary, rows[shown], nearest, damaged)
 
     return evaluate
-
-
-def _plain(source: CaptionedSource) -> CaptionedSource:
-    """The images alone: evaluation computes each caption by itself."""
-    return replace(source, tokens=None)
 
 
 def _class_names(config: ConfigDict, own: tuple[str, ...]) -> tuple[str, ...]:
