@@ -1,6 +1,7 @@
 """Images and texts as users run it: a run, its continuation, what comes out, what is refused."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 from vision_jax import convert, train
 from vision_jax.commands import convert as converter
 from vision_jax.config import load_config
+from vision_jax.data import captions
 from vision_jax.data.captions import load_tokenizer
 from vision_jax.logging import read_metrics
 from vision_jax.main import main
@@ -235,3 +237,51 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
         assert message in line
         assert not (tmp_path / "run").exists()
+
+
+# Collapse ----------------------------------------------------------------------------------------
+
+
+def of_embedded_images(**more):
+    """160 updates of a small SigLIP on Fashion-MNIST."""
+    source = {"data__train": "embedded:fashion_mnist/train", "text__zero_shot": ""}
+    fields = {
+        "total_steps": 160, "optim__lr": 1e-3, "optim__warmup_steps": 20, "evaluate__every": 160,
+        "checkpoint_every": 160, "model__image_size": 28, "evaluate__batch_size": 500,
+        "data__eval": "embedded:fashion_mnist/test", "batch_size": 32,
+    }  # fmt: skip
+    return tiny(**(source | fields | more))
+
+
+def alike(source):
+    """A source whose captions are all the same."""
+    return replace(source, captions=("an image",) * len(source.captions))
+
+
+def shuffled(source):
+    """A source whose captions are those of other images."""
+    return replace(source, captions=source.captions[7:] + source.captions[:7])
+
+
+PLANTED = {
+    "rate": ({"optim__lr": 3.0, "optim__clip_norm": 0.0}, None, "the rate is too high"),
+    "alike": ({}, alike, "or the captions are alike"),
+    "shuffled": ({}, shuffled, "the captions are not of their images"),
+    "healthy": ({}, None, ""),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_collapse_is_named_and_a_healthy_run_hears_nothing(
+    case, tmp_path, monkeypatch, capsys
+):
+    planted, change, cause = PLANTED[case]
+    if change is not None:
+        read = captions.read_captioned
+        monkeypatch.setattr(captions, "read_captioned", lambda *a, **more: change(read(*a, **more)))
+    monkeypatch.setattr("vision_jax.run.results._draw", lambda *arguments: None)
+    assert train.run(of_embedded_images(**planted), tmp_path) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "collapse: " in line]
+    assert cause in "".join(said)
+    assert bool(said) == bool(cause)

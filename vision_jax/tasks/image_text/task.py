@@ -275,7 +275,7 @@ def make_evaluate(
 
 def _class_names(config: ConfigDict, own: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(config.text.classes) or own
-    if own and len(names) != len(own):
+    if len(names) != len(own):
         raise UserError(
             f"config.text.classes names {len(names)} classes, and {config.text.zero_shot} has "
             f"{len(own)}: {', '.join(own[:5])}"
@@ -377,8 +377,9 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     Raises:
       UserError: no classes, or none of the files can be read.
     """
-    own = read_source(config.text.zero_shot).class_names if config.text.zero_shot else ()
-    classes = _class_names(config, own)
+    classes = tuple(config.text.classes)
+    if not classes and config.text.zero_shot:
+        classes = read_source(config.text.zero_shot).class_names
     if not classes:
         raise UserError(
             "config.text.classes is empty: name what images are to be compared with, "
