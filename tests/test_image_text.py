@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import runs
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from vision_jax import convert, train
 from vision_jax.commands import convert as converter
@@ -261,6 +261,26 @@ def alike(source):
 def shuffled(source):
     """A source whose captions are those of other images."""
     return replace(source, captions=source.captions[7:] + source.captions[:7])
+
+
+@pytest.mark.long
+def test_the_start_of_transformers_is_named(finished, tmp_path, monkeypatch, capsys):
+    """A SiglipModel that nobody has trained has a scale and a bias of 0."""
+    monkeypatch.setattr("vision_jax.run.results._draw", lambda *arguments: None)
+    both = [str(finished[0]), f"--out={tmp_path / 'both'}", "--to=transformers", "--family=siglip"]
+    assert converter.main(both) == 0
+    tensors = load_file(tmp_path / "both/model.safetensors")
+    tensors |= {name: np.zeros(1, np.float32) for name in ("logit_scale", "logit_bias")}
+    save_file(tensors, tmp_path / "both/model.safetensors")
+    fields = {
+        "model.weights": tmp_path / "both", "model.variant": "", "model.arguments": "()",
+        "model.reinitialize": "()", "total_steps": 130, "evaluate.every": 130,
+        "checkpoint_every": 130, "optim.lr": 1e-3,
+    }  # fmt: skip
+    config = tiny(**{name.replace(".", "__"): value for name, value in fields.items()})
+    assert train.run(config, tmp_path / "run") == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "collapse: " in line]
+    assert "logit_bias is -0.1, where most pairs must be told no: begin with -10" in said
 
 
 PLANTED = {

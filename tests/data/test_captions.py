@@ -10,7 +10,9 @@ from PIL import Image
 
 from vision_jax.data import captions
 from vision_jax.data.fingerprint import describe_changes, take_fingerprint
+from vision_jax.data.pipeline import DamageLog, make_train_iterator
 from vision_jax.data.sources import hold_out, subset
+from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError
 
 TEXTS = ["A red square", "a blue one", "A red square", "ein grünes Quadrat 🟩"]
@@ -101,6 +103,27 @@ def test_another_caption_or_tokenizer_is_other_data(folder):
     assert describe_changes(before, taken("a red square", 270)) == ""
     for other in (taken("a blue square", 270), taken("a red square", 262)):
         assert describe_changes(before, other) == "1 annotated otherwise ('a.png')"
+
+
+def test_an_image_instead_of_a_damaged_one_brings_its_own_caption(tmp_path):
+    lines = ["path,caption"]
+    for i in range(12):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,number {i}")
+    (tmp_path / "3.png").write_bytes(b"no image")
+    source = captions.read_captioned(write(tmp_path / "x.csv", "\n".join(lines)))
+    source = captions.tokenized(source, captions.train_tokenizer(source.captions, 280), 12)
+    sizes = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic", "center")
+    log = DamageLog()
+    batches = make_train_iterator(
+        source, batch_size=12, preprocessing=sizes,
+        crop="none", flip=False, seed=0, num_threads=1, max_damaged=0.5, damage_log=log,
+    )  # fmt: skip
+    for _ in range(2):
+        batch = next(batches)
+        np.testing.assert_array_equal(batch["tokens"], source.tokens[batch["index"]])
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], 20 * batch["index"])
+    assert log.count == 1
 
 
 # Tokenizers ---------------------------------------------------------------------------------------

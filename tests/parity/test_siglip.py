@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jax.sharding import Mesh
 from safetensors.torch import load_file
 
 from vision_jax import convert
@@ -17,6 +18,7 @@ from vision_jax.certify.references import make_reference
 from vision_jax.convert.package import write_package
 from vision_jax.errors import UserError
 from vision_jax.models.families import build_model
+from vision_jax.tasks.image_text import objective
 from vision_jax.trees.paths import flatten, unflatten
 
 IMAGE = {
@@ -68,8 +70,12 @@ def written(model, arrays):
     return tensors
 
 
+@pytest.mark.parametrize("devices", [1, 5])
 @pytest.mark.parametrize("dtype", BARS)
-def test_features_logits_loss_and_gradients(dtype, tmp_path, request):
+def test_features_logits_loss_and_gradients(dtype, devices, tmp_path, request):
+    """The loss is that of the task, whose texts go around the devices."""
+    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(devices, 1), ("data", "fsdp"))
+    goal = objective.make_objective(None, None, mesh)
     torch_model = reference()
     torch_model.save(tmp_path)
     images, tokens, pixels = draws(request.config.option.seed, 5, dtype)
@@ -85,10 +91,9 @@ def test_features_logits_loss_and_gradients(dtype, tmp_path, request):
         def loss_of(flat):
             params = {"params": unflatten(like, flat)}
             outputs, features = model.apply(params, given, texts, train=True, return_features=True)
+            losses, _ = goal.criterion({}, outputs, {})
             cosine = outputs["image"] @ outputs["text"].T
             logits = jnp.exp(outputs["logit_scale"]) * cosine + outputs["logit_bias"]
-            signs = 2 * jnp.eye(5, dtype=logits.dtype) - 1
-            losses = -jax.nn.log_sigmoid(signs * logits).sum(1)
             return losses.mean(), {**outputs, **features, "logits": logits}
 
         (loss, found), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(flat)

@@ -23,6 +23,10 @@ WORDS = {
     "dino.temperature_steps": "warmup_teacher_temp_epochs",
     "dino.frozen_steps": "freeze_last_layer freeze_last_layer_epochs",
     "dino.koleo_weight": "koleo_loss_weight",
+    "text.length": "max_length max_seq_length context_length token_len text_length",
+    "text.tokenizer": "tokenizer_name tokenizer_path",
+    "text.caption_column": "caption_key text_column csv_caption_key",
+    "text.path_column": "image_column csv_img_key",
     "optim.name": "optimizer opt optimizer_name",
     "optim.schedule": "scheduler sched lr_scheduler lr_scheduler_type lr_schedule",
     "optim.clip_norm": "grad_clip clip_grad max_grad_norm clip gradient_clip gradient_clip_val "

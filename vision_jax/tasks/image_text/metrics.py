@@ -148,7 +148,7 @@ class Watch:
                 "the captions are not of their images, all the same, or the rate is too high or "
                 "too low: try a tenth of config.optim.lr"
             )
-            if means["loss"] > 2 * constant and means["logit_bias"] > -1:
+            if means["logit_bias"] > -1:
                 cause = (
                     f"logit_bias is {means['logit_bias']:.1f}, where most pairs must be told no: "
                     "begin with -10, which config.model.reinitialize does by logit_(scale|bias)"
