@@ -40,6 +40,7 @@ class Program:
         if self._compiled is None:
             lowered = self._jitted.lower(*arguments)
             self._compiled = lowered.compile()
+            machine.give_back_memory()  # what compiling has used, as the trainer does
             # A GPU's program calls libraries for its products: XLA counts the program before that,
             # in which a loop counts once.
             on_cpu = jax.default_backend() == "cpu"

@@ -74,6 +74,9 @@ def keep_memory() -> bool:
     libraries, and where the environment says something of the allocator, nothing is changed.
 
     Nor is it after JAX was imported: a thread that allocates has a heap of its own from then on.
+
+    Programs then run in the thread that calls them. A thread of XLA's says that a step has ended
+    before it frees what the step has used, so that the next one would take a second place.
     """
     libc = _glibc()
     if libc is None or "jax" in sys.modules or _may_find_accelerator():
@@ -85,6 +88,9 @@ def keep_memory() -> bool:
     if not all(libc.mallopt(name, value) for name, value in settings):
         return False
     _KEPT.add(os.getpid())
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     return True
 
 
@@ -109,25 +115,39 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def compile_apart(program: Any) -> Callable[..., Any]:
+    """The program of `jit`, which gives back what compiling it uses before it takes its own memory.
+
+    It is compiled anew for other shapes of its last argument alone.
+    """
+    compiled = set()
+
+    def call(*arguments: Any) -> Any:
+        import jax
+
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[-1]))
+        if os.getpid() in _KEPT and shapes not in compiled:
+            program.lower(*arguments).compile()  # JAX has it for the call
+            give_back_memory()
+            compiled.add(shapes)
+        return program(*arguments)
+
+    return call
+
+
 class MemoryWatch:
     """Gives memory back when a process that does the same again and again holds more than before.
 
     A small block that settles where a large one was makes the next large one take another place.
-    The system gets the old place back. That step loses the time that keeping memory saves. The
-    first time, what the compiler has used is given back.
+    The system gets the old place back. That step loses the time that keeping memory saves.
     """
 
     def __init__(self) -> None:
-        self._compiled = False
         self._usual = 0
         self._left = MOST_TIMES
 
     def check(self) -> None:
         """To be called once a step."""
-        if not self._compiled:
-            self._compiled = True
-            give_back_memory()
-            return
         now = _resident_bytes()
         if self._usual == 0 or self._left == 0:
             self._usual = self._usual or now

@@ -267,7 +267,7 @@ def _make_program(prepared: Run, facts: _Facts, begin: _Begin) -> _Program:
     stored, place = prepared.stored, sharding.make_batch_placer(prepared.mesh)
     frozen = begin.frozen
     fixed = {**frozen, **prepared.place_beside()}
-    compiled = prepared.make_train_step()
+    compiled = machine.compile_apart(prepared.make_train_step())
     run_evaluation = prepared.make_evaluate(facts.eval_source)
 
     def train_step(state: steps.TrainState, batch: Any) -> tuple[steps.TrainState, steps.Metrics]:
