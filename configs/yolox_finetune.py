@@ -21,6 +21,7 @@ the detector works, and nothing about photographs. Other recipes are overrides o
     one size, one compilation    --config.data.shorts="()"
     no mosaics                   --config.data.mosaic=0
     a frozen backbone            --config.trainable="(?!backbone).*"
+    frozen up to a stage         --config.trainable="(?!backbone/(stem|stage_[01])/).*"
     LoRA on the backbone         --config.recipes=lora --config.trainable="(?!backbone).*"
                                  --config.lora.rules="backbone/stage_.*conv/kernel"
                                  --config.model.freeze_norm=True (not of nano)

@@ -1,6 +1,7 @@
 """Detection runs small enough for tests: a DETR of a few thousand parameters, 24 composites."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 import runs
+from PIL import Image
 
 from vision_jax import convert, train
+from vision_jax.commands import predict
 from vision_jax.config import load_config
 from vision_jax.data.composites import write_composites
 from vision_jax.models import families
@@ -207,3 +210,25 @@ def check_resume(config: Any, folder: Path) -> list[int]:
     states = [restore(config, folder / name, "last").state for name in ("once", "twice")]
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get(states))
     return [step._cache_size() for step in made]
+
+
+def check_predictions(config: Any, workdir: Path, folder: Path) -> None:
+    """`predict` on JPEG and PNG of two sizes: boxes as JSON and pictures, in a batch as alone."""
+    photos, found = folder / "photos", []
+    photos.mkdir()
+    for name, size in (("a.png", (40, 90)), ("b.jpg", (64, 48)), ("c.png", (64, 64))):
+        pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / name)
+    for given in ([photos], sorted(photos.iterdir())[:1]):
+        out = folder / f"found_{len(found)}"
+        config.evaluate.score = 0.0
+        assert predict.run(config, workdir, "last", [*map(str, given)], out) == 0
+        found.append(json.loads((out / "predictions.json").read_text()))
+    assert [Path(entry["file"]).name for entry in found[0]] == ["a.png", "b.jpg", "c.png"]
+    assert len(list((folder / "found_0/predictions").glob("*.png"))) == 3
+    batch, alone = (entries[0]["boxes"] for entries in found)
+    assert [box["label"] for box in batch] == [box["label"] for box in alone]
+    for name in ("score", "box_xyxy_px"):
+        both = ([box[name] for box in boxes] for boxes in (batch, alone))
+        np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-4)
+    assert batch

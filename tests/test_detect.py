@@ -243,14 +243,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, changes, message):
 
 
 @pytest.mark.long
-def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(tmp_path):
+@pytest.mark.parametrize("model", [{}, detection_runs.FASTER_RCNN], ids=["detr", "faster_rcnn"])
+def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(model, tmp_path):
     write_composites(tmp_path / "plain", "train", count=16, seed=1, size=64, plain=True)
     config = detection_runs.tiny_config(
+        **model,
         data__train=tmp_path / "plain/train.json",
         data__eval="",
         data__eval_images="",
         data__holdout=0.25,
-        trainable=("class_head/.*", "box_head/.*"),
+        trainable=("class_head/.*", "(rpn/)?box_head/.*"),
         optim__lr_multipliers=(),
         total_steps=4,
         evaluate__every=0,  # once an epoch: 12 images in batches of 8

@@ -1,7 +1,6 @@
 """Runs of Faster R-CNN: draws that replay, resume, frozen parts, adapters under attack."""
 
 import functools
-import json
 import re
 
 import detection_runs
@@ -10,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from PIL import Image
 
 from vision_jax import convert, train
-from vision_jax.commands import predict
 from vision_jax.config import load_config
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
@@ -94,10 +91,7 @@ def test_a_run_resumes_where_it_stopped(tmp_path, capsys):
         terms = sum(record[f"train/{name}"] for name in names)
         np.testing.assert_allclose(record["train/loss"], terms, rtol=1e-4)
 
-    image = tmp_path / "image.png"
-    Image.fromarray(np.zeros((40, 90, 3), np.uint8)).save(image)
-    assert predict.run(config, tmp_path / "once", "last", [str(image)], tmp_path) == 0
-    assert "boxes" in json.loads((tmp_path / "predictions.json").read_text())[0]
+    detection_runs.check_predictions(config, tmp_path / "once", tmp_path)
     found = convert.read_weights(str(tmp_path / "once/model.safetensors"))
     assert convert.recognize(found)[0] == "faster_rcnn"
     assert found.preprocessing["rule"] == "torchvision"

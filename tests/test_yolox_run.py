@@ -1,23 +1,22 @@
 """Runs of YOLOX: mosaics, several sizes, the end without them, resume, adapters under attack."""
 
 import dataclasses
-import json
+import re
 
 import detection_runs
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from PIL import Image
 
 from vision_jax import convert, train
-from vision_jax.commands import predict
 from vision_jax.config import load_config
 from vision_jax.data.detection_transforms import resized_size
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
-from vision_jax.models.families import FAMILIES
+from vision_jax.models.families import FAMILIES, build_model
 from vision_jax.run import prepare as preparation
 from vision_jax.run.restore import restore
 from vision_jax.tasks.detection import task as detect
@@ -61,6 +60,35 @@ def test_batches_come_in_all_sizes_and_end_plain():
 
 
 @pytest.mark.long
+def test_predictions_depend_on_no_batch_and_on_nothing_beside_the_image():
+    arguments = dict(detection_runs.YOLOX["model__arguments"])
+    model = build_model("yolox", num_classes=3, **arguments)
+    images = jnp.asarray(np.random.default_rng(0).random((3, 64, 64, 3)), jnp.float32)
+    mask = jnp.ones((3, 64, 64), bool).at[1, 40:].set(False)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    evaluate = jax.jit(model.apply)
+    whole = evaluate(variables, images, mask)
+    other = evaluate(variables, jnp.where(mask[..., None], images, 0.7)[::-1], mask[::-1])
+    alone = evaluate(variables, images[1:2], mask[1:2])
+    for name in ("logits", "object_logits", "box_deltas"):
+        np.testing.assert_allclose(whole[name], other[name][::-1], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(whole[name][1:2], alone[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_stage_and_what_comes_before_it_stay_frozen():
+    """The rule that the config's docstring gives."""
+    rule = "(?!backbone/(stem|stage_[01])/).*"
+    assert f'--config.trainable="{rule}"' in CONFIG.read_text()
+    golden = (runs.ROOT / "tests/golden/parameters/yolox.txt").read_text().splitlines()
+    names = {line.split()[0] for line in golden if line.startswith("params/")}
+    names = {name.removeprefix("params/") for name in names}
+    early = ("backbone/stem/", "backbone/stage_0/", "backbone/stage_1/")
+    frozen = {name for name in names if not re.fullmatch(rule, name)}
+    assert frozen == {name for name in names if name.startswith(early)}
+    assert {name.split("/")[1] for name in frozen} == {"stem", "stage_0", "stage_1"}
+
+
+@pytest.mark.long
 def test_a_run_resumes_where_it_stopped(tmp_path, capsys):
     """One program a size. The last two updates add the L1 loss; then boxes of a file, and the
     weights as published."""
@@ -77,10 +105,7 @@ def test_a_run_resumes_where_it_stopped(tmp_path, capsys):
         more = record["train/loss"] - terms
         np.testing.assert_allclose(more, wanted, rtol=1e-3, atol=1e-3, err_msg=record["step"])
 
-    image = tmp_path / "image.png"
-    Image.fromarray(np.zeros((40, 90, 3), np.uint8)).save(image)
-    assert predict.run(config, tmp_path / "once", "last", [str(image)], tmp_path) == 0
-    assert "boxes" in json.loads((tmp_path / "predictions.json").read_text())[0]
+    detection_runs.check_predictions(config, tmp_path / "once", tmp_path)
     found = convert.read_weights(str(tmp_path / "once/model.safetensors"))
     assert convert.recognize(found)[0] == "yolox"
     assert found.preprocessing["rule"] == "letterbox"
