@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torchvision_detectors as shared
 from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
@@ -21,14 +22,23 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-from torchvision_detectors import apply, imported, keep, normalized, sees, variables_of
+from torchvision_detectors import (
+    CASES,
+    SIDE,
+    apply,
+    imported,
+    normalized,
+    on_a_canvas,
+    random_targets,
+    sees,
+    variables_of,
+)
 
 from vision_jax import convert
 from vision_jax.certify.measure import relative_error
-from vision_jax.certify.random_weights import randomize, randomize_statistics, sample_images
+from vision_jax.certify.random_weights import sample_images
 from vision_jax.certify.reference_dense import outputs as raw_outputs
 from vision_jax.certify.reference_dense import raw
-from vision_jax.certify.references import Reference
 from vision_jax.convert.package import write_package
 from vision_jax.convert.read import read_preprocessing
 from vision_jax.convert.retinanet import PUBLISHED_V1, V1
@@ -37,7 +47,6 @@ from vision_jax.models import fcos, retinanet
 from vision_jax.models.families import FAMILIES, build_model
 from vision_jax.ops.dense_losses import anchor_loss, assign_points, point_loss
 from vision_jax.tasks.detection.objective import TARGETS
-from vision_jax.trees import paths
 
 VARIANTS = {**retinanet.VARIANTS, **fcos.VARIANTS}
 FAMILY = {name: "retinanet" if name in retinanet.VARIANTS else "fcos" for name in VARIANTS}
@@ -68,41 +77,17 @@ def small(name, norm=nn.BatchNorm2d, **keywords):
     return RetinaNet(backbone, CLASSES, head=head, **keywords).eval()
 
 
-def calibrate(model, seed=0):
+def calibrate(model):
     """Random weights and statistics, and heads whose outputs find something."""
-    randomize(model, seed)
-    reference = Reference("torchvision", raw(model), "", {})
-    randomize_statistics(reference, (128, 128), 3, seed)
-    images = torch.tensor(sample_images(2, (128, 160), 3, seed)).permute(0, 3, 1, 2).float()
-    for name, spread in SPREAD.items():
-        if name not in dict(model.named_modules()):
-            continue
-        module, seen = model.get_submodule(name), []
-        hook = module.register_forward_hook(partial(keep, seen))
-        with torch.no_grad():
-            raw_outputs(model, 4 * (images - 0.5))
-            scale = spread / torch.cat(seen).std()
-            for parameter in module.parameters():
-                parameter *= scale
-        hook.remove()
+    shared.calibrate(model, raw, raw_outputs, SPREAD)
     if isinstance(model, FCOS):  # distances are of a ReLU: of sides, some of them 0
         model.head.regression_head.bbox_reg.bias.data += 1
-    del model.forward  # the class's own again
     return model
 
 
 @cache
 def reference(name):
     return calibrate(small(name))
-
-
-def on_a_canvas(sizes, canvas):
-    """Images f[B, H, W, 3] of these sizes, upper left on white, and where: bool[B, H, W]."""
-    images, mask = np.ones((len(sizes), *canvas, 3)), np.zeros((len(sizes), *canvas), bool)
-    for image, there, (height, width) in zip(images, mask, sizes, strict=True):
-        image[:height, :width] = sample_images(1, (height, width), 3, height)[0]
-        there[:height, :width] = True
-    return images, mask
 
 
 # Network ----------------------------------------------------------------------------------------
@@ -159,15 +144,13 @@ def test_raw_outputs(name, dtype):
 
 
 def old_names(tensors):
-    """As torchvision before 0.13 and the published v1 have them: norms without counts."""
-    renamed = {}
-    for name, x in tensors.items():
-        for part in ("inner_blocks", "layer_blocks"):
-            name = re.sub(rf"({part}\.\d)\.0\.", r"\1.", name)
-        if not name.endswith("num_batches_tracked"):
-            match = re.fullmatch(r"(head\.\w+\.conv\.)(\d)\.0\.(\w+)", name)
-            renamed[f"{match[1]}{2 * int(match[2])}.{match[3]}" if match else name] = x
-    return renamed
+    """The towers' convolutions by the number of each second one, between which ReLUs stand."""
+
+    def number(match):
+        return f"{match[1]}{2 * int(match[2])}.{match[3]}"
+
+    tower = re.compile(r"(head\.\w+\.conv\.)(\d)\.0\.(\w+)")
+    return shared.old_names(tensors, lambda name: tower.sub(number, name))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -194,28 +177,12 @@ def test_a_file_tells_its_variant_and_each_tensor_has_its_place(name):
 def test_older_names_give_the_same_arrays(name):
     module = small(name)
     tensors = {key: x.numpy() for key, x in module.state_dict().items()}
-    _, expected = imported(module)
-    arguments, found = imported(module, old_names(tensors))
-    assert arguments["batch_norm_eps"] == 1e-5
-    for path, array in found.items():
-        wanted = np.zeros_like(array) if path.endswith("count") else expected[path]
-        np.testing.assert_array_equal(array, wanted, err_msg=path)
+    shared.check_older_names(module, old_names(tensors))
 
 
 def test_the_published_v1_has_no_epsilon_and_says_so(tmp_path):
-    """By the file's name, by torchvision's name of the weights, or by a config of ours."""
     tensors = old_names({key: x.numpy() for key, x in small(V1).state_dict().items()})
-    for name, epsilon in ((f"{PUBLISHED_V1}-eeacb38b", 0.0), ("mine", 1e-5)):
-        file = tmp_path / f"{name}.safetensors"
-        convert.write_safetensors(file, tensors)
-        weights = convert.read_weights(str(file))
-        assert convert.recognize(weights)[1]["batch_norm_eps"] == epsilon
-        assert f"batch_norm_eps={epsilon}" in convert.assumptions(weights)
-    said = {"library": "torchvision", "model": V1}
-    for config in ({"weights": "COCO_V1"}, {"norm_eps": 0.0}):
-        given = replace(weights, metadata={"config": said | config})
-        assert convert.recognize(given)[1]["batch_norm_eps"] == 0.0
-        assert convert.assumptions(given) == ("batch_norm_eps=0.0, by the weights' name",)
+    shared.check_epsilon(tensors, V1, PUBLISHED_V1, tmp_path)
 
 
 @pytest.mark.long
@@ -247,13 +214,7 @@ def test_a_written_folder_is_what_its_builder_loads(name, tmp_path):
     own = {"num_classes": 3, "candidates": 50, "most": 7, "least_score": 0.1}
     sizes = {**VARIANTS[name], **own, "batch_norm_eps": 0.0}
     arguments = {**FAMILIES[FAMILY[name]].defaults, **sizes}
-    built = build_model(FAMILY[name], **arguments)
-    like = jax.eval_shape(built.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    flat = {
-        path: np.zeros(x.shape, x.dtype)
-        for tree in like.values()
-        for path, x in paths.flatten(tree).items()
-    }
+    flat = shared.zeros(FAMILY[name], arguments)
     said = {"short": 320, "longest": 640, "mean": (0.0,) * 3, "std": (1.0,) * 3}
     write_package(tmp_path, flat, FAMILY[name], arguments, to="torchvision", preprocessing=said)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -273,21 +234,7 @@ def test_a_written_folder_is_what_its_builder_loads(name, tmp_path):
 
 # Losses -----------------------------------------------------------------------------------------
 
-SIDE, SLOTS = 64, 24
 SIZES, CANVAS = ((SIDE, SIDE), (51, 58)), (96, 160)  # a canvas of SIDE, of each image alone
-
-
-def random_targets(counts, sides=(8, 45)):
-    """(label, boxes cxcywh in [0, 1], mask) of images of SIZES, `counts` boxes each."""
-    rng = np.random.default_rng(3)
-    size = rng.uniform(*sides, (len(counts), SLOTS, 2)) / SIDE
-    centers = size / 2 + (1 - size) * rng.random(size.shape)
-    mask = np.arange(SLOTS)[None] < np.array(counts)[:, None]
-    return {
-        "label": rng.integers(0, CLASSES, mask.shape),
-        "boxes_cxcywh_01": np.concatenate([centers, size], axis=-1),
-        "target_mask": mask,
-    }
 
 
 def loss_of(model):
@@ -321,41 +268,18 @@ def learner(name):
     return module, flat, value_and_grad
 
 
-CASES = {
-    "plain": {"counts": (3, 1)},
-    "an image without boxes": {"counts": (0, 2)},
-    "no boxes at all": {"counts": (0, 0)},
-    "crowds": {"counts": (SLOTS, SLOTS), "sides": (20, 40)},
-    "of a pixel": {"counts": (4, 2), "sides": (1, 2)},
-}
 TERMS = {"classification": "class", "bbox_regression": "box", "bbox_ctrness": "center"}
-
-
-def as_theirs(targets):
-    """torchvision's targets, of images of SIZES."""
-    given = []
-    rows = (targets[name] for name in ("label", "boxes_cxcywh_01", "target_mask"))
-    for (height, width), label, boxes, mask in zip(SIZES, *rows, strict=True):
-        boxes = boxes[mask] * [width, height, width, height]
-        center, half = boxes[:, :2], boxes[:, 2:] / 2
-        corners = np.concatenate([center - half, center + half], axis=-1)
-        given.append({"boxes": torch.tensor(corners), "labels": torch.tensor(label[mask])})
-    return given
 
 
 def their_terms(module, images, targets):
     """Loss terms of torchvision's, of a canvas that is each image's own."""
-    module.train()
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.eval()
+    shared.to_train(module)
     module.transform.resize = lambda image, target: (image, target)
     seen = [
         torch.tensor(image[:height, :width].transpose(2, 0, 1))
         for image, (height, width) in zip(images, SIZES, strict=True)
     ]
-    module.zero_grad()
-    return module(seen, as_theirs(targets))
+    return module(seen, shared.as_theirs(targets, SIZES))
 
 
 @pytest.mark.long(but=("retinanet_resnet50_fpn_v2-crowds", "fcos_resnet50_fpn-crowds"))
@@ -363,7 +287,7 @@ def their_terms(module, images, targets):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_losses_of_outputs_are_torchvisions(name, case, rng):
     """And their gradients, of random outputs of all places, and of some that are on no image."""
-    module, targets = small(name).double(), random_targets(**CASES[case])
+    module, targets = small(name).double(), random_targets(CLASSES, **CASES[case])
     grids = [(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]
     maps = [torch.zeros(2, WIDTH, *grid, dtype=torch.float64) for grid in grids]
     places = module.anchor_generator(ImageList(torch.zeros(2, 3, SIDE, SIDE), list(SIZES)), maps)
@@ -374,7 +298,9 @@ def test_losses_of_outputs_are_torchvisions(name, case, rng):
     if point:
         raw["bbox_regression"] = np.maximum(2 * raw["bbox_regression"] + 1, 0)
     said = {key: torch.tensor(x, requires_grad=True) for key, x in raw.items()}
-    terms = module.compute_loss(as_theirs(targets), said, places, *([counts] if point else []))
+    terms = module.compute_loss(
+        shared.as_theirs(targets, SIZES), said, places, *([counts] if point else [])
+    )
     sum(terms.values()).backward()
 
     def more(x):  # places that are on no canvas of an image
@@ -429,7 +355,7 @@ def test_losses_of_outputs_are_torchvisions(name, case, rng):
 def test_losses_and_gradients_are_torchvisions(name, case):
     """One image is smaller than the other, and our canvas larger than both."""
     module, flat, value_and_grad = learner(name)
-    (images, mask), targets = on_a_canvas(SIZES, CANVAS), random_targets(**CASES[case])
+    (images, mask), targets = on_a_canvas(SIZES, CANVAS), random_targets(CLASSES, **CASES[case])
     terms = their_terms(module, images, targets)
     sum(terms.values()).backward()
     with jax.enable_x64(True):
@@ -442,15 +368,7 @@ def test_losses_and_gradients_are_torchvisions(name, case):
     np.testing.assert_allclose(value, sum(terms.values()).item(), rtol=1e-10)
     found = metrics["foreground" if name.startswith("fcos") else "anchors"]
     assert (found > 0) == ("no boxes" not in case and (case, name[:4]) != ("of a pixel", "fcos"))
-    tensors = {key: x.numpy() for key, x in module.state_dict().items()}
-    tensors |= {
-        key: np.zeros(x.shape) if x.grad is None else x.grad.numpy()
-        for key, x in module.named_parameters()
-    }
-    _, expected = imported(module, tensors)
-    for path, gradient in paths.flatten(gradients).items():
-        scale = max(np.abs(expected[path]).max(), 1e-6)
-        assert np.abs(gradient - expected[path]).max() <= 1e-10 * scale, path
+    shared.check_gradients(gradients, module)
 
 
 @pytest.mark.long
@@ -458,7 +376,7 @@ def test_losses_and_gradients_are_torchvisions(name, case):
 def test_boxes_without_area_train_nothing(name):
     """torchvision refuses them: the loss is that of the others alone."""
     module, flat, value_and_grad = learner(name)
-    (images, mask), targets = on_a_canvas(SIZES, CANVAS), random_targets((3, 1))
+    (images, mask), targets = on_a_canvas(SIZES, CANVAS), random_targets(CLASSES, (3, 1))
     targets["boxes_cxcywh_01"][:, 0, 2:] = 0
     others = {**targets, "target_mask": targets["target_mask"].copy()}
     others["target_mask"][:, 0] = False

@@ -1,15 +1,15 @@
 """Faster R-CNN beside torchvision's: files, raw outputs, detections, losses with gradients."""
 
 import json
-import re
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torchvision_detectors as shared
 from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
@@ -26,15 +26,23 @@ from torchvision.models.detection.faster_rcnn import (
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
-from torchvision_detectors import apply, imported, keep, normalized, sees, variables_of
+from torchvision_detectors import (
+    CASES,
+    SIDE,
+    apply,
+    imported,
+    normalized,
+    random_targets,
+    sees,
+    variables_of,
+)
 
 from vision_jax import convert
 from vision_jax.certify.measure import relative_error
-from vision_jax.certify.random_weights import randomize, randomize_statistics, sample_images
+from vision_jax.certify.random_weights import sample_images
 from vision_jax.certify.reference_faster_rcnn import outputs as raw_outputs
 from vision_jax.certify.reference_faster_rcnn import raw
-from vision_jax.certify.references import Reference
-from vision_jax.convert.faster_rcnn import LOW_RESOLUTION, MOBILE, V1
+from vision_jax.convert.faster_rcnn import LOW_RESOLUTION, MOBILE, PUBLISHED_V1, V1
 from vision_jax.convert.files import Tensors, held
 from vision_jax.convert.package import write_package
 from vision_jax.convert.read import read_preprocessing
@@ -42,7 +50,6 @@ from vision_jax.convert.tables import find_table, infer_arguments, table_for_exp
 from vision_jax.models.families import FAMILIES, build_model
 from vision_jax.models.faster_rcnn import VARIANTS
 from vision_jax.ops.proposal_losses import proposal_loss
-from vision_jax.trees import paths
 
 CLASSES, WIDTH = 5, 32
 SPREAD = {  # of the outputs of random heads, such that there are detections
@@ -109,24 +116,8 @@ def small_mobile(norm, **keywords):
     ).eval()
 
 
-def calibrate(model, seed=0):
-    """Random weights and statistics, and heads whose outputs find something."""
-    randomize(model, seed)
-    reference = Reference("torchvision", raw(model), "", {})
-    randomize_statistics(reference, (128, 128), 3, seed)
-    images = torch.tensor(sample_images(2, (128, 160), 3, seed)).permute(0, 3, 1, 2).float()
-    for name, spread in SPREAD.items():
-        module = model.get_submodule(name)
-        seen = []
-        hook = module.register_forward_hook(partial(keep, seen))
-        with torch.no_grad():
-            raw_outputs(model, 4 * (images - 0.5))
-            scale = spread / torch.cat(seen).std()
-            for parameter in module.parameters():
-                parameter *= scale
-        hook.remove()
-    del model.forward  # the class's own again
-    return model
+def calibrate(model):
+    return shared.calibrate(model, raw, raw_outputs, SPREAD)
 
 
 @cache
@@ -142,10 +133,7 @@ def reference(version):
 def test_detections_are_torchvisions_of_each_image_alone(version):
     """All of them, of images of two sizes on a canvas that is too large for both, in float64."""
     sizes, canvas = ((128, 160), (101, 75)), (160, 192)
-    images, mask = np.ones((2, *canvas, 3)), np.zeros((2, *canvas), bool)
-    for image, there, (height, width) in zip(images, mask, sizes, strict=True):
-        image[:height, :width] = sample_images(1, (height, width), 3, height)[0]
-        there[:height, :width] = True
+    images, mask = shared.on_a_canvas(sizes, canvas)
     module = reference(version)
     arguments, flat = imported(module)
     model = build_model("faster_rcnn", **arguments, dtype=jnp.float64)
@@ -202,14 +190,8 @@ def test_raw_outputs(version, dtype):
 
 
 def old_names(tensors):
-    """As torchvision before 0.13 and the published file have them: frozen norms without counts."""
-    renamed = {}
-    for name, x in tensors.items():
-        for part in ("inner_blocks", "layer_blocks"):
-            name = re.sub(rf"({part}\.\d)\.0\.", r"\1.", name)
-        if not name.endswith("num_batches_tracked"):
-            renamed[name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")] = x
-    return renamed
+    numbered, plain = "rpn.head.conv.0.0.", "rpn.head.conv."
+    return shared.old_names(tensors, lambda name: name.replace(numbered, plain))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -235,28 +217,12 @@ def test_a_file_tells_its_variant_and_each_tensor_has_its_place(name):
 def test_older_names_give_the_same_arrays():
     module = small(1)
     tensors = {name: x.numpy() for name, x in module.state_dict().items()}
-    _, expected = imported(module)
-    arguments, found = imported(module, old_names(tensors))
-    assert arguments["batch_norm_eps"] == 1e-5
-    for path, array in found.items():
-        wanted = np.zeros_like(array) if path.endswith("count") else expected[path]
-        np.testing.assert_array_equal(array, wanted, err_msg=path)
+    shared.check_older_names(module, old_names(tensors))
 
 
 def test_the_published_v1_has_no_epsilon_and_says_so(tmp_path):
-    """By the file's name, by torchvision's name of the weights, or by a config of ours."""
     tensors = old_names({name: x.numpy() for name, x in small(1).state_dict().items()})
-    for name, epsilon in (("fasterrcnn_resnet50_fpn_coco-258fb6c6", 0.0), ("mine", 1e-5)):
-        file = tmp_path / f"{name}.safetensors"
-        convert.write_safetensors(file, tensors)
-        weights = convert.read_weights(str(file))
-        assert convert.recognize(weights)[1]["batch_norm_eps"] == epsilon
-        assert f"batch_norm_eps={epsilon}" in convert.assumptions(weights)
-    said = {"library": "torchvision", "model": V1}
-    for config in ({"weights": "COCO_V1"}, {"norm_eps": 0.0}):
-        given = replace(weights, metadata={"config": said | config})
-        assert convert.recognize(given)[1]["batch_norm_eps"] == 0.0
-        assert convert.assumptions(given) == ("batch_norm_eps=0.0, by the weights' name",)
+    shared.check_epsilon(tensors, V1, PUBLISHED_V1, tmp_path)
 
 
 def test_the_low_resolution_is_known_by_its_name(tmp_path):
@@ -334,13 +300,7 @@ def test_a_written_folder_is_what_its_builder_loads(tmp_path):
     """With as many proposals and detections, for as many classes, and sides of images."""
     sizes = {**VARIANTS[V1], "num_classes": 3, "proposals": 50, "most": 7}
     arguments = {**FAMILIES["faster_rcnn"].defaults, **sizes, "batch_norm_eps": 0.0}
-    built = build_model("faster_rcnn", **arguments)
-    like = jax.eval_shape(built.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    flat = {
-        path: np.zeros(x.shape, x.dtype)
-        for tree in like.values()
-        for path, x in paths.flatten(tree).items()
-    }
+    flat = shared.zeros("faster_rcnn", arguments)
     own = {"short": 320, "longest": 640, "mean": (0.0,) * 3, "std": (1.0,) * 3}
     write_package(tmp_path, flat, "faster_rcnn", arguments, to="torchvision", preprocessing=own)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -360,22 +320,7 @@ def test_a_written_folder_is_what_its_builder_loads(tmp_path):
 
 # Losses -----------------------------------------------------------------------------------------
 
-SIDE, SLOTS = 64, 24
 ALL = 10**6  # samples of an image: nothing is drawn
-
-
-def random_targets(counts, sides=(8, 45)):
-    """(label, boxes cxcywh in [0, 1], mask) of images of SIDE pixels, `counts` boxes each."""
-    rng = np.random.default_rng(3)
-    size = rng.uniform(*sides, (len(counts), SLOTS, 2)) / SIDE
-    centers = size / 2 + (1 - size) * rng.random(size.shape)
-    mask = np.arange(SLOTS)[None] < np.array(counts)[:, None]
-    label = rng.integers(0, CLASSES, mask.shape)
-    return {
-        "label": label,
-        "boxes_cxcywh_01": np.concatenate([centers, size], axis=-1),
-        "target_mask": mask,
-    }
 
 
 @cache
@@ -416,15 +361,6 @@ def learner(version):
     return module, flat, value_and_grad
 
 
-CASES = {
-    "plain": {"counts": (3, 1)},
-    "an image without boxes": {"counts": (0, 2)},
-    "no boxes at all": {"counts": (0, 0)},
-    "crowds": {"counts": (SLOTS, SLOTS), "sides": (20, 40)},
-    "of a pixel": {"counts": (4, 2), "sides": (1, 2)},
-}
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("version", "name"),
@@ -436,17 +372,9 @@ CASES = {
 )
 def test_losses_and_gradients_are_torchvisions(version, name):
     module, flat, value_and_grad = learner(version)
-    images, targets = sample_images(2, (SIDE, SIDE), 3, 9), random_targets(**CASES[name])
-    module.train()
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.eval()
-    given = []
-    for label, boxes, mask in zip(*targets.values(), strict=True):
-        center, half = boxes[mask, :2] * SIDE, boxes[mask, 2:] * SIDE / 2
-        corners = np.concatenate([center - half, center + half], axis=-1)
-        given.append({"boxes": torch.tensor(corners), "labels": torch.tensor(label[mask] + 1)})
-    module.zero_grad()
+    images, targets = sample_images(2, (SIDE, SIDE), 3, 9), random_targets(CLASSES, **CASES[name])
+    shared.to_train(module)
+    given = shared.as_theirs(targets, [(SIDE, SIDE)] * 2, first=1)
     terms = module(sees(module, *images), given)
     sum(terms.values()).backward()
     with jax.enable_x64(True):
@@ -463,19 +391,14 @@ def test_losses_and_gradients_are_torchvisions(version, name):
         expected = terms[key].item()
         np.testing.assert_allclose(metrics[ours], expected, rtol=1e-10, atol=1e-12, err_msg=key)
     np.testing.assert_allclose(value, sum(terms.values()).item(), rtol=1e-10)
-    tensors = {name: x.numpy() for name, x in module.state_dict().items()}
-    tensors |= {name: x.grad.numpy() for name, x in module.named_parameters() if x.grad is not None}
-    _, expected = imported(module, tensors)
-    for path, gradient in paths.flatten(gradients).items():
-        scale = max(np.abs(expected[path]).max(), 1e-6)
-        assert np.abs(gradient - expected[path]).max() <= 1e-10 * scale, path
+    shared.check_gradients(gradients, module)
 
 
 @pytest.mark.long
 def test_boxes_without_area_stay_finite():
     """torchvision refuses them."""
     _, flat, value_and_grad = learner(1)
-    images, targets = sample_images(2, (SIDE, SIDE), 3, 9), random_targets((3, 1))
+    images, targets = sample_images(2, (SIDE, SIDE), 3, 9), random_targets(CLASSES, (3, 1))
     targets["boxes_cxcywh_01"][:, 0, 2:] = 0
     with jax.enable_x64(True):
         variables = variables_of(flat, "float64")

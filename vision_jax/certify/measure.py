@@ -18,7 +18,8 @@ import vision_jax
 from vision_jax import convert
 from vision_jax.certify import preprocessing, random_weights, references
 from vision_jax.certify.references import Reference
-from vision_jax.convert.read import DETECTORS, Weights
+from vision_jax.convert.detectors import is_detector
+from vision_jax.convert.read import Weights
 from vision_jax.convert.table import Entry, Table
 from vision_jax.convert.tables import find_table, table_for_export
 from vision_jax.errors import UserError
@@ -68,7 +69,7 @@ def certify(entry: Entry, weights: str | None = None, *, seed: int = 0) -> dict[
         "image_size": entry.image_size,
     }
     # One long chain of shapes that do not recur in other models.
-    whole = entry.source in BESIDE or entry.build.startswith(DETECTORS)
+    whole = entry.source in BESIDE or is_detector(entry.build)
     measured = certify_reference(reference, size, seed=seed, of_entry=entry, whole=whole)
     full_size = _full_size(entry, measured["family"], measured.pop("arguments"))
     return certificate | measured | full_size

@@ -20,10 +20,11 @@ from timm.models import save_for_hf
 from vision_jax.certify import reference_dense, reference_faster_rcnn
 from vision_jax.certify.reference_detr import DETR
 from vision_jax.certify.reference_nanodet import NanoDet
+from vision_jax.convert.detectors import DENSE, is_detector
 from vision_jax.convert.engine import Rule
 from vision_jax.convert.load import recognize, write_safetensors
 from vision_jax.convert.package import NPZ_FILE, read_config, write_package
-from vision_jax.convert.read import CONFIG_FILE, DENSE, DETECTORS, read_weights
+from vision_jax.convert.read import CONFIG_FILE, read_weights
 from vision_jax.convert.table import Entry, Table
 from vision_jax.convert.tables import find_table, infer_arguments
 from vision_jax.errors import UserError
@@ -67,7 +68,7 @@ class Reference:
             write_safetensors(folder / "model.safetensors", tensors)
             if self.source in ("detr", "yolox", "nanodet"):  # what they say is in no tensor
                 (folder / CONFIG_FILE).write_text(json.dumps(self.arguments))
-            if self.build.startswith(DETECTORS):  # nor is the number of proposals
+            if is_detector(self.build):  # nor is the number of proposals
                 config = {"library": "torchvision", "model": self.build, "kwargs": self.arguments}
                 (folder / CONFIG_FILE).write_text(json.dumps(config))
             return str(folder / "model.safetensors")
@@ -177,7 +178,7 @@ def make_reference(source: str, build: str, arguments: Mapping[str, Any]) -> Ref
             # A class, where no builder has such an architecture.
             module = cast(Any, locate(build))(**parts)
         else:
-            if build.startswith(DETECTORS):
+            if is_detector(build):
                 parts.setdefault("weights_backbone", None)
             module = torchvision.models.get_model(build, weights=None, **parts)
             if build.startswith("fasterrcnn"):

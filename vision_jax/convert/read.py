@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 import numpy as np
 
 from vision_jax.checksums import DamagedFileError, verify_checksums
+from vision_jax.convert import detectors
 from vision_jax.convert.files import INDEX_FILE, Tensors, open_npz, open_pickle, open_safetensors
 from vision_jax.convert.onnx_file import open_onnx
 from vision_jax.convert.processors import (
@@ -36,8 +37,6 @@ from vision_jax.convert.tfjs_file import open_tfjs
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import open_regular, parse_json, read_json
-from vision_jax.models.faster_rcnn import LOW_RESOLUTION, LOW_SIDES
-from vision_jax.models.pyramid import PREPROCESSING
 from vision_jax.trees.paths import select
 
 WEIGHTS_FILE = "model.safetensors"
@@ -47,9 +46,6 @@ RUN_FILE = "model.json"  # only in the folder of a run of ours
 PROCESSOR_FILE = "processor_config.json"  # its image_processor goes before the other file
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 ALLOW_PICKLE = "--config.model.allow_pickle=True"
-# How torchvision's builders of detectors begin; of the dense ones each class is a sigmoid.
-DENSE = ("retinanet", "fcos")
-DETECTORS = ("fasterrcnn", *DENSE)
 STANDARD: dict[str, Any] = {  # stands in for what a config leaves out, to check the rest
     "image_size": (1, 1),
     "mean": (0.5,),
@@ -264,9 +260,8 @@ def _assemble(
     ours = _header_json(header, paths[0])
     metadata = dict(config, **({"vision_jax": ours} if ours else {}))
     try:
-        smaller = paths[0].name.startswith(LOW_RESOLUTION)  # images, says a lone file's name
-        named = {"config": {"model": LOW_RESOLUTION}} if smaller else {}
-        preprocessing = preprocessing or read_preprocessing(metadata or named)
+        told = metadata or detectors.metadata_of(paths[0].name)
+        preprocessing = preprocessing or read_preprocessing(told)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -329,9 +324,7 @@ def _read_torchvision(spec: str) -> Weights:
     config: dict[str, Any] = {"library": "torchvision", "model": name, "kwargs": {}}
     config["weights"] = entry.name
     names = entry.meta.get("categories") or ()
-    # A sigmoid has the background among its classes; a softmax has one for none.
-    kept = [one for one in names if name.startswith(DENSE) or one != "__background__"]
-    config["class_names"] = kept or None
+    config["class_names"] = detectors.class_names_of(name, names) or None
     preset = entry.transforms()
     preprocessing = torchvision_preprocessing(preset) if hasattr(preset, "crop_size") else None
     path = _fetch(entry.url, spec)
@@ -450,8 +443,8 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         found, channels = _from_timm(config, cfg)
     elif isinstance(preprocessor, dict) and config.get("library") == "torchvision":
         found = _from_torchvision(preprocessor)
-    elif str(config.get("model")).startswith(DETECTORS):
-        found = _from_detector(config)
+    elif detectors.is_detector(config.get("model")):
+        found = detectors.preprocessing_of(config)
     elif isinstance(preprocessor, dict):
         found = read_processor(preprocessor, config, metadata.get("preprocessor_file"))
         channels = len(found["mean"])
@@ -524,17 +517,6 @@ def _from_torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: config.get(name) for name in ("mean", "std", "interpolation")}
     share = crop_share(crop, resized)
     return {**kept, "image_size": (crop, crop), "crop_pct": share, "crop_mode": "center"}
-
-
-def _from_detector(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a detector of torchvision's resizes to by itself, by its builder and its arguments."""
-    given = config.get("kwargs") or {}
-    own = LOW_SIDES if config["model"] == LOW_RESOLUTION else {}
-    sides: dict[str, Any] = {**PREPROCESSING, **own}
-    for ours, name in (("short", "min_size"), ("longest", "max_size")):
-        size = given.get(name) or sides[ours]
-        sides[ours] = size if isinstance(size, int) else size[-1]  # of several, in evaluation
-    return {**sides, "mean": given.get("image_mean"), "std": given.get("image_std")}
 
 
 def torchvision_preprocessing(preset: Any) -> dict[str, Any]:
