@@ -31,7 +31,7 @@ the detector works, and nothing about photographs. Other recipes are overrides o
 
 from ml_collections import ConfigDict
 
-from vision_jax.config import default_config
+from vision_jax.config import default_config, learn_composites
 from vision_jax.errors import UserError
 
 
@@ -41,8 +41,6 @@ def get_config(data_set: str = "") -> ConfigDict:
         raise UserError(f"configs/fasterrcnn_finetune.py:{data_set}: use composites, or nothing")
     config = default_config("detection")
     if data_set == "composites":
-        config.batch_size = 16
-        config.total_steps = 400
         config.model.variant = "faster_rcnn"
         config.model.arguments = (
             ("depths", (1, 1)),  # two stages: maps of a quarter and an eighth of the image's side
@@ -59,22 +57,7 @@ def get_config(data_set: str = "") -> ConfigDict:
             ("candidates", 200),
             ("most", 20),
         )
-        config.model.image_size = 64
-        config.optim.lr = 2e-3
-        config.optim.ema_decay = 0.998
-        config.optim.clip_norm = 10.0
-        config.data.train = "composites:train/0/4000"
-        config.data.eval = "composites:test/0/300"
-        config.data.max_boxes = 8
-        config.data.crop = 0.0
-        config.data.brightness = 0.3
-        config.data.contrast = 0.3
-        config.data.saturation = 0.3
-        config.evaluate.every = 200
-        config.evaluate.batch_size = 50
-        config.robustness.images = 300
-        config.robustness.batch_size = 50
-        return config
+        return learn_composites(config, steps=400, lr=2e-3, jitter=0.3)
     config.batch_size = 8
     config.total_steps = 10_000
     config.trainable = (

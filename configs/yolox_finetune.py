@@ -31,7 +31,7 @@ the detector works, and nothing about photographs. Other recipes are overrides o
 
 from ml_collections import ConfigDict
 
-from vision_jax.config import default_config
+from vision_jax.config import default_config, learn_composites
 from vision_jax.errors import UserError
 
 
@@ -39,33 +39,27 @@ def get_config(data_set: str = "") -> ConfigDict:
     """What differs from the defaults; see `--help-config`."""
     if data_set not in ("", "composites"):
         raise UserError(f"configs/yolox_finetune.py:{data_set}: use composites, or nothing")
-    small = data_set == "composites"  # from nothing, by AdamW, on images of 64 pixels as they are
     config = default_config("detection")
-    config.batch_size = 16
-    config.total_steps = 450 if small else 10_000
-    config.model.weights = "" if small else "yolox_s.pth"
-    config.model.allow_pickle = not small
-    config.optim.lr = 5e-3 if small else 0.0025
-    config.optim.warmup_steps = 40 if small else 500
-    config.optim.clip_norm = 10.0 if small else 0.0
-    config.optim.ema_decay = 0.998 if small else 0.9998
     config.distill.logits = "detections"
     config.loss.l1_weight = 1.0
-    config.data.crop = 0.0
-    config.data.max_boxes = 8 if small else 120
-    config.data.plain_steps = 50 if small else 1_000
-    if small:
+    if data_set == "composites":  # by AdamW, images as they are
         config.model.variant = "yolox_nano"
-        config.model.image_size = 64
-        config.data.train = "composites:train/0/4000"
-        config.data.eval = "composites:test/0/300"
-        config.evaluate.every = 450
-        config.evaluate.batch_size = 50
-        config.robustness.images = 300
-        config.robustness.batch_size = 50
-        return config
+        config.optim.warmup_steps = 40
+        config.data.plain_steps = 50
+        return learn_composites(config, steps=450, lr=5e-3, jitter=0.0)
+    config.batch_size = 16
+    config.total_steps = 10_000
+    config.model.weights = "yolox_s.pth"
+    config.model.allow_pickle = True
     config.optim.name = "sgd"
+    config.optim.lr = 0.0025
+    config.optim.warmup_steps = 500
     config.optim.weight_decay = 5e-4
+    config.optim.clip_norm = 0.0
+    config.optim.ema_decay = 0.9998
+    config.data.crop = 0.0
+    config.data.max_boxes = 120
+    config.data.plain_steps = 1_000
     config.data.shorts = tuple(range(480, 801, 32))
     config.data.mosaic = 1.0
     config.data.mixup = 1.0

@@ -1,5 +1,6 @@
 """Experiments as files: what fields there are (fields.py) and how a config is read (load.py)."""
 
+from vision_jax.config.composites import learn_composites
 from vision_jax.config.fields import FEATURES, FIELDS, RECIPES, TASKS, Check, Field, fields_of
 from vision_jax.config.load import (
     Reading,
@@ -33,6 +34,7 @@ __all__ = [
     "fields",
     "fields_of",
     "find_config",
+    "learn_composites",
     "load_config",
     "read_config",
     "read_json",

@@ -6,10 +6,12 @@ Sequentials, whose numbers are each table's to say.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from vision_jax.convert.engine import CONV, Rule, affine, norm, one
 from vision_jax.convert.pyramid import (
+    BODY,
     FPN,
     body_modules,
     body_rules,
@@ -17,7 +19,7 @@ from vision_jax.convert.pyramid import (
     of_body,
     said_epsilon,
 )
-from vision_jax.convert.table import Arguments, Metadata, Shapes
+from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
 from vision_jax.models.families import FAMILIES
 from vision_jax.models.retinanet import GROUPS
 
@@ -107,10 +109,78 @@ def dense_arguments(
     }
 
 
-def dense_named(
+def dense_tables(
+    family: str,
+    variants: Mapping[str, Arguments],
+    *,
+    arguments: Callable[[bool, Shapes, Metadata], dict[str, Any]],
+    rules: Callable[[bool, Arguments], list[Rule]],
+    anchors: Callable[[str], tuple[str, ...]],
+    keywords: Mapping[str, str],
+    also: Sequence[str],
+    **more: Any,
+) -> tuple[Table, ...]:
+    """The table of today's files, and that of files from before 0.13.
+
+    Args:
+      family: of the model.
+      variants: torchvision's builder -> arguments, where they are not the family's own.
+      arguments: (the pyramid's convolutions stand in Sequentials, ...) -> as a Table's.
+      rules: (the same, ...) -> as a Table's.
+      anchors: ".0" or "", what stands behind such a convolution -> tensors of the heads.
+      keywords: the builder's name of an argument -> ours, of what no tensor shows.
+      also: arguments that a builder fixes, beside those of body and pyramid.
+      more: fields of a Table.
+    """
+
+    def config(given: Arguments) -> dict[str, Any]:
+        builder = _named(family, variants, given, also)
+        known = {**FAMILIES[family].defaults, **variants[builder]}
+        said = {name: given[ours] for name, ours in keywords.items() if given[ours] != known[ours]}
+        return {
+            "model": builder,
+            "kwargs": {"num_classes": given["num_classes"], "weights_backbone": None, **said},
+            **said_epsilon(given),
+        }
+
+    def table(numbered: bool) -> Table:
+        first = ".0" if numbered else ""
+        pyramid = (f"{FPN}inner_blocks.0{first}.weight", f"{FPN}extra_blocks.p6.weight")
+        return Table(
+            "torchvision",
+            family,
+            "numbered" if numbered else "before 0.13",
+            (f"{BODY}conv1.weight", *pyramid, *anchors(first)),
+            arguments=partial(arguments, numbered),
+            rules=partial(rules, numbered),
+            holds=lambda given: numbered and _named(family, variants, given, also) != "",
+            config=config,
+            modules=dense_modules,
+            **more,
+        )
+
+    return table(True), table(False)
+
+
+def dense_zoo(title: str, variants: Mapping[str, Arguments]) -> tuple[Entry, ...]:
+    """Each builder, as the zoo has it; `title`: the family's name for people."""
+    return tuple(
+        Entry(
+            f"torchvision/{name}",
+            title,
+            name,
+            image_size=128,
+            published=f"torchvision://{name}",
+            license="BSD-3-Clause",
+        )
+        for name in variants
+    )
+
+
+def _named(
     family: str, variants: Mapping[str, Arguments], arguments: Arguments, also: Sequence[str]
 ) -> str:
-    """torchvision's builder of such a model; "" for none. `also`: what else of it is fixed."""
+    """torchvision's builder of such a model; "" for none."""
     defaults = FAMILIES[family].defaults
     names = (*_OF_THE_BODY, "first_map", "coarse_of_map", "head_groups", *also)
     for name, sizes in variants.items():
@@ -119,29 +189,6 @@ def dense_named(
         if {key: arguments[key] for key in wanted} == wanted:
             return name
     return ""
-
-
-def dense_config(
-    family: str, builder: str, sizes: Arguments, arguments: Arguments, keywords: Mapping[str, str]
-) -> dict[str, Any]:
-    """The builder and its arguments.
-
-    Args:
-      family: of the model.
-      builder: torchvision's, of these
-      sizes: arguments, where they are not the family's own.
-      arguments: of the model.
-      keywords: the builder's name of an argument -> ours, of what no tensor shows.
-    """
-    known = {**FAMILIES[family].defaults, **sizes}
-    given = {
-        name: arguments[ours] for name, ours in keywords.items() if arguments[ours] != known[ours]
-    }
-    return {
-        "model": builder,
-        "kwargs": {"num_classes": arguments["num_classes"], "weights_backbone": None, **given},
-        **said_epsilon(arguments),
-    }
 
 
 def dense_modules(arguments: Arguments) -> dict[str, str]:

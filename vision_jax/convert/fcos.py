@@ -5,21 +5,18 @@ the pyramid without the numbers of a Sequential. In the heads a norm and a ReLU 
 convolution.
 """
 
-from functools import partial
 from typing import Any
 
 from vision_jax.convert.dense import (
     KEYWORDS,
     TOWERS,
     dense_arguments,
-    dense_config,
-    dense_modules,
-    dense_named,
     dense_rules,
+    dense_tables,
+    dense_zoo,
 )
 from vision_jax.convert.engine import Rule
-from vision_jax.convert.pyramid import BODY, FPN
-from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
+from vision_jax.convert.table import Arguments, Metadata, Shapes
 from vision_jax.models.families import FAMILIES
 from vision_jax.models.fcos import VARIANTS
 from vision_jax.models.resnet import ResNet
@@ -50,47 +47,18 @@ def _arguments(numbered: bool, shapes: Shapes, metadata: Metadata) -> dict[str, 
     }
 
 
-def _named(arguments: Arguments) -> str:
-    return dense_named(FAMILY, VARIANTS, arguments, ("point_sizes",))
-
-
-def _config(arguments: Arguments) -> dict[str, Any]:
-    builder = _named(arguments)
-    return dense_config(FAMILY, builder, VARIANTS[builder], arguments, _KEYWORDS)
-
-
-def _table(numbered: bool) -> Table:
-    first = ".0" if numbered else ""
-    return Table(
-        "torchvision",
-        FAMILY,
-        "numbered" if numbered else "before 0.13",
-        (
-            f"{BODY}conv1.weight",
-            f"{FPN}inner_blocks.0{first}.weight",
-            f"{FPN}extra_blocks.p6.weight",
-            f"{TOWERS['class']}.conv.0.weight",
-            f"{_CLASSES}.weight",
-            f"{_CENTER}.weight",
-        ),
-        arguments=partial(_arguments, numbered),
-        rules=partial(_rules, numbered),
-        holds=lambda arguments: numbered and _named(arguments) != "",
-        config=_config,
-        modules=dense_modules,
-        unseen=("batch_norm_eps", "point_sizes", "radius", "least_score"),
-    )
-
-
-TABLES = tuple(_table(numbered) for numbered in (True, False))
-ZOO = tuple(
-    Entry(
-        f"torchvision/{name}",
-        "FCOS",
-        name,
-        image_size=128,
-        published=f"torchvision://{name}",
-        license="BSD-3-Clause",
-    )
-    for name in VARIANTS
+TABLES = dense_tables(
+    FAMILY,
+    VARIANTS,
+    arguments=_arguments,
+    rules=_rules,
+    anchors=lambda first: (
+        f"{TOWERS['class']}.conv.0.weight",
+        f"{_CLASSES}.weight",
+        f"{_CENTER}.weight",
+    ),
+    keywords=_KEYWORDS,
+    also=("point_sizes",),
+    unseen=("batch_norm_eps", "point_sizes", "radius", "least_score"),
 )
+ZOO = dense_zoo("FCOS", VARIANTS)

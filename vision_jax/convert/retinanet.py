@@ -7,21 +7,19 @@ is in no file: that of the published v1 weights is 0, which is known by their na
 asked for (`batch_norm_eps`).
 """
 
-from functools import partial
 from typing import Any
 
 from vision_jax.convert.dense import (
     KEYWORDS,
     TOWERS,
     dense_arguments,
-    dense_config,
-    dense_modules,
-    dense_named,
     dense_rules,
+    dense_tables,
+    dense_zoo,
 )
 from vision_jax.convert.engine import Rule
-from vision_jax.convert.pyramid import BODY, FPN, epsilon_of
-from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
+from vision_jax.convert.pyramid import epsilon_of
+from vision_jax.convert.table import Arguments, Metadata, Shapes
 from vision_jax.models.families import FAMILIES
 from vision_jax.models.retinanet import VARIANTS
 
@@ -56,49 +54,20 @@ def _arguments(numbered: bool, shapes: Shapes, metadata: Metadata) -> dict[str, 
     }
 
 
-def _named(arguments: Arguments) -> str:
-    return dense_named(FAMILY, VARIANTS, arguments, ("anchor_sizes", "box_loss"))
-
-
-def _config(arguments: Arguments) -> dict[str, Any]:
-    builder = _named(arguments)
-    return dense_config(FAMILY, builder, VARIANTS[builder], arguments, KEYWORDS)
-
-
-def _table(numbered: bool) -> Table:
-    first = ".0" if numbered else ""
-    return Table(
-        "torchvision",
-        FAMILY,
-        "numbered" if numbered else "before 0.13",
-        (
-            f"{BODY}conv1.weight",
-            f"{FPN}inner_blocks.0{first}.weight",
-            f"{FPN}extra_blocks.p6.weight",
-            f"{TOWERS['class']}.conv.0{first}.weight",
-            f"{_CLASSES}.weight",
-            f"{_BOXES}.weight",
-        ),
-        arguments=partial(_arguments, numbered),
-        rules=partial(_rules, numbered),
-        holds=lambda arguments: numbered and _named(arguments) != "",
-        config=_config,
-        modules=dense_modules,
-        unseen=("batch_norm_eps", "anchor_sizes", "box_loss", "least_score"),
-        by_name=("batch_norm_eps",),
-        file_names=PUBLISHED_V1,
-    )
-
-
-TABLES = tuple(_table(numbered) for numbered in (True, False))
-ZOO = tuple(
-    Entry(
-        f"torchvision/{name}",
-        "RetinaNet",
-        name,
-        image_size=128,
-        published=f"torchvision://{name}",
-        license="BSD-3-Clause",
-    )
-    for name in VARIANTS
+TABLES = dense_tables(
+    FAMILY,
+    VARIANTS,
+    arguments=_arguments,
+    rules=_rules,
+    anchors=lambda first: (
+        f"{TOWERS['class']}.conv.0{first}.weight",
+        f"{_CLASSES}.weight",
+        f"{_BOXES}.weight",
+    ),
+    keywords=KEYWORDS,
+    also=("anchor_sizes", "box_loss"),
+    unseen=("batch_norm_eps", "anchor_sizes", "box_loss", "least_score"),
+    by_name=("batch_norm_eps",),
+    file_names=PUBLISHED_V1,
 )
+ZOO = dense_zoo("RetinaNet", VARIANTS)
