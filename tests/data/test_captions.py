@@ -1,9 +1,12 @@
 """Captions from lists and labels, and their tokens."""
 
 import builtins
+import io
 import json
+import tarfile
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import runs
 from PIL import Image
@@ -48,6 +51,45 @@ def test_lists_of_captions(folder):
     tabs = write(folder / "y.csv", "Picture\tText\na.png\teins\n")
     source = captions.read_captioned(tabs, path_column="Picture", caption_column="Text")
     assert source.captions == ("eins",)
+
+
+def test_captions_of_shards(folder):
+    """Of a tar the .txt or the .json's, of Parquet a column; each image has one or is named."""
+    image = (folder / "a.png").read_bytes()
+
+    def pack(*files):
+        with tarfile.open(folder / "x.tar", "w") as tar:
+            for name, data in files:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+        return str(folder / "x.tar")
+
+    source = captions.read_captioned(
+        pack(
+            ("1.png", image), ("1.txt", b" one\n"), ("1.cls", b"0"),
+            ("2.json", b'{"caption": "two", "label": 1}'), ("2.png", image),
+        )
+    )  # fmt: skip
+    assert (source.captions, source.class_names) == (("one", "two"), ())
+    assert source[1]["image"].shape == (8, 8, 3)
+    of_labels = captions.read_captioned(
+        str(folder / "x.tar"), caption_column="", templates=("a {}",)
+    )
+    assert of_labels.captions == ("a 0", "a 1")
+    with pytest.raises(UserError, match=r"x\.tar/2\.png: has no caption: pack a \.txt"):
+        captions.read_captioned(pack(("1.png", image), ("1.txt", b"one"), ("2.png", image)))
+    with pytest.raises(UserError, match=r"leave config\.text\.caption_column as it is"):
+        captions.read_captioned(str(folder / "x.tar"), caption_column="alt")
+    table = {"image": [image, image], "caption": ["one", "two"], "alt": ["x", ""]}
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "x.parquet")
+    spec = str(folder / "x.parquet")
+    assert captions.read_captioned(spec).captions == ("one", "two")
+    for named in ({"spec": f"{spec}:alt"}, {"spec": spec, "caption_column": "alt"}):
+        with pytest.raises(UserError, match=r"x\.parquet\[1\]: has no caption: leave its row out"):
+            captions.read_captioned(**named)
+    with pytest.raises(UserError, match=r"no column txt: name it behind .* alt, caption"):
+        captions.read_captioned(spec, caption_column="txt")
 
 
 @pytest.mark.parametrize(

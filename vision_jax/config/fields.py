@@ -946,7 +946,7 @@ FIELDS = (
         "text.caption_column",
         "caption",
         ANY,
-        "of a .csv or .jsonl: the column of captions; empty: made of labels and text.templates",
+        "of lists and .parquet: the column; empty: captions made of labels and text.templates",
         IMAGE_TEXT,
     ),
     _field(

@@ -3,6 +3,7 @@
     FILE.csv                  a header `path,caption`, paths in the file's folder; an image may have
                               several lines
     FILE.jsonl                {"path": ..., "caption": ...} a line, likewise
+    shards, .tar or .parquet  with a .txt of each image, or a column of texts; see sources.py
     any source with labels    see sources.py; the captions are made of class names and templates
 
 Tokens are those of the `tokenizers` library: of somebody's tokenizer.json, or of one that is
@@ -16,7 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from vision_jax.data.sources import PATH_NAMES, Source, read_pairs, read_source
+from vision_jax.data.sources import (
+    PATH_NAMES,
+    Source,
+    is_of_shards,
+    read_captioned_shards,
+    read_pairs,
+    read_source,
+)
 from vision_jax.errors import UserError
 from vision_jax.files import expand
 
@@ -61,9 +69,9 @@ def read_captioned(
     """Images with their captions, not yet tokenized; no image is read.
 
     Args:
-      spec: a list of images and captions, or a source with labels.
+      spec: a list of images and captions, shards with captions, or a source with labels.
       path_column: of a list; "" takes the usual names.
-      caption_column: of a list; "" makes captions of its labels.
+      caption_column: of a list or of Parquet files; "" makes captions of labels.
       templates: of captions of classes; row i takes the one of i modulo their number.
 
     Raises:
@@ -79,6 +87,11 @@ def read_captioned(
         rows = np.arange(len(captions))
         labels = np.zeros(len(captions), np.int32)
         return CaptionedSource(str(path), (), labels, rows, reader, captions=tuple(captions))
+    if caption_column and spec and is_of_shards(spec):
+        found, captions, note = read_captioned_shards(spec, caption_column)
+        rows = np.arange(len(captions))
+        labels = np.zeros(len(captions), np.int32)
+        return CaptionedSource(spec, (), labels, rows, found, note, tuple(captions))
     source = read_source(spec)
     made = [""] * (int(source.rows.max()) + 1)
     for place, (row, label) in enumerate(zip(source.rows, source.labels, strict=True)):

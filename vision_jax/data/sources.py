@@ -137,7 +137,7 @@ def read_source(spec: str, *, class_names: tuple[str, ...] | None = None) -> Sou
         return _read_cifar10(spec, rest, class_names)
     if kind == "tfds":
         return _read_tfds(spec, class_names)
-    if _is_of_shards(spec):
+    if is_of_shards(spec):
         return _read_shards(spec, class_names)
     path = expand(spec)
     if path.is_dir():
@@ -238,7 +238,7 @@ def examine_source(spec: str) -> tuple[Source, list[UserError]]:
     """
     problems: list[UserError] = []
     path = expand(spec)
-    if _is_of_shards(spec):
+    if is_of_shards(spec):
         return _read_shards(spec, None), problems
     if path.is_dir():
         return _read_folder(path, None, problems), problems
@@ -735,12 +735,49 @@ def _read_unlabelled_tfds(spec: str) -> Source:
 # --- shards -------------------------------------------------------------------------------------
 
 
-def _is_of_shards(spec: str) -> bool:
+def is_of_shards(spec: str) -> bool:
     """Whether it names shards, or a folder with nothing else to train on."""
     if are_shards(spec):
         return True
     path = expand(spec)
     return path.is_dir() and not list_folders(path)[0] and holds_shards(path)
+
+
+def read_captioned_shards(spec: str, column: str = "caption") -> tuple[Reader, list[str], str]:
+    """(reader of the images, their captions, a note for the log) of tar or Parquet shards.
+
+    Args:
+      spec: of shards.
+      column: of a Parquet file, unless `spec` names one; "caption" is any of the usual names.
+
+    Raises:
+      UserError: what the shards refuse, or an image without a caption by its name.
+    """
+    shards, named = find_shards(spec)
+    reader: Reader
+    if shards[0].path.endswith(".parquet"):
+        usual = parquet.CAPTIONS if column == parquet.CAPTIONS[0] else (column,)
+        table = parquet.read_table(spec, shards, named, usual)
+        reader, captions, note = table.reader, table.texts, ""
+        advice = "leave its row out, or name another column behind the file, as in a.parquet:text"
+    else:
+        if column != parquet.CAPTIONS[0]:
+            raise UserError(
+                f"{spec}: captions of a tar are its .txt or the `caption` of its .json, and not"
+                f" {column!r}: leave config.text.caption_column as it is"
+            )
+        listed = list_tars(shards, IMAGE_SUFFIXES)
+        reader, captions, note = listed.reader, listed.captions, listed.note
+        advice = "pack a .txt, or a .json with `caption`, of the same name right behind it"
+    texts: list[str] = []
+    for row, caption in enumerate(captions):
+        if not isinstance(caption, str) or not caption.strip():
+            raise UserError(
+                f"{reader.example_name(row)}: has no caption: {advice}; or, if it has labels, make"
+                " captions of these, by config.text.caption_column='' and config.text.templates"
+            )
+        texts.append(caption.strip())
+    return reader, texts, note
 
 
 def _read_shards(
