@@ -126,7 +126,7 @@ def dotted(node: ast.AST, parts: dict[str, str]) -> str:
 def test_every_field_is_read():
     found: set[str] = set()
     package = runs.ROOT / "vision_jax"
-    patterns = ("train.py", "run/*.py", "commands/*.py", "tasks/images.py", "tasks/*/task.py")
+    patterns = ("train.py", "run/*.py", "commands/*.py", "tasks/*.py", "tasks/*/task.py")
     for pattern in patterns:
         for path in package.glob(pattern):
             found |= reads(path)

@@ -12,6 +12,20 @@ import runs
 from jax.sharding import Mesh
 from PIL import Image
 from safetensors.numpy import load_file
+from unlabelled_runs import (
+    ENCODER,
+    RESNET,
+    check_adapters,
+    check_evaluate,
+    check_predict,
+    check_refused,
+    config_of,
+    few_labels,
+    finish,
+    overrides,
+    steps_on,
+    write_images,
+)
 
 from vision_jax import convert, cost, train
 from vision_jax.checkpoints import best_step
@@ -19,51 +33,25 @@ from vision_jax.commands import convert as converter
 from vision_jax.config import load_config
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
-from vision_jax.main import main
-from vision_jax.run.prepare import Run, prepare
+from vision_jax.run.prepare import prepare
 from vision_jax.run.restore import restore
 from vision_jax.tasks.pretraining.figures import reconstruct
 
-ENCODER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 4}
 DECODER = {
     "decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2, "decoder_mlp_width": 32,
 }  # fmt: skip
-TINY = {
-    "model.arguments": repr(tuple((ENCODER | DECODER).items())),
-    "model.image_size": 16,
-    "batch_size": 16,
-    "total_steps": 6,
-    "checkpoint_every": 2,
-    "log_every": 1,
-    "evaluate.every": 3,
-    "evaluate.batch_size": 8,
-    "optim.warmup_steps": 1,
-    "optim.lr": 0.01,
-}
-
-
-def overrides(**more):
-    fields = TINY | {
-        "data.train": f"cifar10:{runs.inputs()}/train",
-        "data.eval": f"cifar10:{runs.inputs()}/test",
-    }
-    fields |= {name.replace("__", "."): value for name, value in more.items()}
-    return {name: str(value) for name, value in fields.items()}
+TINY = {"model.arguments": repr(tuple((ENCODER | DECODER).items()))}
 
 
 def tiny(**more):
-    return load_config(str(runs.ROOT / "configs/mae_embedded.py"), overrides(**more))
+    return config_of("mae_embedded", TINY, **more)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(the workdir of a finished run, how often its step was compiled)."""
-    workdir, made, make = tmp_path_factory.mktemp("mae") / "run", [], Run.make_train_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "make_train_step", lambda run: made.append(make(run)) or made[-1])
-        assert train.run(tiny(optim__ema_decay=0.5, optim__accumulate=2), workdir) == 0
-    (step,) = made
-    return workdir, step._cache_size()
+    workdir = tmp_path_factory.mktemp("mae") / "run"
+    return workdir, finish(tiny(optim__ema_decay=0.5, optim__accumulate=2), workdir)
 
 
 def test_a_run_leaves_its_figures_and_compiles_once(finished):
@@ -91,13 +79,8 @@ def test_what_comes_out_is_an_ordinary_vit(finished, tmp_path):
     """For config.model.weights, timm and transformers; with --family=mae the decoder is kept."""
     workdir, _ = finished
     tensors = load_file(workdir / "model.safetensors")
-    config = load_config(
-        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels",
-        overrides(
-            model__weights=workdir, model__variant="", data__subset=0, total_steps=2,
-            model__arguments="(('pool', 'avg'), ('norm_after_pool', True))",
-        ),
-    )  # fmt: skip
+    pooling = "(('pool', 'avg'), ('norm_after_pool', True))"
+    config = few_labels(workdir, 16, model__arguments=pooling, total_steps=2)
     run = prepare(config, runs.CLASSES)
     state, frozen, fresh = run.make_arrays()
     assert fresh == ["head/bias", "head/kernel"]
@@ -127,32 +110,14 @@ def test_what_comes_out_is_an_ordinary_vit(finished, tmp_path):
 
 @pytest.mark.long
 def test_fine_tuning_from_a_run(finished, tmp_path):
-    config = load_config(
-        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels",
-        overrides(
-            model__weights=finished[0], model__variant="", model__arguments="()", data__subset=0
-        ),
-    )
-    assert train.run(config, tmp_path / "fine") == 0
+    assert train.run(few_labels(finished[0], 16), tmp_path / "fine") == 0
     assert any("eval/top1" in r for r in read_metrics(tmp_path / "fine/metrics.jsonl"))
 
 
 def test_predict_and_evaluate_of_a_finished_run(finished, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for name in ("a.png", "b.png"):
-        image = Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8))
-        image.save(tmp_path / name)
-    flags = [f"--workdir={finished[0]}", f"--images={tmp_path}", f"--out={tmp_path / 'out'}"]
-    assert main(["predict", *flags]) == 0
-    assert capsys.readouterr().out.count("loss ") == 2
-    assert (tmp_path / "out/reconstructions.png").is_file()
-    assert main(["evaluate", f"--workdir={finished[0]}"]) == 0
-    found = float(capsys.readouterr().out.split("loss ")[1].split()[0])
-    records = read_metrics(finished[0] / "metrics.jsonl")
-    (logged,) = (r["eval/loss"] for r in records if r.get("step") == 6 and "eval/loss" in r)
-    assert abs(found - logged) < 2e-4
-    assert main(["robustness", f"--workdir={finished[0]}"]) == 2
-    assert "fine-tune it first" in capsys.readouterr().err
+    said = check_predict(finished[0], tmp_path, capsys, "reconstructions.png")
+    assert said.count("loss ") == 2
+    check_evaluate(finished[0], "loss", capsys)
 
 
 def pack(folder, kind, count=50):
@@ -198,18 +163,10 @@ def test_an_interrupted_run_is_bit_identical(tmp_path, monkeypatch, store):
 
 
 def test_one_and_eight_devices_are_the_same():
-    losses, patches = [], []
-    for devices, fsdp in ((1, 1), (8, 8)):
-        prepared = runs.Prepared(devices=devices, fsdp=fsdp, config=tiny())
-        state = prepared.state
-        for _ in range(3):
-            state, metrics = prepared.step(state, prepared.frozen, prepared.batch)
-        assert prepared.step._cache_size() == 1
-        losses.append(float(metrics["loss"]))
-        patches.append(np.asarray(state.trainable["patch_embed/kernel"]))
-    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
-    for kernel in patches[1:]:
-        np.testing.assert_allclose(kernel, patches[0], atol=1e-5)
+    (one, first), (eight, second) = (steps_on(devices, tiny()) for devices in (1, 8))
+    np.testing.assert_allclose(eight[-1], one[-1], rtol=1e-6)
+    ours, theirs = (np.asarray(s.trainable["patch_embed/kernel"]) for s in (second, first))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 # Cost --------------------------------------------------------------------------------------------
@@ -231,9 +188,9 @@ def share_of_supervised(variant, encoder=(), decoder=(), **fields):
         "model__arguments": repr(encoder), **fields,
     }  # fmt: skip
     own = {**common, "model__arguments": repr((*encoder, *decoder))}
-    mae = load_config(str(runs.ROOT / "configs/mae_embedded.py"), overrides(**own))
+    mae = load_config(str(runs.ROOT / "configs/mae_embedded.py"), overrides(TINY, **own))
     labels = load_config(
-        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels", overrides(**common)
+        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels", overrides(TINY, **common)
     )
     return flops(mae, ()) / flops(labels, tuple(map(str, range(1000))))
 
@@ -298,29 +255,17 @@ def test_adapters_continue_a_vit(tmp_path):
         model__arguments=repr(tuple(DECODER.items())), recipes="lora",
         lora__rules=r"block_\d+/attn/qkv/kernel", trainable="decoder/(?!pos_embed).*",
     )  # fmt: skip
-    assert train.run(config, tmp_path / "run") == 0
-    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
-    before = load_file(runs.inputs() / "weights.safetensors")
-    after = load_file(tmp_path / "run/model.safetensors")
-    np.testing.assert_array_equal(after["norm.weight"], before["norm.weight"])
-    assert (after["blocks.0.attn.qkv.weight"] != before["blocks.0.attn.qkv.weight"]).any()
+    check_adapters(config, tmp_path / "run")
 
 
 # Bad input ---------------------------------------------------------------------------------------
 
 
-RESNET = "(('depths', (1,)), ('widths', (8,)), ('stem_width', 8))"
-
-
-def images(folder, count, size):
-    folder.mkdir()
-    for number in range(count):
-        Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number}.png")
-    return folder
-
-
 def test_bad_input_is_one_line(tmp_path, capsys):
-    two, small = images(tmp_path / "two", 2, (32, 32)), images(tmp_path / "small", 30, (12, 20))
+    two, small = (
+        write_images(tmp_path / "two", 2, (32, 32)),
+        write_images(tmp_path / "small", 30, (12, 20)),
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
     tar = pack(tmp_path / "tar", "tar").parent
@@ -339,13 +284,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ({"model__variant": "resnet", "model__arguments": RESNET}, "takes a ViT"),
         ({"recipes": "adversarial"}, "adversarial is not for images without labels"),
     )
-    for fields, message in cases:
-        flags = [f"--config.{name}={value}" for name, value in overrides(**fields).items()]
-        config = f"--config={runs.ROOT / 'configs/mae_embedded.py'}"
-        assert main([config, f"--workdir={tmp_path / 'run'}", *flags]) == 2, message
-        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
-        assert message in line
-        assert not (tmp_path / "run").exists()
+    check_refused("mae_embedded", TINY, cases, tmp_path / "run", capsys)
 
 
 # Pictures ----------------------------------------------------------------------------------------

@@ -8,29 +8,32 @@ import pytest
 import runs
 from PIL import Image
 from safetensors.numpy import load_file
+from unlabelled_runs import (
+    ENCODER,
+    RESNET,
+    check_adapters,
+    check_evaluate,
+    check_predict,
+    check_refused,
+    config_of,
+    few_labels,
+    finish,
+    steps_on,
+    write_images,
+)
 
 from vision_jax import convert, train
 from vision_jax.commands import convert as converter
 from vision_jax.config import load_config
 from vision_jax.logging import read_metrics
-from vision_jax.main import main
-from vision_jax.run.prepare import Run, prepare
+from vision_jax.run.prepare import prepare
 from vision_jax.run.restore import restore
 from vision_jax.tasks.self_distillation import task
 
-ENCODER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 4}
 HEAD = {"prototypes": 16, "head_width": 24, "head_depth": 2, "bottleneck": 8}
 TINY = {
     "model.arguments": repr(tuple((ENCODER | HEAD).items())),
     "model.image_size": 12,
-    "batch_size": 16,
-    "total_steps": 6,
-    "checkpoint_every": 2,
-    "log_every": 1,
-    "evaluate.every": 3,
-    "evaluate.batch_size": 8,
-    "optim.warmup_steps": 1,
-    "optim.lr": 0.01,
     "dino.view_size": 16,
     "dino.local_size": 8,
     "dino.local_crops": 2,
@@ -41,28 +44,15 @@ DINOV2 = {"dino__patch_weight": 1.0, "dino__koleo_weight": 0.1, "dino__centering
 SEPARATE = repr(tuple((ENCODER | HEAD | {"patch_prototypes": 12}).items()))
 
 
-def overrides(**more):
-    fields = TINY | {
-        "data.train": f"cifar10:{runs.inputs()}/train",
-        "data.eval": f"cifar10:{runs.inputs()}/test",
-    }
-    fields |= {name.replace("__", "."): value for name, value in more.items()}
-    return {name: str(value) for name, value in fields.items()}
-
-
 def tiny(**more):
-    return load_config(str(runs.ROOT / "configs/dino_embedded.py"), overrides(**more))
+    return config_of("dino_embedded", TINY, **more)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(the workdir of a finished run, how often its step was compiled)."""
-    workdir, made, make = tmp_path_factory.mktemp("dino") / "run", [], Run.make_train_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "make_train_step", lambda run: made.append(make(run)) or made[-1])
-        assert train.run(tiny(dino__patch_weight=1.0), workdir) == 0
-    (step,) = made
-    return workdir, step._cache_size()
+    workdir = tmp_path_factory.mktemp("dino") / "run"
+    return workdir, finish(tiny(dino__patch_weight=1.0), workdir)
 
 
 @pytest.mark.long
@@ -102,14 +92,7 @@ def test_the_teacher_is_the_moving_average_and_the_centers_are_its_own(finished)
 def test_what_comes_out_is_an_ordinary_vit(finished, tmp_path):
     """For config.model.weights, timm and transformers; as a dino it is all of itself."""
     workdir, _ = finished
-    config = load_config(
-        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels",
-        {
-            "model.weights": str(workdir), "model.variant": "", "model.image_size": "12",
-            "model.arguments": "()", "data.subset": "0", "batch_size": "16",
-            "data.train": f"cifar10:{runs.inputs()}/train",
-        },
-    )  # fmt: skip
+    config = few_labels(workdir, 12)
     run = prepare(config, runs.CLASSES)
     state, frozen, fresh = run.make_arrays()
     assert fresh == ["head/bias", "head/kernel"]
@@ -153,21 +136,9 @@ def test_layer_scale_goes_to_a_folder_of_dinov2(tmp_path):
 
 @pytest.mark.long
 def test_predict_and_evaluate_of_a_finished_run(finished, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for name in ("a.png", "b.png"):
-        image = Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8))
-        image.save(tmp_path / name)
-    flags = [f"--workdir={finished[0]}", f"--images={tmp_path}", f"--out={tmp_path / 'out'}"]
-    assert main(["predict", *flags]) == 0
-    assert capsys.readouterr().out.count("cosine ") == 2
-    assert (tmp_path / "out/patches.png").is_file()
-    assert main(["evaluate", f"--workdir={finished[0]}", "--checkpoint=last"]) == 0
-    found = float(capsys.readouterr().out.split("rank ")[1].split()[0])
-    records = read_metrics(finished[0] / "metrics.jsonl")
-    (logged,) = (r["eval/rank"] for r in records if r.get("step") == 6 and "eval/rank" in r)
-    assert abs(found - logged) < 2e-4
-    assert main(["robustness", f"--workdir={finished[0]}"]) == 2
-    assert "fine-tune it first" in capsys.readouterr().err
+    said = check_predict(finished[0], tmp_path, capsys, "patches.png")
+    assert said.count("cosine ") == 2
+    check_evaluate(finished[0], "rank", capsys, "--checkpoint=last")
 
 
 @pytest.mark.long
@@ -191,21 +162,15 @@ def test_an_interrupted_run_is_bit_identical(recipe, tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", [{}, DINOV2], ids=["dino", "dinov2"])
 def test_one_and_eight_devices_are_the_same(recipe):
-    losses, found = [], []
-    for devices, fsdp in ((1, 1), (8, 8)):
-        config = tiny(**recipe, optim__lr=1e-3, optim__warmup_steps=0)
-        prepared = runs.Prepared(devices=devices, fsdp=fsdp, config=config)
-        state, losses_here = prepared.state, []
-        for _ in range(3):
-            state, metrics = prepared.step(state, prepared.frozen, prepared.batch)
-            losses_here.append(float(metrics["loss"]))
-        assert prepared.step._cache_size() == 1
-        losses.append(losses_here)
-        found.append([np.asarray(state.ema["pos_embed"]), np.asarray(state.model_state["center"])])
-    np.testing.assert_allclose(losses[1][0], losses[0][0], rtol=1e-6)
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)  # Adam enlarges rounding
-    for ours, theirs in zip(found[1], found[0], strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    config = tiny(**recipe, optim__lr=1e-3, optim__warmup_steps=0)
+    (one, first), (eight, second) = (steps_on(devices, config) for devices in (1, 8))
+    np.testing.assert_allclose(eight[0], one[0], rtol=1e-6)
+    np.testing.assert_allclose(eight, one, rtol=1e-4)  # Adam enlarges rounding
+    for ours, theirs in (
+        (second.ema["pos_embed"], first.ema["pos_embed"]),
+        (second.model_state["center"], first.model_state["center"]),
+    ):
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=1e-4)
 
 
 @pytest.mark.long
@@ -216,23 +181,12 @@ def test_adapters_continue_a_vit(tmp_path):
         model__image_size=16, model__arguments=repr(tuple(HEAD.items())), recipes="lora",
         lora__rules=r"block_\d+/attn/qkv/kernel", trainable="dino_head/.*",
     )  # fmt: skip
-    assert train.run(config, tmp_path / "run") == 0
-    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
-    before = load_file(runs.inputs() / "weights.safetensors")
-    after = load_file(tmp_path / "run/model.safetensors")
-    np.testing.assert_array_equal(after["norm.weight"], before["norm.weight"])
-    assert (after["blocks.0.attn.qkv.weight"] != before["blocks.0.attn.qkv.weight"]).any()
-
-
-RESNET = "(('depths', (1,)), ('widths', (8,)), ('stem_width', 8))"
+    check_adapters(config, tmp_path / "run")
 
 
 @pytest.mark.long
 def test_bad_input_is_one_line(tmp_path, capsys):
-    small = tmp_path / "small"
-    small.mkdir()
-    for number in range(30):
-        Image.new("RGB", (10, 8), (number, 0, 0)).save(small / f"{number}.png")
+    small = write_images(tmp_path / "small", 30, (10, 8))
     cases = (
         ({"batch_size": 64}, "48 images to train on are fewer than a batch of 64"),
         ({"data__train": small, "data__holdout": 0.1}, "images of 8 x 10 pixels are smaller than"),
@@ -243,13 +197,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ({"model__variant": "resnet", "model__arguments": RESNET}, "takes a ViT"),
         ({"recipes": "adversarial"}, "adversarial is not for images without labels"),
     )
-    for fields, message in cases:
-        flags = [f"--config.{name}={value}" for name, value in overrides(**fields).items()]
-        config = f"--config={runs.ROOT / 'configs/dino_embedded.py'}"
-        assert main([config, f"--workdir={tmp_path / 'run'}", *flags]) == 2, message
-        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
-        assert message in line
-        assert not (tmp_path / "run").exists()
+    check_refused("dino_embedded", TINY, cases, tmp_path / "run", capsys)
 
 
 # Collapse ----------------------------------------------------------------------------------------

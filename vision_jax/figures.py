@@ -1,4 +1,4 @@
-"""What the pictures of all tasks share: curves, confusion, names that fit, files.
+"""What the pictures of all tasks share: curves, confusion, rows of images, names that fit, files.
 
 Figures are made as objects and drawn by Agg: no window, no global state, safe in any thread.
 """
@@ -57,6 +57,31 @@ def draw_curves(
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     rate.set_ylim(bottom=0)
     _dress(rate, "Learning rate", "")
+    return save_figure(figure, path)
+
+
+def draw_rows(rows: Mapping[str, np.ndarray], path: str | Path) -> Path:
+    """Rows of pictures under each other as a PNG.
+
+    Args:
+      rows: f[N, h, w, C] in [0, 1] of each row by its title, N at least 1, the same in all.
+      path: of the file.
+    """
+    count = len(next(iter(rows.values())))
+    size = (1.7 * count + 0.3, 1.7 * len(rows) + 0.5)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    cells = figure.subplots(len(rows), count, squeeze=False)
+    for row, (title, pictures) in zip(cells, rows.items(), strict=True):
+        row[0].set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+        for cell, picture in zip(row, pictures, strict=True):
+            if picture.shape[2] != 3:  # grey, or the first of many channels in color
+                several = picture.shape[2] > 3
+                picture = picture[..., :3] if several else picture[..., :1].repeat(3, axis=2)
+            tiny = min(picture.shape[:2]) < 100  # pixels of such images are shown as squares
+            cell.imshow(picture, interpolation="nearest" if tiny else "antialiased")
+            cell.set(xticks=[], yticks=[])
+            for spine in cell.spines.values():
+                spine.set(color=INK, linewidth=0.5)
     return save_figure(figure, path)
 
 

@@ -3,7 +3,8 @@
     description -> model -> recipes, checked -> layout of the parameters -> optimizer -> state
 
 Training, restoring, planning and caching teacher outputs all begin here. A ConfigDict goes no
-deeper than this folder and the tasks' task.py and images.py: what lies below takes named arguments.
+deeper than this folder, the tasks' task.py and what these share: what lies below takes named
+arguments.
 """
 
 from collections.abc import Callable, Mapping

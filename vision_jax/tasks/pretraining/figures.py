@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from vision_jax.figures import INK, save_figure
+from vision_jax.figures import draw_rows
 from vision_jax.ops.reconstruction import VARIANCE_EPSILON, unpatchify
 
 ROWS = ("image", "what is visible", "reconstruction")
@@ -63,18 +62,5 @@ def draw_reconstructions(
       made: f[N, h, w, C] in [0, 1].
       path: of the file.
     """
-    count = len(images)
-    figure = Figure(figsize=(1.7 * count + 0.3, 5.6), dpi=120, layout="constrained")
-    cells = figure.subplots(len(ROWS), count, squeeze=False)
-    for row, title, pictures in zip(cells, ROWS, (images / 255, visible, made), strict=True):
-        row[0].set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
-        for cell, picture in zip(row, pictures, strict=True):
-            if picture.shape[2] != 3:  # grey, or the first of many channels in color
-                several = picture.shape[2] > 3
-                picture = picture[..., :3] if several else picture[..., :1].repeat(3, axis=2)
-            tiny = min(picture.shape[:2]) < 100  # pixels of such images are shown as squares
-            cell.imshow(picture, interpolation="nearest" if tiny else "antialiased")
-            cell.set(xticks=[], yticks=[])
-            for spine in cell.spines.values():
-                spine.set(color=INK, linewidth=0.5)
-    return save_figure(figure, path)
+    rows = (images / 255, visible, made)
+    return draw_rows(dict(zip(ROWS, rows, strict=True)), path)

@@ -1,24 +1,22 @@
 """Pretraining as a run's task: images without labels, the loss, evaluation and pictures."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.data.sources import FileReader, Source
-from vision_jax.data.transforms import Preprocessing, eval_transform
+from vision_jax.data.sources import Source
+from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, printable
-from vision_jax.evaluation import make_run_over
-from vision_jax.logging import RunLog, say
+from vision_jax.logging import say
 from vision_jax.objective import Apply, Objective
-from vision_jax.tasks import images
+from vision_jax.tasks import images, unlabelled
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.pretraining import metrics, objective
 from vision_jax.tasks.pretraining.robustness import refuse
@@ -30,22 +28,15 @@ curves = ("loss",)  # of the former, in curves.png
 whole = ()  # of a batch, what losses count over a whole update: each image's is its own
 labels_images = False
 
-SHOWN = 8  # pictures in reconstructions.png
-RECIPES = ("lora",)  # that make sense without labels
+DRAWN = ("predicted", "hidden")  # what a picture is made of
 
 
 # Data -------------------------------------------------------------------------------------------
 
 
-read_sources = images.read_unlabelled_sources
-read_eval_source = images.read_unlabelled_eval_source
-
-
-def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> None:
-    """Nothing more than the numbers of images, which the loop tells."""
-    del log, workdir, train, held_out
-
-
+read_sources = unlabelled.read_sources
+read_eval_source = unlabelled.read_eval_source
+announce = unlabelled.announce
 make_preprocessing = images.make_preprocessing
 load_preprocessing = images.load_preprocessing
 batch_shapes = images.batch_shapes
@@ -63,7 +54,7 @@ def training_data(
     Raises:
       UserError: images smaller than what the model takes.
     """
-    images.check_sizes(source, preprocessing)
+    unlabelled.check_sizes(source, preprocessing)
     return images.make_training_batches(config, source, preprocessing, damage, first_batch)
 
 
@@ -84,12 +75,7 @@ def make_objective(
       UserError: a model that reconstructs nothing, or a recipe that needs labels.
     """
     del mesh
-    others = [name for name in config.recipes if name not in RECIPES]
-    if others:
-        raise UserError(
-            f"config.recipes: {others[0]} is not for images without labels: take lora alone, or "
-            "none"
-        )
+    unlabelled.check_recipes(config)
     return objective.make_objective(apply, assemble, _hidden(config, model, predicts))
 
 
@@ -124,46 +110,16 @@ def make_outputs(
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Some evaluation images and their reconstruction.
-
-    Attributes:
-      index: i[n], rows in the source.
-      predicted: f[n, N, D].
-      hidden: f[n, N].
-    """
-
-    index: np.ndarray
-    predicted: np.ndarray
-    hidden: np.ndarray
-
-
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(unlabelled.Evaluation):
     """The reconstruction of a whole dataset.
 
     Attributes:
-      summary: see metrics.summarize.
-      pictures: of some images.
-      damaged: names of images that could not be read and are not counted.
       warn_after: updates after which a constant reconstruction is warned of.
     """
 
-    summary: dict[str, Any]
-    pictures: Pictures
-    damaged: tuple[str, ...]
+    reported: ClassVar[tuple[str, ...]] = reported
+
     warn_after: int
-
-    def line(self) -> str:
-        """The summary for the screen."""
-        shown = [name for name in reported if self.summary[name] is not None]
-        text = "  ".join(f"{name} {self.summary[name]:.4f}" for name in shown)
-        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
-        return f"evaluation on {self.summary['count']} images: {text}{skipped}"
-
-    def lines(self) -> list[str]:
-        """No more than that: there are no classes."""
-        return []
 
     def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
         """A constant reconstruction."""
@@ -184,45 +140,17 @@ def make_evaluate(
     batch size nor on the run.
     """
 
-    def scores(*arguments: Any) -> dict[str, jax.Array]:  # the pixels of all images are too many
-        outputs = outputs_fn(*arguments)
-        names = ("loss", "spread", "target_spread", "mask", "index")
-        return {name: outputs[name] for name in names}
-
-    batches = images.make_batches(config, preprocessing)
-    run_over = make_run_over(scores, mesh, batches, batch_size=config.evaluate.batch_size)
-    draw = _make_pictures(config, outputs_fn, mesh, source, preprocessing)
+    scores = ("loss", "spread", "target_spread")
+    run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, scores)
+    draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
 
     def evaluate(trainable, frozen, model_state) -> Evaluation:
         found, damaged = run_over(source, trainable, frozen, model_state)
-        summary = metrics.summarize(found["loss"], found["spread"], found["target_spread"])
+        summary = metrics.summarize(*(found[name] for name in scores))
         pictures = draw(trainable, frozen, model_state)
         return Evaluation(summary, pictures, damaged, config.evaluate.warn_after)
 
     return evaluate
-
-
-def _make_pictures(
-    config: ConfigDict,
-    outputs_fn: Callable[..., Mapping[str, jax.Array]],
-    mesh: Mesh,
-    source: Source,
-    preprocessing: Preprocessing,
-) -> Callable[..., Pictures]:
-    """A function (trainable, frozen, model_state) -> evenly spread images, reconstructed."""
-    rows = np.unique(np.linspace(0, len(source) - 1, SHOWN).astype(int))
-    part = replace(source, labels=source.labels[rows], rows=source.rows[rows])
-    batches = images.make_batches(config, preprocessing)
-    run_over = make_run_over(outputs_fn, mesh, batches, batch_size=len(part))
-
-    def draw(trainable, frozen, model_state) -> Pictures:
-        try:
-            found, _ = run_over(part, trainable, frozen, model_state)
-        except UserError:  # not one of these can be read
-            return Pictures(rows[:0], np.zeros((0, 0, 0)), np.zeros((0, 0)))
-        return Pictures(rows[found["index"]], found["predicted"], found["hidden"])
-
-    return draw
 
 
 # Results ----------------------------------------------------------------------------------------
@@ -236,29 +164,26 @@ def write_results(
     preprocessing: Preprocessing,
 ) -> dict[str, str]:
     """Pictures of an evaluation; returns {file: what it is}."""
-    if not len(result.pictures.index):
+    if not len(result.pictures["index"]):
         return {}
-    views = [
-        eval_transform(source.open(int(row))["image"], preprocessing)
-        for row in result.pictures.index
-    ]
-    _draw(config, workdir / "reconstructions.png", np.stack(views), result.pictures, preprocessing)
+    _draw(config, workdir / "reconstructions.png", source, result.pictures, preprocessing)
     return {"reconstructions.png": "images, what is visible of them, and the reconstruction"}
 
 
 def _draw(
     config: ConfigDict,
     path: Path,
-    views: np.ndarray,
-    pictures: Pictures,
+    source: Source,
+    pictures: unlabelled.Outputs,
     preprocessing: Preprocessing,
 ) -> None:
     from vision_jax.tasks.pretraining import figures  # matplotlib, only where something is drawn
 
+    views = unlabelled.read_views(source, pictures["index"], preprocessing)
     visible, made = figures.reconstruct(
         views,
-        pictures.predicted,
-        pictures.hidden,
+        pictures["predicted"],
+        pictures["hidden"],
         mean=preprocessing.mean,
         std=preprocessing.std,
         normalized=config.mae.normalize,
@@ -278,38 +203,25 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     Raises:
       UserError: none of the files can be read.
     """
-    count = len(names)
-    reader = FileReader(Path(), tuple(names))
-    source = Source("--images", (), np.zeros(count, np.int32), np.arange(count), reader)
+    mesh, preprocessing, source = trained.mesh, trained.preprocessing, unlabelled.source_of(names)
     outputs_fn = make_outputs(
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
-
-    def kept(*arguments: Any) -> dict[str, jax.Array]:
-        outputs = outputs_fn(*arguments)
-        return {name: outputs[name] for name in ("loss", "mask", "index")}
-
-    batches = images.make_batches(config, trained.preprocessing)
-    size = min(count, config.evaluate.batch_size)
-    run_over = make_run_over(kept, trained.mesh, batches, batch_size=size)
+    size = min(len(names), config.evaluate.batch_size)
+    run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, ("loss",), size)
     found, damaged = run_over(source, *trained.arguments)
-    draw = _make_pictures(config, outputs_fn, trained.mesh, source, trained.preprocessing)
+    draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
     pictures = draw(*trained.arguments)
     if jax.process_index():
         return
     width = max(len(printable(name)) for name in names)
     for row, loss in zip(found["index"], found["loss"], strict=True):
         say(f"{printable(names[row]):{width}}  loss {loss:.4f}")
-    for name in damaged:
-        say(f"skipped, it can't be read: {printable(name)}")
-    rows = [int(row) for row in pictures.index]
-    if not rows:
-        return
-    views = [eval_transform(source.open(row)["image"], trained.preprocessing) for row in rows]
-    path = out / "reconstructions.png"
-    out.mkdir(parents=True, exist_ok=True)
-    _draw(config, path, np.stack(views), pictures, trained.preprocessing)
-    say(f"wrote {path}")
+    unlabelled.say_skipped(damaged)
+    if len(pictures["index"]):
+        out.mkdir(parents=True, exist_ok=True)
+        _draw(config, out / "reconstructions.png", source, pictures, preprocessing)
+        say(f"wrote {out / 'reconstructions.png'}")
 
 
 # Robustness -------------------------------------------------------------------------------------

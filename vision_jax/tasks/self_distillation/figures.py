@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from vision_jax.figures import INK, save_figure
+from vision_jax.figures import draw_rows
 
 ROWS = ("image", "patches by their three main components")
 CLIPPED = 2  # percent of the values at each end of a color
@@ -36,18 +35,4 @@ def draw_patches(images: np.ndarray, colors: np.ndarray, path: str | Path) -> Pa
       colors: f[N, h, w, 3] in [0, 1].
       path: of the file.
     """
-    count = len(images)
-    figure = Figure(figsize=(1.7 * count + 0.3, 3.9), dpi=120, layout="constrained")
-    cells = figure.subplots(len(ROWS), count, squeeze=False)
-    for row, title, pictures in zip(cells, ROWS, (images / 255, colors), strict=True):
-        row[0].set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
-        for cell, picture in zip(row, pictures, strict=True):
-            if picture.shape[2] != 3:  # grey, or the first of many channels in color
-                several = picture.shape[2] > 3
-                picture = picture[..., :3] if several else picture[..., :1].repeat(3, axis=2)
-            tiny = min(picture.shape[:2]) < 100  # pixels of such images are shown as squares
-            cell.imshow(picture, interpolation="nearest" if tiny else "antialiased")
-            cell.set(xticks=[], yticks=[])
-            for spine in cell.spines.values():
-                spine.set(color=INK, linewidth=0.5)
-    return save_figure(figure, path)
+    return draw_rows(dict(zip(ROWS, (images / 255, colors), strict=True)), path)

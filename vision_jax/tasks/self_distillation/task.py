@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import jax
@@ -12,14 +12,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.data.sources import FileReader, Source, read_source
-from vision_jax.data.transforms import Preprocessing, eval_transform
+from vision_jax.data.sources import Source, read_source
+from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, printable
-from vision_jax.evaluation import make_run_over
-from vision_jax.logging import RunLog, say
+from vision_jax.logging import say
 from vision_jax.objective import Apply, Objective
 from vision_jax.ops.multi_crop import Crop, most_masked
-from vision_jax.tasks import images
+from vision_jax.tasks import images, unlabelled
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.self_distillation import metrics, objective
 from vision_jax.tasks.self_distillation.robustness import refuse
@@ -31,8 +30,7 @@ curves = ("knn",)  # of the former, in curves.png
 whole = ()  # of a batch, what losses count over a whole update: each image's is its own
 labels_images = False
 
-SHOWN = 8  # pictures in patches.png
-RECIPES = ("lora",)  # that make sense without labels
+DRAWN = ("patch_tokens",)  # what a picture is made of
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -44,13 +42,13 @@ def read_sources(config: ConfigDict) -> tuple[Source, Source]:
     Raises:
       UserError: what the sources refuse, or fewer training images than a batch has.
     """
-    train, held_out = images.read_unlabelled_sources(config)
+    train, held_out = unlabelled.read_sources(config)
     return train, _with_labels(config, held_out)
 
 
 def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
     """The evaluation data alone, for a finished run."""
-    return _with_labels(config, images.read_unlabelled_eval_source(config, class_names))
+    return _with_labels(config, unlabelled.read_eval_source(config, class_names))
 
 
 def _with_labels(config: ConfigDict, held_out: Source) -> Source:
@@ -64,11 +62,7 @@ def _with_labels(config: ConfigDict, held_out: Source) -> Source:
     return read_source(config.data.eval)
 
 
-def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> None:
-    """Nothing more than the numbers of images, which the loop tells."""
-    del log, workdir, train, held_out
-
-
+announce = unlabelled.announce
 make_preprocessing = images.make_preprocessing
 load_preprocessing = images.load_preprocessing
 
@@ -85,7 +79,7 @@ def training_data(
     Raises:
       UserError: images smaller than what the model takes.
     """
-    images.check_sizes(source, preprocessing)
+    unlabelled.check_sizes(source, preprocessing)
     square = _square(config, preprocessing)
     return images.make_training_batches(config, source, square, damage, first_batch)
 
@@ -119,12 +113,7 @@ def make_objective(
       UserError: a model that is no ViT, crops that don't fit it, or a recipe that needs labels.
     """
     del mesh
-    others = [name for name in config.recipes if name not in RECIPES]
-    if others:
-        raise UserError(
-            f"config.recipes: {others[0]} is not for images without labels: take lora alone, or "
-            "none"
-        )
+    unlabelled.check_recipes(config)
     settings = _settings(config, model, predicts)
     watch = metrics.Watch(
         prototypes=model.prototypes,
@@ -217,42 +206,10 @@ def make_outputs(
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Some evaluation images and their patches.
+class Evaluation(unlabelled.Evaluation):
+    """The features of a whole dataset."""
 
-    Attributes:
-      index: i[n], rows in the source.
-      tokens: f[n, N, D].
-    """
-
-    index: np.ndarray
-    tokens: np.ndarray
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The features of a whole dataset.
-
-    Attributes:
-      summary: see metrics.summarize.
-      pictures: of some images.
-      damaged: names of images that could not be read and are not counted.
-    """
-
-    summary: dict[str, Any]
-    pictures: Pictures
-    damaged: tuple[str, ...]
-
-    def line(self) -> str:
-        """The summary for the screen."""
-        shown = [name for name in reported if self.summary[name] is not None]
-        text = "  ".join(f"{name} {self.summary[name]:.4f}" for name in shown)
-        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
-        return f"evaluation on {self.summary['count']} images: {text}{skipped}"
-
-    def lines(self) -> list[str]:
-        """No more than that."""
-        return []
+    reported: ClassVar[tuple[str, ...]] = reported
 
     def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
         """A rank that falls; what training itself tells is said while it trains."""
@@ -270,13 +227,8 @@ def make_evaluate(
 ) -> Callable[..., Evaluation]:
     """A function (trainable, frozen, model_state) -> Evaluation over the whole source."""
 
-    def features(*arguments: Any) -> dict[str, jax.Array]:  # the tokens of all images are too many
-        outputs = outputs_fn(*arguments)
-        return {name: outputs[name] for name in ("token", "label", "mask", "index")}
-
-    batches = images.make_batches(config, preprocessing)
-    run_over = make_run_over(features, mesh, batches, batch_size=config.evaluate.batch_size)
-    draw = _make_pictures(config, outputs_fn, mesh, source, preprocessing)
+    run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, ("token", "label"))
+    draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
 
     def evaluate(trainable, frozen, model_state) -> Evaluation:
         found, damaged = run_over(source, trainable, frozen, model_state)
@@ -291,29 +243,6 @@ def make_evaluate(
     return evaluate
 
 
-def _make_pictures(
-    config: ConfigDict,
-    outputs_fn: Callable[..., Mapping[str, jax.Array]],
-    mesh: Mesh,
-    source: Source,
-    preprocessing: Preprocessing,
-) -> Callable[..., Pictures]:
-    """A function (trainable, frozen, model_state) -> evenly spread images and their patches."""
-    rows = np.unique(np.linspace(0, len(source) - 1, SHOWN).astype(int))
-    part = replace(source, labels=source.labels[rows], rows=source.rows[rows])
-    batches = images.make_batches(config, preprocessing)
-    run_over = make_run_over(outputs_fn, mesh, batches, batch_size=len(part))
-
-    def draw(trainable, frozen, model_state) -> Pictures:
-        try:
-            found, _ = run_over(part, trainable, frozen, model_state)
-        except UserError:  # not one of these can be read
-            return Pictures(rows[:0], np.zeros((0, 0, 0)))
-        return Pictures(rows[found["index"]], np.asarray(found["patch_tokens"], np.float32))
-
-    return draw
-
-
 # Results ----------------------------------------------------------------------------------------
 
 
@@ -326,23 +255,24 @@ def write_results(
 ) -> dict[str, str]:
     """Pictures of an evaluation; returns {file: what it is}."""
     del config
-    if not len(result.pictures.index):
+    if not len(result.pictures["index"]):
         return {}
     _draw(workdir / "patches.png", source, result.pictures, preprocessing)
     return {"patches.png": "images, and the main components of their patches as colors"}
 
 
-def _draw(path: Path, source: Source, pictures: Pictures, preprocessing: Preprocessing) -> None:
+def _draw(
+    path: Path, source: Source, pictures: unlabelled.Outputs, preprocessing: Preprocessing
+) -> None:
     from vision_jax.tasks.self_distillation import figures  # matplotlib, only where it draws
 
-    views = [
-        eval_transform(source.open(int(row))["image"], preprocessing) for row in pictures.index
-    ]
+    views = unlabelled.read_views(source, pictures["index"], preprocessing)
+    tokens = np.asarray(pictures["patch_tokens"], np.float32)
     height, width = preprocessing.image_size
-    patches = pictures.tokens.shape[1]
+    patches = tokens.shape[1]
     rows = round((patches * height / width) ** 0.5)
-    colors = figures.color_patches(pictures.tokens, (rows, patches // rows))
-    figures.draw_patches(np.stack(views), colors, path)
+    colors = figures.color_patches(tokens, (rows, patches // rows))
+    figures.draw_patches(views, colors, path)
 
 
 def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Path) -> None:
@@ -357,31 +287,22 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     Raises:
       UserError: none of the files can be read.
     """
-    count = len(names)
-    reader = FileReader(Path(), tuple(names))
-    source = Source("--images", (), np.zeros(count, np.int32), np.arange(count), reader)
+    mesh, preprocessing, source = trained.mesh, trained.preprocessing, unlabelled.source_of(names)
     outputs_fn = make_outputs(
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
-
-    def features(*arguments: Any) -> dict[str, jax.Array]:
-        outputs = outputs_fn(*arguments)
-        return {name: outputs[name] for name in ("token", "mask", "index")}
-
-    batches = images.make_batches(config, trained.preprocessing)
-    size = min(count, config.evaluate.batch_size)
-    run_over = make_run_over(features, trained.mesh, batches, batch_size=size)
+    size = min(len(names), config.evaluate.batch_size)
+    run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, ("token",), size)
     found, damaged = run_over(source, *trained.arguments)
-    draw = _make_pictures(config, outputs_fn, trained.mesh, source, trained.preprocessing)
+    draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
     pictures = draw(*trained.arguments)
     if jax.process_index():
         return
     _say_neighbors(names, found["index"], np.asarray(found["token"], np.float64))
-    for name in damaged:
-        say(f"skipped, it can't be read: {printable(name)}")
-    if len(pictures.index):
+    unlabelled.say_skipped(damaged)
+    if len(pictures["index"]):
         out.mkdir(parents=True, exist_ok=True)
-        _draw(out / "patches.png", source, pictures, trained.preprocessing)
+        _draw(out / "patches.png", source, pictures, preprocessing)
         say(f"wrote {out / 'patches.png'}")
 
 

@@ -1,0 +1,208 @@
+"""What tasks on images without labels share: sources, passes over images, pictures of some."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.sources import FileReader, Source, hold_out, read_unlabelled, subset
+from vision_jax.data.transforms import Preprocessing, eval_transform, size_of
+from vision_jax.errors import UserError, printable
+from vision_jax.evaluation import make_run_over
+from vision_jax.logging import RunLog, say
+from vision_jax.tasks import images
+
+Outputs = Mapping[str, np.ndarray]
+
+TRIED = 16  # images whose size is looked at before training
+SHOWN = 8  # images in a picture of some
+RECIPES = ("lora",)  # that make sense without labels
+
+# Sources ----------------------------------------------------------------------------------------
+
+
+def read_sources(config: ConfigDict) -> tuple[Source, Source]:
+    """The training and the evaluation images, without labels.
+
+    Raises:
+      UserError: what the sources refuse, or fewer training images than a batch has.
+    """
+    train = read_unlabelled(config.data.train)
+    if config.data.eval:
+        held_out = read_unlabelled(config.data.eval)
+    else:
+        train, held_out = hold_out(train, config.data.holdout, config.seed)
+    if config.data.subset:
+        train = subset(train, config.data.subset, config.seed)
+    if len(train) < config.batch_size:
+        raise UserError(
+            f"{train.name}: {len(train)} images to train on are fewer than a batch of "
+            f"{config.batch_size}, which would hold some twice: add images, or set "
+            "config.batch_size"
+        )
+    return train, held_out
+
+
+def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
+    """The evaluation images alone, for a finished run."""
+    del class_names  # none
+    if config.data.eval:
+        return read_unlabelled(config.data.eval)
+    return hold_out(read_unlabelled(config.data.train), config.data.holdout, config.seed)[1]
+
+
+def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> None:
+    """Nothing more than the numbers of images, which the loop tells."""
+    del log, workdir, train, held_out
+
+
+def check_sizes(source: Source, preprocessing: Preprocessing) -> None:
+    """Enlarged images have no detail to learn from: refused if all that are tried are so.
+
+    Raises:
+      UserError: images smaller than what the model takes.
+    """
+    height, width = preprocessing.image_size
+    largest = (0, 0)
+    for row in _spread(len(source), TRIED):
+        try:
+            size = size_of(source.open(int(row))["image"])
+        except DamagedImageError:  # counted and named when its turn comes
+            continue
+        if size[0] >= height and size[1] >= width:
+            return
+        largest = max(largest, size, key=min)
+    if largest != (0, 0):
+        raise UserError(
+            f"{source.name}: images of {largest[0]} x {largest[1]} pixels are smaller than the "
+            f"model's {height} x {width}, and enlarged ones have no detail to learn from: set "
+            "config.model.image_size to at most "
+            f"{min(largest)}, a multiple of the patch, or take larger images"
+        )
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """i[n]: at most so many rows, evenly spread over all."""
+    return np.unique(np.linspace(0, count - 1, most).astype(int))
+
+
+def check_recipes(config: ConfigDict) -> None:
+    """Raises UserError for a recipe that needs labels."""
+    others = [name for name in config.recipes if name not in RECIPES]
+    if others:
+        raise UserError(
+            f"config.recipes: {others[0]} is not for images without labels: take lora alone, or "
+            "none"
+        )
+
+
+# Evaluation -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is found over a whole dataset.
+
+    Attributes:
+      reported: of the summary, what goes to metrics.jsonl.
+      summary: figures by name.
+      pictures: outputs of some images, with "index" i[n], their rows in the source.
+      damaged: names of images that could not be read and are not counted.
+    """
+
+    reported: ClassVar[tuple[str, ...]] = ()
+
+    summary: dict[str, Any]
+    pictures: Outputs
+    damaged: tuple[str, ...]
+
+    def line(self) -> str:
+        """The summary for the screen."""
+        shown = [name for name in self.reported if self.summary[name] is not None]
+        text = "  ".join(f"{name} {self.summary[name]:.4f}" for name in shown)
+        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
+        return f"evaluation on {self.summary['count']} images: {text}{skipped}"
+
+    def lines(self) -> list[str]:
+        """No more than that: there are no classes."""
+        return []
+
+
+def make_pass(
+    config: ConfigDict,
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    preprocessing: Preprocessing,
+    names: Sequence[str],
+    batch_size: int = 0,
+) -> Callable[..., tuple[dict[str, np.ndarray], tuple[str, ...]]]:
+    """`evaluation.make_run_over` of some outputs alone: all of all images may be too many.
+
+    Args:
+      config: of the run.
+      outputs_fn: a batch's outputs, "mask" and "index" among them.
+      mesh: of the devices.
+      preprocessing: of the images.
+      names: of the outputs that are kept, besides these two.
+      batch_size: 0 takes the config's.
+    """
+
+    def kept(*arguments: Any) -> dict[str, jax.Array]:
+        outputs = outputs_fn(*arguments)
+        return {name: outputs[name] for name in (*names, "mask", "index")}
+
+    batches = images.make_batches(config, preprocessing)
+    return make_run_over(kept, mesh, batches, batch_size=batch_size or config.evaluate.batch_size)
+
+
+def make_pictures(
+    config: ConfigDict,
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    source: Source,
+    preprocessing: Preprocessing,
+    names: Sequence[str],
+) -> Callable[..., Outputs]:
+    """A function (trainable, frozen, model_state) -> outputs of evenly spread images.
+
+    Beside the named ones there is "index" i[n], rows in the source, n 0 if none can be read.
+    """
+    rows = _spread(len(source), SHOWN)
+    part = replace(source, labels=source.labels[rows], rows=source.rows[rows])
+    run_over = make_pass(config, outputs_fn, mesh, preprocessing, names, batch_size=len(part))
+
+    def draw(trainable, frozen, model_state) -> Outputs:
+        try:
+            found, _ = run_over(part, trainable, frozen, model_state)
+        except UserError:  # not one of these can be read
+            return {"index": rows[:0]}
+        return {**found, "index": rows[found["index"]]}
+
+    return draw
+
+
+def read_views(source: Source, rows: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """u8[n, H, W, C]: images as evaluation sees them."""
+    return np.stack([eval_transform(source.open(int(r))["image"], preprocessing) for r in rows])
+
+
+# Files of predict -------------------------------------------------------------------------------
+
+
+def source_of(names: Sequence[str]) -> Source:
+    """Image files by their names."""
+    count = len(names)
+    reader = FileReader(Path(), tuple(names))
+    return Source("--images", (), np.zeros(count, np.int32), np.arange(count), reader)
+
+
+def say_skipped(names: Sequence[str]) -> None:
+    """Lines about files that can't be read."""
+    for name in names:
+        say(f"skipped, it can't be read: {printable(name)}")
