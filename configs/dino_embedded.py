@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     config.dino.blur = (0.1, 0.7)
     config.dino.solarize = 0.0
     config.dino.frozen_steps = 60
-    config.dino.neighbors = 20
+    config.probe.data = "embedded:fashion_mnist/train"
 
     config.evaluate.every = 200
     config.evaluate.batch_size = 500

@@ -12,7 +12,7 @@ layer decay 0.9 and a fifth of the rate for the patch embedding; teacher's momen
 temperature 0.04 to 0.07 over 30 epochs; 2 crops of 224 pixels and 8 of 98; the loss of masked
 patches and KoLeo 0.1. Sinkhorn-Knopp and a head of their own for patches are the larger models'.
 
-On images of your own: --config.data.train=FOLDER --config.data.eval= --config.dino.neighbors=0 and,
+On images of your own: --config.data.train=FOLDER --config.data.eval= --config.probe.data= and,
 from a ViT, --config.model.variant= --config.model.weights=timm://vit_small_patch14_dinov2.lvd142m
 """
 
@@ -62,7 +62,9 @@ def get_config() -> ConfigDict:
     config.dino.frozen_steps = EPOCH
     config.dino.patch_weight = 1.0
     config.dino.koleo_weight = 0.1
-    config.dino.neighbors = 20
+    config.probe.data = config.data.train
+    config.probe.subset = 100_000
+    config.probe.strength = 0.0  # minutes on so many, beside each evaluation
 
     config.evaluate.every = 2 * EPOCH
     config.evaluate.batch_size = 1_024

@@ -421,7 +421,7 @@ def test_configs_that_come_along_are_found_from_any_folder(tmp_path, monkeypatch
     assert load_config("./configs/detr_tiny.py:composites", {}).data.max_boxes == 12
     with pytest.raises(UserError, match=r"did you mean `configs/vit_lora.py`"):
         load_config("vit_lora", {})
-    with pytest.raises(UserError, match=r"the package brings configs/detr_finetune.py, "):
+    with pytest.raises(UserError, match=r"the package brings configs/continue_pretraining.py, "):
         load_config("xyz", {})
     with pytest.raises(UserError, match=r"fields are set with --config.FIELD=VALUE"):
         load_config("optim.lr=1", {})
@@ -452,10 +452,11 @@ def test_help_of_a_field_a_section_and_all():
         "  help     the peak of the learning rate",
         "  default  0.001; of detection 0.0001",
         "  type     float, at least 0, and finite",
-        "  tasks    classification, detection, pretraining, self_distillation, image_text",
+        "  tasks    classification, detection, pretraining, self_distillation, contrastive, "
+        "image_text",
     ]
     assert [line for line in explain("data.crop") if "tasks" in line] == [
-        "  tasks    classification, pretraining, self_distillation, image_text",
+        "  tasks    classification, pretraining, self_distillation, contrastive, image_text",
         "  tasks    detection",
     ]
     section = [line for line in explain("loss") if not line.startswith(" ")]

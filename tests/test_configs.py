@@ -19,6 +19,7 @@ LOADED = [load_config(str(path), {}) for path in CONFIGS]
 SMALLER_RESNET = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8}
 SMALLER_DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 SMALLER_HEAD = {"prototypes": 16, "head_width": 8, "bottleneck": 4}
+SMALLER_PROJECTION = {"head_width": 8, "projection": 4}
 SMALLER_TEXT = {
     "vocab_size": 300, "text_length": 8, "text_width": 16, "text_depth": 1, "text_num_heads": 2,
     "text_mlp_width": 16,
@@ -58,6 +59,8 @@ def small(path: Path):
     elif load_config(str(path), {}).task == "self_distillation":
         changes["model.arguments"] = repr(tuple((SMALLER | SMALLER_HEAD).items()))
         changes |= {"dino.view_size": "0", "dino.local_size": "8"}
+    elif load_config(str(path), {}).task == "contrastive":
+        changes["model.arguments"] = repr(tuple((SMALLER | SMALLER_PROJECTION).items()))
     elif load_config(str(path), {}).task == "image_text":
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER | SMALLER_TEXT).items()))
         changes |= {"text.length": "8", "text.vocab_size": "300"}
@@ -68,6 +71,11 @@ def small(path: Path):
         changes["model.arguments"] = repr(tuple(SMALLER.items()))
     elif "stem_size" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER_RESNET).items()))
+    if path.stem == "continue_pretraining":  # the ViT's own sizes are its weights'
+        changes["model.arguments"] = repr(tuple(SMALLER_HEAD.items()))
+        changes["dino.local_crops"] = "2"
+    if "probe" in load_config(str(path), {}) and load_config(str(path), {}).probe.data:
+        changes |= {"probe.data": changes["data.train"], "probe.subset": "0"}
     return load_config(str(path), changes)
 
 

@@ -40,7 +40,9 @@ from vision_jax.tasks.pretraining.figures import reconstruct
 DECODER = {
     "decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2, "decoder_mlp_width": 32,
 }  # fmt: skip
-TINY = {"model.arguments": repr(tuple((ENCODER | DECODER).items()))}
+TINY = {
+    "model.arguments": repr(tuple((ENCODER | DECODER).items())),
+}
 
 
 def tiny(**more):
@@ -51,7 +53,9 @@ def tiny(**more):
 def finished(tmp_path_factory):
     """(the workdir of a finished run, how often its step was compiled)."""
     workdir = tmp_path_factory.mktemp("mae") / "run"
-    return workdir, finish(tiny(optim__ema_decay=0.5, optim__accumulate=2), workdir)
+    labelled = f"cifar10:{runs.inputs()}/train"
+    config = tiny(optim__ema_decay=0.5, optim__accumulate=2, probe__data=labelled)
+    return workdir, finish(config, workdir)
 
 
 def test_a_run_leaves_its_figures_and_compiles_once(finished):
@@ -60,7 +64,8 @@ def test_a_run_leaves_its_figures_and_compiles_once(finished):
     records = read_metrics(workdir / "metrics.jsonl")
     losses = {r["step"]: r["eval/loss"] for r in records if "eval/loss" in r}
     assert sorted(losses) == [3, 6]
-    assert all("eval/spread" in r for r in records if "eval/loss" in r)
+    others = ("spread", "knn", "linear", "few_shot", "rank")
+    assert all(f"eval/{name}" in r for r in records if "eval/loss" in r for name in others)
     assert best_step(workdir, "loss", "lowest") == min(losses, key=losses.get)
     with Image.open(workdir / "reconstructions.png") as image:
         assert image.width > image.height > 300
@@ -190,7 +195,7 @@ def share_of_supervised(variant, encoder=(), decoder=(), **fields):
     own = {**common, "model__arguments": repr((*encoder, *decoder))}
     mae = load_config(str(runs.ROOT / "configs/mae_embedded.py"), overrides(TINY, **own))
     labels = load_config(
-        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels", overrides(TINY, **common)
+        str(runs.ROOT / "configs/mae_embedded.py") + ":few_labels", overrides({}, **common)
     )
     return flops(mae, ()) / flops(labels, tuple(map(str, range(1000))))
 
@@ -273,7 +278,10 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     (tar / "none.tar").write_bytes(bytes(10240))
     pyarrow.parquet.write_table(pyarrow.table({"a": [1], "b": ["x"]}), tmp_path / "b.parquet")
     cases = (
-        ({"data__train": two, "data__eval": ""}, "1 images to train on are fewer than a batch"),
+        (
+            {"data__train": two, "data__eval": ""},
+            "1 images to train on are fewer than a batch",
+        ),
         ({"data__train": small, "data__eval": ""}, "images of 20 x 12 pixels are smaller than"),
         ({"data__train": empty}, "no image in it or below"),
         ({"data__train": tar}, "0.tar: a damaged or truncated tar file"),

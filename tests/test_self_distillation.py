@@ -28,7 +28,7 @@ from vision_jax.config import load_config
 from vision_jax.logging import read_metrics
 from vision_jax.run.prepare import prepare
 from vision_jax.run.restore import restore
-from vision_jax.tasks.self_distillation import task
+from vision_jax.tasks import features
 
 HEAD = {"prototypes": 16, "head_width": 24, "head_depth": 2, "bottleneck": 8}
 TINY = {
@@ -38,7 +38,9 @@ TINY = {
     "dino.local_size": 8,
     "dino.local_crops": 2,
     "dino.frozen_steps": 2,
-    "dino.neighbors": 5,
+    "probe.data": f"cifar10:{runs.inputs()}/train",
+    "probe.neighbors": 5,
+    "probe.shots": 2,
 }
 DINOV2 = {"dino__patch_weight": 1.0, "dino__koleo_weight": 0.1, "dino__centering": "sinkhorn"}
 SEPARATE = repr(tuple((ENCODER | HEAD | {"patch_prototypes": 12}).items()))
@@ -63,7 +65,10 @@ def test_a_run_leaves_its_figures_and_compiles_once(finished):
     ranks = {r["step"]: r["eval/rank"] for r in records if "eval/rank" in r}
     assert sorted(ranks) == [3, 6]
     assert all(1 <= rank <= 20 for rank in ranks.values())
-    assert all(0 <= r["eval/knn"] <= 1 for r in records if "eval/knn" in r)
+    for name in features.OF_LABELS:
+        shares = [r[f"eval/{name}"] for r in records if f"eval/{name}" in r]
+        assert len(shares) == 2
+        assert all(0 <= share <= 1 for share in shares)
     first = next(r for r in records if r["step"] == 1)
     named = ("dino", "patch", "teacher_entropy", "batch_entropy", "feature_spread")
     assert all(np.isfinite(first[f"train/{name}"]) for name in named)
@@ -149,7 +154,7 @@ def test_an_interrupted_run_is_bit_identical(recipe, tmp_path, monkeypatch):
     config = tiny(**recipe, model__arguments=SEPARATE if recipe else TINY["model.arguments"])
     assert train.run(config, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(task.Evaluation, "line", lambda evaluation: 1 / 0)
+        patch.setattr(features.Evaluation, "line", lambda evaluation: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.run(config, tmp_path / "parts")
     assert train.run(config, tmp_path / "parts") == 0
@@ -190,7 +195,6 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     cases = (
         ({"batch_size": 64}, "48 images to train on are fewer than a batch of 64"),
         ({"data__train": small, "data__holdout": 0.1}, "images of 8 x 10 pixels are smaller than"),
-        ({"data__eval": ""}, "config.dino.neighbors asks the labels of config.data.eval"),
         ({"optim__ema_decay": 0}, "is the teacher's momentum: set it to 0.996, say"),
         ({"dino__local_size": 6}, "take a multiple of the patch, 4"),
         ({"dino__patch_weight": 1, "dino__mask_ratio": "(0.05, 0.1)"}, "3 x 3 patches it masks"),

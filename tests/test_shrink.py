@@ -225,6 +225,10 @@ ROWS = {
         {"block": (1,)},
         {**VIT, "num_classes": 0, "depth": 2, "prototypes": 6, "head_width": 8, "bottleneck": 4},
     ),
+    "simclr": (
+        {"block": (1,)},
+        {**VIT, "num_classes": 0, "depth": 2, "head_width": 8, "projection": 4},
+    ),
     "siglip": (
         {"block": (1,), "text/block": (0, 2)},
         {**VIT, "num_classes": 0, "depth": 2, "vocab_size": 9, "text_length": 4, "text_width": 8,

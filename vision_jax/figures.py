@@ -29,8 +29,8 @@ def draw_curves(
 
     Args:
       records: as `logging.read_metrics` gives them. Drawn are `train/loss`, `eval/loss`,
-        `eval/NAME` of each metric and `train/learning_rate`, as far as there are any; values that
-        are not finite are left out.
+        `eval/NAME` of each metric, `eval/rank` and `train/learning_rate`, as far as there are any;
+        values that are not finite are left out.
       metrics: shares in [0, 1]; the first one's best is written above.
     """
     figure = Figure(figsize=(13, 3.8), dpi=120, layout="constrained")
@@ -52,6 +52,12 @@ def draw_curves(
             text = f"best {label} {values[best]:.2%} at step {steps[best]:,}"
             shares.set_title(text, loc="right", fontsize=9, color=INK)
     _dress(shares, "Evaluation", "%")
+    steps, values = _series(records, "eval/rank")
+    if len(steps):
+        ranks = shares.twinx()
+        ranks.plot(steps, values, color=INK, linestyle=":", linewidth=1.5)
+        ranks.set_ylabel("rank of the features (dotted)", color=INK)
+        ranks.spines["top"].set_visible(False)
 
     rate.plot(*_series(records, "train/learning_rate"), color=GREEN, linewidth=2)
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")

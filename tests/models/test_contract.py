@@ -286,6 +286,22 @@ CASES = {
         # Nothing is masked here, and patches are not asked for; the key's norm as an MAE's.
         without_gradient=r"mask_token|ibot_head/.*|.*/k_norm/bias",
     ),
+    "simclr": Case(
+        {"num_classes": 0, "image_size": (12, 8), "patch_size": 4, "width": 16, "depth": 2,
+         "num_heads": 2, "mlp_width": 24, "num_registers": 1, "head_width": 12, "head_depth": 3,
+         "projection": 6},
+        features=("embed", "block_0", "block_1", "normed"),
+        layers={"pos_embed": 0, "block_1/mlp/fc1/kernel": 2, "norm/scale": 2,
+                "contrastive_head/fc1/kernel": 3, "contrastive_head/fc3/bias": 3},
+        size=(12, 8),
+        forms={
+            "everything": {"distillation_token": True, "num_registers": 2, "pre_norm": True,
+                           "qk_norm": True, "gated_mlp": True, "layer_scale": 0.5},
+            "patches alone": {"class_token": False, "position_prefix": 0, "pool": "avg",
+                              "num_registers": 0},
+        },
+        without_gradient=r".*/k_norm/bias",
+    ),
     "nanodet": Case(
         {"num_classes": 3, "stem_width": 4, "depths": (1, 1, 1, 2), "width": 8, "bins": 4},
         features=("stem", "level_0", "level_1", "level_2"),
@@ -490,6 +506,7 @@ COUNTS = {
     "mae_vit_base_patch16": 111_907_840,
     "mae_vit_large_patch16": 329_541_888,
     "dino_vits16": 43_952_640,
+    "simclr_vits16": 22_716_416,
     "siglip_base_patch16_224": 203_155_970,
     "nanodet_g": 3_792_885,
     "yolox_nano": 914_304,
@@ -541,7 +558,12 @@ def test_layers_cover_every_parameter_in_order(family, form):
     assert set(layers.values()) <= set(range(model.num_layers))
     assert layers[model.stem] == 0
     head = "head" if family in CLASSIFIERS else "class_head"
-    known = {"mae": "decoder/pred", "dino": "dino_head", "siglip": "text/head"}
+    known = {
+        "mae": "decoder/pred",
+        "dino": "dino_head",
+        "simclr": "contrastive_head",
+        "siglip": "text/head",
+    }
     head = known.get(family, head)
     heads = [layer for path, layer in layers.items() if re.match(rf"(head_\d/)?{head}/", path)]
     assert len(heads) >= 2
@@ -588,6 +610,8 @@ def test_features_and_strides(family, form, whole):
         classes = model.patch_size**2 * model.in_channels
     elif family == "dino":
         classes = model.prototypes
+    elif family == "simclr":
+        classes = model.projection
     elif family == "siglip":
         classes = features["pooled"].shape[-1]
     assert main_of(outputs).shape[-1] == classes

@@ -1,9 +1,9 @@
-"""Nearest neighbours and few-shot regression against plain loops in float64."""
+"""Nearest neighbours, few-shot and logistic regression against plain loops in float64."""
 
 import numpy as np
 import pytest
 
-from vision_jax.ops.probe import L2, few_shot_predict, knn_predict
+from vision_jax.ops.probe import L2, few_shot_predict, fit_logistic, knn_predict
 
 CLASSES = 4
 
@@ -78,3 +78,46 @@ def test_both_forms_of_the_system_agree(clusters):
     kernel = np.linalg.solve(x.T @ x + L2 * np.eye(121), x.T @ (2.0 * np.eye(CLASSES)[labels] - 1))
     expected = (np.c_[(wide_test - mean) / std, np.ones(30)] @ kernel).argmax(-1)
     np.testing.assert_array_equal(few, expected)
+
+
+def newton(x, labels, strength):
+    """scikit-learn's problem by whole Newton steps: kernel and bias, f64[D + 1, C]."""
+    x = np.pad(x, ((0, 0), (0, 1)), constant_values=1)
+    penalty = np.repeat(np.append(np.ones(x.shape[1] - 1), 1e-9), CLASSES)  # next to none of a bias
+    flat = np.zeros(x.shape[1] * CLASSES)
+    for _ in range(30):
+        logits = x @ flat.reshape(-1, CLASSES)
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        gradient = strength * (x.T @ (p - np.eye(CLASSES)[labels])).ravel() + penalty * flat
+        hessian = np.diag(penalty)
+        for row, probabilities in zip(x, p, strict=True):
+            curved = np.diag(probabilities) - np.outer(probabilities, probabilities)
+            hessian += strength * np.kron(np.outer(row, row), curved)
+        flat = flat - np.linalg.solve(hessian, gradient)
+    assert np.abs(gradient).max() < 1e-8
+    return flat.reshape(-1, CLASSES)
+
+
+@pytest.mark.parametrize("strength", [0.02, 1.0])
+def test_the_linear_probe_is_the_solution_that_newton_finds(clusters, strength):
+    train, labels, test, _ = clusters
+    predict = fit_logistic(train, labels, num_classes=CLASSES, strength=strength)
+    x = np.float64(train)
+    mean, std = x.mean(0), x.std(0)
+    solution = newton((x - mean) / std, labels, strength)
+    logits = (test - mean) / std @ solution[:-1] + solution[-1]
+    shift = (predict(test) - logits).mean()  # of all biases, which changes nothing
+    np.testing.assert_allclose(predict(test) - shift, logits, atol=2e-4)
+    again = fit_logistic(train, labels, num_classes=CLASSES, strength=strength)
+    np.testing.assert_array_equal(again(test), predict(test))
+
+
+def test_the_linear_probe_takes_features_that_say_nothing(clusters):
+    """A constant one, and one twice."""
+    train, labels, test, _ = clusters
+    predict = fit_logistic(train, labels, num_classes=CLASSES, strength=1.0)
+    more = [np.concatenate([x, x[:, :1], 0 * x[:, :1] + 3], axis=1) for x in (train, test)]
+    wider = fit_logistic(more[0], labels, num_classes=CLASSES, strength=1.0)
+    assert (wider(more[1]).argmax(1) == predict(test).argmax(1)).mean() > 0.9
+    assert np.isfinite(wider(more[1])).all()

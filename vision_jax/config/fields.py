@@ -17,6 +17,7 @@ TASKS = {  # see tasks/api.py
     "detection": "vision_jax.tasks.detection.task",
     "pretraining": "vision_jax.tasks.pretraining.task",
     "self_distillation": "vision_jax.tasks.self_distillation.task",
+    "contrastive": "vision_jax.tasks.contrastive.task",
     "image_text": "vision_jax.tasks.image_text.task",
 }
 RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
@@ -25,7 +26,9 @@ RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
     "adversarial": "vision_jax.recipes.adversarial.recipe",
 }
 CLASSIFICATION, DETECTION, PRETRAINING = "classification", "detection", "pretraining"
-SELF_DISTILLATION, IMAGE_TEXT = "self_distillation", "image_text"
+SELF_DISTILLATION, CONTRASTIVE = "self_distillation", "contrastive"
+IMAGE_TEXT = "image_text"
+UNLABELLED = (PRETRAINING, SELF_DISTILLATION, CONTRASTIVE)
 # What distill.features may compare (recipes/distillation/objective.py).
 FEATURES = (
     "hint",
@@ -186,6 +189,10 @@ FACTORS = Check(
     lambda value: len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1],
     "two factors above 0, the smaller first",
 )
+SIGMAS = Check(
+    lambda value: value == () or FACTORS.fits(value),
+    "two standard deviations above 0, the smaller first, or ()",
+)
 SEVERITIES = Check(
     lambda values: len(values) > 0 and all(type(x) is int and 1 <= x <= 5 for x in values),
     "whole numbers from 1 to 5",
@@ -282,6 +289,7 @@ FIELDS = (
         detection=(r"((proposals|head)_\d+/)?class_head/.*",),
         pretraining=("decoder/.*",),
         self_distillation=("(dino|ibot)_head/.*|mask_token|(patch_)?center",),
+        contrastive=("contrastive_head/.*",),
         image_text=("text/.*|logit_(scale|bias)",),
     ),
     _field(
@@ -576,8 +584,7 @@ FIELDS = (
         ANY,
         "images to leave out of data.train: a file that vision_jax doctor --exclude wrote",
         CLASSIFICATION,
-        PRETRAINING,
-        SELF_DISTILLATION,
+        *UNLABELLED,
         IMAGE_TEXT,
     ),
     _field(
@@ -607,8 +614,7 @@ FIELDS = (
         SHARE,
         "evaluation view: side of the center crop, as a share; 0 takes the weights' own",
         CLASSIFICATION,
-        PRETRAINING,
-        SELF_DISTILLATION,
+        *UNLABELLED,
         IMAGE_TEXT,
     ),
     _field("data.interpolation", "", FILTER, "filter of resizing; empty: the weights' own"),
@@ -632,10 +638,10 @@ FIELDS = (
         one_of("random_resized", "pad", "none"),
         "training view: the crop; pad shifts by up to 1/8 of the size",
         CLASSIFICATION,
-        PRETRAINING,
-        SELF_DISTILLATION,
+        *UNLABELLED,
         IMAGE_TEXT,
         self_distillation="none",
+        contrastive="none",
         image_text="none",
     ),
     _field(
@@ -644,8 +650,7 @@ FIELDS = (
         AREAS,
         "smallest and largest area of a random_resized crop, as shares of the image",
         CLASSIFICATION,
-        PRETRAINING,
-        SELF_DISTILLATION,
+        *UNLABELLED,
         IMAGE_TEXT,
         pretraining=(0.2, 1.0),
     ),
@@ -690,6 +695,7 @@ FIELDS = (
         ANY,
         "training view: flip half of the images horizontally",
         self_distillation=False,
+        contrastive=False,
         image_text=False,
     ),
     _field(
@@ -839,10 +845,7 @@ FIELDS = (
     _field(
         "dino.blur",
         (0.1, 2.0),
-        Check(
-            lambda value: value == () or (FACTORS.fits(value)),
-            "two standard deviations above 0, the smaller first, or ()",
-        ),
+        SIGMAS,
         "smallest and largest standard deviation of the views' blur in pixels; () blurs none",
         SELF_DISTILLATION,
     ),
@@ -927,13 +930,87 @@ FIELDS = (
         "end a run that has collapsed, instead of a warning",
         SELF_DISTILLATION,
     ),
+    # Contrastive learning's: SimCLR.
     _field(
-        "dino.neighbors",
+        "contrastive.view_size",
         0,
         FROM_0,
-        "evaluation: k of the nearest neighbors, by data.eval's labels; 0 reads no labels",
-        SELF_DISTILLATION,
+        "pixels a side of the square that views are cropped from; 0 takes model.image_size",
+        CONTRASTIVE,
     ),
+    _field(
+        "contrastive.scale",
+        (0.08, 1.0),
+        AREAS,
+        "smallest and largest area of a view, as shares of the square",
+        CONTRASTIVE,
+    ),
+    _field(
+        "contrastive.jitter",
+        1.0,
+        SHARE,
+        "strength of changed colors in the views, 1 the paper's; 0 changes none",
+        CONTRASTIVE,
+    ),
+    _field(
+        "contrastive.blur",
+        (0.1, 2.0),
+        SIGMAS,
+        "smallest and largest standard deviation of the views' blur in pixels; () blurs none",
+        CONTRASTIVE,
+    ),
+    _field("contrastive.blurred", 0.5, SHARE, "share of the views that are blurred", CONTRASTIVE),
+    _field(
+        "contrastive.temperature",
+        0.5,
+        ABOVE_0,
+        "temperature of the loss; the lower, the more the nearest others count",
+        CONTRASTIVE,
+    ),
+    _field(
+        "contrastive.stop",
+        False,
+        ANY,
+        "end a run that has collapsed, instead of a warning",
+        CONTRASTIVE,
+    ),
+    # What the frozen features of these are worth, by labels.
+    _field(
+        "probe.data",
+        "",
+        ANY,
+        "labelled images that evaluation's probes learn from; data.eval's test them; empty: none",
+        *UNLABELLED,
+    ),
+    _field(
+        "probe.subset",
+        0,
+        FROM_0,
+        "number of these images, the classes in equal parts; 0 takes all",
+        *UNLABELLED,
+    ),
+    _field(
+        "probe.neighbors",
+        20,
+        FROM_0,
+        "k of the nearest neighbors, eval/knn; 0 asks none",
+        *UNLABELLED,
+    ),
+    _field(
+        "probe.strength",
+        1.0,
+        NOT_NEGATIVE,
+        "C of the linear probe's logistic regression, eval/linear; 0 fits none",
+        *UNLABELLED,
+    ),
+    _field(
+        "probe.shots",
+        10,
+        FROM_0,
+        "labels of each class in a regression on few, eval/few_shot; 0 fits none",
+        *UNLABELLED,
+    ),
+    _field("probe.repeats", 5, COUNT, "random choices of these few labels", *UNLABELLED),
     # Images and texts.
     _field(
         "text.path_column",
@@ -1014,11 +1091,11 @@ FIELDS = (
         FROM_0,
         "updates after which empty or constant predictions are warned of",
         DETECTION,
-        PRETRAINING,
-        SELF_DISTILLATION,
+        *UNLABELLED,
         IMAGE_TEXT,
         pretraining=200,
         self_distillation=100,
+        contrastive=100,
         image_text=100,
     ),
     _field(

@@ -21,6 +21,7 @@ from vision_jax.convert import (
     retinanet,
     rf_detr,
     siglip,
+    simclr,
     swin,
     vit,
     yolox,
@@ -49,6 +50,7 @@ TABLES: tuple[Table, ...] = (
     *nanodet.TABLES,
     *mae.TABLES,  # last: what these take is a ViT's too
     *dino.TABLES,
+    *simclr.TABLES,
     *siglip.TABLES,
 )
 ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
@@ -70,6 +72,7 @@ ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
         nanodet,
         mae,
         dino,
+        simclr,
         siglip,
     )
 )
@@ -83,8 +86,8 @@ def find_table(shapes: Shapes, family: str = "") -> Table:
 
     Args:
       shapes: by name.
-      family: "mae" keeps the decoder of an MAE's file, which is a ViT's otherwise, "dino" the heads
-        of a self-distilled one and "siglip" the text tower; others change nothing.
+      family: "mae" keeps the decoder of an MAE's file, which is a ViT's otherwise, "dino" and
+        "simclr" the heads of such a one and "siglip" the text tower; others change nothing.
 
     Raises:
       UserError: none; names the nearest candidates and what the file lacks of each.

@@ -25,7 +25,7 @@ import numpy as np
 from flax import linen as nn
 
 from vision_jax.models import vit
-from vision_jax.models.layers import ACTIVATIONS, Dense, layer_norm
+from vision_jax.models.layers import ACTIVATIONS, Dense
 from vision_jax.models.vit import ViT
 
 HEAD, PATCH_HEAD = "dino_head", "ibot_head"
@@ -143,12 +143,8 @@ class Dino(ViT):
         def hide(patches):  # [B, N, D]
             return jnp.where(masked[..., None], token.astype(patches.dtype), patches)
 
-        x = self._embed(images, train, None if masked is None else hide)
-        features = {"embed": x}
-        x, outputs = self._blocks(x, train)
-        features.update({f"block_{index}": output for index, output in enumerate(outputs)})
-        x = layer_norm("norm", self.layer_norm_eps, self.dtype)(x)
-        features["normed"] = x
+        features = self._tokens(images, train, None if masked is None else hide)
+        x = features["normed"]
         patches = x[:, self.num_prefix :]
         whole = x[:, 0] if self.class_token else patches.mean(1)
 

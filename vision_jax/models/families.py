@@ -26,6 +26,7 @@ from vision_jax.models import (
     retinanet,
     rf_detr,
     siglip,
+    simclr,
     swin,
     vit,
     yolox,
@@ -50,6 +51,7 @@ class Family:
         a box and classes of each anchor, of each point, which also says how central it is, or of
         each cell of its maps, whose box may be distributions of its sides (see
         tasks.detection.objective.PREDICTIONS); the pixels of patches; a likeness to prototypes;
+        vectors that are compared with each other;
         which images and texts belong together.
       pixel_mask: whether it takes padded images, f32[B, H, W, C], and beside them which pixels are
         some, bool[B, H, W].
@@ -74,6 +76,7 @@ class Family:
         "sides",
         "pixels",
         "prototypes",
+        "projections",
         "pairs",
     ] = "classes"
     pixel_mask: bool = False
@@ -146,6 +149,7 @@ FAMILIES: dict[str, Family] = {
     "rf_detr": Family(
         rf_detr.RfDetr, rf_detr.variant, "detection", "sigmoid_set", True, "backbone/"
     ),
+    "simclr": Family(simclr.SimClr, simclr.variant, "contrastive", "projections", wraps="vit"),
     "siglip": Family(siglip.Siglip, siglip.variant, "image_text", "pairs", wraps="vit"),
     "swin": Family(swin.Swin, swin.variant),
     "yolox": Family(

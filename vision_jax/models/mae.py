@@ -99,9 +99,11 @@ class Decoder(nn.Module):
 
 
 class Mae(ViT):
-    """Images f32[B, H, W, in_channels] in [0, 1] -> {"logits": f32[B, N, P·P·C]}, all patches.
+    """Images f32[B, H, W, in_channels] in [0, 1] -> a dict.
 
-    The normalization by `mean` and `std` is inside. Arguments are a ViT's, with num_classes 0, and:
+    "logits" f32[B, N, P·P·C], of all patches, and "token" f32[B, D], the mean of the encoder's
+    patches after its last norm. The normalization by `mean` and `std` is inside. Arguments are a
+    ViT's, with num_classes 0, and:
 
     Attributes:
       decoder_width, decoder_depth, decoder_num_heads, decoder_mlp_width: of the decoder; its
@@ -169,7 +171,9 @@ class Mae(ViT):
             remat=self.remat,
             name="decoder",
         )
-        result = {"logits": decoder(x, visible, train)}
+        wide = np.promote_types(self.dtype, np.float32)
+        token = x[:, self.num_prefix :].mean(1).astype(wide)
+        result = {"logits": decoder(x, visible, train), "token": token}
         return (result, features) if return_features else result
 
 

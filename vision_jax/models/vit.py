@@ -475,6 +475,15 @@ class ViT(nn.Module):
             x = layer_norm("norm_pre", self.layer_norm_eps, dtype)(x)
         return x
 
+    def _tokens(self, images, train, hide: Callable[[Any], Any] | None = None):
+        """{name: tokens f[B, P + N, D]}: "embed", "block_0" ... and "normed", all of these."""
+        x = self._embed(images, train, hide)
+        features = {"embed": x}
+        x, outputs = self._blocks(x, train)
+        features.update({f"block_{index}": output for index, output in enumerate(outputs)})
+        features["normed"] = layer_norm("norm", self.layer_norm_eps, self.dtype)(x)
+        return features
+
     def _blocks(self, x, train):
         arguments = {
             "num_heads": self.num_heads,

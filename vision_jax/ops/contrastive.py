@@ -1,8 +1,10 @@
-"""Losses of pairs: which image and which text belong together.
+"""Losses of pairs: which views belong to one image, and which image and text together.
 
-The sigmoid loss of SigLIP (Zhai et al. 2023, https://arxiv.org/abs/2303.15343, algorithm 1 and
-section 3.3, "efficient chunked implementation"): every pair of an image and a text is a yes or a
-no by itself, so a batch's matrix of pairs is a sum over its blocks and no device needs all of it.
+NT-Xent, SimCLR's (Chen et al. 2020, https://arxiv.org/abs/2002.05709, equation 1), is a choice
+among all of a batch. In the sigmoid loss of SigLIP (Zhai et al. 2023,
+https://arxiv.org/abs/2303.15343, algorithm 1 and section 3.3, "efficient chunked implementation")
+every pair of an image and a text is a yes or a no by itself, so a batch's matrix of pairs is a sum
+over its blocks and no device needs all of it.
 """
 
 from functools import partial
@@ -11,7 +13,44 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-# Scalars are 0-d arrays, so that they may be differentiated.
+SHORTEST = 1e-12  # of a vector that is divided by its length
+
+
+def unit(vectors: jax.Array) -> jax.Array:
+    """Vectors f[..., D] of length 1."""
+    squared = (vectors * vectors).sum(-1, keepdims=True)
+    return vectors / jnp.sqrt(jnp.maximum(squared, SHORTEST**2))  # without a gradient at zero
+
+
+def nt_xent_losses(projections: jax.Array, temperature: float) -> jax.Array:  # f[B]
+    """Each image's mean cross-entropy of telling a view's partner from all 2·B - 1 other views.
+
+    Of these one is the partner, and a view is not compared with itself. Views that are all alike
+    cost log(2·B - 1).
+
+    Args:
+      projections: f[B, 2, P], of the two views of each image, of any length.
+      temperature: that cosines are divided by.
+
+    Raises:
+      ValueError: not two views.
+
+    Examples:
+      >>> [round(float(x), 4) for x in nt_xent_losses(jnp.ones((2, 2, 3)), 0.5)]  # log 3
+      [1.0986, 1.0986]
+    """
+    count, of_each, _ = projections.shape
+    if of_each != 2:
+        raise ValueError(f"nt_xent is of two views of an image, and here are {of_each}")
+    pairs = unit(projections)
+    views = pairs.reshape(2 * count, -1)
+    logits = jnp.matmul(views, views.T, precision="highest") / temperature  # [2·B, 2·B]
+    logits = jnp.where(jnp.eye(2 * count, dtype=bool), -jnp.inf, logits)
+    positive = (pairs[:, 0] * pairs[:, 1]).sum(-1) / temperature  # [B], of both views
+    return jax.nn.logsumexp(logits, axis=1).reshape(count, 2).mean(1) - positive
+
+
+# Images and texts; scalars are 0-d arrays, so that they may be differentiated.
 
 
 def sigmoid_losses(

@@ -27,6 +27,7 @@ BLUR_REACH = 4  # pixels on each side: torchvision's GaussianBlur(9), as DINOv2 
 JITTERED, GREY = 0.8, 0.2  # shares of the views
 # Half the range of the factor of brightness, contrast and saturation, and of the hue's turn.
 STRENGTHS = (0.4, 0.4, 0.2, 0.1)
+SIMCLR_STRENGTHS = (0.8, 0.8, 0.8, 0.2)  # Chen et al. 2020, appendix A
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Crop:
       solarized: share of the views that are solarized, as many.
       sigmas: smallest and largest standard deviation of the blur in pixels; () blurs none.
       jitter: strength of changed colors, 1 the paper's; 0 changes none, nor makes any grey.
+      strengths: half the ranges of brightness, contrast, saturation and hue at jitter 1.
     """
 
     size: int
@@ -49,6 +51,7 @@ class Crop:
     solarized: tuple[float, ...]
     sigmas: tuple[float, ...] = (0.1, 2.0)
     jitter: float = 1.0
+    strengths: tuple[float, float, float, float] = STRENGTHS
 
 
 def make_views(key: jax.Array, images: jax.Array, crop: Crop) -> jax.Array:
@@ -61,6 +64,16 @@ def make_views(key: jax.Array, images: jax.Array, crop: Crop) -> jax.Array:
     return lax.map(lambda drawn: _make_view(drawn[0], drawn[1], images, crop), (keys, shares))
 
 
+def in_turn(views: jax.Array) -> jax.Array:
+    """f[B·V, ...] of views f[V, B, ...]: an image's stay together, and so on one device."""
+    return views.swapaxes(0, 1).reshape(-1, *views.shape[2:])
+
+
+def by_view(array: jax.Array, count: int) -> jax.Array:
+    """f[V, B, D] of f[B·V, D], B being `count`."""
+    return array.reshape(count, -1, array.shape[-1]).swapaxes(0, 1)
+
+
 def _make_view(key: jax.Array, shares: jax.Array, images: jax.Array, crop: Crop) -> jax.Array:
     """f32[B, size, size, C], of shares f32[2] that are blurred and solarized."""
     batch = len(images)
@@ -70,7 +83,7 @@ def _make_view(key: jax.Array, shares: jax.Array, images: jax.Array, crop: Crop)
     flipped = jax.random.bernoulli(flip_key, 0.5, (batch,))
     x = _where(flipped, x[:, :, ::-1], x)
     if crop.jitter:
-        x = change_colors(color_key, x, crop.jitter)
+        x = change_colors(color_key, x, crop.jitter, crop.strengths)
     if any(crop.blurred) and crop.sigmas:
         sigma_key, chosen_key = jax.random.split(blur_key)
         low, high = crop.sigmas
@@ -184,14 +197,19 @@ def _shifts(side: int) -> np.ndarray:
 # Colors -------------------------------------------------------------------------------------------
 
 
-def change_colors(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
+def change_colors(
+    key: jax.Array,
+    images: jax.Array,
+    strength: float,
+    strengths: tuple[float, float, float, float] = STRENGTHS,
+) -> jax.Array:
     """Brightness, contrast, saturation and hue of most images, and some without color.
 
     The order of the four is drawn for all images of the batch together, their factors for each.
     """
     order_key, factor_key, jitter_key, grey_key = jax.random.split(key, 4)
     batch = len(images)
-    limits = strength * jnp.array(STRENGTHS, jnp.float32)
+    limits = strength * jnp.array(strengths, jnp.float32)
     factors = jax.random.uniform(factor_key, (4, batch), minval=-1) * limits[:, None]
     branches = [jax.vmap(change) for change in (*_BLENDS, turn_hue)]
 

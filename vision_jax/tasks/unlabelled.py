@@ -11,7 +11,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax.data.decode import DamagedImageError
-from vision_jax.data.sources import FileReader, Source, hold_out, read_unlabelled, subset
+from vision_jax.data.sources import (
+    FileReader,
+    Source,
+    hold_out,
+    read_source,
+    read_unlabelled,
+    split_source,
+    subset,
+)
 from vision_jax.data.transforms import Preprocessing, eval_transform, size_of
 from vision_jax.errors import UserError, printable
 from vision_jax.evaluation import make_run_over
@@ -28,13 +36,16 @@ RECIPES = ("lora",)  # that make sense without labels
 
 
 def read_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """The training and the evaluation images, without labels.
+    """The training images without labels, and the evaluation images, with labels for a probe.
 
     Raises:
       UserError: what the sources refuse, or fewer training images than a batch has.
     """
-    train = read_unlabelled(config.data.train)
-    if config.data.eval:
+    train = _read_training(config)
+    labelled = read_labelled(config)
+    if labelled is not None:
+        held_out = labelled[1]
+    elif config.data.eval:
         held_out = read_unlabelled(config.data.eval)
     else:
         train, held_out = hold_out(train, config.data.holdout, config.seed)
@@ -49,12 +60,36 @@ def read_sources(config: ConfigDict) -> tuple[Source, Source]:
     return train, held_out
 
 
+def read_labelled(config: ConfigDict) -> tuple[Source, Source] | None:
+    """(labelled images that a probe learns from, those that it is tested on), None without any.
+
+    The latter are `data.eval`, or where there is none a share of the former.
+    """
+    if not config.probe.data:
+        return None
+    learn = read_source(config.probe.data)
+    if config.data.eval:
+        test = read_source(config.data.eval, class_names=learn.class_names)
+    else:
+        learn, test = split_source(learn, config.data.holdout, config.seed)
+    if config.probe.subset:
+        learn = subset(learn, config.probe.subset, config.seed)
+    return learn, test
+
+
 def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
     """The evaluation images alone, for a finished run."""
-    del class_names  # none
+    del class_names  # none of training
+    labelled = read_labelled(config)
+    if labelled is not None:
+        return labelled[1]
     if config.data.eval:
         return read_unlabelled(config.data.eval)
-    return hold_out(read_unlabelled(config.data.train), config.data.holdout, config.seed)[1]
+    return hold_out(_read_training(config), config.data.holdout, config.seed)[1]
+
+
+def _read_training(config: ConfigDict) -> Source:
+    return images.without_excluded(config, read_unlabelled(config.data.train))
 
 
 def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> None:
@@ -85,6 +120,12 @@ def check_sizes(source: Source, preprocessing: Preprocessing) -> None:
             "config.model.image_size to at most "
             f"{min(largest)}, a multiple of the patch, or take larger images"
         )
+
+
+def square(preprocessing: Preprocessing, side: int) -> Preprocessing:
+    """The largest central square of an image, of `side` pixels; 0 takes the model's size."""
+    size = (side, side) if side else preprocessing.image_size
+    return replace(preprocessing, image_size=size, crop_pct=1.0)
 
 
 def _spread(count: int, most: int) -> np.ndarray:

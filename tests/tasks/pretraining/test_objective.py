@@ -21,12 +21,14 @@ def made(normalize=True, mask_ratio=0.75):
 def apply(params, model_state, images, visible, *, train, keys):
     """Predicts the same for all patches; sees what it is given."""
     patches = jnp.broadcast_to(params["constant"], (len(images), 6, 48))
-    return {"logits": patches, "visible": visible}, model_state
+    token = images.mean((1, 2)) if visible is None else None  # of the whole image
+    return {"logits": patches, "visible": visible, "token": token}, model_state
 
 
 def batch_of(rng, count=5):
     return {
         "image": jnp.asarray(rng.integers(0, 256, (count, 8, 12, 3)), jnp.uint8),
+        "label": jnp.arange(count, dtype=jnp.int32) % 2,
         "index": jnp.arange(count, dtype=jnp.int32),
         "mask": jnp.ones(count, bool),
     }
@@ -80,6 +82,9 @@ def test_evaluation_hides_by_the_images_row_whatever_the_batch(rng):
     np.testing.assert_allclose(whole["loss"], back["loss"][::-1], rtol=1e-6)
     np.testing.assert_allclose(whole["loss"], 1, rtol=0.05)  # the variance of what is normalized
     np.testing.assert_allclose(whole["spread"], 0, atol=1e-6)
+    colors = np.float64(batch["image"]).mean((1, 2)) / 255
+    np.testing.assert_allclose(whole["token"], colors, rtol=1e-5)
+    np.testing.assert_array_equal(whole["label"], batch["label"])
     assert (np.asarray(whole["target_spread"]) > 0.5).all()
 
 

@@ -1,14 +1,12 @@
-"""What evaluation measures, and the names of a collapse."""
+"""The names of a collapse."""
 
 import math
 
-import numpy as np
 import pytest
 
 from vision_jax.errors import UserError
-from vision_jax.ops.probe import knn_predict
+from vision_jax.tasks.collapse import Watching
 from vision_jax.tasks.self_distillation import metrics
-from vision_jax.tasks.self_distillation.figures import color_patches
 
 MOST = math.log(64)
 HEALTHY = {
@@ -29,7 +27,7 @@ WATCH = metrics.Watch(
 
 def watched(steps, watch=WATCH, **changes):
     """{step: warning} of a run whose metrics are these."""
-    watching, said = watch.begin(), {}
+    watching, said = Watching(watch), {}
     for step in range(1, steps + 1):
         for line in watching(step, {**HEALTHY, **changes}):
             said[step] = line
@@ -69,38 +67,3 @@ def test_a_collapse_is_named_once_with_its_cause(fields, values, cause):
     assert cause in line
     with pytest.raises(UserError, match="ended this one"):
         watched(1000, changed(**fields, stop=True), **values)
-
-
-def test_a_rank_that_falls_is_told():
-    assert metrics.diagnose_rank([3.0, 9.0, 8.0, 7.0, 6.0]) == ""  # not by half
-    assert metrics.diagnose_rank([3.0, 9.0, 8.0, 3.0, 4.0]) == ""  # it rises again
-    assert "from 9.0 to 3.0" in metrics.diagnose_rank([3.0, 9.0, 8.0, 5.0, 3.0])
-
-
-def test_neighbors_are_the_probes_without_the_image_itself(rng):
-    features, labels = rng.normal(size=(30, 6)).astype(np.float32), rng.integers(0, 3, 30)
-    found = metrics.leave_one_out(features, labels, num_classes=3, neighbors=5)
-    for row in range(0, 30, 7):
-        rest = np.arange(30) != row
-        (theirs,) = knn_predict(
-            features[rest], labels[rest], features[row : row + 1], num_classes=3, neighbors=(5,)
-        )[5]
-        assert found[row] == theirs
-    summary = metrics.summarize(features, labels, num_classes=3, neighbors=5)
-    assert summary["knn"] == (found == labels).mean()
-    assert 3 < summary["rank"] <= 6
-    assert metrics.summarize(features, labels, num_classes=0, neighbors=0)["knn"] is None
-    features[3, 2] = np.nan
-    with pytest.raises(UserError, match="not finite for 1 of 30 images"):
-        metrics.summarize(features, labels, num_classes=3, neighbors=5)
-
-
-def test_the_same_tokens_have_the_same_color(rng):
-    tokens = rng.normal(size=(2, 6, 5))
-    tokens[1, 4] = tokens[0, 1]
-    colors = color_patches(tokens, (2, 3))
-    assert colors.shape == (2, 2, 3, 3)
-    assert colors.min() >= 0
-    assert colors.max() <= 1
-    np.testing.assert_array_equal(colors[1, 1, 1], colors[0, 0, 1])
-    assert color_patches(np.ones((1, 4, 2)), (2, 2)).shape == (1, 2, 2, 3)  # nothing to tell apart

@@ -139,6 +139,7 @@ TABLES = (
                 "mask_token",
                 r"decoder_.*",
                 r"(dino|ibot)(_patch)?_(head|loss)\..*",
+                r"projection_head\..*",  # of convert/simclr.py
                 *_TEXT_TOWER,
             ),
             file_names=r"(vit|deit3?)_[a-z0-9_]+?(?=[-.]|$)",

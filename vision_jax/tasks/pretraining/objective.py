@@ -87,7 +87,8 @@ def make_outputs(
     """What evaluation needs of a batch; an image's hidden patches follow from its index alone.
 
     "loss" f[B]; "spread" and "target_spread" f[B], of the hidden patches (see
-    reconstruction.spread_of_patches); "predicted" f[B, N, D] and "hidden" f[B, N].
+    reconstruction.spread_of_patches); "predicted" f[B, N, D] and "hidden" f[B, N]; "token" f[B, D],
+    of the whole image.
     """
 
     def visible_of(index: jax.Array) -> jax.Array:  # i32[n]
@@ -101,14 +102,15 @@ def make_outputs(
         outputs, _ = apply(params, model_state, images, visible, train=False, keys={})
         hidden = reconstruction.hidden_mask(visible, task.patches)
         predicted, targets = outputs["logits"], task.targets(images)
+        seen, _ = apply(params, model_state, images, None, train=False, keys={})
         return {
             "loss": reconstruction.reconstruction_losses(predicted, targets, hidden),
             "spread": reconstruction.spread_of_patches(predicted, hidden),
             "target_spread": reconstruction.spread_of_patches(targets, hidden),
             "predicted": predicted,
             "hidden": hidden,
-            "mask": batch["mask"],
-            "index": batch["index"],
+            "token": seen["token"],
+            **{name: batch[name] for name in ("label", "mask", "index")},
         }
 
     return outputs_fn

@@ -16,15 +16,15 @@ from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, printable
 from vision_jax.logging import say
 from vision_jax.objective import Apply, Objective
-from vision_jax.tasks import images, unlabelled
+from vision_jax.tasks import features, images, unlabelled
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.pretraining import metrics, objective
 from vision_jax.tasks.pretraining.robustness import refuse
 
 best_metric = "loss"  # what the best checkpoint is best at
 best_is = "lowest"
-reported = ("loss", "spread")  # of an evaluation, in metrics.jsonl
-curves = ("loss",)  # of the former, in curves.png
+reported = ("loss", "spread", *features.REPORTED)  # of an evaluation, in metrics.jsonl
+curves = features.OF_LABELS  # of the former, in curves.png
 whole = ()  # of a batch, what losses count over a whole update: each image's is its own
 labels_images = False
 
@@ -141,13 +141,16 @@ def make_evaluate(
     """
 
     scores = ("loss", "spread", "target_spread")
-    run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, scores)
+    names = (*scores, "token", "label")
+    run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, names)
+    of_features = features.make_summarize(config, outputs_fn, mesh, source, preprocessing)
     draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
 
-    def evaluate(trainable, frozen, model_state) -> Evaluation:
-        found, damaged = run_over(source, trainable, frozen, model_state)
+    def evaluate(*arguments: Any) -> Evaluation:
+        found, damaged = run_over(source, *arguments)
         summary = metrics.summarize(*(found[name] for name in scores))
-        pictures = draw(trainable, frozen, model_state)
+        summary |= of_features(found, *arguments)
+        pictures = draw(*arguments)
         return Evaluation(summary, pictures, damaged, config.evaluate.warn_after)
 
     return evaluate

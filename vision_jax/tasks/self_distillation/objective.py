@@ -12,6 +12,7 @@ centers are the model's state.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from vision_jax.ops import self_distillation as ops
 from vision_jax.ops.images import to_float
 from vision_jax.ops.multi_crop import Crop
 from vision_jax.optim import half_cosine
-from vision_jax.tasks.self_distillation.metrics import Watch
+from vision_jax.tasks.collapse import Watch, Watching, spread
 
 Flat = Mapping[str, jax.Array]
 
@@ -103,10 +104,10 @@ def make_objective(
         global_key, local_key, mask_key = jax.random.split(key, 3)
         images = to_float(batch["image"])
         crops = multi_crop.make_views(global_key, images, settings.global_crops)
-        view = {**batch, "image": _in_turn(crops)}
+        view = {**batch, "image": multi_crop.in_turn(crops)}
         if settings.local_crops is not None:
             crops = multi_crop.make_views(local_key, images, settings.local_crops)
-            view["local"] = _in_turn(crops)
+            view["local"] = multi_crop.in_turn(crops)
         if settings.patch_weight:
             view |= _mask(mask_key, len(view["image"]), settings)
         average, own = _split(frozen)
@@ -151,16 +152,16 @@ def make_objective(
     def criterion(trainable, outputs, view):
         del trainable
         count, target = len(view["target"]), view["target"].swapaxes(0, 1)  # [2, B, K]
-        student = [_by_crop(outputs["logits"], count)]  # [2, B, K]
+        student = [multi_crop.by_view(outputs["logits"], count)]  # [2, B, K]
         if settings.local_crops is not None:
-            student.append(_by_crop(outputs["local_logits"], count))
+            student.append(multi_crop.by_view(outputs["local_logits"], count))
         temperature = settings.student_temperature
         losses = ops.dino_losses(jnp.concatenate(student), target, temperature)
         metrics = {
             "dino": losses.mean(),
             "teacher_entropy": ops.entropy(target).mean(),
             "batch_entropy": ops.entropy(target.mean((0, 1))),
-            "feature_spread": _spread(_by_crop(outputs["token"], count)),
+            "feature_spread": spread(multi_crop.by_view(outputs["token"], count)),
             "center_size": jnp.abs(view["next_center"]).max(),
         }
         if settings.patch_weight:
@@ -171,7 +172,7 @@ def make_objective(
             losses += settings.patch_weight * patches
             metrics["patch"] = patches.mean()
         if settings.koleo_weight:
-            koleo = jax.vmap(ops.koleo_losses)(_by_crop(outputs["token"], count)).sum(0)
+            koleo = jax.vmap(ops.koleo_losses)(multi_crop.by_view(outputs["token"], count)).sum(0)
             losses += settings.koleo_weight * koleo
             metrics["koleo"] = koleo.mean()
         return losses, metrics
@@ -181,18 +182,8 @@ def make_objective(
         forward,
         criterion,
         average=Average(prefix=TEACHER, decay=settings.keeps),
-        make_watch=watch.begin if watch is not None else None,
+        make_watch=partial(Watching, watch) if watch is not None else None,
     )
-
-
-def _in_turn(crops: jax.Array) -> jax.Array:
-    """f[B·V, ...] of crops f[V, B, ...]: an image's stay together, and so on one device."""
-    return crops.swapaxes(0, 1).reshape(-1, *crops.shape[2:])
-
-
-def _by_crop(array: jax.Array, count: int) -> jax.Array:
-    """f[V, B, D] of f[B·V, D]."""
-    return array.reshape(count, -1, array.shape[-1]).swapaxes(0, 1)
 
 
 def _split(frozen: Flat) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -250,12 +241,6 @@ def _hold_prototypes(trainable: Flat, held: jax.Array) -> dict[str, jax.Array]:
         path: jnp.where(held, jax.lax.stop_gradient(x), x) if path in PROTOTYPES else x
         for path, x in trainable.items()
     }
-
-
-def _spread(features: jax.Array) -> jax.Array:
-    """How far unit vectors f[V, B, D] are from each other: 0 where all agree, 1 without a trend."""
-    unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
-    return jnp.sqrt(jnp.maximum(1 - (unit.mean(1) ** 2).sum(-1), 0)).mean()
 
 
 def make_outputs(

@@ -1,67 +1,39 @@
 """Self-distillation as a run's task: images without labels, the loss, evaluation and pictures."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import grain
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.data.sources import Source, read_source
+from vision_jax.data.sources import Source
 from vision_jax.data.transforms import Preprocessing
-from vision_jax.errors import UserError, printable
-from vision_jax.logging import say
+from vision_jax.errors import UserError
 from vision_jax.objective import Apply, Objective
 from vision_jax.ops.multi_crop import Crop, most_masked
-from vision_jax.tasks import images, unlabelled
+from vision_jax.tasks import features, images, unlabelled
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.self_distillation import metrics, objective
 from vision_jax.tasks.self_distillation.robustness import refuse
 
 best_metric = "knn"  # what the best checkpoint is best at; without labels there is none
 best_is = "highest"
-reported = ("knn", "rank")  # of an evaluation, in metrics.jsonl
-curves = ("knn",)  # of the former, in curves.png
+reported = features.REPORTED  # of an evaluation, in metrics.jsonl
+curves = features.OF_LABELS  # of the former, in curves.png
 whole = ()  # of a batch, what losses count over a whole update: each image's is its own
 labels_images = False
-
-DRAWN = ("patch_tokens",)  # what a picture is made of
 
 
 # Data -------------------------------------------------------------------------------------------
 
 
-def read_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """The training images without labels, and the evaluation images, with labels if they count.
-
-    Raises:
-      UserError: what the sources refuse, or fewer training images than a batch has.
-    """
-    train, held_out = unlabelled.read_sources(config)
-    return train, _with_labels(config, held_out)
-
-
-def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
-    """The evaluation data alone, for a finished run."""
-    return _with_labels(config, unlabelled.read_eval_source(config, class_names))
-
-
-def _with_labels(config: ConfigDict, held_out: Source) -> Source:
-    if not config.dino.neighbors:
-        return held_out
-    if not config.data.eval:
-        raise UserError(
-            "config.dino.neighbors asks the labels of config.data.eval: set it to images with "
-            "labels, or config.dino.neighbors to 0"
-        )
-    return read_source(config.data.eval)
-
-
+read_sources = unlabelled.read_sources
+read_eval_source = unlabelled.read_eval_source
 announce = unlabelled.announce
 make_preprocessing = images.make_preprocessing
 load_preprocessing = images.load_preprocessing
@@ -80,20 +52,13 @@ def training_data(
       UserError: images smaller than what the model takes.
     """
     unlabelled.check_sizes(source, preprocessing)
-    square = _square(config, preprocessing)
+    square = unlabelled.square(preprocessing, config.dino.view_size)
     return images.make_training_batches(config, source, square, damage, first_batch)
 
 
 def batch_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, Any]:
     """ShapeDtypeStructs of a training batch, over all processes."""
-    return images.batch_shapes(config, _square(config, preprocessing))
-
-
-def _square(config: ConfigDict, preprocessing: Preprocessing) -> Preprocessing:
-    """The largest central square of an image, of config.dino.view_size pixels."""
-    side = config.dino.view_size
-    size = (side, side) if side else preprocessing.image_size
-    return replace(preprocessing, image_size=size, crop_pct=1.0)
+    return images.batch_shapes(config, unlabelled.square(preprocessing, config.dino.view_size))
 
 
 # Loss and evaluation ----------------------------------------------------------------------------
@@ -205,118 +170,21 @@ def make_outputs(
     return objective.make_outputs(apply, assemble)
 
 
-@dataclass(frozen=True)
-class Evaluation(unlabelled.Evaluation):
-    """The features of a whole dataset."""
-
-    reported: ClassVar[tuple[str, ...]] = reported
-
-    def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
-        """A rank that falls; what training itself tells is said while it trains."""
-        ranks = [r["eval/rank"] for r in history if "eval/rank" in r and r["step"] < step]
-        found = metrics.diagnose_rank([*ranks, self.summary["rank"]])
-        return [found] if found else []
-
-
-def make_evaluate(
-    config: ConfigDict,
-    outputs_fn: Callable[..., Mapping[str, jax.Array]],
-    mesh: Mesh,
-    source: Source,
-    preprocessing: Preprocessing,
-) -> Callable[..., Evaluation]:
-    """A function (trainable, frozen, model_state) -> Evaluation over the whole source."""
-
-    run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, ("token", "label"))
-    draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
-
-    def evaluate(trainable, frozen, model_state) -> Evaluation:
-        found, damaged = run_over(source, trainable, frozen, model_state)
-        summary = metrics.summarize(
-            np.asarray(found["token"], np.float32),
-            found["label"],
-            num_classes=len(source.class_names),
-            neighbors=config.dino.neighbors,
-        )
-        return Evaluation(summary, draw(trainable, frozen, model_state), damaged)
-
-    return evaluate
+make_evaluate = features.make_evaluate
 
 
 # Results ----------------------------------------------------------------------------------------
 
 
-def write_results(
-    config: ConfigDict,
-    workdir: Path,
-    result: Evaluation,
-    source: Source,
-    preprocessing: Preprocessing,
-) -> dict[str, str]:
-    """Pictures of an evaluation; returns {file: what it is}."""
-    del config
-    if not len(result.pictures["index"]):
-        return {}
-    _draw(workdir / "patches.png", source, result.pictures, preprocessing)
-    return {"patches.png": "images, and the main components of their patches as colors"}
-
-
-def _draw(
-    path: Path, source: Source, pictures: unlabelled.Outputs, preprocessing: Preprocessing
-) -> None:
-    from vision_jax.tasks.self_distillation import figures  # matplotlib, only where it draws
-
-    views = unlabelled.read_views(source, pictures["index"], preprocessing)
-    tokens = np.asarray(pictures["patch_tokens"], np.float32)
-    height, width = preprocessing.image_size
-    patches = tokens.shape[1]
-    rows = round((patches * height / width) ** 0.5)
-    colors = figures.color_patches(tokens, (rows, patches // rows))
-    figures.draw_patches(views, colors, path)
+write_results = features.write_results
 
 
 def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Path) -> None:
-    """The first files' patches in a picture, and which of the others each file is most like.
-
-    Args:
-      config: the run's.
-      names: of image files.
-      trained: the model.
-      out: where patches.png is written.
-
-    Raises:
-      UserError: none of the files can be read.
-    """
-    mesh, preprocessing, source = trained.mesh, trained.preprocessing, unlabelled.source_of(names)
+    """The first files' patches in a picture, and which of the others each file is most like."""
     outputs_fn = make_outputs(
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
-    size = min(len(names), config.evaluate.batch_size)
-    run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, ("token",), size)
-    found, damaged = run_over(source, *trained.arguments)
-    draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
-    pictures = draw(*trained.arguments)
-    if jax.process_index():
-        return
-    _say_neighbors(names, found["index"], np.asarray(found["token"], np.float64))
-    unlabelled.say_skipped(damaged)
-    if len(pictures["index"]):
-        out.mkdir(parents=True, exist_ok=True)
-        _draw(out / "patches.png", source, pictures, preprocessing)
-        say(f"wrote {out / 'patches.png'}")
-
-
-def _say_neighbors(names: Sequence[str], index: np.ndarray, features: np.ndarray) -> None:
-    """The most similar other file of each."""
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    similarity = unit @ unit.T
-    np.fill_diagonal(similarity, -2)
-    width = max(len(printable(names[row])) for row in index)
-    for row, own in zip(index, similarity, strict=True):
-        other = int(own.argmax())
-        like = "alone" if len(index) == 1 else f"like {printable(names[index[other]])}"
-        cosine = "" if len(index) == 1 else f"  cosine {own[other]:.4f}"
-        say(f"{printable(names[row]):{width}}  {like}{cosine}")
+    features.predict(config, names, trained, outputs_fn, out)
 
 
 # Robustness -------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Images without labels: what makes two views of an image alike, and unlike those of others."""
