@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from vision_jax.commands.convert import read_model
 from vision_jax.config import load_config, save_config
-from vision_jax.convert import arguments_of, read_weights
+from vision_jax.convert import arguments_of, export_weights, read_weights, recognize
 from vision_jax.convert.peft import read_adapter, write_adapter
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.detection import check_boxes, read_detection_source
@@ -36,9 +36,11 @@ from vision_jax.errors import UserError
 from vision_jax.figures import _series
 from vision_jax.logging import read_metrics
 from vision_jax.models.families import RUN_ARGUMENTS
+from vision_jax.models.families import build_model as build_architecture
 from vision_jax.models.vit import build_vit
 from vision_jax.run.description import Description, build_model, load_description, save_description
 from vision_jax.trees import lora
+from vision_jax.trees.paths import flatten
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's and NumPy's, of damaged files
 FILES = int(os.environ.get("HOSTILE_FILES", "12"))
@@ -431,6 +433,36 @@ def test_folders_of_weights(tmp_path, rng):
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {"total_size": 1}} | index))
     attack(rng, path, lambda: read_weights(str(folder)), *changes)
+
+
+def test_configs_of_detectors(tmp_path, rng):
+    """What no tensor shows: torchvision's builder and its arguments."""
+    sizes = {"depths": (1,) * 4, "widths": (8,) * 4, "block": "basic", "stem_width": 8, "width": 8}
+    model = build_architecture("faster_rcnn", num_classes=3, **sizes, head_width=16)
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    flat = {path: x for tree in like.values() for path, x in flatten(tree).items()}
+    flat = {path: np.zeros(x.shape, x.dtype) for path, x in flat.items()}
+    tensors, _ = export_weights(flat, "faster_rcnn", arguments_of(model), to="torchvision")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    given = {
+        "num_classes": 4, "weights_backbone": None, "min_size": [320, 640], "max_size": 640,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rpn_post_nms_top_n_test": 50,
+        "rpn_score_thresh": 0.1,
+    }  # fmt: skip
+    config = {
+        "library": "torchvision", "model": "fasterrcnn_resnet50_fpn", "kwargs": given,
+        "norm_eps": 0.0, "weights": "COCO_V1", "class_names": ["a", "b", "c"],
+    }  # fmt: skip
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+
+    def read():
+        family, arguments = recognize(read_weights(str(folder)))
+        build_architecture(family, **arguments)
+
+    attack(rng, path, read, replace_values, replace_values, replace_values, turn_bytes)
 
 
 def test_adapters(tmp_path, rng):
