@@ -120,7 +120,7 @@ def compile_apart(program: Any) -> Callable[..., Any]:
 
     It is compiled anew for other shapes of its last argument alone.
     """
-    compiled = set()
+    compiled: set[Any] = set()
 
     def call(*arguments: Any) -> Any:
         import jax
