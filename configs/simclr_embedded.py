@@ -1,8 +1,9 @@
 """Contrastive learning on the embedded images, without their labels and without a download.
 
 Command:   python -m vision_jax.main --config=configs/simclr_embedded.py
-Hardware:  2 CPU cores
-Expected:  not measured yet
+Hardware:  2 CPU cores, about 4.5 CPU-minutes
+Expected:  of frozen features, untrained and at the end: nearest neighbors 54.2 and 67.1 %, linear
+           probe 65.0 and 71.8 %, ten labels of each class 34.9 and 50.8 % (one seed)
 
 Then 100 labels, ten of each class, from its weights:
 
