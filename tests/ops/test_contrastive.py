@@ -107,9 +107,3 @@ def test_the_loss_of_one_logit_for_all_is_the_least_of_them():
     )
     np.testing.assert_allclose(found, contrastive.constant_loss(count), rtol=1e-6)
     assert contrastive.constant_loss(1) == 0
-
-
-def test_spread():
-    same = jnp.tile(jnp.asarray([[0.6, 0.8]]), (5, 1))
-    assert float(contrastive.spread(same)) < 1e-3
-    assert float(contrastive.spread(jnp.concatenate([same, -same]))) == pytest.approx(1)

@@ -14,7 +14,6 @@ Exactness, where ports go wrong:
 import math
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -22,6 +21,7 @@ from flax import linen as nn
 from vision_jax.models import vit
 from vision_jax.models.text import TextTower
 from vision_jax.models.vit import ViT
+from vision_jax.ops.contrastive import unit
 
 TEXT = "text/"  # how the paths of the text tower begin
 LOGIT_SCALE, LOGIT_BIAS = "logit_scale", "logit_bias"
@@ -34,7 +34,6 @@ VARIANTS = {
         *(("so400m", 14, image) for image in (224, 384)),
     )
 }
-_SHORTEST = 1e-12  # of a vector that is divided by its length
 
 
 def variant(name: str) -> dict[str, Any] | None:
@@ -117,7 +116,7 @@ class Siglip(ViT):
             if pooled.ndim == 3:  # of a class and a distillation token
                 pooled = pooled.mean(1)
             features["pooled"] = pooled
-            result["image"] = _unit(pooled.astype(wide))
+            result["image"] = unit(pooled.astype(wide))
         if tokens is not None or self.is_initializing():
             tower = TextTower(
                 vocab_size=self.vocab_size,
@@ -138,14 +137,8 @@ class Siglip(ViT):
                 tower(jnp.zeros((1, self.text_length), jnp.int32), train)
             else:
                 features["text_pooled"] = tower(tokens, train)
-                result["text"] = _unit(features["text_pooled"].astype(wide))
+                result["text"] = unit(features["text_pooled"].astype(wide))
         for name, first in ((LOGIT_SCALE, math.log(10)), (LOGIT_BIAS, -10.0)):
             begin = nn.initializers.constant(first)
             result[name] = self.param(name, begin, (1,))[0].astype(wide)
         return (result, features) if return_features else result
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1 along the last axis; the gradient of a vector of zeros is zero."""
-    squared = (x * x).sum(-1, keepdims=True)
-    return x / jnp.sqrt(jnp.maximum(squared, _SHORTEST**2))

@@ -88,11 +88,6 @@ def constant_loss(count: int) -> float:
     return float(-jnp.log(share) - (count - 1) * jnp.log1p(-share))
 
 
-def spread(unit: jax.Array) -> jax.Array:
-    """How far unit vectors f[B, D] are from each other: 0 where all agree, 1 without a trend."""
-    return jnp.sqrt(jnp.maximum(1 - (unit.mean(0) ** 2).sum(), 0))
-
-
 # Around the ring ----------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from vision_jax.errors import UserError
 from vision_jax.ops.contrastive import constant_loss
+from vision_jax.tasks.collapse import Watching, spread
 from vision_jax.tasks.image_text import metrics
 
 WATCH = metrics.Watch(pairs=64, warn_after=60, warmup_steps=20, stop=False)
@@ -83,9 +84,9 @@ def test_what_is_said_of_a_collapse(changed, said):
 def test_the_loss_is_judged_after_the_warm_up_and_each_kind_is_named_once():
     bad = {**HEALTHY, "loss": 6.0}
     assert WATCH.diagnose(bad, 79) == ""
-    watch = WATCH.begin()
+    watch = Watching(WATCH)
     assert [step for step in range(1, 300) if watch(step, bad)] == [80]
-    stopping = metrics.Watch(pairs=64, warn_after=60, warmup_steps=20, stop=True).begin()
+    stopping = Watching(metrics.Watch(pairs=64, warn_after=60, warmup_steps=20, stop=True))
     for step in range(1, 80):
         assert stopping(step, bad) == []
     with pytest.raises(UserError, match=r"step 80: collapse: .*config.text.stop ended this one"):
@@ -95,3 +96,9 @@ def test_the_loss_is_judged_after_the_warm_up_and_each_kind_is_named_once():
 def test_a_batch_of_one_pair_has_nothing_to_tell_apart():
     alone = metrics.Watch(pairs=1, warn_after=0, warmup_steps=0, stop=False)
     assert alone.diagnose(HEALTHY, 500) == ""
+
+
+def test_spread():
+    same = np.tile([0.6, 0.8], (1, 5, 1)).astype(np.float32)
+    assert float(spread(same)) < 1e-3
+    assert float(spread(np.concatenate([same, -same], 1))) == pytest.approx(1)

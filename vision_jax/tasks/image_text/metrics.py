@@ -1,14 +1,14 @@
 """Retrieval and zero-shot classification, and signs of a collapse in the metrics of training."""
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from vision_jax.errors import UserError
 from vision_jax.ops.contrastive import constant_loss
+from vision_jax.tasks.collapse import AGREE, RATE
 
 DEPTHS = (1, 5)  # k of recall@k
 CHUNK = 1024  # queries at once
@@ -96,8 +96,6 @@ def class_features(prompts: np.ndarray, classes: int) -> np.ndarray:
 
 # Collapse -----------------------------------------------------------------------------------------
 
-WINDOW = 50  # updates over which metrics are averaged
-AGREE = 0.01  # spread below which all features are the same
 CONSTANT = 0.995  # share of the loss of one logit for all pairs from which on nothing is learned
 
 
@@ -112,14 +110,13 @@ class Watch:
       stop: whether a collapse ends the run.
     """
 
+    names: ClassVar[tuple[str, ...]] = ("loss", "image_spread", "text_spread", "logit_bias")
+    section: ClassVar[str] = "text"
+
     pairs: int
     warn_after: int
     warmup_steps: int
     stop: bool
-
-    def begin(self) -> "_Watching":
-        """A function (updates done, metrics) -> warnings; each kind of collapse is named once."""
-        return _Watching(self)
 
     def diagnose(self, means: Mapping[str, float], step: int) -> str:
         """What has collapsed, and why it may have, of metrics that are means; "" if nothing has.
@@ -138,8 +135,8 @@ class Watch:
             if (spread := means[f"{kind}_spread"]) < AGREE:
                 alike = "the images are alike" if kind == "image" else "the captions are alike"
                 return (
-                    f"collapse: the features of all {kind}s agree (spread {spread:.4f}): the rate "
-                    f"is too high: try a tenth of config.optim.lr; or {alike}"
+                    f"collapse: the features of all {kind}s agree (spread {spread:.4f}): {RATE}; "
+                    f"or {alike}"
                 )
         constant = constant_loss(self.pairs)
         warm = step >= self.warmup_steps + self.warn_after
@@ -158,32 +155,3 @@ class Watch:
                 f"for all {constant:.4f}): {cause}"
             )
         return ""
-
-
-class _Watching:
-    """A run that is watched: the last metrics, and what was said of it."""
-
-    def __init__(self, watch: Watch):
-        self._watch = watch
-        self._last: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
-        self._said: set[str] = set()
-
-    def __call__(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """The warnings after a step.
-
-        Raises:
-          UserError: the same, where a collapse is to end the run.
-        """
-        self._last.append(metrics)
-        if step < self._watch.warn_after or len(self._last) < WINDOW:
-            return []
-        names = ("loss", "image_spread", "text_spread", "logit_bias")
-        means = {name: sum(m[name] for m in self._last) / WINDOW for name in names}
-        found = self._watch.diagnose(means, step)
-        kind = found.partition(" (")[0]
-        if not found or kind in self._said:
-            return []
-        self._said.add(kind)
-        if self._watch.stop:
-            raise UserError(f"step {step}: {found}; in a new run (config.text.stop ended this one)")
-        return [found]

@@ -6,6 +6,7 @@ is there, is not looked at.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from vision_jax.objective import Apply, Batch, Objective, forward_keys
 from vision_jax.ops import contrastive
 from vision_jax.ops.images import to_float
-from vision_jax.tasks.image_text.metrics import Watch
+from vision_jax.tasks.collapse import Watch, Watching, spread
 
 
 def make_objective(
@@ -26,7 +27,7 @@ def make_objective(
 ) -> Objective:
     """The loss f[B] of each image with all texts of the batch, on all devices of the mesh.
 
-    Metrics are "image_spread" and "text_spread" of the features (see contrastive.spread),
+    Metrics are "image_spread" and "text_spread" of the features (see collapse.spread),
     "pair_logit", the mean logit of an image and its own text, "logit_scale" and "logit_bias".
     """
 
@@ -50,14 +51,14 @@ def make_objective(
         scale, bias = jnp.exp(outputs["logit_scale"]), outputs["logit_bias"]
         losses = contrastive.sigmoid_losses(image, text, scale, bias, mesh)
         return losses, {
-            "image_spread": contrastive.spread(image),
-            "text_spread": contrastive.spread(text),
+            "image_spread": spread(image[None]),
+            "text_spread": spread(text[None]),
             "pair_logit": scale * (image * text).sum(1).mean() + bias,
             "logit_scale": scale,
             "logit_bias": bias,
         }
 
-    make_watch = watch.begin if watch is not None else None
+    make_watch = partial(Watching, watch) if watch is not None else None
     return Objective(prepare, forward, criterion, make_watch=make_watch)
 
 
