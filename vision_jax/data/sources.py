@@ -755,6 +755,7 @@ def read_captioned_shards(spec: str, column: str = "caption") -> tuple[Reader, l
     """
     shards, named = find_shards(spec)
     reader: Reader
+    captions: Sequence[str | int | None]
     if shards[0].path.endswith(".parquet"):
         usual = parquet.CAPTIONS if column == parquet.CAPTIONS[0] else (column,)
         table = parquet.read_table(spec, shards, named, usual)

@@ -87,5 +87,6 @@ def make_batches(config: ConfigDict, preprocessing: Preprocessing) -> Callable[.
 
 
 def without_excluded(config: ConfigDict, train: Source) -> Source:
-    """The training images that config.data.exclude leaves."""
-    return leave_out(train, config.data.exclude) if config.data.exclude else train
+    """The training images that config.data.exclude leaves, if the task has that field."""
+    excluded = config.data.get("exclude")
+    return leave_out(train, excluded) if excluded else train

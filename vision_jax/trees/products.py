@@ -263,10 +263,10 @@ def _by_places(
     weights = kernel.astype(x.dtype).reshape(-1, 1, 1, 1, kernel.shape[-1])
     reaches = [(size - 1) * dilation for size in kernel.shape[:2]]
     places = pairs(*(range(0, reach + 1, dilation) for reach in reaches))
-    total = 0
+    total = jnp.zeros((), x.dtype)
     for weight, place in zip(weights, places, strict=True):
         around = [(reach - at, at) for reach, at in zip(reaches, place, strict=True)]
-        total += jnp.pad(x * weight, ((0, 0), *around, (0, 0)))
+        total = total + jnp.pad(x * weight, ((0, 0), *around, (0, 0)))
     # Negative padding, which cuts: lax.pad has it, jnp.pad doesn't.
     sides = [
         (low - reach, high - reach, 0) for (low, high), reach in zip(padding, reaches, strict=True)
