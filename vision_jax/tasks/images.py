@@ -88,5 +88,5 @@ def make_batches(config: ConfigDict, preprocessing: Preprocessing) -> Callable[.
 
 def without_excluded(config: ConfigDict, train: Source) -> Source:
     """The training images that config.data.exclude leaves, if the task has that field."""
-    excluded = config.data.get("exclude")
-    return leave_out(train, excluded) if excluded else train
+    leaves_out = "exclude" in config.data and config.data.exclude
+    return leave_out(train, config.data.exclude) if leaves_out else train
