@@ -87,7 +87,7 @@ def train(
       batch_size: images of a step.
       image_size: pixels a side.
       classes: of the weights' own head.
-      task: classification or detection.
+      task: of the config.
       fields: of the config.
       teacher: the folder beneath `folder` with a teacher's weights, for the recipe "distill".
       switches: of SWITCHES.

@@ -111,6 +111,30 @@ def write_timm(folder: Path, build: str, classes: int, arguments: dict[str, Any]
     return model
 
 
+def train_mae(
+    folder: Path,
+    *,
+    batch_size: int,
+    image_size: int,
+    arguments: dict[str, Any] | None = None,
+    how: str = "eager",
+) -> Side:
+    """A step of AdamW on all of transformers' ViTMAE, which draws the masks itself."""
+    torch.manual_seed(0)
+    config = transformers.ViTMAEConfig(
+        image_size=image_size, norm_pix_loss=True, **(arguments or {})
+    )
+    model = transformers.ViTMAEForPreTraining(config)
+    if (folder / "model.safetensors").exists():
+        model = transformers.ViTMAEForPreTraining.from_pretrained(folder)
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+            model.save_pretrained(folder)
+    images, _ = batch_of(batch_size, image_size, 1, how)
+    seen = _like(model.to(DEVICE).train(), how)
+    return stepping(model, lambda: seen(images).loss, CLIP["classification"], False)
+
+
 def stepping(
     model: Any,
     loss_of: Callable[[], torch.Tensor],

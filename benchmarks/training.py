@@ -27,6 +27,11 @@ DETR = {
     "model.freeze_norm": True,
 }
 SMALL_VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
+SMALL_MAE = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+    "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 64, "patch_size": 8,
+}  # fmt: skip
 SMALL_DETR = {
     "backbone": "resnet18", "d_model": 32, "encoder_layers": 1, "decoder_layers": 2,
     "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
@@ -60,11 +65,26 @@ def detr(batch_size: int, size: int, **arguments) -> Job:
     )
 
 
+def mae(batch_size: int, size: int, **arguments) -> Job:
+    """A step of a masked autoencoder, ViT-B and the paper's decoder, of which 75 % are hidden."""
+    shared = {"batch_size": batch_size, "image_size": size}
+    fields = {"model.mean": (0.5,) * 3, "model.std": (0.25,) * 3}
+    ours: Call = ("ours.train", {**shared, "classes": 1, "task": "pretraining", "fields": fields})
+    peer = {**shared, "arguments": arguments}
+    return Job(
+        f"MAE, {size} px, batch {batch_size}",
+        ours,
+        {how: ("peers.train_mae", {**peer, "how": how}) for how in HOWS},
+        tolerance=0.1,  # other masks
+    )
+
+
 def jobs(small: bool = False) -> list[Job]:
     if small:
         return [
             classifier("LoRA ViT", "vit_tiny_patch16_224", 2, 32, lora=2, **SMALL_VIT),
             detr(1, 64, **SMALL_DETR),
+            mae(2, 32, **SMALL_MAE),
         ]
     return [
         classifier("main job, LoRA", "vit_tiny_patch16_224", 64, 32, lora=8, **MAIN),
@@ -78,6 +98,7 @@ def jobs(small: bool = False) -> list[Job]:
         classifier("MobileNetV2", "mobilenetv2_100", 16),
         classifier("RegNetY-4GF", "regnety_040", 4),
         detr(2, 480),
+        mae(8, 224),
     ]
 
 

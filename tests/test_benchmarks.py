@@ -35,7 +35,7 @@ BENCHMARKS = {
     "matching": ("--problems=2", "--targets=5", "--queries=6"),
     "pgd": ("--small", *BRIEF),
     "startup": ("--configs", "configs/vit_lora.py", "--rounds=1"),
-    "training": ("--small", "--jobs", "LoRA", *BRIEF),
+    "training": ("--small", "--jobs", "LoRA", "MAE", *BRIEF),
     "transfer": ("--seeds=1", "--recipes", "LoRA, pretrained", *SHORT, *FEW_IMAGES),
 }
 BESIDE = {  # what these measure beside, of the extra `parity`
