@@ -68,7 +68,7 @@ def test_a_run_resumes_where_it_stopped(family, tmp_path, capsys):
         terms = sum(record[f"train/{name}"] for name in TERMS[family])
         np.testing.assert_allclose(record["train/loss"], terms, rtol=1e-4)
 
-    detection_runs.check_predictions(config, tmp_path / "once", tmp_path)
+    assert detection_runs.check_predictions(config, tmp_path / "once", tmp_path) > 0
     found = convert.read_weights(str(tmp_path / "once/model.safetensors"))
     assert convert.recognize(found)[0] == family
     assert found.preprocessing["rule"] == "torchvision"

@@ -105,7 +105,7 @@ def test_a_run_resumes_where_it_stopped(tmp_path, capsys):
         more = record["train/loss"] - terms
         np.testing.assert_allclose(more, wanted, rtol=1e-3, atol=1e-3, err_msg=record["step"])
 
-    detection_runs.check_predictions(config, tmp_path / "once", tmp_path)
+    detection_runs.check_predictions(config, tmp_path / "once", tmp_path)  # is not sure of any yet
     found = convert.read_weights(str(tmp_path / "once/model.safetensors"))
     assert convert.recognize(found)[0] == "yolox"
     assert found.preprocessing["rule"] == "letterbox"
