@@ -12,6 +12,7 @@ from PIL import Image
 
 from vision_jax import convert, sharding, train
 from vision_jax.commands import evaluate, predict
+from vision_jax.config import load_config
 from vision_jax.data.composites import write_composites
 from vision_jax.data.detection import read_detection_source
 from vision_jax.data.pipeline import DamageLog
@@ -243,10 +244,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, changes, message):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model", [{}, detection_runs.FASTER_RCNN], ids=["detr", "faster_rcnn"])
-def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(model, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "model"), [("detr", {}), ("fasterrcnn", detection_runs.FASTER_RCNN)]
+)
+def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(file, model, tmp_path):
     write_composites(tmp_path / "plain", "train", count=16, seed=1, size=64, plain=True)
-    config = detection_runs.tiny_config(
+    fields = detection_runs.overrides(
         **model,
         data__train=tmp_path / "plain/train.json",
         data__eval="",
@@ -257,6 +260,7 @@ def test_the_plain_json_of_one_box_an_image_trains_and_reports_its_iou(model, tm
         total_steps=4,
         evaluate__every=0,  # once an epoch: 12 images in batches of 8
     )
+    config = load_config(str(runs.ROOT / f"configs/{file}_finetune.py"), fields)
     assert train.run(config, tmp_path / "run") == 0
     records = evaluations(tmp_path / "run")
     assert [record["step"] for record in records] == [2, 4]
