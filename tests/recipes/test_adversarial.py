@@ -184,7 +184,12 @@ def test_adapters_are_attacked_as_the_merged_model():
 
     def seen(assemble, trainable, frozen):
         goal = classify.make_objective(
-            prepared.config, prepared.model, "classes", prepared.apply, assemble
+            prepared.config,
+            prepared.model,
+            "classes",
+            prepared.apply,
+            assemble,
+            prepared.run.mesh,
         )
         goal = adversarial.on_adversarial_examples(
             goal, ThreatModel("l2", 0.5, step_size=0.5, steps=3)
