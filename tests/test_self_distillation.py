@@ -221,6 +221,7 @@ def of_embedded_images(**more):
         "checkpoint_every": 200,
         "model__image_size": 28, "dino__view_size": 0, "dino__local_size": 12,
         "data__train": "embedded:fashion_mnist/train", "data__eval": "embedded:fashion_mnist/test",
+        "probe__data": "embedded:fashion_mnist/train",
         "evaluate__batch_size": 500, "dino__frozen_steps": 0, "batch_size": 32,
     }  # fmt: skip
     return tiny(**(fields | more))
