@@ -167,6 +167,18 @@ def test_what_the_doctor_refuses(sets, capsys):
     assert "2 images, 0 classes" in capsys.readouterr().out
 
 
+def test_a_long_path_stays_in_one_piece_outside_a_terminal(tmp_path, rng, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    folder = tmp_path / ("a folder of a long name " * 8).strip() / ("b" * 150)
+    folder.mkdir(parents=True)
+    photo(rng).save(folder / "0.png")
+    (folder / "empty.png").write_bytes(b"")
+    assert main([str(folder), "--unlabelled"]) == 1
+    out = capsys.readouterr().out
+    assert f"{folder}: 2 images, 0 classes\n" in out
+    assert f"      {folder}/empty.png: not a readable image" in out
+
+
 def test_doctor_of_shards(tmp_path, rng, capsys):
     import tarfile
 

@@ -16,6 +16,7 @@ class folders, .csv, .jsonl, .tar and .parquet shards, tfds:, embedded: or cifar
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -36,6 +37,7 @@ from vision_jax.errors import UserError, printable
 from vision_jax.files import expand
 
 FOUND, BAD_INPUT = 1, 2  # exit codes
+UNBROKEN = 10_000  # columns where no terminal folds: a path in a file or a pipe stays in one piece
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(flags: argparse.Namespace) -> int:
     console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = UNBROKEN
     progress = Console(stderr=True)
     written = (flags.json, flags.figure, flags.exclude)
     for path in filter(None, written):  # before the work, not after it
