@@ -5,6 +5,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from vision_jax import load
 from vision_jax.convert.read import embedded_names
@@ -34,6 +35,17 @@ def test_aerial_tiles_are_the_ones_described():
     assert sorted(listed) == [path.name for path in files if path.suffix == ".jpg"]
     for name in listed:
         assert decode_image((AERIAL / name).read_bytes(), name=name).shape == (256, 256, 3)
+
+
+def test_nuclei_are_the_ones_described():
+    files = sorted((ASSETS / "nuclei").iterdir())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    assert digest in (ASSETS / "README.md").read_text()
+    counts = [
+        len(np.unique(np.asarray(Image.open(ASSETS / "nuclei" / f"{split}_nuclei.png")))) - 1
+        for split in ("train", "test")
+    ]
+    assert counts == [102, 30]
 
 
 @pytest.mark.parametrize("name", embedded_names())

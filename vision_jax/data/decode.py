@@ -37,7 +37,7 @@ _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR = 258, 259, 262, 277, 284  
 _PREDICTOR, _SAMPLE_FORMAT = 317, 339
 _GREYS, _YCBCR, _CIELAB = (0, 1), 6, 8  # photometric interpretations
 _WORD_ALIGNED_FAX = 32771
-_GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow's raw modes of PNGs with 2 and 4 bits
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow's raw modes of PNGs with 2 and 4 bits
 _PREDICTED = (5, 8, 32946, 34925, 50000)  # LZW, deflate (two numbers), LZMA, Zstandard
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -125,6 +125,18 @@ def decode_picture(
 
     An array of all pixels and back took a seventh of the time of a training view.
     """
+    with open_picture(data, name=name, max_pixels=max_pixels, max_bytes=max_bytes) as image:
+        return _load(image, name, upright)
+
+
+@contextmanager
+def open_picture(
+    data: bytes, *, name: str, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> Iterator[ImageFile.ImageFile]:
+    """Pillow's image, checked by its header, whose pixels are read inside of the `with`.
+
+    Raises DamagedImageError for whatever goes wrong there, as `decode_image` says.
+    """
     if len(data) > max_bytes:
         raise DamagedImageError(f"{name}: {len(data)} bytes or more, over the limit of {max_bytes}")
     try:
@@ -137,7 +149,7 @@ def decode_picture(
             _check_scans(image, data, name)
             _check_layout(image, name)
             with _ROOM.take(width * height):
-                return _load(image, name, upright)
+                yield image
     except DamagedImageError:
         raise
     except Exception as error:  # Pillow's parsers raise nearly every type on damaged files
@@ -184,8 +196,8 @@ def _check_layout(image: Image.Image, name: str) -> None:
         raise DamagedImageError(
             f"{name}: a 16-bit PNG with a transparent color: save it with an alpha channel"
         )
-    if "transparency" in image.info and raw_mode in _GREY_STEPS:
-        image.info["transparency"] *= _GREY_STEPS[raw_mode]  # Pillow scales all pixels but not this
+    if "transparency" in image.info and raw_mode in GREY_STEPS:
+        image.info["transparency"] *= GREY_STEPS[raw_mode]  # Pillow scales all pixels but not this
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     tag = image.tag_v2

@@ -1,0 +1,359 @@
+"""Images with masks: one `SegmentationSource` for every format, by random access.
+
+`read_segmentation_source` is the one entry. A specification is one of
+
+    FOLDER                      with images/ and masks/ in it, or images/SPLIT with masks/SPLIT
+                                beside it; files of the same name, but for the ending
+    embedded:nuclei/SPLIT       a micrograph of cell nuclei, train or test
+
+and whatever data/mask_formats/ adds. What the values of a folder's masks mean says a table of
+classes (data/masks.py), classes.json or classes.csv in the folder, or above it.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.folders import list_files, list_folders
+from vision_jax.data.masks import (
+    IGNORED,
+    MASK_SUFFIXES,
+    MAX_CLASSES,
+    TABLE_FILES,
+    ArrayMasks,
+    FileMasks,
+    MaskedImages,
+    MaskReader,
+    read_class_table,
+)
+from vision_jax.data.sources import ASSETS, IMAGE_SUFFIXES, ArrayReader, FileReader, Reader
+from vision_jax.errors import UserError, nearest
+from vision_jax.files import expand
+
+IMAGE_FOLDERS = ("images", "image", "JPEGImages", "img", "imgs")
+MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "SegmentationClass", "label")
+MASK_ENDINGS = ("", "_mask", "_masks", "_label", "_labels", "_seg", "_gt", "_L")
+NUCLEI = ("background", "inside", "edge")
+
+
+@dataclass(frozen=True)
+class SegmentationSource:
+    """Images with masks by random access: `source[i]`, 0 ≤ i < len(source). Picklable.
+
+    `masks` gives class indices by its own table, which `relabel` u8[256] turns into positions in
+    `class_names`; None leaves them. `rows` i64[N] are the positions of the examples in what
+    `reader` and `masks` read, so that a part of a source is a source. `groups` i64[N], if any, are
+    what belongs together, such as the slices of a patient's volume: a split keeps each whole.
+    `note` says what was left out when the source was read, for the log ("" if nothing was).
+
+    Images are upright by EXIF, unless their mask's size fits only the file as it is stored: then
+    the mask was drawn on that, and the image stays as it is stored. Masks are never turned.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    rows: np.ndarray
+    reader: Reader
+    masks: MaskReader
+    relabel: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    note: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """{"image": u8[H, W, C], "mask": u8[H, W] of class indices, 255 ignored, "index": i32 = i}.
+
+        Raises:
+          DamagedImageError: image or mask can't be read, or they differ in size.
+          UserError: the mask has a value that is no class.
+        """
+        mask = self.mask(i)
+        row = int(self.rows[i])
+        image = self.reader.read(row)
+        height, width = mask.shape
+        turned = height != width and image.shape[:2] == (width, height)
+        if turned and isinstance(self.reader, FileReader):
+            image = self.reader.read(row, upright=False)
+        if image.shape[:2] != mask.shape:
+            raise DamagedImageError(
+                f"{self.example_name(i)}: the image has {image.shape[1]} × {image.shape[0]} pixels"
+                f" and its mask {mask.shape[1]} × {mask.shape[0]}: save the mask at the image's"
+                " size"
+            )
+        return {"image": image, "mask": mask, "index": np.int32(i)}
+
+    def mask(self, i: int) -> np.ndarray:
+        """u8[H, W], the mask alone; raises as `source[i]`."""
+        mask = self.masks.read(int(self.rows[i]))
+        return mask if self.relabel is None else self.relabel[mask]
+
+    def example_name(self, i: int) -> str:
+        """What to call image i in messages."""
+        return self.reader.example_name(int(self.rows[i]))
+
+
+def read_segmentation_source(
+    spec: str,
+    masks: str | Path | None = None,
+    *,
+    classes: str | Path | None = None,
+    reduce_zero: bool = False,
+    class_names: tuple[str, ...] | None = None,
+) -> SegmentationSource:
+    """Read the list of images and masks that `spec` (see the top of this file) names, and no pixel.
+
+    Args:
+      spec: of the data.
+      masks: folder of the masks, by default found beside the images.
+      classes: file of the classes, by default found in the folder or above it.
+      reduce_zero: masks count classes from 1 and are 0 where there is none (ADE20K).
+      class_names: a training source's, or a checkpoint's: class indices become positions in them,
+        by name.
+
+    Raises:
+      UserError: what is missing, empty or unknown.
+    """
+    if not spec:
+        raise UserError("no data: set config.data.train to a folder with images/ and masks/")
+    found = _read(
+        spec,
+        expand(masks) if masks else None,
+        expand(classes) if classes else None,
+        reduce_zero,
+    )
+    return make_segmentation_source(found, class_names=class_names)
+
+
+def _read(spec: str, masks: Path | None, classes: Path | None, reduce_zero: bool) -> MaskedImages:
+    """By the reader of its format, of which each has a line here."""
+    if spec.startswith("embedded:"):
+        return _read_nuclei(spec)
+    path = expand(spec)
+    if not path.is_dir():
+        raise UserError(f"{spec}: no such folder: give one with images/ and masks/ in it")
+    return _read_folder(path, masks, classes, reduce_zero)
+
+
+def make_segmentation_source(
+    found: MaskedImages, *, class_names: tuple[str, ...] | None = None
+) -> SegmentationSource:
+    """Number the classes: what every reader of a format ends with.
+
+    Args:
+      found: by the reader of a format.
+      class_names: what class indices become positions in, by name; None for the reader's own.
+
+    Raises:
+      UserError: no image, or a class that `class_names` has not.
+    """
+    name, own = found.name, found.class_names
+    if not found.count:
+        raise UserError(f"{name}: no images are listed: add images")
+    if not 0 < len(own) <= MAX_CLASSES or len(set(own)) < len(own):
+        raise UserError(f"{name}: {len(own)} classes: give 1 to {MAX_CLASSES}, each name once")
+    relabel = None
+    if class_names is not None and class_names != own:
+        position = {class_name: i for i, class_name in enumerate(class_names)}
+        relabel = np.full(256, IGNORED, np.uint8)
+        for index, class_name in enumerate(own):
+            if class_name not in position:
+                few = ", ".join(class_names[:5]) + (", …" if len(class_names) > 5 else "")
+                raise UserError(
+                    f"{name}: class {class_name!r} is not among the {len(class_names)} classes"
+                    f" ({few}): rename it, or make it null to ignore it"
+                )
+            relabel[index] = position[class_name]
+    return SegmentationSource(
+        name,
+        class_names or own,
+        np.arange(found.count),
+        found.reader,
+        found.masks,
+        relabel,
+        found.groups,
+        found.note,
+    )
+
+
+def split_segmentation_source(
+    source: SegmentationSource, holdout: float, seed: int
+) -> tuple[SegmentationSource, SegmentationSource]:
+    """(train, held out): the share `holdout` of the images, rounded, but 1 to all less 1.
+
+    Of a source with groups whole groups, as many as come nearest to the share. Both keep the order
+    of the source. A function of the number of images, the groups and the seed.
+
+    Raises:
+      UserError: unless 0 < holdout < 1 and there are two images, or two groups.
+    """
+    if not 0 < holdout < 1:
+        raise UserError(f"holdout {holdout}: use a share between 0 and 1, say 0.1")
+    groups = np.arange(len(source)) if source.groups is None else source.groups
+    names, of_image = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        what = "one image" if source.groups is None else "one group of images that belong together"
+        raise UserError(
+            f"{source.name}: {what} can't be split: give a separate evaluation set, config.data"
+            ".eval"
+        )
+    order = np.random.default_rng(seed).permutation(len(names))
+    sizes = np.cumsum(np.bincount(of_image)[order])[:-1]  # held out, of 1 to all less 1 groups
+    kept = int(np.argmin(np.abs(sizes - holdout * len(source)))) + 1
+    held_out = np.isin(of_image, order[:kept])
+    return segmentation_part(source, ~held_out), segmentation_part(source, held_out)
+
+
+def segmentation_subset(source: SegmentationSource, count: int, seed: int) -> SegmentationSource:
+    """`count` random images in the source's order; subsets of one seed are nested.
+
+    Raises:
+      UserError: the source has fewer images.
+    """
+    if not 0 < count <= len(source):
+        raise UserError(f"{source.name}: a subset of {count}: use 1 to {len(source)}")
+    kept = np.zeros(len(source), bool)
+    kept[np.random.default_rng(seed).permutation(len(source))[:count]] = True
+    return segmentation_part(source, kept)
+
+
+def segmentation_part(source: SegmentationSource, kept: np.ndarray) -> SegmentationSource:
+    """The images for which `kept` bool[N] is true, in their order."""
+    groups = source.groups if source.groups is None else source.groups[kept]
+    return replace(source, rows=source.rows[kept], groups=groups)
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def _read_folder(
+    folder: Path,
+    masks: Path | None,
+    classes: Path | None,
+    reduce_zero: bool,
+) -> MaskedImages:
+    images, masks = _find_folders(folder, masks)
+    table = read_class_table(classes or _find_table(folder, images, masks))
+    table = table.reduced() if reduce_zero else table
+    image_paths, _ = list_files(images, IMAGE_SUFFIXES, follow_links=True)
+    mask_paths, others = list_files(masks, MASK_SUFFIXES, follow_links=True)
+    if not image_paths:
+        raise UserError(f"{images}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    if not mask_paths:
+        lossy = list_files(masks, (".jpg", ".jpeg"))[0] if others else []
+        advice = ": JPEG changes classes at every edge: save masks as PNG" if lossy else ""
+        raise UserError(f"{masks}: no mask in it ({', '.join(sorted(MASK_SUFFIXES))}){advice}")
+    by_stem: dict[str, str] = {}
+    for path in mask_paths:
+        first = by_stem.setdefault(_stem(path), path)
+        if first != path:
+            raise UserError(f"{masks}: {first} and {path} are of one name: leave one of them")
+    pairs: list[tuple[str, str]] = []
+    alone: list[str] = []
+    for path in image_paths:
+        found = [by_stem[name] for end in MASK_ENDINGS if (name := _stem(path) + end) in by_stem]
+        if found:
+            pairs.append((path, found[0]))
+        else:
+            alone.append(path)
+    if not pairs:
+        raise UserError(
+            f"{masks}: no mask has the name of an image, such as {_stem(alone[0])}.png for"
+            f" {images / alone[0]}: rename the masks"
+        )
+    notes = []
+    if alone:
+        notes.append(f"{len(alone):,} images without a mask left out, the first {alone[0]}")
+    idle = len(mask_paths) - len({mask for _, mask in pairs})
+    if idle:
+        notes.append(f"{idle:,} masks without an image left out")
+    return MaskedImages(
+        str(folder),
+        table.class_names,
+        FileReader(images, tuple(image for image, _ in pairs)),
+        FileMasks(masks, tuple(mask for _, mask in pairs), table),
+        len(pairs),
+        note=f"{folder}: {'; '.join(notes)}" if notes else "",
+    )
+
+
+def _stem(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _find_folders(folder: Path, masks: Path | None) -> tuple[Path, Path]:
+    """(of images, of masks): stated, inside the folder, or beside it by its name."""
+    names, _ = list_folders(folder)
+    own = [name for name in IMAGE_FOLDERS if name in names]
+    of_masks = [name for name in MASK_FOLDERS if name in names]
+    images = folder / own[0] if own and (masks or of_masks) else folder
+    if masks is not None:
+        if not masks.is_dir():
+            raise UserError(f"{masks}: no such folder: give the one of the masks")
+        return images, masks
+    if own and of_masks:
+        return images, folder / of_masks[0]
+    parts = folder.absolute().parts
+    for at in reversed(range(len(parts))):
+        if parts[at] in IMAGE_FOLDERS:
+            for name in MASK_FOLDERS:
+                beside = Path(*parts[:at], name, *parts[at + 1 :])
+                if beside.is_dir():
+                    return folder, beside
+    hint = f" (it has {', '.join(names[:5])})" if names else ""
+    raise UserError(
+        f"{folder}: no images/ and masks/ in it{hint}: name the folders so, or give the masks'"
+        " folder as config.data.masks"
+    )
+
+
+def _find_table(folder: Path, images: Path, masks: Path) -> Path:
+    places = dict.fromkeys(
+        place
+        for start in (folder, masks, images)
+        for place in (start, *start.absolute().parents[:2])
+    )
+    for place in places:
+        for name in TABLE_FILES:
+            if (place / name).is_file():
+                return place / name
+    raise UserError(
+        f"{folder / TABLE_FILES[0]}: no such file: write which value of the masks is which class,"
+        ' such as {"0": "background", "1": "road", "255": null}, or colors "#rrggbb"'
+    )
+
+
+# --- embedded -----------------------------------------------------------------------------------
+
+
+def _read_nuclei(spec: str) -> MaskedImages:
+    """A micrograph and the three classes of its pixels: nuclei touch, and edges part them."""
+    known = ("nuclei/train", "nuclei/test")
+    rest = spec.partition(":")[2]
+    if rest not in known:
+        raise UserError(f"{spec}: there is no {rest!r}{nearest(rest, known)}")
+    split = rest.partition("/")[2]
+    image, nuclei = (
+        np.asarray(Image.open(ASSETS / "nuclei" / f"{split}_{kind}.png"))
+        for kind in ("image", "nuclei")
+    )
+    masks = ArrayMasks(spec, (inside_and_edge(nuclei),))
+    return MaskedImages(spec, NUCLEI, ArrayReader(spec, image[None]), masks, 1)
+
+
+def inside_and_edge(instances: np.ndarray) -> np.ndarray:
+    """u8[H, W]: 0 outside, 1 inside and 2 at the edge of instances i[H, W], of which 0 is none.
+
+    The edge are an instance's pixels that have another value above, below, left or right of them;
+    beyond the image nothing is another value.
+    """
+    padded = np.pad(instances, 1, mode="edge")
+    center = padded[1:-1, 1:-1]
+    around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    edge = np.logical_or.reduce([side != center for side in around])
+    return np.where(center == 0, 0, np.where(edge, 2, 1)).astype(np.uint8)
