@@ -297,7 +297,7 @@ def test_an_older_runs_renamed_field_keeps_its_value(older):
 
 
 def test_a_task_is_one_more_line_of_the_list(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match=r"'dummy' is none of classification, detection, pret"):
+    with pytest.raises(UserError, match=r"'dummy' is none of classification, detection, segm"):
         default_config("dummy")
     monkeypatch.setitem(TASKS, "dummy", "nowhere")
     monkeypatch.setitem(RECIPES, "shake", "nowhere")
@@ -452,8 +452,8 @@ def test_help_of_a_field_a_section_and_all():
         "  help     the peak of the learning rate",
         "  default  0.001; of detection 0.0001",
         "  type     float, at least 0, and finite",
-        "  tasks    classification, detection, pretraining, self_distillation, contrastive, "
-        "image_text",
+        "  tasks    classification, detection, segmentation, pretraining, self_distillation, "
+        "contrastive, image_text",
     ]
     assert [line for line in explain("data.crop") if "tasks" in line] == [
         "  tasks    classification, pretraining, self_distillation, contrastive, image_text",

@@ -20,6 +20,9 @@ SMALLER_RESNET = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8}
 SMALLER_DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 SMALLER_HEAD = {"prototypes": 16, "head_width": 8, "bottleneck": 4}
 SMALLER_PROJECTION = {"head_width": 8, "projection": 4}
+SMALLER_UNET = {
+    "model.arguments": '(("encoder_arguments", (("widths", (4, 8)),)), ("decoder_widths", (4,)))'
+}
 SMALLER_TEXT = {
     "vocab_size": 300, "text_length": 8, "text_width": 16, "text_depth": 1, "text_num_heads": 2,
     "text_mlp_width": 16,
@@ -39,6 +42,11 @@ def small(path: Path):
         model = others.get(path.stem.removesuffix("_finetune"), {})
         changes = detection_runs.overrides(total_steps=2, **model)
         return load_config(str(path), {n: v for n, v in changes.items() if n != "trainable"})
+    if load_config(str(path), {}).task == "segmentation":  # on the embedded nuclei, which are few
+        sizes = {"model.image_size": "16", "batch_size": "8", "evaluate.batch_size": "1"}
+        counts = {"total_steps": "2", "checkpoint_every": "2", "evaluate.every": "2"}
+        once = {"log_every": "1", "optim.warmup_steps": "1"}
+        return load_config(str(path), sizes | counts | once | SMALLER_UNET)
     keep = ("batch_size", "total_steps", "checkpoint_every", "log_every", "evaluate.every")
     keep += ("evaluate.batch_size", "optim.warmup_steps", "data.train", "data.eval")
     keep += ("model.image_size",)

@@ -27,6 +27,43 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
 
+def make_run_batches(
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    make_batches: MakeBatches,
+    *,
+    batch_size: int,
+) -> Callable[..., Iterator[Outputs]]:
+    """A function (source, damage log, trainable, frozen, model_state) -> outputs of each batch.
+
+    Outputs are those of `outputs_fn`, on the host, of all processes' rows. The batch is rounded up
+    to what the devices divide.
+    """
+    devices = jax.device_count()
+    batch_size = -(-batch_size // devices) * devices
+    eval_step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
+    place = sharding.make_batch_placer(mesh)
+
+    def run_batches(source: Examples, damage: DamageLog, *arguments: Any) -> Iterator[Outputs]:
+        batches = make_batches(
+            source,
+            batch_size=batch_size // jax.process_count(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            damage_log=damage,
+        )
+        pending = None  # computed while the next batch is decoded
+        for batch in batches:
+            computed = eval_step(*arguments, place(batch))
+            if pending is not None:
+                yield jax.device_get(pending)
+            pending = computed
+        if pending is not None:
+            yield jax.device_get(pending)
+
+    return run_batches
+
+
 def make_run_over(
     outputs_fn: Callable[..., Mapping[str, jax.Array]],
     mesh: Mesh,
@@ -39,28 +76,11 @@ def make_run_over(
     Outputs are those of `outputs_fn` for each image that can be read, in the source's order;
     "mask" and "index" must be among them. The batch is rounded up to what the devices divide.
     """
-    devices = jax.device_count()
-    batch_size = -(-batch_size // devices) * devices
-    eval_step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
-    place = sharding.make_batch_placer(mesh)
+    run_batches = make_run_batches(outputs_fn, mesh, make_batches, batch_size=batch_size)
 
     def run_over(source: Examples, trainable: Any, frozen: Any, model_state: Any):
         damage = DamageLog()
-        batches = make_batches(
-            source,
-            batch_size=batch_size // jax.process_count(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            damage_log=damage,
-        )
-        outputs: list[Outputs] = []
-        pending = None  # computed while the next batch is decoded
-        for batch in batches:
-            computed = eval_step(trainable, frozen, model_state, place(batch))
-            if pending is not None:
-                outputs.append(jax.device_get(pending))
-            pending = computed
-        outputs.append(jax.device_get(pending))
+        outputs = list(run_batches(source, damage, trainable, frozen, model_state))
         whole = {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
         kept = whole["mask"]
         if not kept.any():

@@ -15,6 +15,7 @@ Value = Any
 TASKS = {  # see tasks/api.py
     "classification": "vision_jax.tasks.classification.task",
     "detection": "vision_jax.tasks.detection.task",
+    "segmentation": "vision_jax.tasks.segmentation.task",
     "pretraining": "vision_jax.tasks.pretraining.task",
     "self_distillation": "vision_jax.tasks.self_distillation.task",
     "contrastive": "vision_jax.tasks.contrastive.task",
@@ -27,7 +28,7 @@ RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
 }
 CLASSIFICATION, DETECTION, PRETRAINING = "classification", "detection", "pretraining"
 SELF_DISTILLATION, CONTRASTIVE = "self_distillation", "contrastive"
-IMAGE_TEXT = "image_text"
+IMAGE_TEXT, SEGMENTATION = "image_text", "segmentation"
 UNLABELLED = (PRETRAINING, SELF_DISTILLATION, CONTRASTIVE)
 # What distill.features may compare (recipes/distillation/objective.py).
 FEATURES = (
@@ -210,7 +211,9 @@ def _field(
 FIELDS = (
     _field("task", CLASSIFICATION, _one_of(TASKS), "the task"),
     _field("seed", 0, SEED, "of initialization, data order, augmentation, dropout and attacks"),
-    _field("batch_size", 64, COUNT, "images per update, over all devices", detection=8),
+    _field(
+        "batch_size", 64, COUNT, "images per update, over all devices", detection=8, segmentation=8
+    ),
     _field("total_steps", 1_000, COUNT, "updates of training", detection=10_000),
     _field(
         "checkpoint_every",
@@ -287,6 +290,7 @@ FIELDS = (
         RULES,
         "parameters that start anew, such as the head of other classes: regexes over whole paths",
         detection=(r"((proposals|head)_\d+/)?class_head/.*",),
+        segmentation=(r"(auxiliary_)?class_head/.*",),
         pretraining=("decoder/.*",),
         self_distillation=("(dino|ibot)_head/.*|mask_token|(patch_)?center",),
         contrastive=("contrastive_head/.*",),
@@ -561,7 +565,35 @@ FIELDS = (
     _field(
         "data.images", "", ANY, "folder of the images; empty: the annotation file's own", DETECTION
     ),
+    _field(
+        "data.masks",
+        "",
+        ANY,
+        "folder of the masks; empty: masks/ and the like, in data.train or beside it",
+        SEGMENTATION,
+    ),
+    _field(
+        "data.classes",
+        "",
+        ANY,
+        "table of the masks' values, JSON or CSV; empty: classes.json beside the masks",
+        SEGMENTATION,
+    ),
+    _field(
+        "data.reduce_zero",
+        False,
+        ANY,
+        "masks count classes from 1 and are 0 where there is none (ADE20K)",
+        SEGMENTATION,
+    ),
     _field("data.eval", "", ANY, "evaluation data; empty: a share of data.train is held out"),
+    _field(
+        "data.eval_masks",
+        "",
+        ANY,
+        "folder of the evaluation masks; empty: found as data.masks is",
+        SEGMENTATION,
+    ),
     _field(
         "data.eval_images",
         "",
@@ -616,6 +648,13 @@ FIELDS = (
         CLASSIFICATION,
         *UNLABELLED,
         IMAGE_TEXT,
+    ),
+    _field(
+        "data.view",
+        "",
+        Check(lambda value: value in ("", "original", "squash"), "original, squash, or empty"),
+        "evaluation view: the image's own size, or model.image_size; empty: the weights' own",
+        SEGMENTATION,
     ),
     _field("data.interpolation", "", FILTER, "filter of resizing; empty: the weights' own"),
     _field(
@@ -690,6 +729,20 @@ FIELDS = (
         DETECTION,
     ),
     _field(
+        "data.scale",
+        (0.5, 2.0),
+        FACTORS,
+        "training view: smallest and largest factor that the crop's image is scaled by",
+        SEGMENTATION,
+    ),
+    _field(
+        "data.turn",
+        False,
+        ANY,
+        "training view: turn by 0, 90, 180 or 270 degrees, where up is no direction",
+        SEGMENTATION,
+    ),
+    _field(
         "data.flip",
         True,
         ANY,
@@ -704,6 +757,7 @@ FIELDS = (
         NOT_NEGATIVE,
         "training view: brightness is multiplied by a factor in 1 ± this",
         DETECTION,
+        SEGMENTATION,
     ),
     _field(
         "data.contrast",
@@ -711,6 +765,7 @@ FIELDS = (
         NOT_NEGATIVE,
         "training view: contrast is multiplied by a factor in 1 ± this",
         DETECTION,
+        SEGMENTATION,
     ),
     _field(
         "data.saturation",
@@ -718,6 +773,7 @@ FIELDS = (
         NOT_NEGATIVE,
         "training view: saturation is multiplied by a factor in 1 ± this",
         DETECTION,
+        SEGMENTATION,
     ),
     _field("data.threads", 2, COUNT, "threads that decode images, in each worker"),
     _field("data.workers", 0, FROM_0, "worker processes that decode images; 0 uses threads alone"),
@@ -789,6 +845,43 @@ FIELDS = (
         NOT_NEGATIVE,
         "weight of queries without a box in DETR's class term; RF-DETR's has none",
         DETECTION,
+    ),
+    # A segmenter's loss, a mean over all pixels of an update that have a class.
+    _field(
+        "loss.pixel_weight",
+        1.0,
+        NOT_NEGATIVE,
+        "weight of the cross-entropy of pixels, or of their focal loss",
+        SEGMENTATION,
+    ),
+    _field("loss.dice_weight", 0.0, NOT_NEGATIVE, "weight of Dice in the loss", SEGMENTATION),
+    _field(
+        "loss.focal_gamma",
+        0.0,
+        NOT_NEGATIVE,
+        "gamma of the focal loss of pixels; 0 is cross-entropy",
+        SEGMENTATION,
+    ),
+    _field(
+        "loss.class_weights",
+        (),
+        Check(_every(lambda value: _is_number(value) and value >= 0), "numbers of at least 0"),
+        "weights of the classes in the loss of pixels, by label; () for equal ones",
+        SEGMENTATION,
+    ),
+    _field(
+        "loss.balance",
+        "none",
+        one_of("none", "frequency"),
+        "weigh classes by how rare they are in an update's labels (frequency)",
+        SEGMENTATION,
+    ),
+    _field(
+        "loss.auxiliary_weight",
+        0.4,
+        NOT_NEGATIVE,
+        "weight of the loss of an auxiliary head, where the model has one",
+        SEGMENTATION,
     ),
     # A masked autoencoder's.
     _field(
@@ -1083,14 +1176,52 @@ FIELDS = (
         COUNT,
         "images of a batch in evaluation",
         detection=8,
+        segmentation=8,
     ),
     _field("evaluate.score", 0.5, SHARE, "boxes of a lower score are not drawn", DETECTION),
+    _field(
+        "evaluate.window",
+        0,
+        FROM_0,
+        "pixels a side of the windows that images are segmented by; 0 takes whole images",
+        SEGMENTATION,
+    ),
+    _field(
+        "evaluate.stride",
+        0,
+        FROM_0,
+        "pixels between windows, whose scores are averaged; 0 takes two thirds of a window",
+        SEGMENTATION,
+    ),
+    _field(
+        "evaluate.background",
+        "",
+        ANY,
+        "name of the class that is no foreground, for foreground_iou; empty: none is",
+        SEGMENTATION,
+    ),
+    _field(
+        "evaluate.objects",
+        "",
+        ANY,
+        "name of the class whose connected parts are counted; empty: none are",
+        SEGMENTATION,
+    ),
+    _field(
+        "evaluate.least_pixels",
+        1,
+        COUNT,
+        "pixels that such a part has at least",
+        SEGMENTATION,
+    ),
+    _field("evaluate.boundaries", True, ANY, "measure boundary IoU", SEGMENTATION),
     _field(
         "evaluate.warn_after",
         500,
         FROM_0,
         "updates after which empty or constant predictions are warned of",
         DETECTION,
+        SEGMENTATION,
         *UNLABELLED,
         IMAGE_TEXT,
         pretraining=200,
@@ -1120,8 +1251,16 @@ FIELDS = (
         FROM_0,
         "number of images, evenly spread over the evaluation data; 0 takes all",
         detection=500,
+        segmentation=100,
     ),
-    _field("robustness.batch_size", 100, COUNT, "images of a batch in robustness", detection=8),
+    _field(
+        "robustness.batch_size",
+        100,
+        COUNT,
+        "images of a batch in robustness",
+        detection=8,
+        segmentation=8,
+    ),
     _field(
         "robustness.norm",
         "linf",
@@ -1138,9 +1277,16 @@ FIELDS = (
         "robustness.attacks",
         ("fgsm", "pgd"),
         WORDS,
-        "fgsm, pgd, mifgsm, difgsm, apgd-ce, apgd-dlr; detectors have the first two",
+        "fgsm, pgd, mifgsm, difgsm, apgd-ce, apgd-dlr; detectors and segmenters have the first two",
     ),
-    _field("robustness.steps", 20, COUNT, "steps of each attack but fgsm", detection=10),
+    _field(
+        "robustness.steps",
+        20,
+        COUNT,
+        "steps of each attack but fgsm",
+        detection=10,
+        segmentation=10,
+    ),
     _field("robustness.restarts", 1, COUNT, "random restarts of each attack but fgsm"),
     _field(
         "robustness.autoattack",

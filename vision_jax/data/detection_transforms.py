@@ -7,6 +7,7 @@ the generator they are given. Resampling is Pillow's, as in data/transforms.py.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -322,8 +323,19 @@ def random_window(
     return top, left, sides[0], sides[1]
 
 
+class ColorLimits(Protocol):
+    """By how much colors change at most: factors are drawn in 1 ± these."""
+
+    @property
+    def brightness(self) -> float: ...
+    @property
+    def contrast(self) -> float: ...
+    @property
+    def saturation(self) -> float: ...
+
+
 def color_jitter(
-    image: np.ndarray, rng: np.random.Generator, augmentation: DetectionAugmentation
+    image: np.ndarray, rng: np.random.Generator, augmentation: ColorLimits
 ) -> np.ndarray:
     """Random brightness, contrast and saturation of uint8[H, W, 3], in one pass over the pixels.
 

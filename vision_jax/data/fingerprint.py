@@ -17,6 +17,7 @@ import numpy as np
 
 from vision_jax.data.captions import CaptionedSource
 from vision_jax.data.detection import DetectionSource
+from vision_jax.data.segmentation import SegmentationSource
 from vision_jax.data.sources import Source
 from vision_jax.errors import UserError
 from vision_jax.files import write_whole
@@ -26,7 +27,7 @@ MAX_BYTES = 2**30  # of a fingerprint; ten million images have as many
 Fingerprint = dict[str, list[Any]]  # "name", "size" and "annotations", each with an entry a row
 
 
-def take_fingerprint(source: Source | DetectionSource) -> Fingerprint:
+def take_fingerprint(source: Source | DetectionSource | SegmentationSource) -> Fingerprint:
     """Of the source's examples, in their order."""
     reader, rows = source.reader, source.rows.tolist()
     names, sizes = [reader.relative_name(row) for row in rows], [reader.stamp(row) for row in rows]
@@ -36,6 +37,8 @@ def take_fingerprint(source: Source | DetectionSource) -> Fingerprint:
             zlib.crc32(source.captions[row].encode(), zlib.crc32(tokens[row].tobytes()))
             for row in rows
         ]
+    elif isinstance(source, SegmentationSource):
+        annotations = [source.masks.stamp(row) for row in rows]
     elif isinstance(source, Source):
         annotations = source.labels.tolist()
     else:

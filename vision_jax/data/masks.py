@@ -8,7 +8,9 @@ interpolated or turned.
 
 import csv
 import io
+import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,9 @@ class MaskReader(Protocol):
 
     def example_name(self, row: int) -> str:
         """What to call it in messages."""
+
+    def stamp(self, row: int) -> int:
+        """A number that shows most edits, read without the mask: its size in bytes, mostly."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +256,14 @@ class FileMasks:
     def example_name(self, row: int) -> str:
         return str(self.folder / self.paths[row])
 
+    def stamp(self, row: int) -> int:
+        try:
+            size = os.stat(self.folder / self.paths[row]).st_size
+        except OSError:  # it is skipped, counted and named when its turn comes
+            size = -1
+        meaning = (self.paths[row], size, self.table.values, self.table.indices)
+        return zlib.crc32(repr(meaning).encode())
+
 
 @dataclass(frozen=True)
 class ArrayMasks:
@@ -264,6 +277,9 @@ class ArrayMasks:
 
     def example_name(self, row: int) -> str:
         return f"{self.name}[{row}]"
+
+    def stamp(self, row: int) -> int:
+        return zlib.crc32(self.masks[row].tobytes())
 
 
 def decode_mask(data: bytes, *, name: str, colors: bool = False) -> np.ndarray:

@@ -297,7 +297,14 @@ class ResNet(nn.Module):
         return sum(self.depths) + 1 if top == "head" else 0
 
     @nn.compact
-    def __call__(self, images, *, mask=None, train: bool = False, return_features: bool = False):
+    def __call__(
+        self,
+        images,
+        *,
+        mask=None,
+        train: bool = False,
+        return_features: bool | Literal["unpooled"] = False,
+    ):
         """Applies the model.
 
         Args:
@@ -309,13 +316,18 @@ class ResNet(nn.Module):
           train: BatchNorm takes the batch's statistics and updates its own (collection
             "batch_stats") unless frozen; dropout and drop_path act, with keys from "dropout".
           return_features: also return a dict of named intermediates: "stem" and "stage_0" ... as
-            f[B, h, w, C], and "pooled" f[B, D].
+            f[B, h, w, C], and "pooled" f[B, D]. "unpooled" adds the stem's map before its pool
+            under that name, as a U-Net needs it.
 
         Returns:
           logits f32[B, num_classes], or (logits, features).
         """
-        x, mask = self._stem(masked(normalize(images, self.mean, self.std), mask), train, mask)
+        unpooled, x, mask = self._stem(
+            masked(normalize(images, self.mean, self.std), mask), train, mask
+        )
         features = {"stem": x}
+        if return_features == "unpooled":
+            features["unpooled"] = unpooled
         for index in range(len(self.depths)):
             stage = self._stage(index)
             x = stage(x, train, mask)
@@ -381,8 +393,8 @@ class ResNet(nn.Module):
             x = conv(x, f"conv1_{len(self.stem_widths)}", self.stem_width, 3, 1)
         else:
             x = conv(x, "conv1", self.stem_width, self.stem_size, self._stem_stride)
-        x = norm(x, "bn1")
+        unpooled = x = norm(x, "bn1")
         if self.stem_pool:
             mask = stride_mask(mask, 2)
             x = masked(max_pool(x, 3, 2, 1), mask)  # a window outside may reach inside
-        return x, mask
+        return unpooled, x, mask

@@ -1,0 +1,43 @@
+"""Cell nuclei in a micrograph, each pixel named: background, inside of a nucleus, or its edge.
+
+Command:   python -m vision_jax.main --config=configs/segment_nuclei.py
+Hardware:  2 CPU cores, about a minute
+Expected:  foreground IoU about 0.88 on the held-out part
+"""
+
+from ml_collections import ConfigDict
+
+from vision_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """What differs from the defaults; see `--help-config`."""
+    config = default_config("segmentation")
+    config.model.variant = "unet_plain"
+    config.model.arguments = (
+        ("encoder_arguments", (("widths", (8, 16, 32, 64)),)),
+        ("decoder_widths", (32, 16, 8)),
+    )
+    config.model.image_size = 96
+    config.total_steps = 200
+    config.checkpoint_every = 200
+    config.log_every = 20
+
+    config.optim.lr = 5e-3
+    config.optim.warmup_steps = 20
+    config.optim.ema_decay = 0.95
+    config.loss.dice_weight = 0.5
+
+    config.data.train = "embedded:nuclei/train"
+    config.data.eval = "embedded:nuclei/test"
+    config.data.scale = (0.8, 1.25)
+    config.data.turn = True
+    config.data.brightness = 0.3
+    config.data.contrast = 0.3
+    config.data.threads = 1
+
+    config.evaluate.every = 200
+    config.evaluate.background = "background"
+    config.evaluate.objects = "inside"
+    config.evaluate.least_pixels = 10
+    return config

@@ -1,0 +1,187 @@
+"""From images with masks to batches of numpy arrays, with grain.
+
+A training batch is
+
+    image  u8[B, h, w, C]
+    label  u8[B, h, w], class indices, 255 where nothing counts
+    mask   bool[B], index i32[B], as in data/pipeline.py
+
+The order, the crops and the damaged images that are replaced are functions of (seed, step) alone,
+for any number of threads, workers and processes.
+
+In evaluation images have many sizes, and each size is compiled once, so a batch is of one size:
+"image" as the model sees it and "label" of the original size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.masks import IGNORED
+from vision_jax.data.pipeline import MAX_DRAWS, CountDamaged, Damaged, DamageLog, iterate
+from vision_jax.data.segmentation import SegmentationSource
+from vision_jax.data.segmentation_transforms import (
+    SegmentationAugmentation,
+    SegmentationPreprocessing,
+    segmentation_eval_transform,
+    segmentation_train_transform,
+)
+
+
+@dataclass(frozen=True)
+class _LoadForTraining:
+    """(row, rng) → one augmented example and the damaged ones met. A class, so that it pickles."""
+
+    source: SegmentationSource
+    preprocessing: SegmentationPreprocessing
+    augmentation: SegmentationAugmentation
+
+    def __call__(
+        self, row: int, rng: np.random.Generator
+    ) -> tuple[dict[str, Any] | None, list[Damaged]]:
+        damaged: list[Damaged] = []
+        while len(damaged) < MAX_DRAWS:
+            try:
+                example = self.source[row]
+                image, label = segmentation_train_transform(
+                    example["image"],
+                    example["mask"],
+                    rng,
+                    preprocessing=self.preprocessing,
+                    augmentation=self.augmentation,
+                )
+            except DamagedImageError as error:
+                damaged.append(Damaged(row, self.source.example_name(row), str(error)))
+                row = int(rng.integers(len(self.source)))
+                continue
+            return {
+                "image": image,
+                "label": label,
+                "mask": np.bool_(True),
+                "index": example["index"],
+            }, damaged
+        return None, damaged
+
+
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+def _collate(
+    loaded: Sequence[tuple[dict[str, Any] | None, list[Damaged]]],
+) -> tuple[dict[str, np.ndarray] | None, list[Damaged]]:
+    """A batch (None if an example couldn't be replaced) and the damaged images met."""
+    examples = [example for example, _ in loaded if example is not None]
+    damaged = [one for _, some in loaded for one in some]
+    return (_stack(examples) if len(examples) == len(loaded) else None), damaged
+
+
+def make_segmentation_train_iterator(
+    source: SegmentationSource,
+    *,
+    batch_size: int,
+    preprocessing: SegmentationPreprocessing,
+    augmentation: SegmentationAugmentation,
+    seed: int,
+    num_threads: int,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    first_batch: int = 0,
+    max_damaged: float,
+    damage_log: DamageLog | None = None,
+) -> grain.DatasetIterator:
+    """Endless shuffled batches of `batch_size` rows (this process's share of the global batch).
+
+    The arguments are those of `vision_jax.data.pipeline.make_train_iterator`.
+    """
+    load = _LoadForTraining(source, preprocessing, augmentation)
+    batches = (
+        grain.MapDataset.range(len(source))
+        .seed(seed)
+        .shuffle()  # each epoch in another order
+        .repeat()
+        .random_map(load)  # before the slice, so that its draws don't depend on process_count
+        .slice(slice(process_index, None, process_count))
+        .batch(batch_size, drop_remainder=True, batch_fn=_collate)
+    )
+    count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
+    return iterate(batches, count, num_threads, num_workers, first_batch)
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _LoadForEvaluation:
+    """row → an example, or the damaged one in its place."""
+
+    source: SegmentationSource
+    preprocessing: SegmentationPreprocessing
+
+    def __call__(self, row: int) -> dict[str, Any] | Damaged:
+        try:
+            example = self.source[row]
+            image = segmentation_eval_transform(example["image"], self.preprocessing)
+        except DamagedImageError as error:
+            return Damaged(row, self.source.example_name(row), str(error))
+        return {
+            "image": image,
+            "label": example["mask"],
+            "mask": np.bool_(True),
+            "index": np.int32(row),
+        }
+
+
+def make_segmentation_eval_batches(
+    source: SegmentationSource,
+    *,
+    batch_size: int,
+    preprocessing: SegmentationPreprocessing,
+    num_threads: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    damage_log: DamageLog | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every image once, in batches of one size and of `batch_size` rows of this process.
+
+    Images that follow each other and have one size share a batch. It is filled up with black rows
+    whose mask is False, whose index is -1 and whose labels are 255. A damaged image is left out,
+    and named in `damage_log`. Every process reads all images and yields its rows of each batch.
+    """
+    log = damage_log or DamageLog()
+    examples = iter(
+        grain.MapDataset.source(np.arange(len(source)))
+        .map(_LoadForEvaluation(source, preprocessing))
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
+        )
+    )
+
+    def filled(waiting: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        blank = {
+            "image": np.zeros_like(waiting[0]["image"]),
+            "label": np.full_like(waiting[0]["label"], IGNORED),
+            "mask": np.bool_(False),
+            "index": np.int32(-1),
+        }
+        rows = [*waiting, *[blank] * (batch_size * process_count - len(waiting))]
+        return _stack(rows[process_index::process_count])
+
+    waiting: list[dict[str, Any]] = []
+    for example in examples:
+        if isinstance(example, Damaged):
+            log.record(0, [example])
+            continue
+        log.record(1, [])
+        shapes = {(one["image"].shape, one["label"].shape) for one in (*waiting[:1], example)}
+        if waiting and (len(shapes) > 1 or len(waiting) == batch_size * process_count):
+            yield filled(waiting)
+            waiting = []
+        waiting.append(example)
+    if waiting:
+        yield filled(waiting)

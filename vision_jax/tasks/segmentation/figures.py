@@ -1,0 +1,158 @@
+"""The pictures of a segmenter: masks over images, where they are wrong, confusion.
+
+A class has the same color in every picture, by its index: from a palette that can be told apart
+with any color vision as far as it goes (Okabe and Ito 2008, https://jfly.uni-koeln.de/color/), then
+hues a golden angle apart. What is ignored stays as the image is.
+"""
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
+
+from vision_jax.data.masks import IGNORED
+from vision_jax.figures import BLUE, GREEN, INK, ORANGE, save_figure, shorten
+
+FIRST = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+GOLDEN = 0.618033988749895  # of a turn
+OPACITY = 0.5
+WRONG, RIGHT = (213, 94, 0), (230, 230, 230)
+MOST_LISTED = 24  # classes in a legend
+COLORS = (BLUE, ORANGE, GREEN)  # of attacks
+
+
+def palette(count: int) -> np.ndarray:
+    """u8[count, 3], a color for each class."""
+    colors = [to_rgb(color) for color in FIRST[:count]]
+    for index in range(len(colors), count):
+        value = 0.95 if index % 2 else 0.65
+        colors.append(colorsys.hsv_to_rgb(index * GOLDEN % 1, 0.75, value))
+    return np.round(255 * np.array(colors)).astype(np.uint8).reshape(count, 3)
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """u8[H, W, 3] of an image u8[H, W, C] with its mask u8[H, W] half over it."""
+    base = to_color(image).astype(np.float32)
+    counted = mask != IGNORED
+    painted = colors[np.where(counted, mask, 0)]
+    mixed = (1 - OPACITY) * base + OPACITY * painted
+    return np.where(counted[..., None], mixed, base).round().astype(np.uint8)
+
+
+def error_map(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """u8[H, W, 3]: wrong pixels orange, right ones light, ignored ones white."""
+    picture = np.full((*label.shape, 3), 255, np.uint8)
+    picture[(label != IGNORED) & (prediction == label)] = RIGHT
+    picture[(label != IGNORED) & (prediction != label)] = WRONG
+    return picture
+
+
+def to_color(image: np.ndarray) -> np.ndarray:
+    """u8[H, W, 3] of any number of channels: grey three times, the first three of many."""
+    return image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2)
+
+
+def draw_segmentation_grid(
+    examples: Sequence[Mapping[str, Any]], class_names: Sequence[str], path: str | Path
+) -> Path:
+    """Rows of image, true mask, predicted mask and errors, as a PNG.
+
+    Args:
+      examples: "image" u8[H, W, C], "label" and "prediction" u8[H, W], "name".
+      class_names: K names.
+      path: of the file.
+    """
+    colors = palette(len(class_names))
+    figure = Figure(figsize=(13, 3.3 * len(examples) + 0.8), dpi=100, layout="constrained")
+    cells = figure.subplots(len(examples), 4, squeeze=False)
+    for row, example in zip(cells, examples, strict=True):
+        image, label, prediction = (example[name] for name in ("image", "label", "prediction"))
+        counted = label != IGNORED
+        right = (prediction == label)[counted].mean() if counted.any() else 0.0
+        pictures = (
+            (to_color(image), shorten(Path(example["name"]).name, 40)),
+            (overlay(image, label, colors), "true"),
+            (overlay(image, prediction, colors), "predicted"),
+            (error_map(prediction, label), f"{right:.1%} of its pixels right"),
+        )
+        for cell, (picture, title) in zip(row, pictures, strict=True):
+            cell.imshow(picture)
+            cell.set_title(title, loc="left", fontsize=9, color=INK, parse_math=False)
+            cell.set_axis_off()
+    used = sorted({k for e in examples for k in np.unique(e["label"]) if k != IGNORED})
+    handles = [
+        Patch(color=colors[k] / 255, label=shorten(class_names[k])) for k in used[:MOST_LISTED]
+    ]
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 6) or 1, frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return save_figure(figure, path)
+
+
+def draw_robustness(
+    record: Mapping[str, Any],
+    pictures: Sequence[Mapping[str, np.ndarray]],
+    class_names: Sequence[str],
+    path: str | Path,
+) -> Path:
+    """mIoU and accuracy by epsilon, and masks before and after, as a PNG.
+
+    Args:
+      record: as robustness.json has it.
+      pictures: of images "image" and "adversarial" f32[h, w, C] in [0, 1], "before" and "after"
+        u8[h, w].
+      class_names: K names.
+      path: of the file.
+    """
+    lower = 3.3 * len(pictures)
+    figure = Figure(figsize=(13, 4.4 + lower), dpi=100, layout="constrained")
+    upper: Any = figure
+    if pictures:
+        parts: Any = figure.subfigures(2, 1, height_ratios=(4.4, lower))
+        upper, below = parts
+        colors = palette(len(class_names))
+        for row, found in zip(
+            below.subplots(len(pictures), 4, squeeze=False), pictures, strict=True
+        ):
+            plain, attacked = (
+                np.round(255 * np.clip(found[name], 0, 1)).astype(np.uint8)
+                for name in ("image", "adversarial")
+            )
+            for cell, picture, title in zip(
+                row,
+                (
+                    to_color(plain),
+                    overlay(plain, found["before"], colors),
+                    to_color(attacked),
+                    overlay(attacked, found["after"], colors),
+                ),
+                ("image", "predicted", "attacked", "predicted then"),
+                strict=True,
+            ):
+                cell.imshow(picture)
+                cell.set_title(title, loc="left", fontsize=9, color=INK)
+                cell.set_axis_off()
+    unit = 255 if record["norm"] == "linf" else 1
+    for axes, what in zip(upper.subplots(1, 2), ("miou", "pixel_accuracy"), strict=True):
+        for (name, rows), color in zip(record["attacks"].items(), COLORS, strict=False):
+            points = [(0.0, record["clean"][what]), *((r["epsilon"], r[what]) for r in rows)]
+            x, y = np.array(points, float).T
+            axes.plot(unit * x, y, marker="o", color=color, label=name)
+        axes.plot([0.0], [record["clean"][what]], "s", color=INK, label="clean")
+        axes.set_ylim(0, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("epsilon" + (" × 255" if unit == 255 else "") + f" ({record['norm']})")
+        title = f"{what.replace('_', ' ')} under attack, {record['images']:,} images"
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    return save_figure(figure, path)

@@ -1,0 +1,246 @@
+"""Semantic segmentation: classes of pixels, compared with a mask inside the step.
+
+What a segmenter predicts (models.families.Family.predicts) decides how it is trained and how scores
+of pixels are read from it: PREDICTIONS says both, and nothing else of the task asks what the model
+is. Of a model it is asked that it takes images and gives a dict, at whatever stride.
+
+Batches are as data/segmentation_pipeline.py makes them; labels are u8[B, H, W], 255 where nothing
+counts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vision_jax.attacks.examples import keys_of
+from vision_jax.errors import UserError, nearest
+from vision_jax.objective import Apply, Batch, Objective, forward_keys
+from vision_jax.ops import segmentation_losses as ops
+from vision_jax.ops.images import to_float
+
+# loss(outputs of the model, batch) -> (losses f[B], metrics)
+Loss = Callable[[Mapping[str, jax.Array], Batch], tuple[jax.Array, dict[str, jax.Array]]]
+# scores(outputs of the model, (H, W)) -> f[B, H, W, K]; the largest is the class
+Scores = Callable[[Mapping[str, jax.Array], Sequence[int]], jax.Array]
+# attack(loss of images, images f[B, H, W, C], keys[B], epsilon=) -> images
+Attack = Callable[..., jax.Array]
+
+# Of a batch, what the loss of a micro-batch counts over all of its update (steps.make_train_step).
+WHOLE = ("label",)
+BALANCES = ("none", "frequency")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the task must know of segmenters that predict the same.
+
+    Attributes:
+      make_loss: (model, alone=, **fields of config.loss) -> the loss. `alone`: an image's loss does
+        not depend on the others of its batch. Raises UserError where the model can't be trained so.
+      scores: of the outputs, at any size.
+    """
+
+    make_loss: Callable[..., Loss]
+    scores: Scores
+
+
+def make_pixel_loss(
+    model: Any,
+    *,
+    pixel_weight: float,
+    dice_weight: float,
+    focal_gamma: float,
+    class_weights: tuple[float, ...],
+    balance: str,
+    auxiliary_weight: float,
+    alone: bool = False,
+    **others: Any,
+) -> Loss:
+    """Cross-entropy or focal loss, and Dice, of "logits", and of "auxiliary_logits" if there are.
+
+    Args:
+      model: with `num_classes`.
+      pixel_weight: of the loss of pixels.
+      dice_weight: of Dice.
+      focal_gamma: of the loss of pixels; 0 is cross-entropy.
+      class_weights: of the loss of pixels; () for equal ones.
+      balance: "frequency" weighs classes by how rare they are in an update's labels.
+      auxiliary_weight: of the loss of "auxiliary_logits", which a model gives in training.
+      alone: an image's loss does not depend on the others of its batch. Weights by frequency are
+        then by the image's.
+      **others: of other segmenters' losses.
+
+    Raises:
+      UserError: weights that cannot be used.
+    """
+    del others
+    if class_weights and balance != "none":
+        raise UserError(
+            "config.loss.class_weights and config.loss.balance are two ways to weigh classes: use"
+            " one of them"
+        )
+    if not (pixel_weight or dice_weight):
+        raise UserError("config.loss: pixel_weight and dice_weight are both 0: nothing to minimize")
+    ops.check_weights(class_weights, model.num_classes)
+
+    def weights_of(label):
+        if class_weights:
+            return jnp.asarray(class_weights)
+        if balance == "none":
+            return None
+        return ops.frequency_weights(ops.class_counts(label, model.num_classes))
+
+    def loss_of(logits, label, whole):
+        logits = ops.resize_logits(logits, label.shape[1:3])
+        parts = {}
+        if pixel_weight:
+            losses = ops.pixel_losses(logits, label, gamma=focal_gamma)
+            if alone and balance != "none":
+                one = jax.vmap(
+                    lambda x, y: ops.weighted_mean(x[None], y[None], weights_of(y[None]))
+                )
+                parts["pixel_loss"] = pixel_weight * one(losses, label)[:, 0]
+            else:
+                weights = weights_of(label if whole is None else whole)
+                mean = ops.weighted_mean(losses, label, weights, whole, alone=alone)
+                parts["pixel_loss"] = pixel_weight * mean
+        if dice_weight:
+            parts["dice_loss"] = dice_weight * ops.dice_losses(logits, label)
+        return parts, logits
+
+    def pixel_loss(outputs, batch):
+        label = batch["label"]
+        whole = batch["whole"]["label"] if "whole" in batch else None
+        parts, logits = loss_of(outputs["logits"], label, whole)
+        right = (jnp.argmax(logits, -1) == label).astype(logits.dtype)
+        metrics = {name: part.mean() for name, part in parts.items()}
+        metrics["pixel_accuracy"] = ops.weighted_mean(right, label, whole=whole).mean()
+        total = sum(parts.values())
+        if "auxiliary_logits" in outputs and auxiliary_weight:
+            beside, _ = loss_of(outputs["auxiliary_logits"], label, whole)
+            auxiliary = sum(beside.values())
+            metrics["auxiliary_loss"] = auxiliary.mean()
+            total += auxiliary_weight * auxiliary
+        return total, metrics
+
+    return pixel_loss
+
+
+PREDICTIONS: dict[str, Prediction] = {
+    "semantic": Prediction(
+        make_pixel_loss, lambda outputs, size: ops.resize_logits(outputs["logits"], size)
+    ),
+}
+
+
+def find_prediction(predicts: str) -> Prediction:
+    """Of a model's family.
+
+    Raises:
+      UserError: a model whose head is for something else.
+    """
+    if predicts not in PREDICTIONS:
+        raise UserError(
+            f"config.model.variant: the model predicts {predicts}, not classes of pixels"
+            f"{nearest(predicts, list(PREDICTIONS))}: take a segmenter, such as unet_resnet50"
+        )
+    return PREDICTIONS[predicts]
+
+
+def make_objective(
+    apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any], *, loss: Loss
+) -> Objective:
+    """The loss of a segmenter; outputs are the model's.
+
+    Args:
+      apply: the model.
+      assemble: from {path: array} of all parameters to the model's tree.
+      loss: of the outputs.
+    """
+
+    def prepare(trainable, frozen, model_state, batch: Batch, key):
+        del trainable, frozen, model_state, key
+        return {**batch, "image": to_float(batch["image"])}
+
+    def forward(trainable, frozen, model_state, view, key, *, train):
+        return apply(
+            assemble({**trainable, **frozen}),
+            model_state,
+            view["image"],
+            train=train,
+            keys=forward_keys(key) if train else {},
+        )
+
+    def criterion(trainable, outputs, view):
+        del trainable
+        return loss(outputs, view)
+
+    return Objective(prepare, forward, criterion)
+
+
+def make_outputs(
+    apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any], *, scores: Scores
+):
+    """What evaluation needs of a batch.
+
+    With "label" u8[B, H, W] in it: "prediction" u8[B, H, W], and "label", "mask" and "index".
+    Without: "scores" f[B, h, w, K] of images that are windows of a larger one.
+    """
+
+    def outputs_fn(trainable, frozen, model_state, batch: Batch):
+        outputs, _ = apply(
+            assemble({**trainable, **frozen}),
+            model_state,
+            to_float(batch["image"]),
+            train=False,
+            keys={},
+        )
+        return _read(scores, outputs, batch)
+
+    return outputs_fn
+
+
+def _read(scores: Scores, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
+    if "label" not in batch:
+        return {"scores": scores(outputs, batch["image"].shape[1:3])}
+    found = scores(outputs, batch["label"].shape[1:3])
+    prediction = jnp.argmax(found, axis=-1).astype(jnp.uint8)
+    return {"prediction": prediction, **{name: batch[name] for name in ("label", "mask", "index")}}
+
+
+def make_adversarial_outputs(objective: Objective, *, scores: Scores, attack: Attack, seed: int):
+    """As `make_outputs`, of images that are changed to maximize the objective's losses.
+
+    (trainable, frozen, (model_state, epsilon f32[], rows i32[N]), batch) -> what `make_outputs`
+    gives, and "image" and "adversarial" f32[B, H, W, C]. An image's random draws come from the seed
+    and rows[index], its place in the whole data, and from nothing of the batch.
+
+    Args:
+      objective: its losses of an image must not depend on other images: made with `alone`.
+      scores: of outputs.
+      attack: (loss, images, keys, epsilon=) -> images.
+      seed: of the draws.
+    """
+
+    def outputs_fn(trainable, frozen, state, batch: Batch):
+        model_state, epsilon, rows = state
+        key = jax.random.key(seed)
+        view = objective.prepare(trainable, frozen, model_state, batch, key)
+
+        def outputs_of_images(images):
+            seen = {**view, "image": images}
+            return objective.forward(trainable, frozen, model_state, seen, key, train=False)[0]
+
+        def loss(images):
+            losses, _ = objective.criterion(trainable, outputs_of_images(images), view)
+            return losses, jnp.zeros(losses.shape, bool)
+
+        keys = keys_of(key, rows[batch["index"]])
+        adversarial = attack(loss, view["image"], keys, epsilon=epsilon)
+        found = _read(scores, outputs_of_images(adversarial), batch)
+        return {**found, "image": view["image"], "adversarial": adversarial}
+
+    return outputs_fn

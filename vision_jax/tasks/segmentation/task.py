@@ -1,0 +1,617 @@
+"""Segmentation as a run's task: its config's data, loss, evaluation and pictures."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vision_jax import sharding, steps
+from vision_jax.config import write_json
+from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.masks import IGNORED
+from vision_jax.data.pipeline import DamageLog
+from vision_jax.data.segmentation import (
+    SegmentationSource,
+    images_to_segment,
+    read_segmentation_source,
+    segmentation_subset,
+    split_segmentation_source,
+)
+from vision_jax.data.segmentation_pipeline import (
+    make_segmentation_eval_batches,
+    make_segmentation_train_iterator,
+)
+from vision_jax.data.segmentation_transforms import (
+    SegmentationAugmentation,
+    SegmentationPreprocessing,
+    segmentation_eval_transform,
+)
+from vision_jax.errors import UserError, printable, utf8
+from vision_jax.evaluation import make_run_batches
+from vision_jax.logging import RunLog, say
+from vision_jax.objective import Apply, Objective
+from vision_jax.tasks.api import Trained
+from vision_jax.tasks.segmentation import objective
+from vision_jax.tasks.segmentation import robustness as under_attack
+from vision_jax.tasks.segmentation.metrics import Tally, count_objects, find_class
+from vision_jax.tasks.segmentation.windows import predict_by_windows
+
+best_metric = "miou"  # what the best checkpoint is best at
+best_is = "highest"
+# Of an evaluation, in metrics.jsonl.
+reported = (
+    "miou",
+    "pixel_accuracy",
+    "mean_dice",
+    "boundary_iou",
+    "miou_foreground",
+    "foreground_iou",
+    "objects",
+    "objects_true",
+)
+
+curves = ("miou", "pixel_accuracy", "boundary_iou")  # of the former, in curves.png
+
+whole = objective.WHOLE
+labels_images = False
+
+PICTURES = 6  # in predictions.png
+LONGEST_STEM = 200  # bytes of a file name in the names of pictures
+MOST_MASKS = 200  # that are read to tell the classes' shares of pixels
+
+# An image's prediction and label, u8[H, W] both, and its row in the source.
+Predicted = tuple[int, np.ndarray, np.ndarray]
+
+
+# Data -------------------------------------------------------------------------------------------
+
+
+def read_sources(config: ConfigDict) -> tuple[SegmentationSource, SegmentationSource]:
+    """The training and the evaluation data, with the same classes."""
+    data = config.data
+    train = _read(config, data.train, data.masks)
+    if data.eval:
+        return _subset(config, train), read_eval_source(config, train.class_names)
+    train, held_out = split_segmentation_source(train, data.holdout, config.seed)
+    return _subset(config, train), held_out
+
+
+def _read(config, spec, masks, class_names=None) -> SegmentationSource:
+    return read_segmentation_source(
+        spec,
+        masks,
+        classes=config.data.classes,
+        reduce_zero=config.data.reduce_zero,
+        class_names=class_names,
+    )
+
+
+def _subset(config: ConfigDict, train: SegmentationSource) -> SegmentationSource:
+    count = config.data.subset
+    return segmentation_subset(train, count, config.seed) if count else train
+
+
+def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> SegmentationSource:
+    """The evaluation data alone, for a finished run."""
+    data = config.data
+    if data.eval:
+        return _read(config, data.eval, data.eval_masks, class_names)
+    train = _read(config, data.train, data.masks, class_names)
+    return split_segmentation_source(train, data.holdout, config.seed)[1]
+
+
+def announce(
+    log: RunLog, workdir: Path, train: SegmentationSource, held_out: SegmentationSource
+) -> None:
+    """Shows the classes' shares of the pixels, of some masks where there are many."""
+    del workdir
+    counts = [_count_pixels(source) for source in (train, held_out)]
+    rows = [
+        (str(label), name, *(f"{count[label] / max(count[:-1].sum(), 1):.2%}" for count in counts))
+        for label, name in enumerate(train.class_names)
+    ]
+    shares = [f"{count[-1] / max(count.sum(), 1):.2%}" for count in counts]
+    rows.append((str(IGNORED), "(ignored, of all pixels)", *shares))
+    log.table("Classes", ("label", "name", "pixels to train", "to evaluate"), rows)
+
+
+def _count_pixels(source: SegmentationSource) -> np.ndarray:
+    """i64[K + 1]: pixels of each class and of none, in up to MOST_MASKS masks.
+
+    Raises:
+      UserError: a mask with a value that is no class, or not one pixel of a class.
+    """
+    classes = len(source.class_names)
+    counts = np.zeros(classes + 1, np.int64)
+    for i in np.unique(np.linspace(0, len(source) - 1, MOST_MASKS).astype(int)):
+        try:
+            found = np.bincount(source.mask(int(i)).reshape(-1), minlength=IGNORED + 1)
+        except DamagedImageError:
+            continue  # it is skipped, counted and named when its turn comes
+        counts += np.append(found[:classes], found[IGNORED])
+    if counts[-1] and not counts[:-1].any():
+        raise UserError(
+            f"{source.name}: not one pixel of its masks has a class, all are ignored: check the"
+            " table of classes"
+        )
+    return counts
+
+
+def make_preprocessing(
+    config: ConfigDict, own: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> SegmentationPreprocessing | None:
+    """How images are prepared: as the config says, else as the weights (`own`) were used to.
+
+    None where nothing says how large training's crops are.
+    """
+    data = config.data
+    side = config.model.image_size
+    size = (side, side) if side else arguments.get("image_size") or own.get("image_size")
+    if not size:
+        return None
+    return SegmentationPreprocessing(
+        image_size=tuple(size),
+        mean=arguments["mean"],
+        std=arguments["std"],
+        interpolation=data.interpolation or own.get("interpolation") or "bilinear",
+        view=data.view or own.get("view") or "original",
+    )
+
+
+def load_preprocessing(record: Mapping[str, Any]) -> SegmentationPreprocessing:
+    """From its fields in model.json."""
+    return SegmentationPreprocessing(**record)
+
+
+def training_data(
+    config: ConfigDict,
+    source: SegmentationSource,
+    preprocessing: SegmentationPreprocessing,
+    damage: DamageLog,
+    first_batch: int = 0,
+) -> grain.DatasetIterator:
+    """Endless batches of this process, from `first_batch` on."""
+    data = config.data
+    return make_segmentation_train_iterator(
+        source,
+        batch_size=config.batch_size // jax.process_count(),
+        preprocessing=preprocessing,
+        augmentation=SegmentationAugmentation(
+            scale=data.scale,
+            flip=data.flip,
+            turn=data.turn,
+            brightness=data.brightness,
+            contrast=data.contrast,
+            saturation=data.saturation,
+        ),
+        seed=config.seed,
+        num_threads=data.threads,
+        num_workers=data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        first_batch=first_batch,
+        max_damaged=data.max_damaged,
+        damage_log=damage,
+    )
+
+
+def batch_shapes(config: ConfigDict, preprocessing: SegmentationPreprocessing) -> dict[str, Any]:
+    """ShapeDtypeStructs of a training batch, over all processes."""
+    size, crop = config.batch_size, preprocessing.image_size
+    return {
+        "image": jax.ShapeDtypeStruct((size, *crop, len(preprocessing.mean)), np.uint8),
+        "label": jax.ShapeDtypeStruct((size, *crop), np.uint8),
+        "mask": jax.ShapeDtypeStruct((size,), np.bool_),
+        "index": jax.ShapeDtypeStruct((size,), np.int32),
+    }
+
+
+# Loss and evaluation ----------------------------------------------------------------------------
+
+
+def make_objective(
+    config: ConfigDict,
+    model: Any,
+    predicts: str,
+    apply: Apply,
+    assemble: Callable[..., Any],
+    mesh: Mesh,
+) -> Objective:
+    """What training minimizes: the loss of what the model predicts."""
+    del mesh
+    return _make_objective(config, model, predicts, apply, assemble)
+
+
+def _make_objective(
+    config: ConfigDict,
+    model: Any,
+    predicts: str,
+    apply: Apply,
+    assemble: Callable[..., Any],
+    *,
+    alone: bool = False,
+) -> Objective:
+    """The same, or of each image alone."""
+    make_loss = objective.find_prediction(predicts).make_loss
+    loss = config.loss
+    made = make_loss(
+        model,
+        alone=alone,
+        pixel_weight=loss.pixel_weight,
+        dice_weight=loss.dice_weight,
+        focal_gamma=loss.focal_gamma,
+        class_weights=loss.class_weights,
+        balance=loss.balance,
+        auxiliary_weight=loss.auxiliary_weight,
+    )
+    return objective.make_objective(apply, assemble, loss=made)
+
+
+def make_outputs(
+    config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
+) -> Callable[..., Mapping[str, jax.Array]]:
+    """What evaluation needs of a batch."""
+    del config, model
+    return objective.make_outputs(
+        apply, assemble, scores=objective.find_prediction(predicts).scores
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found in a whole dataset.
+
+    Attributes:
+      summary: see metrics.Tally.summarize.
+      confusion: i64[K, K], row = label, column = prediction, in pixels.
+      examples: some images with label and prediction, for figures.
+      class_names: K names.
+      damaged: names of images that could not be read.
+      warn_after: updates after which constant predictions are warned of.
+    """
+
+    summary: dict[str, Any]
+    confusion: np.ndarray
+    examples: tuple[dict[str, Any], ...]
+    class_names: tuple[str, ...]
+    damaged: tuple[str, ...]
+    warn_after: int
+
+    def line(self) -> str:
+        """The summary for the screen."""
+        known = [name for name in reported if self.summary[name] is not None]
+        text = "  ".join(f"{name} {_number(self.summary[name])}" for name in known)
+        there, all_of_them = self.summary["classes"]
+        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
+        return (
+            f"evaluation on {self.summary['count']} images: {text}  (means of {there} of"
+            f" {all_of_them} classes){skipped}"
+        )
+
+    def lines(self) -> list[str]:
+        """Each class."""
+        width = max(len(printable(name)) for name in self.summary["per_class"])
+        return [
+            f"  {printable(name):{width}}  iou {_number(found['iou'])}"
+            f"  dice {_number(found['dice'])}  boundary iou {_number(found['boundary_iou'])}"
+            f"  {found['pixels']:,} pixels"
+            for name, found in self.summary["per_class"].items()
+        ]
+
+    def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """One class for all pixels, once there was time to learn more."""
+        del history
+        if step < self.warn_after or (self.confusion.sum(1) > 0).sum() < 2:
+            return []
+        found = np.flatnonzero(self.confusion.sum(0))
+        if len(found) > 1:
+            return []
+        return [
+            f"after {step} updates every pixel is predicted as {self.class_names[found[0]]!r}: if"
+            " it is the most frequent class, weigh classes by config.loss.balance=frequency or add"
+            " config.loss.dice_weight=1; else lower config.optim.lr"
+        ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def make_evaluate(
+    config: ConfigDict,
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    source: SegmentationSource,
+    preprocessing: SegmentationPreprocessing,
+) -> Callable[..., Evaluation]:
+    """A function (trainable, frozen, model_state) -> Evaluation over the whole source."""
+    predict_all = _make_predict_all(config, outputs_fn, mesh, preprocessing)
+    _make_tally(config, source.class_names)  # which refuses names of no class
+    shown = set(np.unique(np.linspace(0, len(source) - 1, PICTURES).astype(int)).tolist())
+
+    def evaluate(*arguments: Any) -> Evaluation:
+        damage, tally = DamageLog(), _make_tally(config, source.class_names)
+        examples = []
+        for row, prediction, label in predict_all(source, damage, *arguments):
+            tally.add(prediction, label)
+            if row in shown:
+                examples.append({"row": row, "label": label, "prediction": prediction})
+        if not tally.images:
+            raise UserError(f"{source.name}: not one of its {len(source)} images could be read")
+        return Evaluation(
+            tally.summarize(),
+            tally.confusion,
+            tuple(examples),
+            source.class_names,
+            damage.names,
+            config.evaluate.warn_after,
+        )
+
+    return evaluate
+
+
+def _make_tally(config: ConfigDict, class_names: tuple[str, ...]) -> Tally:
+    settings = config.evaluate
+    return Tally(
+        class_names,
+        background=settings.background,
+        objects=settings.objects,
+        least_pixels=settings.least_pixels,
+        boundaries=settings.boundaries,
+    )
+
+
+def _make_predict_all(
+    config: ConfigDict, outputs_fn: Any, mesh: Mesh, preprocessing: SegmentationPreprocessing
+) -> Callable[..., Iterator[Predicted]]:
+    """A function (source, damage log, trainable, frozen, model_state) -> predictions, one by one.
+
+    Of whole images, or window by window where config.evaluate.window says so.
+    """
+    settings = config.evaluate
+    if settings.window:
+        return _make_predict_by_windows(config, outputs_fn, mesh, preprocessing)
+    run = _make_run_batches(config, outputs_fn, mesh=mesh, preprocessing=preprocessing)
+
+    def predict_all(source, damage, *arguments) -> Iterator[Predicted]:
+        for batch in run(source, damage, *arguments):
+            for place in np.flatnonzero(batch["mask"]):
+                yield (
+                    int(batch["index"][place]),
+                    batch["prediction"][place],
+                    batch["label"][place],
+                )
+
+    return predict_all
+
+
+def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=None):
+    make_batches = partial(
+        make_segmentation_eval_batches,
+        preprocessing=preprocessing,
+        num_threads=config.data.threads,
+    )
+    batch_size = batch_size or config.evaluate.batch_size
+    return make_run_batches(outputs_fn, mesh, make_batches, batch_size=batch_size)
+
+
+def _make_predict_by_windows(config, outputs_fn, mesh, preprocessing):
+    settings = config.evaluate
+    if preprocessing.view != "original":
+        raise UserError(
+            f"config.evaluate.window: images are resized to {preprocessing.image_size} here: set"
+            " config.data.view=original, or window to 0"
+        )
+    stride = settings.stride or -(-settings.window * 2 // 3)
+    if stride > settings.window:
+        raise UserError(
+            f"config.evaluate.stride {stride}: windows of {settings.window} pixels would leave"
+            " pixels out: use at most that"
+        )
+    devices = jax.device_count()
+    at_once = -(-settings.batch_size // devices) * devices
+    step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
+    place = sharding.make_batch_placer(mesh)
+    own = slice(jax.process_index(), None, jax.process_count())
+    fill = [round(255 * value) for value in preprocessing.mean]
+
+    def predict_all(source, damage, *arguments) -> Iterator[Predicted]:
+        def scores_of(windows):
+            scores = step(*arguments, place({"image": windows[own]}))["scores"]
+            found = np.asarray(jax.device_get(scores))
+            if jax.process_count() > 1:  # rows come back process by process
+                order = np.argsort(np.arange(at_once) % jax.process_count(), kind="stable")
+                found = found[np.argsort(order)]
+            return found
+
+        whole = replace(preprocessing, view="original")
+        for row in range(len(source)):
+            try:
+                example = source[row]
+                image = segmentation_eval_transform(example["image"], whole)
+            except DamagedImageError as error:
+                damage.record(0, [_damaged(source, row, error)])
+                continue
+            damage.record(1, [])
+            prediction = predict_by_windows(
+                image,
+                scores_of,
+                window=settings.window,
+                stride=stride,
+                at_once=at_once,
+                fill=fill,
+            )
+            yield row, prediction, example["mask"]
+
+    return predict_all
+
+
+def _damaged(source, row, error):
+    from vision_jax.data.pipeline import Damaged
+
+    return Damaged(row, source.example_name(row), str(error))
+
+
+# Results ----------------------------------------------------------------------------------------
+
+
+def write_results(
+    config: ConfigDict,
+    workdir: Path,
+    result: Evaluation,
+    source: SegmentationSource,
+    preprocessing: SegmentationPreprocessing,
+) -> dict[str, str]:
+    """Numbers and pictures of an evaluation; returns {file: what it is}."""
+    from vision_jax.figures import draw_confusion  # matplotlib, only where something is drawn
+    from vision_jax.tasks.segmentation import figures
+
+    del config, preprocessing
+    names = source.class_names
+    write_json(result.summary, workdir / "evaluation.json")
+    draw_confusion(
+        result.confusion,
+        names,
+        workdir / "confusion.png",
+        title=f"{result.summary['pixels']:,} pixels, {result.summary['pixel_accuracy']:.2%} right",
+    )
+    examples = [
+        {**one, "image": source[one["row"]]["image"], "name": source.example_name(one["row"])}
+        for one in result.examples
+    ]
+    figures.draw_segmentation_grid(examples, names, workdir / "predictions.png")
+    return {
+        "evaluation.json": "all numbers of the last evaluation",
+        "confusion.png": "which class was taken for which, in pixels",
+        "predictions.png": "images with true and predicted masks, and where they differ",
+    }
+
+
+# Prediction -------------------------------------------------------------------------------------
+
+
+def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Path) -> None:
+    """A mask of each file: OUT/masks/NAME.png, drawn in OUT/overlays/, and OUT/predictions.json.
+
+    Masks are palette PNGs of the image's own size, whose values are class indices.
+
+    Args:
+      config: the run's.
+      names: of image files.
+      trained: the model.
+      out: where to write.
+
+    Raises:
+      UserError: none of the files can be read.
+    """
+    from vision_jax.tasks.segmentation import figures  # matplotlib, only where something is drawn
+
+    class_names = trained.class_names
+    outputs_fn = make_outputs(
+        config, trained.model, trained.predicts, trained.apply, trained.assemble
+    )
+    predict_all = _make_predict_all(config, outputs_fn, trained.mesh, trained.preprocessing)
+    source, damage = images_to_segment(names, class_names), DamageLog()
+    colors = figures.palette(len(class_names))
+    counted = find_class(config.evaluate.objects, class_names, "evaluate.objects")
+    record: dict[int, dict[str, Any]] = {}
+    writes = not jax.process_index()
+    if writes:
+        for folder in ("masks", "overlays"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+    width = max(len(printable(name)) for name in names)
+    for row, prediction, _ in predict_all(source, damage, *trained.arguments):
+        shares = np.bincount(prediction.reshape(-1), minlength=len(class_names)) / prediction.size
+        found = {
+            "file": utf8(names[row]),
+            "height": prediction.shape[0],
+            "width": prediction.shape[1],
+            "shares": {name: float(shares[k]) for k, name in enumerate(class_names)},
+        }
+        if counted is not None:
+            found["objects"] = count_objects(prediction == counted, config.evaluate.least_pixels)
+        record[row] = found
+        if not writes:
+            continue
+        order = np.argsort(-shares, kind="stable")[:5]
+        text = ", ".join(f"{printable(class_names[k])} {shares[k]:.1%}" for k in order if shares[k])
+        objects = f"  {found['objects']} objects" if counted is not None else ""
+        say(f"{printable(names[row]):{width}}  {text}{objects}")
+        stem = re.sub(r"[^\w.-]", "_", utf8(Path(names[row]).stem)).encode()[:LONGEST_STEM]
+        name = f"{row:04d}_{stem.decode(errors='ignore')}.png"
+        found["mask"] = f"masks/{name}"
+        mask = Image.fromarray(prediction)
+        mask.putpalette(colors.tobytes())
+        mask.save(out / "masks" / name)
+        picture = figures.overlay(source[row]["image"], prediction, colors)
+        Image.fromarray(picture).save(out / "overlays" / name)
+    if not record:
+        raise UserError(f"not one of the {len(names)} images could be read")
+    if not writes:
+        return
+    for name in damage.names:
+        say(f"skipped a damaged image: {name}")
+    listed = [
+        record.get(row, {"file": utf8(name), "error": "can't be read"})
+        for row, name in enumerate(names)
+    ]
+    classes = {str(k): name for k, name in enumerate(class_names)}
+    write_json({"classes": classes, "images": listed}, out / "predictions.json")
+    say(f"wrote {out / 'predictions.json'}")
+    say(f"wrote {out / 'masks'}, whose values are the classes of predictions.json")
+    say(f"wrote {out / 'overlays'}")
+
+
+# Robustness -------------------------------------------------------------------------------------
+
+
+def robustness(
+    config: ConfigDict,
+    workdir: Path,
+    trained: Trained,
+    restore_other: Callable[[Path], Trained],
+) -> dict[str, Any]:
+    """mIoU under attack by epsilon (see robustness.py): what robustness.json holds.
+
+    Args:
+      config: the run's, with its section robustness.
+      workdir: where files are written.
+      trained: the run.
+      restore_other: not used: no attack is carried over from another run.
+    """
+    del restore_other
+    settings = config.robustness
+    if config.evaluate.window:
+        raise UserError(
+            "config.evaluate.window: attacks are on whole images, and windows see parts of them:"
+            " set it to 0 for robustness"
+        )
+    return under_attack.measure(
+        workdir,
+        trained,
+        read_eval_source(config, trained.class_names),
+        attacked=_make_objective(
+            config, trained.model, trained.predicts, trained.apply, trained.assemble, alone=True
+        ),
+        make_run_batches=partial(
+            _make_run_batches, config, mesh=trained.mesh, preprocessing=trained.preprocessing
+        ),
+        make_tally=partial(_make_tally, config, trained.class_names),
+        attacks=settings.attacks,
+        norm=settings.norm,
+        epsilons=sorted(settings.epsilons),
+        steps=settings.steps,
+        restarts=settings.restarts,
+        images=settings.images,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+    )
