@@ -28,6 +28,7 @@ from vision_jax.convert import arguments_of, export_weights, read_weights, recog
 from vision_jax.convert.peft import read_adapter, write_adapter
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.detection import check_boxes, read_detection_source
+from vision_jax.data.segmentation import read_segmentation_source
 from vision_jax.data.sources import read_source, read_unlabelled
 from vision_jax.data.teacher_cache import open_teacher_cache, write_teacher_cache
 from vision_jax.data.transforms import Preprocessing
@@ -260,6 +261,75 @@ def test_voc_and_yolo(tmp_path, capsys, rng):
     (yolo / "list.txt").write_text("images/a.png\n./images/b.png\n")
     (yolo / "data.yaml").write_text(data.replace("train: images", "train: list.txt"))
     attack(rng, yolo / "list.txt", lambda: train_on_boxes(f"{yolo / 'data.yaml'}:train"), *changes)
+
+
+def train_on_masks(spec: str, images: Path) -> None:
+    source = read_segmentation_source(spec, images=images)
+    for i in range(len(source)):
+        try:
+            source[i]
+        except DamagedImageError:
+            continue
+
+
+def test_json_and_xml_of_regions(tmp_path, rng):
+    """Masks as COCO, LabelMe, Label Studio and CVAT write them, whose values are odd ones."""
+    images = tmp_path / "images"
+    write_images(images, ["0.png", "1.png", "2.png"])
+    runs = {"size": [24, 32], "counts": [100, 20, 648]}
+    coco = json.loads(json.dumps(COCO))
+    coco["annotations"][1]["segmentation"] = runs
+    coco["annotations"][2]["segmentation"] = {
+        "size": [24, 32],
+        "counts": "S36b000000000000000000000000000000m8",
+    }
+    size = {"original_width": 32, "original_height": 24, "image_rotation": 0}
+    points = [[10, 10], [50, 10], [50, 60]]
+    tasks = [
+        {
+            "data": {"image": f"{i}.png"},
+            "annotations": [
+                {
+                    "result": [
+                        size
+                        | {
+                            "type": "polygonlabels",
+                            "value": {"points": points, "polygonlabels": ["ant"]},
+                        },
+                        size
+                        | {
+                            "type": "rectanglelabels",
+                            "value": {
+                                **{"x": 1, "y": 2, "width": 3, "height": 4, "rotation": 5},
+                                "rectanglelabels": ["bee"],
+                            },
+                        },
+                    ]
+                }
+            ],
+        }
+        for i in range(2)
+    ]
+    shapes = [
+        {"label": "ant", "points": points, "shape_type": "polygon"},
+        {"label": "bee", "points": points[:2], "shape_type": "rectangle"},
+        {"label": "bee", "points": points[:2], "shape_type": "circle"},
+    ]
+    labelme = {"shapes": shapes, "imagePath": "0.png", "imageHeight": 24, "imageWidth": 32}
+    changes = (replace_values, replace_values, turn_bytes, replace_words)
+    for name, content in (("coco", coco), ("tasks", tasks), ("labelme", labelme)):
+        path = images / f"{name}.json"
+        path.write_text(json.dumps(content))
+        for _ in range(2):
+            attack(rng, path, lambda path=path: train_on_masks(str(path), images), *changes)
+    path = images / "cvat.xml"
+    path.write_text(
+        '<annotations><image name="0.png" width="32" height="24"><polygon label="ant" z_order="1"'
+        ' points="1,2;20,3;4,15"/><mask label="bee" rle="3, 5, 7" top="1" left="2" width="5"'
+        ' height="3"/><box label="bee" xtl="1" ytl="2" xbr="9" ybr="8" rotation="30.5"/></image>'
+        "</annotations>"
+    )
+    attack(rng, path, lambda: train_on_masks(str(path), images), replace_words, turn_bytes)
 
 
 def test_lists_and_arrays_of_classes(tmp_path, capsys, rng):

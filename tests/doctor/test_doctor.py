@@ -566,6 +566,8 @@ def test_the_table_of_what_training_does_is_complete():
     tested |= {"unreadable-annotation", "conflicting-size", "repeated-image", "pixels-for-shares"}
     tested |= {"conflicting-labels", "labels-off-by-one", "unknown-class", "single-class"}
     tested.add("near-duplicate")  # in test_duplicates.py
+    tested |= {"mask-values", "unreadable-mask", "mask-size", "swapped-palette", "one-class-alone"}
+    tested |= {"only-background", "class-shares", "rare-class", "nothing-ignored"}  # test_masks.py
     assert set(TRAINING) - tested == {"leak", "near-leak", "class-drift"}
 
 

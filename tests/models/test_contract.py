@@ -200,6 +200,16 @@ CASES = {
         # Nothing is hidden here; the key's norm has a bias that is the same for all keys.
         without_gradient=r"decoder/mask_token|.*/k_norm/bias",
     ),
+    "mit": Case(
+        {"num_classes": 3, "depths": (1, 2), "widths": (8, 12), "num_heads": (1, 3),
+         "reductions": (2, 1), "patch_sizes": (7, 3), "strides": (4, 2), "mlp_ratios": (2, 3)},
+        features=("pooled",),
+        layers={"stage_0/patch_norm/scale": 0, "stage_0/block_0/attn/sr_norm/bias": 1,
+                "stage_0/norm/scale": 1, "stage_1/patch_embed/bias": 2,
+                "stage_1/block_1/mlp/conv_dw/kernel": 3, "stage_1/norm/bias": 3},
+        without_gradient=r".*attn/k/bias",  # softmax doesn't see it
+        grouped=r".*conv_dw",
+    ),
     "regnet": Case(
         {"num_classes": 3, "depths": (1, 2), "widths": (8, 24), "group_widths": (8, 12),
          "stem_width": 8, "se_ratio": 0.25},
@@ -235,6 +245,17 @@ CASES = {
         size=(32, 32),
         without_gradient=r".*attn/k/bias",  # softmax doesn't see it
         unused=1,  # rfdetr's exponents leave one out between the backbone and all the rest
+    ),
+    "segformer": Case(
+        {"num_classes": 3, "depths": (1, 2), "widths": (8, 12), "num_heads": (1, 3),
+         "reductions": (2, 1), "patch_sizes": (7, 3), "strides": (4, 2), "mlp_ratios": (2, 3),
+         "decoder_width": 16},
+        features=("fused",),
+        layers={"backbone/stage_0/patch_norm/scale": 0, "backbone/stage_1/norm/bias": 3,
+                "proj_0/kernel": 4, "fuse_1/kernel": 4, "fuse_bn/scale": 4},
+        # BatchNorm takes out again what all the decoder's biases add.
+        without_gradient=r".*attn/k/bias|proj_\d/bias",
+        grouped=r".*conv_dw",
     ),
     "siglip": Case(
         {"num_classes": 0, "image_size": (12, 8), "patch_size": 4, "width": 16, "depth": 2,
@@ -539,6 +560,18 @@ COUNTS = {
     "dino_vits16": 43_952_640,
     "simclr_vits16": 22_716_416,
     "siglip_base_patch16_224": 203_155_970,
+    "mit_b0": 3_576_392,
+    "mit_b1": 13_664_424,
+    "mit_b2": 24_709_288,
+    "mit_b3": 44_585_128,
+    "mit_b4": 61_355_688,
+    "mit_b5": 81_956_008,
+    "segformer_b0": 3_737_531,
+    "segformer_b1": 13_700_635,
+    "segformer_b2": 27_416_603,
+    "segformer_b3": 47_292_443,
+    "segformer_b4": 64_063_003,
+    "segformer_b5": 84_663_323,
     "nanodet_g": 3_792_885,
     "unet_plain": 488_419 + 88 * 145,
     "unet_resnet18": 14_328_499 + 88 * 145,

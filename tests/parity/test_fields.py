@@ -35,6 +35,7 @@ SWIN = {
     "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "image_size": 32,
     "patch_size": 4, "num_labels": 3,
 }  # fmt: skip
+SEGFORMER = STAGES | {"num_attention_heads": [1, 2, 2, 2]}
 DETR = {
     "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_queries": 5,
@@ -72,6 +73,8 @@ CLASSES = {
     "ConvNextV2ForImageClassification": STAGES,
     "RegNetForImageClassification": STAGES | {"embedding_size": 8, "groups_width": 8},
     "ResNetForImageClassification": STAGES | {"embedding_size": 8},
+    "SegformerForImageClassification": SEGFORMER,
+    "SegformerForSemanticSegmentation": SEGFORMER | {"decoder_hidden_size": 16},
     "MobileNetV2ForImageClassification": {"depth_multiplier": 0.35, "num_labels": 3},
     "DetrForObjectDetection": DETR | {"backbone_config": RESNET},
     "RfDetrForObjectDetection": RF,
@@ -115,6 +118,8 @@ def reference_logits(reference, images):
         with torch.no_grad():
             return reference.module.visual_projection(output.pooler_output).detach().numpy()
     found = reference.outputs(images)
+    if found["logits"].ndim == 4:  # of pixels
+        return found["logits"].transpose(0, 2, 3, 1)
     return np.concatenate([found[k].ravel() for k in ("logits", "boxes_cxcywh_01") if k in found])
 
 

@@ -141,13 +141,16 @@ def tensor_of(output: Any) -> torch.Tensor:
 
 
 def result_of(output: Any, module: torch.nn.Module) -> torch.Tensor:
-    """Logits of a classifier, or the pooled features of a bare model."""
+    """Logits of images or of their pixels, or the pooled features of a bare model."""
     if isinstance(output, torch.Tensor):
         return output.detach()
-    for name in ("logits", "image_embeds", "pooler_output"):
+    if getattr(output, "logits", None) is not None:
+        return output.logits.detach()
+    for name in ("image_embeds", "pooler_output"):
         if getattr(output, name, None) is not None:
             return getattr(output, name).detach().flatten(1)
-    return output.last_hidden_state[:, 0].detach()  # an encoder without pooling: its class token
+    hidden = output.last_hidden_state.detach()  # an encoder without pooling: its class token
+    return hidden[:, 0] if hidden.ndim == 3 else hidden.mean((2, 3))
 
 
 def build_reference(entry: Entry, *, reduced: bool = True) -> Reference:

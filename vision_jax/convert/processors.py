@@ -58,6 +58,7 @@ _DETECTOR: dict[str, Any] = {
 }
 CONVNEXT, EFFICIENTNET = "ConvNextImageProcessor", "EfficientNetImageProcessor"
 DETR, RF_DETR = "DetrImageProcessor", "RfDetrImageProcessor"
+SEGFORMER = "SegformerImageProcessor"
 UNPADDED = ("BeitImageProcessor", CONVNEXT, EFFICIENTNET, "MobileNetV2ImageProcessor")
 PROCESSORS: dict[str, dict[str, Any]] = {
     "BeitImageProcessor": {
@@ -95,6 +96,12 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "resample": 2,
     },
     RF_DETR: _DETECTOR,
+    SEGFORMER: {
+        "size": _square(512),
+        "resample": 2,
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+    },
     "SiglipImageProcessor": {"size": _square(224), "default_to_square": False, "resample": 3},
     "ViTImageProcessor": {"size": _square(224), "resample": 2},
 }
@@ -108,6 +115,7 @@ OF_MODEL_TYPE = {  # the class where the file names none
     "efficientnet": EFFICIENTNET,
     "mobilenet_v2": "MobileNetV2ImageProcessor",
     "rf_detr": RF_DETR,
+    **dict.fromkeys(("segformer", "upernet"), SEGFORMER),
     **dict.fromkeys(("siglip", "siglip_vision_model"), "SiglipImageProcessor"),
     **dict.fromkeys(("swin", "swinv2", "vit", "vit_mae", "vit_msn"), "ViTImageProcessor"),
 }

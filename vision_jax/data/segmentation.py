@@ -4,10 +4,14 @@
 
     FOLDER                      with images/ and masks/ in it, or images/SPLIT with masks/SPLIT
                                 beside it; files of the same name, but for the ending
+    FILE.json                   COCO instances, COCO panoptic, LabelMe, Label Studio
+    FOLDER                      of LabelMe's JSON files
+    FILE.xml                    CVAT for images 1.1
+    cityscapes:DIR/SPLIT        leftImg8bit/ and gtFine/ in DIR
     embedded:nuclei/SPLIT       a micrograph of cell nuclei, train or test
 
-and whatever data/mask_formats/ adds. What the values of a folder's masks mean says a table of
-classes (data/masks.py), classes.json or classes.csv in the folder, or above it.
+What the values of a folder's masks mean says a table of classes (data/masks.py), classes.json or
+classes.csv in the folder, or above it; data/mask_formats/ reads the files that name regions.
 """
 
 from collections.abc import Sequence
@@ -20,6 +24,7 @@ from PIL import Image
 
 from vision_jax.data.decode import DamagedImageError, read_size
 from vision_jax.data.folders import list_files, list_folders
+from vision_jax.data.mask_formats.files import is_of_regions, read_regions
 from vision_jax.data.masks import (
     IGNORED,
     MASK_SUFFIXES,
@@ -103,6 +108,7 @@ def read_segmentation_source(
     spec: str,
     masks: str | Path | None = None,
     *,
+    images: str | Path | None = None,
     classes: str | Path | None = None,
     reduce_zero: bool = False,
     class_names: tuple[str, ...] | None = None,
@@ -112,6 +118,7 @@ def read_segmentation_source(
     Args:
       spec: of the data.
       masks: folder of the masks, by default found beside the images.
+      images: folder of the images of a file that names regions, by default found beside it.
       classes: file of the classes, by default found in the folder or above it.
       reduce_zero: masks count classes from 1 and are 0 where there is none (ADE20K).
       class_names: a training source's, or a checkpoint's: class indices become positions in them,
@@ -125,16 +132,25 @@ def read_segmentation_source(
     found = _read(
         spec,
         expand(masks) if masks else None,
+        expand(images) if images else None,
         expand(classes) if classes else None,
         reduce_zero,
     )
     return make_segmentation_source(found, class_names=class_names)
 
 
-def _read(spec: str, masks: Path | None, classes: Path | None, reduce_zero: bool) -> MaskedImages:
+def _read(
+    spec: str,
+    masks: Path | None,
+    images: Path | None,
+    classes: Path | None,
+    reduce_zero: bool,
+) -> MaskedImages:
     """By the reader of its format, of which each has a line here."""
     if spec.startswith("embedded:"):
         return _read_nuclei(spec)
+    if masks is None and is_of_regions(spec):
+        return read_regions(spec, images)
     path = expand(spec)
     if not path.is_dir():
         raise UserError(f"{spec}: no such folder: give one with images/ and masks/ in it")

@@ -5,12 +5,14 @@
     python -m vision_jax.doctor data.yaml:train --against=data.yaml:val --figure=doctor.png
     python -m vision_jax.doctor folder_of_class_folders --quick
     python -m vision_jax.doctor folder_of_images --unlabelled --exclude=exclude.json
+    python -m vision_jax.doctor folder --segmentation --against=other_folder
 
 DATASET is what config.data.train takes: for detection COCO or plain JSON, a Pascal VOC or YOLO
 folder, data.yaml:SPLIT, tfds:NAME/SPLIT, embedded: or composites:; for classification a folder of
 class folders, .csv, .jsonl, .tar and .parquet shards, tfds:, embedded: or cifar10:; with
---unlabelled any of these, and any folder of images. Exit code 0: nothing wrong, 1: findings,
-2: it can't be examined.
+--unlabelled any of these, and any folder of images; with --segmentation a folder with images/ and
+masks/, and the files of regions of docs/segmentation_data.md. Exit code 0: nothing wrong, 1:
+findings, 2: it can't be examined.
 """
 
 import argparse
@@ -20,12 +22,14 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from vision_jax.data.segmentation import SegmentationSource, read_segmentation_source
 from vision_jax.doctor.duplicates import diagnose_duplicates, write_excluded
 from vision_jax.doctor.examine import examine, with_classes_of
 from vision_jax.doctor.finding import counted
@@ -70,10 +74,13 @@ def _run(flags: argparse.Namespace) -> int:
     if flags.quick and (flags.duplicates or flags.exclude):
         raise UserError("--quick reads no pixels, by which duplicates are found: leave it out")
     how = {"unlabelled": flags.unlabelled, "quick": flags.quick, "console": progress}
-    subject, findings = examine(flags.dataset, flags.images, **how)
+    subject, findings = examine(
+        flags.dataset, flags.images, segmentation=_masks(flags, flags.images, flags.masks), **how
+    )
     other = None
     if flags.against:
-        other, _ = examine(flags.against, flags.against_images, **how)
+        reads = _masks(flags, flags.against_images, flags.against_masks)
+        other, _ = examine(flags.against, flags.against_images, segmentation=reads, **how)
         if (subject.annotations is None) != (other.annotations is None):
             raise UserError(f"{flags.dataset} and {flags.against}: only one of them has boxes")
         if not flags.unlabelled:
@@ -83,7 +90,7 @@ def _run(flags: argparse.Namespace) -> int:
         ("--images", flags.images, subject),
         ("--against_images", flags.against_images, other),
     ):
-        if folder and one is not None and one.annotations is None:
+        if folder and one is not None and one.annotations is None and not flags.segmentation:
             raise UserError(f"{flag} is for boxes, and {one.name} has classes: leave it out")
     findings += diagnose_loose_files(subject, other)
     if flags.exclude and subject.annotations is not None:
@@ -114,6 +121,22 @@ def _run(flags: argparse.Namespace) -> int:
         text = f"wrote {flags.exclude}, {found} to leave out: set config.data.exclude to it"
         console.print(Text(printable(text)), soft_wrap=True)
     return FOUND if any(finding.level != "information" for finding in findings) else 0
+
+
+def _masks(
+    flags: argparse.Namespace, images: Path | None, masks: Path | None
+) -> Callable[[str], SegmentationSource] | None:
+    """What reads images and masks as training does, with --segmentation."""
+    if not flags.segmentation:
+        given = {"masks": masks, "classes": flags.classes, "reduce_zero": flags.reduce_zero}
+        if wrong := [name for name, value in given.items() if value]:
+            raise UserError(f"--{wrong[0]} goes with --segmentation: give both, or neither")
+        return None
+    if flags.unlabelled:
+        raise UserError("--segmentation looks at masks, and --unlabelled at none: leave one out")
+    return lambda spec: read_segmentation_source(
+        spec, masks, images=images, classes=flags.classes, reduce_zero=flags.reduce_zero
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,6 +170,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--unlabelled", action="store_true", help="look at the images alone, of any folder too"
+    )
+    parser.add_argument(
+        "--segmentation", action="store_true", help="look at images and their masks"
+    )
+    parser.add_argument("--masks", type=expand, help="their folder, as config.data.masks")
+    parser.add_argument(
+        "--against_masks", type=expand, help="the folder of the other split's masks"
+    )
+    parser.add_argument(
+        "--classes", type=expand, help="the table of the masks' values, as config.data.classes"
+    )
+    parser.add_argument(
+        "--reduce_zero",
+        action="store_true",
+        help="masks count classes from 1, and 0 is none, as config.data.reduce_zero",
     )
     parser.add_argument(
         "--duplicates", action="store_true", help="look for nearly equal images inside of DATASET"

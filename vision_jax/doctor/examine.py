@@ -1,7 +1,7 @@
 """Everything that is found in one data set, whichever kind it is."""
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vision_jax.data.annotation_formats.reading import IMAGES, Problem, find_files
 from vision_jax.data.annotations import Annotations, examine_annotations
 from vision_jax.data.folders import splits_among
+from vision_jax.data.mask_formats.files import examine_regions, is_of_regions
+from vision_jax.data.segmentation import SegmentationSource
 from vision_jax.data.shards import are_shards, holds_shards
 from vision_jax.data.sources import (
+    FileReader,
     MissingFileError,
     Reader,
     Source,
@@ -28,6 +31,7 @@ from vision_jax.doctor.classes import diagnose_categories, diagnose_classes
 from vision_jax.doctor.entries import diagnose_problems
 from vision_jax.doctor.finding import Finding, Subject
 from vision_jax.doctor.images import diagnose_images
+from vision_jax.doctor.masks import diagnose_masks, scan_masks
 from vision_jax.doctor.scan import Scan, scan_images
 from vision_jax.doctor.training import diagnose_training
 from vision_jax.errors import UserError, printable
@@ -39,12 +43,14 @@ def examine(
     images: Path | None = None,
     *,
     unlabelled: bool = False,
+    segmentation: Callable[[str], SegmentationSource] | None = None,
     quick: bool = False,
     console: Console | None = None,
 ) -> tuple[Subject, list[Finding]]:
     """Everything that is found in one data set. Raises UserError where nothing can be read.
 
-    With `unlabelled` the images alone, as pretraining takes them. With `quick` only headers of the
+    With `unlabelled` the images alone, as pretraining takes them; with `segmentation`, which reads
+    `spec` as training would, images and masks. With `quick` only headers of the
     images are read: images in both splits and damage behind the headers stay unseen. `console`
     shows progress.
     """
@@ -52,6 +58,8 @@ def examine(
         raise UserError("no data set is named: give what config.data.train takes")
     if unlabelled:
         return _examine_images(spec, read_unlabelled(spec), (), quick, console)
+    if segmentation is not None:
+        return _examine_masks(spec, images, segmentation, quick, console)
     if not _has_classes(spec):
         try:
             annotations, problems = examine_annotations(spec, images)
@@ -86,7 +94,7 @@ def _are_class_folders(path: Path) -> bool:
 
 def with_classes_of(subject: Subject, other: Subject, spec: str) -> Subject:
     """Another split of classes, labelled as training would label it, where it would take it."""
-    if other.annotations is None:
+    if other.annotations is None and other.pixels is None:
         with contextlib.suppress(UserError):  # the comparison tells which classes are unknown
             source = read_source(spec, class_names=subject.class_names)
             labels = source.labels
@@ -156,6 +164,43 @@ def _examine_images(
     ]
 
 
+def _examine_masks(
+    spec: str,
+    images: Path | None,
+    read: Callable[[str], SegmentationSource],
+    quick: bool,
+    console: Console | None,
+) -> tuple[Subject, list[Finding]]:
+    try:
+        source = read(spec)
+    except UserError:
+        problems = examine_regions(spec, images) if is_of_regions(spec) else []
+        if not problems:
+            raise
+        nothing = Scan((), {}, (), np.zeros((0, 256), np.uint8))
+        reader = FileReader(images or Path(), ())
+        subject = Subject(spec, reader, (), (), np.zeros((0, 2), np.int64), nothing)
+        return subject, diagnose_problems(subject, problems)
+    count, classes = len(source), len(source.class_names)
+    scan = _scan(spec, source.reader, count, (), quick, console)
+    none = np.zeros((count, classes + 1), np.int64)
+    with _progress(f"masks of {spec}", count, console) as advance:
+        masks = None if quick else scan_masks(source, advance)
+    pixels = none if masks is None else masks.pixels
+    subject = Subject(
+        spec,
+        source.reader,
+        tuple(map(source.reader.relative_name, source.rows.tolist())),
+        source.class_names,
+        np.argwhere(pixels[:, :classes] > 0),
+        scan,
+        labels=np.zeros(count, np.int32),
+        pixels=pixels,
+    )
+    found = [] if masks is None else diagnose_masks(subject, masks, scan)
+    return subject, found + diagnose_images(subject)
+
+
 def _place(message: str) -> tuple[str, str]:
     """FILE:LINE and the rest of a message."""
     place, _, text = message.partition(": ")
@@ -170,13 +215,16 @@ def _scan(
     quick: bool,
     console: Console | None,
 ) -> Scan:
+    with _progress(f"images of {name}", count, console) as advance:
+        return scan_images(reader, count, quick=quick, skip=skip, advance=advance)
+
+
+@contextlib.contextmanager
+def _progress(what: str, count: int, console: Console | None) -> Iterator[Callable[[], object]]:
+    """Shows a bar on a terminal; gives what to call after each of `count` things."""
     quiet = console is None or not console.is_terminal
-    columns = (
-        TextColumn("reading images of {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-    )
+    columns = (TextColumn("reading {task.description}"), BarColumn(), MofNCompleteColumn())
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet)
     with bar:
-        task = bar.add_task(escape(printable(name)), total=count)
-        return scan_images(reader, count, quick=quick, skip=skip, advance=lambda: bar.advance(task))
+        task = bar.add_task(escape(printable(what)), total=count)
+        yield lambda: bar.advance(task)

@@ -111,13 +111,16 @@ def _draw_classes(axes: Axes, subject: Subject) -> None:
     annotations = subject.annotations
     labels = subject.labels if annotations is None else annotations.box_category
     counts = np.bincount(labels, minlength=len(subject.class_names))
+    if subject.pixels is not None:
+        counts = subject.pixels[:, :-1].sum(0)
     order = np.argsort(-counts, kind="stable")[:MOST_CLASSES]
     axes.bar(range(len(order)), counts[order], color=BLUE)
     names = [shorten(subject.class_names[i], 14) for i in order]
     axes.set_xticks(range(len(order)), names, rotation=40, ha="right", fontsize=8, parse_math=False)
     rest = len(counts) - len(order)
     title = f"The largest {len(order)} classes of {len(counts):,}" if rest else "Classes"
-    _dress(axes, title, "images" if annotations is None else "boxes")
+    unit = "images" if annotations is None else "boxes"
+    _dress(axes, title, unit if subject.pixels is None else "pixels")
 
 
 def _dress(axes: Axes, title: str, unit: str) -> None:

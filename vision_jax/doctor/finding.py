@@ -54,6 +54,15 @@ TRAINING: dict[str, Training] = {
     "not-referenced": "trains",
     "repeated-image": "trains",
     "near-duplicate": "trains",
+    "mask-values": "refuses",
+    "unreadable-mask": "leaves out",
+    "mask-size": "leaves out",
+    "swapped-palette": "trains",
+    "one-class-alone": "trains",
+    "only-background": "trains",
+    "class-shares": "trains",
+    "rare-class": "trains",
+    "nothing-ignored": "trains",
 }
 
 
@@ -88,7 +97,8 @@ class Subject:
     """A data set under examination: N images, C classes.
 
     `shown` (image, class) rows i64[P, 2] say which classes an image shows, each once. `declared`
-    are the names of the classes that count as such.
+    are the names of the classes that count as such. Of masks `pixels` i64[N, C + 1] are those of
+    each class and, last, of none.
     """
 
     name: str
@@ -99,6 +109,7 @@ class Subject:
     scan: Scan
     annotations: Annotations | None = None
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    pixels: np.ndarray | None = None
 
     def image(self, row: int) -> str:
         return self.paths[row]

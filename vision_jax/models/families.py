@@ -19,12 +19,14 @@ from vision_jax.models import (
     faster_rcnn,
     fcos,
     mae,
+    mit,
     nanodet,
     pyramid,
     regnet,
     resnet,
     retinanet,
     rf_detr,
+    segformer,
     siglip,
     simclr,
     swin,
@@ -47,14 +49,14 @@ class Family:
         `pyramid`: ((named feature, stride in pixels), ...) from fine to coarse, () without one.
       variant: arguments of a named variant, or None if the name is not one of this family's.
       task: what its head is for.
-      predicts: what it finds: the classes of whole images; a set of boxes whose classes are a
-        softmax with one for no object, or a sigmoid each; boxes of proposals that it makes first;
-        a box and classes of each anchor, of each point, which also says how central it is, or of
-        each cell of its maps, whose box may be distributions of its sides (see
+      predicts: what it finds: the classes of whole images, or of each pixel; a set of boxes whose
+        classes are a softmax with one for no object, or a sigmoid each; boxes of proposals that it
+        makes first; a box and classes of each anchor, of each point, which also says how central it
+        is, or of each cell of its maps, whose box may be distributions of its sides (see
         tasks.detection.objective.PREDICTIONS); the pixels of patches; a likeness to prototypes;
-        vectors that are compared with each other;
-        which images and texts belong together; a class of each pixel, as logits f[B, h, w, K] at
-        the model's own stride, or a set of masks, each with a class.
+        vectors that are compared with each other; which images and texts belong together.
+        Of pixels they are logits f[B, h, w, K] at the model's own stride, or a set of masks, each
+        with a class.
       pixel_mask: whether it takes padded images, f32[B, H, W, C], and beside them which pixels are
         some, bool[B, H, W].
       backbone: where the parameters of a model inside it begin, "backbone/"; "" without one.
@@ -76,11 +78,11 @@ class Family:
         "points",
         "cells",
         "sides",
+        "semantic",
         "pixels",
         "prototypes",
         "projections",
         "pairs",
-        "semantic",
         "mask_set",
     ] = "classes"
     pixel_mask: bool = False
@@ -131,6 +133,7 @@ FAMILIES: dict[str, Family] = {
         pyramid.PREPROCESSING,
     ),
     "mae": Family(mae.Mae, mae.variant, "pretraining", "pixels", wraps="vit"),
+    "mit": Family(mit.MixTransformer, mit.variant),
     "nanodet": Family(
         nanodet.NanoDet,
         nanodet.variant,
@@ -152,6 +155,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "rf_detr": Family(
         rf_detr.RfDetr, rf_detr.variant, "detection", "sigmoid_set", True, "backbone/"
+    ),
+    "segformer": Family(
+        segformer.SegFormer,
+        segformer.variant,
+        "segmentation",
+        "semantic",
+        backbone="backbone/",
     ),
     "simclr": Family(simclr.SimClr, simclr.variant, "contrastive", "projections", wraps="vit"),
     "siglip": Family(siglip.Siglip, siglip.variant, "image_text", "pairs", wraps="vit"),

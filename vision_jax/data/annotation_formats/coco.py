@@ -27,7 +27,15 @@ def read_coco(spec: str, path: Path, content: dict, images: Path | None) -> Read
     )
     reading = Reading(spec, folder, "{file}: annotations[{entry}]", [str(path)])
     declared = read_categories(reading, path, content)
-    skipped: set[int | str] = set()  # images that are declared but unusable
+    skipped = add_images(reading, path, content)
+    if not _add_sound_boxes(reading, boxes, declared):
+        _add_boxes(reading, path, boxes, declared, skipped)
+    return reading
+
+
+def add_images(reading: Reading, path: Path, content: dict) -> set[int | str]:
+    """Adds the images; returns the ids of those that are declared but unusable."""
+    skipped: set[int | str] = set()
     for place, entry in dicts(reading, path, content, "images"):
         image_id, size = get_id(entry, "id"), get_size(entry)
         if image_id is None:
@@ -43,9 +51,7 @@ def read_coco(spec: str, path: Path, content: dict, images: Path | None) -> Read
             skipped.add(image_id)
         else:
             reading.add_image(image_id, file_name, *(size or (0, 0)))
-    if not _add_sound_boxes(reading, boxes, declared):
-        _add_boxes(reading, path, boxes, declared, skipped)
-    return reading
+    return skipped
 
 
 def _add_sound_boxes(reading: Reading, entries: list, declared: frozenset[int | str]) -> bool:

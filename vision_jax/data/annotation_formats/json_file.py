@@ -21,9 +21,10 @@ from vision_jax.files import read_bytes
 MAX_JSON_BYTES = 2_000_000_000
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, masks: bool = False) -> Any:
+    """The content; without `masks` what entries with a box state of their region is left out."""
     data = read_bytes(path, MAX_JSON_BYTES)
-    has_masks = b'"segmentation"' in data
+    has_masks = not masks and b'"segmentation"' in data
     try:
         if orjson and not has_masks:  # twice as fast, but it can't leave out what isn't needed
             with suppress(orjson.JSONDecodeError):  # a mark, UTF-16 and NaN are read below

@@ -1,6 +1,5 @@
 """Pascal VOC: an XML file an image."""
 
-import codecs
 import os
 import re
 from collections.abc import Sequence
@@ -17,16 +16,10 @@ from vision_jax.data.annotation_formats.values import (
     size_fault,
     to_number,
 )
+from vision_jax.data.annotation_formats.xml_file import parse_xml
 from vision_jax.data.folders import Inside, leaves_its_folder
 from vision_jax.errors import UserError
 from vision_jax.files import read_bytes
-
-# Decoders for what writers really mean by these names, after https://encoding.spec.whatwg.org
-_SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
-_MULTI_BYTE = frozenset(
-    {"gb2312", "gbk", "gb18030", "hz", "big5", "big5hkscs", "cp950", "shift_jis", "cp932"}
-    | {"shift_jisx0213", "shift_jis_2004", "euc_jp", "iso2022_jp", "euc_kr", "cp949", "johab"}
-)
 
 
 def read_voc(spec: str, names: Sequence[str], folder: Path, images: Path) -> Reading:
@@ -56,7 +49,7 @@ def read_voc(spec: str, names: Sequence[str], folder: Path, images: Path) -> Rea
             reading.complain("path", place, f"leads out of {folder}", name)
             continue
         try:
-            root = _parse_xml(read_bytes(folder / name))
+            root = parse_xml(read_bytes(folder / name), "annotation", "export it as Pascal VOC")
         except UserError as error:
             reading.complain("file", place, str(error).removeprefix(f"{place}: "))
             continue
@@ -101,32 +94,3 @@ def _voc_size(reading: Reading, place: str, root: ElementTree.Element) -> tuple[
     if size is None:
         reading.complain("entry", place, size_fault(texts))
     return size or (0, 0)
-
-
-def _parse_xml(data: bytes) -> ElementTree.Element:
-    """Expat knows UTF-8, UTF-16 and encodings of one byte; declared ones of several are decoded.
-
-    A text that declares UTF-16 and is none was saved in UTF-8 afterwards, as .NET's writers do.
-    """
-    text: str | bytes = data
-    declared = re.match(rb"\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]{1,40})[\"']", data)
-    if declared:
-        name = codecs.lookup(declared[1].decode()).name
-        if name in _MULTI_BYTE:
-            try:
-                text = data.decode(name)
-            except UnicodeDecodeError:
-                text = data.decode(_SUPERSETS.get(name, name))
-        elif name == "utf-16":
-            text = data.decode()
-    root = ElementTree.fromstring(text, ElementTree.XMLParser(target=_WithoutDoctype()))
-    if root.tag.lower() != "annotation":
-        raise ValueError(f"its root is <{root.tag}> and not <annotation>: export it as Pascal VOC")
-    return root
-
-
-class _WithoutDoctype(ElementTree.TreeBuilder):
-    """A document type can define entities, which expand, or name files; annotations need none."""
-
-    def doctype(self, name: str, public_id: str | None, system: str | None) -> None:
-        raise ValueError("has a DOCTYPE, which annotations don't need: remove it")

@@ -1,0 +1,56 @@
+"""Bilinear resizing of maps, as torch's `interpolate(align_corners=False)` does it.
+
+A new pixel's center is mapped onto the old grid, and mixes the two old pixels on each side of it;
+beyond the outermost centers the outermost pixel counts alone. Nothing is averaged when a map
+shrinks (no antialiasing). Source: torch 2.12, aten/src/ATen/native/UpSample.h.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """x[B, h, w, C] -> f[B, H, W, C] in x's dtype.
+
+    Args:
+      x: maps.
+      size: (H, W).
+    """
+    for axis, new in enumerate(size, 1):
+        x = _resize_line(x, axis, new)
+    return x
+
+
+def bilinear_weights(old: int, new: int) -> np.ndarray:
+    """Matrix f64[new, old] that resizes a line; its rows sum to one."""
+    centers = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)  # [new]
+    return np.maximum(1 - np.abs(centers[:, None] - np.arange(old)[None]), 0)
+
+
+def _resize_line(x: jax.Array, axis: int, new: int) -> jax.Array:
+    """Along axis 1 or 2 of x[B, h, w, C].
+
+    To a multiple of the old size this is a mixture of the map and its neighbors for each place
+    within a pixel: much less than the product with a matrix that is nearly all zeros.
+    """
+    old = x.shape[axis]
+    if new == old:
+        return x
+    if new % old:
+        weights = jnp.asarray(bilinear_weights(old, new), x.dtype)
+        return jnp.einsum("Hh,bhwc->bHwc" if axis == 1 else "Ww,bhwc->bhWc", weights, x)
+    times = new // old
+    before = jnp.concatenate([_part(x, axis, 0, 1), _part(x, axis, 0, old - 1)], axis)
+    after = jnp.concatenate([_part(x, axis, 1, old), _part(x, axis, old - 1, old)], axis)
+    places = []
+    for place in range(times):
+        offset = (place + 0.5) / times - 0.5  # from the old pixel's center, in old pixels
+        other = before if offset < 0 else after
+        places.append(x + (other - x) * abs(offset))
+    shape = (*x.shape[:axis], new, *x.shape[axis + 1 :])
+    return jnp.stack(places, axis + 1).reshape(shape)
+
+
+def _part(x: jax.Array, axis: int, start: int, stop: int) -> jax.Array:
+    return jax.lax.slice_in_dim(x, start, stop, axis=axis)
