@@ -209,6 +209,27 @@ def read_class_table(path: Path) -> ClassTable:
     return make_class_table(str(path), pairs, "color" in kinds)
 
 
+def find_table(folder: Path, images: Path, masks: Path) -> Path:
+    """The file of the classes, in one of these folders or above it.
+
+    Raises:
+      UserError: there is none.
+    """
+    places = dict.fromkeys(
+        place
+        for start in (folder, masks, images)
+        for place in (start, *start.absolute().parents[:2])
+    )
+    for place in places:
+        for name in TABLE_FILES:
+            if (place / name).is_file():
+                return place / name
+    raise UserError(
+        f"{folder / TABLE_FILES[0]}: no such file: write which value of the masks is which class,"
+        ' such as {"0": "background", "1": "road", "255": null}, or colors "#rrggbb"'
+    )
+
+
 def _json_rows(path: Path) -> list[tuple[Any, Any]]:
     content = read_json(path)
     if isinstance(content, list):

@@ -8,6 +8,7 @@
     FOLDER                      of LabelMe's JSON files
     FILE.xml                    CVAT for images 1.1
     cityscapes:DIR/SPLIT        leftImg8bit/ and gtFine/ in DIR
+    volumes:DIR[?OPTIONS]       NIfTI, DICOM and deep TIFF: see data/volumes/source.py
     embedded:nuclei/SPLIT       a micrograph of cell nuclei, train or test
 
 What the values of a folder's masks mean says a table of classes (data/masks.py), classes.json or
@@ -29,14 +30,15 @@ from vision_jax.data.masks import (
     IGNORED,
     MASK_SUFFIXES,
     MAX_CLASSES,
-    TABLE_FILES,
     ArrayMasks,
     FileMasks,
     MaskedImages,
     MaskReader,
+    find_table,
     read_class_table,
 )
 from vision_jax.data.sources import ASSETS, IMAGE_SUFFIXES, ArrayReader, FileReader, Reader
+from vision_jax.data.volumes.source import VOLUMES, read_volumes
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import expand
 
@@ -149,6 +151,8 @@ def _read(
     """By the reader of its format, of which each has a line here."""
     if spec.startswith("embedded:"):
         return _read_nuclei(spec)
+    if spec.startswith(VOLUMES):
+        return read_volumes(spec, masks, classes)
     if masks is None and is_of_regions(spec):
         return read_regions(spec, images)
     path = expand(spec)
@@ -279,7 +283,7 @@ def _read_folder(
     reduce_zero: bool,
 ) -> MaskedImages:
     images, masks = _find_folders(folder, masks)
-    table = read_class_table(classes or _find_table(folder, images, masks))
+    table = read_class_table(classes or find_table(folder, images, masks))
     table = table.reduced() if reduce_zero else table
     image_paths, _ = list_files(images, IMAGE_SUFFIXES, follow_links=True)
     mask_paths, others = list_files(masks, MASK_SUFFIXES, follow_links=True)
@@ -350,22 +354,6 @@ def _find_folders(folder: Path, masks: Path | None) -> tuple[Path, Path]:
     raise UserError(
         f"{folder}: no images/ and masks/ in it{hint}: name the folders so, or give the masks'"
         " folder as config.data.masks"
-    )
-
-
-def _find_table(folder: Path, images: Path, masks: Path) -> Path:
-    places = dict.fromkeys(
-        place
-        for start in (folder, masks, images)
-        for place in (start, *start.absolute().parents[:2])
-    )
-    for place in places:
-        for name in TABLE_FILES:
-            if (place / name).is_file():
-                return place / name
-    raise UserError(
-        f"{folder / TABLE_FILES[0]}: no such file: write which value of the masks is which class,"
-        ' such as {"0": "background", "1": "road", "255": null}, or colors "#rrggbb"'
     )
 
 

@@ -9,12 +9,14 @@ from contextlib import suppress
 import numpy as np
 from scipy.stats import hypergeom
 
+from vision_jax.data.volumes.source import VolumeReader, spacing_of
 from vision_jax.doctor.finding import EXAMPLES, Finding, Subject, few
 from vision_jax.doctor.scan import same_files, similar_images
 from vision_jax.doctor.training import as_training_reads
 from vision_jax.errors import UserError
 
 ALPHA = 0.001  # of alarming on two clean splits
+LEAST_GAP_MM = 8.0  # between slices of one volume in two splits
 LEAST_DRIFT = 1.5  # ratio of shares below which a drift, however certain, does no harm
 
 
@@ -44,6 +46,8 @@ def compare(one: Subject, other: Subject) -> list[Finding]:
                     (-1,) * len(some),
                 )
             )
+    if isinstance(one.reader, VolumeReader) and isinstance(other.reader, VolumeReader):
+        findings += _shared_volumes(one.reader, other.reader)
     known = one.class_names
     if one.annotations is not None:
         with suppress(UserError):  # which one's own findings tell
@@ -65,6 +69,74 @@ def compare(one: Subject, other: Subject) -> list[Finding]:
             )
         )
     return findings + _drift(one, other, set(unknown))
+
+
+def _shared_volumes(one: VolumeReader, other: VolumeReader) -> list[Finding]:
+    """Slices of one volume that lie near each other, and patients in both splits."""
+    paths = {case.paths: number for number, case in enumerate(other.cases)}
+    shared = {n: paths[case.paths] for n, case in enumerate(one.cases) if case.paths in paths}
+    near: list[str] = []
+    leaked: list[int] = []
+    for number, twin in shared.items():
+        rows = np.flatnonzero(one.of == number)
+        here, there = one.slice[rows], other.slice[other.of == twin]
+        step = spacing_of(one, number)[0]
+        if one.options.plane == other.options.plane:
+            apart = np.abs(here[:, None] - there).min(1) * step
+        else:
+            apart = np.zeros(len(here))
+        close = rows[apart < LEAST_GAP_MM]
+        leaked += close.tolist()
+        if len(close):
+            name = one.relative_name(int(close[0]))
+            near.append(f"{name} and others: {apart.min():g} mm from a slice of the other split")
+    findings = []
+    if leaked:
+        findings.append(
+            Finding(
+                "volume-leak",
+                "error",
+                f"slices less than {LEAST_GAP_MM:g} mm from a slice of the same volume in the other"
+                " split",
+                len(leaked),
+                len(one.of),
+                "images",
+                tuple(near[:EXAMPLES]),
+                "neighbors are nearly copies: split by patient, or leave a gap between blocks",
+                tuple(leaked[:EXAMPLES]),
+                (-1,) * len(leaked[:EXAMPLES]),
+            )
+        )
+    apart_in = {one.cases[number].patient for number in shared}
+    patients = {case.patient for case in one.cases}
+    both = sorted((patients & {case.patient for case in other.cases}) - apart_in)
+    if both:
+        findings.append(
+            Finding(
+                "patient-leak",
+                "error",
+                "patients that are in both splits, by the names of their folders or files",
+                len(both),
+                len(patients),
+                "patients",
+                tuple(both[:EXAMPLES]),
+                "move each to one split; if other patients are meant, name them otherwise",
+            )
+        )
+    if shared and not leaked:
+        findings.append(
+            Finding(
+                "one-volume",
+                "information",
+                "volumes of which both splits have slices, with a gap between",
+                len(shared),
+                len(one.cases),
+                "volumes",
+                tuple(one.cases[number].name for number in list(shared)[:EXAMPLES]),
+                'call what is measured so "within one patient": it tells nothing of others',
+            )
+        )
+    return findings
 
 
 def _shown_names(subject: Subject) -> Counter[str]:
