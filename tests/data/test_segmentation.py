@@ -188,7 +188,21 @@ def test_nuclei():
 def test_edges_part_what_touches():
     instances = np.zeros((6, 8), int)
     instances[:4, :4], instances[:4, 4:] = 1, 2
-    found = inside_and_edge(instances)
+    found = inside_and_edge(instances, 1)
     assert found[0].tolist() == [1, 1, 1, 2, 2, 1, 1, 1]
     assert found[3].tolist() == [2] * 8
     assert found[4].tolist() == [0] * 8
+    assert inside_and_edge(instances, 2)[0].tolist() == [1, 1, 2, 2, 2, 2, 1, 1]
+
+
+def test_edges_are_what_erosion_takes_away(rng):
+    """Of each instance alone, by scipy."""
+    from scipy import ndimage
+
+    instances = ndimage.zoom(rng.integers(4, size=(5, 6)), 6, order=0)
+    for reach in (1, 2, 3):
+        expected = np.where(instances > 0, 2, 0)
+        for value in (1, 2, 3):
+            mask = np.pad(instances == value, 8, mode="edge")
+            expected[ndimage.binary_erosion(mask, iterations=reach)[8:-8, 8:-8]] = 1
+        assert inside_and_edge(instances, reach).tolist() == expected.tolist()

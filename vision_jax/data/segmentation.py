@@ -46,6 +46,7 @@ IMAGE_FOLDERS = ("images", "image", "JPEGImages", "img", "imgs")
 MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "SegmentationClass", "label")
 MASK_ENDINGS = ("", "_mask", "_masks", "_label", "_labels", "_seg", "_gt", "_L")
 NUCLEI = ("background", "inside", "edge")
+EDGE = 2  # pixels, of a nucleus: enough for two that touch to be told apart
 
 
 @dataclass(frozen=True)
@@ -375,14 +376,24 @@ def _read_nuclei(spec: str) -> MaskedImages:
     return MaskedImages(spec, NUCLEI, ArrayReader(spec, image[None]), masks, 1)
 
 
-def inside_and_edge(instances: np.ndarray) -> np.ndarray:
+def inside_and_edge(instances: np.ndarray, reach: int = EDGE) -> np.ndarray:
     """u8[H, W]: 0 outside, 1 inside and 2 at the edge of instances i[H, W], of which 0 is none.
 
-    The edge are an instance's pixels that have another value above, below, left or right of them;
-    beyond the image nothing is another value.
+    The edge are an instance's pixels from which at most `reach` steps, up, down, left or right,
+    lead to another value; beyond the image nothing is another value.
     """
-    padded = np.pad(instances, 1, mode="edge")
-    center = padded[1:-1, 1:-1]
-    around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-    edge = np.logical_or.reduce([side != center for side in around])
-    return np.where(center == 0, 0, np.where(edge, 2, 1)).astype(np.uint8)
+    edge = np.zeros(instances.shape, bool)
+    values = np.pad(instances, 1, mode="edge")
+    for _ in range(reach):
+        padded = np.pad(edge, 1)
+        near = [
+            (values[rows, columns] != instances) | padded[rows, columns]
+            for rows, columns in (
+                (slice(None, -2), slice(1, -1)),
+                (slice(2, None), slice(1, -1)),
+                (slice(1, -1), slice(None, -2)),
+                (slice(1, -1), slice(2, None)),
+            )
+        ]
+        edge = np.logical_or.reduce(near)
+    return np.where(instances == 0, 0, np.where(edge, 2, 1)).astype(np.uint8)

@@ -6,6 +6,7 @@ pixels from the image's upper left corner.
 """
 
 import math
+import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -154,6 +155,19 @@ class Regions:
 
     def example_name(self, row: int) -> str:
         return f"{self.name}: regions of {self.paths[row]}"
+
+    def stamp(self, row: int) -> int:
+        """A checksum of the regions."""
+        value = zlib.crc32(repr((self.class_names, self.sizes[row].tolist())).encode())
+        for region in self.order[self.starts[row] : self.starts[row + 1]].tolist():
+            value = zlib.crc32(bytes([self.label[region]]), value)
+            if region in self.runs:
+                runs = self.runs[region]
+                value = zlib.crc32(np.asarray(runs.lengths).tobytes(), value)
+                value = zlib.crc32(repr((runs.top, runs.left, runs.height)).encode(), value)
+            else:
+                value = zlib.crc32(repr(self._rings(region)).encode(), value)
+        return value
 
     def _rings(self, region: int) -> list[list[float]]:
         first = self.region_ends[region - 1] if region else 0
