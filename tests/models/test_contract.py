@@ -101,6 +101,16 @@ CASES = {
         cells=None,
         grouped=r".*conv_dw",
     ),
+    "deeplab": Case(
+        {"num_classes": 3, "depths": (1, 1, 1, 2), "widths": (4, 4, 8, 8), "stem_width": 8,
+         "rates": (2, 3), "width": 8, "auxiliary_head": True},
+        features=("stem", "context"),
+        layers={"backbone/stage_3/block_1/conv1/kernel": 5, "aspp_2/conv/kernel": 6,
+                "aspp_pool/bn/scale": 6, "auxiliary_class_head/bias": 6},
+        size=(40, 64),
+        forms={"basic": {"block": "basic"}, "stride 16": {"dilation": True}},
+        rounding=100.0,
+    ),
     "detr": Case(
         {"num_classes": 3, "depths": (1, 1, 2, 2), "widths": (4, 4, 8, 8), "stem_width": 8,
          "num_queries": 7, "width": 32, "num_heads": 4, "mlp_width": 48, "encoder_depth": 2,
@@ -231,6 +241,7 @@ CASES = {
             "transformers": {"stride_first": True, "first_stride": 2},
             "no pool": {"stem_pool": False},
             "for CIFAR": {"stem_size": 3, "stem_pool": False},
+            "dilated": {"depths": (1, 2, 2, 2), "widths": (4, 4, 8, 8), "dilation": 2},
         },
     ),
     "rf_detr": Case(
@@ -560,6 +571,8 @@ COUNTS = {
     "dino_vits16": 43_952_640,
     "simclr_vits16": 22_716_416,
     "siglip_base_patch16_224": 203_155_970,
+    "deeplabv3_resnet50": 39_656_859,
+    "deeplabv3_resnet101": 58_648_987,
     "mit_b0": 3_576_392,
     "mit_b1": 13_664_424,
     "mit_b2": 24_709_288,

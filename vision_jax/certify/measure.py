@@ -383,7 +383,8 @@ def _outputs(
         result, features = (jax.jit(apply) if whole else apply)(variables, *given)
         # Of a detector's layers the last is the prediction.
         if isinstance(result, dict):
-            layered = ("logits", "boxes_cxcywh_01") if result["logits"].ndim == 4 else ()
+            pair = ("logits", "boxes_cxcywh_01")
+            layered = pair if pair[1] in result and result["logits"].ndim == 4 else ()
             last = {name: result[name][-1] for name in layered}
             outputs = {**features, **result, **last}
         else:

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
-from vision_jax.certify import reference_dense, reference_faster_rcnn
+from vision_jax.certify import reference_deeplab, reference_dense, reference_faster_rcnn
 from vision_jax.certify.reference_detr import DETR
 from vision_jax.certify.reference_nanodet import NanoDet
 from vision_jax.convert.detectors import DENSE, is_detector
@@ -181,13 +181,15 @@ def make_reference(source: str, build: str, arguments: Mapping[str, Any]) -> Ref
             # A class, where no builder has such an architecture.
             module = cast(Any, locate(build))(**parts)
         else:
-            if is_detector(build):
+            if is_detector(build) or build.startswith("deeplab"):
                 parts.setdefault("weights_backbone", None)
             module = torchvision.models.get_model(build, weights=None, **parts)
             if build.startswith("fasterrcnn"):
                 module = reference_faster_rcnn.raw(module)
             if build.startswith(DENSE):
                 module = reference_dense.raw(module)
+            if build.startswith("deeplab"):
+                module = reference_deeplab.raw(module)
     elif source == "detr":
         module = DETR(**arguments)
     elif source == "nanodet":

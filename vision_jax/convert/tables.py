@@ -9,6 +9,7 @@ from typing import Any
 from vision_jax.convert import (
     beit,
     convnext,
+    deeplab,
     detr,
     dino,
     efficientnet,
@@ -52,6 +53,7 @@ TABLES: tuple[Table, ...] = (
     *retinanet.TABLES,
     *nanodet.TABLES,
     *segformer.TABLES,
+    *deeplab.TABLES,
     *mit.TABLES,
     *unet.TABLES,
     *mae.TABLES,  # last: what these take is a ViT's too
@@ -77,6 +79,7 @@ ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
         retinanet,
         nanodet,
         segformer,
+        deeplab,
         mit,
         unet,
         mae,
@@ -180,7 +183,7 @@ _BUILDER = (
     "weights_backbone min_size max_size image_mean image_std rpn_pre_nms_top_n_test "
     "rpn_post_nms_top_n_test rpn_pre_nms_top_n_train rpn_post_nms_top_n_train "
     "rpn_score_thresh rpn_batch_size_per_image box_batch_size_per_image box_detections_per_img "
-    "topk_candidates score_thresh detections_per_img center_sampling_radius"
+    "topk_candidates score_thresh detections_per_img center_sampling_radius aux_loss"
 )
 
 

@@ -13,6 +13,7 @@ from vision_jax.errors import UserError, nearest
 from vision_jax.models import (
     beit,
     convnext,
+    deeplab,
     detr,
     dino,
     efficientnet,
@@ -111,6 +112,9 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(vit.ViT, vit.variant),
     "beit": Family(beit.Beit, beit.variant),
     "convnext": Family(convnext.ConvNeXt, convnext.variant),
+    "deeplab": Family(
+        deeplab.DeepLabV3, deeplab.variant, "segmentation", "semantic", backbone="backbone/"
+    ),
     "detr": Family(detr.Detr, detr.variant, "detection", "softmax_set", True, "backbone/"),
     "dino": Family(dino.Dino, dino.variant, "self_distillation", "prototypes", wraps="vit"),
     "efficientnet": Family(efficientnet.EfficientNet, efficientnet.variant),

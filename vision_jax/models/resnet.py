@@ -186,8 +186,9 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """The blocks of one stage; the first one changes width and stride.
 
-    `arguments` are `Block`'s that all blocks share; `rates` of drop_path, one a block. A dilated
-    stage dilates all its 3 x 3 convolutions but the very first, as torchvision and timm do.
+    `arguments` are `Block`'s that all blocks share; `rates` of drop_path, one a block. The first
+    3 x 3 convolution of a dilated stage has the `first_dilation`, which is that of the stage
+    before, as in torchvision and timm.
     """
 
     arguments: dict[str, Any]
@@ -195,6 +196,7 @@ class Stage(nn.Module):
     rates: tuple[float, ...]
     remat: bool
     dilation: int = 1
+    first_dilation: int = 1
 
     @nn.compact
     def __call__(self, x, train: bool, mask=None):
@@ -206,7 +208,7 @@ class Stage(nn.Module):
                 **self.arguments,
                 strides=strides,
                 project=project,
-                dilations=(self.dilation if index else 1, self.dilation),
+                dilations=(self.dilation if index else self.first_dilation, self.dilation),
                 name=f"block_{index}",
             )(x, rate if rate else None, train, mask)
             mask = stride_mask(mask, strides)
@@ -230,7 +232,8 @@ class ResNet(nn.Module):
         downsample_in_bottleneck).
       first_stride: stride of the first stage (transformers' downsample_in_first_stage is 2).
       stem_pool: a max pool follows the stem.
-      dilation: the last stage keeps the grid of the one before and dilates its convolutions (DC5).
+      dilation: the last stage (True, DC5) or the last two (2, DeepLab) keep the grid of the one
+        before and dilate their convolutions.
       batch_norm_eps: what BatchNorm adds to the variance.
       in_channels: of the images; `mean` and `std` have as many entries.
       mean, std: per-channel normalization of the images.
@@ -253,7 +256,7 @@ class ResNet(nn.Module):
     stride_first: bool = False
     first_stride: int = 1
     stem_pool: bool = True
-    dilation: bool = False
+    dilation: Literal[False, True, 2] = False
     batch_norm_eps: float = 1e-5
     in_channels: int = 3
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -273,10 +276,8 @@ class ResNet(nn.Module):
     def pyramid(self) -> tuple[tuple[str, int], ...]:
         """Named features and their stride in pixels, from fine to coarse."""
         stride = self._stem_stride * (2 if self.stem_pool else 1) * self.first_stride
-        last = len(self.depths) - 1
         return tuple(
-            (f"stage_{i}", stride * 2 ** (i - (self.dilation and i == last)))
-            for i in range(len(self.depths))
+            (f"stage_{i}", stride * 2**i // self._dilation(i)) for i in range(len(self.depths))
         )
 
     @property
@@ -344,7 +345,6 @@ class ResNet(nn.Module):
 
     def _stage(self, index):
         width, bottleneck = self.widths[index], self.block == BOTTLENECK
-        dilated = self.dilation and index == len(self.depths) - 1
         strides = 2 if index else self.first_stride
         before, last = sum(self.depths[:index]), max(sum(self.depths) - 1, 1)
         return Stage(
@@ -359,12 +359,18 @@ class ResNet(nn.Module):
                 "freeze_norm": self.freeze_norm,
                 "dtype": self.dtype,
             },
-            strides=1 if dilated else strides,
+            strides=1 if self._dilation(index) > 1 else strides,
             rates=tuple(self.drop_path * (before + i) / last for i in range(self.depths[index])),
             remat=self.remat,
-            dilation=strides if dilated else 1,
+            dilation=self._dilation(index),
+            first_dilation=self._dilation(index - 1),
             name=f"stage_{index}",
         )
+
+    def _dilation(self, index):
+        """Of a stage: 2 in the first one that keeps the grid of the one before, then 4."""
+        last_whole = max(len(self.depths) - 1 - self.dilation, 0)
+        return 2 ** max(index - last_whole, 0)
 
     def _stem(self, x, train, mask):
         def conv(x, name, features, size, strides):
