@@ -18,15 +18,16 @@ def get_config() -> ConfigDict:
         ("encoder_arguments", (("widths", (8, 16, 32, 64)),)),
         ("decoder_widths", (32, 16, 8)),
     )
-    config.model.image_size = 96
-    config.total_steps = 200
-    config.checkpoint_every = 200
+    config.model.image_size = 64
+    config.total_steps = 240
+    config.checkpoint_every = 240
     config.log_every = 20
 
     config.optim.lr = 5e-3
     config.optim.warmup_steps = 20
     config.optim.ema_decay = 0.95
     config.loss.dice_weight = 0.5
+    config.loss.class_weights = (1.0, 1.0, 3.0)
 
     config.data.train = "embedded:nuclei/train"
     config.data.eval = "embedded:nuclei/test"
@@ -36,8 +37,8 @@ def get_config() -> ConfigDict:
     config.data.contrast = 0.3
     config.data.threads = 1
 
-    config.evaluate.every = 200
+    config.evaluate.every = 240
     config.evaluate.background = "background"
     config.evaluate.objects = "inside"
-    config.evaluate.least_pixels = 10
+    config.evaluate.least_pixels = 5
     return config

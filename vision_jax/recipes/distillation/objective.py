@@ -30,6 +30,7 @@ from vision_jax.ops.boxes import clip_xyxy
 from vision_jax.ops.detection_outputs import Postprocess
 from vision_jax.ops.distillation import TopLogits
 from vision_jax.ops.images import to_float
+from vision_jax.ops.segmentation_losses import resize_logits
 from vision_jax.steps import Flat
 from vision_jax.trees import paths
 
@@ -286,6 +287,23 @@ def make_logits_term(
         if kind == "hard":
             return ops.hard_label(logits, teacher_logits)
         return ops.decoupled(logits, teacher_logits, view["label"], temperature=temperature)
+
+    return term
+
+
+def make_pixels_term(kind: Literal["soft", "hard"], *, temperature: float) -> Term:
+    """The loss of the student's logits of pixels to the teacher's, a mean over all pixels.
+
+    The teacher's are brought to the student's grid where theirs is another, bilinear.
+    """
+
+    def term(trainable, outputs, view):
+        del trainable
+        logits = outputs["logits"]  # [B, h, w, K]
+        theirs = resize_logits(view[f"{TEACHER_OUTPUT}logits"], logits.shape[1:3])
+        if kind == "soft":
+            return ops.soft_logits(logits, theirs, temperature).mean((1, 2))
+        return ops.hard_label(logits, theirs).mean((1, 2))
 
     return term
 

@@ -45,6 +45,7 @@ _KINDS = {
     "softmax_set": ("queries",),
     "sigmoid_set": ("queries",),
     "cells": ("detections", "cells"),
+    "semantic": ("soft", "hard"),
 }
 _DETECTORS = ("queries", "detections", "cells")
 
@@ -171,6 +172,8 @@ class Distill(Recipe):
             )
         if self._of("top_k") and kind in _DETECTORS:
             raise UserError("config.distill.top_k is for classes of whole images: set it to 0")
+        if student.predicts == "semantic":
+            self._check_pixels(student)
         if self._of("cache") and kind == "cells":
             raise UserError(
                 "config.distill.cache: all cells of an image are megabytes, as many as its canvas "
@@ -197,6 +200,28 @@ class Distill(Recipe):
         if kind in _DETECTORS:
             self._check_detectors(student)
 
+    def _check_pixels(self, student: Student) -> None:
+        """Of a segmenter, whose logits are of each pixel."""
+        for name in ("cache", "top_k"):
+            if self._of(name):
+                raise UserError(
+                    f"config.distill.{name}: logits of all pixels of an image are megabytes, and"
+                    " the teacher is run beside the student: leave it at its default"
+                )
+        if self._of("logits") == "none":
+            return
+        if len(self._of("teachers")) > 1:
+            raise UserError(
+                "config.distill.teachers: masks of several teachers are not put together: name one"
+            )
+        for teacher in self.teachers:
+            if teacher.predicts != "semantic":
+                raise UserError(
+                    f"config.distill.teachers: {teacher.weights.origin}, a {teacher.family}, does"
+                    " not give logits of pixels: take another one"
+                )
+        self._check_class_order(student)
+
     def _check_detectors(self, student: Student) -> None:
         kind = self._of("logits")
         if len(self._of("teachers")) > 1:
@@ -211,6 +236,9 @@ class Distill(Recipe):
                     f"config.distill.logits {kind}: {teacher.weights.origin}, a {teacher.family}, "
                     f"does not predict what a {student.family} does: set it to {others}"
                 )
+        self._check_class_order(student)
+
+    def _check_class_order(self, student: Student) -> None:
         for teacher in self.teachers:
             for label, name in enumerate(convert.class_names_of(teacher.weights) or ()):
                 own = student.class_names.index(name) if name in student.class_names else label
@@ -310,6 +338,9 @@ class Distill(Recipe):
                 strides=student.model.strides, temperature=temperature
             )
             terms["taught_cells"] = (self._of("weight"), term)
+        elif kind != "none" and student.predicts == "semantic":
+            term = distillation.make_pixels_term(kind, temperature=temperature)
+            terms[f"taught_{kind}"] = (self._of("weight"), term)
         elif kind != "none":
             head = "head_dist" if self._of("token") else ""
             term = distillation.make_logits_term(kind, temperature=temperature, head=head)

@@ -28,7 +28,8 @@ class Teacher:
       family: its architecture's name.
       model: the flax module, computing in config.distill.dtype.
       image_size: (height, width) in pixels that images are read at for it; None for one that takes
-        padded images: it sees the student's canvas, resampled where it has a size (RF-DETR).
+        padded images or gives masks: it sees the student's canvas, resampled where it has a size
+        (RF-DETR).
       prefix: of its arrays' paths.
     """
 
@@ -131,11 +132,12 @@ def find_teachers(
             )
         size = arguments.get("image_size") or (weights.preprocessing or {}).get("image_size")
         missing = {field for field in known.required if field not in arguments}
-        if missing or (not known.pixel_mask and not size):
+        sees_canvas = known.pixel_mask or known.task == "segmentation"
+        if missing or (not sees_canvas and not size):
             lacks = ", ".join(sorted(missing | ({"image_size"} if not size else set())))
             raise UserError(f"config.distill.teachers: {name} does not say its {lacks}")
         model = families.build_model(family, **arguments, dtype=families.DTYPES[dtype])
-        own_size = tuple(size) if size and not known.pixel_mask else None
+        own_size = tuple(size) if size and not sees_canvas else None
         prefix = f"{distillation.TEACHER}{number}/"
         found.append(Teacher(weights, family, model, own_size, prefix))
     return tuple(found)

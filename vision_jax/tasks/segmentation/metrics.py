@@ -43,7 +43,8 @@ class Tally:
         Args:
           class_names: K names.
           background: name of the class that is not foreground; "" for none.
-          objects: name of the class whose connected parts are counted; "" for none.
+          objects: name of the class whose connected parts are counted, and parts of the foreground
+            that have none of it, where there is a background; "" for none.
           least_pixels: smaller parts are not counted.
           boundaries: whether boundary IoU is measured, which takes as long as all the rest.
 
@@ -69,10 +70,21 @@ class Tally:
         if self._boundaries:
             self.boundary += boundary_counts(prediction, label, len(self.class_names))
         if self._objects is not None:
-            masks = [(one == self._objects) & (label != IGNORED) for one in (prediction, label)]
-            both = (count_objects(mask, self._least_pixels) for mask in masks)
-            self.objects.append((next(both), next(both)))
+            ours, theirs = (
+                self.count_objects(np.where(label == IGNORED, IGNORED, one))
+                for one in (prediction, label)
+            )
+            self.objects.append((ours, theirs))
         return found
+
+    def count_objects(self, mask: np.ndarray) -> int:
+        """How many objects u8[H, W] shows: see `count_objects`; 0 if none are to be counted."""
+        if self._objects is None:
+            return 0
+        around = None
+        if self._background is not None:
+            around = (mask != self._background) & (mask != IGNORED)
+        return count_objects(mask == self._objects, around, self._least_pixels)
 
     def summarize(self) -> dict[str, Any]:
         """Figures that JSON can hold; None where there is none.
@@ -203,17 +215,28 @@ def boundary_counts(prediction: np.ndarray, label: np.ndarray, num_classes: int)
     return counts
 
 
-def count_objects(mask: np.ndarray, least_pixels: int = 0) -> int:
-    """How many parts of bool[H, W] hang together by sides, of at least so many pixels.
+def count_objects(mask: np.ndarray, around: np.ndarray | None = None, least_pixels: int = 1) -> int:
+    """How many parts of bool[H, W] hang together by sides.
 
     Examples:
       >>> count_objects(np.array([[1, 0, 1], [1, 0, 0]], bool))
       2
+
+    Args:
+      mask: of the objects, or of their insides.
+      around: bool[H, W] of all that is foreground: a part of it without any of the mask, such as an
+        object that is nothing but edge, is one too.
+      least_pixels: smaller parts are none.
     """
-    parts, count = ndimage.label(mask)
-    if least_pixels <= 1:
-        return int(count)
-    return int((np.bincount(parts.ravel())[1:] >= least_pixels).sum())
+    parts, _ = ndimage.label(mask)
+    sizes = np.bincount(parts.ravel())[1:]
+    count = int((sizes >= least_pixels).sum())
+    if around is not None:
+        wider, _ = ndimage.label(around)
+        sizes = np.bincount(wider.ravel())
+        sizes[np.unique(wider[mask])] = 0
+        count += int((sizes[1:] >= least_pixels).sum())
+    return count
 
 
 def _mean(values: np.ndarray) -> float | None:

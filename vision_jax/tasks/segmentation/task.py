@@ -42,7 +42,7 @@ from vision_jax.objective import Apply, Objective
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.segmentation import objective
 from vision_jax.tasks.segmentation import robustness as under_attack
-from vision_jax.tasks.segmentation.metrics import Tally, count_objects, find_class
+from vision_jax.tasks.segmentation.metrics import Tally
 from vision_jax.tasks.segmentation.windows import predict_by_windows
 
 best_metric = "miou"  # what the best checkpoint is best at
@@ -522,7 +522,7 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     predict_all = _make_predict_all(config, outputs_fn, trained.mesh, trained.preprocessing)
     source, damage = images_to_segment(names, class_names), DamageLog()
     colors = figures.palette(len(class_names))
-    counted = find_class(config.evaluate.objects, class_names, "evaluate.objects")
+    tally = _make_tally(config, class_names)
     record: dict[int, dict[str, Any]] = {}
     writes = not jax.process_index()
     if writes:
@@ -537,14 +537,14 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
             "width": prediction.shape[1],
             "shares": {name: float(shares[k]) for k, name in enumerate(class_names)},
         }
-        if counted is not None:
-            found["objects"] = count_objects(prediction == counted, config.evaluate.least_pixels)
+        if config.evaluate.objects:
+            found["objects"] = tally.count_objects(prediction)
         record[row] = found
         if not writes:
             continue
         order = np.argsort(-shares, kind="stable")[:5]
         text = ", ".join(f"{printable(class_names[k])} {shares[k]:.1%}" for k in order if shares[k])
-        objects = f"  {found['objects']} objects" if counted is not None else ""
+        objects = f"  {found['objects']} objects" if "objects" in found else ""
         say(f"{printable(names[row]):{width}}  {text}{objects}")
         stem = re.sub(r"[^\w.-]", "_", utf8(Path(names[row]).stem)).encode()[:LONGEST_STEM]
         name = f"{row:04d}_{stem.decode(errors='ignore')}.png"

@@ -1,0 +1,251 @@
+"""Segmentation runs: resume, devices, micro-batches, recipes, windows, predictions, attacks."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+import segmentation_runs
+from PIL import Image
+from segmentation_runs import CLASSES, tiny_config
+
+from vision_jax import convert, sharding, train
+from vision_jax.commands import evaluate, predict, robustness
+from vision_jax.data.pipeline import DamageLog
+from vision_jax.errors import UserError
+from vision_jax.logging import read_metrics
+from vision_jax.run.prepare import Run
+from vision_jax.run.restore import restore
+from vision_jax.tasks.segmentation.task import Evaluation
+
+RESNET = (("depths", (1,)), ("block", "basic"), ("widths", (4,)), ("stem_width", 4))
+
+
+@pytest.fixture(scope="module")
+def finished():
+    return segmentation_runs.finished()
+
+
+def test_a_run_leaves_its_numbers_pictures_and_model(finished):
+    summary = json.loads((finished / "evaluation.json").read_text())
+    assert summary["count"] == 5
+    assert list(summary["per_class"]) == list(CLASSES)
+    assert 0 < summary["pixel_accuracy"] <= 1
+    for name in ("predictions.png", "confusion.png", "curves.png", "model.safetensors"):
+        assert (finished / name).stat().st_size > 1000
+    records = read_metrics(finished / "metrics.jsonl")
+    assert sum("eval/miou" in record for record in records) == 2
+    for record in (record for record in records if "train/loss" in record):
+        terms = record["train/pixel_loss"] + record["train/dice_loss"]
+        np.testing.assert_allclose(record["train/loss"], terms, rtol=1e-4)
+    found = convert.read_weights(str(finished / "model.safetensors"))
+    assert convert.recognize(found)[0] == "unet"
+    assert tuple(found.preprocessing["image_size"]) == (16, 16)
+    assert tuple(convert.class_names_of(found)) == CLASSES
+
+
+@pytest.mark.long
+def test_resume_is_bit_identical_with_one_program(tmp_path, monkeypatch):
+    config = tiny_config()
+    made, make = [], Run.make_train_step
+    monkeypatch.setattr(Run, "make_train_step", lambda run: made.append(make(run)) or made[-1])
+    assert train.run(config, tmp_path / "once") == 0
+    with pytest.MonkeyPatch.context() as stop:
+        stop.setattr(Evaluation, "line", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path / "twice")
+    assert train.run(config, tmp_path / "twice") == 0
+    states = [restore(config, tmp_path / name, "last").state for name in ("once", "twice")]
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get(states))
+    assert [step._cache_size() for step in made] == [1, 1, 1]
+
+
+def interrupt(self):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.long
+def test_the_same_step_on_one_and_on_eight_devices():
+    losses = []
+    for devices in (1, 8):
+        prepared = runs.Prepared(devices=devices, fsdp=devices, config=tiny_config())
+        _, metrics = prepared.step(prepared.state, prepared.frozen, prepared.batch)
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("balance", ["none", "frequency"])
+def test_accumulation_is_the_larger_batch(balance):
+    """Gradients and loss, whatever each micro-batch ignores; norms are frozen for it."""
+    fields = {
+        "model__freeze_norm": True,
+        "optim__clip_norm": 0.0,
+        "loss__focal_gamma": 1.5,
+        "loss__balance": balance,
+    }
+    found = []
+    for accumulate in (1, 4):
+        config = tiny_config(**fields, optim__accumulate=accumulate)
+        prepared = runs.Prepared(config=config)
+        label = np.array(prepared.batch["label"])
+        label[::3, :9] = 255  # so that micro-batches count different numbers of pixels
+        place = sharding.make_batch_placer(prepared.run.mesh)
+        batch = place({**jax.device_get(prepared.batch), "label": label})
+        _, metrics = prepared.step(prepared.state, prepared.frozen, batch)
+        found.append(jax.device_get(metrics))
+    for name in ("loss", "grad_norm", "pixel_loss", "dice_loss", "pixel_accuracy"):
+        np.testing.assert_allclose(found[1][name], found[0][name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.long
+def test_recipes_compose(finished, tmp_path):
+    """Adapters on the encoder's convolutions, a teacher of pixels and an attack, averaged."""
+    config = tiny_config(
+        recipes=("lora", "distill", "adversarial"),
+        model__freeze_norm=True,
+        trainable=("class_head/.*",),
+        lora__rules=("backbone/.*kernel",),
+        lora__rank=2,
+        distill__teachers=(str(finished),),
+        adversarial__steps=1,
+        optim__accumulate=2,
+        batch_size=16,
+        total_steps=2,
+        evaluate__every=2,
+    )
+    assert train.run(config, tmp_path) == 0
+    restored = restore(config, tmp_path, "last")
+    assert "backbone/stage_0/conv1/conv/kernel/base" in restored.frozen
+    assert "backbone/stage_0/conv1/conv/kernel/b" in restored.state.trainable
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    taught = [r["train/taught_soft"] for r in records if "train/taught_soft" in r]
+    assert np.isfinite(taught).all()
+    assert min(taught) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss__class_weights": (1.0, 2.0)}, "2 for 3 classes"),
+        ({"loss__class_weights": (1.0,) * 3, "loss__balance": "frequency"}, "two ways to weigh"),
+        ({"loss__pixel_weight": 0.0, "loss__dice_weight": 0.0}, "nothing to minimize"),
+        ({"model__variant": "resnet", "model__arguments": RESNET}, "take a segmenter"),
+        ({"evaluate__background": "sky"}, "config.evaluate.background 'sky': there is no such"),
+        ({"evaluate__window": 16, "evaluate__stride": 17}, "would leave pixels out"),
+        ({"evaluate__window": 16, "data__view": "squash"}, "set config.data.view=original"),
+        ({"model__image_size": 0}, "set config.model.image_size"),
+        ({"recipes": ("adversarial",), "adversarial__method": "trades"}, "use pgd"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train.run(tiny_config(**changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_depends_on_no_batch_and_windows_see_what_images_do(finished):
+    """Windows as large as the images, or in one batch as alone; smaller ones come close."""
+    found = {}
+    for name, changes in {
+        "whole": {},
+        "one by one": {"evaluate__batch_size": 1},
+        "windows as large": {"evaluate__window": 48},
+        "windows": {"evaluate__window": 16, "evaluate__stride": 8},
+    }.items():
+        config = tiny_config(**changes)
+        restored = restore(config, finished, "last")
+        source = restored.run.task.read_eval_source(config, CLASSES)
+        found[name] = restored.run.make_evaluate(source)(*restored.trained.arguments).confusion
+    np.testing.assert_array_equal(found["one by one"], found["whole"])
+    assert found["windows"].sum() == found["whole"].sum()
+    same = np.abs(found["windows"] - found["whole"]).sum() / found["whole"].sum()
+    assert same < 0.2
+
+
+def test_predict_writes_masks_of_the_images_own_size(finished, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (24, 32)), ("b.png", (17, 40))):
+        image, _ = segmentation_runs.draw_scene(rng, size)
+        Image.fromarray(image).save(photos / name)
+    (photos / "c.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert predict.run(tiny_config(), finished, "last", [str(photos)], out) == 0
+    record = json.loads((out / "predictions.json").read_text())
+    assert record["classes"] == {str(k): name for k, name in enumerate(CLASSES)}
+    assert [entry.get("error") for entry in record["images"]] == [None, None, "can't be read"]
+    for entry, size in zip(record["images"], ((24, 32), (17, 40)), strict=False):
+        mask = Image.open(out / entry["mask"])
+        assert mask.mode == "P"
+        values = np.asarray(mask)
+        assert values.shape == size
+        shares = [(values == k).mean() for k in range(3)]
+        np.testing.assert_allclose(list(entry["shares"].values()), shares)
+        assert np.asarray(Image.open(out / entry["mask"].replace("masks", "overlays"))).shape == (
+            *size,
+            3,
+        )
+    assert "objects" in record["images"][0]
+    capsys.readouterr()
+
+
+@pytest.mark.long
+def test_robustness_falls_with_epsilon(finished, tmp_path, capsys):
+    config = tiny_config(
+        robustness__epsilons=(0.02, 0.3), robustness__steps=2, robustness__batch_size=1
+    )
+    assert robustness.run(config, finished, "last") == 0
+    record = json.loads((finished / "robustness.json").read_text())
+    assert record["images"] == 5
+    for rows in record["attacks"].values():
+        assert rows[-1]["pixel_accuracy"] < record["clean"]["pixel_accuracy"]
+        assert [row["largest"] <= row["epsilon"] + 1e-6 for row in rows] == [True, True]
+    capsys.readouterr()
+
+
+@pytest.mark.long
+def test_evaluate_reprints_the_numbers_of_training(finished, capsys):
+    assert evaluate.run(tiny_config(), finished, "last") == 0
+    records = read_metrics(finished / "metrics.jsonl")
+    last = [record for record in records if "eval/miou" in record][-1]
+    assert f"miou {last['eval/miou']:.4f}" in capsys.readouterr().out
+
+
+def test_a_value_that_is_no_class_stops_the_run(tmp_path):
+    folder = tmp_path / "data"
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(2):
+        Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "images" / f"{i}.png")
+        Image.fromarray(np.full((20, 20), 9, np.uint8)).save(folder / "masks" / f"{i}.png")
+    (folder / "classes.json").write_text('["a", "b"]')
+    config = tiny_config(data__train=folder, data__eval="", data__holdout=0.5)
+    config.evaluate.background = config.evaluate.objects = ""
+    with pytest.raises(UserError, match=r"png: 400 pixels of the value 9, which .*classes.json"):
+        train.run(config, tmp_path / "run")
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    config = tiny_config()
+    task = runs.find_task("segmentation")
+    source, _ = task.read_sources(config)
+    preprocessing = task.load_preprocessing(
+        {"image_size": (16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    )
+
+    def take(first, threads):
+        config.data.threads = threads
+        batches = task.training_data(config, source, preprocessing, DamageLog(), first)
+        return [next(batches) for _ in range(4 - first)]
+
+    once, later = take(0, 1), take(2, 3)
+    for ours, theirs in zip(once[2:], later, strict=True):
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    shapes = task.batch_shapes(config, preprocessing)
+    assert {n: (x.shape, x.dtype) for n, x in once[0].items()} == {
+        n: (x.shape, x.dtype) for n, x in shapes.items()
+    }
