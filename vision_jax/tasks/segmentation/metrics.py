@@ -36,7 +36,7 @@ class Tally:
         *,
         background: str = "",
         objects: str = "",
-        least_pixels: int = 0,
+        least_pixels: int = 1,
         boundaries: bool = True,
     ):
         """
@@ -235,7 +235,7 @@ def count_objects(mask: np.ndarray, around: np.ndarray | None = None, least_pixe
         wider, _ = ndimage.label(around)
         sizes = np.bincount(wider.ravel())
         sizes[np.unique(wider[mask])] = 0
-        count += int((sizes[1:] >= least_pixels).sum())
+        count += int((sizes[1:] >= max(least_pixels, 1)).sum())
     return count
 
 
