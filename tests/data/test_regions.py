@@ -247,6 +247,11 @@ def test_as_a_source(folder):
     with pytest.raises(DamagedImageError, match=r"33 × 24 pixels and its mask 32 × 24"):
         source[0]
     assert source[1]["mask"].max() == 2
+    assert source.masks.stamp(0) != source.masks.stamp(1)
+    content["annotations"][0]["segmentation"][0][0] += 1
+    other = read_segmentation_source(write(folder / "coco.json", content), class_names=names)
+    assert other.masks.stamp(0) != source.masks.stamp(0)
+    assert other.masks.stamp(1) == source.masks.stamp(1)
 
 
 def test_stated_background_and_unknown_sizes(folder):
@@ -326,6 +331,7 @@ def test_panoptic(folder):
     found = read_regions(write_panoptic(folder), folder)
     assert found.class_names == ("cat", "dog")
     assert found.count == 1
+    assert found.masks.stamp(0) > 0
     assert found.reader.relative_name(0) == "a.png"
     assert "1 images without annotation left out" in found.note
     expected = drawn((2, 2, 10, 9, 0), (8, 4, 14, 12, 1), start=255)

@@ -539,6 +539,10 @@ def test_slices_as_images(tmp_path, rng):
     assert np.array_equal(coronal[0]["image"][..., 0], expected[::-1, 0])
     assert np.array_equal(coronal[0]["image"][..., 2], expected[::-1, 2])
     assert np.array_equal(coronal[0]["mask"], lps[::-1, 1] > 0)
+    parts = read_segmentation_source(f"{spec}&slices=0:1,2:4")
+    assert parts.reader.slice.tolist() == [0, 2, 3]
+    stamps = [part.stamp(row) for part in (parts.reader, parts.masks) for row in range(3)]
+    assert len(set(stamps)) == 6
     percent = read_segmentation_source(f"volumes:{folder}?window=10%:90%")
     low, high = np.percentile(image, [10, 90])
     expected = np.rint(np.clip((lps - low) / (high - low), 0, 1) * 255)
@@ -594,6 +598,7 @@ def test_a_series_with_a_nifti_mask(tmp_path, rng):
         ("plane=oblique", "axial, coronal"),
         ("slices=3:3", "FIRST:END"),
         ("slices=-1:3", "FIRST:END"),
+        ("slices=0:2,1:3", "each after the one before"),
         ("slices=0:99", "has 4 axial slices"),
         ("neighbors=2", "0 or 1"),
     ],

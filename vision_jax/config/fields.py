@@ -560,10 +560,14 @@ FIELDS = (
         "data.train",
         "",
         ANY,
-        "training data; docs/data.md and docs/detection_data.md list what it may be",
+        "training data: see docs/data.md, docs/detection_data.md, docs/segmentation_data.md",
     ),
     _field(
-        "data.images", "", ANY, "folder of the images; empty: the annotation file's own", DETECTION
+        "data.images",
+        "",
+        ANY,
+        "folder of the images; empty: the annotation file's own",
+        *(DETECTION, SEGMENTATION),
     ),
     _field(
         "data.masks",
@@ -599,7 +603,7 @@ FIELDS = (
         "",
         ANY,
         "folder of the evaluation images; empty: as data.images",
-        DETECTION,
+        *(DETECTION, SEGMENTATION),
     ),
     _field(
         "data.holdout", 0.1, SHARE, "share of data.train that is held out where data.eval is empty"

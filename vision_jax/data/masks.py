@@ -169,7 +169,7 @@ def make_class_table(
             IGNORED if name is None else position.setdefault(printable(name), len(position))
         )
     if not position:
-        raise UserError(f"{path}: no class in it: give values and names, as docs/segmentation.md")
+        raise UserError(f"{path}: no class in it: give values and names: docs/segmentation_data.md")
     if len(position) > MAX_CLASSES:
         raise UserError(
             f"{path}: {len(position):,} classes: {MAX_CLASSES} at most, since masks have 8 bits"

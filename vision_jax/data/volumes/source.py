@@ -10,7 +10,8 @@ OPTIONS, with & between them:
 
     window=LOW:HIGH     which values become black and white; 1%:99% are percentiles of each volume
     plane=axial         or coronal, sagittal
-    slices=FIRST:END    of each volume, END not among them: parts of one volume as sets
+    slices=FIRST:END    of each volume, END not among them, or several such with commas: parts of
+                        one volume as sets of their own
     neighbors=1         the slices before and after as red and blue; 0 gives grey
 
 Images are uint8: values below the window are 0, above it 255, and those between are rounded.
@@ -23,6 +24,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +75,7 @@ class Window(NamedTuple):
 class Options:
     window: Window | None = None
     plane: str = "axial"
-    slices: tuple[int, int] | None = None
+    slices: tuple[tuple[int, int], ...] = ()
     neighbors: int = 0
 
 
@@ -136,7 +138,8 @@ class VolumeReader:
         return f"{case.name}[{self.options.plane} {self.slice[row]}]"
 
     def stamp(self, row: int) -> int:
-        return zlib.crc32(self.read(row).tobytes())
+        """A checksum of the sizes of the volume's files and of the options."""
+        return _stamp(self.cases[int(self.of[row])].paths, (self.slice[row], self.options))
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,18 @@ class VolumeMasks:
     def example_name_of(self, number: int) -> str:
         return dicom.grid_name(self.paths[number])
 
+    def stamp(self, row: int) -> int:
+        table = (self.images.slice[row], self.table.values, self.table.indices)
+        return _stamp(self.paths[int(self.images.of[row])], table)
+
     def example_name(self, row: int) -> str:
         plane, at = self.images.options.plane, self.images.slice[row]
         return f"{self.example_name_of(int(self.images.of[row]))}[{plane} {at}]"
+
+
+def _stamp(paths: Sequence[Path], meaning: object) -> int:
+    sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
+    return zlib.crc32(repr((sizes, meaning)).encode())
 
 
 class _Cache:
@@ -340,10 +352,12 @@ def _with(options: Options, spec: str, key: str, value: str) -> Options:
             raise UserError(f"{spec}: plane={value}: give one of {', '.join(PLANES)}")
         return replace(options, plane=value)
     if key == "slices":
-        match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", value)
-        if not match or int(match[1]) >= int(match[2]):
-            raise UserError(f"{spec}: slices={value}: give FIRST:END, such as 0:90")
-        return replace(options, slices=(int(match[1]), int(match[2])))
+        if not re.fullmatch(r"\d{1,6}:\d{1,6}(,\d{1,6}:\d{1,6}){0,99}", value):
+            raise UserError(f"{spec}: slices={value}: give FIRST:END, such as 0:90 or 0:40,60:90")
+        edges = [int(number) for number in re.split("[:,]", value)]
+        if any(a > b or (a == b and i % 2 == 0) for i, (a, b) in enumerate(pairwise(edges))):
+            raise UserError(f"{spec}: slices={value}: give FIRST:END, each after the one before")
+        return replace(options, slices=tuple(zip(edges[::2], edges[1::2], strict=True)))
     if value not in ("0", "1"):
         raise UserError(f"{spec}: neighbors={value}: give 0 or 1")
     return replace(options, neighbors=int(value))
@@ -408,13 +422,14 @@ def _rows(spec: str, cases: Sequence[Case], options: Options) -> tuple[np.ndarra
     of, at = [], []
     for number, case in enumerate(cases):
         count = count_in_plane(case.grid, options.plane)
-        first, end = options.slices or (0, count)
-        if end > count:
-            raise UserError(
-                f"{spec}: slices={first}:{end}, and {case.name} has {count} {options.plane} slices"
-            )
-        of.append(np.full(end - first, number, np.int32))
-        at.append(np.arange(first, end, dtype=np.int32))
+        for first, end in options.slices or ((0, count),):
+            if end > count:
+                raise UserError(
+                    f"{spec}: slices={first}:{end}, and {case.name} has {count} {options.plane}"
+                    " slices"
+                )
+            of.append(np.full(end - first, number, np.int32))
+            at.append(np.arange(first, end, dtype=np.int32))
     return np.concatenate(of), np.concatenate(at)
 
 

@@ -78,17 +78,18 @@ Predicted = tuple[int, np.ndarray, np.ndarray]
 def read_sources(config: ConfigDict) -> tuple[SegmentationSource, SegmentationSource]:
     """The training and the evaluation data, with the same classes."""
     data = config.data
-    train = _read(config, data.train, data.masks)
+    train = _read(config, data.train, data.masks, data.images)
     if data.eval:
         return _subset(config, train), read_eval_source(config, train.class_names)
     train, held_out = split_segmentation_source(train, data.holdout, config.seed)
     return _subset(config, train), held_out
 
 
-def _read(config, spec, masks, class_names=None) -> SegmentationSource:
+def _read(config, spec, masks, images, class_names=None) -> SegmentationSource:
     return read_segmentation_source(
         spec,
         masks,
+        images=images,
         classes=config.data.classes,
         reduce_zero=config.data.reduce_zero,
         class_names=class_names,
@@ -104,8 +105,9 @@ def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Segmen
     """The evaluation data alone, for a finished run."""
     data = config.data
     if data.eval:
-        return _read(config, data.eval, data.eval_masks, class_names)
-    train = _read(config, data.train, data.masks, class_names)
+        images = data.eval_images or data.images
+        return _read(config, data.eval, data.eval_masks, images, class_names)
+    train = _read(config, data.train, data.masks, data.images, class_names)
     return split_segmentation_source(train, data.holdout, config.seed)[1]
 
 
