@@ -266,6 +266,24 @@ ROWS = {
         {"num_classes": 3, "depths": (1, 3), "widths": (4, 8), "stem_width": 4, "width": 8,
          "anchor_sizes": (8, 16, 32), "candidates": 4},
     ),
+    "deeplab": (
+        {"backbone/stage_1/block": (0, 2)},
+        {"num_classes": 3, "depths": (1, 3), "widths": (4, 8), "stem_width": 4, "width": 8,
+         "rates": (2,)},
+    ),
+    "eomt": (
+        {"block": (1, 2)},
+        {**VIT, "depth": 3, "num_queries": 3, "num_blocks": 1, "upscale_blocks": 1},
+    ),
+    "mit": (
+        {"stage_1/block": (1,)},
+        {"num_classes": 3, "depths": (1, 2), "widths": (8, 10), "num_heads": (1, 2)},
+    ),
+    "segformer": (
+        {"backbone/stage_1/block": (1,)},
+        {"num_classes": 3, "depths": (1, 2), "widths": (8, 10), "num_heads": (1, 2),
+         "decoder_width": 8},
+    ),
     "detr": (
         {"encoder": (1,), "decoder": 2, "backbone/stage_0/block": (0, 2)},
         {"num_classes": 3, "depths": (3, 1), "widths": (4, 8), "stem_width": 4, "num_queries": 4,

@@ -145,6 +145,24 @@ CASES = {
         without_gradient=r".*/project_bn/bias",
         grouped=r".*depthwise_conv",
     ),
+    "eomt": Case(
+        {"num_classes": 3, "image_size": (12, 8), "patch_size": 4, "width": 16, "depth": 3,
+         "num_heads": 2, "mlp_width": 24, "num_registers": 1, "position_prefix": 0,
+         "layer_scale": 0.5, "num_queries": 5, "num_blocks": 2},
+        features=("embed", "block_0", "block_1", "block_2", "normed"),
+        layers={"pos_embed": 0, "cls_token": 0, "block_1/mlp/fc1/kernel": 2, "norm/scale": 3,
+                "query_embed": 4, "mask_head/upscale_1/conv1_bias": 4},
+        size=(12, 8),
+        forms={
+            "everything": {"distillation_token": True, "num_registers": 2, "pre_norm": True,
+                           "qk_norm": True, "gated_mlp": True, "layer_scale": None},
+            "annealed": {"mask_annealing": ((0, 10), (10, 20))},
+            "patches alone": {"class_token": False, "num_registers": 0, "num_blocks": 3,
+                              "upscale_blocks": 1},
+        },
+        without_gradient=r".*/k_norm/bias",
+        grouped=r".*conv_dw",
+    ),
     "faster_rcnn": Case(
         {"num_classes": 3, "depths": (1, 1, 1, 2), "widths": (4, 4, 8, 8), "stem_width": 8,
          "width": 8, "anchor_sizes": (8, 16, 32, 64, 128), "proposals": 12, "head_width": 16,
@@ -573,6 +591,9 @@ COUNTS = {
     "siglip_base_patch16_224": 203_155_970,
     "deeplabv3_resnet50": 39_656_859,
     "deeplabv3_resnet101": 58_648_987,
+    "eomt_small_640": 23_959_772,
+    "eomt_base_640": 93_630_812,
+    "eomt_large_640": 316_652_636,
     "mit_b0": 3_576_392,
     "mit_b1": 13_664_424,
     "mit_b2": 24_709_288,
@@ -684,7 +705,7 @@ def test_features_and_strides(family, form, whole):
     assert set(features) == {*pyramid, *case.form_features.get(form, case.features), *heads}
     assert all(len(x) == 2 for x in features.values())
     outputs = outputs_of(result)
-    classes = model.num_classes + (family in ("detr", "faster_rcnn"))  # and none of them
+    classes = model.num_classes + (family in ("detr", "eomt", "faster_rcnn"))  # and none of them
     if family == "mae":  # the pixels of a patch
         classes = model.patch_size**2 * model.in_channels
     elif family == "dino":

@@ -321,6 +321,8 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def aligned(theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A source's [B, C, h, w], [B, C, 1, 1] or [B, h·w, C] in the shape [B, h, w, C] or [B, C]."""
+    if theirs.shape == shape:
+        return theirs
     if theirs.ndim == 4 and len(shape) == 4 and theirs.shape[1] == shape[3]:
         theirs = theirs.transpose(0, 2, 3, 1)
     if theirs.shape != shape and theirs.size == np.prod(shape):
@@ -383,8 +385,8 @@ def _outputs(
         result, features = (jax.jit(apply) if whole else apply)(variables, *given)
         # Of a detector's layers the last is the prediction.
         if isinstance(result, dict):
-            pair = ("logits", "boxes_cxcywh_01")
-            layered = pair if pair[1] in result and result["logits"].ndim == 4 else ()
+            beside = [name for name in ("boxes_cxcywh_01", "mask_logits") if name in result]
+            layered = ["logits", *beside] if beside and result["logits"].ndim == 4 else []
             last = {name: result[name][-1] for name in layered}
             outputs = {**features, **result, **last}
         else:

@@ -17,7 +17,12 @@ import transformers
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
-from vision_jax.certify import reference_deeplab, reference_dense, reference_faster_rcnn
+from vision_jax.certify import (
+    reference_deeplab,
+    reference_dense,
+    reference_eomt,
+    reference_faster_rcnn,
+)
 from vision_jax.certify.reference_detr import DETR
 from vision_jax.certify.reference_nanodet import NanoDet
 from vision_jax.convert.detectors import DENSE, is_detector
@@ -119,6 +124,9 @@ class Reference:
             if hasattr(output, "enc_outputs_class"):
                 seen["encoder_logits"] = output.enc_outputs_class.numpy()
                 seen["encoder_boxes_cxcywh_01"] = output.enc_outputs_coord_logits.numpy()
+        elif hasattr(output, "masks_queries_logits"):
+            seen["logits"] = output.class_queries_logits.numpy()
+            seen["mask_logits"] = output.masks_queries_logits.numpy()
         elif isinstance(output, SimpleNamespace):
             seen |= {name: value.numpy() for name, value in vars(output).items()}
         else:
@@ -202,6 +210,8 @@ def make_reference(source: str, build: str, arguments: Mapping[str, Any]) -> Ref
         model_class = getattr(transformers, build)
         config = model_class.config_class(**arguments)
         module = model_class._from_config(config, **_attention(model_class))
+        if build.startswith("Eomt"):
+            module = reference_eomt.prepare(module)
     return Reference(source, module.eval(), build, arguments)
 
 

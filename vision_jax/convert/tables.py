@@ -13,6 +13,7 @@ from vision_jax.convert import (
     detr,
     dino,
     efficientnet,
+    eomt,
     faster_rcnn,
     fcos,
     mae,
@@ -38,6 +39,7 @@ from vision_jax.models.families import FAMILIES, check_arguments
 
 # The first that matches is the one, so where one table's anchors contain another's it stands first.
 TABLES: tuple[Table, ...] = (
+    *eomt.TABLES,
     *beit.TABLES,
     *vit.TABLES,
     *resnet.TABLES,
@@ -78,6 +80,7 @@ ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
         fcos,
         retinanet,
         nanodet,
+        eomt,
         segformer,
         deeplab,
         mit,

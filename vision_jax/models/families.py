@@ -17,6 +17,7 @@ from vision_jax.models import (
     detr,
     dino,
     efficientnet,
+    eomt,
     faster_rcnn,
     fcos,
     mae,
@@ -118,6 +119,7 @@ FAMILIES: dict[str, Family] = {
     "detr": Family(detr.Detr, detr.variant, "detection", "softmax_set", True, "backbone/"),
     "dino": Family(dino.Dino, dino.variant, "self_distillation", "prototypes", wraps="vit"),
     "efficientnet": Family(efficientnet.EfficientNet, efficientnet.variant),
+    "eomt": Family(eomt.Eomt, eomt.variant, "segmentation", "mask_set", wraps="vit"),
     "faster_rcnn": Family(
         faster_rcnn.FasterRcnn,
         faster_rcnn.variant,

@@ -208,7 +208,8 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, bias=None):
+        """`bias`: added to the logits of x[B, N, D], f[B, 1, N, N]."""
         batch, tokens, width = x.shape
         qkv = Dense(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
         # A split's gradient is one array put together; three slices' are three that are added up.
@@ -219,7 +220,7 @@ class Attention(nn.Module):
             k = layer_norm("k_norm", self.layer_norm_eps, self.dtype)(k)
         # Nothing unless the collection is asked for; see families.apply_with_features.
         self.sow("intermediates", "query_key", (q, k))
-        x = attend(q, k, v).reshape(batch, tokens, width)
+        x = attend(q, k, v, bias=bias).reshape(batch, tokens, width)
         return Dense(width, dtype=self.dtype, name="proj")(x)
 
 
@@ -263,7 +264,7 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, rate, train: bool):
+    def __call__(self, x, rate, train: bool, bias=None):
         def branch(index, x):
             if self.layer_scale is not None:
                 init = nn.initializers.constant(self.layer_scale)
@@ -277,7 +278,7 @@ class Block(nn.Module):
 
         norm = (self.layer_norm_eps, self.dtype)
         y = layer_norm("norm1", *norm)(x)
-        y = Attention(self.num_heads, self.qkv_bias, self.qk_norm, *norm, name="attn")(y)
+        y = Attention(self.num_heads, self.qkv_bias, self.qk_norm, *norm, name="attn")(y, bias)
         x = x + branch(1, y)
         y = layer_norm("norm2", *norm)(x)
         y = Mlp(self.mlp_width, self.activation, self.gated_mlp, self.dtype, name="mlp")(y)
@@ -484,7 +485,11 @@ class ViT(nn.Module):
         features["normed"] = layer_norm("norm", self.layer_norm_eps, self.dtype)(x)
         return features
 
-    def _blocks(self, x, train):
+    def _blocks(self, x, train, start=0, stop=None, bias=None):
+        """(x, outputs of each) of the blocks from `start` to `stop`, all by default.
+
+        `bias`: added to the logits of their attention, f[B, 1, N, N].
+        """
         arguments = {
             "num_heads": self.num_heads,
             "mlp_width": self.mlp_width,
@@ -498,20 +503,20 @@ class ViT(nn.Module):
             "dtype": self.dtype,
         }
         last = max(self.depth - 1, 1)
-        rates = [self.drop_path * index / last for index in range(self.depth)]
-        if self.scan and not self.is_initializing():
+        rates = {i: self.drop_path * i / last for i in range(self.depth)[start:stop]}
+        if self.scan and bias is None and rates and not self.is_initializing():
             return self._scanned_blocks(arguments, x, train, rates)
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         outputs = []
-        for index, rate in enumerate(rates):
-            x = block(**arguments, name=f"block_{index}")(x, rate if rate else None, train)
+        for index, rate in rates.items():
+            x = block(**arguments, name=f"block_{index}")(x, rate if rate else None, train, bias)
             outputs.append(x)
         return x, outputs
 
     def _scanned_blocks(self, arguments, x, train, rates):
         # The parameters are stacked at apply time, so the tree has the same names either way.
         params = self.variables["params"]
-        blocks = [params[f"block_{index}"] for index in range(self.depth)]
+        blocks = [params[f"block_{index}"] for index in rates]
         layouts = [jax.tree.map(jnp.shape, block) for block in blocks]
         if any(layout != layouts[0] for layout in layouts):
             raise UserError(
@@ -520,7 +525,7 @@ class ViT(nn.Module):
             )
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
         keys = {
-            name: jax.random.split(self.make_rng(name), self.depth)
+            name: jax.random.split(self.make_rng(name), len(rates))
             for name in ("dropout", ADAPTER_KEYS)
             if self.has_rng(name)
         }
@@ -534,7 +539,8 @@ class ViT(nn.Module):
 
         if self.remat:
             body = jax.checkpoint(body)
-        x, outputs = jax.lax.scan(body, x, (stacked, jnp.asarray(rates, x.dtype), keys))
+        layers = (stacked, jnp.asarray(list(rates.values()), x.dtype), keys)
+        x, outputs = jax.lax.scan(body, x, layers)
         return x, list(outputs)
 
     def _pool(self, x):

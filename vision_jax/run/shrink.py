@@ -29,7 +29,9 @@ ROWS = {
     "text_depth": "text/block",
 }
 # Where the first block of a stage changes width and stride: the others can't take its place.
-OPENED = ("resnet", "regnet", "efficientnet", "detr", "faster_rcnn", "fcos", "retinanet")
+OPENED = (
+    *("resnet", "regnet", "efficientnet", "deeplab", "detr", "faster_rcnn", "fcos", "retinanet"),
+)
 
 
 @dataclass(frozen=True)
