@@ -2,6 +2,7 @@
 
 import json
 
+import detection_runs
 import jax
 import numpy as np
 import pytest
@@ -249,3 +250,42 @@ def test_batches_are_a_function_of_seed_and_step():
     assert {n: (x.shape, x.dtype) for n, x in once[0].items()} == {
         n: (x.shape, x.dtype) for n, x in shapes.items()
     }
+
+
+ENCODER = {"depths": (1, 1), "block": "basic", "widths": (8, 12), "stem_width": 8}
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_classifier_is_the_backbone(task, tmp_path):
+    """Its head is left out, and whatever is not the backbone begins at random."""
+    path = runs.write_teacher(tmp_path / "resnet.safetensors", "resnet", 7, 32, **ENCODER)
+    if task == "segmentation":
+        arguments = (("encoder", "resnet"), ("encoder_arguments", tuple(ENCODER.items())),
+                     ("decoder_widths", (8, 6, 4)))  # fmt: skip
+        config = tiny_config(model__weights=path, model__variant="unet", model__arguments=arguments)
+    else:
+        arguments = dict(detection_runs.FCOS["model__arguments"]) | ENCODER
+        config = detection_runs.tiny_config(
+            **detection_runs.FCOS
+            | {"model__weights": path, "model__arguments": tuple(arguments.items())},
+            model__reinitialize=("class_head/.*",),
+            model__dropout=0.0,
+        )
+    prepared = runs.Prepared(config=config)
+    tensors = convert.read_weights(path).tensors
+    theirs = np.asarray(tensors["layer1.0.conv1.weight"]).transpose(2, 3, 1, 0)
+    kernel = "backbone/stage_0/block_0/conv1/kernel"
+    np.testing.assert_array_equal({**prepared.state.trainable, **prepared.frozen}[kernel], theirs)
+    variance = prepared.state.model_state["backbone"]["bn1"]["var"]
+    np.testing.assert_array_equal(variance, tensors["bn1.running_var"])
+    assert prepared.run.description.preprocessing.mean == (0.4, 0.5, 0.6)
+
+
+def test_a_backbone_of_other_sizes_is_refused(tmp_path):
+    path = runs.write_teacher(tmp_path / "resnet.safetensors", "resnet", 7, 32, **ENCODER)
+    arguments = (("encoder", "resnet"), ("decoder_widths", (8, 6, 4)), (
+        "encoder_arguments", tuple((ENCODER | {"widths": (8, 16)}).items())))  # fmt: skip
+    config = tiny_config(model__weights=path, model__variant="unet", model__arguments=arguments)
+    with pytest.raises(UserError, match="stage_1") as error:
+        runs.Prepared(config=config)
+    assert "\n" not in str(error.value)

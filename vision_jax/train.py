@@ -50,7 +50,7 @@ from vision_jax.logging import (
 )
 from vision_jax.run import continuation, workdirs
 from vision_jax.run.description import Description, find_shrinking, load_description
-from vision_jax.run.parameters import head_warnings
+from vision_jax.run.parameters import backbone_prefix, head_warnings
 from vision_jax.run.prepare import Run, prepare
 from vision_jax.run.results import write_results
 from vision_jax.steps import Flat
@@ -236,7 +236,10 @@ def _describe_weights(prepared: Run, fresh: Sequence[str]) -> Iterator[str]:
         yield f"fields of its config.json that nobody knows: {', '.join(ignored[:8])}"
     if (shrinking := find_shrinking(prepared.config, weights)) is not None:
         yield f"taken of them: {shrinking.line()}"
-    yield f"re-initialized as config.model.reinitialize says: {', '.join(fresh) or 'none'}"
+    if prefix := backbone_prefix(weights, prepared.model):
+        yield f"the weights are those of {prefix}*; {len(fresh)} other arrays begin at random"
+    else:
+        yield f"re-initialized as config.model.reinitialize says: {', '.join(fresh) or 'none'}"
     for warning in head_warnings(weights, prepared.model, description, fresh, prepared.parameters):
         yield f"warning: {warning}"
 

@@ -208,6 +208,11 @@ def for_task(task: str, family: str, arguments: Mapping[str, Any]) -> tuple[str,
     return family, dict(arguments)
 
 
+def takes_backbone(family: str, of: str) -> bool:
+    """Whether a classifier of the family `of` can be the backbone of a model of another one."""
+    return bool(FAMILIES[family].backbone) and FAMILIES[of].task == "classification"
+
+
 def family_of(model: Any) -> str:
     """The name of a built model's family."""
     return next(name for name, family in FAMILIES.items() if type(model) is family.model)

@@ -78,6 +78,8 @@ def _architecture(
         family, arguments = families.for_task(config.task, *convert.recognize(weights))
     if model.variant:
         named, sizes = families.for_task(config.task, *find_variant(model.variant))
+        if family and families.takes_backbone(named, family):  # see parameters.backbone_prefix
+            family, arguments = named, {"in_channels": arguments["in_channels"]}
         if family not in ("", named):
             raise UserError(
                 f"config.model.variant {model.variant!r} is a {named}, and "

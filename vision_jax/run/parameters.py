@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from vision_jax import convert, sharding
 from vision_jax.errors import UserError
-from vision_jax.models.families import initialize
+from vision_jax.models import families
+from vision_jax.models.families import FAMILIES, initialize
 from vision_jax.recipes.distillation import objective as distillation
 from vision_jax.run import shrink
 from vision_jax.run.description import (
@@ -174,11 +175,16 @@ def _plain_parameters(
     fresh = set(target)
     if weights is not None:
         rules = () if headless else config.model.reinitialize
+        prefix = "" if headless else backbone_prefix(weights, model)
         fresh = paths.select(target, rules, field="config.model.reinitialize")
         reinitialized = sorted(find_head(model, image_size)[0] if headless else fresh)
         reinitialized += getattr(model, "left_out", ())
         shrinking = find_shrinking(config, weights)
-        if shrinking is None:
+        if prefix:
+            placed = _import_backbone(weights, model, target, prefix, shardings)
+            fresh |= {path for path in target if path not in placed}
+            placed = {path: array for path, array in placed.items() if path not in fresh}
+        elif shrinking is None:
             placed = convert.import_weights(
                 weights,
                 target,
@@ -199,6 +205,42 @@ def _plain_parameters(
     names = sorted(fresh)
     params, model_state = fill_parameters(model, image_size, shapes, placed, names, key, shardings)
     return params, model_state, names
+
+
+def backbone_prefix(weights: convert.Weights, model: Any) -> str:
+    """Where a model keeps its backbone, if that is all that the weights are for; else ""."""
+    family, own = families.family_of(model), convert.recognize(weights)[0]
+    same = family == own or FAMILIES[family].wraps == own
+    return "" if same or not families.takes_backbone(family, own) else FAMILIES[family].backbone
+
+
+def _import_backbone(
+    weights: convert.Weights,
+    model: Any,
+    target: Mapping[str, Any],
+    prefix: str,
+    shardings: Mapping[str, NamedSharding],
+) -> dict[str, jax.Array]:
+    """The arrays of the model's backbone, by path, from a classifier, whose head is left out.
+
+    Raises:
+      UserError: the backbone is not the classifier's.
+    """
+    inside = {
+        path.removeprefix(prefix): leaf for path, leaf in target.items() if path.startswith(prefix)
+    }
+    family, own = convert.recognize(weights)
+    size = own.get("image_size") or (64, 64)
+    whole = model_shapes(families.build_model(family, **own), size)
+    beyond = {path for tree in whole.values() for path in paths.flatten(tree)} - set(inside)
+    placed = convert.import_weights(
+        weights,
+        inside,
+        {"in_channels": model.in_channels},
+        reinitialized=sorted(beyond),
+        place=lambda path, array: sharding.place(array, shardings[prefix + path]),
+    )
+    return {prefix + path: array for path, array in placed.items()}
 
 
 def fill_parameters(
