@@ -11,6 +11,7 @@ import segmentation_runs
 from PIL import Image
 from segmentation_runs import CLASSES, tiny_config
 
+import vision_jax
 from vision_jax import convert, sharding, train
 from vision_jax.commands import evaluate, predict, robustness
 from vision_jax.data.pipeline import DamageLog
@@ -191,6 +192,27 @@ def test_predict_writes_masks_of_the_images_own_size(finished, tmp_path, capsys)
         )
     assert "objects" in record["images"][0]
     capsys.readouterr()
+
+
+def test_a_run_in_python(finished, rng):
+    """As a notebook loads it: images, logits, a mask of their own size, numbers over a set."""
+    loaded = vision_jax.load(finished)
+    image, _ = segmentation_runs.draw_scene(rng, (24, 32))
+    seen = loaded.preprocess([image])
+    assert seen.shape == (1, 24, 32, 3)
+    outputs = jax.jit(loaded.apply)(loaded.variables, seen)
+    found = loaded.postprocess(outputs, [(48, 64)])
+    assert found["scores"].shape == (1, 48, 64, 3)
+    assert found["label"].dtype == np.int32
+    result = vision_jax.evaluate(
+        loaded, loaded.variables, segmentation_runs.data() / "test", batch_size=2
+    )
+    summary = json.loads((finished / "evaluation.json").read_text())
+    assert result.summary["miou"] == pytest.approx(summary["miou"], abs=1e-3)
+    with pytest.raises(UserError, match="of different sizes"):
+        loaded.preprocess([image, image[:20]])
+    with pytest.raises(UserError, match="masks of several sizes"):
+        loaded.postprocess(outputs, [(48, 64), (24, 32)])
 
 
 @pytest.mark.long

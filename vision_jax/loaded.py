@@ -32,6 +32,10 @@ from vision_jax.data.detection_transforms import (
     detection_eval_transform,
     resized_size,
 )
+from vision_jax.data.segmentation_transforms import (
+    SegmentationPreprocessing,
+    segmentation_eval_transform,
+)
 from vision_jax.data.sources import FileReader
 from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError
@@ -44,6 +48,7 @@ from vision_jax.run.description import find_head, model_shapes, own_image_size
 from vision_jax.run.parameters import fill_parameters
 from vision_jax.tasks.api import Evaluation, Trained, find_task
 from vision_jax.tasks.detection.objective import PREDICTIONS, pixel_mask
+from vision_jax.tasks.segmentation.objective import PREDICTIONS as SEGMENTERS
 from vision_jax.trees import lora, paths
 
 Variables = Mapping[
@@ -84,7 +89,7 @@ class Loaded:
     model: Any
     variables: Variables = field(repr=False)  # a notebook shows what a cell ends with
     class_names: tuple[str, ...]
-    preprocessing: Preprocessing | DetectionPreprocessing
+    preprocessing: Preprocessing | DetectionPreprocessing | SegmentationPreprocessing
     origin: str
     new_paths: tuple[str, ...] = ()
 
@@ -113,6 +118,14 @@ class Loaded:
         own = self.preprocessing
         if isinstance(own, DetectionPreprocessing):
             return _pad(arrays, own)
+        if isinstance(own, SegmentationPreprocessing):
+            views = [segmentation_eval_transform(array, own) for array in arrays]
+            if len({view.shape for view in views}) > 1:
+                raise UserError(
+                    "preprocess: images of different sizes, which this model takes as they are:"
+                    " give those of one size together"
+                )
+            return np.stack(views).astype(np.float32) / 255
         return np.stack([eval_transform(array, own) for array in arrays]).astype(np.float32) / 255
 
     def apply(
@@ -201,7 +214,7 @@ class Loaded:
         return {stride: found[name] for name, stride in levels}
 
     def postprocess(self, outputs: Mapping[str, Any], sizes: Any) -> dict[str, jax.Array]:
-        """A detector's outputs as scored boxes; a pure function, too.
+        """A detector's outputs as scored boxes, a segmenter's as masks; a pure function, too.
 
         Args:
           outputs: of `apply`.
@@ -209,12 +222,19 @@ class Loaded:
 
         Returns:
           {"score": f[B, N], "label": i32[B, N], "boxes_xyxy_px": f[B, N, 4]}, in pixels of the
-          original images; what scores 0 is no box.
+          original images; what scores 0 is no box. Of a segmenter, for images of one size,
+          {"scores": f[B, H, W, K], "label": i32[B, H, W]}.
 
         Raises:
-          UserError: no detector.
+          UserError: neither of them, or masks of several sizes.
         """
         predicts = self.family.predicts
+        if predicts in SEGMENTERS:
+            wanted = np.unique(np.asarray(sizes).reshape(-1, 2), axis=0)
+            if len(wanted) > 1:
+                raise UserError("postprocess: masks of several sizes: take them size by size")
+            scores = SEGMENTERS[predicts].scores(outputs, tuple(wanted[0].tolist()))
+            return {"scores": scores, "label": jnp.argmax(scores, axis=-1).astype(jnp.int32)}
         if predicts not in PREDICTIONS:
             raise UserError(f"{self.origin} is a classifier: take the softmax of its logits")
         return PREDICTIONS[predicts].postprocess(outputs, jnp.asarray(sizes))
