@@ -1,8 +1,17 @@
 """Cell nuclei in a micrograph, each pixel named: background, inside of a nucleus, or its edge.
 
 Command:   python -m vision_jax.main --config=configs/segment_nuclei.py
-Hardware:  2 CPU cores, about a minute
-Expected:  foreground IoU about 0.88 on the held-out part
+Hardware:  2 CPU cores, about 35 CPU-seconds
+Expected:  on the held-out part with its 30 nuclei, over 3 seeds: foreground IoU 0.888 to 0.895,
+           27 to 30 nuclei counted (a threshold by Otsu: 0.747)
+
+Edges part nuclei that touch, so counting the connected insides counts nuclei; they weigh three
+times as much as other pixels. For your own images and masks change the data and the model, such as
+
+    --config.data.train=FOLDER --config.data.eval= --config.model.image_size=256
+    --config.model.variant=unet_resnet50 --config.model.arguments="()"
+    --config.model.weights=timm://resnet50.a1_in1k
+    --config.loss.class_weights="()" --config.evaluate.background= --config.evaluate.objects=
 """
 
 from ml_collections import ConfigDict

@@ -29,6 +29,7 @@ SMALL = {
     },
     "teach_a_student": {"STEPS = 400": "STEPS = 2", "STEPS = 1000": "STEPS = 2"},
     "pretrain_your_images": {"STEPS = 2000": "STEPS = 4", "FINE_STEPS = 500": "FINE_STEPS = 2"},
+    "segment_your_images": {"STEPS = 240": "STEPS = 2", "SIDE = 64": "SIDE = 16"},
     "detect_your_objects": {"STEPS = 1500": "STEPS = 10", "SIDE = 160": "SIDE = 64"},
 }
 
@@ -116,6 +117,16 @@ def test_detect_your_objects(tmp_path, monkeypatch):
     assert "evaluation on " in printed
     assert len(list((run / "predictions").glob("*.png"))) == 3
     assert (run / "model.safetensors").is_file()
+
+
+@pytest.mark.long
+def test_segment_your_images(tmp_path, monkeypatch):
+    printed = execute("segment_your_images", tmp_path, monkeypatch)
+    run = tmp_path / "runs" / "my_masks"
+    assert "eval/miou" in read_metrics(run / "metrics.jsonl")[-1]
+    assert "evaluation on 1 images" in printed
+    assert "'height': 512, 'width': 128" in printed
+    assert len(list((run / "masks").glob("*.png"))) == 1
 
 
 @pytest.mark.long
