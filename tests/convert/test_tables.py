@@ -172,7 +172,7 @@ READ_BACK = (
     *("transformers: detr_resnet50", "detr: detr_resnet50", "transformers: rf_detr_nano"),
     *("yolox: yolox_nano", "torchvision: fasterrcnn_resnet50_fpn", "nanodet: nanodet_g"),
     *("torchvision: retinanet_resnet50_fpn", "torchvision: retinanet_resnet50_fpn_v2"),
-    "torchvision: fcos_resnet50_fpn",
+    *("torchvision: fcos_resnet50_fpn", "smp: unet_resnet18", "smp: unet_resnet50"),
 )
 TOLD = {  # what the naming computes by, where the variant's own arguments differ
     "efficientnet_pytorch: efficientnet_b0": {"same_padding": True, "batch_norm_eps": 1e-3},

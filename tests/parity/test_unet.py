@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from vision_jax.convert import import_weights, recognize
+from vision_jax.convert import arguments_of, export_weights, import_weights, recognize
 from vision_jax.convert.read import Weights
 from vision_jax.models.families import build_model
 from vision_jax.trees.paths import flatten, unflatten
@@ -91,6 +91,24 @@ def ours(reference, images):
         for name, tree in variables.items()
     }
     return np.asarray(jax.jit(model.apply)(filled, images)["logits"])
+
+
+def test_what_is_written_is_what_was_read(rng):
+    """Names, shapes and numbers of a state_dict, bit by bit."""
+    reference = Reference(3)
+    randomize(reference, rng)
+    tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    weights = Weights(tensors, {}, None, "reference")
+    family, arguments = recognize(weights)
+    model = build_model(family, **arguments)
+    images = np.zeros((1, 64, 64, 3), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    target = {path: leaf for tree in variables.values() for path, leaf in flatten(tree).items()}
+    arrays = import_weights(weights, target, arguments)
+    written, _ = export_weights(arrays, family, {**arguments_of(model)}, to="smp")
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (75, 101)])

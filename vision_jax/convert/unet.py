@@ -11,6 +11,7 @@ from vision_jax.convert.engine import CONV, Rule, affine, batch_norm, one
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES
+from vision_jax.models.unet import encoder_pairs
 
 SOURCE = "smp"
 _ENCODER = "encoder."
@@ -75,15 +76,10 @@ def _arguments(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     widths: list[int] = []
     while (name := f"decoder.blocks.{len(widths)}.conv2.0.weight") in shapes:
         widths.append(shapes[name][0])
-    defaults = FAMILIES["resnet"].defaults
     return {
         "num_classes": shapes["segmentation_head.0.weight"][0],
         "encoder": "resnet",
-        "encoder_arguments": tuple(
-            (name, value)
-            for name, value in found.items()
-            if name not in (*_SHARED, "num_classes") and value != defaults.get(name)
-        ),
+        "encoder_arguments": encoder_pairs("resnet", found),
         "decoder_widths": tuple(widths),
         "in_channels": found["in_channels"],
     }

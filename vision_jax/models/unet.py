@@ -15,6 +15,7 @@ Exactness, where ports go wrong:
   - images of any size do: each map has the size that the encoder gives it.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -176,8 +177,21 @@ def variant(name: str) -> dict[str, Any] | None:
         return {"encoder": "plain", "decoder_widths": (64, 32, 16)}
     for family, arguments_of in _VARIANTS.items():
         if (arguments := arguments_of(encoder)) is not None:
-            return {"encoder": family, "encoder_arguments": tuple(arguments.items())}
+            return {"encoder": family, "encoder_arguments": encoder_pairs(family, arguments)}
     return None
+
+
+def encoder_pairs(family: str, arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What of a CNN's arguments a U-Net's `encoder_arguments` must say: those unlike the default.
+
+    Those that are the U-Net's own are left out. In the order of their names.
+    """
+    defaults = {field.name: field.default for field in fields(ENCODERS[family])}
+    return tuple(
+        (name, value)
+        for name, value in sorted(arguments.items())
+        if name not in (*_RUN, "num_classes", "dropout", "head_hidden") and value != defaults[name]
+    )
 
 
 class UNet(nn.Module):
@@ -245,8 +259,11 @@ class UNet(nn.Module):
         model = ENCODERS[self.encoder]
         kinds = {f.name: f.type for f in fields(model)}
         pairs = self.encoder_arguments
-        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
-            raise UserError(f"unet: encoder_arguments {pairs!r}: give ((name, value), ...)")
+        if not isinstance(pairs, tuple | list) or not all(
+            isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
+            for pair in pairs
+        ):
+            raise UserError(f"unet: encoder_arguments {str(pairs)[:80]}: give ((name, value), ...)")
         arguments = dict(pairs)
         for name, value in arguments.items():
             if name not in kinds or name in (*_RUN, "num_classes", "parent", "name", "dropout"):

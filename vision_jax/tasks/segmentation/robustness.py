@@ -1,9 +1,7 @@
 """A segmenter under attack: mIoU by epsilon, and masks before and after.
 
-Attacks maximize the loss of each image, whose pixels all count (Xie et al. 2017,
-https://arxiv.org/abs/1703.08603, has the task; the attack is Madry's). Evaluation is of whole
-images: windows are attacked together, through the view that the model is given. One compilation an
-attack and size, whatever the epsilons.
+Attacks maximize the training loss of each image, over all of its counted pixels. Whole images are
+attacked, as the model is given them. One compilation an attack and size, whatever the epsilons.
 """
 
 from collections.abc import Callable, Mapping, Sequence

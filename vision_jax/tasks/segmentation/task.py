@@ -18,7 +18,7 @@ from vision_jax import sharding, steps
 from vision_jax.config import write_json
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.masks import IGNORED
-from vision_jax.data.pipeline import DamageLog
+from vision_jax.data.pipeline import Damaged, DamageLog
 from vision_jax.data.segmentation import (
     SegmentationSource,
     images_to_segment,
@@ -441,7 +441,7 @@ def _make_predict_by_windows(config, outputs_fn, mesh, preprocessing):
                 example = source[row]
                 image = segmentation_eval_transform(example["image"], whole)
             except DamagedImageError as error:
-                damage.record(0, [_damaged(source, row, error)])
+                damage.record(0, [Damaged(row, source.example_name(row), str(error))])
                 continue
             damage.record(1, [])
             prediction = predict_by_windows(
@@ -455,12 +455,6 @@ def _make_predict_by_windows(config, outputs_fn, mesh, preprocessing):
             yield row, prediction, example["mask"]
 
     return predict_all
-
-
-def _damaged(source, row, error):
-    from vision_jax.data.pipeline import Damaged
-
-    return Damaged(row, source.example_name(row), str(error))
 
 
 # Results ----------------------------------------------------------------------------------------
