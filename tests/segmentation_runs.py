@@ -83,3 +83,22 @@ def finished() -> Path:
     workdir = runs.inputs() / "segmentation_finished"
     assert train.run(tiny_config(), workdir) == 0
     return workdir
+
+
+def volumes(
+    folder: Path, rng: np.random.Generator, patients: int = 2, shape: tuple[int, ...] = (20, 24, 12)
+) -> Path:
+    """Noisy balls in NIfTI of 1 × 2 × 3 mm; a folder for `volumes:`."""
+    import nibabel
+
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    for patient in range(patients):
+        ball = (grid**2).sum(0) < 0.4 + 0.2 * patient
+        image = np.clip(60 + 120 * ball + rng.normal(size=shape) * 20, 0, 255).astype(np.uint8)
+        for kind, voxels in (("images", image), ("masks", ball.astype(np.uint8))):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            volume = nibabel.Nifti1Image(voxels, np.diag([1.0, 2.0, 3.0, 1.0]))
+            volume.header.set_xyzt_units("mm")
+            nibabel.save(volume, folder / f"{kind}/p{patient}.nii.gz")
+    (folder / "classes.json").write_text('["outside", "ball"]')
+    return folder

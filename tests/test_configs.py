@@ -46,7 +46,12 @@ def small(path: Path):
         sizes = {"model.image_size": "16", "batch_size": "8", "evaluate.batch_size": "1"}
         counts = {"total_steps": "2", "checkpoint_every": "2", "evaluate.every": "2"}
         once = {"log_every": "1", "optim.warmup_steps": "1"}
-        return load_config(str(path), sizes | counts | once | SMALLER_UNET)
+        changes = sizes | counts | once | SMALLER_UNET
+        if not load_config(str(path), {}).data.train.startswith("embedded:"):
+            changes |= {"data.train": "embedded:nuclei/train", "data.eval": "embedded:nuclei/test"}
+            changes |= {"model.weights": "", "model.variant": "unet_plain"}
+            changes |= {"evaluate.background": "", "evaluate.window": "0", "data.threads": "1"}
+        return load_config(str(path), changes)
     keep = ("batch_size", "total_steps", "checkpoint_every", "log_every", "evaluate.every")
     keep += ("evaluate.batch_size", "optim.warmup_steps", "data.train", "data.eval")
     keep += ("model.image_size",)

@@ -6,9 +6,11 @@ HOSTILE_FILES says how many files of each format are tried.
 """
 
 import contextlib
+import gzip
 import io
 import json
 import os
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ from vision_jax.data.segmentation import read_segmentation_source
 from vision_jax.data.sources import read_source, read_unlabelled
 from vision_jax.data.teacher_cache import open_teacher_cache, write_teacher_cache
 from vision_jax.data.transforms import Preprocessing
+from vision_jax.data.volumes import source as volumes
 from vision_jax.doctor.__main__ import main as doctor
 from vision_jax.errors import UserError
 from vision_jax.figures import _series
@@ -330,6 +333,43 @@ def test_json_and_xml_of_regions(tmp_path, rng):
         "</annotations>"
     )
     attack(rng, path, lambda: train_on_masks(str(path), images), replace_words, turn_bytes)
+
+
+@pytest.mark.parametrize("kind", ["nii", "nii.gz", "dcm", "tif"])
+def test_volumes(kind, tmp_path, rng, monkeypatch):
+    """Headers and voxels of medical files, of which a byte is turned, cut away or repeated."""
+    nibabel, pydicom = pytest.importorskip("nibabel"), pytest.importorskip("pydicom")
+    tifffile = pytest.importorskip("tifffile")
+    voxels = rng.integers(0, 2, (6, 5, 4)).astype(np.uint8)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / f"a.{kind}"
+        if kind == "tif":
+            tifffile.imwrite(path, voxels, photometric="minisblack", compression="deflate")
+        elif kind == "dcm":
+            shutil.copy(Path(pydicom.__file__).parent / "data/test_files/MR_small_RLE.dcm", path)
+        else:
+            nibabel.save(nibabel.Nifti1Image(voxels, np.diag([2.0, 2.0, 3.0, 1.0])), path)
+    names = {str(i): "ant" for i in range(4000)} if kind == "dcm" else {"0": "ant", "1": "bee"}
+    (tmp_path / "classes.json").write_text(json.dumps(names))
+
+    def read():
+        monkeypatch.setattr(volumes, "_CACHE", volumes._Cache(2**28))
+        source = read_segmentation_source(f"volumes:{tmp_path}?window=0:2")
+        for i in range(min(len(source), 8)):
+            with contextlib.suppress(DamagedImageError):
+                source[i]
+
+    def in_header(rng, data):
+        """A few bytes of the header, which says the sizes."""
+        packed = kind == "nii.gz"
+        changed = np.frombuffer(gzip.decompress(data) if packed else data, np.uint8).copy()
+        places = rng.integers(min(len(changed), 1500 if kind == "dcm" else 352), size=3)
+        changed[places] = rng.integers(0, 256, 3)
+        return gzip.compress(changed.tobytes()) if packed else changed.tobytes()
+
+    for folder in ("images", "masks"):
+        attack(rng, tmp_path / folder / f"a.{kind}", read, in_header, in_header, turn_bytes)
 
 
 def test_lists_and_arrays_of_classes(tmp_path, capsys, rng):

@@ -19,6 +19,7 @@ from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.run.prepare import Run
 from vision_jax.run.restore import restore
+from vision_jax.tasks.segmentation.cases import SENTENCE
 from vision_jax.tasks.segmentation.task import Evaluation
 
 RESNET = (("depths", (1,)), ("block", "basic"), ("widths", (4,)), ("stem_width", 4))
@@ -311,3 +312,23 @@ def test_a_backbone_of_other_sizes_is_refused(tmp_path):
     with pytest.raises(UserError, match="stage_1") as error:
         runs.Prepared(config=config)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_on_slices_reports_its_volumes(tmp_path, rng, capsys):
+    pytest.importorskip("nibabel")
+    folder = segmentation_runs.volumes(tmp_path / "data", rng)
+    parts = {part: f"volumes:{folder}?slices={part}" for part in ("0:7", "8:12")}
+    changes = {"data.train": parts["0:7"], "data.eval": parts["8:12"]}
+    changes |= {"evaluate.background": "", "evaluate.objects": ""}
+    config = tiny_config(**changes)
+    workdir = tmp_path / "run"
+    train.run(config, workdir)
+    files = sorted(path.name for path in (workdir / "cases").iterdir())
+    assert files == ["0000_p0.json", "0000_p0.png", "0001_p1.json", "0001_p1.png"]
+    report = json.loads((workdir / "cases/0001_p1.json").read_text())
+    assert report["warning"] == SENTENCE
+    assert report["slices"] == [8, 11]
+    assert report["classes"]["ball"]["true_volume_ml"] > 0
+    window = json.loads((workdir / "evaluation.json").read_text())["best_window"]
+    assert window["iou"] > 0.9
+    assert "the best one on the training slices" in " ".join(capsys.readouterr().out.split())

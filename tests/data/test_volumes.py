@@ -4,13 +4,18 @@ SimpleITK and OpenCV as independent readers: tests/parity/test_volumes.py.
 """
 
 import gzip
+import hashlib
+import importlib.util
+import io
 import json
 import pickle
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 
 from vision_jax.data.decode import DamagedImageError
@@ -666,7 +671,7 @@ def test_a_file_of_an_image_is_what_it_shows(tmp_path, rng):
         tmp_path, rng.integers(0, 200, SHAPE).astype(np.uint8), np.zeros(SHAPE, np.uint8)
     )
     reader = read_segmentation_source(f"volumes:{folder}").reader
-    with Image.open(volumes.io.BytesIO(reader.encoded(1))) as image:
+    with Image.open(io.BytesIO(reader.encoded(1))) as image:
         assert np.array_equal(np.asarray(image), reader.read(1))
     assert reader.stamp(0) != reader.stamp(1)
 
@@ -685,3 +690,46 @@ def test_a_package_that_is_missing(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r"pip install 'vision_jax\[medical\]'"):
         volumes.load_volume([path])
+
+
+def test_the_script_that_fetches_a_head(tmp_path, rng, monkeypatch):
+    """Out of a Debian package of our own: 8 voxels are one, in the same place."""
+    spec = importlib.util.spec_from_file_location("script", runs.ROOT / "scripts/fetch_colin27.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    head = rng.integers(0, 256, (9, 8, 7)).astype(np.uint8)
+    brain = np.where(head > 128, head, 0).astype(np.uint8)
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    affine[:3, 3] = [-4, -5, -6]
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as archive:
+        for name, voxels in zip(script.FILES, (head, brain), strict=True):
+            content = nifti(tmp_path / name, voxels, affine).read_bytes()
+            monkeypatch.setitem(script.FILES, name, hashlib.sha256(content).hexdigest())
+            entry = tarfile.TarInfo(f"./{script.FOLDER}/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    package = tmp_path / "a.deb"
+    parts = [(b"debian-binary", b"2.0\n"), (b"control.tar.xz", b"odd"), (b"data.tar.xz", None)]
+    content = b"!<arch>\n"
+    for name, own in parts:
+        own = data.getvalue() if own is None else own
+        content += name.ljust(48) + str(len(own)).encode().ljust(10) + b"`\n" + own
+        content += b"\n" * (len(own) % 2)
+    package.write_bytes(content)
+    folder = script.fetch(tmp_path / "out", package)
+    source = read_segmentation_source(f"volumes:{folder}")
+    case = source.reader.cases[0]
+    assert case.grid.shape == (3, 4, 4)
+    assert np.allclose(case.grid.spacing_mm, 2)
+    volume = volumes.load_volume(case.paths)
+    corner = head[:2, :2, :2].mean()  # right, front and feet: the last of x and y here
+    assert volume.values()[0, -1, -1] == np.rint(corner)
+    assert np.allclose(case.grid.affine @ [3, 3, 0, 1], [3.5, 4.5, -5.5, 1])
+    monkeypatch.setitem(script.FILES, "ch2.nii.gz", "0" * 64)
+    with pytest.raises(SystemExit, match=r"ch2\.nii\.gz is not the file"):
+        script.fetch(tmp_path / "again", package)
+    for odd in (b"x", b"!<arch>\n"):
+        package.write_bytes(odd)
+        with pytest.raises(SystemExit, match=r"no Debian package|no data"):
+            script.fetch(tmp_path / "again", package)

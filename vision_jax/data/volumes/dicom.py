@@ -5,6 +5,7 @@ MONOCHROME1, where low values are bright, is kept as stored and marked; YBR and 
 bits above Bits Stored, where old files keep overlays, are cleared.
 """
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vision_jax.data.volumes.volume import Grid, Volume, check_size, orient
+from vision_jax.data.volumes.volume import Grid, Volume, check_size, orient, reading
 from vision_jax.errors import UserError
 from vision_jax.files import open_regular
 
@@ -183,7 +184,11 @@ def _stack(name: str, headers: list[Header]) -> tuple[list[Header], np.ndarray]:
 
 
 def _read_header(path: Path) -> Header:
-    dataset = _load(path, pixels=False)
+    with reading(path, "DICOM"):  # elements are read when they are asked for
+        return _make_header(path, _load(path, pixels=False))
+
+
+def _make_header(path: Path, dataset: Any) -> Header:
     name = str(path)
     try:
         rows, columns = int(dataset.Rows), int(dataset.Columns)
@@ -244,8 +249,12 @@ class Pixels:
 
 def _read_pixels(path: Path) -> Pixels:
     """The pixels of one file. Raises UserError for what can't be read exactly."""
+    with reading(path, "DICOM"):
+        return _make_pixels(path, _load(path, pixels=True))
+
+
+def _make_pixels(path: Path, dataset: Any) -> Pixels:
     pixels = _import_pydicom().pixels
-    dataset = _load(path, pixels=True)
     name = str(path)
     if "PixelData" not in dataset:
         kind = "float pixels" if "FloatPixelData" in dataset else _kind(dataset)
@@ -308,19 +317,13 @@ def _load(path: Path, *, pixels: bool) -> Any:
         if file.read(4) != b"DICM":
             raise UserError(f"{name}: not a DICOM file: it lacks the mark DICM after 128 bytes")
         file.seek(0)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                meta = pydicom.filereader.read_file_meta_info(path)
-                deflated = str(meta.get("TransferSyntaxUID", "")) == _DEFLATED
-                if deflated and size > MAX_DEFLATED_BYTES:
-                    raise UserError(f"{name}: deflated, of more than {MAX_DEFLATED_BYTES:,} bytes")
-                return pydicom.dcmread(file, stop_before_pixels=not pixels)
-        except UserError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160].replace(name, "it")
-            raise UserError(f"{name}: not readable as DICOM ({reason})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            meta = pydicom.filereader.read_file_meta_info(path)
+            deflated = str(meta.get("TransferSyntaxUID", "")) == _DEFLATED
+            if deflated and size > MAX_DEFLATED_BYTES:
+                raise UserError(f"{name}: deflated, of more than {MAX_DEFLATED_BYTES:,} bytes")
+            return pydicom.dcmread(file, stop_before_pixels=not pixels)
 
 
 def _kind(dataset: Any) -> str:
@@ -334,4 +337,5 @@ def _import_pydicom() -> Any:
         import pydicom.pixels
     except ImportError as error:
         raise UserError("DICOM needs pydicom: pip install 'vision_jax[medical]'") from error
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # it reports damage on the screen
     return pydicom

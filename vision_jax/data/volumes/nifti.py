@@ -1,12 +1,11 @@
 """NIfTI-1 and -2, plain or gzipped, by nibabel."""
 
-import gzip
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vision_jax.data.volumes.volume import Grid, Volume, check_size, orient
+from vision_jax.data.volumes.volume import Grid, Volume, check_size, orient, reading
 from vision_jax.errors import UserError
 from vision_jax.files import open_regular
 
@@ -20,13 +19,11 @@ _UNITS = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}
 
 def read_nifti(path: Path) -> Volume:
     """A volume with its voxels. Raises UserError, of one line, as `read_nifti_grid`."""
-    image, grid, note, affine = _open(path)
-    try:
+    with reading(path, "NIfTI"):
+        image, grid, note, affine = _open(path)
         # Of the array: those of the header are no more what the file says.
         slope, intercept = image.dataobj.slope, image.dataobj.inter
         raw = np.asarray(image.dataobj.get_unscaled())
-    except Exception as error:  # zlib, EOF and a dozen others of damaged files
-        raise _damaged(path, error) from error
     raw = _channels_last(raw)
     stored, _ = orient(str(path), raw, affine, grid.oriented)
     return Volume(
@@ -46,7 +43,8 @@ def read_nifti_grid(path: Path) -> tuple[Grid, str]:
       UserError: no NIfTI, too large, of colors or complex numbers, of time, or with two affines
         that place it differently.
     """
-    _, grid, note, _ = _open(path)
+    with reading(path, "NIfTI"):
+        _, grid, note, _ = _open(path)
     return grid, note
 
 
@@ -54,10 +52,7 @@ def _open(path: Path) -> tuple[Any, Grid, str, np.ndarray]:
     nibabel = import_nibabel()
     open_regular(path, MAX_FILE_BYTES).close()
     name = str(path)
-    try:
-        image = nibabel.load(path, mmap=False)
-    except Exception as error:
-        raise _damaged(path, error) from error
+    image = nibabel.load(path, mmap=False)
     if not isinstance(image, nibabel.Nifti1Pair) or not name.endswith(SUFFIXES):
         raise UserError(f"{name}: not a NIfTI file of one part: save it as .nii.gz")
     header = image.header
@@ -132,13 +127,6 @@ def _channels_last(raw: np.ndarray) -> np.ndarray:
         return raw
     raw = raw.reshape(*raw.shape[:3], raw.shape[-1])
     return raw[..., 0] if raw.shape[-1] == 1 else raw
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, gzip.BadGzipFile | EOFError):
-        reason = "damaged gzip"
-    return UserError(f"{path}: not readable as NIfTI ({reason.replace(str(path), 'it')})")
 
 
 def import_nibabel() -> Any:

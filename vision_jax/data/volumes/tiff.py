@@ -1,12 +1,15 @@
 """TIFF of 8 to 64 bits and any number of channels, single or a stack of slices, by tifffile."""
 
+import logging
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vision_jax.data.volumes.volume import MAX_VOLUME_BYTES, Grid, Volume, check_size
+from vision_jax.data.volumes.volume import MAX_VOLUME_BYTES, Grid, Volume, check_size, reading
 from vision_jax.errors import UserError
 from vision_jax.files import open_regular
 
@@ -31,16 +34,11 @@ def read_tiff(path: Path) -> Volume:
     """
     tifffile = _import_tifffile()
     open_regular(path, MAX_FILE_BYTES).close()
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            series, grid = _open(path, tiff)
-            _check_deflated(path, series)
-            stored = np.asarray(series.asarray())
-            axes, inverted = series.axes, series.keyframe.photometric.name == "MINISWHITE"
-    except UserError:
-        raise
-    except Exception as error:  # tifffile, zlib and struct raise a dozen types on damage
-        raise _unreadable(path, error) from error
+    with _reading(path), tifffile.TiffFile(path) as tiff:
+        series, grid = _open(path, tiff)
+        _check_deflated(path, series)
+        stored = np.asarray(series.asarray())
+        axes, inverted = series.axes, series.keyframe.photometric.name == "MINISWHITE"
     if stored.shape != series.shape:
         raise UserError(f"{path}: its pixels are not of its header's size")
     return Volume(
@@ -66,13 +64,8 @@ def read_tiff_grid(path: Path) -> tuple[Grid, str]:
     """
     tifffile = _import_tifffile()
     open_regular(path, MAX_FILE_BYTES).close()
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            return _open(path, tiff)[1], _NOTE.format(path)
-    except UserError:
-        raise
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
+    with _reading(path), tifffile.TiffFile(path) as tiff:
+        return _open(path, tiff)[1], _NOTE.format(path)
 
 
 def _open(path: Path, tiff: Any) -> tuple[Any, Grid]:
@@ -132,11 +125,16 @@ def _check_deflated(path: Path, series: Any) -> None:
                     raise UserError(f"{path}: a segment unpacks to more than the whole image has")
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200].replace(str(path), "it") or type(error).__name__
-    if "imagecodecs" in reason:
-        return UserError(f"{path}: its compression needs another package: pip install imagecodecs")
-    return UserError(f"{path}: not readable as TIFF ({reason})")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        with reading(path, "TIFF"):
+            yield
+    except UserError as error:
+        if "imagecodecs" in str(error):
+            advice = "its compression needs another package: pip install imagecodecs"
+            raise UserError(f"{path}: {advice}") from error
+        raise
 
 
 def _import_tifffile() -> Any:
@@ -144,7 +142,5 @@ def _import_tifffile() -> Any:
         import tifffile
     except ImportError as error:
         raise UserError("deep TIFF needs tifffile: pip install 'vision_jax[medical]'") from error
-    import logging
-
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it reports damage on the screen
     return tifffile

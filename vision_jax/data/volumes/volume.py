@@ -10,9 +10,11 @@ left, as radiologists look at slices and as DICOM counts. Planes, seen as pictur
 A volume that is oblique keeps its own planes, which are called by the nearest of these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 
@@ -100,6 +102,20 @@ class Volume:
             return stored
         shape = (-1, *(1,) * (stored.ndim - 1)) if slope.ndim else ()
         return stored * slope.reshape(shape) + intercept.reshape(shape)
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever a library raises of a damaged file, which is nearly every type, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].replace(str(path), "it")
+        raise UserError(
+            f"{path}: not readable as {what} ({reason or type(error).__name__})"
+        ) from error
 
 
 def check_size(name: str, shape: Sequence[int], itemsize: int, channels: int = 1) -> None:

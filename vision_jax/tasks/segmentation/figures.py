@@ -97,6 +97,45 @@ def draw_segmentation_grid(
     return save_figure(figure, path)
 
 
+def draw_case(
+    report: Mapping[str, Any],
+    strip: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    class_names: Sequence[str],
+    path: str | Path,
+) -> Path:
+    """Slices of a volume from first to last: true and predicted, with the volumes, as a PNG.
+
+    Args:
+      report: of a case, as its JSON has it.
+      strip: of each slice image u8[H, W, C], label and prediction u8[H, W].
+      class_names: K names.
+      path: of the file.
+    """
+    colors = palette(len(class_names))
+    figure = Figure(figsize=(1.7 * len(strip) + 0.4, 5.2), dpi=100, layout="constrained")
+    cells = figure.subplots(2, len(strip), squeeze=False)
+    _, row_mm, column_mm = report["spacing_mm"]
+    for column, (image, label, prediction) in zip(cells.T, strip, strict=True):
+        grey = image[..., image.shape[2] // 2, None]
+        for cell, mask in zip(column, (label, prediction), strict=True):
+            shown = np.where(mask == 0, IGNORED, mask)  # what is around stays as the image is
+            cell.imshow(overlay(grey, shown, colors), aspect=row_mm / column_mm)
+            cell.set_axis_off()
+    for cell, title in zip(cells[:, 0], ("true", "predicted"), strict=True):
+        cell.set_title(title, loc="left", fontsize=9, color=INK)
+    lines = [
+        f"{shorten(name)}: {found['volume_ml']:.1f} ml, true {found['true_volume_ml']:.1f} ml"
+        + ("" if found["dice"] is None else f", Dice {found['dice']:.3f}")
+        + f", largest of {found['parts']:,} parts {found['largest_part_ml']:.1f} ml"
+        for name, found in list(report["classes"].items())[:MOST_LISTED]
+    ]
+    first, last = report["slices"]
+    head = f"{shorten(report['case'], 60)}, {report['plane']} slices {first} to {last}"
+    figure.suptitle("\n".join([head, *lines]), x=0.01, ha="left", fontsize=9, parse_math=False)
+    figure.supxlabel(report["warning"], fontsize=9, color=INK)
+    return save_figure(figure, path)
+
+
 def draw_robustness(
     record: Mapping[str, Any],
     pictures: Sequence[Mapping[str, np.ndarray]],

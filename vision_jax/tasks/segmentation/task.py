@@ -35,13 +35,15 @@ from vision_jax.data.segmentation_transforms import (
     SegmentationPreprocessing,
     segmentation_eval_transform,
 )
+from vision_jax.data.volumes.source import VolumeReader
 from vision_jax.errors import UserError, printable, utf8
 from vision_jax.evaluation import make_run_batches
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks.api import Trained
-from vision_jax.tasks.segmentation import objective
+from vision_jax.tasks.segmentation import cases, objective
 from vision_jax.tasks.segmentation import robustness as under_attack
+from vision_jax.tasks.segmentation.cases import CaseTally
 from vision_jax.tasks.segmentation.metrics import Tally
 from vision_jax.tasks.segmentation.windows import predict_by_windows
 
@@ -279,6 +281,7 @@ class Evaluation:
       class_names: K names.
       damaged: names of images that could not be read.
       warn_after: updates after which constant predictions are warned of.
+      cases: a report of each volume, where images are slices of volumes.
     """
 
     summary: dict[str, Any]
@@ -287,6 +290,7 @@ class Evaluation:
     class_names: tuple[str, ...]
     damaged: tuple[str, ...]
     warn_after: int
+    cases: tuple[dict[str, Any], ...] = ()
 
     def line(self) -> str:
         """The summary for the screen."""
@@ -343,8 +347,11 @@ def make_evaluate(
     def evaluate(*arguments: Any) -> Evaluation:
         damage, tally = DamageLog(), _make_tally(config, source.class_names)
         examples = []
+        volumes = CaseTally(source) if isinstance(source.reader, VolumeReader) else None
         for row, prediction, label in predict_all(source, damage, *arguments):
             tally.add(prediction, label)
+            if volumes is not None:
+                volumes.add(row, prediction, label)
             if row in shown:
                 examples.append({"row": row, "label": label, "prediction": prediction})
         if not tally.images:
@@ -356,6 +363,7 @@ def make_evaluate(
             source.class_names,
             damage.names,
             config.evaluate.warn_after,
+            () if volumes is None else volumes.reports(),
         )
 
     return evaluate
@@ -471,8 +479,13 @@ def write_results(
     from vision_jax.figures import draw_confusion  # matplotlib, only where something is drawn
     from vision_jax.tasks.segmentation import figures
 
-    del config, preprocessing
-    names = source.class_names
+    del preprocessing
+    names, files = source.class_names, {}
+    if result.cases:
+        cases.write_cases(result.cases, source, workdir / "cases")
+        files["cases"] = "each volume: ml, its largest part and slices; not a diagnosis"
+        if len(names) == 2:
+            result.summary["best_window"] = _best_window(config, source)
     write_json(result.summary, workdir / "evaluation.json")
     draw_confusion(
         result.confusion,
@@ -489,7 +502,18 @@ def write_results(
         "evaluation.json": "all numbers of the last evaluation",
         "confusion.png": "which class was taken for which, in pixels",
         "predictions.png": "images with true and predicted masks, and where they differ",
-    }
+    } | files
+
+
+def _best_window(config: ConfigDict, source: SegmentationSource) -> dict[str, Any]:
+    """What intensities alone reach: the best window of the training slices, on these."""
+    low, high = cases.best_window(cases.grey_counts(read_sources(config)[0]))
+    iou = cases.window_iou(cases.grey_counts(source), low, high)
+    say(
+        f"for comparison, the window of grey levels {low} to {high}, the best one on the training"
+        f" slices: iou {iou:.4f} of {source.class_names[1]!r}"
+    )
+    return {"low": low, "high": high, "iou": iou}
 
 
 # Prediction -------------------------------------------------------------------------------------
