@@ -314,6 +314,7 @@ def test_a_backbone_of_other_sizes_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.long
 def test_a_run_on_slices_reports_its_volumes(tmp_path, rng, capsys):
     pytest.importorskip("nibabel")
     folder = segmentation_runs.volumes(tmp_path / "data", rng)
