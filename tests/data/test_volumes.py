@@ -666,6 +666,22 @@ def test_the_doctor_says_when_a_split_leaks(tmp_path, rng, capsys):
     assert "patient-leak: 2 of 2 patients" in " ".join(capsys.readouterr().out.split())
 
 
+def test_files_that_are_written_again_are_read_again(tmp_path, rng):
+    """In one process, as in a notebook; what is kept in memory is of bounded size."""
+    voxels = rng.integers(0, 200, SHAPE).astype(np.uint8)
+    folder = dataset_of(tmp_path, voxels, np.zeros(SHAPE, np.uint8))
+    assert not read_segmentation_source(f"volumes:{folder}")[0]["mask"].any()
+    nifti(folder / "masks/one.nii.gz", np.ones(SHAPE, np.uint8))
+    nifti(folder / "images/one.nii.gz", voxels + 1)
+    again = read_segmentation_source(f"volumes:{folder}")[0]
+    assert again["mask"].all()
+    assert np.array_equal(again["image"][..., 0], (voxels[::-1, ::-1].T + 1)[0])
+    small = volumes._Cache(100)
+    for i in range(5):
+        assert small.get(i, lambda i=i: np.full(60, i, np.uint8))[0] == i
+    assert small._size == 60
+
+
 def test_a_file_of_an_image_is_what_it_shows(tmp_path, rng):
     folder = dataset_of(
         tmp_path, rng.integers(0, 200, SHAPE).astype(np.uint8), np.zeros(SHAPE, np.uint8)

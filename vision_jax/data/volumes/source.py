@@ -81,10 +81,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """A volume: its files, its grid, and the patient that it is of."""
+    """A volume: its files, their state, its grid, and the patient that it is of."""
 
     name: str
     paths: tuple[Path, ...]
+    state: int
     grid: Grid
     patient: str
 
@@ -121,7 +122,7 @@ class VolumeReader:
     def _slices(self, number: int) -> np.ndarray:
         """uint8[slices, H, W] or [slices, H, W, C] of a case."""
         case, options = self.cases[number], self.options
-        key = (case.paths, options.window, options.plane)
+        key = (case.paths, case.state, options.window, options.plane)
         return _CACHE.get(key, lambda: to_bytes(_load_or_skip(case.paths), options))
 
     def encoded(self, row: int) -> bytes:
@@ -148,12 +149,13 @@ class VolumeMasks:
 
     images: VolumeReader
     paths: tuple[tuple[Path, ...], ...]  # by case
+    states: tuple[int, ...]
     table: ClassTable
 
     def read(self, row: int) -> np.ndarray:
         number = int(self.images.of[row])
         paths, plane = self.paths[number], self.images.options.plane
-        key = (paths, self.table.path, plane)
+        key = (paths, self.states[number], self.table, plane)
         labels = _CACHE.get(key, lambda: self._labels(number))
         return labels[int(self.images.slice[row])]
 
@@ -174,6 +176,12 @@ class VolumeMasks:
     def example_name(self, row: int) -> str:
         plane, at = self.images.options.plane, self.images.slice[row]
         return f"{self.example_name_of(int(self.images.of[row]))}[{plane} {at}]"
+
+
+def _state(paths: Sequence[Path]) -> int:
+    """A number that changes where a file is written again, for what is kept in memory."""
+    found = [path.stat() for path in paths]
+    return zlib.crc32(repr([(one.st_size, one.st_mtime_ns) for one in found]).encode())
 
 
 def _stamp(paths: Sequence[Path], meaning: object) -> int:
@@ -377,6 +385,7 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
         raise UserError(f"{images}: no volume in it: give .nii.gz, folders of DICOM, or .tif")
     cases: list[Case] = []
     mask_paths: list[tuple[Path, ...]] = []
+    mask_states: list[int] = []
     alone: list[str] = []
     notes: list[str] = []
     for name, paths in of_images.items():
@@ -395,8 +404,9 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
             )
         notes += [note] * bool(note)
         patient = name.partition("/")[0]
-        cases.append(Case(name, tuple(paths), grid, patient))
+        cases.append(Case(name, tuple(paths), _state(paths), grid, patient))
         mask_paths.append(tuple(found[0]))
+        mask_states.append(_state(found[0]))
     if not cases:
         raise UserError(f"{masks}: no mask has the name of a volume, such as {alone[0]}")
     if alone:
@@ -410,7 +420,7 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
         spec,
         table.class_names,
         reader,
-        VolumeMasks(reader, tuple(mask_paths), table),
+        VolumeMasks(reader, tuple(mask_paths), tuple(mask_states), table),
         len(of),
         number[of],
         "; ".join(shown),
