@@ -120,8 +120,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Flat, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Compiles the step. `state` is donated: the arrays passed in are gone afterwards.
 
-    A step whose loss, gradient or result is not finite changes nothing but reports `finite` =
-    False, so the caller can stop with the last good state in hand.
+    A step whose loss or gradient is not finite changes nothing but reports `finite` = False, so the
+    caller can stop with the last good state in hand. It reports so too if an update of finite
+    numbers leaves the range of float32, which takes a rate beyond all sense; that one is done.
 
     Args:
       loss_fn: see `LossFn`; transforms of the loss wrap it before it comes here.
@@ -146,9 +147,13 @@ def make_train_step(
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     assert replay is None or accumulate == 1
 
-    def update(state, number, loss, model_state, metrics, gradients):
-        """The state after an update, the `number`-th of all, and the metrics of the one before."""
-        updates, opt_state = tx.update(gradients, state.opt_state, state.trainable)
+    tx = optax.with_extra_args_support(tx)
+
+    def updated(state, number, model_state, gradients, grad_norm):
+        """The state after an update, the `number`-th of all."""
+        updates, opt_state = tx.update(
+            gradients, state.opt_state, state.trainable, grad_norm=grad_norm
+        )
         trainable = optax.apply_updates(state.trainable, updates)
         ema = state.ema
         if ema is not None:
@@ -157,12 +162,17 @@ def make_train_step(
                 ema = optim.move_average(ema, arrays, average_decay(number))
             else:
                 ema = optim.update_ema(ema, arrays, ema_decay, number)
-        grad_norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        finite &= jnp.isfinite(optax.tree.norm(trainable))
-        new = replace(
+        return replace(
             state, trainable=trainable, opt_state=opt_state, model_state=model_state, ema=ema
         )
+
+    def update(state, number, loss, model_state, metrics, gradients):
+        """The state after an update of finite numbers, and the metrics of the one before."""
+        grad_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        make = partial(updated, state, number, model_state, gradients, grad_norm)
+        new = _where(finite, make, state)
+        finite &= jnp.isfinite(optax.tree.norm(new.trainable))
         return new, {
             **metrics,
             "loss": loss,
@@ -187,12 +197,23 @@ def make_train_step(
                     gradient, accumulate, whole, counted, state, frozen, batch, key
                 )
             new, metrics = update(state, state.step, loss, model_state, metrics, gradients)
-        new = jax.tree.map(lambda new, old: jnp.where(metrics["finite"], new, old), new, state)
         return replace(new, step=state.step + 1), metrics
 
     if shardings is None:
         return machine.jit(train_step, donate_argnums=0)
     return machine.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _where(condition: jax.Array, make: Callable[[], TrainState], old: TrainState) -> TrainState:
+    """`make()` where the condition holds, else `old`, whose memory the result takes.
+
+    On a CPU it is a branch, in which an update is written over the old arrays: a selection reads
+    and writes all of them again, and needs room for both. On a GPU a branch would wait for the
+    host, and the selection is a part of the update.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(condition, make, lambda: old)
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), make(), old)
 
 
 def _with_average(frozen: Flat, prefix: str, state: TrainState) -> Flat:
@@ -274,6 +295,7 @@ def _replayed(loss_fn, replay, update, state, beside, batch, key):
     first = (state, replay.start(batch, jax.random.fold_in(key, REPLAY)))
     (new, _), metrics = jax.lax.scan(body, first, jnp.arange(replay.times))
     finite = metrics.pop("finite").all()
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
     return new, {**{name: values.mean(0) for name, values in metrics.items()}, "finite": finite}
 
 
