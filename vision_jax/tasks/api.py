@@ -1,8 +1,8 @@
 """What a task must offer to the one loop, and what it is given of a trained model.
 
 A task is a folder with the same file names as the others: task.py (this protocol: data, loss,
-evaluation, results), objective.py, metrics.py, figures.py, robustness.py. config/fields.py has
-the list of them.
+evaluation, results), objective.py, metrics.py and, where it has its own, figures.py and
+robustness.py. config/fields.py has the list of them.
 """
 
 import importlib

@@ -5,23 +5,27 @@ Features are a batch's outputs "token" f[B, D], of whole images, and "patch_toke
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import Source
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, printable
 from vision_jax.logging import say
+from vision_jax.objective import Apply, Batch
+from vision_jax.ops.images import to_float
 from vision_jax.ops.probe import few_shot_predict, fit_logistic, knn_predict
 from vision_jax.ops.self_distillation import effective_rank
-from vision_jax.tasks import unlabelled
+from vision_jax.tasks import images, unlabelled
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.collapse import diagnose_rank
 
@@ -32,6 +36,43 @@ RANKED = 2048  # images of which the rank is computed, evenly spread
 DRAWN = ("patch_tokens",)  # what a picture is made of
 
 OutputsFn = Callable[..., Mapping[str, jax.Array]]
+
+
+# Data -------------------------------------------------------------------------------------------
+
+
+def training_squares(
+    config: ConfigDict,
+    source: Source,
+    preprocessing: Preprocessing,
+    damage: DamageLog,
+    first_batch: int,
+    *,
+    side: int,
+) -> grain.DatasetIterator:
+    """Endless batches of this process, from `first_batch` on: squares that views are cropped from.
+
+    They have `side` pixels; 0 takes the model's size.
+
+    Raises:
+      UserError: images smaller than what the model takes.
+    """
+    unlabelled.check_sizes(source, preprocessing)
+    square = _square(preprocessing, side)
+    return images.make_training_batches(config, source, square, damage, first_batch)
+
+
+def shapes_of_squares(
+    config: ConfigDict, preprocessing: Preprocessing, *, side: int
+) -> dict[str, Any]:
+    """ShapeDtypeStructs of a training batch, over all processes."""
+    return images.batch_shapes(config, _square(preprocessing, side))
+
+
+def _square(preprocessing: Preprocessing, side: int) -> Preprocessing:
+    """The largest central square of an image."""
+    size = (side, side) if side else preprocessing.image_size
+    return replace(preprocessing, image_size=size, crop_pct=1.0)
 
 
 # Figures ----------------------------------------------------------------------------------------
@@ -109,8 +150,26 @@ def check_finite(features: np.ndarray) -> None:
 # Evaluation -------------------------------------------------------------------------------------
 
 
+def make_outputs(
+    config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
+) -> OutputsFn:
+    """What evaluation needs of a batch: "token" f[B, D] and "patch_tokens" f[B, N, D].
+
+    These are features before any head; the teacher's, where a run has one.
+    """
+    del config, model, predicts
+
+    def outputs_fn(trainable, frozen, model_state, batch: Batch):
+        params = assemble({**trainable, **frozen})
+        outputs, _ = apply(params, model_state, to_float(batch["image"]), train=False, keys={})
+        kept = {name: batch[name] for name in ("label", "mask", "index")}
+        return {name: outputs[name] for name in ("token", "patch_tokens")} | kept
+
+    return outputs_fn
+
+
 @dataclass(frozen=True)
-class Evaluation(unlabelled.Evaluation):
+class Evaluation(unlabelled.Pictured):
     """The features of a whole dataset."""
 
     reported: ClassVar[tuple[str, ...]] = REPORTED
@@ -175,7 +234,7 @@ def make_evaluate(
 
     def evaluate(*arguments: Any) -> Evaluation:
         found, damaged = run_over(source, *arguments)
-        return Evaluation(summarize(found, *arguments), draw(*arguments), damaged)
+        return Evaluation(summarize(found, *arguments), damaged, draw(*arguments))
 
     return evaluate
 
@@ -211,26 +270,22 @@ def _draw(
     patches.draw_patches(views, colors, path)
 
 
-def predict(
-    config: ConfigDict,
-    names: Sequence[str],
-    trained: Trained,
-    outputs_fn: OutputsFn,
-    out: Path,
-) -> None:
+def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Path) -> None:
     """The first files' patches in a picture, and which of the others each file is most like.
 
     Args:
       config: the run's.
       names: of image files.
       trained: the model.
-      outputs_fn: a batch's features.
       out: where patches.png is written.
 
     Raises:
       UserError: none of the files can be read.
     """
     mesh, preprocessing, source = trained.mesh, trained.preprocessing, unlabelled.source_of(names)
+    outputs_fn = make_outputs(
+        config, trained.model, trained.predicts, trained.apply, trained.assemble
+    )
     size = min(len(names), config.evaluate.batch_size)
     run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, ("token",), size)
     found, damaged = run_over(source, *trained.arguments)

@@ -1,4 +1,7 @@
-"""What tasks on images without labels share: sources, passes over images, pictures of some."""
+"""What tasks on images without labels share: sources, passes over images, pictures of some.
+
+A task takes what it shares with others by its name in the protocol, tasks/api.py.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +28,7 @@ from vision_jax.errors import UserError, printable
 from vision_jax.evaluation import make_run_over
 from vision_jax.logging import RunLog, say
 from vision_jax.tasks import images
+from vision_jax.tasks.api import Trained
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -122,25 +126,16 @@ def check_sizes(source: Source, preprocessing: Preprocessing) -> None:
         )
 
 
-def square(preprocessing: Preprocessing, side: int) -> Preprocessing:
-    """The largest central square of an image, of `side` pixels; 0 takes the model's size."""
-    size = (side, side) if side else preprocessing.image_size
-    return replace(preprocessing, image_size=size, crop_pct=1.0)
-
-
 def _spread(count: int, most: int) -> np.ndarray:
     """i[n]: at most so many rows, evenly spread over all."""
     return np.unique(np.linspace(0, count - 1, most).astype(int))
 
 
-def check_recipes(config: ConfigDict) -> None:
-    """Raises UserError for a recipe that needs labels."""
+def check_recipes(config: ConfigDict, what: str = "images without labels") -> None:
+    """Raises UserError for a recipe that needs labels, which `what` has not."""
     others = [name for name in config.recipes if name not in RECIPES]
     if others:
-        raise UserError(
-            f"config.recipes: {others[0]} is not for images without labels: take lora alone, or "
-            "none"
-        )
+        raise UserError(f"config.recipes: {others[0]} is not for {what}: take lora alone, or none")
 
 
 # Evaluation -------------------------------------------------------------------------------------
@@ -152,15 +147,15 @@ class Evaluation:
 
     Attributes:
       reported: of the summary, what goes to metrics.jsonl.
+      counted: what the summary's "count" is of.
       summary: figures by name.
-      pictures: outputs of some images, with "index" i[n], their rows in the source.
       damaged: names of images that could not be read and are not counted.
     """
 
     reported: ClassVar[tuple[str, ...]] = ()
+    counted: ClassVar[str] = "images"
 
     summary: dict[str, Any]
-    pictures: Outputs
     damaged: tuple[str, ...]
 
     def line(self) -> str:
@@ -168,11 +163,22 @@ class Evaluation:
         shown = [name for name in self.reported if self.summary[name] is not None]
         text = "  ".join(f"{name} {self.summary[name]:.4f}" for name in shown)
         skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
-        return f"evaluation on {self.summary['count']} images: {text}{skipped}"
+        return f"evaluation on {self.summary['count']} {self.counted}: {text}{skipped}"
 
     def lines(self) -> list[str]:
         """No more than that: there are no classes."""
         return []
+
+
+@dataclass(frozen=True)
+class Pictured(Evaluation):
+    """An evaluation with something to draw.
+
+    Attributes:
+      pictures: outputs of some images, with "index" i[n], their rows in the source.
+    """
+
+    pictures: Outputs
 
 
 def make_pass(
@@ -247,3 +253,20 @@ def say_skipped(names: Sequence[str]) -> None:
     """Lines about files that can't be read."""
     for name in names:
         say(f"skipped, it can't be read: {printable(name)}")
+
+
+# Robustness -------------------------------------------------------------------------------------
+
+
+def robustness(
+    config: ConfigDict,
+    workdir: Path,
+    trained: Trained,
+    restore_other: Callable[[Path], Trained],
+) -> dict[str, Any]:
+    """Raises UserError: attacks and corruptions are of what a model predicts for labels."""
+    del config, trained, restore_other
+    raise UserError(
+        f"robustness is of a model that predicts labels, and {workdir} holds a pretraining run: "
+        f"fine-tune it first, with config.model.weights={workdir}"
+    )

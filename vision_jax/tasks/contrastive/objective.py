@@ -17,9 +17,6 @@ from vision_jax.ops.contrastive import nt_xent_losses, unit
 from vision_jax.ops.images import to_float
 from vision_jax.ops.multi_crop import Crop
 from vision_jax.tasks.collapse import Watch, Watching, spread
-from vision_jax.tasks.self_distillation.objective import make_outputs
-
-__all__ = ["make_objective", "make_outputs"]
 
 
 def make_objective(

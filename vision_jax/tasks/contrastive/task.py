@@ -1,11 +1,9 @@
 """Contrastive learning as a run's task: images without labels, the loss, evaluation, pictures."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import grain
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -16,9 +14,7 @@ from vision_jax.errors import UserError
 from vision_jax.objective import Apply, Objective
 from vision_jax.ops.multi_crop import SIMCLR_STRENGTHS, Crop
 from vision_jax.tasks import features, images, unlabelled
-from vision_jax.tasks.api import Trained
 from vision_jax.tasks.contrastive import metrics, objective
-from vision_jax.tasks.contrastive.robustness import refuse
 
 best_metric = "knn"  # what the best checkpoint is best at; without labels there is none
 best_is = "highest"
@@ -45,20 +41,14 @@ def training_data(
     damage: DamageLog,
     first_batch: int = 0,
 ) -> grain.DatasetIterator:
-    """Endless batches of this process, from `first_batch` on: squares that views are cropped from.
-
-    Raises:
-      UserError: images smaller than what the model takes.
-    """
-    unlabelled.check_sizes(source, preprocessing)
-    square = unlabelled.square(preprocessing, config.contrastive.view_size)
-    return images.make_training_batches(config, source, square, damage, first_batch)
+    """See features.training_squares."""
+    side = config.contrastive.view_size
+    return features.training_squares(config, source, preprocessing, damage, first_batch, side=side)
 
 
 def batch_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, Any]:
     """ShapeDtypeStructs of a training batch, over all processes."""
-    square = unlabelled.square(preprocessing, config.contrastive.view_size)
-    return images.batch_shapes(config, square)
+    return features.shapes_of_squares(config, preprocessing, side=config.contrastive.view_size)
 
 
 # Loss and evaluation ----------------------------------------------------------------------------
@@ -122,14 +112,7 @@ def make_objective(
     )
 
 
-def make_outputs(
-    config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
-) -> Callable[..., Mapping[str, jax.Array]]:
-    """What evaluation needs of a batch: features, before they are projected."""
-    del config, model, predicts
-    return objective.make_outputs(apply, assemble)
-
-
+make_outputs = features.make_outputs
 make_evaluate = features.make_evaluate
 
 
@@ -137,25 +120,5 @@ make_evaluate = features.make_evaluate
 
 
 write_results = features.write_results
-
-
-def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Path) -> None:
-    """The first files' patches in a picture, and which of the others each file is most like."""
-    outputs_fn = make_outputs(
-        config, trained.model, trained.predicts, trained.apply, trained.assemble
-    )
-    features.predict(config, names, trained, outputs_fn, out)
-
-
-# Robustness -------------------------------------------------------------------------------------
-
-
-def robustness(
-    config: ConfigDict,
-    workdir: Path,
-    trained: Trained,
-    restore_other: Callable[[Path], Trained],
-) -> dict[str, Any]:
-    """Raises UserError: attacks and corruptions are of what a model predicts for labels."""
-    del config, trained, restore_other
-    refuse(workdir)
+predict = features.predict
+robustness = unlabelled.robustness

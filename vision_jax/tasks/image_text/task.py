@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import jax
@@ -14,17 +14,16 @@ from ml_collections import ConfigDict
 from vision_jax.data import captions
 from vision_jax.data.captions import CaptionedSource
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.data.sources import FileReader, Source, hold_out, read_source, subset
-from vision_jax.data.transforms import Preprocessing, eval_transform
+from vision_jax.data.sources import Source, hold_out, read_source, subset
+from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, printable
 from vision_jax.evaluation import make_run_over
 from vision_jax.files import write_whole
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
-from vision_jax.tasks import images
+from vision_jax.tasks import images, unlabelled
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.image_text import metrics, objective
-from vision_jax.tasks.image_text.robustness import refuse
 
 best_metric = "recall"  # what the best checkpoint is best at
 best_is = "highest"
@@ -39,7 +38,6 @@ labels_images = False
 
 SHOWN = 6  # pictures in captions.png
 NEAREST = 2  # captions of each
-RECIPES = ("lora",)  # that make sense without labels
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -143,11 +141,7 @@ def make_objective(
       UserError: a model that has no text tower, tokens that it doesn't take, or a recipe that needs
         labels.
     """
-    others = [name for name in config.recipes if name not in RECIPES]
-    if others:
-        raise UserError(
-            f"config.recipes: {others[0]} is not for images and texts: take lora alone, or none"
-        )
+    unlabelled.check_recipes(config, "images and texts")
     _check(config, model, predicts)
     watch = metrics.Watch(
         pairs=config.batch_size // config.optim.accumulate,
@@ -191,31 +185,19 @@ def make_outputs(
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The retrieval of a whole dataset.
+class Evaluation(unlabelled.Evaluation):
+    """The retrieval of a whole dataset: metrics.summarize and "zero_shot", or None.
 
     Attributes:
-      summary: see metrics.summarize; "zero_shot", top-1 of the labelled images, or None.
       shown: i[n], rows of some images.
       captions: of each of these, the nearest.
-      damaged: names of images that could not be read and are not counted.
     """
 
-    summary: dict[str, Any]
+    reported: ClassVar[tuple[str, ...]] = reported
+    counted: ClassVar[str] = "pairs"
+
     shown: np.ndarray
     captions: tuple[tuple[str, ...], ...]
-    damaged: tuple[str, ...]
-
-    def line(self) -> str:
-        """The summary for the screen."""
-        shown = [name for name in reported if self.summary[name] is not None]
-        text = "  ".join(f"{name} {self.summary[name]:.4f}" for name in shown)
-        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
-        return f"evaluation on {self.summary['count']} pairs: {text}{skipped}"
-
-    def lines(self) -> list[str]:
-        """No more than that."""
-        return []
 
     def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
         """None: what training itself tells is said while it trains."""
@@ -268,7 +250,7 @@ def make_evaluate(
         shown = np.unique(np.linspace(0, len(rows) - 1, SHOWN).astype(int))
         nearest = tuple(_nearest(one, text, own, NEAREST) for one in image[shown])
         summary["zero_shot"] = classify(arguments)
-        return Evaluation(summary, rows[shown], nearest, damaged)
+        return Evaluation(summary, damaged, rows[shown], nearest)
 
     return evaluate
 
@@ -360,8 +342,8 @@ def _draw(
 ) -> None:
     from vision_jax.tasks.image_text import figures  # matplotlib, only where it draws
 
-    views = [eval_transform(source.open(int(row))["image"], preprocessing) for row in rows]
-    figures.draw_captions(np.stack(views), texts, path)
+    views = unlabelled.read_views(source, rows, preprocessing)
+    figures.draw_captions(views, texts, path)
 
 
 def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Path) -> None:
@@ -389,11 +371,9 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     outputs_fn = make_outputs(
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
-    reader = FileReader(Path(), tuple(names))
-    count = len(names)
-    source = Source("--images", (), np.zeros(count, np.int32), np.arange(count), reader)
+    source = unlabelled.source_of(names)
     batches = images.make_batches(config, trained.preprocessing)
-    size = min(count, config.evaluate.batch_size)
+    size = min(len(names), config.evaluate.batch_size)
     run_over = make_run_over(outputs_fn, trained.mesh, batches, batch_size=size)
     found, damaged = run_over(source, *trained.arguments)
     of_texts = _make_text_features(outputs_fn, trained.mesh, config.evaluate.batch_size)
@@ -410,8 +390,7 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
         words = [f"{classes[i]} {1 / (1 + np.exp(-own_logits[i])):.4f}" for i in best]
         said.append(words)
         say(f"{printable(names[row]):{width}}  {'  '.join(map(printable, words))}")
-    for name in damaged:
-        say(f"skipped, it can't be read: {printable(name)}")
+    unlabelled.say_skipped(damaged)
     rows = found["index"][:SHOWN]
     out.mkdir(parents=True, exist_ok=True)
     _draw(out / "captions.png", source, rows, said[:SHOWN], trained.preprocessing)
@@ -426,15 +405,4 @@ def _tokenizer_source(config: ConfigDict) -> Any:
     return subset(train, config.data.subset, config.seed) if config.data.subset else train
 
 
-# Robustness -------------------------------------------------------------------------------------
-
-
-def robustness(
-    config: ConfigDict,
-    workdir: Path,
-    trained: Trained,
-    restore_other: Callable[[Path], Trained],
-) -> dict[str, Any]:
-    """Raises UserError: attacks and corruptions are of what a model predicts for labels."""
-    del config, trained, restore_other
-    refuse(workdir)
+robustness = unlabelled.robustness

@@ -19,7 +19,6 @@ from vision_jax.objective import Apply, Objective
 from vision_jax.tasks import features, images, unlabelled
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.pretraining import metrics, objective
-from vision_jax.tasks.pretraining.robustness import refuse
 
 best_metric = "loss"  # what the best checkpoint is best at
 best_is = "lowest"
@@ -110,7 +109,7 @@ def make_outputs(
 
 
 @dataclass(frozen=True)
-class Evaluation(unlabelled.Evaluation):
+class Evaluation(unlabelled.Pictured):
     """The reconstruction of a whole dataset.
 
     Attributes:
@@ -151,7 +150,7 @@ def make_evaluate(
         summary = metrics.summarize(*(found[name] for name in scores))
         summary |= of_features(found, *arguments)
         pictures = draw(*arguments)
-        return Evaluation(summary, pictures, damaged, config.evaluate.warn_after)
+        return Evaluation(summary, damaged, pictures, config.evaluate.warn_after)
 
     return evaluate
 
@@ -227,15 +226,4 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
         say(f"wrote {out / 'reconstructions.png'}")
 
 
-# Robustness -------------------------------------------------------------------------------------
-
-
-def robustness(
-    config: ConfigDict,
-    workdir: Path,
-    trained: Trained,
-    restore_other: Callable[[Path], Trained],
-) -> dict[str, Any]:
-    """Raises UserError: attacks and corruptions are of what a model predicts for labels."""
-    del config, trained, restore_other
-    refuse(workdir)
+robustness = unlabelled.robustness

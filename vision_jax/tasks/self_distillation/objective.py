@@ -241,18 +241,3 @@ def _hold_prototypes(trainable: Flat, held: jax.Array) -> dict[str, jax.Array]:
         path: jnp.where(held, jax.lax.stop_gradient(x), x) if path in PROTOTYPES else x
         for path, x in trainable.items()
     }
-
-
-def make_outputs(
-    apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any]
-) -> Callable[..., dict[str, jax.Array]]:
-    """What evaluation needs of a batch: "token" f[B, D] and "patch_tokens" f[B, N, D]."""
-
-    def outputs_fn(trainable, frozen, model_state, batch: Batch):
-        params = assemble({**trainable, **frozen})
-        images = to_float(batch["image"])
-        outputs, _ = apply(params, model_state, images, train=False, keys={})
-        kept = {name: batch[name] for name in ("label", "mask", "index")}
-        return {name: outputs[name] for name in ("token", "patch_tokens")} | kept
-
-    return outputs_fn
