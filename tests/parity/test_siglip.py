@@ -1,5 +1,6 @@
 """Our SigLIP against transformers' SiglipModel: features, logits, loss, gradients, files."""
 
+import io
 import json
 
 import jax
@@ -16,6 +17,7 @@ from vision_jax.certify.measure import relative_error
 from vision_jax.certify.random_weights import randomize, sample_images
 from vision_jax.certify.references import make_reference
 from vision_jax.convert.package import write_package
+from vision_jax.data import captions
 from vision_jax.errors import UserError
 from vision_jax.models.families import build_model
 from vision_jax.tasks.image_text import objective
@@ -159,3 +161,24 @@ def test_a_config_that_the_tensors_contradict_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text}))
         with pytest.raises(UserError, match=message):
             convert.recognize(convert.read_weights(str(tmp_path), family="siglip"))
+
+
+def test_a_sentencepiece_tokenizer_is_transformers_own(tmp_path, rng):
+    """A folder as published: spiece.model and tokenizer_config.json; texts of 64 tokens."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    words = ["a", "photo", "of", "the", "cat", "dog", "grünes", "T-shirt", "don't", "naïve", "日本"]
+    lines = [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(200)]
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=file, vocab_size=200, hard_vocab_limit=False,
+        unk_id=2, eos_id=1, bos_id=-1, pad_id=0, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(file.getvalue())
+    theirs = transformers.SiglipTokenizer(str(tmp_path / "spiece.model"))
+    theirs.save_pretrained(tmp_path)
+    ours = captions.load_tokenizer(str(tmp_path))
+    said = [*lines, "An ODD  one, (with) everything: 1-2!", "", "?!", " ".join(lines[:40])]
+    given = {"padding": "max_length", "truncation": True, "max_length": 64}
+    np.testing.assert_array_equal(
+        captions.tokenize(ours, said, 64), np.array(theirs(said, **given)["input_ids"])
+    )

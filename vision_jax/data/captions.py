@@ -6,8 +6,8 @@
     shards, .tar or .parquet  with a .txt of each image, or a column of texts; see sources.py
     any source with labels    see sources.py; the captions are made of class names and templates
 
-Tokens are those of the `tokenizers` library: of somebody's tokenizer.json, or of one that is
-trained on the captions.
+Tokens are those of the `tokenizers` library: of somebody's tokenizer.json or spiece.model, or of
+one that is trained on the captions.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vision_jax.data import sentencepiece_model
 from vision_jax.data.sources import (
     PATH_NAMES,
     Source,
@@ -118,10 +119,10 @@ def tokenized(source: CaptionedSource, tokenizer: Any, length: int) -> Captioned
 
 
 def load_tokenizer(spec: str) -> Any:
-    """The tokenizers.Tokenizer of a tokenizer.json, or of a folder that has one.
+    """The tokenizers.Tokenizer of a tokenizer.json, a spiece.model, or a folder that has either.
 
     Raises:
-      UserError: none there, a SentencePiece model, a damaged file, or the library is missing.
+      UserError: none there, a damaged file, or the library is missing.
     """
     library = _library()
     path = expand(spec)
@@ -130,13 +131,10 @@ def load_tokenizer(spec: str) -> Any:
             path = path / SENTENCEPIECE_FILE
         else:
             path = path / TOKENIZER_FILE
-    if path.suffix == ".model":
-        raise UserError(
-            f"{path} is SentencePiece's, and {TOKENIZER_FILE} is read: convert it once, "
-            "transformers.T5TokenizerFast(vocab_file=FILE, extra_ids=0).save_pretrained(DIR)"
-        )
     if not path.is_file():
         raise UserError(f"config.text.tokenizer {spec}: there is no {path}: give a tokenizer.json")
+    if path.suffix == ".model":
+        return sentencepiece_model.load(path, library)
     try:
         return library.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare exceptions
