@@ -15,6 +15,7 @@ from unlabelled_runs import (
     check_evaluate,
     check_predict,
     check_refused,
+    check_transfer,
     config_of,
     few_labels,
     finish,
@@ -92,6 +93,11 @@ def test_what_comes_out_is_an_ordinary_vit(finished, tmp_path):
     np.testing.assert_array_equal(
         state.trainable["contrastive_head/fc2/kernel"].T, tensors["projection_head.layers.2.weight"]
     )
+
+
+@pytest.mark.long
+def test_transfer_begins_with_what_comes_out(finished, tmp_path):
+    check_transfer(finished[0], "timm/vit_small_patch16_224", tmp_path / "fine")
 
 
 @pytest.mark.long

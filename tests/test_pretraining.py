@@ -19,6 +19,7 @@ from unlabelled_runs import (
     check_evaluate,
     check_predict,
     check_refused,
+    check_transfer,
     config_of,
     few_labels,
     finish,
@@ -117,6 +118,11 @@ def test_what_comes_out_is_an_ordinary_vit(finished, tmp_path):
 def test_fine_tuning_from_a_run(finished, tmp_path):
     assert train.run(few_labels(finished[0], 16), tmp_path / "fine") == 0
     assert any("eval/top1" in r for r in read_metrics(tmp_path / "fine/metrics.jsonl"))
+
+
+@pytest.mark.long
+def test_transfer_begins_with_what_comes_out(finished, tmp_path):
+    check_transfer(finished[0], "timm/vit_base_patch16_224.mae", tmp_path / "fine")
 
 
 def test_predict_and_evaluate_of_a_finished_run(finished, tmp_path, capsys):

@@ -15,6 +15,7 @@ from unlabelled_runs import (
     check_evaluate,
     check_predict,
     check_refused,
+    check_transfer,
     config_of,
     few_labels,
     finish,
@@ -137,6 +138,11 @@ def test_layer_scale_goes_to_a_folder_of_dinov2(tmp_path):
     out = tmp_path / "folder"
     assert converter.main([str(tmp_path / "run"), f"--out={out}", "--to=transformers"]) == 0
     assert json.loads((out / "config.json").read_text())["model_type"] == "dinov2"
+
+
+@pytest.mark.long
+def test_transfer_begins_with_what_comes_out(finished, tmp_path):
+    check_transfer(finished[0], "timm/vit_small_patch16_224.dino", tmp_path / "fine")
 
 
 @pytest.mark.long

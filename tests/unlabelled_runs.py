@@ -1,5 +1,6 @@
 """What the tests of tasks without labels share: small runs, and what is asked of each of them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,23 @@ def few_labels(workdir, size, **more):
         "model__image_size": size, "data__subset": 0,
     }  # fmt: skip
     return load_config(file, overrides({}, **(fields | more)))
+
+
+def check_transfer(workdir, name, out):
+    """configs/transfer.py fine-tunes the weights of a run, at the size that they are for."""
+    fields = overrides({}, model__weights=workdir)
+    del fields["model.image_size"]
+    config = load_config(f"{runs.ROOT / 'configs/transfer.py'}:{name}", fields)
+    assert train.run(config, out) == 0
+    before, after = (json.loads((d / "model.json").read_text()) for d in (workdir, out))
+    assert after["family"] == "vit"
+    assert after["arguments"]["image_size"] == before["arguments"]["image_size"]
+    assert any("eval/top1" in r for r in read_metrics(out / "metrics.jsonl"))
+    # Six updates at a rate of 1e-4 leave weights near to where they began.
+    began, ended = (load_file(d / "model.safetensors") for d in (workdir, out))
+    kernel = "blocks.0.mlp.fc1.weight"
+    change = np.linalg.norm(ended[kernel] - began[kernel]) / np.linalg.norm(began[kernel])
+    assert 0 < change < 0.1
 
 
 def finish(config, workdir):
