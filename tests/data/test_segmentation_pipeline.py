@@ -2,11 +2,12 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.masks import IGNORED, ArrayMasks, MaskedImages
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.data.segmentation import make_segmentation_source
+from vision_jax.data.segmentation import make_segmentation_source, read_segmentation_source
 from vision_jax.data.segmentation_pipeline import (
     make_segmentation_eval_batches,
     make_segmentation_train_iterator,
@@ -183,6 +184,33 @@ def test_evaluation_sees_every_image_once_in_batches_of_one_size(rng, view):
     for batch, *rows in zip(found[1][0], *found[2], strict=True):
         for name in batch:
             np.testing.assert_array_equal(batch[name], np.concatenate([r[name] for r in rows]))
+
+
+def test_files_of_one_size_share_a_batch_wherever_they_are(rng, tmp_path):
+    """And a size that one image has costs one row, or as many as there are devices."""
+    sizes = [(9, 7), (20, 30), (9, 7), (20, 30), (5, 6), (9, 7), (9, 7), (9, 7)]
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for i, size in enumerate(sizes):
+        pixels = rng.integers(2, size=size).astype(np.uint8)
+        for kind in ("images", "masks"):
+            Image.fromarray(pixels).save(tmp_path / kind / f"{i}.png")
+    (tmp_path / "classes.json").write_text('["a", "b"]')
+    (tmp_path / "images" / "7.png").write_bytes(b"no image")
+    source = read_segmentation_source(str(tmp_path))
+    for unit, rows in ((1, [1, 4, 2]), (2, [2, 4, 2])):
+        batches = list(
+            make_segmentation_eval_batches(
+                source, batch_size=4, preprocessing=PREPROCESSING, num_threads=1, unit=unit
+            )
+        )
+        assert [len(batch["mask"]) for batch in batches] == rows
+        found = [i for batch in batches for i in batch["index"][batch["mask"]]]
+        assert sorted(found) == [0, 1, 2, 3, 4, 5, 6]
+        for batch in batches:
+            for row in np.flatnonzero(batch["mask"]):
+                expected = source[int(batch["index"][row])]["mask"]
+                np.testing.assert_array_equal(batch["label"][row], expected)
 
 
 def test_preprocessing_that_makes_no_sense():

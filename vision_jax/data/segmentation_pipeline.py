@@ -20,7 +20,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.decode import DamagedImageError, read_size
 from vision_jax.data.masks import IGNORED
 from vision_jax.data.pipeline import MAX_DRAWS, CountDamaged, Damaged, DamageLog, iterate
 from vision_jax.data.segmentation import SegmentationSource
@@ -30,6 +30,7 @@ from vision_jax.data.segmentation_transforms import (
     segmentation_eval_transform,
     segmentation_train_transform,
 )
+from vision_jax.data.sources import FileReader
 
 
 @dataclass(frozen=True)
@@ -145,17 +146,23 @@ def make_segmentation_eval_batches(
     num_threads: int,
     process_index: int = 0,
     process_count: int = 1,
+    unit: int = 1,
     damage_log: DamageLog | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every image once, in batches of one size and of `batch_size` rows of this process.
+    """Every image once, size by size, in batches of at most `batch_size` rows of this process.
 
-    Images that follow each other and have one size share a batch. It is filled up with black rows
-    whose mask is False, whose index is -1 and whose labels are 255. A damaged image is left out,
-    and named in `damage_log`. Every process reads all images and yields its rows of each batch.
+    Of a size that fewer images have, a batch has as many rows as there are images, rounded up to a
+    multiple of `unit` over all processes. A batch is filled up with black rows whose mask is False,
+    whose index is -1 and whose labels are 255. A damaged image is left out, and named in
+    `damage_log`. Every process reads all images and yields its rows of each batch.
+
+    Where sizes are not known without reading, images that follow each other share a batch.
     """
     log = damage_log or DamageLog()
+    full = batch_size * process_count
+    order, count = _by_size(source)
     examples = iter(
-        grain.MapDataset.source(np.arange(len(source)))
+        grain.MapDataset.source(order)
         .map(_LoadForEvaluation(source, preprocessing))
         .to_iter_dataset(
             grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
@@ -169,19 +176,39 @@ def make_segmentation_eval_batches(
             "mask": np.bool_(False),
             "index": np.int32(-1),
         }
-        rows = [*waiting, *[blank] * (batch_size * process_count - len(waiting))]
+        rows = [*waiting, *[blank] * (limit - len(waiting))]
         return _stack(rows[process_index::process_count])
 
     waiting: list[dict[str, Any]] = []
-    for example in examples:
+    limit = full
+    for example, same in zip(examples, count, strict=True):
         if isinstance(example, Damaged):
             log.record(0, [example])
             continue
         log.record(1, [])
         shapes = {(one["image"].shape, one["label"].shape) for one in (*waiting[:1], example)}
-        if waiting and (len(shapes) > 1 or len(waiting) == batch_size * process_count):
+        if waiting and (len(shapes) > 1 or len(waiting) == limit):
             yield filled(waiting)
             waiting = []
+        if not waiting:
+            limit = min(full, -(-int(same) // unit) * unit)
         waiting.append(example)
     if waiting:
         yield filled(waiting)
+
+
+def _by_size(source: SegmentationSource) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, those of one size together; how many have the size of each), by files' headers."""
+    rows = np.arange(len(source))
+    if not isinstance(source.reader, FileReader):
+        return rows, np.full(len(source), len(source))
+    sizes = np.zeros((len(source), 2), np.int64)
+    for i in rows:
+        try:
+            sizes[i] = read_size(source.example_name(int(i)))
+        except DamagedImageError:
+            continue  # it is left out and named when its turn comes
+    _, group, counts = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
+    group = group.reshape(-1)
+    order = np.argsort(group, kind="stable")
+    return order, counts[group[order]]

@@ -409,6 +409,7 @@ def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=Non
         make_segmentation_eval_batches,
         preprocessing=preprocessing,
         num_threads=config.data.threads,
+        unit=jax.device_count(),
     )
     batch_size = batch_size or config.evaluate.batch_size
     return make_run_batches(outputs_fn, mesh, make_batches, batch_size=batch_size)
