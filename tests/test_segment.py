@@ -1,5 +1,6 @@
 """Segmentation runs: resume, devices, micro-batches, recipes, windows, predictions, attacks."""
 
+import dataclasses
 import json
 
 import detection_runs
@@ -12,14 +13,17 @@ from PIL import Image
 from segmentation_runs import CLASSES, tiny_config
 
 import vision_jax
-from vision_jax import convert, sharding, train
+from vision_jax import convert, sharding, steps, train
 from vision_jax.commands import evaluate, predict, robustness
 from vision_jax.data.pipeline import DamageLog
+from vision_jax.data.segmentation_transforms import segmentation_eval_transform
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
+from vision_jax.ops import segmentation_losses as ops
 from vision_jax.run.prepare import Run
 from vision_jax.run.restore import restore
 from vision_jax.tasks.segmentation.cases import SENTENCE
+from vision_jax.tasks.segmentation.metrics import confusion_matrix
 from vision_jax.tasks.segmentation.task import Evaluation
 
 RESNET = (("depths", (1,)), ("block", "basic"), ("widths", (4,)), ("stem_width", 4))
@@ -165,6 +169,37 @@ def test_evaluation_depends_on_no_batch_and_windows_see_what_images_do(finished)
     assert found["windows"].sum() == found["whole"].sum()
     same = np.abs(found["windows"] - found["whole"]).sum() / found["whole"].sum()
     assert same < 0.2
+
+
+def test_images_of_one_size_compile_the_model_once_whatever_their_masks(finished, monkeypatch):
+    """With the view squash, of two sizes of masks; the numbers are those of a model by hand."""
+    config = tiny_config(data__view="squash", evaluate__batch_size=8)
+    restored = restore(config, finished, "last")
+    run = dataclasses.replace(
+        restored.run.description.preprocessing, view="squash", image_size=(24, 24)
+    )
+    source = restored.run.task.read_eval_source(config, CLASSES)
+    made, make = [], steps.make_eval_step
+    monkeypatch.setattr(
+        steps,
+        "make_eval_step",
+        lambda *args, **named: made.append(make(*args, **named)) or made[-1],
+    )
+    task, outputs_fn = restored.run.task, restored.run.outputs_fn
+    evaluate_all = task.make_evaluate(config, outputs_fn, restored.run.mesh, source, run)
+    found = evaluate_all(*restored.trained.arguments).confusion
+    assert [step._cache_size() for step in made] == [1, 2]
+    params = restored.run.parameters.assemble({**restored.trained.arguments[0], **restored.frozen})
+    apply = jax.jit(restored.trained.apply, static_argnames="train")
+    expected = np.zeros((3, 3), np.int64)
+    for i in range(len(source)):
+        image = segmentation_eval_transform(source[i]["image"], run)[None] / np.float32(255)
+        state = restored.trained.arguments[2]
+        outputs, _ = apply(params, state, image, train=False, keys={})
+        label = source[i]["mask"]
+        scores = ops.resize_logits(outputs["logits"], label.shape)
+        expected += confusion_matrix(np.asarray(scores[0]).argmax(-1), label, 3)
+    assert np.abs(found - expected).sum() <= 2  # ties of rounding
 
 
 def test_predict_writes_masks_of_the_images_own_size(finished, tmp_path, capsys):

@@ -33,15 +33,28 @@ def make_run_batches(
     make_batches: MakeBatches,
     *,
     batch_size: int,
+    read: Callable[..., Mapping[str, jax.Array]] | None = None,
 ) -> Callable[..., Iterator[Outputs]]:
     """A function (source, damage log, trainable, frozen, model_state) -> outputs of each batch.
 
     Outputs are those of `outputs_fn`, on the host, of all processes' rows. The batch is rounded up
     to what the devices divide.
+
+    With `read`, a function of (what `outputs_fn` gives, batch), the outputs are that function's,
+    which is compiled by itself; `outputs_fn` gets the batch's images alone then.
     """
     devices = jax.device_count()
     batch_size = -(-batch_size // devices) * devices
-    eval_step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
+    whole = sharding.replicated(mesh)
+    eval_step = steps.make_eval_step(outputs_fn, shardings=whole)
+    if read is not None:
+        first, second = eval_step, steps.make_eval_step(read, shardings=whole)
+
+        def eval_step(trainable, frozen, model_state, batch):
+            rest = {name: array for name, array in batch.items() if name != "image"}
+            images = {"image": batch["image"]}
+            return second(first(trainable, frozen, model_state, images), rest)
+
     place = sharding.make_batch_placer(mesh)
 
     def run_batches(source: Examples, damage: DamageLog, *arguments: Any) -> Iterator[Outputs]:

@@ -181,26 +181,35 @@ def make_objective(
     return Objective(prepare, forward, criterion)
 
 
-def make_outputs(
-    apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any], *, scores: Scores
-):
-    """What evaluation needs of a batch.
+@dataclass(frozen=True)
+class PixelOutputs:
+    """What evaluation needs of a batch, as a function of (trainable, frozen, model_state, batch).
 
     With "label" u8[B, H, W] in it: "prediction" u8[B, H, W], and "label", "mask" and "index".
     Without: "scores" f[B, h, w, K] of images that are windows of a larger one.
+
+    Attributes:
+      apply: the model.
+      assemble: from {path: array} of all parameters to the model's tree.
+      scores: of the outputs.
     """
 
-    def outputs_fn(trainable, frozen, model_state, batch: Batch):
-        outputs, _ = apply(
-            assemble({**trainable, **frozen}),
-            model_state,
-            to_float(batch["image"]),
-            train=False,
-            keys={},
-        )
-        return _read(scores, outputs, batch)
+    apply: Apply
+    assemble: Callable[[Mapping[str, jax.Array]], Any]
+    scores: Scores
 
-    return outputs_fn
+    def __call__(self, trainable, frozen, model_state, batch: Batch) -> dict[str, jax.Array]:
+        return self.read(self.of_model(trainable, frozen, model_state, batch), batch)
+
+    def of_model(self, trainable, frozen, model_state, batch: Batch) -> Mapping[str, jax.Array]:
+        """The model's outputs, at its own stride: the part that takes long to compile."""
+        params = self.assemble({**trainable, **frozen})
+        images = to_float(batch["image"])
+        return self.apply(params, model_state, images, train=False, keys={})[0]
+
+    def read(self, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
+        """The rest: what the outputs say at the size that is wanted."""
+        return _read(self.scores, outputs, batch)
 
 
 def _read(scores: Scores, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
@@ -212,9 +221,9 @@ def _read(scores: Scores, outputs: Mapping[str, jax.Array], batch: Batch) -> dic
 
 
 def make_adversarial_outputs(objective: Objective, *, scores: Scores, attack: Attack, seed: int):
-    """As `make_outputs`, of images that are changed to maximize the objective's losses.
+    """As `PixelOutputs`, of images that are changed to maximize the objective's losses.
 
-    (trainable, frozen, (model_state, epsilon f32[], rows i32[N]), batch) -> what `make_outputs`
+    (trainable, frozen, (model_state, epsilon f32[], rows i32[N]), batch) -> what `PixelOutputs`
     gives, and "image" and "adversarial" f32[B, H, W, C]. An image's random draws come from the seed
     and rows[index], its place in the whole data, and from nothing of the batch.
 

@@ -265,9 +265,7 @@ def make_outputs(
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """What evaluation needs of a batch."""
     del config, model
-    return objective.make_outputs(
-        apply, assemble, scores=objective.find_prediction(predicts).scores
-    )
+    return objective.PixelOutputs(apply, assemble, objective.find_prediction(predicts).scores)
 
 
 @dataclass(frozen=True)
@@ -359,7 +357,7 @@ def make_evaluate(
         return Evaluation(
             tally.summarize(),
             tally.confusion,
-            tuple(examples),
+            tuple(sorted(examples, key=lambda one: one["row"])),
             source.class_names,
             damage.names,
             config.evaluate.warn_after,
@@ -412,7 +410,11 @@ def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=Non
         unit=jax.device_count(),
     )
     batch_size = batch_size or config.evaluate.batch_size
-    return make_run_batches(outputs_fn, mesh, make_batches, batch_size=batch_size)
+    read = None
+    if preprocessing.view == "squash" and isinstance(outputs_fn, objective.PixelOutputs):
+        # All images have one size, masks many: the model is compiled apart from what reads it.
+        outputs_fn, read = outputs_fn.of_model, outputs_fn.read
+    return make_run_batches(outputs_fn, mesh, make_batches, batch_size=batch_size, read=read)
 
 
 def _make_predict_by_windows(config, outputs_fn, mesh, preprocessing):
