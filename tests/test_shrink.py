@@ -277,12 +277,13 @@ ROWS = {
     ),
     "mit": (
         {"stage_1/block": (1,)},
-        {"num_classes": 3, "depths": (1, 2), "widths": (8, 10), "num_heads": (1, 2)},
+        {"num_classes": 3, "depths": (1, 2), "widths": (8, 10), "num_heads": (1, 2),
+         "reductions": (2, 1)},
     ),
     "segformer": (
         {"backbone/stage_1/block": (1,)},
         {"num_classes": 3, "depths": (1, 2), "widths": (8, 10), "num_heads": (1, 2),
-         "decoder_width": 8},
+         "reductions": (2, 1), "decoder_width": 8},
     ),
     "detr": (
         {"encoder": (1,), "decoder": 2, "backbone/stage_0/block": (0, 2)},

@@ -212,3 +212,9 @@ def test_every_published_name_builds_its_reference():
         size = entry.name.rpartition("-")[2]
         variant = convert.segformer.DECODERS[f"segformer_{size}"]
         assert {name: found[name] for name in variant} == variant
+
+
+def test_images_too_small_for_a_window_are_refused():
+    model = build_model("mit", num_classes=2, depths=(1,) * 4, widths=(8, 16, 20, 32))
+    with pytest.raises(UserError, match="a map of 7 x 8 cells has no window of 8 for keys"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 32, 3)))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vision_jax.errors import UserError
 from vision_jax.models.attention import attend
 from vision_jax.models.layers import ACTIVATIONS, Conv, Dense, drop_path, layer_norm, normalize
 
@@ -70,6 +71,11 @@ class Attention(nn.Module):
             return x.reshape(batch, -1, self.num_heads, channels // self.num_heads)
 
         seen = x
+        if min(height, width) < self.reduction:
+            raise UserError(
+                f"a map of {height} x {width} cells has no window of {self.reduction} for keys: "
+                "take larger images"
+            )
         if self.reduction > 1:
             size = (self.reduction, self.reduction)
             seen = Conv(
