@@ -827,7 +827,13 @@ FIELDS = (
         DETECTION,
     ),
     _field(
-        "loss.class_weight", 1.0, NOT_NEGATIVE, "weight of the class term in the loss", DETECTION
+        "loss.class_weight",
+        1.0,
+        NOT_NEGATIVE,
+        "weight of the class term in the loss, and in the matching of masks",
+        DETECTION,
+        SEGMENTATION,
+        segmentation=2.0,
     ),
     _field(
         "loss.l1_weight",
@@ -847,8 +853,9 @@ FIELDS = (
         "loss.no_object_weight",
         0.1,
         NOT_NEGATIVE,
-        "weight of queries without a box in DETR's class term; RF-DETR's has none",
+        "weight of queries without a target in DETR's and EoMT's class term; RF-DETR's has none",
         DETECTION,
+        SEGMENTATION,
     ),
     # A segmenter's loss, a mean over all pixels of an update that have a class.
     _field(
@@ -885,6 +892,28 @@ FIELDS = (
         0.4,
         NOT_NEGATIVE,
         "weight of the loss of an auxiliary head, where the model has one",
+        SEGMENTATION,
+    ),
+    # Of models that find a set of masks, in the matching and in the loss.
+    _field(
+        "loss.mask_weight",
+        5.0,
+        NOT_NEGATIVE,
+        "weight of the cross-entropy of a query's mask (EoMT)",
+        SEGMENTATION,
+    ),
+    _field(
+        "loss.mask_dice_weight",
+        5.0,
+        NOT_NEGATIVE,
+        "weight of Dice of a query's mask (EoMT)",
+        SEGMENTATION,
+    ),
+    _field(
+        "loss.points",
+        12_544,
+        COUNT,
+        "points at which a query's mask is compared (EoMT)",
         SEGMENTATION,
     ),
     # A masked autoencoder's.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from vision_jax.attacks.examples import keys_of
 from vision_jax.errors import UserError, nearest
 from vision_jax.objective import Apply, Batch, Objective, forward_keys
+from vision_jax.ops import mask_losses
 from vision_jax.ops import segmentation_losses as ops
 from vision_jax.ops.images import to_float
 
@@ -31,6 +32,7 @@ Attack = Callable[..., jax.Array]
 # Of a batch, what the loss of a micro-batch counts over all of its update (steps.make_train_step).
 WHOLE = ("label",)
 BALANCES = ("none", "frequency")
+DRAWS = 1  # folded into the step's key
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class Prediction:
       make_loss: (model, alone=, **fields of config.loss) -> the loss. `alone`: an image's loss does
         not depend on the others of its batch. Raises UserError where the model can't be trained so.
       scores: of the outputs, at any size.
+      draws: the loss draws something of each image, by the keys "draws" u32[B, 2] in its batch.
     """
 
     make_loss: Callable[..., Loss]
     scores: Scores
+    draws: bool = False
 
 
 def make_pixel_loss(
@@ -129,10 +133,85 @@ def make_pixel_loss(
     return pixel_loss
 
 
+def make_mask_loss(
+    model: Any,
+    *,
+    class_weight: float,
+    mask_weight: float,
+    mask_dice_weight: float,
+    no_object_weight: float,
+    points: int,
+    alone: bool = False,
+    **others: Any,
+) -> Loss:
+    """The set loss of masks (ops.mask_losses), of which each class of an image is one.
+
+    Pixels of no class are in no mask.
+
+    Args:
+      model: with `num_classes`.
+      class_weight: of the queries' classes, in the matching too.
+      mask_weight: of the cross-entropy of masks, in the matching too.
+      mask_dice_weight: of Dice, in the matching too.
+      no_object_weight: of queries without a mask in the class term.
+      points: at which masks are compared.
+      alone: an image's loss does not depend on the others of its batch.
+      **others: of other segmenters' losses.
+
+    Raises:
+      UserError: weights of which none counts.
+    """
+    del others
+    if not (class_weight or mask_weight or mask_dice_weight):
+        raise UserError(
+            "config.loss: class_weight, mask_weight and mask_dice_weight are all 0: nothing to"
+            " minimize"
+        )
+    classes = jnp.arange(model.num_classes, dtype=jnp.int32)
+
+    def masks_of(label):
+        """bool[B, K, H, W]."""
+        return label.astype(jnp.int32)[:, None] == classes.reshape(1, -1, 1, 1)
+
+    def mask_loss(outputs, batch):
+        masks = masks_of(batch["label"])
+        keys = jax.random.wrap_key_data(batch["draws"])
+
+        def drawn(prediction):
+            own = jax.vmap(lambda key: jax.random.fold_in(key, prediction))(keys)
+            return mask_losses.draw_points(own, model.num_classes, points)
+
+        whole = batch["whole"]["label"] if "whole" in batch else None
+        return mask_losses.mask_set_loss(
+            outputs["logits"],
+            outputs["mask_logits"],
+            jnp.broadcast_to(classes, masks.shape[:2]),
+            masks,
+            masks.any((2, 3)),
+            points=drawn,
+            class_weight=class_weight,
+            mask_weight=mask_weight,
+            dice_weight=mask_dice_weight,
+            no_object_weight=no_object_weight,
+            whole=None if whole is None else masks_of(whole).any((2, 3)),
+            alone=alone,
+        )
+
+    return mask_loss
+
+
+def mask_scores(outputs: Mapping[str, jax.Array], size: Sequence[int]) -> jax.Array:
+    """f[B, H, W, K] of the last prediction: its masks at this size, by the queries' classes."""
+    logits, masks = outputs["logits"][-1], outputs["mask_logits"][-1]
+    masks = ops.resize_logits(masks.transpose(0, 2, 3, 1), size)  # [B, H, W, Q]
+    return mask_losses.class_scores(logits, masks.transpose(0, 3, 1, 2))
+
+
 PREDICTIONS: dict[str, Prediction] = {
     "semantic": Prediction(
         make_pixel_loss, lambda outputs, size: ops.resize_logits(outputs["logits"], size)
     ),
+    "mask_set": Prediction(make_mask_loss, mask_scores, draws=True),
 }
 
 
@@ -151,7 +230,11 @@ def find_prediction(predicts: str) -> Prediction:
 
 
 def make_objective(
-    apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any], *, loss: Loss
+    apply: Apply,
+    assemble: Callable[[Mapping[str, jax.Array]], Any],
+    *,
+    loss: Loss,
+    draws: bool = False,
 ) -> Objective:
     """The loss of a segmenter; outputs are the model's.
 
@@ -159,11 +242,16 @@ def make_objective(
       apply: the model.
       assemble: from {path: array} of all parameters to the model's tree.
       loss: of the outputs.
+      draws: it draws something of each image.
     """
 
     def prepare(trainable, frozen, model_state, batch: Batch, key):
-        del trainable, frozen, model_state, key
-        return {**batch, "image": to_float(batch["image"])}
+        del trainable, frozen, model_state
+        view = {**batch, "image": to_float(batch["image"])}
+        if draws:
+            keys = keys_of(jax.random.fold_in(key, DRAWS), batch["index"])
+            view["draws"] = jax.random.key_data(keys)
+        return view
 
     def forward(trainable, frozen, model_state, view, key, *, train):
         return apply(

@@ -167,7 +167,10 @@ def make_preprocessing(
         mean=arguments["mean"],
         std=arguments["std"],
         interpolation=data.interpolation or own.get("interpolation") or "bilinear",
-        view=data.view or own.get("view") or "original",
+        # A model of one size takes no image as it is.
+        view=data.view
+        or own.get("view")
+        or ("squash" if "image_size" in arguments else "original"),
     )
 
 
@@ -245,9 +248,8 @@ def _make_objective(
     alone: bool = False,
 ) -> Objective:
     """The same, or of each image alone."""
-    make_loss = objective.find_prediction(predicts).make_loss
-    loss = config.loss
-    made = make_loss(
+    prediction, loss = objective.find_prediction(predicts), config.loss
+    made = prediction.make_loss(
         model,
         alone=alone,
         pixel_weight=loss.pixel_weight,
@@ -256,8 +258,13 @@ def _make_objective(
         class_weights=loss.class_weights,
         balance=loss.balance,
         auxiliary_weight=loss.auxiliary_weight,
+        class_weight=loss.class_weight,
+        mask_weight=loss.mask_weight,
+        mask_dice_weight=loss.mask_dice_weight,
+        no_object_weight=loss.no_object_weight,
+        points=loss.points,
     )
-    return objective.make_objective(apply, assemble, loss=made)
+    return objective.make_objective(apply, assemble, loss=made, draws=prediction.draws)
 
 
 def make_outputs(
