@@ -301,7 +301,8 @@ def _from_checkpoint(workdir: Path, checkpoint: str, wanted: str) -> Model:
     flat = {**paths.flatten(params), **paths.flatten(model_state)}
     family, arguments = description.family, convert.arguments_of(trained.run.model)
     inside = FAMILIES[family].wraps
-    if inside and wanted != family:
+    whole = getattr(trained.run.model, "exported_whole", False)
+    if inside and wanted != family and not whole:
         family, known = inside, FAMILIES[inside].arguments
         arguments = {name: value for name, value in arguments.items() if name in known}
         added = trained.run.model.added

@@ -101,8 +101,7 @@ TABLES = (
         "deeplabv3",
         (
             f"{BACKBONE}conv1.weight",
-            f"{BACKBONE}layer4.0.conv1.weight",
-            "classifier.0.convs.4.1.weight",
+            "classifier.0.convs.1.0.weight",
             "classifier.0.project.0.weight",
             "classifier.4.weight",
         ),

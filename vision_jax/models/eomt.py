@@ -36,6 +36,7 @@ from vision_jax.ops.resize import resize_bilinear
 MASK_EPSILON = 1e-6
 ANNEALING_POWER = 0.9
 _FAR = -1e9  # of logits that count nothing, as in the reference
+PREPROCESSING = {"view": "squash"}  # a ViT takes images of one size
 # torch's own start of linear layers and convolutions, uniform in ±1 / √inputs.
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -134,6 +135,7 @@ class Eomt(ViT):
     added: ClassVar[tuple[str, ...]] = (
         *("query_embed", "class_head/", "mask_head/", "mask_probs", "mask_count"),
     )
+    exported_whole: ClassVar[bool] = True  # and not as the ViT that it was made for
     averages_state: ClassVar[bool] = False  # shares by a schedule are no statistics
 
     @nn.compact

@@ -119,7 +119,14 @@ FAMILIES: dict[str, Family] = {
     "detr": Family(detr.Detr, detr.variant, "detection", "softmax_set", True, "backbone/"),
     "dino": Family(dino.Dino, dino.variant, "self_distillation", "prototypes", wraps="vit"),
     "efficientnet": Family(efficientnet.EfficientNet, efficientnet.variant),
-    "eomt": Family(eomt.Eomt, eomt.variant, "segmentation", "mask_set", wraps="vit"),
+    "eomt": Family(
+        eomt.Eomt,
+        eomt.variant,
+        "segmentation",
+        "mask_set",
+        preprocessing=eomt.PREPROCESSING,
+        wraps="vit",
+    ),
     "faster_rcnn": Family(
         faster_rcnn.FasterRcnn,
         faster_rcnn.variant,

@@ -143,9 +143,8 @@ def mask_set_loss(
     def of_prediction(given):
         index, logits, mask_logits = given
         drawn = Points(*(x.astype(dtype) for x in points(index)))
-        cost = jax.vmap(pair_cost)(
-            *map(lax.stop_gradient, (logits, mask_logits)), label, masks, drawn.matching
-        )
+        fixed, fixed_masks = lax.stop_gradient((logits, mask_logits))
+        cost = jax.vmap(pair_cost)(fixed, fixed_masks, label, masks, drawn.matching)
         query = match(cost, target_mask)  # [B, T]
 
         def classes_of(query: Array, label: Array) -> Array:

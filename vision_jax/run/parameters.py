@@ -177,6 +177,11 @@ def _plain_parameters(
         rules = () if headless else config.model.reinitialize
         prefix = "" if headless else backbone_prefix(weights, model)
         fresh = paths.select(target, rules, field="config.model.reinitialize")
+        if (
+            not headless
+            and FAMILIES[families.family_of(model)].wraps == convert.recognize(weights)[0]
+        ):
+            fresh |= {path for path in target if path.startswith(model.added)}
         reinitialized = sorted(find_head(model, image_size)[0] if headless else fresh)
         reinitialized += getattr(model, "left_out", ())
         shrinking = find_shrinking(config, weights)

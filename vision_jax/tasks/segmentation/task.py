@@ -167,10 +167,7 @@ def make_preprocessing(
         mean=arguments["mean"],
         std=arguments["std"],
         interpolation=data.interpolation or own.get("interpolation") or "bilinear",
-        # A model of one size takes no image as it is.
-        view=data.view
-        or own.get("view")
-        or ("squash" if "image_size" in arguments else "original"),
+        view=data.view or own.get("view") or "original",
     )
 
 
@@ -248,7 +245,8 @@ def _make_objective(
     alone: bool = False,
 ) -> Objective:
     """The same, or of each image alone."""
-    prediction, loss = objective.find_prediction(predicts), config.loss
+    prediction = objective.find_prediction(predicts)
+    loss = config.loss
     made = prediction.make_loss(
         model,
         alone=alone,
