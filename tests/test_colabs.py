@@ -28,7 +28,11 @@ SMALL = {
         "(1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255)": "(8 / 255,)",
     },
     "teach_a_student": {"STEPS = 400": "STEPS = 2", "STEPS = 1000": "STEPS = 2"},
-    "pretrain_your_images": {"STEPS = 2000": "STEPS = 4", "FINE_STEPS = 500": "FINE_STEPS = 2"},
+    "pretrain_your_images": {
+        "STEPS = 2000": "STEPS = 4",
+        "FINE_STEPS = 500": "FINE_STEPS = 2",
+        "PAIR_STEPS = 500": "PAIR_STEPS = 2",
+    },
     "segment_your_images": {"STEPS = 240": "STEPS = 2", "SIDE = 64": "SIDE = 16"},
     "detect_your_objects": {"STEPS = 1500": "STEPS = 10", "SIDE = 160": "SIDE = 64"},
 }
@@ -139,6 +143,8 @@ def test_pretrain_your_images(tmp_path, monkeypatch):
     assert (
         "runs/mae" in json.loads((tmp_path / "runs/pretrained/model.json").read_text())["weights"]
     )
+    assert "zero-shot top-1 0." in printed
+    assert (tmp_path / "runs/words/captions.png").is_file()
 
 
 @pytest.mark.long
