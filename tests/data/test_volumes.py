@@ -417,7 +417,7 @@ def test_series_that_are_no_volume(reason, tmp_path, rng):
         ({"SamplesPerPixel": 9}, "is not read here"),
         ({"PhotometricInterpretation": "HSV"}, "is not read here"),
         ({"RescaleSlope": 0}, "Rescale Slope 0"),
-        ({"Modality": "SEG"}, "segmentation object"),
+        ({"Modality": "SEG"}, "segmentation object is no image"),
         ({"PixelData": b"12"}, "can't be read"),
     ],
 )
@@ -426,6 +426,86 @@ def test_hostile_dicom(values, reason, tmp_path):
     with pytest.raises(UserError, match=reason) as error:
         volumes.load_volume([path])
     assert "\n" not in str(error.value)
+
+
+def segmentation(path: Path, labels: np.ndarray, **values) -> Path:
+    """A segmentation object of [z, y, x] on the grid of `series`, a frame for each slice."""
+    dataset_class, sequence = pydicom.Dataset, pydicom.Sequence
+    frames, masks = [], []
+    for z in reversed(range(len(labels))):
+        for number in np.unique(labels[z][labels[z] > 0]).tolist():
+            frame, place, segment = dataset_class(), dataset_class(), dataset_class()
+            place.ImagePositionPatient = [-10, -20, 4.0 * z]
+            segment.ReferencedSegmentNumber = number
+            frame.PlanePositionSequence = sequence([place])
+            frame.SegmentIdentificationSequence = sequence([segment])
+            frames.append(frame)
+            masks.append(labels[z] == number)
+    shared, axes, measures = dataset_class(), dataset_class(), dataset_class()
+    axes.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    measures.PixelSpacing = [3.0, 2.0]
+    shared.PlaneOrientationSequence = sequence([axes])
+    shared.PixelMeasuresSequence = sequence([measures])
+    bits = np.packbits(np.array(masks).ravel(), bitorder="little").tobytes()
+    own = {
+        "Modality": "SEG", "SegmentationType": "BINARY", "NumberOfFrames": len(frames),
+        "SharedFunctionalGroupsSequence": sequence([shared]), "PixelData": bits + bits[:0],
+        "PerFrameFunctionalGroupsSequence": sequence(frames), "BitsAllocated": 1, "BitsStored": 1,
+        "HighBit": 0, "PixelSpacing": None, "ImagePositionPatient": None,
+        "ImageOrientationPatient": None,
+    }  # fmt: skip
+    if len(bits) % 2:
+        own["PixelData"] = bits + bytes(1)
+    return dicom(path, labels[0].astype(np.uint8), **(own | values))
+
+
+def test_segmentation_objects(tmp_path, rng):
+    """Frames in any order, of slices that are not empty, laid on the image's grid."""
+    array = rng.integers(0, 99, (4, 5, 6)).astype(np.uint8)
+    labels = np.where(array > 70, 2, np.where(array < 20, 1, 0))
+    labels[1] = 0
+    series(tmp_path / "images/p1/scan", array)
+    path = segmentation(tmp_path / "masks/p1/scan.dcm", labels)
+    (tmp_path / "classes.json").write_text('["outside", "dark", "bright"]')
+    for plane in ("axial", "coronal"):
+        source = read_segmentation_source(f"volumes:{tmp_path}?plane={plane}")
+        found = np.stack([source[i]["mask"] for i in range(len(source))])
+        assert np.array_equal(from_plane(found, plane), labels)
+    path.unlink()
+    segmentation(tmp_path / "masks/p1/scan/1.dcm", labels)
+    assert read_segmentation_source(f"volumes:{tmp_path}")[0]["mask"].max() == 2
+    with pytest.raises(UserError, match="it belongs into masks/"):
+        volumes.load_volume([tmp_path / "masks/p1/scan/1.dcm"])
+
+
+def test_segmentation_objects_that_do_not_fit(tmp_path, rng):
+    labels = np.zeros((4, 5, 6), int)
+    labels[2, 1:3, 1:3] = 1
+    grid = volumes.load_volume(series(tmp_path / "image", labels.astype(np.uint8))).grid
+    empty = pydicom.Dataset()
+    for values, reason in (
+        ({"SegmentationType": "FRACTIONAL"}, "of type FRACTIONAL"),
+        ({"SegmentationType": None}, r"of type \(none\)"),
+        ({"NumberOfFrames": 3}, "3 frames, and 1 of them"),
+        ({"NumberOfFrames": 10**9}, "frames"),
+        ({"Rows": 60_000, "Columns": 60_000}, "over the limit"),
+        ({"SharedFunctionalGroupsSequence": None}, "does not say where it lies"),
+        ({"PerFrameFunctionalGroupsSequence": pydicom.Sequence([empty])}, "of no segment"),
+        ({"PixelData": b""}, "can't be read"),
+    ):
+        path = segmentation(tmp_path / "a.dcm", labels, **values)
+        with pytest.raises(UserError, match=reason) as error:
+            volumes.dicom_seg.read_segmentation(path, grid)
+        assert "\n" not in str(error.value)
+    path = segmentation(tmp_path / "a.dcm", labels)
+    assert np.array_equal(volumes.dicom_seg.read_segmentation(path, grid), labels)
+    for moved, reason in ((0.5, "does not lie on the grid"), (60, "outside of its image")):
+        affine = grid.affine.copy()
+        affine[0, 3] += moved
+        with pytest.raises(UserError, match=reason):
+            volumes.dicom_seg.read_segmentation(path, Grid(grid.shape, affine))
+    with pytest.raises(UserError, match="states no place"):
+        volumes.dicom_seg.read_segmentation(path, Grid(grid.shape, grid.affine, False))
 
 
 @pytest.mark.long

@@ -568,7 +568,12 @@ def test_the_table_of_what_training_does_is_complete():
     tested.add("near-duplicate")  # in test_duplicates.py
     tested |= {"mask-values", "unreadable-mask", "mask-size", "swapped-palette", "one-class-alone"}
     tested |= {"only-background", "class-shares", "rare-class", "nothing-ignored"}  # test_masks.py
-    tested |= {"volume-leak", "patient-leak", "one-volume"}  # tests/data/test_volumes.py
+    tested |= {
+        "volume-leak",
+        "patient-leak",
+        "one-volume",
+        "reading-notes",
+    }  # tests/data/test_volumes.py
     assert set(TRAINING) - tested == {"leak", "near-leak", "class-drift"}
 
 

@@ -1,6 +1,8 @@
 """The doctor on images with masks: quiet on clean sets, and each defect found and named."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +196,90 @@ def test_bad_flags(folder, flags, reason, capsys):
     err = capsys.readouterr().err
     assert reason in err
     assert err.count("\n") == 1
+
+
+def hostile(name: str, folder: Path) -> str:
+    """A source that can't be meant, as a specification."""
+    masks = folder / "masks"
+    if name == "not one mask is readable":
+        for path in masks.iterdir():
+            path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))
+        return str(folder)
+    if name == "a huge PNG":
+        for path in masks.iterdir():
+            data = bytearray(path.read_bytes())
+            data[16:24] = (2_000_000).to_bytes(4) * 2
+            path.write_bytes(data)
+        return str(folder)
+    if name == "a pipe for a mask":
+        (masks / "0.png").unlink()
+        os.mkfifo(masks / "0.png")
+        return str(folder)
+    files = {
+        "no table": ("classes.json", None),
+        "a table of one value twice": ("classes.csv", "name,value\na,1\nb,1\n"),
+        "a table of no numbers": ("classes.json", '{"one": "a"}'),
+        "a table of negative numbers": ("classes.json", '{"-1": "a"}'),
+        "a deep table": ("classes.json", "[" * 5000),
+        "broken JSON": ("images/x.json", "{"),
+        "JSON of nothing": ("images/x.json", "{}"),
+        "regions without end": (
+            "images/x.json",
+            '{"images": [{"id": 1, "file_name": "0.png", "width": 32, "height": 24}],'
+            ' "annotations": [{"image_id": 1, "category_id": 1,'
+            ' "segmentation": [[1e999, 0, 1, 1, 2, 0]]}]}',
+        ),
+        "an entity bomb": (
+            "images/x.xml",
+            '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><annotations>&c;</annotations>',
+        ),
+        "no such plane": ("volumes", "?plane=x"),
+        "no volumes": ("volumes", "?window=0:1"),
+        "no city": ("cityscapes", "/train"),
+    }
+    file, content = files[name]
+    if file in ("volumes", "cityscapes"):
+        return f"{file}:{folder}{content}"
+    for path in folder.glob("classes.*"):
+        path.unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    return str(folder / file) if file.startswith("images/") else str(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("no table", "a table of one value twice", "a table of no numbers", "a deep table"),
+        *("a table of negative numbers", "broken JSON", "JSON of nothing", "an entity bomb"),
+        *("no such plane", "no volumes", "no city"),
+    ],
+)
+def test_hostile_sources_end_in_one_line(name, folder, capsys):
+    assert main([hostile(name, folder), "--segmentation"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("not one mask is readable", COUNT),
+        ("a huge PNG", COUNT),
+        ("regions without end", 1),
+    ],
+)
+def test_hostile_masks_are_counted(name, count, folder, capsys):
+    """As findings here; training skips and counts them, or refuses."""
+    assert main([hostile(name, folder), "--segmentation"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(rf"(unreadable-mask|unusable-entry): {count} of", out)
+
+
+def test_what_reading_leaves_out_is_told(folder, capsys):
+    """A pipe, which nothing opens, is no mask; its image has none then."""
+    assert main([hostile("a pipe for a mask", folder), "--segmentation"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "reading-notes: 1 of 1 note" in out
+    assert "1 images without a mask left out, the first 0.png" in out

@@ -198,6 +198,19 @@ def _examine_masks(
         pixels=pixels,
     )
     found = [] if masks is None else diagnose_masks(subject, masks, scan)
+    if source.note:
+        found.append(
+            Finding(
+                "reading-notes",
+                "information",
+                "what reading leaves out or assumes",
+                1,
+                1,
+                "notes",
+                (source.note,),
+                "see if it was meant so",
+            )
+        )
     return subject, found + diagnose_images(subject)
 
 

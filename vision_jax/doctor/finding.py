@@ -57,6 +57,7 @@ TRAINING: dict[str, Training] = {
     "volume-leak": "trains",
     "patient-leak": "trains",
     "one-volume": "trains",
+    "reading-notes": "trains",
     "mask-values": "refuses",
     "unreadable-mask": "leaves out",
     "mask-size": "leaves out",

@@ -185,7 +185,7 @@ def _stack(name: str, headers: list[Header]) -> tuple[list[Header], np.ndarray]:
 
 def _read_header(path: Path) -> Header:
     with reading(path, "DICOM"):  # elements are read when they are asked for
-        return _make_header(path, _load(path, pixels=False))
+        return _make_header(path, load_dataset(path, pixels=False))
 
 
 def _make_header(path: Path, dataset: Any) -> Header:
@@ -201,18 +201,18 @@ def _make_header(path: Path, dataset: Any) -> Header:
             f" {_kind(dataset)})"
         ) from error
     if str(dataset.get("Modality", "")) == "SEG" or bits == 1:
-        raise UserError(f"{name}: a segmentation object of 1 bit: convert it to NIfTI")
+        raise UserError(f"{name}: a segmentation object is no image: it belongs into masks/")
     if photometric not in (*_GREYS, *_COLORS) or samples not in (1, 3) or bits not in (8, 16, 32):
         raise UserError(f"{name}: {photometric} of {samples} × {bits} bits is not read here")
     if not 0 < frames <= MAX_FRAMES:
         raise UserError(f"{name}: {frames} frames: {MAX_FRAMES} at most")
     check_size(name, (frames, rows, columns), bits // 8, samples)
-    spacing = _numbers(dataset, "PixelSpacing", 2) or _numbers(dataset, "ImagerPixelSpacing", 2)
-    thickness = _numbers(dataset, "SliceThickness", 1) or (1.0,)
+    spacing = numbers_of(dataset, "PixelSpacing", 2) or numbers_of(dataset, "ImagerPixelSpacing", 2)
+    thickness = numbers_of(dataset, "SliceThickness", 1) or (1.0,)
     valid = spacing is not None and min(spacing) > 0
-    position = _numbers(dataset, "ImagePositionPatient", 3)
-    axes = _numbers(dataset, "ImageOrientationPatient", 6)
-    number = _numbers(dataset, "InstanceNumber", 1) or (0,)
+    position = numbers_of(dataset, "ImagePositionPatient", 3)
+    axes = numbers_of(dataset, "ImageOrientationPatient", 6)
+    number = numbers_of(dataset, "InstanceNumber", 1) or (0,)
     return Header(
         path,
         str(dataset.get("SeriesInstanceUID", "")),
@@ -227,7 +227,8 @@ def _make_header(path: Path, dataset: Any) -> Header:
     )
 
 
-def _numbers(dataset: Any, key: str, count: int) -> tuple[float, ...] | None:
+def numbers_of(dataset: Any, key: str, count: int) -> tuple[float, ...] | None:
+    """So many finite numbers of an element, None where it has none."""
     try:
         value = dataset.get(key)
         values = [value] if count == 1 else list(value)
@@ -250,7 +251,7 @@ class Pixels:
 def _read_pixels(path: Path) -> Pixels:
     """The pixels of one file. Raises UserError for what can't be read exactly."""
     with reading(path, "DICOM"):
-        return _make_pixels(path, _load(path, pixels=True))
+        return _make_pixels(path, load_dataset(path, pixels=True))
 
 
 def _make_pixels(path: Path, dataset: Any) -> Pixels:
@@ -260,28 +261,17 @@ def _make_pixels(path: Path, dataset: Any) -> Pixels:
         kind = "float pixels" if "FloatPixelData" in dataset else _kind(dataset)
         raise UserError(f"{name}: has no pixels (it is {kind})")
     photometric = str(dataset.PhotometricInterpretation)
-    syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
     allocated, stored, high = (
-        int((_numbers(dataset, key, 1) or (-1,))[0])
+        int((numbers_of(dataset, key, 1) or (-1,))[0])
         for key in ("BitsAllocated", "BitsStored", "HighBit")
     )
     if not 0 < stored <= allocated or high not in (-1, stored - 1):
         raise UserError(
             f"{name}: {stored} of {allocated} bits, the highest number {high}: not read here"
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            array = pixels.pixel_array(dataset)
-            if photometric == "PALETTE COLOR":
-                array = pixels.apply_color_lut(array, dataset)
-    except Exception as error:  # decoders raise nearly every type on damaged or unknown data
-        method = getattr(syntax, "name", syntax)
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{name}: its pixels, {method}, can't be read: decompress them, as"
-            f" dcmconv or gdcmconv --raw do ({reason})"
-        ) from error
+    array = pixels_of(path, dataset)
+    if photometric == "PALETTE COLOR":
+        array = pixels.apply_color_lut(array, dataset)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if photometric not in _GREYS:
         depth = array.dtype.itemsize * 8 if photometric == "PALETTE COLOR" else stored
@@ -291,11 +281,27 @@ def _make_pixels(path: Path, dataset: Any) -> Pixels:
     array = _clear_overlays(array, stored)
     if "ModalityLUTSequence" in dataset:
         raise UserError(f"{name}: a Modality LUT scales its values: convert it to NIfTI")
-    slope = _numbers(dataset, "RescaleSlope", 1) or (1.0,)
-    intercept = _numbers(dataset, "RescaleIntercept", 1) or (0.0,)
+    slope = numbers_of(dataset, "RescaleSlope", 1) or (1.0,)
+    intercept = numbers_of(dataset, "RescaleIntercept", 1) or (0.0,)
     if slope[0] == 0:
         raise UserError(f"{name}: Rescale Slope 0: every value would be the same")
     return Pixels(array, slope[0], intercept[0], photometric == "MONOCHROME1")
+
+
+def pixels_of(path: Path, dataset: Any) -> np.ndarray:
+    """Decoded, and YBR as RGB. Raises UserError for what pydicom and Pillow can't decode."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _import_pydicom().pixels.pixel_array(dataset)
+    except Exception as error:  # decoders raise nearly every type on damaged or unknown data
+        syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
+        method = getattr(syntax, "name", syntax)
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{path}: its pixels, {method}, can't be read: decompress them, as dcmconv or gdcmconv"
+            f" --raw do ({reason})"
+        ) from error
 
 
 def _clear_overlays(array: np.ndarray, bits: int) -> np.ndarray:
@@ -308,7 +314,8 @@ def _clear_overlays(array: np.ndarray, bits: int) -> np.ndarray:
     return array & array.dtype.type((1 << bits) - 1)
 
 
-def _load(path: Path, *, pixels: bool) -> Any:
+def load_dataset(path: Path, *, pixels: bool) -> Any:
+    """pydicom's. Raises UserError for what has no mark of DICOM, and whatever pydicom raises."""
     pydicom = _import_pydicom()
     name = str(path)
     with open_regular(path, MAX_FILE_BYTES) as file:

@@ -34,7 +34,7 @@ from PIL import Image
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.folders import list_files
 from vision_jax.data.masks import ClassTable, MaskedImages, find_table, read_class_table
-from vision_jax.data.volumes import dicom, nifti, tiff
+from vision_jax.data.volumes import dicom, dicom_seg, nifti, tiff
 from vision_jax.data.volumes.volume import (
     PLANES,
     Grid,
@@ -145,11 +145,12 @@ class VolumeReader:
 
 @dataclass(frozen=True)
 class VolumeMasks:
-    """Masks of the same slices, whose values `table` names."""
+    """Masks of the same slices, whose values `table` names; by case but for the table."""
 
     images: VolumeReader
-    paths: tuple[tuple[Path, ...], ...]  # by case
+    paths: tuple[tuple[Path, ...], ...]
     states: tuple[int, ...]
+    drawn_on_image: tuple[bool, ...]  # segmentation objects, which have the image's grid
     table: ClassTable
 
     def read(self, row: int) -> np.ndarray:
@@ -161,9 +162,15 @@ class VolumeMasks:
 
     def _labels(self, number: int) -> np.ndarray:
         case, name = self.images.cases[number], self.example_name_of(number)
-        volume = _load_or_skip(self.paths[number])
-        case.grid.check_same(volume.grid, case.name, name)
-        whole = whole_labels(volume)
+        if self.drawn_on_image[number]:
+            try:
+                whole = dicom_seg.read_segmentation(self.paths[number][0], case.grid)
+            except UserError as error:
+                raise DamagedImageError(str(error)) from error
+        else:
+            volume = _load_or_skip(self.paths[number])
+            case.grid.check_same(volume.grid, case.name, name)
+            whole = whole_labels(volume)
         return in_plane(self.table.look_up(whole, name=name), self.images.options.plane)
 
     def example_name_of(self, number: int) -> str:
@@ -380,12 +387,13 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
     folder, options = parse_spec(spec)
     images, masks = _find_folders(folder, masks)
     table = read_class_table(classes or find_table(folder, images, masks))
-    of_images, of_masks = _list_volumes(images), _list_volumes(masks)
+    of_images, of_masks = _list_volumes(images), _list_volumes(masks, alone=True)
     if not of_images:
         raise UserError(f"{images}: no volume in it: give .nii.gz, folders of DICOM, or .tif")
     cases: list[Case] = []
     mask_paths: list[tuple[Path, ...]] = []
     mask_states: list[int] = []
+    drawn_on_image: list[bool] = []
     alone: list[str] = []
     notes: list[str] = []
     for name, paths in of_images.items():
@@ -395,8 +403,12 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
             alone.append(name)
             continue
         grid, note = _load_grid(paths)
-        mask_grid, _ = _load_grid(found[0])
-        grid.check_same(mask_grid, str(images / name), dicom.grid_name(found[0]))
+        drawn = found[0][0].suffix.lower() == ".dcm" and dicom_seg.is_segmentation(found[0][0])
+        if drawn and len(found[0]) > 1:
+            raise UserError(f"{found[0][0].parent}: {len(found[0])} files: one segmentation only")
+        if not drawn:
+            mask_grid, _ = _load_grid(found[0])
+            grid.check_same(mask_grid, str(images / name), dicom.grid_name(found[0]))
         if not grid.oriented and options.plane != "axial":
             raise UserError(
                 f"{images / name}: states no orientation, so plane={options.plane} is unknown:"
@@ -407,6 +419,7 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
         cases.append(Case(name, tuple(paths), _state(paths), grid, patient))
         mask_paths.append(tuple(found[0]))
         mask_states.append(_state(found[0]))
+        drawn_on_image.append(drawn)
     if not cases:
         raise UserError(f"{masks}: no mask has the name of a volume, such as {alone[0]}")
     if alone:
@@ -420,7 +433,7 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
         spec,
         table.class_names,
         reader,
-        VolumeMasks(reader, tuple(mask_paths), tuple(mask_states), table),
+        VolumeMasks(reader, tuple(mask_paths), tuple(mask_states), tuple(drawn_on_image), table),
         len(of),
         number[of],
         "; ".join(shown),
@@ -454,8 +467,11 @@ def _find_folders(folder: Path, masks: Path | None) -> tuple[Path, Path]:
     raise UserError(f"{folder}: no images/ and masks/ in it, nor imagesTr/ and labelsTr/")
 
 
-def _list_volumes(folder: Path) -> dict[str, list[Path]]:
-    """Files by the name of the volume: a file's without its suffix, of DICOM the folder's."""
+def _list_volumes(folder: Path, *, alone: bool = False) -> dict[str, list[Path]]:
+    """Files by the name of the volume: a file's without its suffix, of DICOM the folder's.
+
+    With `alone` a DICOM file is one by its own name too, as segmentation objects are.
+    """
     found: dict[str, list[Path]] = {}
     for path in list_files(folder, _SUFFIXES)[0]:
         suffix = next(end for end in _SUFFIXES if path.lower().endswith(end))
@@ -466,6 +482,8 @@ def _list_volumes(folder: Path) -> dict[str, list[Path]]:
         if paths and (suffix != ".dcm" or paths[0].suffix.lower() != ".dcm"):
             raise UserError(f"{folder}: {paths[0].name} and {path} are of one name: leave one")
         paths.append(folder / path)
+        if alone and suffix == ".dcm":
+            found.setdefault(path[: -len(suffix)], [folder / path])
     return found
 
 
