@@ -366,6 +366,9 @@ def test_frames_and_missing_positions(tmp_path, rng):
     assert "no position" in volume.note
     paths = series(tmp_path / "b", frames, ImagePositionPatient=None)
     assert np.array_equal(volumes.load_volume(paths).values(), frames)
+    assert volumes.load_volume(paths).grid.measured
+    path = dicom(tmp_path / "c.dcm", frames[0], PixelSpacing=None)
+    assert not volumes.load_volume([path]).grid.measured
 
 
 SERIES = {
@@ -775,6 +778,7 @@ def test_a_file_of_an_image_is_what_it_shows(tmp_path, rng):
 def test_grids_know_their_volume():
     grid = Grid((4, 5, 6), np.diag([2.0, 3.0, 4.0, 1.0]))
     assert grid.voxel_ml == pytest.approx(0.024)
+    assert Grid((4, 5, 6), np.eye(4), measured=False).voxel_ml is None
 
 
 @pytest.mark.parametrize("package", ["nibabel", "pydicom", "tifffile"])

@@ -28,11 +28,14 @@ def test_volumes_and_parts():
     prediction[2, 3, 3] = prediction[0, 3, 4] = 1
     found = measure_classes(prediction, label, ("outside", "in", "none"), 0.5)
     assert found["in"] == {
-        "volume_ml": 4.5, "true_volume_ml": 6.0, "dice": 2 * 8 / (9 + 12), "parts": 2,
-        "largest_part_ml": 4.0, "largest_part_share": 8 / 9,
+        "voxels": 9, "true_voxels": 12, "volume_ml": 4.5, "true_volume_ml": 6.0,
+        "dice": 2 * 8 / (9 + 12), "parts": 2, "largest_part_ml": 4.0, "largest_part_share": 8 / 9,
     }  # fmt: skip
     assert found["none"]["dice"] is None
     assert found["none"]["parts"] == 0
+    unknown = measure_classes(prediction, label, ("outside", "in"), None)["in"]
+    assert unknown["volume_ml"] is unknown["largest_part_ml"] is None
+    assert unknown["voxels"] == 9
 
 
 def test_the_best_window_of_all(rng):
@@ -85,7 +88,9 @@ def test_files_of_a_case(tmp_path, rng):
     for row in range(len(source)):
         tally.add(row, source.mask(row), source.mask(row))
     [report] = tally.reports()
-    write_cases([report | {"case": "../a\n$x"}], source, tmp_path / "cases")
+    odd = report | {"case": "../a\n$x"}
+    odd["classes"] = {"ball": report["classes"]["ball"] | {"volume_ml": None, "parts": 0}}
+    write_cases([odd], source, tmp_path / "cases")
     [record, picture] = sorted((tmp_path / "cases").iterdir())
     assert record.name == "0000_.._a__x.json"
     assert json.loads(record.read_text())["slices"] == [0, 11]

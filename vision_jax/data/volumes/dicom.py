@@ -8,7 +8,7 @@ bits above Bits Stored, where old files keep overlays, are cleared.
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def _open(paths: Sequence[Path]) -> tuple[list[Header], Grid, str, np.ndarray]:
     count = first.shape[0] * len(headers)
     empty = np.broadcast_to(np.zeros((), np.uint8), (first.shape[2], first.shape[1], count))
     _, grid = orient(name, empty, affine, oriented)
-    return headers, grid, note, affine
+    return headers, replace(grid, measured=first.stated_spacing), note, affine
 
 
 def _stack(name: str, headers: list[Header]) -> tuple[list[Header], np.ndarray]:

@@ -88,6 +88,7 @@ class Case:
     state: int
     grid: Grid
     patient: str
+    note: str = ""  # what was assumed
 
 
 # --- readers ------------------------------------------------------------------------------------
@@ -416,7 +417,7 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
             )
         notes += [note] * bool(note)
         patient = name.partition("/")[0]
-        cases.append(Case(name, tuple(paths), _state(paths), grid, patient))
+        cases.append(Case(name, tuple(paths), _state(paths), grid, patient, note))
         mask_paths.append(tuple(found[0]))
         mask_states.append(_state(found[0]))
         drawn_on_image.append(drawn)

@@ -91,7 +91,7 @@ def _open(path: Path, tiff: Any) -> tuple[Any, Grid]:
     if count > MAX_CHANNELS:
         raise UserError(f"{path}: {count:,} channels: {MAX_CHANNELS:,} at most")
     check_size(str(path), (depth, sizes["Y"], sizes["X"]), kind.itemsize, count)
-    return series, Grid((depth, sizes["Y"], sizes["X"]), np.eye(4), False)
+    return series, Grid((depth, sizes["Y"], sizes["X"]), np.eye(4), False, False)
 
 
 def _arrange(stored: np.ndarray, axes: str) -> np.ndarray:

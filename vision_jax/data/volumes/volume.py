@@ -36,11 +36,13 @@ class Grid:
       shape: (z, y, x), in the orientation above.
       affine: f64[4, 4] from (x, y, z) indices to mm towards the left, the back and the head.
       oriented: whether the file states the orientation; else axes are as stored.
+      measured: whether it states the spacing; else a voxel is taken as 1 mm.
     """
 
     shape: tuple[int, int, int]
     affine: np.ndarray
     oriented: bool = True
+    measured: bool = True
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -49,8 +51,9 @@ class Grid:
         return z, y, x
 
     @property
-    def voxel_ml(self) -> float:
-        return float(np.prod(self.spacing_mm)) / 1000
+    def voxel_ml(self) -> float | None:
+        """None where the file states no spacing."""
+        return float(np.prod(self.spacing_mm)) / 1000 if self.measured else None
 
     def check_same(self, other: "Grid", name: str, other_name: str) -> None:
         """Raises UserError unless both grids are of one shape and place."""

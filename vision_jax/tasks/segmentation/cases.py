@@ -77,6 +77,7 @@ class CaseTally:
             "plane": self._reader.options.plane,
             "slices": [first, last],
             "slices_evaluated": len(numbers),
+            "assumed": case.note,
             "spacing_mm": list(spacing_of(self._reader, self._number)),
             "classes": measure_classes(
                 prediction, label, self._source.class_names, case.grid.voxel_ml
@@ -86,9 +87,9 @@ class CaseTally:
 
 
 def measure_classes(
-    prediction: np.ndarray, label: np.ndarray, class_names: Sequence[str], voxel_ml: float
+    prediction: np.ndarray, label: np.ndarray, class_names: Sequence[str], voxel_ml: float | None
 ) -> dict[str, dict[str, Any]]:
-    """Of each class but the first: ml, true ml, Dice, parts that hang together, the largest one.
+    """Of each class but the first: voxels, ml, Dice, parts that hang together, the largest one.
 
     Parts hang together by sides, across slices too. Voxels whose label is 255 count nowhere.
 
@@ -96,7 +97,7 @@ def measure_classes(
       prediction: u8[S, H, W].
       label: u8[S, H, W].
       class_names: of the classes, the first one being what is around.
-      voxel_ml: the volume of a voxel.
+      voxel_ml: the volume of a voxel; None where it is not known, and no ml is.
     """
     counted = label != IGNORED
     measured: dict[str, dict[str, Any]] = {}
@@ -105,13 +106,17 @@ def measure_classes(
         parts, count = ndimage.label(ours)
         sizes = np.bincount(parts.ravel())[1:]
         here, there, both = int(ours.sum()), int(theirs.sum()), int((ours & theirs).sum())
+        largest = int(sizes.max(initial=0))
+        ml = [None if voxel_ml is None else n * voxel_ml for n in (here, there, largest)]
         measured[name] = {
-            "volume_ml": here * voxel_ml,
-            "true_volume_ml": there * voxel_ml,
+            "voxels": here,
+            "true_voxels": there,
+            "volume_ml": ml[0],
+            "true_volume_ml": ml[1],
             "dice": 2 * both / (here + there) if here + there else None,
             "parts": int(count),
-            "largest_part_ml": float(sizes.max(initial=0)) * voxel_ml,
-            "largest_part_share": float(sizes.max() / here) if here else None,
+            "largest_part_ml": ml[2],
+            "largest_part_share": largest / here if here else None,
         }
     return measured
 

@@ -124,9 +124,14 @@ def draw_case(
     for cell, title in zip(cells[:, 0], ("true", "predicted"), strict=True):
         cell.set_title(title, loc="left", fontsize=9, color=INK)
     lines = [
-        f"{shorten(name)}: {found['volume_ml']:.1f} ml, true {found['true_volume_ml']:.1f} ml"
+        f"{shorten(name)}: {_amount(found, '')}, true {_amount(found, 'true_')}"
         + ("" if found["dice"] is None else f", Dice {found['dice']:.3f}")
-        + f", largest of {found['parts']:,} parts {found['largest_part_ml']:.1f} ml"
+        + (
+            ""
+            if not found["parts"]
+            else f", {found['largest_part_share']:.1%} of it in the largest"
+        )
+        + ("" if not found["parts"] else f" of {found['parts']:,} parts")
         for name, found in list(report["classes"].items())[:MOST_LISTED]
     ]
     first, last = report["slices"]
@@ -134,6 +139,12 @@ def draw_case(
     figure.suptitle("\n".join([head, *lines]), x=0.01, ha="left", fontsize=9, parse_math=False)
     figure.supxlabel(report["warning"], fontsize=9, color=INK)
     return save_figure(figure, path)
+
+
+def _amount(found: Mapping[str, Any], which: str) -> str:
+    """In ml, or in voxels where their size is not known."""
+    ml = found[f"{which}volume_ml"]
+    return f"{found[f'{which}voxels']:,} voxels" if ml is None else f"{ml:.1f} ml"
 
 
 def draw_robustness(
