@@ -126,12 +126,7 @@ def draw_case(
     lines = [
         f"{shorten(name)}: {_amount(found, '')}, true {_amount(found, 'true_')}"
         + ("" if found["dice"] is None else f", Dice {found['dice']:.3f}")
-        + (
-            ""
-            if not found["parts"]
-            else f", {found['largest_part_share']:.1%} of it in the largest"
-        )
-        + ("" if not found["parts"] else f" of {found['parts']:,} parts")
+        + (_parts(found) if found["parts"] else "")
         for name, found in list(report["classes"].items())[:MOST_LISTED]
     ]
     first, last = report["slices"]
@@ -139,6 +134,10 @@ def draw_case(
     figure.suptitle("\n".join([head, *lines]), x=0.01, ha="left", fontsize=9, parse_math=False)
     figure.supxlabel(report["warning"], fontsize=9, color=INK)
     return save_figure(figure, path)
+
+
+def _parts(found: Mapping[str, Any]) -> str:
+    return f", {found['largest_part_share']:.1%} of it in the largest of {found['parts']:,} parts"
 
 
 def _amount(found: Mapping[str, Any], which: str) -> str:
