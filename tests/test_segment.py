@@ -24,7 +24,7 @@ from vision_jax.run.prepare import Run
 from vision_jax.run.restore import restore
 from vision_jax.tasks.segmentation.cases import SENTENCE
 from vision_jax.tasks.segmentation.metrics import confusion_matrix
-from vision_jax.tasks.segmentation.task import Evaluation
+from vision_jax.tasks.segmentation.task import Evaluation, read_sources
 
 RESNET = (("depths", (1,)), ("block", "basic"), ("widths", (4,)), ("stem_width", 4))
 
@@ -368,3 +368,28 @@ def test_a_run_on_slices_reports_its_volumes(tmp_path, rng, capsys):
     window = json.loads((workdir / "evaluation.json").read_text())["best_window"]
     assert window["iou"] > 0.9
     assert "the best one on the training slices" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_config_of_files_of_regions(tmp_path):
+    """The images lie where data.images says, those of evaluation where data.eval_images says."""
+    folder = segmentation_runs.data()
+    specs = {}
+    for split, name in (("train", "00.png"), ("test", "01.png")):
+        with Image.open(folder / split / "images" / name) as image:
+            width, height = image.size
+        content = {
+            "images": [{"id": 1, "file_name": name, "width": width, "height": height}],
+            "annotations": [
+                {"image_id": 1, "category_id": 1, "segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]]}
+            ],
+            "categories": [{"id": 1, "name": "disc"}],
+        }
+        specs[split] = tmp_path / f"{split}.json"
+        specs[split].write_text(json.dumps(content))
+    changes = {"data.train": specs["train"], "data.eval": specs["test"]}
+    changes |= {"data.images": folder / "train/images", "evaluate.background": "background"}
+    changes |= {"data.eval_images": folder / "test/images"}
+    for source in read_sources(tiny_config(**changes)):
+        assert source.class_names == ("background", "disc")
+        assert source[0]["mask"].sum() == 81
+        assert source[0]["image"].shape[:2] == source[0]["mask"].shape

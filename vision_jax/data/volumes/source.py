@@ -18,12 +18,14 @@ Images are uint8: values below the window are 0, above it 255, and those between
 """
 
 import io
+import os
 import re
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +52,7 @@ VOLUMES = "volumes:"
 OPTIONS = ("window", "plane", "slices", "neighbors")
 FOLDERS = (("images", "masks"), ("imagesTr", "labelsTr"), ("images", "labels"))
 MASK_ENDINGS = ("", "_mask", "_seg", "_label", "_labels", "-label", "-seg")
-CACHE_BYTES = 2**30  # of volumes of 8 bits that are kept in memory
+CACHE_BYTES = 2**30  # the least room for volumes of 8 bits that are kept in memory
 MOST_FRACTION = 1e-3  # by which a label may differ from a whole number
 MOST_STEP = 0.1  # a scale factor below it says that labels were saved as real numbers
 _PERCENTILE_VOXELS = 2_000_000
@@ -141,7 +143,8 @@ class VolumeReader:
 
     def stamp(self, row: int) -> int:
         """A checksum of the sizes of the volume's files and of the options."""
-        return _stamp(self.cases[int(self.of[row])].paths, (self.slice[row], self.options))
+        case = self.cases[int(self.of[row])]
+        return _stamp(case.paths, case.state, (int(self.slice[row]), self.options))
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,9 @@ class VolumeMasks:
         return dicom.grid_name(self.paths[number])
 
     def stamp(self, row: int) -> int:
-        table = (self.images.slice[row], self.table.values, self.table.indices)
-        return _stamp(self.paths[int(self.images.of[row])], table)
+        table = (int(self.images.slice[row]), self.table.values, self.table.indices)
+        number = int(self.images.of[row])
+        return _stamp(self.paths[number], self.states[number], table)
 
     def example_name(self, row: int) -> str:
         plane, at = self.images.options.plane, self.images.slice[row]
@@ -192,9 +196,15 @@ def _state(paths: Sequence[Path]) -> int:
     return zlib.crc32(repr([(one.st_size, one.st_mtime_ns) for one in found]).encode())
 
 
-def _stamp(paths: Sequence[Path], meaning: object) -> int:
-    sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
-    return zlib.crc32(repr((sizes, meaning)).encode())
+def _stamp(paths: tuple[Path, ...], state: int, meaning: object) -> int:
+    return zlib.crc32(repr((_sizes(paths, state), meaning)).encode())
+
+
+@lru_cache(maxsize=1024)
+def _sizes(paths: tuple[Path, ...], state: int) -> list[int]:
+    """In bytes; of a series of 300 files each of 300 slices would ask for all of them."""
+    del state
+    return [path.stat().st_size if path.is_file() else -1 for path in paths]
 
 
 class _Cache:
@@ -226,7 +236,16 @@ class _Cache:
             return array
 
 
-_CACHE = _Cache(CACHE_BYTES)
+def _room() -> int:
+    """Bytes that volumes may take in memory: a quarter of it, a GiB at least."""
+    try:
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not told by this system
+        physical = 0
+    return max(CACHE_BYTES, physical // 4)
+
+
+_CACHE = _Cache(_room())
 
 
 # --- values -------------------------------------------------------------------------------------
