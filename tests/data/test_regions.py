@@ -12,15 +12,18 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import pytest
+import runs
 from hotcoco import mask as hotcoco
 from PIL import Image
 
+from vision_jax.config import load_config
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.mask_formats.files import is_of_regions, read_regions
 from vision_jax.data.mask_formats.regions import ellipse, rasterize, turned
 from vision_jax.data.mask_formats.runs import parse_brush, parse_counts, parse_row_lengths
 from vision_jax.data.segmentation import read_segmentation_source
 from vision_jax.errors import UserError
+from vision_jax.tasks.segmentation.task import read_sources
 
 HEIGHT, WIDTH = 24, 32
 
@@ -601,6 +604,10 @@ def test_cityscapes(tmp_path, rng):
     for number, name in names.items():
         assert (mask[ids == number] == found.class_names.index(name)).all()
     assert (mask[np.isin(ids, (0, 1, 3, 4, 9, 14, 29, 30))] == 255).all()
+    changes = {f"data.{part}": f"cityscapes:{tmp_path}/train" for part in ("train", "eval")}
+    train, held_out = read_sources(load_config(str(runs.ROOT / "configs/cityscapes.py"), changes))
+    assert np.array_equal(held_out[0]["mask"], train[1]["mask"])
+    assert train.class_names[13] == "car"
     with pytest.raises(UserError, match="has no 'val'; it has train"):
         read_regions(f"cityscapes:{tmp_path}/val")
     path.unlink()
