@@ -242,6 +242,30 @@ def test_gradient_is_clipped_before_the_optimizer_sees_it(norm, rng):
         np.testing.assert_allclose(clipped[path], expected[path], rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_a_norm_that_is_known_is_not_computed_again(name, rng):
+    """It reaches the clipping through the whole chain, of every optimizer."""
+    params, gradient = to_jax(random_tree(rng)), to_jax(random_tree(rng))
+    tx = make(name, params, clip_norm=0.5)
+    norm = optax.tree.norm(gradient)
+    (told, _), (own, _) = (
+        tx.update(gradient, tx.init(params), params, **known) for known in ({"grad_norm": norm}, {})
+    )
+    for path in params:
+        np.testing.assert_array_equal(told[path], own[path])
+
+
+def test_the_norm_that_is_told_is_the_one_that_counts(rng):
+    params, gradient = to_jax(random_tree(rng)), to_jax(random_tree(rng))
+    tx = make("sgd", params, clip_norm=0.5, weight_decay=0.0)
+    once, twice = (
+        tx.update(gradient, tx.init(params), params, grad_norm=jnp.float32(norm))[0]
+        for norm in (8.0, 4.0)
+    )
+    for path in params:
+        np.testing.assert_allclose(twice[path], 2 * once[path], rtol=1e-6)
+
+
 def layer_of(path):
     return {"block_0": 1, "head": 2}.get(path.split("/")[0], 0)
 
