@@ -22,6 +22,8 @@ from ml_collections import ConfigDict
 
 from vision_jax.config import default_config
 from vision_jax.convert.tables import published
+from vision_jax.errors import UserError
+from vision_jax.models.families import FAMILIES
 
 
 class Settings(NamedTuple):
@@ -55,6 +57,12 @@ SETTINGS = {
 def get_config(name: str = "timm/convnext_tiny.fb_in22k") -> ConfigDict:
     """What differs from the defaults; see `--help-config`."""
     family, weights = published(name)
+    family = FAMILIES[family].wraps or family  # of an MAE's or a SigLIP's weights, the ViT
+    if family not in SETTINGS:
+        raise UserError(
+            f"configs/transfer.py:{name} is a {family}, for which no settings are known here: take "
+            f"one of {', '.join(SETTINGS)}"
+        )
     settings = SETTINGS[family]
     config = default_config("classification")
     config.total_steps = 2_000

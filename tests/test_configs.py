@@ -11,6 +11,7 @@ import runs
 
 from vision_jax import figures, train
 from vision_jax.config import TASKS, fields, load_config, updates_a_step
+from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.run.prepare import Run
 
@@ -175,3 +176,15 @@ def test_docstrings_name_a_command_that_exists():
         assert f"python -m vision_jax.main --config=configs/{path.name}" in text
         for word in ("Command", "Hardware:", "Expected:"):
             assert word in text
+
+
+@pytest.mark.parametrize("name", ["vit-mae-base-pretraining", "siglip-base-patch16-224-pairs"])
+def test_transfer_takes_a_pretraining_models_weights_for_its_vit(name):
+    config = load_config(f"{runs.ROOT / 'configs/transfer.py'}:transformers/{name}", {})
+    assert config.model.weights.startswith("hf://")
+    assert config.optim.layer_decay == 0.75
+
+
+def test_transfer_to_what_it_has_no_settings_for():
+    with pytest.raises(UserError, match=r"fcos_resnet50_fpn is a fcos, .* one of vit, beit"):
+        load_config(f"{runs.ROOT / 'configs/transfer.py'}:torchvision/fcos_resnet50_fpn", {})
