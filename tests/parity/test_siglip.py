@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from safetensors.torch import load_file
 
 from vision_jax import convert
-from vision_jax.certify.measure import relative_error
+from vision_jax.certify.measure import certify_reference, relative_error
 from vision_jax.certify.random_weights import randomize, sample_images
 from vision_jax.certify.references import make_reference
 from vision_jax.convert.package import write_package
@@ -161,6 +161,14 @@ def test_a_config_that_the_tensors_contradict_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text}))
         with pytest.raises(UserError, match=message):
             convert.recognize(convert.read_weights(str(tmp_path), family="siglip"))
+
+
+@pytest.mark.long
+def test_both_towers_are_certified():
+    measured = certify_reference(reference(), (32, 32), as_family="siglip")
+    assert measured["pass"], measured["reasons"]
+    assert {"pooled", "text_pooled", "logits"} <= set(measured["errors"]["float64"])
+    assert measured["parameters_filled"] == measured["parameters_in_model"]
 
 
 def test_a_sentencepiece_tokenizer_is_transformers_own(tmp_path, rng):

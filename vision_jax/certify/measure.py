@@ -18,6 +18,7 @@ import vision_jax
 from vision_jax import convert
 from vision_jax.certify import preprocessing, random_weights, references
 from vision_jax.certify.references import Reference
+from vision_jax.certify.texts import sample_tokens
 from vision_jax.convert.detectors import is_detector
 from vision_jax.convert.read import Weights
 from vision_jax.convert.table import Entry, Table
@@ -381,8 +382,13 @@ def _outputs(
         given = [jnp.asarray(images, dtype), *([] if mask is None else [jnp.asarray(mask)])]
         if imported.family == "mae":  # the reference hides the last patches
             given.append(_first_patches(model.grid, len(images)))
+        if imported.family == "siglip":
+            given.append(_texts(imported.arguments, len(images)))
         apply = partial(model.apply, return_features=True)
         result, features = (jax.jit(apply) if whole else apply)(variables, *given)
+        if imported.family == "siglip":
+            alike = result["image"] @ result["text"].T
+            result["logits"] = jnp.exp(result["logit_scale"]) * alike + result["logit_bias"]
         # Of a detector's layers the last is the prediction.
         if isinstance(result, dict):
             beside = [name for name in ("boxes_cxcywh_01", "mask_logits") if name in result]
@@ -400,6 +406,12 @@ def _first_patches(grid: tuple[int, int], images: int) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (images, count))
 
 
+def _texts(arguments: Mapping[str, Any], count: int) -> jax.Array:
+    """i32[B, L]: those that the reference is given."""
+    length, vocab_size = arguments["text_length"], arguments["vocab_size"]
+    return jnp.asarray(sample_tokens(count, length, vocab_size), jnp.int32)
+
+
 def _full_size(entry: Entry, family: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters and GFLOPs of the whole variant, also where its certificate is of fewer blocks."""
     if entry.reduced:
@@ -408,7 +420,8 @@ def _full_size(entry: Entry, family: str, arguments: Mapping[str, Any]) -> dict[
     size = (entry.image_size,) * 2
     images = jnp.zeros((1, *size, arguments["in_channels"]))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    cost = jax.jit(model.apply).lower(shapes, images).cost_analysis() or {}
+    texts = [_texts(arguments, 1)] if family == "siglip" else []
+    cost = jax.jit(model.apply).lower(shapes, images, *texts).cost_analysis() or {}
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])),
         "gflops": round(float(cost["flops"]) / 1e9, 3),

@@ -25,6 +25,7 @@ from vision_jax.certify import (
 )
 from vision_jax.certify.reference_detr import DETR
 from vision_jax.certify.reference_nanodet import NanoDet
+from vision_jax.certify.texts import sample_tokens
 from vision_jax.convert.detectors import DENSE, is_detector
 from vision_jax.convert.engine import Rule
 from vision_jax.convert.load import recognize, write_safetensors
@@ -114,11 +115,20 @@ class Reference:
             keywords["noise"] = torch.linspace(0, 1, patches).expand(len(images), -1)
         if pixel_mask is not None:
             keywords["pixel_mask"] = torch.from_numpy(pixel_mask)
+        pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        given: tuple[Any, ...] = (pixels,)
+        if isinstance(module, transformers.SiglipModel):
+            text: Any = module.config.text_config
+            length, vocab_size = text.max_position_embeddings, text.vocab_size
+            tokens = sample_tokens(len(images), length, vocab_size)
+            given = (torch.from_numpy(tokens), pixels)
         with torch.no_grad():
-            output = module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), **keywords)
+            output = module(*given, **keywords)
         for hook in hooks:
             hook.remove()
-        if hasattr(output, "pred_boxes"):
+        if hasattr(output, "logits_per_image"):
+            seen["logits"] = output.logits_per_image.numpy()
+        elif hasattr(output, "pred_boxes"):
             seen["logits"] = output.logits.numpy()
             seen["boxes_cxcywh_01"] = output.pred_boxes.numpy()
             if hasattr(output, "enc_outputs_class"):

@@ -196,4 +196,13 @@ TABLES = (
     ),
 )
 
-ZOO: tuple[Entry, ...] = ()
+ZOO = (
+    Entry(
+        "transformers/siglip-base-patch16-224-pairs",
+        "SigLIP",
+        "SiglipModel",
+        published="hf://google/siglip-base-patch16-224",
+        license="apache-2.0",
+        family="siglip",
+    ),
+)
