@@ -15,6 +15,7 @@ from segmentation_runs import CLASSES, tiny_config
 import vision_jax
 from vision_jax import convert, sharding, steps, train
 from vision_jax.commands import evaluate, predict, robustness
+from vision_jax.config import load_config
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.segmentation_transforms import segmentation_eval_transform
 from vision_jax.errors import UserError
@@ -351,7 +352,7 @@ def test_a_backbone_of_other_sizes_is_refused(tmp_path):
 
 @pytest.mark.long
 def test_a_run_on_slices_reports_its_volumes(tmp_path, rng, capsys):
-    pytest.importorskip("nibabel")
+    nibabel = pytest.importorskip("nibabel")
     folder = segmentation_runs.volumes(tmp_path / "data", rng)
     parts = {part: f"volumes:{folder}?slices={part}" for part in ("0:7", "8:12")}
     changes = {"data.train": parts["0:7"], "data.eval": parts["8:12"]}
@@ -368,6 +369,30 @@ def test_a_run_on_slices_reports_its_volumes(tmp_path, rng, capsys):
     window = json.loads((workdir / "evaluation.json").read_text())["best_window"]
     assert window["iou"] > 0.9
     assert "the best one on the training slices" in " ".join(capsys.readouterr().out.split())
+    # And on a volume of its own, which is stored from head to feet and back to front.
+    image = nibabel.load(folder / "images/p0.nii.gz")
+    turned = image.as_reoriented([[1, -1], [0, 1], [2, -1]])
+    nibabel.save(turned, tmp_path / "turned.nii.gz")
+    out = tmp_path / "out"
+    for name in (folder / "images/p0.nii.gz", tmp_path / "turned.nii.gz"):
+        saved = load_config(str(workdir / "config.json"), {})
+        assert predict.run(saved, workdir, "last", [str(name)], out / name.stem) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "not a diagnosis" in told
+    plain, other = (
+        nibabel.load(next((out / name / "masks").iterdir())) for name in ("p0.nii", "turned.nii")
+    )
+    assert other.shape == turned.shape
+    assert np.array_equal(other.affine, turned.affine)
+    again = other.as_reoriented(nibabel.orientations.io_orientation(other.affine))
+    assert np.array_equal(np.asarray(again.dataobj), np.asarray(plain.dataobj))
+    report = json.loads(next((out / "p0.nii/cases").glob("*.json")).read_text())
+    count = int((np.asarray(plain.dataobj) == 1).sum())
+    assert report["classes"]["ball"]["voxels"] == count
+    assert "true_voxels" not in report["classes"]["ball"]
+    saved.data.train = "embedded:nuclei/train"
+    with pytest.raises(UserError, match="trained on images"):
+        predict.run(saved, workdir, "last", [str(name)], out / "x")
 
 
 def test_a_config_of_files_of_regions(tmp_path):

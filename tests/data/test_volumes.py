@@ -21,7 +21,7 @@ from PIL import Image
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.segmentation import read_segmentation_source, split_segmentation_source
 from vision_jax.data.volumes import source as volumes
-from vision_jax.data.volumes.volume import Grid, from_plane, in_plane, orient
+from vision_jax.data.volumes.volume import Grid, as_stored, from_plane, in_plane, orient
 from vision_jax.doctor.__main__ import main as doctor
 from vision_jax.errors import UserError
 
@@ -92,6 +92,7 @@ def test_each_of_48_orientations(rng):
                 affine[:3, 3] = origin
                 found, grid = orient("x", stored, affine, True)
                 assert np.array_equal(found, anatomy)
+                assert np.array_equal(as_stored(found, affine, True), stored)
                 assert grid.spacing_mm == (4.0, 3.0, 2.0)
                 assert np.allclose(grid.affine[:3, 3], [-7, 11, 13])
                 seen += 1

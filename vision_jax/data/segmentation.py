@@ -38,7 +38,7 @@ from vision_jax.data.masks import (
     read_class_table,
 )
 from vision_jax.data.sources import ASSETS, IMAGE_SUFFIXES, ArrayReader, FileReader, Reader
-from vision_jax.data.volumes.source import VOLUMES, read_volumes
+from vision_jax.data.volumes.source import VOLUMES, VolumeReader, read_volumes
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import expand
 
@@ -252,12 +252,16 @@ def segmentation_part(source: SegmentationSource, kept: np.ndarray) -> Segmentat
 
 @dataclass(frozen=True)
 class NoMasks:
-    """Of image files without masks: all ignored, each of its image's size."""
+    """Of images without masks: all ignored, each of its image's size."""
 
-    reader: FileReader
+    reader: Reader
 
     def read(self, row: int) -> np.ndarray:
-        return np.full(read_size(self.reader.example_name(row)), IGNORED, np.uint8)
+        if isinstance(self.reader, FileReader):
+            size = read_size(self.reader.example_name(row))
+        else:
+            size = self.reader.read(row).shape[:2]
+        return np.full(size, IGNORED, np.uint8)
 
     def example_name(self, row: int) -> str:
         return self.reader.example_name(row)
@@ -271,6 +275,13 @@ def images_to_segment(names: Sequence[str], class_names: Sequence[str]) -> Segme
     """Image files without masks, to predict; `names` are paths. None of them is read yet."""
     reader = FileReader(Path(), tuple(names))
     found = MaskedImages("--images", tuple(class_names), reader, NoMasks(reader), len(names))
+    return make_segmentation_source(found)
+
+
+def slices_to_segment(reader: VolumeReader, class_names: Sequence[str]) -> SegmentationSource:
+    """Slices of volumes without masks, to predict. None of them is read yet."""
+    count = len(reader.slice)
+    found = MaskedImages("--images", tuple(class_names), reader, NoMasks(reader), count)
     return make_segmentation_source(found)
 
 

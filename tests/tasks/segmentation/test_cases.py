@@ -36,6 +36,8 @@ def test_volumes_and_parts():
     unknown = measure_classes(prediction, label, ("outside", "in"), None)["in"]
     assert unknown["volume_ml"] is unknown["largest_part_ml"] is None
     assert unknown["voxels"] == 9
+    alone = measure_classes(prediction, None, ("outside", "in"), 0.5)["in"]
+    assert (alone["voxels"], "dice" in alone) == (10, False)
 
 
 def test_the_best_window_of_all(rng):
@@ -90,7 +92,8 @@ def test_files_of_a_case(tmp_path, rng):
     [report] = tally.reports()
     odd = report | {"case": "../a\n$x"}
     odd["classes"] = {"ball": report["classes"]["ball"] | {"volume_ml": None, "parts": 0}}
-    write_cases([odd], source, tmp_path / "cases")
+    odd["pictures"] = [source.reader.read(place) for *_, place in report["strip"]]
+    write_cases([odd], tmp_path / "cases")
     [record, picture] = sorted((tmp_path / "cases").iterdir())
     assert record.name == "0000_.._a__x.json"
     assert json.loads(record.read_text())["slices"] == [0, 11]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vision_jax.data.volumes.volume import Grid, Volume, check_size, orient, reading
+from vision_jax.data.volumes.volume import Grid, Volume, as_stored, check_size, orient, reading
 from vision_jax.errors import UserError
 from vision_jax.files import open_regular
 
@@ -34,6 +34,21 @@ def read_nifti(path: Path) -> Volume:
         np.array(float(intercept)),
         note=note,
     )
+
+
+def write_labels(path: Path, like: Path, labels: np.ndarray) -> None:
+    """Writes labels u8[z, y, x] as NIfTI whose voxels lie, and are stored, as those of `like`.
+
+    Raises:
+      UserError: `like` can't be read.
+    """
+    with reading(like, "NIfTI"):
+        image, grid, _, affine = _open(like)
+    stored = np.ascontiguousarray(as_stored(labels, affine, grid.oriented))
+    written = import_nibabel().Nifti1Image(stored, image.affine, image.header)
+    written.header.set_data_dtype(np.uint8)
+    written.header["descrip"] = b"labels predicted by a model: not a diagnosis"
+    written.to_filename(path)
 
 
 def read_nifti_grid(path: Path) -> tuple[Grid, str]:

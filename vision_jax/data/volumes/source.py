@@ -460,6 +460,24 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
     )
 
 
+def volume_alone(path: Path, trained_on: str) -> VolumeReader:
+    """All slices of a NIfTI file, as those that a model was trained on, to predict.
+
+    Raises:
+      UserError: another file, damaged, or a model that was not trained on volumes.
+    """
+    if not trained_on.startswith(VOLUMES):
+        raise UserError(f"{path}: a volume, and the model was trained on images: give images")
+    if not path.name.lower().endswith(nifti.SUFFIXES):
+        raise UserError(f"{path}: give volumes alone, or images alone")
+    options = replace(parse_spec(trained_on)[1], slices=())
+    grid, note = nifti.read_nifti_grid(path)
+    if not grid.oriented and options.plane != "axial":
+        raise UserError(f"{path}: states no orientation, so plane={options.plane} is unknown")
+    case = Case(path.name, (path,), _state((path,)), grid, path.name, note)
+    return VolumeReader(path.parent, (case,), *_rows(str(path), (case,), options), options)
+
+
 def _rows(spec: str, cases: Sequence[Case], options: Options) -> tuple[np.ndarray, np.ndarray]:
     """(case i32[N], slice i32[N]) of all slices that are asked for."""
     of, at = [], []

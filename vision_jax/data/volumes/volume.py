@@ -167,18 +167,32 @@ def orient(
     rest = range(3, stored.ndim)
     if not oriented:
         return stored.transpose(2, 1, 0, *rest), Grid(stored.shape[2::-1], affine, False)
-    unit = axes / lengths
-    # Which of i, j, k runs along x, y and z: the assignment that agrees most.
-    order = max(permutations(range(3)), key=lambda p: sum(abs(unit[a, p[a]]) for a in range(3)))
+    order, mirrored = _directions(affine)
     turned = stored.transpose(*order, *rest)  # [x, y, z]
     columns = affine[:, [*order, 3]].copy()
-    for axis in range(3):
-        if columns[axis, axis] < 0:
-            turned = np.flip(turned, axis)
-            columns[:3, 3] += columns[:3, axis] * (turned.shape[axis] - 1)
-            columns[:3, axis] *= -1
+    for axis in mirrored:
+        turned = np.flip(turned, axis)
+        columns[:3, 3] += columns[:3, axis] * (turned.shape[axis] - 1)
+        columns[:3, axis] *= -1
     zyx = turned.transpose(2, 1, 0, *rest)
     return zyx, Grid(zyx.shape[:3], columns, True)
+
+
+def as_stored(zyx: np.ndarray, affine: np.ndarray, oriented: bool) -> np.ndarray:
+    """[i, j, k] of [z, y, x]: `orient` undone, by the same affine."""
+    xyz = zyx.transpose(2, 1, 0)
+    if not oriented:
+        return xyz
+    order, mirrored = _directions(affine)
+    return np.flip(xyz, mirrored).transpose(np.argsort(order))
+
+
+def _directions(affine: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(which of i, j, k runs along x, y and z, which of x, y, z run the other way)."""
+    unit = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(0))
+    # The assignment that agrees most.
+    order = max(permutations(range(3)), key=lambda p: sum(abs(unit[a, p[a]]) for a in range(3)))
+    return order, tuple(axis for axis in range(3) if unit[axis, order[axis]] < 0)
 
 
 def in_plane(voxels: np.ndarray, plane: str) -> np.ndarray:

@@ -31,9 +31,11 @@ class CaseTally:
 
     Args:
       source: slices of volumes, each volume's one after the other.
+      truth: whether there are labels; else reports have "labels" u8[S, H, W] as predicted.
     """
 
-    def __init__(self, source: SegmentationSource):
+    def __init__(self, source: SegmentationSource, *, truth: bool = True):
+        self._truth = truth
         assert isinstance(source.reader, VolumeReader)
         self._source, self._reader = source, source.reader
         self._slices: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
@@ -69,6 +71,8 @@ class CaseTally:
         for number in numbers:
             prediction[number - first], label[number - first], _ = self._slices[number]
         case = self._reader.cases[self._number]
+        names = self._source.class_names
+        truth = label if self._truth else None
         shown = [numbers[i] for i in np.linspace(0, len(numbers) - 1, STRIP).round().astype(int)]
         return {
             "case": case.name,
@@ -79,15 +83,16 @@ class CaseTally:
             "slices_evaluated": len(numbers),
             "assumed": case.note,
             "spacing_mm": list(spacing_of(self._reader, self._number)),
-            "classes": measure_classes(
-                prediction, label, self._source.class_names, case.grid.voxel_ml
-            ),
+            "classes": measure_classes(prediction, truth, names, case.grid.voxel_ml),
             "strip": [self._slices[number] for number in dict.fromkeys(shown)],
-        }
+        } | ({} if self._truth else {"labels": prediction})
 
 
 def measure_classes(
-    prediction: np.ndarray, label: np.ndarray, class_names: Sequence[str], voxel_ml: float | None
+    prediction: np.ndarray,
+    label: np.ndarray | None,
+    class_names: Sequence[str],
+    voxel_ml: float | None,
 ) -> dict[str, dict[str, Any]]:
     """Of each class but the first: voxels, ml, Dice, parts that hang together, the largest one.
 
@@ -95,49 +100,59 @@ def measure_classes(
 
     Args:
       prediction: u8[S, H, W].
-      label: u8[S, H, W].
+      label: u8[S, H, W], None where there is no truth, and nothing is said of it.
       class_names: of the classes, the first one being what is around.
       voxel_ml: the volume of a voxel; None where it is not known, and no ml is.
     """
-    counted = label != IGNORED
+    counted = np.ones(prediction.shape, bool) if label is None else label != IGNORED
     measured: dict[str, dict[str, Any]] = {}
     for k, name in enumerate(class_names[1:], start=1):
-        ours, theirs = (prediction == k) & counted, (label == k) & counted
+        ours = (prediction == k) & counted
         parts, count = ndimage.label(ours)
         sizes = np.bincount(parts.ravel())[1:]
-        here, there, both = int(ours.sum()), int(theirs.sum()), int((ours & theirs).sum())
-        largest = int(sizes.max(initial=0))
-        ml = [None if voxel_ml is None else n * voxel_ml for n in (here, there, largest)]
-        measured[name] = {
+        here, largest = int(ours.sum()), int(sizes.max(initial=0))
+        found = {
             "voxels": here,
-            "true_voxels": there,
-            "volume_ml": ml[0],
-            "true_volume_ml": ml[1],
-            "dice": 2 * both / (here + there) if here + there else None,
+            "volume_ml": None if voxel_ml is None else here * voxel_ml,
             "parts": int(count),
-            "largest_part_ml": ml[2],
+            "largest_part_ml": None if voxel_ml is None else largest * voxel_ml,
             "largest_part_share": largest / here if here else None,
         }
+        if label is not None:
+            theirs = (label == k) & counted
+            there, both = int(theirs.sum()), int((ours & theirs).sum())
+            found |= {
+                "true_voxels": there,
+                "true_volume_ml": None if voxel_ml is None else there * voxel_ml,
+                "dice": 2 * both / (here + there) if here + there else None,
+            }
+        measured[name] = found
     return measured
 
 
-def write_cases(
-    reports: Sequence[Mapping[str, Any]], source: SegmentationSource, folder: Path
-) -> None:
-    """NAME.json and NAME.png of each case in a folder that is made."""
+def write_cases(reports: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """NAME.json and NAME.png of each case in a folder that is made.
+
+    Args:
+      reports: with "pictures", the images u8[H, W, C] of the slices in "strip".
+      folder: where to write.
+    """
     from vision_jax.tasks.segmentation import figures  # matplotlib
 
     folder.mkdir(exist_ok=True)
     for number, report in enumerate(reports):
         stem = f"{number:04d}_{re.sub(r'[^A-Za-z0-9.-]', '_', str(report['case']))[:_LONGEST_STEM]}"
-        record = {key: value for key, value in report.items() if key != "strip"}
+        drawn = ("strip", "labels", "pictures")
+        record = {key: value for key, value in report.items() if key not in drawn}
         write_json(record, folder / f"{stem}.json")
         if number < MOST_PICTURES:
             strip = [
-                (source.reader.read(place), label, prediction)
-                for prediction, label, place in report["strip"]
+                (picture, label, prediction)
+                for picture, (prediction, label, _) in zip(
+                    report["pictures"], report["strip"], strict=True
+                )
             ]
-            figures.draw_case(record, strip, source.class_names, folder / f"{stem}.png")
+            figures.draw_case(record, strip, folder / f"{stem}.png")
 
 
 # --- the baseline -------------------------------------------------------------------------------

@@ -100,7 +100,6 @@ def draw_segmentation_grid(
 def draw_case(
     report: Mapping[str, Any],
     strip: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    class_names: Sequence[str],
     path: str | Path,
 ) -> Path:
     """Slices of a volume from first to last: true and predicted, with the volumes, as a PNG.
@@ -108,24 +107,27 @@ def draw_case(
     Args:
       report: of a case, as its JSON has it.
       strip: of each slice image u8[H, W, C], label and prediction u8[H, W].
-      class_names: K names.
       path: of the file.
     """
-    colors = palette(len(class_names))
-    figure = Figure(figsize=(1.7 * len(strip) + 0.4, 5.2), dpi=100, layout="constrained")
-    cells = figure.subplots(2, len(strip), squeeze=False)
+    colors = palette(len(report["classes"]) + 1)
+    truth = all("dice" in found for found in report["classes"].values())
+    rows = ("true", "predicted") if truth else ("predicted",)
+    size = (1.7 * len(strip) + 0.4, 2.1 * len(rows) + 1)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    cells = figure.subplots(len(rows), len(strip), squeeze=False)
     _, row_mm, column_mm = report["spacing_mm"]
     for column, (image, label, prediction) in zip(cells.T, strip, strict=True):
         grey = image[..., image.shape[2] // 2, None]
-        for cell, mask in zip(column, (label, prediction), strict=True):
+        for cell, mask in zip(column, (label, prediction)[-len(rows) :], strict=True):
             shown = np.where(mask == 0, IGNORED, mask)  # what is around stays as the image is
             cell.imshow(overlay(grey, shown, colors), aspect=row_mm / column_mm)
             cell.set_axis_off()
-    for cell, title in zip(cells[:, 0], ("true", "predicted"), strict=True):
+    for cell, title in zip(cells[:, 0], rows, strict=True):
         cell.set_title(title, loc="left", fontsize=9, color=INK)
     lines = [
-        f"{shorten(name)}: {_amount(found, '')}, true {_amount(found, 'true_')}"
-        + ("" if found["dice"] is None else f", Dice {found['dice']:.3f}")
+        f"{shorten(name)}: {_amount(found, '')}"
+        + (f", true {_amount(found, 'true_')}" if truth else "")
+        + ("" if found.get("dice") is None else f", Dice {found['dice']:.3f}")
         + (_parts(found) if found["parts"] else "")
         for name, found in list(report["classes"].items())[:MOST_LISTED]
     ]

@@ -24,6 +24,7 @@ from vision_jax.data.segmentation import (
     images_to_segment,
     read_segmentation_source,
     segmentation_subset,
+    slices_to_segment,
     split_segmentation_source,
 )
 from vision_jax.data.segmentation_pipeline import (
@@ -35,7 +36,9 @@ from vision_jax.data.segmentation_transforms import (
     SegmentationPreprocessing,
     segmentation_eval_transform,
 )
-from vision_jax.data.volumes.source import VolumeReader
+from vision_jax.data.volumes import nifti
+from vision_jax.data.volumes.source import VolumeReader, volume_alone
+from vision_jax.data.volumes.volume import from_plane
 from vision_jax.errors import UserError, printable, utf8
 from vision_jax.evaluation import make_run_batches
 from vision_jax.logging import RunLog, say
@@ -490,7 +493,9 @@ def write_results(
     del preprocessing
     names, files = source.class_names, {}
     if result.cases:
-        cases.write_cases(result.cases, source, workdir / "cases")
+        for report in result.cases:
+            report["pictures"] = [source.reader.read(place) for *_, place in report["strip"]]
+        cases.write_cases(result.cases, workdir / "cases")
         files["cases"] = "each volume: ml, its largest part and slices; not a diagnosis"
         if len(names) == 2:
             result.summary["best_window"] = _best_window(config, source)
@@ -530,11 +535,12 @@ def _best_window(config: ConfigDict, source: SegmentationSource) -> dict[str, An
 def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Path) -> None:
     """A mask of each file: OUT/masks/NAME.png, drawn in OUT/overlays/, and OUT/predictions.json.
 
-    Masks are palette PNGs of the image's own size, whose values are class indices.
+    Masks are palette PNGs of the image's own size, whose values are class indices. Of NIfTI files,
+    where the model was trained on volumes, OUT/masks/NAME.nii.gz and a report in OUT/cases/.
 
     Args:
       config: the run's.
-      names: of image files.
+      names: of image files, or of volumes.
       trained: the model.
       out: where to write.
 
@@ -548,6 +554,14 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
     predict_all = _make_predict_all(config, outputs_fn, trained.mesh, trained.preprocessing)
+    if any(name.lower().endswith(nifti.SUFFIXES) for name in names):
+        run = partial(_predict_volume, config, predict_all, trained, out)
+        reports = [report for number, name in enumerate(names) for report in run(number, name)]
+        if not jax.process_index():
+            cases.write_cases(reports, out / "cases")
+            say(f"wrote {out / 'masks'}, whose values are the classes' places in model.json")
+            say(f"wrote {out / 'cases'}: {cases.SENTENCE}")
+        return
     source, damage = images_to_segment(names, class_names), DamageLog()
     colors = figures.palette(len(class_names))
     tally = _make_tally(config, class_names)
@@ -597,6 +611,41 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     say(f"wrote {out / 'predictions.json'}")
     say(f"wrote {out / 'masks'}, whose values are the classes of predictions.json")
     say(f"wrote {out / 'overlays'}")
+
+
+def _predict_volume(
+    config: ConfigDict,
+    predict_all: Callable[..., Iterator[Predicted]],
+    trained: Trained,
+    out: Path,
+    number: int,
+    name: str,
+) -> list[dict[str, Any]]:
+    """Writes the labels of a volume; returns its report.
+
+    Raises:
+      UserError: it can't be read, or the model was trained on images.
+    """
+    reader = volume_alone(Path(name), config.data.train)
+    source = slices_to_segment(reader, trained.class_names)
+    tally, damage = CaseTally(source, truth=False), DamageLog()
+    for row, prediction, _ in predict_all(source, damage, *trained.arguments):
+        tally.add(row, prediction, prediction)
+    if damage.names:
+        raise UserError(f"{name}: can't be read: its header is sound, and its voxels are not")
+    [report] = tally.reports()
+    report["pictures"] = [source.reader.read(place) for *_, place in report["strip"]]
+    labels = from_plane(report.pop("labels"), reader.options.plane)
+    if not jax.process_index():
+        (out / "masks").mkdir(parents=True, exist_ok=True)
+        stem = re.sub(r"[^\w.-]", "_", utf8(re.sub(r"\.nii(\.gz)?$", "", Path(name).name)))
+        path = out / "masks" / f"{number:04d}_{stem[:LONGEST_STEM]}.nii.gz"
+        nifti.write_labels(path, Path(name), labels)
+        for kind, found in report["classes"].items():
+            ml = found["volume_ml"]
+            amount = f"{found['voxels']:,} voxels" if ml is None else f"{ml:.1f} ml"
+            say(f"{printable(name)}  {printable(kind)} {amount}")
+    return [report]
 
 
 # Robustness -------------------------------------------------------------------------------------
