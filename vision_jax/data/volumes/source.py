@@ -474,7 +474,8 @@ def volume_alone(path: Path, trained_on: str) -> VolumeReader:
     grid, note = nifti.read_nifti_grid(path)
     if not grid.oriented and options.plane != "axial":
         raise UserError(f"{path}: states no orientation, so plane={options.plane} is unknown")
-    case = Case(path.name, (path,), _state((path,)), grid, path.name, note)
+    name = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    case = Case(name, (path,), _state((path,)), grid, name, note)
     return VolumeReader(path.parent, (case,), *_rows(str(path), (case,), options), options)
 
 

@@ -638,7 +638,7 @@ def _predict_volume(
     labels = from_plane(report.pop("labels"), reader.options.plane)
     if not jax.process_index():
         (out / "masks").mkdir(parents=True, exist_ok=True)
-        stem = re.sub(r"[^\w.-]", "_", utf8(re.sub(r"\.nii(\.gz)?$", "", Path(name).name)))
+        stem = re.sub(r"[^\w.-]", "_", utf8(reader.cases[0].name))
         path = out / "masks" / f"{number:04d}_{stem[:LONGEST_STEM]}.nii.gz"
         nifti.write_labels(path, Path(name), labels)
         for kind, found in report["classes"].items():
