@@ -18,6 +18,10 @@ from vision_jax.certify.references import Reference
 from vision_jax.convert.read import read_preprocessing, torchvision_preprocessing
 from vision_jax.convert.table import Entry
 from vision_jax.data.detection_transforms import DetectionPreprocessing, detection_eval_transform
+from vision_jax.data.segmentation_transforms import (
+    SegmentationPreprocessing,
+    segmentation_eval_transform,
+)
 from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.models import pyramid, yolox
 
@@ -58,9 +62,10 @@ def measure(
 def _cropped_sizes(record: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Images that are halved, and of which a crop then leaves any number of pixels modulo 4.
 
-    Where the center is after an odd number depends on who rounds. Empty for a detector's record.
+    Where the center is after an odd number depends on who rounds. Empty for the record of a
+    detector or a segmenter.
     """
-    if "short" in record:
+    if {"short", "view"} & set(record):
         return []
     height, width = (math.floor(n / record["crop_pct"]) for n in record["image_size"])
     return [(2 * height, 2 * (width + more)) for more in range(LEFT_OVER)]
@@ -71,6 +76,10 @@ def _own_transform(
 ) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray, np.ndarray]:
     """(what we do to an image uint8[H, W, 3] up to normalization, mean, std)."""
     mean, std = (np.asarray(record[name]) for name in ("mean", "std"))
+    if "view" in record:
+        names = ("image_size", "mean", "std", "interpolation", "view")
+        seen = SegmentationPreprocessing(**{name: record[name] for name in names})
+        return partial(segmentation_eval_transform, preprocessing=seen), mean, std
     if "short" not in record:
         return partial(eval_transform, preprocessing=Preprocessing(**record)), mean, std
     canvas = (record["longest"],) * 2
@@ -112,7 +121,7 @@ def source_preprocessing(entry: Entry, reference: Reference) -> SourcePreprocess
     if entry.source == "torchvision":
         weights = torchvision.models.get_model_weights(entry.name.partition("/")[2]).DEFAULT
         preset = weights.transforms()
-        if not hasattr(preset, "crop_size"):
+        if not hasattr(preset, "resize_size"):
             resize: Any = reference.module.transform
             return SourcePreprocessing(
                 f"torchvision {type(resize).__name__}",
@@ -128,7 +137,7 @@ def source_preprocessing(entry: Entry, reference: Reference) -> SourcePreprocess
             )
         return SourcePreprocessing(
             f"torchvision {weights}, Pillow",
-            torchvision_preprocessing(preset),
+            torchvision_preprocessing(preset) or {},
             lambda image: preset(Image.fromarray(image)).permute(1, 2, 0).numpy(),
         )
     if entry.source == "yolox":

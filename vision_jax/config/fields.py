@@ -656,8 +656,12 @@ FIELDS = (
     _field(
         "data.view",
         "",
-        Check(lambda value: value in ("", "original", "squash"), "original, squash, or empty"),
-        "evaluation view: the image's own size, or model.image_size; empty: the weights' own",
+        Check(
+            lambda value: value in ("", "original", "squash", "short"),
+            "original, squash, short, or empty",
+        ),
+        "evaluation view: the image's own size, model.image_size, or that of its short side alone; "
+        "empty: the weights' own",
         SEGMENTATION,
     ),
     _field("data.interpolation", "", FILTER, "filter of resizing; empty: the weights' own"),

@@ -183,8 +183,14 @@ def _own_config(
 
 
 def _torchvision_transform(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of torchvision.transforms._presets.ImageClassification."""
+    """Arguments of torchvision.transforms._presets' ImageClassification or SemanticSegmentation."""
     height, width = preprocessing["image_size"]
+    if "view" in preprocessing:
+        if preprocessing["view"] == "squash":
+            raise UserError("torchvision's transform keeps the aspect ratio: use data.view=short")
+        short = min(height, width) if preprocessing["view"] == "short" else None
+        kept = ("mean", "std", "interpolation")
+        return {"resize_size": short, **{name: preprocessing[name] for name in kept}}
     if height != width or preprocessing["crop_mode"] != "center":
         raise UserError("torchvision's transform crops squares from the center: use --to=timm")
     return {
@@ -210,7 +216,7 @@ def _transformers_config(
 
 def crop_note(preprocessing: Mapping[str, Any] | None, to: str) -> str:
     """What to tell a person where `to` finds another center than the weights' own library did."""
-    if not preprocessing or "short" in preprocessing or to not in CROP_RULE_OF:
+    if not preprocessing or to not in CROP_RULE_OF or {"short", "view"} & set(preprocessing):
         return ""
     whole = preprocessing["crop_mode"] == "squash" and preprocessing["crop_pct"] == 1
     if whole or preprocessing["crop_rule"] == CROP_RULE_OF[to]:
@@ -237,6 +243,14 @@ def preprocessing_of(arguments: Arguments, own: Mapping[str, Any] | None) -> dic
     size = own.get("image_size") or arguments.get("image_size")
     if size is None:
         return None
+    if own.get("view"):
+        return {
+            "image_size": tuple(size),
+            "mean": tuple(arguments["mean"]),
+            "std": tuple(arguments["std"]),
+            "interpolation": own.get("interpolation") or "bilinear",
+            "view": own["view"],
+        }
     return {
         "image_size": tuple(size),
         "mean": tuple(arguments["mean"]),

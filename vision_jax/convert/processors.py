@@ -140,7 +140,8 @@ def read_processor(
     read = _Reader(kind, fields, name)
     if file.get("use_square_size") and kind == "CLIPImageProcessor":
         raise read.refusal("use_square_size", "write the size itself")
-    view = read.detector_view() if kind in (DETR, RF_DETR) else read.classifier_view()
+    views = {DETR: read.detector_view, RF_DETR: read.detector_view, SEGFORMER: read.segmenter_view}
+    view = views.get(kind, read.classifier_view)()
     filters = {"interpolation": read.interpolation()}
     return {**filters, **view, **read.normalization(_channels(config))}
 
@@ -273,6 +274,23 @@ class _Reader:
             raise self.refusal("size", "its keys are shortest_edge and longest_edge")
         return {"short": size["shortest_edge"], "longest": size["longest_edge"], "square": False}
 
+    def segmenter_view(self) -> dict[str, Any]:
+        """view, as data.segmentation_transforms has it, and image_size; squashed also a crop's.
+
+        The class crops and pads nothing, whatever its fields say.
+        """
+        if self.fields["do_center_crop"] and self.fields["crop_size"] is None:
+            raise self.refusal("crop_size", "transformers wants one beside do_center_crop")
+        if not self.fields["do_resize"]:
+            return {"view": "original"}
+        size = self.sides("size", bool(self.fields["default_to_square"]))
+        if set(size) == {"shortest_edge"}:
+            return {"view": "short", "image_size": (size["shortest_edge"],) * 2}
+        if set(size) != {"height", "width"}:
+            raise self.refusal("size", "use height and width, or shortest_edge alone")
+        whole = {"crop_pct": 1.0, "crop_mode": "squash", "crop_rule": "transformers"}
+        return {"view": "squash", "image_size": (size["height"], size["width"]), **whole}
+
     def interpolation(self) -> str:
         """RF-DETR's own processor does not antialias; DETR's, which the hub's files name, does."""
         number = self.fields["resample"]
@@ -372,6 +390,14 @@ def processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         kind = {"image_processor_type": RF_DETR if aliased else DETR, "format": "coco_detection"}
         return {**kind, **config, "size": size, "do_pad": True}
     height, width = preprocessing["image_size"]
+    if "view" in preprocessing:
+        views: dict[str, dict[str, Any]] = {
+            "squash": {"size": {"height": height, "width": width}},
+            "short": {"size": {"shortest_edge": min(height, width)}},
+            "original": {"do_resize": False},
+        }
+        own: dict[str, Any] = {"image_processor_type": SEGFORMER, "do_reduce_labels": False}
+        return {**own, **config, **views[preprocessing["view"]]}
     crop = {"height": height, "width": width}
     resized = {side: math.floor(n / preprocessing["crop_pct"]) for side, n in crop.items()}
     cut = {"do_center_crop": True, "crop_size": crop}

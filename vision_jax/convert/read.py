@@ -326,7 +326,7 @@ def _read_torchvision(spec: str) -> Weights:
     names = entry.meta.get("categories") or ()
     config["class_names"] = detectors.class_names_of(name, names) or None
     preset = entry.transforms()
-    preprocessing = torchvision_preprocessing(preset) if hasattr(preset, "crop_size") else None
+    preprocessing = torchvision_preprocessing(preset)
     path = _fetch(entry.url, spec)
     return _assemble([path], True, spec, {"config": config}, preprocessing)
 
@@ -463,6 +463,8 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     if isinstance(known.get("interpolation"), str):
         known["interpolation"] = known["interpolation"].removesuffix(ALIASED)
     Preprocessing(**{**STANDARD, **known})  # raises where a value makes no sense
+    if found.get("view"):  # a segmenter's
+        read["view"] = str(found["view"])
     edges = {name: int(found[name]) for name in ("short", "longest") if found.get(name)}
     if not edges:
         return read
@@ -511,25 +513,35 @@ def _from_timm(config: Mapping[str, Any], cfg: Mapping[str, Any]) -> tuple[dict[
     return found, channels
 
 
+_AS_IT_IS = {"view": "original"}
+
+
 def _from_torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What package.py writes: the arguments of torchvision's ImageClassification."""
-    crop, resized = config["crop_size"], config["resize_size"]
+    """What package.py writes: the arguments of torchvision's presets."""
     kept = {name: config.get(name) for name in ("mean", "std", "interpolation")}
+    if "crop_size" not in config:  # SemanticSegmentation
+        short = config["resize_size"]
+        return {**kept, **({"view": "short", "image_size": (short,) * 2} if short else _AS_IT_IS)}
+    crop, resized = config["crop_size"], config["resize_size"]
     share = crop_share(crop, resized)
     return {**kept, "image_size": (crop, crop), "crop_pct": share, "crop_mode": "center"}
 
 
-def torchvision_preprocessing(preset: Any) -> dict[str, Any]:
-    """Preprocessing of a torchvision.transforms._presets.ImageClassification."""
-    (crop,), (resized,) = preset.crop_size, preset.resize_size
-    return {
-        "image_size": (crop, crop),
+def torchvision_preprocessing(preset: Any) -> dict[str, Any] | None:
+    """Preprocessing of torchvision's presets of whole images and of pixels; None of others."""
+    if not hasattr(preset, "resize_size"):  # of detectors, which resize by themselves
+        return None
+    (resized,) = preset.resize_size
+    kept = {
         "mean": tuple(preset.mean),
         "std": tuple(preset.std),
-        "crop_pct": crop_share(crop, resized),
-        "crop_mode": "center",
         "interpolation": preset.interpolation.value,
     }
+    if not hasattr(preset, "crop_size"):
+        return {**kept, "view": "short", "image_size": (resized, resized)}
+    (crop,) = preset.crop_size
+    share = crop_share(crop, resized)
+    return {**kept, "image_size": (crop, crop), "crop_pct": share, "crop_mode": "center"}
 
 
 def _numbers(values: Any, count: int, name: str, kind: type = float) -> tuple[Any, ...] | None:

@@ -16,7 +16,7 @@ from vision_jax.data.masks import IGNORED
 from vision_jax.data.transforms import INTERPOLATIONS, flip_image, resize, to_channels
 from vision_jax.errors import UserError
 
-VIEWS = ("original", "squash")
+VIEWS = ("original", "squash", "short")
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class SegmentationPreprocessing:
     """What a segmenter expects of its images; it travels with the weights.
 
     `image_size` is (height, width) of training's crops, and with the view "squash" of evaluation's
-    images too, whatever their aspect ratio (transformers' processors); with "original" evaluation
-    takes images as they are. Predictions are of the original size in both. `interpolation` is
-    Pillow's, antialiased. `mean` and `std` are per channel, for images in [0, 1]; the model applies
-    them, the host doesn't. `mean` has an entry for each channel that the model takes.
+    images too, whatever their aspect ratio (transformers' processors); with "short" it is their
+    short side's, and their aspect ratio stays (torchvision's presets); with "original" evaluation
+    takes images as they are. Predictions are of the original size in all of them. `interpolation`
+    is Pillow's, antialiased. `mean` and `std` are per channel, for images in [0, 1]; the model
+    applies them, the host doesn't. `mean` has an entry for each channel that the model takes.
     """
 
     image_size: tuple[int, int]
@@ -168,8 +169,13 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def segmentation_eval_transform(
     image: np.ndarray, preprocessing: SegmentationPreprocessing
 ) -> np.ndarray:
-    """The image as evaluation sees it: u8[h, w, C], of its own size or of image_size."""
+    """The image as evaluation sees it: u8[h, w, C], of the size that the view makes it."""
     image = to_channels(image, len(preprocessing.mean))
     if preprocessing.view == "original":
         return image
-    return resize(image, preprocessing.image_size, preprocessing.interpolation)
+    size = preprocessing.image_size
+    if preprocessing.view == "short":
+        (height, width), new = image.shape[:2], min(size)
+        short = min(height, width)
+        size = (int(new * height / short), int(new * width / short))  # as torchvision rounds
+    return resize(image, size, preprocessing.interpolation)
