@@ -126,6 +126,9 @@ def _batch(like: dict[str, Any], classes: int) -> dict[str, np.ndarray]:
     batch = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in like.items()}
     count, size = like["image"].shape[:2]
     batch["image"], batch["mask"] = beside.images(count, size), np.ones(count, bool)
+    if like["label"].ndim == 3:  # of pixels
+        label = beside.labels(like["label"].size, classes).reshape(like["label"].shape)
+        return {**batch, "label": label.astype(like["label"].dtype)}
     if "target_mask" not in like:
         return {**batch, "label": beside.labels(count, classes).astype(np.int32)}
     found = beside.boxes(count)
@@ -162,7 +165,8 @@ def infer(folder: Path, *, batch_size: int, image_size: int, dtype: str = "float
 
     def run() -> float:
         logits = jax.block_until_ready(program(loaded.variables, images))
-        last = logits[-1] if logits.ndim == 4 else logits  # a detector's last layer
+        layered = logits.ndim == 4 and loaded.family.task == "detection"
+        last = logits[-1] if layered else logits  # a detector's last layer
         return float(np.square(np.asarray(last, np.float32)).mean())
 
     return Side(run, program.facts)
