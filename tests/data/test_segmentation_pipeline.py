@@ -215,7 +215,7 @@ def test_files_of_one_size_share_a_batch_wherever_they_are(rng, tmp_path):
 
 def test_preprocessing_that_makes_no_sense():
     for changes, words in (
-        ({"view": "short"}, "preprocessing view"),
+        ({"view": "wide"}, "preprocessing view"),
         ({"interpolation": "cubic"}, "preprocessing interpolation"),
         ({"image_size": (0, 4)}, "positive"),
         ({"std": (0.0,) * 3}, "no normalization"),
