@@ -23,6 +23,7 @@ BENCHMARKS = {
     "coco_evaluation": ("--images=3", "--detections=4"),
     "detection_input": ("--images=4", "--threads=1"),
     "detectors": ("--small", "--jobs", "NMS", *BRIEF),
+    "segmenters": ("--small", "--jobs", "forward", *BRIEF),
     "small_detectors": ("--seeds=1", *SHORT, "--config.data.eval=composites:test/0/4"),
     "duplicates": ("--images=50",),
     "distillation": ("--seeds=1", "--rows", "alone", "--teacher=none", *SHORT, *FEW_IMAGES),
@@ -49,6 +50,7 @@ BESIDE = {  # what these measure beside, of the extra `parity`
     "input": "torchvision",
     "listing": "torchvision",
     "pgd": "torchattacks",
+    "segmenters": "transformers",
     "training": "peft",
 }
 SHARED = {
@@ -56,6 +58,7 @@ SHARED = {
     "ours",
     "peers",
     "detector_peers",
+    "segmenter_peers",
 }  # no commands: what the tables beside peers have in common
 
 
