@@ -15,6 +15,7 @@ from segmentation_runs import CLASSES, tiny_config
 import vision_jax
 from vision_jax import convert, sharding, steps, train
 from vision_jax.commands import evaluate, predict, robustness
+from vision_jax.commands.convert import main as convert_main
 from vision_jax.config import load_config
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.segmentation_transforms import segmentation_eval_transform
@@ -418,3 +419,27 @@ def test_a_config_of_files_of_regions(tmp_path):
         assert source.class_names == ("background", "disc")
         assert source[0]["mask"].sum() == 81
         assert source[0]["image"].shape[:2] == source[0]["mask"].shape
+
+
+def test_a_unet_goes_to_smp_by_name(tmp_path):
+    """The tensors come back as they were; another encoder's go nowhere, which one line says."""
+    arguments = {"encoder": "resnet", "encoder_arguments": tuple(ENCODER.items()),
+                 "decoder_widths": (8, 6, 4)}  # fmt: skip
+    path = runs.write_teacher(tmp_path / "unet.safetensors", "unet", 3, 32, **arguments)
+    assert convert_main([path, f"--out={tmp_path / 'smp'}", "--to=smp"]) == 0
+    found, given = (
+        convert.read_weights(str(place)).tensors
+        for place in (tmp_path / "smp" / "model.safetensors", path)
+    )
+    assert set(found) == set(given)
+    for name, tensor in given.items():
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+def test_a_plain_unet_goes_to_no_library(tmp_path, capsys):
+    arguments = {"encoder": "plain", "encoder_arguments": (("widths", (4, 6)),),
+                 "decoder_widths": (4,)}  # fmt: skip
+    path = runs.write_teacher(tmp_path / "unet.safetensors", "unet", 3, 16, **arguments)
+    assert convert_main([path, "--dry-run"]) == 2
+    message = "smp has no unet that is such a model, and nor has any other library"
+    assert message in capsys.readouterr().err

@@ -158,6 +158,8 @@ def test_tables_of_files(tmp_path, name, content, names, values, colors):
         ("c.json", '{"70000": "a"}', "the value 70000"),
         ("c.json", '{"1": "a", "01": "b"}', "two names"),
         ("c.json", '{"0": 5}', "the name 5"),
+        ("c.json", '{"road": 1}', "the name behind it"),
+        ("c.json", '{"road": [128, 64, 128]}', "the name behind it"),
         ("c.json", json.dumps([f"c{i}" for i in range(256)]), "256 classes"),
         ("c.csv", "a,b\n1,2\n", "begin with"),
         ("c.csv", "name,r,g,b\na,1,2,300\n", "no color"),

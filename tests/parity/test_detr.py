@@ -312,7 +312,7 @@ def test_an_unusual_one_goes_where_it_can(tmp_path):
     assert table_for_export("transformers", "detr", arguments).kind == "its own backbone"
     with pytest.raises(UserError, match="detr has no detr that is such a model"):
         table_for_export("detr", "detr", arguments)
-    with pytest.raises(UserError, match="it can go to none"):
+    with pytest.raises(UserError, match="nor has any other library"):
         table_for_export("transformers", "detr", {**arguments, "dilation": True})
     # But a run's own file holds it, and says so in its header.
     dilated = {**arguments, "dilation": True}

@@ -29,7 +29,7 @@ from vision_jax.errors import UserError
 from vision_jax.files import draft_folder
 
 BAD_INPUT = 2  # exit code
-TARGETS = ("timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet")
+TARGETS = ("timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet", "smp")
 TAKEN_SIZE = (224, 224)  # pixels, to build a model whose parameters don't depend on it
 
 

@@ -48,7 +48,7 @@ def write_package(
         are read and written one at a time.
       family: of the model.
       arguments: all of the model's.
-      to: "timm", "torchvision", "transformers", "npz", "detr", "yolox" or "nanodet".
+      to: "timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet" or "smp".
       class_names: by label.
       preprocessing: image_size (height, width), mean, std, crop_pct, crop_mode, interpolation; or
         a detector's short, longest, mean, std, interpolation.

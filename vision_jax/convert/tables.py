@@ -211,7 +211,10 @@ def table_for_export(to: str, family: str, arguments: Arguments) -> Table:
             return table.with_prefix("" if bare else table.prefixes[0])
     able = sorted({t.source for t in TABLES if t.family == family and t.holds(arguments)})
     raise UserError(
-        f"{to} has no {family} that is such a model: it can go to {', '.join(able) or 'none'}"
+        f"{to} has no {family} that is such a model: it can go to {', '.join(able)}"
+        if able
+        else f"{to} has no {family} that is such a model, and nor has any other library: keep its"
+        " file, which config.model.weights and vision_jax.load read"
     )
 
 

@@ -192,8 +192,6 @@ def read_class_table(path: Path) -> ClassTable:
     pairs: list[tuple[int, str | None]] = []
     kinds = set()
     for value, name in rows:
-        if name is not None and (not isinstance(name, str) or not name.strip()):
-            raise UserError(f"{path}: the name {name!r}: give a text, or null for no class")
         text = str(value).strip()
         if _COLOR.fullmatch(text):
             kinds.add("color")
@@ -202,7 +200,13 @@ def read_class_table(path: Path) -> ClassTable:
             kinds.add("number")
             number = int(text)
         else:
-            raise UserError(f"{path}: {text[:40]!r} is no value: use a whole number or #rrggbb")
+            turned = isinstance(name, (int, list))  # {"road": 1}, {"road": [128, 64, 128]}
+            raise UserError(
+                f"{path}: {text[:40]!r} is no value: use a whole number or #rrggbb"
+                + (', and the name behind it, such as {"1": "road"}' if turned else "")
+            )
+        if name is not None and (not isinstance(name, str) or not name.strip()):
+            raise UserError(f"{path}: the name {name!r}: give a text, or null for no class")
         pairs.append((number, name and name.strip()))
     if len(kinds) > 1:
         raise UserError(f"{path}: numbers and colors among the values: use one of both")

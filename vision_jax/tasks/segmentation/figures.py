@@ -22,6 +22,7 @@ from vision_jax.figures import BLUE, GREEN, INK, ORANGE, save_figure, shorten
 FIRST = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 GOLDEN = 0.618033988749895  # of a turn
 OPACITY = 0.5
+GREY_WEIGHTS = (0.299, 0.587, 0.114)
 WRONG, RIGHT = (213, 94, 0), (230, 230, 230)
 MOST_LISTED = 24  # classes in a legend
 COLORS = (BLUE, ORANGE, GREEN)  # of attacks
@@ -37,11 +38,16 @@ def palette(count: int) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """u8[H, W, 3] of an image u8[H, W, C] with its mask u8[H, W] half over it."""
+    """u8[H, W, 3] of an image u8[H, W, C] with its mask u8[H, W] half over it.
+
+    Under the mask the image is grey (Rec. 601), so that hues are the classes' alone: a blue thing
+    of a green class would else look like another class. Ignored pixels keep their colors.
+    """
     base = to_color(image).astype(np.float32)
     counted = mask != IGNORED
     painted = colors[np.where(counted, mask, 0)]
-    mixed = (1 - OPACITY) * base + OPACITY * painted
+    grey = (base @ np.array(GREY_WEIGHTS, np.float32))[..., None]  # [H, W, 1]
+    mixed = (1 - OPACITY) * grey + OPACITY * painted
     return np.where(counted[..., None], mixed, base).round().astype(np.uint8)
 
 
@@ -85,7 +91,8 @@ def draw_segmentation_grid(
             cell.imshow(picture)
             cell.set_title(title, loc="left", fontsize=9, color=INK, parse_math=False)
             cell.set_axis_off()
-    used = sorted({k for e in examples for k in np.unique(e["label"]) if k != IGNORED})
+    shown = [e[name] for e in examples for name in ("label", "prediction")]
+    used = sorted({k for mask in shown for k in np.unique(mask) if k != IGNORED})
     handles = [
         Patch(color=colors[k] / 255, label=shorten(class_names[k])) for k in used[:MOST_LISTED]
     ]
