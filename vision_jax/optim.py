@@ -184,7 +184,8 @@ def make_optimizer(
         factors = _layer_factors(depths, num_layers, layer_decay)
     if lr_multipliers:
         patterns = [pattern for pattern, _ in lr_multipliers]
-        paths.select(params, patterns, field="config.optim.lr_multipliers")
+        field, kind = "config.optim.lr_multipliers", "parameter that is trained (config.trainable)"
+        paths.select(params, patterns, field=field, kind=kind)
         for path in params:
             chosen = (factor for pattern, factor in lr_multipliers if re.fullmatch(pattern, path))
             factors[path] = factors.get(path, 1.0) * next(chosen, 1.0)

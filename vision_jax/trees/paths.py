@@ -57,7 +57,12 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def select(
-    paths: Iterable[str], rules: Sequence[str], *, field: str, strict: bool = True
+    paths: Iterable[str],
+    rules: Sequence[str],
+    *,
+    field: str,
+    strict: bool = True,
+    kind: str = "parameter",
 ) -> set[str]:
     """The paths that at least one rule matches whole; each rule must match something.
 
@@ -66,6 +71,7 @@ def select(
       rules: regular expressions.
       field: the config field that the rules come from, for the error message.
       strict: False takes rules that match nothing, too.
+      kind: what paths are of, for the error message.
 
     Raises:
       UserError: a rule that is no regular expression, or that matches nothing (with the nearest).
@@ -79,7 +85,7 @@ def select(
             raise UserError(f"{field}: {rule!r} is not a regular expression: {error}") from None
         matched = {path for path in paths if pattern.fullmatch(path)}
         if strict and not matched:
-            raise UserError(f"{field}: rule {rule!r} matches no parameter{_nearest(rule, paths)}")
+            raise UserError(f"{field}: rule {rule!r} matches no {kind}{_nearest(rule, paths)}")
         chosen |= matched
     return chosen
 

@@ -15,7 +15,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
 
+from vision_jax.attacks import norms
 from vision_jax.data.masks import IGNORED
 from vision_jax.figures import BLUE, GREEN, INK, ORANGE, save_figure, shorten
 
@@ -91,8 +93,16 @@ def draw_segmentation_grid(
             cell.imshow(picture)
             cell.set_title(title, loc="left", fontsize=9, color=INK, parse_math=False)
             cell.set_axis_off()
-    shown = [e[name] for e in examples for name in ("label", "prediction")]
-    used = sorted({k for mask in shown for k in np.unique(mask) if k != IGNORED})
+    _add_legend(
+        figure, [e[name] for e in examples for name in ("label", "prediction")], class_names
+    )
+    return save_figure(figure, path)
+
+
+def _add_legend(figure: Any, masks: Sequence[np.ndarray], class_names: Sequence[str]) -> None:
+    """The colors of the classes in these masks u8[H, W], below the pictures."""
+    colors = palette(len(class_names))
+    used = sorted({k for mask in masks for k in np.unique(mask) if k != IGNORED})
     handles = [
         Patch(color=colors[k] / 255, label=shorten(class_names[k])) for k in used[:MOST_LISTED]
     ]
@@ -101,7 +111,12 @@ def draw_segmentation_grid(
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-    return save_figure(figure, path)
+
+
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """u8[H, W, 3] for a picture, of levels f32[h, w, C]: what the model saw, at a mask's size."""
+    picture = Image.fromarray(to_color(image).astype(np.uint8))
+    return np.asarray(picture.resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def draw_case(
@@ -165,12 +180,16 @@ def draw_robustness(
 
     Args:
       record: as robustness.json has it.
-      pictures: of images "image" and "adversarial" f32[h, w, C] in [0, 1], "before" and "after"
-        u8[h, w].
+      pictures: of images "image" and "adversarial" f32[h, w, C] in [0, 1], as the model is given
+        them, "before" and "after" u8[H, W], of the mask's size.
       class_names: K names.
       path: of the file.
     """
     lower = 3.3 * len(pictures)
+    strongest = ""
+    for name, rows in record["attacks"].items():  # of the last, at its largest, are the pictures
+        if rows:
+            strongest = f"{name} {norms.show_epsilon(rows[-1]['epsilon'], record['norm'])}"
     figure = Figure(figsize=(13, 4.4 + lower), dpi=100, layout="constrained")
     upper: Any = figure
     if pictures:
@@ -181,23 +200,25 @@ def draw_robustness(
             below.subplots(len(pictures), 4, squeeze=False), pictures, strict=True
         ):
             plain, attacked = (
-                np.round(255 * np.clip(found[name], 0, 1)).astype(np.uint8)
+                _resize(np.round(255 * np.clip(found[name], 0, 1)), found["before"].shape)
                 for name in ("image", "adversarial")
             )
             for cell, picture, title in zip(
                 row,
                 (
-                    to_color(plain),
+                    plain,
                     overlay(plain, found["before"], colors),
-                    to_color(attacked),
+                    attacked,
                     overlay(attacked, found["after"], colors),
                 ),
-                ("image", "predicted", "attacked", "predicted then"),
+                ("image", "predicted", strongest, "predicted then"),
                 strict=True,
             ):
                 cell.imshow(picture)
                 cell.set_title(title, loc="left", fontsize=9, color=INK)
                 cell.set_axis_off()
+        masks = [found[name] for found in pictures for name in ("before", "after")]
+        _add_legend(below, masks, class_names)
     unit = 255 if record["norm"] == "linf" else 1
     for axes, what in zip(upper.subplots(1, 2), ("miou", "pixel_accuracy"), strict=True):
         for (name, rows), color in zip(record["attacks"].items(), COLORS, strict=False):

@@ -133,7 +133,6 @@ def measure(
             )
             if len(pictures) == PICTURES:
                 break
-        pictures = [one for one in pictures if one["image"].shape[:2] == one["before"].shape]
     if jax.process_index() == 0:
         from vision_jax.tasks.segmentation.figures import draw_robustness  # matplotlib
 
