@@ -45,7 +45,7 @@ def config_of(family, **more):
     )
 
 
-@pytest.mark.long(but=("segformer",))
+@pytest.mark.long
 @pytest.mark.parametrize("family", MODELS)
 def test_a_run_trains_evaluates_and_its_file_is_read(family, tmp_path):
     config = config_of(family, total_steps=3, evaluate__every=3, loss__dice_weight=1.0)
