@@ -216,7 +216,10 @@ def test_predict_writes_masks_of_the_images_own_size(finished, tmp_path, capsys)
     assert predict.run(tiny_config(), finished, "last", [str(photos)], out) == 0
     record = json.loads((out / "predictions.json").read_text())
     assert record["classes"] == {str(k): name for k, name in enumerate(CLASSES)}
-    assert [entry.get("error") for entry in record["images"]] == [None, None, "can't be read"]
+    errors = [entry.get("error") for entry in record["images"]]
+    assert errors[:2] == [None, None]
+    assert errors[2].startswith(f"{photos / 'c.png'}: not a readable image")
+    assert f"skipped a damaged image: {errors[2]}" in capsys.readouterr().out
     for entry, size in zip(record["images"], ((24, 32), (17, 40)), strict=False):
         mask = Image.open(out / entry["mask"])
         assert mask.mode == "P"
@@ -229,7 +232,10 @@ def test_predict_writes_masks_of_the_images_own_size(finished, tmp_path, capsys)
             3,
         )
     assert "objects" in record["images"][0]
-    capsys.readouterr()
+    with pytest.raises(
+        UserError, match=r"not one of the 1 images .* first .*c\.png: not a readable"
+    ):
+        predict.run(tiny_config(), finished, "last", [str(photos / "c.png")], out)
 
 
 def test_a_run_in_python(finished, rng):

@@ -84,7 +84,7 @@ def make_run_over(
     *,
     batch_size: int,
 ) -> Callable[..., tuple[Outputs, tuple[str, ...]]]:
-    """A function (source, trainable, frozen, model_state) -> (outputs, names of damaged images).
+    """A function (source, trainable, frozen, model_state) -> (outputs, lines of damaged images).
 
     Outputs are those of `outputs_fn` for each image that can be read, in the source's order;
     "mask" and "index" must be among them. The batch is rounded up to what the devices divide.
@@ -97,9 +97,12 @@ def make_run_over(
         whole = {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
         kept = whole["mask"]
         if not kept.any():
-            raise UserError(f"{source.name}: not one of its {len(source)} images could be read")
+            raise UserError(
+                f"{source.name}: not one of its {len(source)} images could be read, first"
+                f" {damage.lines[0]}"
+            )
         order = np.argsort(whole["index"][kept], kind="stable")
-        return {name: array[kept][order] for name, array in whole.items()}, damage.names
+        return {name: array[kept][order] for name, array in whole.items()}, damage.lines
 
     return run_over
 

@@ -431,8 +431,8 @@ def _report_evaluation(
 
 
 def _report_damage(log: RunLog, damage: DamageLog, images: int) -> None:
-    for name in damage.names:
-        log.say(f"skipped a damaged image: {name}")
+    for line in damage.lines:
+        log.say(f"skipped a damaged image: {line}")
     if damage.count:
         log.say(f"{damage.count} of {images} training images are damaged")
 

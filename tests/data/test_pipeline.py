@@ -181,6 +181,8 @@ def test_damaged_images_are_replaced_counted_and_named(tmp_path, rng):
     log = DamageLog()
     batches = take(train_iterator(source, max_damaged=0.15, damage_log=log), 15)  # 3 epochs
     assert {name[-7:] for name in log.names} == names
+    for name, line in zip(log.names, log.lines, strict=True):
+        assert line.startswith(f"{name}: not a readable image")
     assert log.count == 3
     assert 60 < log.seen < 90  # 3 of 20 met in each epoch, and some as replacements
     bad_rows = {i for i in range(20) if source.example_name(i)[-7:] in names}

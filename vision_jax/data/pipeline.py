@@ -29,7 +29,7 @@ from vision_jax.data.transforms import (
     random_resized_crop,
     to_channels,
 )
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, printable
 
 CROPS = ("random_resized", "pad", "none")
 EXAMPLES_AT_ONCE = 8  # in evaluation
@@ -49,23 +49,40 @@ class Damaged:
 class DamageLog:
     """The distinct damaged images of one source that were met, and how much was seen. Thread-safe.
 
-    `names` are in the order met, `count` is their number, `seen` the number of elements that came
-    by, damaged or not, over all epochs.
+    `names` are in the order met, `lines` the same with the reason, `count` is their number, `seen`
+    the number of elements that came by, damaged or not, over all epochs.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._names: dict[int, str] = {}  # by row
+        self._damaged: dict[int, Damaged] = {}  # by row
         self._seen = 0
 
     @property
     def names(self) -> tuple[str, ...]:
         with self._lock:
-            return tuple(self._names.values())
+            return tuple(one.name for one in self._damaged.values())
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Of each image, its name and why it couldn't be used."""
+        return tuple(self.by_row.values())
+
+    @property
+    def by_row(self) -> dict[int, str]:
+        """`lines`, by the image's row."""
+        with self._lock:
+            found = dict(self._damaged)
+        return {
+            row: one.reason
+            if one.name in one.reason or printable(one.name) in one.reason
+            else f"{one.name}: {one.reason}"
+            for row, one in found.items()
+        }
 
     @property
     def count(self) -> int:
-        return len(self._names)
+        return len(self._damaged)
 
     @property
     def seen(self) -> int:
@@ -76,7 +93,7 @@ class DamageLog:
         with self._lock:
             self._seen += seen + len(damaged)
             for one in damaged:
-                self._names.setdefault(one.index, one.name)
+                self._damaged.setdefault(one.index, one)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class Evaluation:
       index: i32[N], rows in the source.
       summary: see evaluate.classification.summarize; besides "fgsm_top1" and "pgd_top1", the top-1
         of "attacked" images under these attacks, None where nothing was attacked.
-      damaged: names of images that could not be read and are not among the N.
+      damaged: lines, with the reason, of images that could not be read and are not among the N.
     """
 
     logits: np.ndarray

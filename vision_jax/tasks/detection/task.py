@@ -280,7 +280,7 @@ class Evaluation:
       detections: in pixels of the original images.
       source: the images that could be read.
       summary: see evaluate.detection.summarize.
-      damaged: names of images that could not be read and are not in `source`.
+      damaged: lines, with the reason, of images that could not be read and are not in `source`.
       warn_after: updates after which empty or constant predictions are warned of.
     """
 

@@ -285,7 +285,7 @@ class Evaluation:
       confusion: i64[K, K], row = label, column = prediction, in pixels.
       examples: some images with label and prediction, for figures.
       class_names: K names.
-      damaged: names of images that could not be read.
+      damaged: lines, with the reason, of images that could not be read.
       warn_after: updates after which constant predictions are warned of.
       cases: a report of each volume, where images are slices of volumes.
     """
@@ -361,13 +361,16 @@ def make_evaluate(
             if row in shown:
                 examples.append({"row": row, "label": label, "prediction": prediction})
         if not tally.images:
-            raise UserError(f"{source.name}: not one of its {len(source)} images could be read")
+            raise UserError(
+                f"{source.name}: not one of its {len(source)} images could be read, first"
+                f" {damage.lines[0]}"
+            )
         return Evaluation(
             tally.summarize(),
             tally.confusion,
             tuple(sorted(examples, key=lambda one: one["row"])),
             source.class_names,
-            damage.names,
+            damage.lines,
             config.evaluate.warn_after,
             () if volumes is None else volumes.reports(),
         )
@@ -597,13 +600,16 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
         picture = figures.overlay(source[row]["image"], prediction, colors)
         Image.fromarray(picture).save(out / "overlays" / name)
     if not record:
-        raise UserError(f"not one of the {len(names)} images could be read")
+        raise UserError(
+            f"not one of the {len(names)} images could be read, first {damage.lines[0]}"
+        )
     if not writes:
         return
-    for name in damage.names:
-        say(f"skipped a damaged image: {name}")
+    for line in damage.lines:
+        say(f"skipped a damaged image: {line}")
+    reasons = damage.by_row
     listed = [
-        record.get(row, {"file": utf8(name), "error": "can't be read"})
+        record.get(row, {"file": utf8(name), "error": reasons.get(row, "can't be read")})
         for row, name in enumerate(names)
     ]
     classes = {str(k): name for k, name in enumerate(class_names)}
