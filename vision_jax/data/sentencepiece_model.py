@@ -79,10 +79,11 @@ def _parse(path: Path) -> Any:
         raise UserError(
             f"{path} is SentencePiece's: run `pip install 'vision_jax[text]'` to read it"
         ) from error
+    messages: Any = sentencepiece_model_pb2  # its classes are made when it is imported
     content = read_bytes(path, MAX_BYTES)
     try:
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(content)
-        return sentencepiece_model_pb2.ModelProto.FromString(content)
+        return messages.ModelProto.FromString(content)
     except Exception as error:  # the libraries raise RuntimeError and errors of their own
         raise UserError(f"{path}: SentencePiece can't read it; it may be damaged") from error
 
