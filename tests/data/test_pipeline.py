@@ -212,6 +212,7 @@ def test_more_damaged_images_than_allowed_stop_the_run(tmp_path, max_damaged, le
         take(train_iterator(source, max_damaged=max_damaged, damage_log=log), 10)
     message = str(caught.value)  # without the notes that grain adds
     assert message.startswith(f"{log.count} of 20 images were found damaged")
+    assert f"{max_damaged:g} that config.data.max_damaged allows" in message
     assert log.names[-1] in message
     assert "\n" not in message
     assert least <= log.count <= 3

@@ -275,6 +275,7 @@ def test_hostile_masks_are_counted(name, count, folder, capsys):
     assert main([hostile(name, folder), "--segmentation"]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert re.search(rf"(unreadable-mask|unusable-entry): {count} of", out)
+    assert ("unreadable-mask" in out) == ("larger share than config.data.max_damaged" in out)
 
 
 def test_what_reading_leaves_out_is_told(folder, capsys):

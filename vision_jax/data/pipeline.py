@@ -170,8 +170,8 @@ class CountDamaged:
         if batch is None or too_many:
             raise UserError(
                 f"{self.log.count} of {self.size} images were found damaged, over the share of"
-                f" {self.max_damaged:g} that max_damaged allows: mend or remove them; the last:"
-                f" {damaged[-1].reason}"
+                f" {self.max_damaged:g} that config.data.max_damaged allows: mend or remove them,"
+                f" or allow more; the last: {damaged[-1].reason}"
             )
         return batch
 

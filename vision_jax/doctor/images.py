@@ -42,7 +42,8 @@ def diagnose_images(subject: Subject) -> list[Finding]:
             "error",
             "images that can't be read",
             [(row, text) for row, text in sorted(scan.errors.items())],
-            "get them again, or remove them; training skips and counts them",
+            "get them again, or remove them; training skips and counts them, and stops if they are"
+            " a larger share than config.data.max_damaged (0.01)",
         ),
         *finding(
             "wrong-size",

@@ -120,14 +120,16 @@ def diagnose_masks(subject: Subject, scan: MaskScan, images: Scan) -> list[Findi
             "error",
             "masks that can't be read",
             scan.damaged,
-            "get them again, or remove them; training skips and counts them",
+            "get them again, or remove them; training skips and counts them, and stops if they are"
+            " a larger share than config.data.max_damaged (0.01)",
         ),
         *finding(
             "mask-size",
             "error",
             "masks that are not of their image's size",
             wrong,
-            "save each at its image's size, by nearest and never by interpolation",
+            "save each at its image's size, by nearest and never by interpolation; training takes"
+            " them for damaged images",
         ),
         *finding(
             "exif-rotation",
