@@ -101,6 +101,9 @@ class Loaded:
     def preprocess(self, images: Photo | Sequence[Photo]) -> Any:
         """Images as the model was trained to see them, equal to the byte to its own library's.
 
+        Of a segmenter's view "windows" the image is squashed into one; evaluation and
+        the command `predict` take all windows.
+
         Args:
           images: one or several: paths of image files, PIL images, or uint8 arrays [H, W],
             [H, W, C] or [B, H, W, C].

@@ -223,3 +223,12 @@ def test_preprocessing_that_makes_no_sense():
         fields = {"image_size": (4, 4), "mean": (0.5,) * 3, "std": (0.5,) * 3}
         with pytest.raises(UserError, match=words):
             SegmentationPreprocessing(**fields | changes)
+
+
+def test_an_image_that_a_resized_short_side_makes_endless_is_refused():
+    image = np.zeros((1, 3000, 3), np.uint8)
+    fields = {"image_size": (8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, "view": "short"}
+    with pytest.raises(DamagedImageError, match="1 x 3000 pixels would be 8 x 24000"):
+        segmentation_eval_transform(image, SegmentationPreprocessing(**fields))
+    with pytest.raises(UserError, match="windows are squares"):
+        SegmentationPreprocessing(**fields | {"view": "windows", "image_size": (8, 9)})

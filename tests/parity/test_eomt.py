@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
+import vision_jax
 from vision_jax import convert
 from vision_jax.certify.measure import certify_reference, relative_error
 from vision_jax.certify.random_weights import randomize, sample_images
 from vision_jax.certify.references import make_reference
+from vision_jax.config import default_config
 from vision_jax.errors import UserError
 from vision_jax.models.families import build_model
+from vision_jax.run.description import describe
 from vision_jax.trees.paths import flatten, unflatten
 
 SMALL = {
@@ -145,3 +149,52 @@ def _sizes(name):
     from vision_jax.models.eomt import VARIANTS
 
     return VARIANTS[name]
+
+
+def test_a_published_folder_segments_windows_as_its_processor_does(tmp_path, rng):
+    """Split, seen and put together again; where two classes are alike either is right."""
+    small = {"num_hidden_layers": 2, "num_blocks": 1, "image_size": 32, "num_upscale_blocks": 1}
+    reference = reference_of(num_queries=12, **small)
+    module, folder = reference.module, tmp_path / "eomt"
+    module.attn_mask_probs.zero_()
+    size = {"shortest_edge": 32, "longest_edge": None}
+    processor = transformers.EomtImageProcessorPil(do_split_image=True, size=size)
+    photos = []
+    for height, width in ((41, 100), (87, 40), (50, 50)):
+        coarse = rng.integers(0, 256, (height // 9, width // 9, 3), np.uint8)
+        photos.append(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
+    with torch.no_grad():  # queries of several classes
+        queries = module(processor(photos, return_tensors="pt")["pixel_values"])
+        mean = queries.class_queries_logits.mean((0, 1))
+        module.class_predictor.bias -= mean
+    reference.save(folder)
+    processor.save_pretrained(folder)
+    found = set()
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for index, image in enumerate(photos):
+        inputs = processor(image, return_tensors="pt")
+        with torch.no_grad():
+            outputs = module(inputs["pixel_values"])
+        outputs.patch_offsets = inputs["patch_offsets"]
+        (theirs,) = processor.post_process_semantic_segmentation(
+            outputs, [image.size[::-1]], return_segmentation_scores=True
+        )
+        best, second, _ = theirs.segmentation_scores.sort(0, descending=True).values
+        sure = best - second > 1e-4 * best
+        assert sure.float().mean() > 0.95
+        found |= set(theirs.segmentation.unique().tolist())
+        image.save(tmp_path / "images" / f"{index}.png")
+        mask = torch.where(sure, theirs.segmentation, 255).numpy().astype(np.uint8)
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{index}.png")
+    assert len(found) > 1
+    loaded = vision_jax.load(folder)
+    assert (loaded.preprocessing.view, loaded.preprocessing.image_size) == ("windows", (32, 32))
+    config = default_config("segmentation")
+    config.model.weights = str(folder)
+    described = describe(config, convert.read_weights(str(folder)), loaded.class_names)
+    assert described.preprocessing == loaded.preprocessing
+    (tmp_path / "classes.json").write_text(json.dumps(loaded.class_names))
+    evaluation = vision_jax.evaluate(loaded, loaded.variables, tmp_path, batch_size=2)
+    assert evaluation.summary["count"] == 3
+    assert evaluation.summary["pixel_accuracy"] == 1

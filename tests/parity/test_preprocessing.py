@@ -154,7 +154,8 @@ NOT_READ = {
     "other shares": {"size": [40, 20]} | CROP | {"crop_size": [30, 19]},
     "a long side": {"size": {"shortest_edge": 32, "longest_edge": 40}} | CROP,
 }
-KINDS = sorted(kind for kind in PROCESSORS if "Detr" not in kind)
+# EoMT's has tests of its own: it keeps the aspect ratio where images are squashed here.
+KINDS = sorted(kind for kind in PROCESSORS if "Detr" not in kind and "Eomt" not in kind)
 PHOTOS = [(47, 61), (53, 40), (31, 90), (33, 30), (200, 151), (33, 36), (36, 33)]
 
 

@@ -14,6 +14,8 @@ from vision_jax.data.segmentation_transforms import (
     SegmentationPreprocessing,
     segmentation_eval_transform,
 )
+from vision_jax.errors import UserError
+from vision_jax.tasks.segmentation.windows import spread
 
 SIZES = ((97, 150), (233, 199), (64, 64), (301, 417))
 VIEWS = [("squash", (64, 80)), ("short", (64, 64)), ("original", (9, 9))]
@@ -63,6 +65,70 @@ def test_torchvisions_preset(rng, short):
     found = read_preprocessing({"config": {"library": "torchvision"}, "preprocessor": written})
     assert found["view"] == record["view"]
     assert found["image_size"] == (record["image_size"] if short else None)
+
+
+EOMT = {"image_processor_type": "EomtImageProcessorFast", "image_mean": [0.4, 0.5, 0.6]}
+SPLIT = {"do_split_image": True, "size": {"shortest_edge": 32, "longest_edge": None}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "view", "size"),
+    [
+        ({}, "squash", (640, 640)),
+        ({"size": {"shortest_edge": 32, "longest_edge": 32}, "do_pad": True}, "squash", (32, 32)),
+        ({"size": {"shortest_edge": 32, "longest_edge": 48}, "do_pad": True}, "squash", (32, 48)),
+        ({"size": {"height": 24, "width": 40}}, "squash", (24, 40)),
+        ({"size": 32}, "squash", (32, 32)),
+        ({**SPLIT, "size": 32}, "windows", (32, 32)),
+        ({**SPLIT, "resample": 3, "do_rescale": False}, "windows", (32, 32)),
+        ({"do_split_image": True}, "squash", (640, 640)),  # no side is longer than a window
+    ],
+)
+def test_eomts_processor(rng, fields, view, size):
+    """Images of whose kind the view is: any for squashes and windows, squares where one pads."""
+    file = EOMT | fields
+    found = read_preprocessing({"preprocessor": file})
+    assert (found["view"], found["image_size"]) == (view, size)
+    record = {name: found[name] for name in record_of(view, size)}
+    processor = transformers.EomtImageProcessorPil.from_dict(dict(file))
+    squares = "height" not in processor.size and view == "squash"
+    for height, width in [(64, 64), (41, 41)] if squares else SIZES:
+        if size[0] != size[1] and squares:
+            continue  # padded: another image
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        theirs = processor(Image.fromarray(image), return_tensors="np")
+        short = record | {"view": "short"} if view == "windows" else record
+        ours = seen(image, short)
+        windows = [ours]
+        if view == "windows":
+            starts = spread(max(ours.shape[:2]), 32)
+            windows = [ours[a : a + 32] if height > width else ours[:, a : a + 32] for a in starts]
+            assert [o[1] for o in theirs["patch_offsets"][0:]] == starts
+        for our, their in zip(windows, theirs["pixel_values"], strict=True):
+            np.testing.assert_allclose(our, their.transpose(1, 2, 0), atol=1e-4, rtol=1e-6)
+
+
+def test_eomts_processor_is_written_and_read_again():
+    record = record_of("windows", (64, 64))
+    file = processor_config(record)
+    found = read_preprocessing({"preprocessor": file})
+    assert {name: found[name] for name in record} == record
+    assert transformers.EomtImageProcessorPil.from_dict(dict(file)).do_split_image
+    with pytest.raises(UserError, match=r"data\.view=short"):
+        _torchvision_transform(record)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"do_resize": False}, "do_resize False"),
+        ({"size": {"longest_edge": 32}}, "size {'longest_edge': 32}"),
+        ({"size": {"height": 32, "width": 32}, "do_split_image": True}, "size {'height': 32"),
+    ],
+)
+def test_eomts_processor_without_an_equal_is_refused(fields, named):
+    with pytest.raises(UserError, match=named):
+        read_preprocessing({"preprocessor": EOMT | fields})
 
 
 def test_the_published_presets_are_read():

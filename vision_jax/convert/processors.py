@@ -56,9 +56,10 @@ _DETECTOR: dict[str, Any] = {
     "image_mean": IMAGENET_MEAN,
     "image_std": IMAGENET_STD,
 }
+_WHOLE: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash", "crop_rule": "transformers"}
 CONVNEXT, EFFICIENTNET = "ConvNextImageProcessor", "EfficientNetImageProcessor"
 DETR, RF_DETR = "DetrImageProcessor", "RfDetrImageProcessor"
-SEGFORMER = "SegformerImageProcessor"
+EOMT, SEGFORMER = "EomtImageProcessor", "SegformerImageProcessor"
 UNPADDED = ("BeitImageProcessor", CONVNEXT, EFFICIENTNET, "MobileNetV2ImageProcessor")
 PROCESSORS: dict[str, dict[str, Any]] = {
     "BeitImageProcessor": {
@@ -88,6 +89,14 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "rescale_offset": False,
         "include_top": True,
     },
+    EOMT: {
+        "size": {"shortest_edge": 640, "longest_edge": 640},
+        "default_to_square": False,
+        "do_split_image": False,
+        "resample": 2,
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+    },
     "MobileNetV2ImageProcessor": {
         "size": {"shortest_edge": 256},
         "default_to_square": False,
@@ -113,6 +122,7 @@ OF_MODEL_TYPE = {  # the class where the file names none
     "deit": "DeiTImageProcessor",
     "detr": DETR,
     "efficientnet": EFFICIENTNET,
+    "eomt": EOMT,
     "mobilenet_v2": "MobileNetV2ImageProcessor",
     "rf_detr": RF_DETR,
     **dict.fromkeys(("segformer", "upernet"), SEGFORMER),
@@ -140,7 +150,11 @@ def read_processor(
     read = _Reader(kind, fields, name)
     if file.get("use_square_size") and kind == "CLIPImageProcessor":
         raise read.refusal("use_square_size", "write the size itself")
-    views = {DETR: read.detector_view, RF_DETR: read.detector_view, SEGFORMER: read.segmenter_view}
+    views = {
+        **dict.fromkeys((DETR, RF_DETR), read.detector_view),
+        SEGFORMER: read.segmenter_view,
+        EOMT: read.eomt_view,
+    }
     view = views.get(kind, read.classifier_view)()
     filters = {"interpolation": read.interpolation()}
     return {**filters, **view, **read.normalization(_channels(config))}
@@ -288,8 +302,31 @@ class _Reader:
             return {"view": "short", "image_size": (size["shortest_edge"],) * 2}
         if set(size) != {"height", "width"}:
             raise self.refusal("size", "use height and width, or shortest_edge alone")
-        whole = {"crop_pct": 1.0, "crop_mode": "squash", "crop_rule": "transformers"}
-        return {"view": "squash", "image_size": (size["height"], size["width"]), **whole}
+        return {"view": "squash", "image_size": (size["height"], size["width"]), **_WHOLE}
+
+    def eomt_view(self) -> dict[str, Any]:
+        """The view "windows" where the class splits what has a short side of its size, or "squash".
+
+        With both edges the class keeps the aspect ratio and perhaps pads. Its semantic masks are
+        the padded canvas at the image's size, which is right for squares alone; there squashed
+        images are the same.
+        """
+        fields = self.fields
+        if not fields["do_resize"]:
+            raise self.refusal("do_resize", "images are always resized here; write the size")
+        given = fields["size"]
+        if isinstance(given, dict):  # the class writes all keys, null where it has none
+            kept = {edge: side for edge, side in given.items() if side is not None}
+            self.fields = fields = {**fields, "size": kept}
+        size = self.sides("size", False)
+        if set(size) == {"height", "width"} and not fields["do_split_image"]:
+            return {"view": "squash", "image_size": (size["height"], size["width"]), **_WHOLE}
+        if "shortest_edge" not in size or set(size) - {"shortest_edge", "longest_edge"}:
+            raise self.refusal("size", "its keys are shortest_edge and longest_edge")
+        sides = (size["shortest_edge"], size.get("longest_edge", size["shortest_edge"]))
+        if fields["do_split_image"] and "longest_edge" not in size:
+            return {"view": "windows", "image_size": sides, **_WHOLE}
+        return {"view": "squash", "image_size": sides, **_WHOLE}
 
     def interpolation(self) -> str:
         """RF-DETR's own processor does not antialias; DETR's, which the hub's files name, does."""
@@ -395,8 +432,11 @@ def processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
             "squash": {"size": {"height": height, "width": width}},
             "short": {"size": {"shortest_edge": min(height, width)}},
             "original": {"do_resize": False},
+            "windows": {"size": {"shortest_edge": height, "longest_edge": None}},
         }
         own: dict[str, Any] = {"image_processor_type": SEGFORMER, "do_reduce_labels": False}
+        if preprocessing["view"] == "windows":
+            own = {"image_processor_type": EOMT, "do_split_image": True, "do_pad": False}
         return {**own, **config, **views[preprocessing["view"]]}
     crop = {"height": height, "width": width}
     resized = {side: math.floor(n / preprocessing["crop_pct"]) for side, n in crop.items()}

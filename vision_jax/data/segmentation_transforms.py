@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from vision_jax import limits
+from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.detection_transforms import color_jitter
 from vision_jax.data.masks import IGNORED
 from vision_jax.data.transforms import INTERPOLATIONS, flip_image, resize, to_channels
 from vision_jax.errors import UserError
 
-VIEWS = ("original", "squash", "short")
+VIEWS = ("original", "squash", "short", "windows")
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,12 @@ class SegmentationPreprocessing:
     `image_size` is (height, width) of training's crops, and with the view "squash" of evaluation's
     images too, whatever their aspect ratio (transformers' processors); with "short" it is their
     short side's, and their aspect ratio stays (torchvision's presets); with "original" evaluation
-    takes images as they are. Predictions are of the original size in all of them. `interpolation`
-    is Pillow's, antialiased. `mean` and `std` are per channel, for images in [0, 1]; the model
-    applies them, the host doesn't. `mean` has an entry for each channel that the model takes.
+    takes images as they are. With "windows" the short side is resized, too, and the image is seen
+    in square windows along the long one (transformers' EomtImageProcessor that splits); what takes
+    no windows, an attack, sees it squashed. Predictions are of the original size in all of them.
+    `interpolation` is Pillow's, antialiased. `mean` and `std` are per channel, for images in
+    [0, 1]; the model applies them, the host doesn't. `mean` has an entry for each channel that the
+    model takes.
     """
 
     image_size: tuple[int, int]
@@ -46,6 +51,10 @@ class SegmentationPreprocessing:
                 raise UserError(f"preprocessing {field} {value!r}: use one of {', '.join(known)}")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise UserError(f"preprocessing image_size {self.image_size}: use positive numbers")
+        if self.view == "windows" and self.image_size[0] != self.image_size[1]:
+            raise UserError(
+                f"preprocessing image_size {self.image_size}: windows are squares; use squash"
+            )
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise UserError(f"preprocessing mean {self.mean}, std {self.std}: no normalization")
 
@@ -169,7 +178,11 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def segmentation_eval_transform(
     image: np.ndarray, preprocessing: SegmentationPreprocessing
 ) -> np.ndarray:
-    """The image as evaluation sees it: u8[h, w, C], of the size that the view makes it."""
+    """The image as evaluation sees it: u8[h, w, C], of the size that the view makes it.
+
+    Raises:
+      DamagedImageError: another number of channels, or a long side beyond any bound.
+    """
     image = to_channels(image, len(preprocessing.mean))
     if preprocessing.view == "original":
         return image
@@ -178,4 +191,9 @@ def segmentation_eval_transform(
         (height, width), new = image.shape[:2], min(size)
         short = min(height, width)
         size = (int(new * height / short), int(new * width / short))  # as torchvision rounds
+        if max(size) > limits.SIDE:
+            raise DamagedImageError(
+                f"the image of {height} x {width} pixels would be {size[0]} x {size[1]} with its"
+                f" short side resized, of at most {limits.SIDE} a side: use data.view=squash"
+            )
     return resize(image, size, preprocessing.interpolation)

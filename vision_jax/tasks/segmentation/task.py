@@ -48,7 +48,7 @@ from vision_jax.tasks.segmentation import cases, objective
 from vision_jax.tasks.segmentation import robustness as under_attack
 from vision_jax.tasks.segmentation.cases import CaseTally
 from vision_jax.tasks.segmentation.metrics import Tally
-from vision_jax.tasks.segmentation.windows import predict_by_windows
+from vision_jax.tasks.segmentation.windows import predict_by_spread_windows, predict_by_windows
 
 best_metric = "miou"  # what the best checkpoint is best at
 best_is = "highest"
@@ -394,10 +394,9 @@ def _make_predict_all(
 ) -> Callable[..., Iterator[Predicted]]:
     """A function (source, damage log, trainable, frozen, model_state) -> predictions, one by one.
 
-    Of whole images, or window by window where config.evaluate.window says so.
+    Of whole images, or window by window where config.evaluate.window or the view says so.
     """
-    settings = config.evaluate
-    if settings.window:
+    if config.evaluate.window or preprocessing.view == "windows":
         return _make_predict_by_windows(config, outputs_fn, mesh, preprocessing)
     run = _make_run_batches(config, outputs_fn, mesh=mesh, preprocessing=preprocessing)
 
@@ -422,7 +421,8 @@ def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=Non
     )
     batch_size = batch_size or config.evaluate.batch_size
     read = None
-    if preprocessing.view == "squash" and isinstance(outputs_fn, objective.PixelOutputs):
+    squashed = preprocessing.view in ("squash", "windows")
+    if squashed and isinstance(outputs_fn, objective.PixelOutputs):
         # All images have one size, masks many: the model is compiled apart from what reads it.
         outputs_fn, read = outputs_fn.of_model, outputs_fn.read
     return make_run_batches(outputs_fn, mesh, make_batches, batch_size=batch_size, read=read)
@@ -430,13 +430,14 @@ def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=Non
 
 def _make_predict_by_windows(config, outputs_fn, mesh, preprocessing):
     settings = config.evaluate
-    if preprocessing.view != "original":
+    spread = preprocessing.view == "windows" and not settings.window
+    if preprocessing.view != "original" and not spread:
         raise UserError(
             f"config.evaluate.window: images are resized to {preprocessing.image_size} here: set"
             " config.data.view=original, or window to 0"
         )
     stride = settings.stride or -(-settings.window * 2 // 3)
-    if stride > settings.window:
+    if not spread and stride > settings.window:
         raise UserError(
             f"config.evaluate.stride {stride}: windows of {settings.window} pixels would leave"
             " pixels out: use at most that"
@@ -457,7 +458,7 @@ def _make_predict_by_windows(config, outputs_fn, mesh, preprocessing):
                 found = found[np.argsort(order)]
             return found
 
-        whole = replace(preprocessing, view="original")
+        whole = replace(preprocessing, view="short" if spread else "original")
         for row in range(len(source)):
             try:
                 example = source[row]
@@ -466,14 +467,19 @@ def _make_predict_by_windows(config, outputs_fn, mesh, preprocessing):
                 damage.record(0, [Damaged(row, source.example_name(row), str(error))])
                 continue
             damage.record(1, [])
-            prediction = predict_by_windows(
-                image,
-                scores_of,
-                window=settings.window,
-                stride=stride,
-                at_once=at_once,
-                fill=fill,
-            )
+            if spread:
+                prediction = predict_by_spread_windows(
+                    image, scores_of, at_once=at_once, size=example["image"].shape[:2]
+                )
+            else:
+                prediction = predict_by_windows(
+                    image,
+                    scores_of,
+                    window=settings.window,
+                    stride=stride,
+                    at_once=at_once,
+                    fill=fill,
+                )
             yield row, prediction, example["mask"]
 
     return predict_all
