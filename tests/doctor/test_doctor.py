@@ -774,7 +774,8 @@ def test_classes_of_the_other_split_are_known_as_training_knows_them(
 
 
 def test_command(clean, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    for name, value in (("COLUMNS", "100"), ("TTY_COMPATIBLE", "1"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)  # as on a terminal
     content = copy.deepcopy(clean[1])
     DEFECTS["swapped"][1](None, content, 0.05)
     DEFECTS["away"][1](None, content, 0.3)
@@ -819,9 +820,8 @@ def test_flags_that_count_for_nothing_and_files_without_a_place_are_refused(tmp_
         assert message in capsys.readouterr().err
 
 
-def test_words(tmp_path, capsys, monkeypatch):
+def test_words(tmp_path, capsys):
     """Names are shown as they are, but for what a terminal obeys; the same text in two runs."""
-    monkeypatch.setenv("COLUMNS", "300")
     rng = np.random.default_rng(8)
     for name in ("$x^{$", "[red]a[bold]", "b\x1b[31m", os.fsdecode(b"c\xff")):
         (tmp_path / name).mkdir()

@@ -168,7 +168,7 @@ def test_what_the_doctor_refuses(sets, capsys):
 
 
 def test_a_long_path_stays_in_one_piece_outside_a_terminal(tmp_path, rng, capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")  # which says nothing about a pipe
     folder = tmp_path / ("a folder of a long name " * 8).strip() / ("b" * 150)
     folder.mkdir(parents=True)
     photo(rng).save(folder / "0.png")
