@@ -43,12 +43,13 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What the person's terminal is says nothing about what is tested.
-for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-    os.environ.pop(name, None)
 
 import jax
 import numpy as np
+
+# What the person's terminal is says nothing about what is tested.
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
