@@ -32,7 +32,16 @@ from vision_jax.data.detection_transforms import (
     to_cxcywh_01,
 )
 from vision_jax.data.mosaic import Example, mixup, mosaic
-from vision_jax.data.pipeline import MAX_DRAWS, CountDamaged, Damaged, DamageLog, iterate
+from vision_jax.data.pipeline import (
+    CountDamaged,
+    Damaged,
+    DamageLog,
+    Loaded,
+    batch_masked,
+    collate,
+    iterate,
+    load_sound,
+)
 from vision_jax.data.transforms import to_channels
 from vision_jax.errors import UserError
 
@@ -186,9 +195,7 @@ class _LoadForTraining:
     groups: Sequence[_Group]
     max_boxes: int
 
-    def __call__(
-        self, place: _Place, rng: np.random.Generator
-    ) -> tuple[dict[str, Any] | None, list[Damaged]]:
+    def __call__(self, place: _Place, rng: np.random.Generator) -> Loaded:
         damaged: list[Damaged] = []
         found = self._read(place.row, place, rng, damaged)
         augmentation = self.augmentation
@@ -215,17 +222,14 @@ class _LoadForTraining:
         self, row: int, place: _Place, rng: np.random.Generator, damaged: list[Damaged]
     ) -> tuple[int, Example] | None:
         """(row, example), another row's where it can't be read; None after too many of these."""
-        while len(damaged) < MAX_DRAWS:
-            try:
-                example = self.source[row]
-            except DamagedImageError as error:
-                damaged.append(Damaged(row, self.source.example_name(row), str(error)))
-                row = int(rng.choice(self.groups[place.group].rows))
-                continue
+
+        def load(row: int) -> tuple[int, Example]:
+            example = self.source[row]
             counted = ~example["crowd"]
             boxes = example["boxes_xyxy_px"][counted].astype(np.float64)
             return row, (example["image"], boxes, example["label"][counted])
-        return None
+
+        return load_sound(self.source, row, load, rng, damaged, self.groups[place.group].rows)
 
     def _mosaic(
         self,
@@ -304,15 +308,6 @@ def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     }
 
 
-def _collate(
-    loaded: Sequence[tuple[dict[str, Any] | None, list[Damaged]]],
-) -> tuple[dict[str, np.ndarray] | None, list[Damaged]]:
-    """A batch (None if an example couldn't be replaced) and the damaged images met."""
-    examples = [example for example, _ in loaded if example is not None]
-    damaged = [one for _, some in loaded for one in some]
-    return (_stack(examples) if len(examples) == len(loaded) else None), damaged
-
-
 def make_detection_train_iterator(
     source: DetectionSource,
     *,
@@ -362,7 +357,7 @@ def make_detection_train_iterator(
         .seed(seed)
         .random_map(load)  # before the slice, so that its draws don't depend on process_count
         .slice(slice(process_index, None, process_count))
-        .batch(batch_size, drop_remainder=True, batch_fn=_collate)
+        .batch(batch_size, drop_remainder=True, batch_fn=functools.partial(collate, stack=_stack))
     )
     count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
     return iterate(batches, count, num_threads, num_workers, first_batch)
@@ -440,8 +435,4 @@ def make_detection_eval_batches(
             grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
         )
     )
-    for _ in range(len(places) // global_size):
-        loaded = [next(examples) for _ in range(batch_size)]
-        batch = _stack([example for example, _ in loaded])
-        log.record(int(batch["mask"].sum()), [one for _, one in loaded if one is not None])
-        yield batch
+    yield from batch_masked(examples, batch_size, log, stack=_stack)

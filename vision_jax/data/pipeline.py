@@ -11,9 +11,9 @@ reported beside the batch and counted on this side of the workers, so counts are
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import grain
 import numpy as np
@@ -96,6 +96,19 @@ class DamageLog:
                 self._damaged.setdefault(one.index, one)
 
 
+# A training example, None where too many were damaged, and the damaged ones met on the way.
+Loaded = tuple[dict[str, Any] | None, list[Damaged]]
+Stack = Callable[[Sequence[dict[str, Any]]], dict[str, np.ndarray]]
+T = TypeVar("T")
+
+
+class Examples(Protocol):
+    """What is asked of a source here."""
+
+    def __len__(self) -> int: ...
+    def example_name(self, row: int, /) -> str: ...
+
+
 @dataclass(frozen=True)
 class _LoadForTraining:
     """(row, rng) → one augmented example and the damaged ones met. A class, so that it pickles."""
@@ -107,19 +120,14 @@ class _LoadForTraining:
     crop_ratio: tuple[float, float]
     flip: bool
 
-    def __call__(
-        self, row: int, rng: np.random.Generator
-    ) -> tuple[dict[str, Any] | None, list[Damaged]]:
+    def __call__(self, row: int, rng: np.random.Generator) -> Loaded:
+        def load(row: int) -> dict[str, Any]:
+            example = self.source.open(row)
+            image = self._augment(example["image"], rng)
+            return example | {"image": image, "mask": np.bool_(True)}
+
         damaged: list[Damaged] = []
-        while len(damaged) < MAX_DRAWS:
-            try:
-                example = self.source.open(row)
-                image = self._augment(example["image"], rng)
-                return example | {"image": image, "mask": np.bool_(True)}, damaged
-            except DamagedImageError as error:
-                damaged.append(Damaged(row, self.source.example_name(row), str(error)))
-                row = int(rng.integers(len(self.source)))
-        return None, damaged
+        return load_sound(self.source, row, load, rng, damaged), damaged
 
     def _augment(self, picture: Picture, rng: np.random.Generator) -> np.ndarray:
         size = self.preprocessing.image_size
@@ -136,17 +144,39 @@ class _LoadForTraining:
         return random_flip(image, rng) if self.flip else image
 
 
-def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+def load_sound(
+    source: Examples,
+    row: int,
+    load: Callable[[int], T],
+    rng: np.random.Generator,
+    damaged: list[Damaged],
+    rows: Sequence[int] | np.ndarray | None = None,
+) -> T | None:
+    """`load(row)`, another row's where it can't be read, drawn of `rows` or of all.
+
+    Damaged ones are appended to `damaged`; None once these are too many.
+    """
+    while len(damaged) < MAX_DRAWS:
+        try:
+            return load(row)
+        except DamagedImageError as error:
+            damaged.append(Damaged(row, source.example_name(row), str(error)))
+            row = int(rng.integers(len(source)) if rows is None else rng.choice(rows))
+    return None
+
+
+def stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Each array of the examples along a new first axis."""
     return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
-def _collate(
-    loaded: Sequence[tuple[dict[str, Any] | None, list[Damaged]]],
+def collate(
+    loaded: Sequence[Loaded], *, stack: Stack = stack
 ) -> tuple[dict[str, np.ndarray] | None, list[Damaged]]:
     """A batch (None if an example couldn't be replaced) and the damaged images met."""
     examples = [example for example, _ in loaded if example is not None]
     damaged = [one for _, some in loaded for one in some]
-    return (_stack(examples) if len(examples) == len(loaded) else None), damaged
+    return (stack(examples) if len(examples) == len(loaded) else None), damaged
 
 
 @dataclass(frozen=True)
@@ -220,7 +250,7 @@ def make_train_iterator(
         _shuffle(source, seed)  # each epoch in another order
         .random_map(load)  # before the slice, so that its draws don't depend on process_count
         .slice(slice(process_index, None, process_count))
-        .batch(batch_size, drop_remainder=True, batch_fn=_collate)
+        .batch(batch_size, drop_remainder=True, batch_fn=collate)
     )
     count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
     return iterate(batches, count, num_threads, num_workers, first_batch)
@@ -352,9 +382,18 @@ def make_eval_batches(
             )
         )
     )
-    examples = itertools.chain.from_iterable(parts)
-    for _ in range(batch_count):
-        loaded = list(itertools.islice(examples, batch_size))
-        batch = _stack([example for example, _ in loaded])
+    yield from batch_masked(itertools.chain.from_iterable(parts), batch_size, log)
+
+
+def batch_masked(
+    examples: Iterator[tuple[dict[str, Any], Damaged | None]],
+    batch_size: int,
+    log: DamageLog,
+    *,
+    stack: Stack = stack,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of examples in which a damaged one keeps its row, masked, and is noted in `log`."""
+    while loaded := list(itertools.islice(examples, batch_size)):
+        batch = stack([example for example, _ in loaded])
         log.record(int(batch["mask"].sum()), [one for _, one in loaded if one is not None])
         yield batch

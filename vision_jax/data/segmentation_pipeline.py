@@ -13,7 +13,7 @@ In evaluation images have many sizes, and each size is compiled once, so a batch
 "image" as the model sees it and "label" of the original size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,16 @@ import numpy as np
 
 from vision_jax.data.decode import DamagedImageError, read_size
 from vision_jax.data.masks import IGNORED
-from vision_jax.data.pipeline import MAX_DRAWS, CountDamaged, Damaged, DamageLog, iterate
+from vision_jax.data.pipeline import (
+    CountDamaged,
+    Damaged,
+    DamageLog,
+    Loaded,
+    collate,
+    iterate,
+    load_sound,
+    stack,
+)
 from vision_jax.data.segmentation import SegmentationSource
 from vision_jax.data.segmentation_transforms import (
     SegmentationAugmentation,
@@ -41,44 +50,21 @@ class _LoadForTraining:
     preprocessing: SegmentationPreprocessing
     augmentation: SegmentationAugmentation
 
-    def __call__(
-        self, row: int, rng: np.random.Generator
-    ) -> tuple[dict[str, Any] | None, list[Damaged]]:
+    def __call__(self, row: int, rng: np.random.Generator) -> Loaded:
+        def load(row: int) -> dict[str, Any]:
+            example = self.source[row]
+            image, label = segmentation_train_transform(
+                example["image"],
+                example["mask"],
+                rng,
+                preprocessing=self.preprocessing,
+                augmentation=self.augmentation,
+            )
+            mask = np.bool_(True)
+            return {"image": image, "label": label, "mask": mask, "index": example["index"]}
+
         damaged: list[Damaged] = []
-        while len(damaged) < MAX_DRAWS:
-            try:
-                example = self.source[row]
-                image, label = segmentation_train_transform(
-                    example["image"],
-                    example["mask"],
-                    rng,
-                    preprocessing=self.preprocessing,
-                    augmentation=self.augmentation,
-                )
-            except DamagedImageError as error:
-                damaged.append(Damaged(row, self.source.example_name(row), str(error)))
-                row = int(rng.integers(len(self.source)))
-                continue
-            return {
-                "image": image,
-                "label": label,
-                "mask": np.bool_(True),
-                "index": example["index"],
-            }, damaged
-        return None, damaged
-
-
-def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-
-
-def _collate(
-    loaded: Sequence[tuple[dict[str, Any] | None, list[Damaged]]],
-) -> tuple[dict[str, np.ndarray] | None, list[Damaged]]:
-    """A batch (None if an example couldn't be replaced) and the damaged images met."""
-    examples = [example for example, _ in loaded if example is not None]
-    damaged = [one for _, some in loaded for one in some]
-    return (_stack(examples) if len(examples) == len(loaded) else None), damaged
+        return load_sound(self.source, row, load, rng, damaged), damaged
 
 
 def make_segmentation_train_iterator(
@@ -108,7 +94,7 @@ def make_segmentation_train_iterator(
         .repeat()
         .random_map(load)  # before the slice, so that its draws don't depend on process_count
         .slice(slice(process_index, None, process_count))
-        .batch(batch_size, drop_remainder=True, batch_fn=_collate)
+        .batch(batch_size, drop_remainder=True, batch_fn=collate)
     )
     count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
     return iterate(batches, count, num_threads, num_workers, first_batch)
@@ -177,7 +163,7 @@ def make_segmentation_eval_batches(
             "index": np.int32(-1),
         }
         rows = [*waiting, *[blank] * (limit - len(waiting))]
-        return _stack(rows[process_index::process_count])
+        return stack(rows[process_index::process_count])
 
     waiting: list[dict[str, Any]] = []
     limit = full
