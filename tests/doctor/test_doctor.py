@@ -774,15 +774,16 @@ def test_classes_of_the_other_split_are_known_as_training_knows_them(
 
 
 def test_command(clean, tmp_path, capsys, monkeypatch):
-    for name, value in (("COLUMNS", "100"), ("TTY_COMPATIBLE", "1"), ("NO_COLOR", "1")):
-        monkeypatch.setenv(name, value)  # as on a terminal
     content = copy.deepcopy(clean[1])
     DEFECTS["swapped"][1](None, content, 0.05)
     DEFECTS["away"][1](None, content, 0.3)
     spec = write(tmp_path / "x.json", content)
     arguments = [spec, f"--images={clean[0]}", f"--json={tmp_path}/f.json"]
-    assert main([*arguments, f"--figure={tmp_path}/f.png"]) == 1
-    out = capsys.readouterr().out
+    with monkeypatch.context() as terminal:
+        terminal.setenv("COLUMNS", "100")
+        terminal.setenv("TTY_COMPATIBLE", "1")
+        assert main([*arguments, f"--figure={tmp_path}/f.png"]) == 1
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     folded = [line for line in out.splitlines() if not line.startswith("wrote ")]
     assert max(map(len, folded)) <= 100
     assert "48 images, 384 boxes, 6 classes" in " ".join(out.split())  # folded by the path's length
