@@ -1,4 +1,4 @@
-"""What tasks on whole images share: how an image is prepared, and the batches of images."""
+"""What tasks share: how whole images are prepared, their batches, and what all read in a config."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
 from vision_jax.data.sources import Source, leave_out
 from vision_jax.data.transforms import Preprocessing, complete_crop
+from vision_jax.tasks.gradient_attacks import Settings
 
 
 def make_preprocessing(
@@ -53,20 +54,27 @@ def make_training_batches(
     """Endless batches of this process, from `first_batch` on."""
     return make_train_iterator(
         source,
-        batch_size=config.batch_size // jax.process_count(),
         preprocessing=preprocessing,
         crop=config.data.crop,
         crop_scale=config.data.crop_scale,
         flip=config.data.flip,
-        seed=config.seed,
-        num_threads=config.data.threads,
-        num_workers=config.data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        first_batch=first_batch,
-        max_damaged=config.data.max_damaged,
-        damage_log=damage,
+        **stream_arguments(config, damage, first_batch),
     )
+
+
+def stream_arguments(config: ConfigDict, damage: DamageLog, first_batch: int) -> dict[str, Any]:
+    """What every task's training batches take alike (see data.pipeline.make_train_iterator)."""
+    return {
+        "batch_size": config.batch_size // jax.process_count(),
+        "seed": config.seed,
+        "num_threads": config.data.threads,
+        "num_workers": config.data.workers,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "first_batch": first_batch,
+        "max_damaged": config.data.max_damaged,
+        "damage_log": damage,
+    }
 
 
 def batch_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -90,3 +98,21 @@ def without_excluded(config: ConfigDict, train: Source) -> Source:
     """The training images that config.data.exclude leaves, if the task has that field."""
     leaves_out = "exclude" in config.data and config.data.exclude
     return leave_out(train, config.data.exclude) if leaves_out else train
+
+
+# Robustness -------------------------------------------------------------------------------------
+
+
+def attack_settings(config: ConfigDict) -> Settings:
+    """The section robustness, as far as it is of gradient attacks."""
+    settings = config.robustness
+    return Settings(
+        attacks=settings.attacks,
+        norm=settings.norm,
+        epsilons=sorted(settings.epsilons),
+        steps=settings.steps,
+        restarts=settings.restarts,
+        images=settings.images,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+    )

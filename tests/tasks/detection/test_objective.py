@@ -17,6 +17,7 @@ from vision_jax.run.prepare import prepare
 from vision_jax.run.restore import restore
 from vision_jax.tasks.detection import objective as detection
 from vision_jax.tasks.detection import task as detect
+from vision_jax.tasks.gradient_attacks import make_adversarial_outputs
 
 EPSILON = 0.05
 
@@ -52,10 +53,8 @@ def attacked(restored):
         restored.run.parameters.assemble,
         loss=detect._make_loss(config, model, "softmax_set", alone=True),
     )
-    postprocess = detection.PREDICTIONS["softmax_set"].postprocess
-    outputs_fn = detection.make_adversarial_outputs(
-        objective, postprocess=postprocess, attack=pgd, seed=3
-    )
+    read = detection.make_read(detection.PREDICTIONS["softmax_set"].postprocess)
+    outputs_fn = make_adversarial_outputs(objective, read=read, attack=pgd, seed=3)
     trainable, frozen, model_state = jax.device_get(restored.trained.arguments)
     state = (model_state, np.float32(EPSILON), 7 * jnp.arange(9))
 

@@ -15,6 +15,7 @@ from vision_jax.config import load_config
 from vision_jax.errors import UserError
 from vision_jax.run.prepare import prepare
 from vision_jax.run.restore import restore
+from vision_jax.tasks import gradient_attacks
 from vision_jax.tasks.detection import robustness as robust
 from vision_jax.tasks.detection import task as detect
 from vision_jax.tasks.detection.figures import draw_robustness
@@ -102,7 +103,7 @@ def test_detectors_without_queries_are_attacked_by_their_own_loss(name, tmp_path
         jax.debug.callback(lambda *pair: losses.append(pair), *pair)
         return adversarial
 
-    monkeypatch.setattr(robust, "make_attack", lambda name, **settings: watched)
+    monkeypatch.setattr(gradient_attacks, "make_attack", lambda *names, **settings: watched)
     record = detect.robustness(config, tmp_path, trained, lambda folder: trained)
     clean, attacked = seen
     assert record["clean"]["ap"] == wanted.summary["ap"]
@@ -128,7 +129,8 @@ def test_a_picture_without_boxes_or_classes_that_are_found(tmp_path):
     clean = {"ap": None, "ap50": None, "ap75": None, "count": 1}
     record = {"images": 1, "norm": "linf", "clean": clean, "attacks": {}}
     draw_robustness(record, [], (), tmp_path / "none.png", score=0.5)
-    assert " ".join(robust.line("clean", clean).split()) == "clean ap - ap50 - ap75 - n=1"
+    line = gradient_attacks.line("clean", clean, robust.SHOWN)
+    assert " ".join(line.split()) == "clean ap - ap50 - ap75 - n=1"
     image = np.full((9, 7, 1), 0.25, np.float32)
     found = {
         "image": image,

@@ -11,12 +11,12 @@ import numpy as np
 
 from vision_jax.attacks import norms
 from vision_jax.attacks.autoattack import Version
-from vision_jax.attacks.norms import Norm
 from vision_jax.config import write_json
 from vision_jax.data import corruptions as corruption_names
 from vision_jax.data.sources import Source
 from vision_jax.errors import UserError
 from vision_jax.logging import show_progress
+from vision_jax.tasks import gradient_attacks
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.classification import objective
 from vision_jax.tasks.classification import under_attack as robust
@@ -42,40 +42,24 @@ def find_surrogate(
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(gradient_attacks.Settings):
     """What is measured and how: a config's section robustness.
 
     Attributes:
-      attacks: see under_attack.make_attack.
-      norm: of what epsilons measure, in pixels from 0 to 1.
-      epsilons: the largest norms, growing.
-      steps: of each attack but fgsm.
-      restarts: random restarts of each attack but fgsm.
       corruptions: names (see data.corruptions.find_names), () for none.
       severities: of each, 1 to 5.
       autoattack: its version: standard, plus, rand; or off.
       autoattack_epsilon: its largest norm.
       self_check: look for signs of gradient masking.
-      images: so many, evenly spread; 0 takes all.
-      batch_size: images at once.
       threads: that decode and corrupt images.
-      seed: of all draws.
     """
 
-    attacks: Sequence[str]
-    norm: Norm
-    epsilons: Sequence[float]
-    steps: int
-    restarts: int
     corruptions: Sequence[str]
     severities: Sequence[int]
     autoattack: Version | Literal["off"]
     autoattack_epsilon: float
     self_check: bool
-    images: int
-    batch_size: int
     threads: int
-    seed: int
 
 
 def measure(

@@ -428,20 +428,13 @@ def robustness(
             Path(settings.transfer_from), trained, restore_other
         )
     wanted = under_attack.Settings(
-        attacks=settings.attacks,
-        norm=settings.norm,
-        epsilons=sorted(settings.epsilons),
-        steps=settings.steps,
-        restarts=settings.restarts,
+        **vars(images.attack_settings(config)),
         corruptions=settings.corruptions,
         severities=settings.severities,
         autoattack=settings.autoattack,
         autoattack_epsilon=settings.autoattack_epsilon,
         self_check=settings.self_check,
-        images=settings.images,
-        batch_size=settings.batch_size,
         threads=config.data.threads,
-        seed=config.seed,
     )
     source = read_eval_source(config, trained.class_names)
     return under_attack.measure(workdir, trained, source, surrogate, wanted)

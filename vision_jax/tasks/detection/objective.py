@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vision_jax.attacks.examples import keys_of
 from vision_jax.errors import UserError
 from vision_jax.objective import Apply, Batch, Objective, forward_keys
 from vision_jax.ops import detection_losses
@@ -286,48 +285,16 @@ def make_outputs(
             train=False,
             keys={},
         )
+        return make_read(postprocess)(outputs, batch)
+
+    return outputs_fn
+
+
+def make_read(postprocess: Postprocess) -> Callable[..., dict[str, jax.Array]]:
+    """(outputs, batch) -> what `make_outputs` gives."""
+
+    def read(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         found = postprocess(outputs, batch["original_size"])
         return {**found, **{name: batch[name] for name in ("mask", "index")}}
 
-    return outputs_fn
-
-
-def make_adversarial_outputs(
-    objective: Objective, *, postprocess: Postprocess, attack: Attack, seed: int
-):
-    """As `make_outputs`, of images that are changed to maximize the objective's losses.
-
-    (trainable, frozen, (model_state, epsilon f32[], rows i32[N]), batch) -> what `make_outputs`
-    gives, and "image" and "adversarial" f32[B, H, W, C]. An image's random draws come from the seed
-    and rows[index], its place in the whole data, and from nothing of the batch.
-
-    Args:
-      objective: its losses of an image must not depend on other images: made with `alone`.
-      postprocess: scored boxes of outputs.
-      attack: (loss, images, keys, epsilon=, pixel_mask=) -> images.
-      seed: of the draws.
-    """
-
-    def outputs_fn(trainable, frozen, state, batch: Batch):
-        model_state, epsilon, rows = state
-        key = jax.random.key(seed)
-        view = objective.prepare(trainable, frozen, model_state, batch, key)
-
-        def outputs_of_images(images):
-            seen = {**view, "image": images}
-            return objective.forward(trainable, frozen, model_state, seen, key, train=False)[0]
-
-        def loss(images):
-            losses, _ = objective.criterion(trainable, outputs_of_images(images), view)
-            return losses, jnp.zeros(losses.shape, bool)
-
-        keys = keys_of(key, rows[batch["index"]])
-        adversarial = attack(
-            loss, view["image"], keys, epsilon=epsilon, pixel_mask=view["pixel_mask"]
-        )
-        outputs = outputs_of_images(adversarial)
-        found = postprocess(outputs, batch["original_size"])
-        images = {"image": view["image"], "adversarial": adversarial}
-        return {**found, **images, **{name: batch[name] for name in ("mask", "index")}}
-
-    return outputs_fn
+    return read

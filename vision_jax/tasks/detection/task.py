@@ -39,6 +39,7 @@ from vision_jax.errors import printable, utf8
 from vision_jax.evaluation import make_run_over
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
+from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.detection import metrics, objective
 from vision_jax.tasks.detection import robustness as under_attack
@@ -169,7 +170,6 @@ def training_data(
     data = config.data
     return make_detection_train_iterator(
         source,
-        batch_size=config.batch_size // jax.process_count(),
         preprocessing=preprocessing,
         augmentation=DetectionAugmentation(
             shorts=() if preprocessing.square else data.shorts,
@@ -184,14 +184,7 @@ def training_data(
             plain_from=config.total_steps - data.plain_steps,
         ),
         max_boxes=data.max_boxes,
-        seed=config.seed,
-        num_threads=data.threads,
-        num_workers=data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        first_batch=first_batch,
-        max_damaged=data.max_damaged,
-        damage_log=damage,
+        **images.stream_arguments(config, damage, first_batch),
     )
 
 
@@ -470,7 +463,6 @@ def robustness(
       restore_other: not used: no attack is carried over from another run.
     """
     del restore_other
-    settings = config.robustness
     return under_attack.measure(
         workdir,
         trained,
@@ -482,13 +474,6 @@ def robustness(
             _make_run_over, config, mesh=trained.mesh, preprocessing=trained.preprocessing
         ),
         evaluate=partial(_evaluation, config),
-        attacks=settings.attacks,
-        norm=settings.norm,
-        epsilons=sorted(settings.epsilons),
-        steps=settings.steps,
-        restarts=settings.restarts,
-        images=settings.images,
-        batch_size=settings.batch_size,
-        seed=config.seed,
+        settings=images.attack_settings(config),
         score=config.evaluate.score,
     )

@@ -297,47 +297,18 @@ class PixelOutputs:
 
     def read(self, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         """The rest: what the outputs say at the size that is wanted."""
-        return _read(self.scores, outputs, batch)
+        return make_read(self.scores)(outputs, batch)
 
 
-def _read(scores: Scores, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-    if "label" not in batch:
-        return {"scores": scores(outputs, batch["image"].shape[1:3])}
-    found = scores(outputs, batch["label"].shape[1:3])
-    prediction = jnp.argmax(found, axis=-1).astype(jnp.uint8)
-    return {"prediction": prediction, **{name: batch[name] for name in ("label", "mask", "index")}}
+def make_read(scores: Scores) -> Callable[..., dict[str, jax.Array]]:
+    """(outputs, batch) -> "prediction" and more, or "scores" (see `PixelOutputs`)."""
 
+    def read(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
+        if "label" not in batch:
+            return {"scores": scores(outputs, batch["image"].shape[1:3])}
+        found = scores(outputs, batch["label"].shape[1:3])
+        prediction = jnp.argmax(found, axis=-1).astype(jnp.uint8)
+        kept = {name: batch[name] for name in ("label", "mask", "index")}
+        return {"prediction": prediction, **kept}
 
-def make_adversarial_outputs(objective: Objective, *, scores: Scores, attack: Attack, seed: int):
-    """As `PixelOutputs`, of images that are changed to maximize the objective's losses.
-
-    (trainable, frozen, (model_state, epsilon f32[], rows i32[N]), batch) -> what `PixelOutputs`
-    gives, and "image" and "adversarial" f32[B, H, W, C]. An image's random draws come from the seed
-    and rows[index], its place in the whole data, and from nothing of the batch.
-
-    Args:
-      objective: its losses of an image must not depend on other images: made with `alone`.
-      scores: of outputs.
-      attack: (loss, images, keys, epsilon=) -> images.
-      seed: of the draws.
-    """
-
-    def outputs_fn(trainable, frozen, state, batch: Batch):
-        model_state, epsilon, rows = state
-        key = jax.random.key(seed)
-        view = objective.prepare(trainable, frozen, model_state, batch, key)
-
-        def outputs_of_images(images):
-            seen = {**view, "image": images}
-            return objective.forward(trainable, frozen, model_state, seen, key, train=False)[0]
-
-        def loss(images):
-            losses, _ = objective.criterion(trainable, outputs_of_images(images), view)
-            return losses, jnp.zeros(losses.shape, bool)
-
-        keys = keys_of(key, rows[batch["index"]])
-        adversarial = attack(loss, view["image"], keys, epsilon=epsilon)
-        found = _read(scores, outputs_of_images(adversarial), batch)
-        return {**found, "image": view["image"], "adversarial": adversarial}
-
-    return outputs_fn
+    return read

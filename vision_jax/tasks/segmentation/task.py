@@ -43,6 +43,7 @@ from vision_jax.errors import UserError, printable, utf8
 from vision_jax.evaluation import make_run_batches
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
+from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.segmentation import cases, objective
 from vision_jax.tasks.segmentation import robustness as under_attack
@@ -190,7 +191,6 @@ def training_data(
     data = config.data
     return make_segmentation_train_iterator(
         source,
-        batch_size=config.batch_size // jax.process_count(),
         preprocessing=preprocessing,
         augmentation=SegmentationAugmentation(
             scale=data.scale,
@@ -200,14 +200,7 @@ def training_data(
             contrast=data.contrast,
             saturation=data.saturation,
         ),
-        seed=config.seed,
-        num_threads=data.threads,
-        num_workers=data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        first_batch=first_batch,
-        max_damaged=data.max_damaged,
-        damage_log=damage,
+        **images.stream_arguments(config, damage, first_batch),
     )
 
 
@@ -678,7 +671,6 @@ def robustness(
       restore_other: not used: no attack is carried over from another run.
     """
     del restore_other
-    settings = config.robustness
     if config.evaluate.window:
         raise UserError(
             "config.evaluate.window: attacks are on whole images, and windows see parts of them:"
@@ -695,12 +687,5 @@ def robustness(
             _make_run_batches, config, mesh=trained.mesh, preprocessing=trained.preprocessing
         ),
         make_tally=partial(_make_tally, config, trained.class_names),
-        attacks=settings.attacks,
-        norm=settings.norm,
-        epsilons=sorted(settings.epsilons),
-        steps=settings.steps,
-        restarts=settings.restarts,
-        images=settings.images,
-        batch_size=settings.batch_size,
-        seed=config.seed,
+        settings=images.attack_settings(config),
     )
