@@ -97,9 +97,9 @@ def make_evaluate(config, outputs_fn, mesh, source, preprocessing):
     run_over = make_run_over(outputs_fn, mesh, batches, batch_size=config.evaluate.batch_size)
 
     def evaluate(trainable, frozen, model_state):
-        found, damaged = run_over(source, trainable, frozen, model_state)
+        found, damage = run_over(source, trainable, frozen, model_state)
         error = float(np.mean((expected(found["logits"]) - found["label"]) ** 2))
-        return Evaluation({"error": error}, damaged)
+        return Evaluation({"error": error}, damage.lines)
 
     return evaluate
 

@@ -51,8 +51,10 @@ def test_evaluate_reprints_the_numbers_of_training(capsys, batch_size):
     screen = capsys.readouterr().out
     values = {name: f"{logged(6)[f'eval/{name}']:.4f}" for name in ("top1", "top5", "loss", "ece")}
     line = "  ".join(f"{name} {value}" for name, value in values.items())
-    assert screen.splitlines()[0] == f"step 6: evaluation on 20 images: {line}"
-    assert [row.split()[0] for row in screen.splitlines()[1:]] == list(runs.CLASSES)
+    data, summary, *rows = screen.splitlines()
+    assert data == f"data: cifar10:{runs.inputs()}/test, 20 images"
+    assert summary == f"step 6: evaluation on 20 images: {line}"
+    assert [row.split()[0] for row in rows] == list(runs.CLASSES)
 
 
 def test_evaluate_is_exact_to_the_last_digit(restored):
@@ -73,7 +75,7 @@ def test_best_is_the_step_with_the_highest_top1(capsys):
     capsys.readouterr()
     assert evaluate.run(runs.full_config(), runs.finished(), "best") == 0
     best = max((3, 6), key=lambda step: (logged(step)["eval/top1"], step))
-    line = capsys.readouterr().out.splitlines()[0]
+    line = capsys.readouterr().out.splitlines()[1]
     assert line.startswith(f"step {best}: ")
     assert f"loss {logged(best)['eval/loss']:.4f}" in line
 
@@ -126,8 +128,8 @@ def test_predict_prints_a_table_and_writes_a_grid(restored, pictures, tmp_path, 
     rows = [line.split() for line in screen.splitlines() if line.startswith(str(pictures))]
     names = ["a.png", "b.PNG", "below/c.png", "a.png"]
     assert [row[0] for row in rows] == [str(pictures / name) for name in names]
-    assert f"skipped: {pictures / 'damaged.jpg'}: not a readable image" in screen
-    assert f"skipped: {pictures / 'five.npy'}: the image has 5 channels" in screen
+    assert f"skipped a damaged image: {pictures / 'damaged.jpg'}: not a readable image" in screen
+    assert f"skipped a damaged image: {pictures / 'five.npy'}: the image has 5 channels" in screen
     assert f"wrote {tmp_path / 'out' / 'predict.png'}" in screen
     with Image.open(tmp_path / "out" / "predict.png") as grid:
         assert min(grid.size) > 100
@@ -155,7 +157,10 @@ def test_predict_prints_a_table_and_writes_a_grid(restored, pictures, tmp_path, 
         assert f"wrote {tmp_path / 'out' / name}" in screen
     record = json.loads((tmp_path / "out/predictions.json").read_text())
     assert record["class_names"] == list(runs.CLASSES)
-    *read, damaged, _ = record["images"]
+    given = ["a.png", "b.PNG", "below/c.png", "damaged.jpg", "five.npy", "a.png"]
+    assert [one["file"] for one in record["images"]] == [str(pictures / name) for name in given]
+    damaged, _ = (one for one in record["images"] if "error" in one)
+    read = [one for one in record["images"] if "error" not in one]
     assert [one["file"] for one in read] == [row[0] for row in rows]
     assert damaged["file"] == str(pictures / "damaged.jpg")
     assert "not a readable image" in damaged["error"]
@@ -214,7 +219,7 @@ def test_predictions_without_a_place_are_refused_before_any_work(pictures, tmp_p
         (lambda folder: [], "needs --images"),
         (lambda folder: [str(folder / "absent.png")], "there is no file"),
         (lambda folder: [str(folder)], "no images in"),
-        (lambda folder: [str(folder / "bad.png")], "not one of 1 files could be read: .*bad.png"),
+        (lambda folder: [str(folder / "bad.png")], "not one of its 1 images .*bad.png"),
     ],
 )
 def test_predict_without_images_is_one_line(tmp_path, make, message):

@@ -219,7 +219,12 @@ def test_predict_writes_masks_of_the_images_own_size(finished, tmp_path, capsys)
     errors = [entry.get("error") for entry in record["images"]]
     assert errors[:2] == [None, None]
     assert errors[2].startswith(f"{photos / 'c.png'}: not a readable image")
-    assert f"skipped a damaged image: {errors[2]}" in capsys.readouterr().out
+    *said, skipped = capsys.readouterr().out.splitlines()[:3]
+    assert skipped == f"skipped a damaged image: {errors[2]}"
+    for line, entry in zip(said, record["images"], strict=False):  # though sizes are grouped
+        assert line.startswith(entry["file"])
+        name, share = max(entry["shares"].items(), key=lambda one: one[1])
+        assert line.removeprefix(entry["file"]).split(",")[0].split() == [name, f"{share:.1%}"]
     for entry, size in zip(record["images"], ((24, 32), (17, 40)), strict=False):
         mask = Image.open(out / entry["mask"])
         assert mask.mode == "P"
@@ -233,7 +238,7 @@ def test_predict_writes_masks_of_the_images_own_size(finished, tmp_path, capsys)
         )
     assert "objects" in record["images"][0]
     with pytest.raises(
-        UserError, match=r"not one of the 1 images .* first .*c\.png: not a readable"
+        UserError, match=r"not one of its 1 images .* first .*c\.png: not a readable"
     ):
         predict.run(tiny_config(), finished, "last", [str(photos / "c.png")], out)
 

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from vision_jax import sharding, steps
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, printable
+from vision_jax.logging import say
 
 Outputs = dict[str, np.ndarray]
 # make_batches(source, batch_size=, process_index=, process_count=, damage_log=) -> batches
@@ -25,6 +26,24 @@ class Examples(Protocol):
         """The name of the data in messages."""
 
     def __len__(self) -> int: ...
+
+
+def announce(source: Examples) -> None:
+    """A line on the screen: which data, and how much of it."""
+    say(f"data: {source.name}, {len(source)} images")
+
+
+def none_read(source: Examples, damage: DamageLog) -> UserError:
+    """The error of a source in which everything is damaged."""
+    return UserError(
+        f"{source.name}: not one of its {len(source)} images could be read, first {damage.lines[0]}"
+    )
+
+
+def say_damaged(lines: Sequence[str]) -> None:
+    """A line on the screen of each image that was left out, with the reason."""
+    for line in lines:
+        say(f"skipped a damaged image: {printable(line)}")
 
 
 def make_run_batches(
@@ -83,8 +102,8 @@ def make_run_over(
     make_batches: MakeBatches,
     *,
     batch_size: int,
-) -> Callable[..., tuple[Outputs, tuple[str, ...]]]:
-    """A function (source, trainable, frozen, model_state) -> (outputs, lines of damaged images).
+) -> Callable[..., tuple[Outputs, DamageLog]]:
+    """A function (source, trainable, frozen, model_state) -> (outputs, the damaged images).
 
     Outputs are those of `outputs_fn` for each image that can be read, in the source's order;
     "mask" and "index" must be among them. The batch is rounded up to what the devices divide.
@@ -97,12 +116,9 @@ def make_run_over(
         whole = {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
         kept = whole["mask"]
         if not kept.any():
-            raise UserError(
-                f"{source.name}: not one of its {len(source)} images could be read, first"
-                f" {damage.lines[0]}"
-            )
+            raise none_read(source, damage)
         order = np.argsort(whole["index"][kept], kind="stable")
-        return {name: array[kept][order] for name, array in whole.items()}, damage.lines
+        return {name: array[kept][order] for name, array in whole.items()}, damage
 
     return run_over
 

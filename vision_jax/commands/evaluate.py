@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from vision_jax.evaluation import announce, say_damaged
 from vision_jax.logging import say
 from vision_jax.run.restore import restore
 
@@ -16,9 +17,9 @@ def run(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     source = prepared.task.read_eval_source(config, prepared.description.class_names)
     result = prepared.make_evaluate(source)(*restored.trained.arguments)
     if jax.process_index() == 0:
+        announce(source)
         say(f"step {int(restored.state.step)}: {result.line()}")
-        for name in result.damaged:
-            say(f"skipped a damaged image: {name}")
+        say_damaged(result.damaged)
         for line in result.lines():
             say(line)
     return 0

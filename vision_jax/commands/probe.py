@@ -14,7 +14,7 @@ from vision_jax import sharding
 from vision_jax.config import write_json
 from vision_jax.data.pipeline import make_eval_batches
 from vision_jax.errors import UserError
-from vision_jax.evaluation import make_run_over
+from vision_jax.evaluation import make_run_over, say_damaged
 from vision_jax.logging import say
 from vision_jax.models.families import make_apply
 from vision_jax.ops.probe import few_shot_predict, knn_predict
@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         batch_size=config.evaluate.batch_size,
     )
     say(f"features: {weights.origin} on {len(train)} + {len(held_out)} images of {train.name}")
-    (found, _), (test, damaged) = (
+    (found, _), (test, damage) = (
         run_over(source, params, {}, model_state) for source in (train, held_out)
     )
     features, labels, classes = found["logits"], found["label"], len(train.class_names)
@@ -79,8 +79,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     for name, accuracies in results.items():
         spread = f" ± {np.std(accuracies):.4f}" if len(accuracies) > 1 else ""
         say(f"  {name:24}  top1 {np.mean(accuracies):.4f}{spread}")
-    for name in damaged:
-        say(f"skipped a damaged image: {name}")
+    say_damaged(damage.lines)
     workdir.mkdir(parents=True, exist_ok=True)
     record = {"weights": weights.origin, "sha256": weights.sha256, "data": train.name}
     write_json({**record, "features": features.shape[1], "top1": results}, workdir / "probe.json")

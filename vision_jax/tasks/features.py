@@ -20,6 +20,7 @@ from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import Source
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, printable
+from vision_jax.evaluation import say_damaged
 from vision_jax.logging import say
 from vision_jax.objective import Apply, Batch
 from vision_jax.ops.images import to_float
@@ -233,8 +234,8 @@ def make_evaluate(
     draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
 
     def evaluate(*arguments: Any) -> Evaluation:
-        found, damaged = run_over(source, *arguments)
-        return Evaluation(summarize(found, *arguments), damaged, draw(*arguments))
+        found, damage = run_over(source, *arguments)
+        return Evaluation(summarize(found, *arguments), damage.lines, draw(*arguments))
 
     return evaluate
 
@@ -262,7 +263,7 @@ def _draw(
 ) -> None:
     from vision_jax.tasks import patches  # matplotlib, only where something is drawn
 
-    views = unlabelled.read_views(source, pictures["index"], preprocessing)
+    views = images.read_views(source, pictures["index"], preprocessing)
     tokens = np.asarray(pictures["patch_tokens"], np.float32)
     height, width = preprocessing.image_size
     rows = round((tokens.shape[1] * height / width) ** 0.5)
@@ -282,19 +283,19 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     Raises:
       UserError: none of the files can be read.
     """
-    mesh, preprocessing, source = trained.mesh, trained.preprocessing, unlabelled.source_of(names)
+    mesh, preprocessing, source = trained.mesh, trained.preprocessing, images.source_of(names)
     outputs_fn = make_outputs(
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
     size = min(len(names), config.evaluate.batch_size)
     run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, ("token",), size)
-    found, damaged = run_over(source, *trained.arguments)
+    found, damage = run_over(source, *trained.arguments)
     draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
     pictures = draw(*trained.arguments)
     if jax.process_index():
         return
     _say_neighbors(names, found["index"], np.asarray(found["token"], np.float64))
-    unlabelled.say_skipped(damaged)
+    say_damaged(damage.lines)
     if len(pictures["index"]):
         out.mkdir(parents=True, exist_ok=True)
         _draw(out / "patches.png", source, pictures, preprocessing)

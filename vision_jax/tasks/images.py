@@ -1,7 +1,9 @@
 """What tasks share: how whole images are prepared, their batches, and what all read in a config."""
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -10,9 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
-from vision_jax.data.sources import Source, leave_out
-from vision_jax.data.transforms import Preprocessing, complete_crop
+from vision_jax.data.sources import FileReader, Source, leave_out
+from vision_jax.data.transforms import Preprocessing, complete_crop, eval_transform
+from vision_jax.errors import utf8
 from vision_jax.tasks.gradient_attacks import Settings
+
+LONGEST_STEM = 200  # bytes of a file name in the names of pictures
 
 
 def make_preprocessing(
@@ -98,6 +103,58 @@ def without_excluded(config: ConfigDict, train: Source) -> Source:
     """The training images that config.data.exclude leaves, if the task has that field."""
     leaves_out = "exclude" in config.data and config.data.exclude
     return leave_out(train, config.data.exclude) if leaves_out else train
+
+
+# Files of predict -------------------------------------------------------------------------------
+
+
+def source_of(names: Sequence[str]) -> Source:
+    """Image files by their names."""
+    count = len(names)
+    reader = FileReader(Path(), tuple(names))
+    return Source("--images", (), np.zeros(count, np.int32), np.arange(count), reader)
+
+
+def read_views(source: Source, rows: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """u8[n, H, W, C]: images as evaluation sees them."""
+    return np.stack([eval_transform(source.open(int(r))["image"], preprocessing) for r in rows])
+
+
+def list_files(
+    names: Sequence[str],
+    found: Mapping[int, Mapping[str, Any]],
+    damage: DamageLog,
+    **of_damaged: Any,
+) -> list[dict[str, Any]]:
+    """A record of each file in the order given: what was found, or why it could not be read.
+
+    Args:
+      names: of the files.
+      found: records by place among the names.
+      damage: the files that could not be read.
+      of_damaged: what their records have besides.
+    """
+    reasons = damage.by_row
+    return [
+        {"file": utf8(name)}
+        | (
+            dict(found[row])
+            if row in found
+            else {**of_damaged, "error": utf8(reasons.get(row, "can't be read"))}
+        )
+        for row, name in enumerate(names)
+    ]
+
+
+def file_name(row: int, stem: str, suffix: str = ".png") -> str:
+    """Of what is written of a file: numbered, since two folders may have the same names.
+
+    Examples:
+      >>> file_name(3, "a photo")
+      '0003_a_photo.png'
+    """
+    safe = re.sub(r"[^\w.-]", "_", utf8(stem)).encode()[:LONGEST_STEM]
+    return f"{row:04d}_{safe.decode(errors='ignore')}{suffix}"
 
 
 # Robustness -------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import (
-    FileReader,
     Source,
     hold_out,
     read_source,
@@ -23,10 +23,10 @@ from vision_jax.data.sources import (
     split_source,
     subset,
 )
-from vision_jax.data.transforms import Preprocessing, eval_transform, size_of
-from vision_jax.errors import UserError, printable
+from vision_jax.data.transforms import Preprocessing, size_of
+from vision_jax.errors import UserError
 from vision_jax.evaluation import make_run_over
-from vision_jax.logging import RunLog, say
+from vision_jax.logging import RunLog
 from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
 
@@ -149,7 +149,7 @@ class Evaluation:
       reported: of the summary, what goes to metrics.jsonl.
       counted: what the summary's "count" is of.
       summary: figures by name.
-      damaged: names of images that could not be read and are not counted.
+      damaged: lines, with the reason, of images that could not be read and are not counted.
     """
 
     reported: ClassVar[tuple[str, ...]] = ()
@@ -188,7 +188,7 @@ def make_pass(
     preprocessing: Preprocessing,
     names: Sequence[str],
     batch_size: int = 0,
-) -> Callable[..., tuple[dict[str, np.ndarray], tuple[str, ...]]]:
+) -> Callable[..., tuple[dict[str, np.ndarray], DamageLog]]:
     """`evaluation.make_run_over` of some outputs alone: all of all images may be too many.
 
     Args:
@@ -232,27 +232,6 @@ def make_pictures(
         return {**found, "index": rows[found["index"]]}
 
     return draw
-
-
-def read_views(source: Source, rows: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """u8[n, H, W, C]: images as evaluation sees them."""
-    return np.stack([eval_transform(source.open(int(r))["image"], preprocessing) for r in rows])
-
-
-# Files of predict -------------------------------------------------------------------------------
-
-
-def source_of(names: Sequence[str]) -> Source:
-    """Image files by their names."""
-    count = len(names)
-    reader = FileReader(Path(), tuple(names))
-    return Source("--images", (), np.zeros(count, np.int32), np.arange(count), reader)
-
-
-def say_skipped(names: Sequence[str]) -> None:
-    """Lines about files that can't be read."""
-    for name in names:
-        say(f"skipped, it can't be read: {printable(name)}")
 
 
 # Robustness -------------------------------------------------------------------------------------

@@ -12,14 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vision_jax import sharding, steps
 from vision_jax.config import write_json
-from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.data.sources import FileReader, Source, read_source, split_source, subset
+from vision_jax.data.sources import Source, read_source, split_source, subset
 from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError, printable, utf8
-from vision_jax.evaluation import make_run_over
+from vision_jax.evaluation import make_run_over, say_damaged
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks import images
@@ -214,10 +212,10 @@ def make_evaluate(
     attack = _make_attack(config, outputs_fn, mesh, source, preprocessing)
 
     def evaluate(trainable, frozen, model_state) -> Evaluation:
-        found, damaged = run_over(source, trainable, frozen, model_state)
+        found, damage = run_over(source, trainable, frozen, model_state)
         summary = summarize(found["logits"], found["label"], source.class_names)
         summary |= attack(trainable, frozen, model_state)
-        return Evaluation(found["logits"], found["label"], found["index"], summary, damaged)
+        return Evaluation(found["logits"], found["label"], found["index"], summary, damage.lines)
 
     return evaluate
 
@@ -305,103 +303,70 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     Raises:
       UserError: none of the files can be read.
     """
-    views, kept, damaged = _read_views(names, trained.preprocessing)
-    probabilities = softmax(_logits_of(config, views, trained))
-    if jax.process_index():
-        return
-    _write_predictions(views, kept, damaged, probabilities, trained.class_names, out)
+    from vision_jax.tasks.classification import figures  # matplotlib
 
-
-def _read_views(
-    names: Sequence[str], preprocessing: Preprocessing
-) -> tuple[list[np.ndarray], list[str], dict[str, str]]:
-    """(images as the model sees them, the names of those, what is wrong with the others)."""
-    reader = FileReader(Path(), tuple(names))
-    views, kept = [], []
-    damaged: dict[str, str] = {}
-    for row, name in enumerate(names):
-        try:
-            views.append(eval_transform(reader.read(row), preprocessing))
-            kept.append(name)
-        except DamagedImageError as error:
-            text = str(error)  # of a number of channels doesn't say whose
-            damaged[name] = text if printable(name) in text else f"{name}: {text}"
-    if not kept:
-        first = next(iter(damaged.values()))
-        raise UserError(f"--images: not one of {len(names)} files could be read: {first}")
-    return views, kept, damaged
-
-
-def _logits_of(config: ConfigDict, views: Sequence[np.ndarray], trained: Trained) -> np.ndarray:
-    """f[N, C] of u8[H, W, C] each, on all devices and processes."""
     outputs_fn = make_outputs(
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
-    size = -(-min(len(views), config.evaluate.batch_size) // jax.device_count())
-    size *= jax.device_count()
-    place = sharding.make_batch_placer(trained.mesh)
-    step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(trained.mesh))
-    logits = []
-    for start in range(0, len(views), size):
-        part = np.stack(views[start : start + size])
-        images_padded = np.zeros((size, *part.shape[1:]), np.uint8)
-        images_padded[: len(part)] = part
-        batch = {
-            "image": images_padded,
-            "label": np.zeros(size, np.int32),
-            "index": np.arange(size, dtype=np.int32),
-            "mask": np.arange(size) < len(part),
-        }
-        local = slice(*(size // jax.process_count() * (jax.process_index() + i) for i in (0, 1)))
-        placed = place({name: array[local] for name, array in batch.items()})
-        logits.append(jax.device_get(step(*trained.arguments, placed))["logits"][: len(part)])
-    return np.concatenate(logits)
-
-
-def _write_predictions(
-    views: Sequence[np.ndarray],
-    kept: Sequence[str],
-    damaged: Mapping[str, str],
-    probabilities: np.ndarray,
-    class_names: Sequence[str],
-    out: Path,
-) -> None:
-    """Lines on the screen, JSON, CSV and a grid of pictures."""
-    from vision_jax.tasks.classification import figures  # matplotlib
-
-    order = np.argsort(-probabilities, axis=-1, kind="stable")
-    width = max(len(printable(name)) for name in kept)
-    for name, row, best in zip(kept, probabilities, order, strict=True):
-        text = "  ".join(f"{class_names[index]} {row[index]:.3f}" for index in best[:SHOWN])
-        say(f"{printable(name):{width}}  {text}")
-    for reason in damaged.values():
-        say(f"skipped: {reason}")
+    source = images.source_of(names)
+    batches = images.make_batches(config, trained.preprocessing)
+    size = min(len(names), config.evaluate.batch_size)
+    run_over = make_run_over(outputs_fn, trained.mesh, batches, batch_size=size)
+    found, damage = run_over(source, *trained.arguments)
+    if jax.process_index():
+        return
+    probabilities, rows = softmax(found["logits"]), found["index"]
+    views = images.read_views(source, rows[:GRID], trained.preprocessing)
     out.mkdir(parents=True, exist_ok=True)
-    shown = list(map(utf8, kept))
-    record: list[dict[str, Any]] = [
-        {
-            "file": name,
-            "class": utf8(class_names[best[0]]),
-            "label": int(best[0]),
-            "probability": float(row[best[0]]),
-            "top": [[utf8(class_names[index]), float(row[index])] for index in best[:LISTED]],
-            "probabilities": row.tolist(),
-        }
-        for name, row, best in zip(shown, probabilities, order, strict=True)
-    ]
-    record += [{"file": utf8(name), "error": text} for name, text in damaged.items()]
-    names_of_classes = list(map(utf8, class_names))
-    write_json({"class_names": names_of_classes, "images": record}, out / "predictions.json")
-    with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "class", "probability", *names_of_classes])
-        for name, row, best in zip(shown, probabilities, order, strict=True):
-            table.writerow([name, names_of_classes[best[0]], float(row[best[0]]), *row.tolist()])
+    _say_classes([names[row] for row in rows], probabilities, trained.class_names)
+    say_damaged(damage.lines)
+    _write_predictions(names, rows, probabilities, damage, trained.class_names, out)
     path = out / "predict.png"
-    figures.draw_predictions(np.stack(views[:GRID]), None, probabilities[:GRID], class_names, path)
+    figures.draw_predictions(views, None, probabilities[:GRID], trained.class_names, path)
     say(f"wrote {out / 'predictions.json'}, each file with its class and all probabilities")
     say(f"wrote {out / 'predictions.csv'}, the same as a table")
     say(f"wrote {path}")
+
+
+def _say_classes(
+    names: Sequence[str], probabilities: np.ndarray, class_names: Sequence[str]
+) -> None:
+    """The most probable classes of each file."""
+    width = max(len(printable(name)) for name in names)
+    for name, row in zip(names, probabilities, strict=True):
+        best = np.argsort(-row, kind="stable")[:SHOWN]
+        text = "  ".join(f"{class_names[index]} {row[index]:.3f}" for index in best)
+        say(f"{printable(name):{width}}  {text}")
+
+
+def _write_predictions(
+    names: Sequence[str],
+    rows: np.ndarray,
+    probabilities: np.ndarray,
+    damage: DamageLog,
+    class_names: Sequence[str],
+    out: Path,
+) -> None:
+    """predictions.json of all files, predictions.csv of those that could be read."""
+    shown = list(map(utf8, class_names))
+    record: dict[int, dict[str, Any]] = {}
+    for row, own in zip(rows.tolist(), probabilities, strict=True):
+        best = np.argsort(-own, kind="stable")[:LISTED]
+        record[row] = {
+            "class": shown[best[0]],
+            "label": int(best[0]),
+            "probability": float(own[best[0]]),
+            "top": [[shown[index], float(own[index])] for index in best],
+            "probabilities": own.tolist(),
+        }
+    listed = images.list_files(names, record, damage)
+    write_json({"class_names": shown, "images": listed}, out / "predictions.json")
+    with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "class", "probability", *shown])
+        for row, one in record.items():
+            first = (one["class"], one["probability"])
+            table.writerow([utf8(names[row]), *first, *one["probabilities"]])
 
 
 # Robustness -------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def measure(
       source: images that are attacked, or chosen of.
       attacked: whose loss of an image does not depend on the others of its batch.
       make_run_over: (outputs_fn, batch_size=) -> as evaluation.make_run_over.
-      evaluate: (source, outputs over it, names of damaged images) -> Evaluation.
+      evaluate: (source, outputs over it, the damaged images) -> Evaluation.
       settings: the attacks.
       score: boxes below it are not drawn.
     """
@@ -66,8 +66,8 @@ def measure(
 
         def measure_at(epsilon: float) -> dict[str, Any]:
             state = (model_state, np.float32(epsilon), source.rows.astype(np.int32))
-            found, damaged = run_over(source, trainable, frozen, state)
-            summary = evaluate(source, found, damaged).summary
+            found, damage = run_over(source, trainable, frozen, state)
+            summary = evaluate(source, found, damage).summary
             return {name: summary[name] for name in (*SHOWN, "count")} | {
                 "largest": float(found["size"].max())
             }

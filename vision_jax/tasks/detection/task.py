@@ -1,6 +1,5 @@
 """Detection as a run's task: its config's data, loss, evaluation and pictures."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,7 @@ from vision_jax.data.detection_transforms import (
 )
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import printable, utf8
-from vision_jax.evaluation import make_run_over
+from vision_jax.evaluation import make_run_over, say_damaged
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks import images
@@ -57,7 +56,6 @@ labels_images = False
 
 SHORT, LONGEST = 800, 1333  # DETR's sides in pixels
 PICTURES = 12  # in predictions.png
-LONGEST_STEM = 200  # bytes of a file name in the names of pictures
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -322,20 +320,20 @@ def make_evaluate(
     run_over = _make_run_over(config, outputs_fn, mesh, preprocessing)
 
     def evaluate(trainable, frozen, model_state) -> Evaluation:
-        found, damaged = run_over(source, trainable, frozen, model_state)
-        return _evaluation(config, source, found, damaged)
+        found, damage = run_over(source, trainable, frozen, model_state)
+        return _evaluation(config, source, found, damage)
 
     return evaluate
 
 
-def _evaluation(config, source, found, damaged) -> Evaluation:
+def _evaluation(config, source, found, damage) -> Evaluation:
     read = np.zeros(len(source), bool)
     read[found["index"]] = True
     seen = source if read.all() else part_of(source, read)
     found["index"] = np.cumsum(read)[found["index"]].astype(np.int32) - 1  # rows of `seen`
     detections = metrics.collect_detections([found])
     summary = metrics.summarize(detections, seen)
-    return Evaluation(detections, seen, summary, damaged, config.evaluate.warn_after)
+    return Evaluation(detections, seen, summary, damage.lines, config.evaluate.warn_after)
 
 
 def _make_run_over(config, outputs_fn, mesh, preprocessing, batch_size=None):
@@ -407,7 +405,7 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     )
     run_over = _make_run_over(config, outputs_fn, trained.mesh, trained.preprocessing)
     source = images_alone(names, class_names)
-    found, damaged = run_over(source, *trained.arguments)
+    found, damage = run_over(source, *trained.arguments)
     if jax.process_index():
         return
     every = metrics.collect_detections([found])
@@ -415,7 +413,7 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     folder = out / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
     width = max(len(printable(name)) for name in names)
-    record: list[dict[str, Any]] = []
+    record: dict[int, dict[str, Any]] = {}
     for index in found["index"]:
         rows = np.flatnonzero(every.index == index)
         best = every[rows[np.argsort(-every.score[rows], kind="stable")]]
@@ -425,7 +423,7 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
                 best.label.tolist(), best.score.tolist(), best.boxes_xyxy_px.tolist(), strict=True
             )
         ]
-        record.append({"file": utf8(names[index]), "boxes": boxes})
+        record[int(index)] = {"boxes": boxes}
         text = "  ".join(f"{box['name']} {box['score']:.2f}" for box in boxes[:5])
         more = f"  and {len(boxes) - 5} more" if len(boxes) > 5 else ""
         say(f"{printable(names[index]):{width}}  {text or 'nothing'}{more}")
@@ -433,14 +431,9 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
         picture = figures.draw_detections(
             image, best.boxes_xyxy_px, best.label, best.score, class_names
         )
-        stem = re.sub(r"[^\w.-]", "_", utf8(Path(names[index]).stem)).encode()[:LONGEST_STEM]
-        name = f"{index:04d}_{stem.decode(errors='ignore')}.png"
-        Image.fromarray(picture).save(folder / name)
-    for name in damaged:
-        say(f"skipped a damaged image: {name}")
-    unread = sorted({*range(len(names))} - {*map(int, found["index"])})
-    record += [{"file": utf8(names[i]), "boxes": [], "error": "can't be read"} for i in unread]
-    write_json(record, out / "predictions.json")
+        Image.fromarray(picture).save(folder / images.file_name(index, Path(names[index]).stem))
+    say_damaged(damage.lines)
+    write_json(images.list_files(names, record, damage, boxes=[]), out / "predictions.json")
     say(f"wrote {out / 'predictions.json'}")
     say(f"wrote {folder}, boxes that score at least {config.evaluate.score:g}")
 

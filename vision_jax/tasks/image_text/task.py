@@ -17,7 +17,7 @@ from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import Source, hold_out, read_source, subset
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, printable
-from vision_jax.evaluation import make_run_over
+from vision_jax.evaluation import make_run_over, say_damaged
 from vision_jax.files import write_whole
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
@@ -242,7 +242,7 @@ def make_evaluate(
 
     def evaluate(trainable, frozen, model_state) -> Evaluation:
         arguments = (trainable, frozen, model_state)
-        found, damaged = of_images(plain, *arguments)
+        found, damage = of_images(plain, *arguments)
         rows, image = found["index"], found["features"]
         text = of_texts(tokens[source.rows[rows]], arguments)
         own = [source.caption(row) for row in rows]
@@ -250,7 +250,7 @@ def make_evaluate(
         shown = np.unique(np.linspace(0, len(rows) - 1, SHOWN).astype(int))
         nearest = tuple(_nearest(one, text, own, NEAREST) for one in image[shown])
         summary["zero_shot"] = classify(arguments)
-        return Evaluation(summary, damaged, rows[shown], nearest)
+        return Evaluation(summary, damage.lines, rows[shown], nearest)
 
     return evaluate
 
@@ -342,7 +342,7 @@ def _draw(
 ) -> None:
     from vision_jax.tasks.image_text import figures  # matplotlib, only where it draws
 
-    views = unlabelled.read_views(source, rows, preprocessing)
+    views = images.read_views(source, rows, preprocessing)
     figures.draw_captions(views, texts, path)
 
 
@@ -371,11 +371,11 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     outputs_fn = make_outputs(
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
-    source = unlabelled.source_of(names)
+    source = images.source_of(names)
     batches = images.make_batches(config, trained.preprocessing)
     size = min(len(names), config.evaluate.batch_size)
     run_over = make_run_over(outputs_fn, trained.mesh, batches, batch_size=size)
-    found, damaged = run_over(source, *trained.arguments)
+    found, damage = run_over(source, *trained.arguments)
     of_texts = _make_text_features(outputs_fn, trained.mesh, config.evaluate.batch_size)
     prompts = captions.tokenize(tokenizer, _prompts(config, classes), config.text.length)
     text = metrics.class_features(of_texts(prompts, trained.arguments), len(classes))
@@ -390,7 +390,7 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
         words = [f"{classes[i]} {1 / (1 + np.exp(-own_logits[i])):.4f}" for i in best]
         said.append(words)
         say(f"{printable(names[row]):{width}}  {'  '.join(map(printable, words))}")
-    unlabelled.say_skipped(damaged)
+    say_damaged(damage.lines)
     rows = found["index"][:SHOWN]
     out.mkdir(parents=True, exist_ok=True)
     _draw(out / "captions.png", source, rows, said[:SHOWN], trained.preprocessing)

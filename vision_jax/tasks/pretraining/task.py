@@ -14,6 +14,7 @@ from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import Source
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, printable
+from vision_jax.evaluation import say_damaged
 from vision_jax.logging import say
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks import features, images, unlabelled
@@ -146,11 +147,11 @@ def make_evaluate(
     draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
 
     def evaluate(*arguments: Any) -> Evaluation:
-        found, damaged = run_over(source, *arguments)
+        found, damage = run_over(source, *arguments)
         summary = metrics.summarize(*(found[name] for name in scores))
         summary |= of_features(found, *arguments)
         pictures = draw(*arguments)
-        return Evaluation(summary, damaged, pictures, config.evaluate.warn_after)
+        return Evaluation(summary, damage.lines, pictures, config.evaluate.warn_after)
 
     return evaluate
 
@@ -181,7 +182,7 @@ def _draw(
 ) -> None:
     from vision_jax.tasks.pretraining import figures  # matplotlib, only where something is drawn
 
-    views = unlabelled.read_views(source, pictures["index"], preprocessing)
+    views = images.read_views(source, pictures["index"], preprocessing)
     visible, made = figures.reconstruct(
         views,
         pictures["predicted"],
@@ -205,13 +206,13 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     Raises:
       UserError: none of the files can be read.
     """
-    mesh, preprocessing, source = trained.mesh, trained.preprocessing, unlabelled.source_of(names)
+    mesh, preprocessing, source = trained.mesh, trained.preprocessing, images.source_of(names)
     outputs_fn = make_outputs(
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
     size = min(len(names), config.evaluate.batch_size)
     run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, ("loss",), size)
-    found, damaged = run_over(source, *trained.arguments)
+    found, damage = run_over(source, *trained.arguments)
     draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
     pictures = draw(*trained.arguments)
     if jax.process_index():
@@ -219,7 +220,7 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     width = max(len(printable(name)) for name in names)
     for row, loss in zip(found["index"], found["loss"], strict=True):
         say(f"{printable(names[row]):{width}}  loss {loss:.4f}")
-    unlabelled.say_skipped(damaged)
+    say_damaged(damage.lines)
     if len(pictures["index"]):
         out.mkdir(parents=True, exist_ok=True)
         _draw(config, out / "reconstructions.png", source, pictures, preprocessing)

@@ -1,6 +1,5 @@
 """Segmentation as a run's task: its config's data, loss, evaluation and pictures."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
 
 from vision_jax import sharding, steps
 from vision_jax.config import write_json
@@ -21,10 +19,8 @@ from vision_jax.data.masks import IGNORED
 from vision_jax.data.pipeline import Damaged, DamageLog
 from vision_jax.data.segmentation import (
     SegmentationSource,
-    images_to_segment,
     read_segmentation_source,
     segmentation_subset,
-    slices_to_segment,
     split_segmentation_source,
 )
 from vision_jax.data.segmentation_pipeline import (
@@ -37,18 +33,18 @@ from vision_jax.data.segmentation_transforms import (
     segmentation_eval_transform,
 )
 from vision_jax.data.volumes import nifti
-from vision_jax.data.volumes.source import VolumeReader, volume_alone
-from vision_jax.data.volumes.volume import from_plane
-from vision_jax.errors import UserError, printable, utf8
-from vision_jax.evaluation import make_run_batches
+from vision_jax.data.volumes.source import VolumeReader
+from vision_jax.errors import UserError, printable
+from vision_jax.evaluation import make_run_batches, none_read
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
-from vision_jax.tasks.segmentation import cases, objective
+from vision_jax.tasks.segmentation import cases, objective, predictions
 from vision_jax.tasks.segmentation import robustness as under_attack
 from vision_jax.tasks.segmentation.cases import CaseTally
 from vision_jax.tasks.segmentation.metrics import Tally
+from vision_jax.tasks.segmentation.predictions import Predicted
 from vision_jax.tasks.segmentation.windows import predict_by_spread_windows, predict_by_windows
 
 best_metric = "miou"  # what the best checkpoint is best at
@@ -71,11 +67,7 @@ whole = objective.WHOLE
 labels_images = False
 
 PICTURES = 6  # in predictions.png
-LONGEST_STEM = 200  # bytes of a file name in the names of pictures
 MOST_MASKS = 200  # that are read to tell the classes' shares of pixels
-
-# An image's prediction and label, u8[H, W] both, and its row in the source.
-Predicted = tuple[int, np.ndarray, np.ndarray]
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -354,10 +346,7 @@ def make_evaluate(
             if row in shown:
                 examples.append({"row": row, "label": label, "prediction": prediction})
         if not tally.images:
-            raise UserError(
-                f"{source.name}: not one of its {len(source)} images could be read, first"
-                f" {damage.lines[0]}"
-            )
+            raise none_read(source, damage)
         return Evaluation(
             tally.summarize(),
             tally.confusion,
@@ -549,108 +538,21 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     Raises:
       UserError: none of the files can be read.
     """
-    from vision_jax.tasks.segmentation import figures  # matplotlib, only where something is drawn
-
-    class_names = trained.class_names
     outputs_fn = make_outputs(
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
-    predict_all = _make_predict_all(config, outputs_fn, trained.mesh, trained.preprocessing)
+    run = _make_predict_all(config, outputs_fn, trained.mesh, trained.preprocessing)
+
+    def predict_all(source, damage):
+        return run(source, damage, *trained.arguments)
+
+    class_names = trained.class_names
     if any(name.lower().endswith(nifti.SUFFIXES) for name in names):
-        run = partial(_predict_volume, config, predict_all, trained, out)
-        reports = [report for number, name in enumerate(names) for report in run(number, name)]
-        if not jax.process_index():
-            cases.write_cases(reports, out / "cases")
-            say(f"wrote {out / 'masks'}, whose values are the classes' places in model.json")
-            say(f"wrote {out / 'cases'}: {cases.SENTENCE}")
+        predictions.predict_volumes(names, class_names, predict_all, out, config.data.train)
         return
-    source, damage = images_to_segment(names, class_names), DamageLog()
-    colors = figures.palette(len(class_names))
     tally = _make_tally(config, class_names)
-    record: dict[int, dict[str, Any]] = {}
-    writes = not jax.process_index()
-    if writes:
-        for folder in ("masks", "overlays"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-    width = max(len(printable(name)) for name in names)
-    for row, prediction, _ in predict_all(source, damage, *trained.arguments):
-        shares = np.bincount(prediction.reshape(-1), minlength=len(class_names)) / prediction.size
-        found = {
-            "file": utf8(names[row]),
-            "height": prediction.shape[0],
-            "width": prediction.shape[1],
-            "shares": {name: float(shares[k]) for k, name in enumerate(class_names)},
-        }
-        if config.evaluate.objects:
-            found["objects"] = tally.count_objects(prediction)
-        record[row] = found
-        if not writes:
-            continue
-        order = np.argsort(-shares, kind="stable")[:5]
-        text = ", ".join(f"{printable(class_names[k])} {shares[k]:.1%}" for k in order if shares[k])
-        objects = f"  {found['objects']} objects" if "objects" in found else ""
-        say(f"{printable(names[row]):{width}}  {text}{objects}")
-        stem = re.sub(r"[^\w.-]", "_", utf8(Path(names[row]).stem)).encode()[:LONGEST_STEM]
-        name = f"{row:04d}_{stem.decode(errors='ignore')}.png"
-        found["mask"] = f"masks/{name}"
-        mask = Image.fromarray(prediction)
-        mask.putpalette(colors.tobytes())
-        mask.save(out / "masks" / name)
-        picture = figures.overlay(source[row]["image"], prediction, colors)
-        Image.fromarray(picture).save(out / "overlays" / name)
-    if not record:
-        raise UserError(
-            f"not one of the {len(names)} images could be read, first {damage.lines[0]}"
-        )
-    if not writes:
-        return
-    for line in damage.lines:
-        say(f"skipped a damaged image: {line}")
-    reasons = damage.by_row
-    listed = [
-        record.get(row, {"file": utf8(name), "error": reasons.get(row, "can't be read")})
-        for row, name in enumerate(names)
-    ]
-    classes = {str(k): name for k, name in enumerate(class_names)}
-    write_json({"classes": classes, "images": listed}, out / "predictions.json")
-    say(f"wrote {out / 'predictions.json'}")
-    say(f"wrote {out / 'masks'}, whose values are the classes of predictions.json")
-    say(f"wrote {out / 'overlays'}")
-
-
-def _predict_volume(
-    config: ConfigDict,
-    predict_all: Callable[..., Iterator[Predicted]],
-    trained: Trained,
-    out: Path,
-    number: int,
-    name: str,
-) -> list[dict[str, Any]]:
-    """Writes the labels of a volume; returns its report.
-
-    Raises:
-      UserError: it can't be read, or the model was trained on images.
-    """
-    reader = volume_alone(Path(name), config.data.train)
-    source = slices_to_segment(reader, trained.class_names)
-    tally, damage = CaseTally(source, truth=False), DamageLog()
-    for row, prediction, _ in predict_all(source, damage, *trained.arguments):
-        tally.add(row, prediction, prediction)
-    if damage.names:
-        raise UserError(f"{name}: can't be read: its header is sound, and its voxels are not")
-    [report] = tally.reports()
-    report["pictures"] = [source.reader.read(place) for *_, place in report["strip"]]
-    labels = from_plane(report.pop("labels"), reader.options.plane)
-    if not jax.process_index():
-        (out / "masks").mkdir(parents=True, exist_ok=True)
-        stem = re.sub(r"[^\w.-]", "_", utf8(reader.cases[0].name))
-        path = out / "masks" / f"{number:04d}_{stem[:LONGEST_STEM]}.nii.gz"
-        nifti.write_labels(path, Path(name), labels)
-        for kind, found in report["classes"].items():
-            ml = found["volume_ml"]
-            amount = f"{found['voxels']:,} voxels" if ml is None else f"{ml:.1f} ml"
-            say(f"{printable(name)}  {printable(kind)} {amount}")
-    return [report]
+    count_objects = tally.count_objects if config.evaluate.objects else None
+    predictions.predict_images(names, class_names, predict_all, out, count_objects)
 
 
 # Robustness -------------------------------------------------------------------------------------
