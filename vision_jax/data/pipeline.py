@@ -95,6 +95,10 @@ class DamageLog:
             for one in damaged:
                 self._damaged.setdefault(one.index, one)
 
+    def update(self, other: "DamageLog") -> None:
+        """Note what another log of the same source has."""
+        self.record(other.seen - other.count, [*other._damaged.values()])
+
 
 # A training example, None where too many were damaged, and the damaged ones met on the way.
 Loaded = tuple[dict[str, Any] | None, list[Damaged]]

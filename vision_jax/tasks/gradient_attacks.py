@@ -17,7 +17,9 @@ from vision_jax.attacks import gradient, norms
 from vision_jax.attacks.examples import keys_of
 from vision_jax.attacks.norms import Norm
 from vision_jax.config import write_json
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError, nearest
+from vision_jax.evaluation import Examples, announce, say_damaged
 from vision_jax.logging import say
 from vision_jax.objective import Batch, Objective
 
@@ -140,8 +142,9 @@ def measure(
     workdir: Path,
     settings: Settings,
     *,
+    source: Examples,
     what: str,
-    make_measure: Callable[[Attack], Callable[[float], dict[str, Any]]],
+    make_measure: Callable[[Attack], Callable[[float, DamageLog], dict[str, Any]]],
     shown: Sequence[str],
     make_pictures: Callable[[Attack, float], Sequence[Any]],
     draw: Callable[[Mapping[str, Any], Sequence[Any], Path], None],
@@ -151,8 +154,10 @@ def measure(
     Args:
       workdir: where files are written.
       settings: the attacks.
+      source: of the images that are attacked.
       what: the model is called.
-      make_measure: attack -> (epsilon -> figures, with "count" and "largest", the largest norm).
+      make_measure: attack -> ((epsilon, the damaged images that are met) -> figures, with "count"
+        and "largest", the largest norm).
       shown: of the figures, those on the screen.
       make_pictures: (the last attack, the largest epsilon) -> what `draw` takes.
       draw: (the record, pictures, path of a PNG).
@@ -169,15 +174,19 @@ def measure(
         )
         for name in settings.attacks
     }
-    first = not jax.process_index()
+    first, damage = not jax.process_index(), DamageLog()
+    if first:
+        announce(source)
 
     def measure_one(measure_at, name: str, epsilon: float) -> dict[str, Any]:
-        found = measure_at(epsilon)
+        found = measure_at(epsilon, damage)
         if first:
             say(line(name, found, shown))
         return found | {"epsilon": epsilon}
 
     clean = measure_one(make_measure(no_attack), "clean", 0.0)
+    if first:
+        say_damaged(damage.lines)
     record: dict[str, Any] = {"images": clean["count"], "norm": settings.norm, "clean": clean}
     record["attacks"] = {
         name: [

@@ -182,15 +182,16 @@ def test_examples_are_spread_evenly_and_damaged_ones_are_named(tmp_path):
     source = read_source(str(tmp_path))
     preprocessing = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bilinear", "center")
     read = partial(robustness.read_examples, source, preprocessing, threads=2)
-    some, damaged = read(count=5)
+    some, damage = read(count=5)
     assert some.index.tolist() == [0, 4, 9, 14]
     assert some.labels.tolist() == [0, 0, 0, 1]
     assert some.images[:, 0, 0, 0].tolist() == [0, 40, 90, 40]
-    assert damaged == (source.example_name(19),)
+    [line] = damage.lines
+    assert line.startswith(f"{source.example_name(19)}: not a readable image")
     assert len(read(count=0)[0].labels) == len(read(count=99)[0].labels) == 19
     for path in tmp_path.glob("*/*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(UserError, match="not one of 5 images"):
+    with pytest.raises(UserError, match=r"not one of 5 images .* first .*\.png: not a readable"):
         read(count=5)
 
 

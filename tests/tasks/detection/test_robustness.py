@@ -49,8 +49,8 @@ def test_figures_of_each_epsilon_and_a_picture(restored, tmp_path, capsys, monke
         assert 0.9 * row["epsilon"] < row["largest"] < 1.0001 * row["epsilon"]
     assert (tmp_path / "robustness.png").stat().st_size > 20_000
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["clean", "pgd", "pgd", "wrote", "wrote"]
-    assert lines[1].endswith("n=5")
+    assert [line.split()[0] for line in lines] == ["data:", "clean", *["pgd"] * 2, *["wrote"] * 2]
+    assert lines[2].endswith("n=5")
 
 
 MODELS = {

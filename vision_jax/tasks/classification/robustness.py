@@ -13,8 +13,9 @@ from vision_jax.attacks import norms
 from vision_jax.attacks.autoattack import Version
 from vision_jax.config import write_json
 from vision_jax.data import corruptions as corruption_names
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import Source
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, printable
 from vision_jax.logging import show_progress
 from vision_jax.tasks import gradient_attacks
 from vision_jax.tasks.api import Trained
@@ -86,7 +87,7 @@ def measure(
     """
     names = corruption_names.find_names(settings.corruptions, "config.robustness.corruptions")
     settings = replace(settings, corruptions=names)
-    subject, damaged = _read_subject(trained, source, settings)
+    subject, damage = _read_subject(trained, source, settings)
     count = len(subject.examples.labels)
     passes = (
         1 + len(settings.attacks) * len(settings.epsilons) + len(names) * len(settings.severities)
@@ -94,9 +95,9 @@ def measure(
     first = jax.process_index() == 0
     batches = passes * -(-count // settings.batch_size)
     with show_progress(batches, show=first) as (advance, say):
-        say(f"step {trained.step}, {count} images, {settings.norm}")
-        for name in damaged:
-            say(f"skipped a damaged image: {name}")
+        say(f"data: {source.name}; step {trained.step}, {count} images, {settings.norm}")
+        for line in damage.lines:
+            say(f"skipped a damaged image: {printable(line)}")
         clean, of_clean = _measure_clean(subject, advance, say)
         record = {
             "step": trained.step,
@@ -135,8 +136,8 @@ class _Subject:
 
 def _read_subject(
     trained: Trained, source: Source, settings: Settings
-) -> tuple[_Subject, Sequence[str]]:
-    """(the subject, names of damaged images that are left out)."""
+) -> tuple[_Subject, DamageLog]:
+    """(the subject, the damaged images that are left out)."""
     make = partial(
         robust.make_attack, norm=settings.norm, steps=settings.steps, restarts=settings.restarts
     )
@@ -145,12 +146,12 @@ def _read_subject(
     make_classify = partial(
         robust.make_classify, classifier, norm=settings.norm, seed=settings.seed
     )
-    examples, damaged = robust.read_examples(
+    examples, damage = robust.read_examples(
         source, trained.preprocessing, count=settings.images, threads=settings.threads
     )
     attacked = {name: make_classify(attack) for name, attack in attacks.items()}
     classify = make_classify(None)
-    return _Subject(classifier, classify, attacked, examples, trained.class_names), damaged
+    return _Subject(classifier, classify, attacked, examples, trained.class_names), damage
 
 
 def _measure_clean(

@@ -26,6 +26,7 @@ from vision_jax.attacks.losses import LogitsOfImages
 from vision_jax.attacks.norms import Norm
 from vision_jax.data.corruptions import corrupt
 from vision_jax.data.decode import DamagedImageError
+from vision_jax.data.pipeline import Damaged, DamageLog
 from vision_jax.data.sources import Source
 from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError, nearest
@@ -90,8 +91,8 @@ class Examples:
 
 def read_examples(
     source: Source, preprocessing: Preprocessing, *, count: int, threads: int
-) -> tuple[Examples, tuple[str, ...]]:
-    """(`count` evenly spread examples of a source, 0 for all; names of those that are damaged).
+) -> tuple[Examples, DamageLog]:
+    """(`count` evenly spread examples of a source, 0 for all; those that are damaged).
 
     Raises:
       UserError: all of them are.
@@ -99,22 +100,26 @@ def read_examples(
     count = min(count or len(source), len(source))
     rows = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
 
+    damage = DamageLog()
+
     def load(row: int) -> np.ndarray | None:
         try:
             return eval_transform(source[row]["image"], preprocessing)
-        except DamagedImageError:
+        except DamagedImageError as error:
+            damage.record(0, [Damaged(row, source.example_name(row), str(error))])
             return None
 
     with ThreadPoolExecutor(threads) as pool:
         views = list(pool.map(load, rows.tolist()))
     sound = np.array([view is not None for view in views])
     if not sound.any():
-        raise UserError(f"{source.name}: not one of {count} images could be read")
+        raise UserError(
+            f"{source.name}: not one of {count} images could be read, first {damage.lines[0]}"
+        )
     images = np.stack([view for view in views if view is not None])
     kept = rows[sound]
     labels = np.asarray(source.labels)[kept].astype(np.int32)
-    damaged = tuple(source.example_name(int(row)) for row in rows[~sound])
-    return Examples(images, labels, kept.astype(np.int32)), damaged
+    return Examples(images, labels, kept.astype(np.int32)), damage
 
 
 def make_over(classifier: Classifier, probe: Probe) -> Callable[..., Outputs]:

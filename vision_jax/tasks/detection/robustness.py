@@ -12,6 +12,7 @@ import numpy as np
 
 from vision_jax.attacks import norms
 from vision_jax.data.detection import DetectionSource, part_of
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.objective import Objective
 from vision_jax.tasks import gradient_attacks
@@ -64,10 +65,11 @@ def measure(
 
         run_over = make_run_over(outputs_fn, batch_size=settings.batch_size)
 
-        def measure_at(epsilon: float) -> dict[str, Any]:
+        def measure_at(epsilon: float, damage: DamageLog) -> dict[str, Any]:
             state = (model_state, np.float32(epsilon), source.rows.astype(np.int32))
-            found, damage = run_over(source, trainable, frozen, state)
-            summary = evaluate(source, found, damage).summary
+            found, met = run_over(source, trainable, frozen, state)
+            damage.update(met)
+            summary = evaluate(source, found, met).summary
             return {name: summary[name] for name in (*SHOWN, "count")} | {
                 "largest": float(found["size"].max())
             }
@@ -86,6 +88,7 @@ def measure(
     return gradient_attacks.measure(
         workdir,
         settings,
+        source=source,
         what="detector",
         make_measure=make_measure,
         shown=SHOWN,

@@ -63,9 +63,9 @@ def measure(
 
         run = make_run_batches(outputs_fn, batch_size=settings.batch_size)
 
-        def rows_of(epsilon):
+        def rows_of(epsilon, damage):
             state = (model_state, np.float32(epsilon), source.rows.astype(np.int32))
-            for batch in run(source, DamageLog(), trainable, frozen, state):
+            for batch in run(source, damage, trainable, frozen, state):
                 for place in np.flatnonzero(batch["mask"]):
                     yield {name: array[place] for name, array in batch.items()}
 
@@ -74,9 +74,9 @@ def measure(
     def make_measure(attack):
         rows_of = make_rows_of(attack)
 
-        def measure_at(epsilon: float) -> dict[str, Any]:
+        def measure_at(epsilon: float, damage: DamageLog) -> dict[str, Any]:
             tally, largest = make_tally(), 0.0
-            for row in rows_of(epsilon):
+            for row in rows_of(epsilon, damage):
                 tally.add(row["prediction"], row["label"])
                 largest = max(largest, float(row["size"]))
             summary = tally.summarize()
@@ -85,7 +85,10 @@ def measure(
         return measure_at
 
     def make_pictures(attack, epsilon):
-        plain, adversarial = make_rows_of(gradient_attacks.no_attack)(0.0), make_rows_of(attack)
+        plain, adversarial = (
+            make_rows_of(made)(size, DamageLog())
+            for made, size in ((gradient_attacks.no_attack, 0.0), (attack, epsilon))
+        )
         return [
             {
                 "image": after["image"],
@@ -93,9 +96,7 @@ def measure(
                 "before": before["prediction"],
                 "after": after["prediction"],
             }
-            for before, after in itertools.islice(
-                zip(plain, adversarial(epsilon), strict=True), PICTURES
-            )
+            for before, after in itertools.islice(zip(plain, adversarial, strict=True), PICTURES)
         ]
 
     def draw(record, pictures, path):
@@ -106,6 +107,7 @@ def measure(
     return gradient_attacks.measure(
         workdir,
         settings,
+        source=source,
         what="segmenter",
         make_measure=make_measure,
         shown=("miou", "pixel_accuracy"),
