@@ -1,15 +1,18 @@
 """A large image window by window: scores averaged where windows overlap, and the best class.
 
 Windows lie in rows, and what the next row does not reach is decided and forgotten, so that no more
-scores are held than those of a strip of the image as high as a window.
+scores are held than those of a strip of the image as high as a window, and of `at_once` windows.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 # (windows u8[n, h, w, C]) -> scores f[n, h, w, K]
 ScoresOf = Callable[[np.ndarray], np.ndarray]
+# of each of N lines the lines i[N] before and after it, and the share f32[N] of the latter
+Neighbors = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def starts(side: int, window: int, stride: int) -> list[int]:
@@ -51,21 +54,8 @@ def predict_by_windows(
         image = canvas
     tops, lefts = (starts(side, window, stride) for side in image.shape[:2])
     prediction = np.empty(image.shape[:2], np.uint8)
-    strip = None
-    for number, top in enumerate(tops):
-        places = [(top, left) for left in lefts]
-        for (_, left), scores in _scores_of_places(image, places, window, scores_of, at_once):
-            if strip is None:
-                strip = np.zeros((window, image.shape[1], scores.shape[-1]), np.float32)
-                seen = np.zeros((window, image.shape[1], 1), np.float32)
-            strip[:, left : left + window] += scores
-            seen[:, left : left + window] += 1
-        assert strip is not None
-        done = (tops[number + 1] if number + 1 < len(tops) else top + window) - top
-        prediction[top : top + done] = (strip[:done] / seen[:done]).argmax(-1)
-        for array in (strip, seen):
-            array[: window - done] = array[done:].copy()
-            array[window - done :] = 0
+    for top, scores in _strips(image, 0, tops, lefts, window, scores_of, at_once):
+        prediction[top : top + len(scores) - 1] = scores[1:].argmax(-1)
     return prediction[:height, :width]
 
 
@@ -83,27 +73,68 @@ def predict_by_spread_windows(
       at_once: windows.
       size: (height, width) of the image before it was resized.
     """
-    height, width = image.shape[:2]
-    window = min(height, width)
-    along = spread(max(height, width), window)
-    places = [(start, 0) if height > width else (0, start) for start in along]
-    total: np.ndarray | None = None
-    seen = np.zeros((height, width, 1), np.float32)
-    for (top, left), scores in _scores_of_places(image, places, window, scores_of, at_once):
-        if total is None:
-            total = np.zeros((height, width, scores.shape[-1]), np.float32)
-        part = (slice(top, top + window), slice(left, left + window))
-        total[part] += scores
-        seen[part] += 1
-    assert total is not None
-    total /= seen
+    window, axis = min(image.shape[:2]), int(image.shape[0] <= image.shape[1])
+    along = spread(max(image.shape[:2]), window)
     prediction = np.empty(size, np.uint8)
-    (above, below, down), (before, after, right) = map(_neighbors, (height, width), size)
-    for y in range(size[0]):  # row by row: at full size scores of many classes are large
-        row = total[above[y]] * (1 - down[y]) + total[below[y]] * down[y]  # [w, K]
+    neighbors = [_neighbors(old, new) for old, new in zip(image.shape[:2], size, strict=True)]
+    first = 0  # row or column of the prediction that is not decided yet
+    for start, scores in _strips(image, axis, along, [0], window, scores_of, at_once):
+        low, high, share = neighbors[axis]
+        end = int(np.searchsorted(high, start + len(scores) - 1))  # high grows with its place
+        decided = slice(first, end)
+        here = list(neighbors)
+        here[axis] = (low[decided] - start + 1, high[decided] - start + 1, share[decided])
+        part = (decided, slice(None)) if axis == 0 else (slice(None), decided)
+        _decide(prediction[part], np.moveaxis(scores, 0, axis), *here)
+        first = end
+    return prediction
+
+
+def _decide(prediction: np.ndarray, scores: np.ndarray, rows: Neighbors, columns: Neighbors):
+    """Writes the best class of scores f32[h, w, K] between their rows and columns, u8[H, W]."""
+    before, after, right = columns
+    for y, (above, below, down) in enumerate(zip(*rows, strict=True)):  # whole, K is too many
+        row = scores[above] * (1 - down) + scores[below] * down  # [w, K]
         row = row[before] * (1 - right[:, None]) + row[after] * right[:, None]
         prediction[y] = row.argmax(-1)
-    return prediction
+
+
+def _strips(
+    image: np.ndarray,
+    axis: int,
+    along: Sequence[int],
+    across: Sequence[int],
+    side: int,
+    scores_of: ScoresOf,
+    at_once: int,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(start, mean scores f32[1 + n, m, K]) of strip after strip of an image u8[H, W, C].
+
+    A strip ends where the next windows along the axis begin. Its first line is the last one of the
+    strip before. The array is good until the next strip is asked for.
+    """
+    places = [(a, b) if axis == 0 else (b, a) for a in along for b in across]
+    windows = _scores_of_places(image, places, side, scores_of, at_once)
+    total: np.ndarray | None = None
+    for start, end in zip(along, [*along[1:], along[-1] + side], strict=True):
+        for place, scores in itertools.islice(windows, len(across)):
+            if total is None:
+                shape = list(image.shape[:2])
+                shape[axis] = side + 1
+                total, seen = (  # in the image's layout, and its axis first
+                    np.moveaxis(np.zeros((*shape, depth), np.float32), axis, 0)
+                    for depth in (scores.shape[-1], 1)
+                )
+            at = place[1 - axis]
+            total[1:, at : at + side] += np.moveaxis(scores, axis, 0)
+            seen[1:, at : at + side] += 1
+        assert total is not None
+        done = end - start
+        total[1 : done + 1] /= seen[1 : done + 1]
+        yield start, total[: done + 1]
+        for lines in (total, seen):
+            lines[: side + 1 - done] = lines[done:]
+            lines[side + 1 - done :] = 0
 
 
 def spread(side: int, window: int) -> list[int]:
@@ -117,7 +148,7 @@ def spread(side: int, window: int) -> list[int]:
     return [index * (side - window) // max(last, 1) for index in range(last + 1)]
 
 
-def _neighbors(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _neighbors(old: int, new: int) -> Neighbors:
     """(left neighbor i[new], right neighbor i[new], share f32[new] of the right one)."""
     centers = ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
     left = centers.astype(int)
