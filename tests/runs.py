@@ -2,6 +2,9 @@
 
 import functools
 import os
+import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,40 @@ ROOT = Path(__file__).parents[1]
 def xla_flags(devices: int) -> str:
     """XLA_FLAGS of a child: this process's, but for the number of devices."""
     return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+
+
+def python(*arguments, devices=1, **keywords):
+    """A child that runs Python, on so many virtual devices."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": xla_flags(devices),
+    }
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **keywords,
+    )
+
+
+def start_two(config, workdir, fields, program=("-m", "vision_jax.main"), others=None, devices=1):
+    """Two processes of a run of configs/CONFIG; `others` are fields of the second one alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = f"--config={ROOT / 'configs' / config}"
+    return [
+        python(
+            *(*program, config, f"--workdir={workdir}"),
+            *(f"--config.{name}={value}" for name, value in {**fields, **more}.items()),
+            *(f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={process}"),
+            devices=devices,
+        )
+        for process, more in enumerate(({}, others or {}))
+    ]
 
 
 STEPS = 6

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from test_train import RESULTS, assert_same_numbers, python, steps_logged, tensors
+from test_train import RESULTS, assert_same_numbers, steps_logged, tensors
 
 from vision_jax.logging import read_metrics
 from vision_jax.run.restore import restore
@@ -23,7 +23,7 @@ def deaths(tmp_path_factory):
     """The folder and the (exit code, screen) of each scenario."""
     folder = tmp_path_factory.mktemp("deaths")
     overrides = json.dumps(runs.overrides(**runs.FULL))
-    with python(str(runs.ROOT / "tests/crashes.py"), str(folder), overrides) as child:
+    with runs.python(str(runs.ROOT / "tests/crashes.py"), str(folder), overrides) as child:
         output, errors = child.communicate(timeout=500)
     assert child.returncode == 0, errors
     return folder, json.loads(output)

@@ -173,6 +173,32 @@ def test_evaluation_depends_on_no_batch_and_windows_see_what_images_do(finished)
     assert same < 0.2
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"evaluate__window": 16, "evaluate__stride": 8, "evaluate__batch_size": 8},
+        {"data__view": "windows", "evaluate__batch_size": 8},
+    ],
+    ids=["by stride", "spread"],
+)
+def test_windows_of_two_processes_are_those_of_one(tmp_path, fields):
+    """Each process has half of a batch of windows, on two devices: the numbers are the same."""
+    config = tiny_config(**fields)
+    workdir = tmp_path / "two"
+    overrides = segmentation_runs.overrides(**fields)
+    children = runs.start_two(segmentation_runs.CONFIG.name, workdir, overrides, devices=2)
+    screens = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [0, 0], screens
+    two = json.loads((workdir / "evaluation.json").read_text())
+    restored = restore(config, workdir, "last")
+    source = restored.run.task.read_eval_source(config, CLASSES)
+    one = restored.run.make_evaluate(source)(*restored.trained.arguments).summary
+    assert two["pixels"] == one["pixels"]
+    for name, found in one["per_class"].items():
+        assert two["per_class"][name]["iou"] == pytest.approx(found["iou"], abs=2e-3), name
+
+
 def test_images_of_one_size_compile_the_model_once_whatever_their_masks(finished, monkeypatch):
     """With the view squash, of two sizes of masks; the numbers are those of a model by hand."""
     config = tiny_config(data__view="squash", evaluate__batch_size=8)

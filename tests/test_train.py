@@ -3,12 +3,8 @@
 import errno
 import fcntl
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,6 +26,8 @@ from vision_jax.run import workdirs
 from vision_jax.run.description import load_description
 from vision_jax.run.restore import restore
 from vision_jax.tasks.classification import task as classify
+
+CONFIG = "vit_lora.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,22 +67,6 @@ def tensors(workdir):
 def steps_logged(workdir, metric):
     records = read_metrics(workdir / "metrics.jsonl")
     return [record["step"] for record in records if metric in record]
-
-
-def python(*arguments, devices=1, **keywords):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(runs.ROOT),
-        "XLA_FLAGS": runs.xla_flags(devices),
-    }
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **keywords,
-    )
 
 
 # One uninterrupted run --------------------------------------------------------------------------
@@ -202,27 +184,10 @@ def assert_same_numbers(workdir, other, later=2e-3, exact=2):
 # Several processes ------------------------------------------------------------------------------
 
 
-def start_two(workdir, fields, program=("-m", "vision_jax.main"), others=None, devices=1):
-    """Two processes of one run; `others` are fields of the second one alone."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = f"--config={runs.ROOT / 'configs/vit_lora.py'}"
-    return [
-        python(
-            *(*program, config, f"--workdir={workdir}"),
-            *(f"--config.{name}={value}" for name, value in {**fields, **more}.items()),
-            *(f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={process}"),
-            devices=devices,
-        )
-        for process, more in enumerate(({}, others or {}))
-    ]
-
-
 @pytest.mark.long
 def test_two_processes_are_one_run(tmp_path):
     fields = runs.overrides(mesh__fsdp=2, **runs.FULL)
-    children = start_two(tmp_path / "two", fields, devices=2)
+    children = runs.start_two(CONFIG, tmp_path / "two", fields, devices=2)
     screens = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0, 0], screens
     assert "Files written:" in screens[0][0]
@@ -236,7 +201,7 @@ def test_two_processes_are_one_run(tmp_path):
 
 @pytest.mark.long
 def test_processes_of_different_configs_stop_and_name_the_field(tmp_path):
-    children = start_two(tmp_path / "two", runs.overrides(), others={"optim.lr": 0.5})
+    children = runs.start_two(CONFIG, tmp_path / "two", runs.overrides(), others={"optim.lr": 0.5})
     screens = [child.communicate(timeout=120) for child in children]
     assert [child.returncode for child in children] == [2, 2], screens
     for _, errors in screens:
@@ -264,7 +229,9 @@ main.command()
 def test_the_failure_of_one_process_ends_the_other_within_seconds(tmp_path):
     program = tmp_path / "failing.py"
     program.write_text(FAILING)
-    children = start_two(tmp_path / "two", runs.overrides(total_steps=1000), (str(program),))
+    children = runs.start_two(
+        CONFIG, tmp_path / "two", runs.overrides(total_steps=1000), (str(program),)
+    )
     (_, errors), (_, other_errors) = (child.communicate(timeout=200) for child in children)
     ended = time.time()
     assert [child.returncode for child in children] == [2, 1], errors + other_errors

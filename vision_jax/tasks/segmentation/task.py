@@ -428,17 +428,13 @@ def _make_predict_by_windows(config, outputs_fn, mesh, preprocessing):
     at_once = -(-settings.batch_size // devices) * devices
     step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
     place = sharding.make_batch_placer(mesh)
-    own = slice(jax.process_index(), None, jax.process_count())
+    share = at_once // jax.process_count()
+    own = slice(share * jax.process_index(), share * (jax.process_index() + 1))
     fill = [round(255 * value) for value in preprocessing.mean]
 
     def predict_all(source, damage, *arguments) -> Iterator[Predicted]:
         def scores_of(windows):
-            scores = step(*arguments, place({"image": windows[own]}))["scores"]
-            found = np.asarray(jax.device_get(scores))
-            if jax.process_count() > 1:  # rows come back process by process
-                order = np.argsort(np.arange(at_once) % jax.process_count(), kind="stable")
-                found = found[np.argsort(order)]
-            return found
+            return jax.device_get(step(*arguments, place({"image": windows[own]}))["scores"])
 
         whole = replace(preprocessing, view="short" if spread else "original")
         for row in range(len(source)):
