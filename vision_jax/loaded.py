@@ -329,6 +329,14 @@ def trained_of(loaded: Loaded, mesh: Mesh) -> Trained:
     )
 
 
+def loaded_of(trained: Trained, origin: str) -> Loaded:
+    """A run's model, of the checkpoint that was restored; adapters stay on the tree."""
+    trainable, frozen, statistics = trained.arguments
+    params = trained.assemble({**trainable, **frozen})
+    variables = {"params": params, **({"batch_stats": statistics} if statistics else {})}
+    return Loaded(trained.model, variables, trained.class_names, trained.preprocessing, origin)
+
+
 def evaluate(
     loaded: Loaded,
     variables: Variables,

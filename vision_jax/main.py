@@ -97,6 +97,10 @@ COMMANDS: Mapping[str, Command] = {
         "turn weights or a run into files of timm, torchvision or transformers",
         "vision_jax.convert",
     ),
+    "export": Command(
+        "write a model as StableHLO and other files that run elsewhere, with a certificate",
+        "vision_jax.commands.export",
+    ),
     "certify": Command(
         "compare an imported model with its source, number by number", "vision_jax.certify"
     ),

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vision_jax import platform as platforms
+
 
 def attend(
     q: jax.Array,
@@ -22,7 +24,7 @@ def attend(
       v: f[B, M, K, d].
       bias: f[K, N, M], or f[B, K, N, M] where B, or K, may be 1: relative positions, masks.
       scale: 1 / √d if None.
-      platform: "cpu", "gpu" or "tpu"; the default backend if None. On a GPU in half precision this
+      platform: see platform.py; the current one if None. On a GPU in half precision this
         is cuDNN's fused kernel (without a bias: it takes none of odd lengths), on other
         accelerators what XLA makes of `dot_product_attention`; on a CPU, two head-major products,
         which measured 1.4 times as fast there.
@@ -30,10 +32,10 @@ def attend(
     Returns:
       f[B, N, K, d] in q's dtype. The softmax is in float32 (or better).
     """
-    platform = platform or jax.default_backend()
+    platform = platform or platforms.current()
     if bias is not None and bias.ndim == 3:
         bias = bias[None]  # [1, K, N, M]
-    if platform != "cpu":
+    if platform in ("gpu", "tpu"):
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         small = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
         fused = platform == "gpu" and half and small and bias is None

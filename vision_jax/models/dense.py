@@ -159,7 +159,7 @@ class DenseDetector(OnPyramid):
             for name, (count, size) in predictions.items():
                 start = {"bias_init": _prior} if name == "class" else {}
                 head = _spread(count * size, wide, name=f"{name}_head", **start)
-                said[name] = [head(x).reshape(len(x), -1, size) for x in maps]
+                said[name] = [head(x).reshape(x.shape[0], -1, size) for x in maps]
         return said
 
 
@@ -210,7 +210,7 @@ def detect(
             central = jnp.take_along_axis(central, place, axis=1)[..., None]
         score = jnp.where((rank >= 0)[..., None], _score(classes, central), -1)
         score, pair = lax.top_k(
-            score.reshape(len(score), -1), min(candidates, score[0].size)
+            score.reshape(score.shape[0], -1), min(candidates, math.prod(score.shape[1:]))
         )  # [B, M]
         place, label = pair // classes.shape[-1], pair % classes.shape[-1]
         parts.append((score, label, decode(_at(own, place), _at(boxes, place))))

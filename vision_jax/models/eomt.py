@@ -104,7 +104,7 @@ class MaskHead(nn.Module):
             layer = Dense(x.shape[-1], dtype=self.dtype, kernel_init=_uniform, name=f"fc{index}")
             queries = layer(queries)
             queries = ACTIVATIONS["gelu"](queries) if index < 3 else queries
-        patches = patches.reshape(len(x), *self.grid, -1)  # [B, h, w, D]
+        patches = patches.reshape(x.shape[0], *self.grid, -1)  # [B, h, w, D]
         for index in range(self.upscale_blocks):
             patches = Upscale(self.dtype, name=f"upscale_{index}")(patches)
         wide = np.promote_types(self.dtype, np.float32)
@@ -166,7 +166,7 @@ class Eomt(ViT):
         features.update({f"block_{index}": output for index, output in enumerate(outputs)})
         shape = (self.num_queries, self.width)
         queries = self.param("query_embed", nn.initializers.normal(1.0), shape)
-        queries = jnp.broadcast_to(queries.astype(x.dtype)[None], (len(x), *shape))
+        queries = jnp.broadcast_to(queries.astype(x.dtype)[None], (x.shape[0], *shape))
         x = jnp.concatenate([queries, x], axis=1)  # [B, Q + P + h·w, D]
 
         norm = layer_norm("norm", self.layer_norm_eps, self.dtype)
@@ -178,7 +178,9 @@ class Eomt(ViT):
             return classes(x[:, : self.num_queries]), head(x).transpose(0, 3, 1, 2)
 
         found = []
-        bias = jnp.zeros((len(x), 1, x.shape[1], x.shape[1]), np.promote_types(x.dtype, np.float32))
+        bias = jnp.zeros(
+            (x.shape[0], 1, x.shape[1], x.shape[1]), np.promote_types(x.dtype, np.float32)
+        )
         for index, share in enumerate(shares):
             if train or self.is_initializing():
                 found.append(predict(norm(x)))

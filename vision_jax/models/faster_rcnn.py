@@ -118,8 +118,8 @@ class ProposalHead(nn.Module):
         def predict(name, features):
             return Dense(features, dtype=wide, kernel_init=_small, name=name)(x)
 
-        logits = predict("score_head", self.num_anchors).reshape(len(x), -1)
-        deltas = predict("box_head", 4 * self.num_anchors).reshape(len(x), -1, 4)
+        logits = predict("score_head", self.num_anchors).reshape(x.shape[0], -1)
+        deltas = predict("box_head", 4 * self.num_anchors).reshape(x.shape[0], -1, 4)
         return logits, deltas
 
 
@@ -430,7 +430,7 @@ def _propose(
     if least:
         valid &= nn.sigmoid(score) >= least
     keep = nms.nms(moved, score, valid, RPN_OVERLAP)
-    keep, score, moved = (x.reshape(len(x), -1, *x.shape[3:]) for x in (keep, score, moved))
+    keep, score, moved = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (keep, score, moved))
     index, proposed = nms.best(keep, score, count)
     moved = jnp.take_along_axis(moved, index[..., None], axis=1)
     return jnp.where(proposed[..., None], moved, 0), proposed
@@ -441,10 +441,10 @@ def _detect(logits, deltas, proposals, proposed, sizes, candidates: int, most: i
     classes = logits.shape[-1] - 1
     chance = jax.nn.softmax(logits)[..., 1:]  # [B, R, K]
     there = proposed[..., None] & (chance > LEAST_SCORE)
-    score = jnp.where(there, chance, 0).reshape(len(logits), -1)
+    score = jnp.where(there, chance, 0).reshape(logits.shape[0], -1)
     score, pair = lax.top_k(score, min(candidates, score.shape[1]))  # [B, M]
     row, label = pair // classes, pair % classes
-    flat = deltas[:, :, 1:].reshape(len(deltas), -1, 4)
+    flat = deltas[:, :, 1:].reshape(deltas.shape[0], -1, 4)
     moves = jnp.take_along_axis(flat, pair[..., None], axis=1)
     boxes = jnp.take_along_axis(proposals, row[..., None], axis=1)
     boxes = clip_xyxy(anchors.decode(moves, boxes, BOX_WEIGHTS), sizes[:, None])

@@ -115,7 +115,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         x = ConvNorm(x.shape[-1], self.shared, kernel_init=_small, name="conv")(x, train)
-        x = x.reshape(len(x), -1, x.shape[-1])
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
         dtype = np.promote_types(x.dtype, np.float32)
 
         def predict(name, features, init):

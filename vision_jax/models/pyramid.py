@@ -210,6 +210,6 @@ class OnPyramid(nn.Module):
             base = anchors.base_anchors(each(size, 1), ratios)
             strides = (extents // cells).astype(np.promote_types(x.dtype, np.float32))
             boxes.append(anchors.grid_anchors(base, grid, strides))
-            within = inside(grid, cells).reshape(len(cells), -1)
+            within = inside(grid, cells).reshape(cells.shape[0], -1)
             there.append(jnp.repeat(within, len(base), axis=1))
         return boxes, there

@@ -109,7 +109,7 @@ class Backbone(nn.Module):
         within = side // windows
         x = x.reshape(batch, windows, within, windows, within, self.width)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch * windows**2, within**2, self.width)
-        token = jnp.broadcast_to(token, (len(x), 1, self.width))
+        token = jnp.broadcast_to(token, (x.shape[0], 1, self.width))
         x = jnp.concatenate([token, x], axis=1)  # [B·n², 1 + N, D]
 
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
@@ -446,7 +446,7 @@ class RfDetr(nn.Module):
         init, total = nn.initializers.normal(1.0), self.num_groups * self.num_queries
         x = self.param("query_embed", init, (total, self.width))[:count]
         moves = self.param("box_embed", nn.initializers.zeros, (total, 4))[:count]
-        x = jnp.broadcast_to(x.astype(self.dtype)[None], (len(images), count, self.width))
+        x = jnp.broadcast_to(x.astype(self.dtype)[None], (images.shape[0], count, self.width))
         reference = _moved(jax.lax.stop_gradient(boxes), moves.astype(wide)[None])
         features["reference"] = reference
         placed = reference * ratio

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from vision_jax import platform
 from vision_jax.trees.products import taps
 
 Array = jax.Array
@@ -27,19 +28,21 @@ def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Statistic
 
     y = (x - mean) / sqrt(variance + epsilon) · scale + bias; mean and (biased) variance are f[D].
     """
-    norm = _batch_norm if jax.default_backend() == "cpu" else _plain_batch_norm
+    norm = _batch_norm if platform.current() == "cpu" else _plain_batch_norm
     return norm(epsilon, x, scale, bias)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """f[..., D] normalized over its last axis, · scale[D] + bias[D], in f32 (or better)."""
-    norm = _layer_norm if jax.default_backend() == "cpu" else _plain_layer_norm
+    norm = _layer_norm if platform.current() == "cpu" else _plain_layer_norm
     return norm(epsilon, x, scale, bias)
 
 
 def gelu(x: Array) -> Array:
     """x · Φ(x) of f[...], Φ that of the normal distribution (https://arxiv.org/abs/1606.08415)."""
-    return _gelu(x) if jax.default_backend() == "cpu" else nn.gelu(x, approximate=False)
+    return (
+        _gelu(x) if platform.current() in ("cpu", platform.ANY) else nn.gelu(x, approximate=False)
+    )
 
 
 def max_pool(x: Array, size: int, strides: int) -> Array:
@@ -47,7 +50,7 @@ def max_pool(x: Array, size: int, strides: int) -> Array:
 
     The gradient goes to the first of several equal ones, row by row.
     """
-    pool = _max_pool if jax.default_backend() == "cpu" else _plain_max_pool
+    pool = _max_pool if platform.current() == "cpu" else _plain_max_pool
     return pool(size, strides, x)
 
 

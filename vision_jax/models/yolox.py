@@ -359,7 +359,7 @@ class Yolox(nn.Module):
             head = Head(
                 self.num_classes, 4 * self.width, self.depthwise, shared, name=f"head_{index}"
             )
-            found.append([y.reshape(len(x), -1, y.shape[-1]) for y in head(x, train)])
+            found.append([y.reshape(x.shape[0], -1, y.shape[-1]) for y in head(x, train)])
         logits, objects, deltas = (
             jnp.concatenate(level, axis=1) for level in zip(*found, strict=True)
         )

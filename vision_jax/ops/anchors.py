@@ -46,7 +46,7 @@ def grid_anchors(base: np.ndarray, grid: tuple[int, int], strides: Array) -> Arr
     steps = jnp.tile(strides[:, ::-1], 2)[:, None]  # [B, 1, 4]
     places = jnp.asarray(cells, strides.dtype)[None] * steps  # [B, h · w, 4]
     anchors = places[:, :, None] + jnp.asarray(base, strides.dtype)[None, None]
-    return anchors.reshape(len(strides), -1, 4)
+    return anchors.reshape(strides.shape[0], -1, 4)
 
 
 def decode(deltas: Array, boxes_xyxy: Array, weights: Sequence[float] = (1, 1, 1, 1)) -> Array:

@@ -5,10 +5,13 @@ threshold. Equal to torchvision 0.29's `nms` called class by class, ties include
 `batched_nms` of few boxes, which moves classes apart and rounds the corners by it.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vision_jax import platform as platforms
 from vision_jax.ops.boxes import iou_of_sides, pairwise_iou_xyxy, sides_of
 
 Array = jax.Array
@@ -41,7 +44,7 @@ def nms(
       valid: bool[..., N]; what is not valid is not kept and suppresses nothing.
       iou: the overlap above which the lower score is dropped.
       labels: i32[..., N], the class of each box, or None for one class.
-      platform: "cpu", "gpu" or "tpu"; the default backend if None.
+      platform: see platform.py; the current one if None. For any of them, both are in the program.
 
     Returns:
       bool[..., N] in the order of the boxes.
@@ -52,9 +55,15 @@ def nms(
     def flat(values, *rest):
         return None if values is None else values.reshape(-1, count, *rest)
 
-    find = _by_rank if (platform or jax.default_backend()) == "cpu" else _by_pairs
+    platform = platform or platforms.current()
     scores = jnp.where(valid, scores, -jnp.inf)
-    keep = find(flat(boxes, 4), flat(scores), flat(valid), flat(labels), iou)
+    given = (flat(boxes, 4), flat(scores), flat(valid), flat(labels))
+    if platform == platforms.ANY:
+        keep = lax.platform_dependent(
+            *given, cpu=partial(_by_rank, iou=iou), default=partial(_by_pairs, iou=iou)
+        )
+    else:
+        keep = (_by_rank if platform == "cpu" else _by_pairs)(*given, iou)
     return keep.reshape(valid.shape)
 
 
@@ -134,4 +143,5 @@ def _take(values: Array, index: Array) -> Array:
 
 def _put(values: Array, order: Array) -> Array:
     """The inverse of `_take` by a permutation."""
-    return jnp.put_along_axis(values, order, values, axis=1, inplace=False)
+    image = jnp.arange(values.shape[0])[:, None]
+    return values.at[image, order].set(values, unique_indices=True)

@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from vision_jax import platform
+
 Array = jax.Array
 Product = Callable[[Array, Array], Array]
 Sides = tuple[tuple[int, int], ...]  # padding before and after
@@ -30,7 +32,7 @@ def dense(x: Array) -> Product:
     """x[..., in], kernel[in, out] -> f[..., out], for inputs of x's dtype."""
     if x.dtype in (jnp.bfloat16, jnp.float16):
         return _half_dot
-    return _flat_dot if jax.default_backend() == "cpu" else _plain_dot
+    return _flat_dot if platform.current() == "cpu" else _plain_dot
 
 
 def convolution(
@@ -52,7 +54,7 @@ def convolution(
       groups: of channels, each with outputs of its own.
       dilation: steps between the pixels of a window.
     """
-    cpu = jax.default_backend() == "cpu"
+    cpu = platform.current() == "cpu"
     reach = tuple((size - 1) * dilation + 1 for size in window)
     if groups == 1 and not any(map(any, padding)):
         if strides == window == reach:

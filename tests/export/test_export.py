@@ -1,0 +1,232 @@
+"""The graph from images to answers, the files of it, and the certificates that they carry."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from vision_jax import platform
+from vision_jax.commands import export as command
+from vision_jax.data.segmentation_transforms import SegmentationPreprocessing
+from vision_jax.errors import UserError
+from vision_jax.export import certificate, files, runtimes, stablehlo
+from vision_jax.export.certificate import Ran, host_pipeline
+from vision_jax.export.files import Request
+from vision_jax.export.samples import INSIDE, SAMPLES, make_sample
+from vision_jax.export.serving import serving_function
+from vision_jax.models.families import FAMILIES
+
+
+def in_process(format_, given, python=""):
+    """`certificate.run_files` without a process of its own."""
+    found = []
+    for path, images in given:
+        run = runtimes.RUNTIMES[format_][1](str(path))
+        outputs = [{name: np.asarray(x) for name, x in run(image).items()} for image in images]
+        found.append(Ran(outputs, 1.0, {"runtime": format_, "version": "0", "python": "0"}))
+    return found
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(certificate, "run_files", in_process)
+
+
+def pictures(rng, *sizes):
+    return certificate.fresh_images(rng, len(sizes), sizes, 3)
+
+
+def test_every_family_has_a_sample():
+    assert {sample.family for sample in SAMPLES.values()} | set(INSIDE) == FAMILIES.keys()
+
+
+@pytest.mark.long(but=("vit",))
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_graph_says_what_the_pipeline_says(name, rng):
+    """Of any size, in a batch of several sizes too, by operations that all formats have."""
+    loaded = make_sample(name, seed=int(rng.integers(2**31)))
+    serving = serving_function(loaded)
+    run = host_pipeline(loaded, serving.kind)
+    sizes = [(80, 61), (50, 90)] if serving.image_size is None else [serving.image_size] * 2
+    images = pictures(rng, *sizes)
+    with platform.traced_for(platform.ANY):
+        alone = jax.jit(serving.function)(images[0])
+        both = None
+        if serving.kind != "pixels":
+            canvas = np.full((2, 96, 96, 3), 200, np.uint8)
+            for place, image in zip(canvas, images, strict=True):
+                place[: image.shape[1], : image.shape[2]] = image[0]
+            both = jax.jit(serving.function)(canvas, np.array(sizes, np.int32))
+    want = [run(image) for image in images]
+    pairs = [(want[:1], [alone])]
+    if both is not None:
+        parts = [{name: x[row : row + 1] for name, x in both.items()} for row in (0, 1)]
+        pairs.append((want, parts))
+    for ours, theirs in pairs:
+        theirs = [{name: np.asarray(x) for name, x in part.items()} for part in theirs]
+        assert alone.keys() == serving.outputs.keys() == ours[0].keys()
+        found = certificate.compare(serving.kind, ours, theirs)
+        assert max(found["relative_error"].values()) < 1e-5, found
+        assert found["agreement"] > 0.999
+        assert found["compared"] > 0
+
+
+def test_a_file_of_any_size_and_number(here, rng, tmp_path):
+    loaded = make_sample("vit")
+    path, record = files.export(loaded, tmp_path, Request("stablehlo", count=3, seed=5))
+    found = record["certificate"]
+    assert found["pass"], found
+    assert (found["seed"], found["images"], found["agreement"]) == (5, 3, 1.0)
+    assert found["preprocessing"]["largest_difference_in_255ths"] == 0
+    assert json.loads(json.dumps(record)) == json.loads(
+        (tmp_path / "model.stablehlo.json").read_text()
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.stablehlo", "model.stablehlo.json"]
+    assert record["bytes"] == path.stat().st_size
+    assert record["written"]["platforms"] == ["cpu", "cuda", "tpu"]
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    images = np.concatenate(pictures(rng, (70, 33), (70, 33)))
+    want = [host_pipeline(loaded, "classes")(image[None]) for image in images]
+    both = exported.call(images)
+    for row, one in enumerate(want):
+        np.testing.assert_allclose(both["logits"][row], one["logits"][0], atol=1e-5)
+
+
+def test_a_file_that_says_something_else_is_named_failed(here, monkeypatch, tmp_path):
+    """And what an earlier export left of that name goes."""
+    (tmp_path / "model.stablehlo").write_text("older")
+
+    def wrong(*arguments):
+        first, *others = in_process(*arguments)
+        outputs = [{name: x + np.float32(1e-3) for name, x in one.items()} for one in first.outputs]
+        return [dataclasses.replace(first, outputs=outputs), *others]
+
+    monkeypatch.setattr(certificate, "run_files", wrong)
+    path, record = files.export(make_sample("vit"), tmp_path, Request("stablehlo", count=2))
+    assert path.name == "model.stablehlo.failed"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "model.stablehlo.json"]
+    assert not record["certificate"]["pass"]
+    assert record["certificate"]["reasons"][0].startswith("logits: relative error ")
+
+
+def test_a_runtime_that_is_not_there_or_dies(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"")
+    images = [np.zeros((1, 4, 4, 3), np.uint8)]
+    for script, reason in (
+        ("import nothing_of_this_name", "No module named 'nothing_of_this_name': install its"),
+        ("import os; os.abort()", "its runtime died of signal 6"),
+        ("raise ValueError('no such operator')", "ValueError: no such operator"),
+    ):
+        program = tmp_path / "program"
+        program.write_text(f'#!/bin/sh\nexec {command.sys.executable} -S -c "{script}"\n')
+        program.chmod(0o755)
+        with pytest.raises(
+            certificate.RunFailedError, match=r"model\.onnx can.t be run: "
+        ) as found:
+            certificate.run_files("onnx", [(path, images)], str(program))
+        assert reason in str(found.value)
+
+
+def test_pairs_of_boxes():
+    """A box that is lost, moved or of another class counts; one of no score doesn't."""
+    boxes = np.array([[[0, 0, 10, 20], [5, 5, 50, 90], [1, 1, 2, 2]]], np.float32)
+    one = {
+        "score": np.array([[0.9, 0.5, 0.0]], np.float32),
+        "label": np.array([[1, 2, 0]]),
+        "boxes_xyxy_px": boxes,
+    }
+    turned = {name: x[:, [1, 0, 2]] for name, x in one.items()}
+    found = certificate.compare("boxes", [one], [turned])
+    assert found == {
+        "relative_error": {"boxes_xyxy_px": 0.0, "score": 0.0}, "agreement": 1.0, "compared": 2,
+    }  # fmt: skip
+    moved = {**one, "boxes_xyxy_px": boxes + np.float32(0.009)}
+    found = certificate.compare("boxes", [one], [moved])
+    assert found["relative_error"]["boxes_xyxy_px"] == pytest.approx(1e-4, rel=0.01)
+    for other in ({"label": np.array([[1, 1, 0]])}, {"boxes_xyxy_px": boxes * 1.1}):
+        found = certificate.compare("boxes", [one], [{**one, **other}])
+        assert found["agreement"] < 1, other
+        assert certificate.reasons({**found, "preprocessing": dict(NONE)}, "float32")
+
+
+NONE = {"largest_difference_in_255ths": 0, "share_that_differs": 0.0}
+
+
+def test_what_makes_a_certificate_fail():
+    good = {"relative_error": {"logits": 1e-6}, "agreement": 1.0, "preprocessing": NONE}
+    assert certificate.reasons(good, "float32") == []
+    levels = {**NONE, "largest_difference_in_255ths": 2}
+    for bad in (
+        {"relative_error": {"logits": float("nan")}},
+        {"relative_error": {"logits": 2e-5}},
+        {"agreement": 0.99},
+        {"preprocessing": levels},
+    ):
+        assert len(certificate.reasons({**good, **bad}, "float32")) == 1, bad
+    assert certificate.reasons({**good, "relative_error": {"logits": 0.1}}, "int8") == []
+
+
+def test_the_command_exports_a_run(here, capsys, tmp_path):
+    """Of a run with adapters, by the chain that its certificate names."""
+    workdir = runs.finished()
+    described = json.loads((workdir / "model.json").read_text())
+    proof = tmp_path / "import.json"
+    proof.write_text(json.dumps({"sha256": described["sha256"], "worst": {"float32": 1e-6}}))
+    given = [str(workdir), "--to=stablehlo", f"--out={tmp_path / 'o'}", "--checkpoint=best"]
+    assert command.main([*given, f"--import-certificate={proof}", "--seed=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "certified by stablehlo 0 on 8 images; relative error logits " in shown
+    record = json.loads((tmp_path / "o/model.stablehlo.json").read_text())
+    assert record["class_names"] == list(runs.CLASSES)
+    chain = record["certificate"]["continues"]
+    assert (chain["weights"], chain["sha256"]) == (described["weights"], described["sha256"])
+    assert chain["of_the_same_file"]
+    assert chain["import_certificate"]["worst"] == {"float32": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--to=onyx"], "invalid choice: 'onyx'"),
+        (["--to=stablehlo", "--batch=0"], "--batch=0"),
+        (["--to=stablehlo", "--image-size=a"], "no height and width"),
+        (["--to=stablehlo", "--checkpoint=best"], "--checkpoint is of the folder of a run"),
+        ([], "--to"),
+    ],
+    ids=str,
+)
+def test_bad_flags_are_one_line(flags, reason, capsys):
+    assert command.main(["embedded:vit_cifar10", *flags]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
+    assert reason in shown
+
+
+def test_a_segmenter_of_windows_is_refused():
+    own = SegmentationPreprocessing((64, 64), (0.5,) * 3, (0.5,) * 3, view="windows")
+    loaded = dataclasses.replace(make_sample("vit"), preprocessing=own)
+    with pytest.raises(UserError, match=r"data\.view=squash"):
+        serving_function(loaded)
+
+
+@pytest.mark.long
+def test_a_process_of_its_own(tmp_path):
+    """What users run: no other than a StableHLO file and JAX are needed."""
+    assert command.main(["embedded:vit_cifar10", "--to=stablehlo", f"--out={tmp_path}"]) == 0
+    record = json.loads(Path(tmp_path, "model.stablehlo.json").read_text())
+    assert record["certificate"]["runtime"]["runtime"] == "jax"
+    assert record["certificate"]["cpu_time_beside_jax"] > 0
+
+
+def test_the_readers_of_a_file_are_told():
+    serving = serving_function(make_sample("vit"))
+    _, about = stablehlo.write(serving, 1)
+    low, high = about["calling_conventions_of_this_jax"]
+    assert low <= about["calling_convention_version"] <= high
+    assert about["jax"] == jax.__version__

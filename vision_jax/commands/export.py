@@ -1,0 +1,204 @@
+"""Writes a model as one file that other programs run, and certifies what it computes there.
+
+    vision_jax export runs/vit_lora --to=onnx
+    vision_jax export embedded:vit_cifar10 --to=stablehlo --out=exported
+    vision_jax export runs/segment_nuclei --to=tflite --image-size=256,256 --batch=1
+    vision_jax export runs/vit_lora --to=onnx --images photos/*.jpg
+
+The file takes uint8 images as they come and gives names with probabilities, boxes in pixels, or a
+class for each pixel. SOURCE is a run's folder, or weights as `predict --weights` takes them. Beside
+the file lies its description with the certificate: a runtime has run the file, in a process of its
+own, on images that nobody has seen. docs/export.md says what each format can.
+"""
+
+import argparse
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vision_jax.errors import UserError
+from vision_jax.files import expand, read_json
+
+TARGETS = ("stablehlo", "safetensors")
+FAILED, BAD_INPUT = 1, 2  # exit codes
+RUN_FILE = "config.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 for a failed certificate, 2 for bad input."""
+    try:
+        return _run(_parse(arguments))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad flag in one line, like every other bad input."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="vision_jax export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="what to export")
+    parser.add_argument("--to", choices=TARGETS, required=True, help="the format")
+    parser.add_argument(
+        "--out", type=expand, metavar="DIR", help="where; RUN/export by default, or ./export"
+    )
+    parser.add_argument(
+        "--image-size", type=_size, metavar="H,W", help="of the images that will come; any else"
+    )
+    parser.add_argument("--batch", type=int, metavar="N", help="images at once; any number else")
+    parser.add_argument(
+        "--images", nargs="+", default=[], metavar="FILE", help="photos to certify on, too"
+    )
+    parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run; its end else")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pickles, by torch's weights-only reader"
+    )
+    parser.add_argument(
+        "--import-certificate",
+        type=expand,
+        metavar="FILE",
+        help="of `certify`, of the weights that the run began with: the chain goes on from it",
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, metavar="PATH", help="whose packages run the file"
+    )
+    parser.add_argument("--seed", type=int, help="of the generated images; drawn else")
+    flags = parser.parse_args(arguments)
+    if flags.batch is not None and flags.batch < 1:
+        raise UserError(f"--batch={flags.batch}: give 1 or more")
+    return flags
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.replace("x", ",").split(",")
+    if not 1 <= len(sides) <= 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no height and width, such as 480,640")
+    return int(sides[0]), int(sides[-1])
+
+
+def _run(flags: argparse.Namespace) -> int:
+    from vision_jax.export.files import Request, export
+
+    folder = expand(flags.source)
+    is_run = (folder / RUN_FILE).is_file()
+    loaded = _load(flags, folder if is_run else None)
+    out = flags.out or (folder / "export" if is_run else Path("export"))
+    if flags.to == "safetensors":
+        return _save(loaded, out)
+    request = Request(
+        format=flags.to,
+        image_size=flags.image_size,
+        batch=flags.batch,
+        photos=_photos(flags.images),
+        python=flags.python,
+        seed=secrets.randbelow(2**32) if flags.seed is None else flags.seed,
+        continues=_continues(loaded, folder if is_run else None, flags.import_certificate),
+    )
+    path, record = export(loaded, out, request)
+    print(f"wrote {path} ({record['bytes'] / 1e6:.1f} MB)")
+    found = record["certificate"]
+    if not found["pass"]:
+        print(f"FAILED {path.name}: {'; '.join(found['reasons'])}", file=sys.stderr)
+        return FAILED
+    print(_line(found))
+    return 0
+
+
+def _line(found: dict[str, Any]) -> str:
+    """The certificate for the screen."""
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in found["relative_error"].items())
+    agreement = found["agreement"]
+    runtime = found["runtime"]
+    parts = [
+        f"certified by {runtime['runtime']} {runtime['version']} on {found['images']} images",
+        f"relative error {errors}",
+        *([] if agreement is None else [f"agreement {agreement:.4f}"]),
+        f"preprocessing {found['preprocessing']['largest_difference_in_255ths']}/255",
+        f"{found['cpu_ms_an_image']:g} CPU-ms an image, {found['cpu_time_beside_jax']:g} of JAX's",
+    ]
+    return "; ".join(parts)
+
+
+def _load(flags: argparse.Namespace, workdir: Path | None) -> Any:
+    from vision_jax.loaded import load
+
+    if workdir is None:
+        if flags.checkpoint:
+            raise UserError(f"--checkpoint is of the folder of a run, and {flags.source} is none")
+        return load(flags.source, allow_pickle=flags.allow_pickle)
+    if not flags.checkpoint:
+        return load(workdir)
+    from vision_jax.config import load_config
+    from vision_jax.loaded import loaded_of
+    from vision_jax.run.restore import restore
+
+    config = load_config(str(workdir / RUN_FILE), {})
+    return loaded_of(restore(config, workdir, flags.checkpoint).trained, f"{workdir}")
+
+
+def _photos(names: Sequence[str]) -> list[Any]:
+    from vision_jax.data.sources import FileReader
+
+    reader = FileReader(Path(), tuple(map(str, map(expand, names))))
+    return [reader.read(row)[None] for row in range(len(names))]
+
+
+def _continues(loaded: Any, workdir: Path | None, certificate: Path | None) -> dict[str, Any]:
+    """Where the weights came from, and the certificate of that import, if it is given."""
+    found: dict[str, Any] = {"weights": loaded.origin}
+    if workdir is not None:
+        described = read_json(workdir / "model.json")
+        found |= {
+            "run": str(workdir),
+            "weights": described["weights"],
+            "sha256": described["sha256"],
+        }
+    if certificate is None:
+        return found
+    record = read_json(certificate)
+    if not isinstance(record, dict) or "sha256" not in record or "worst" not in record:
+        raise UserError(
+            f"{certificate} is no certificate of an import: `vision_jax certify` writes one"
+        )
+    kept = ("name", "sha256", "pass", "worst", "versions", "weights")
+    same = record["sha256"] == found.get("sha256")
+    return found | {
+        "import_certificate": {name: record.get(name) for name in kept},
+        "of_the_same_file": same,
+    }
+
+
+def _save(loaded: Any, out: Path) -> int:
+    """The folder that timm, torchvision or transformers load, read back and compared."""
+    import numpy as np
+
+    from vision_jax.loaded import load, save
+    from vision_jax.trees import lora, paths
+
+    for path in save(out, loaded, loaded.variables):
+        print(f"wrote {path}")
+    again = load(out)
+    ours, theirs = (paths.flatten(lora.merge(one.variables["params"])) for one in (loaded, again))
+    if ours.keys() != theirs.keys() or any(
+        not np.array_equal(ours[path], theirs[path]) for path in ours
+    ):
+        print(f"FAILED {out}: read back, its parameters are others", file=sys.stderr)
+        return FAILED
+    print(f"read back: all {len(ours)} parameters are bit-identical")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

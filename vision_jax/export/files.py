@@ -1,0 +1,225 @@
+"""An exported file with its description beside it: written, certified, and named by the verdict.
+
+OUT/model.stablehlo, model.onnx, model.tflite, model.xml with model.bin
+OUT/model.SUFFIX.json    inputs, outputs, class names, preprocessing, and the certificate
+OUT/model.SUFFIX.failed  in place of the file, where its certificate failed
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import vision_jax
+from vision_jax.errors import UserError, utf8
+from vision_jax.export import certificate, stablehlo
+from vision_jax.export.certificate import RunFailedError
+from vision_jax.export.serving import Serving, serving_function
+from vision_jax.files import draft_folder, write_whole
+from vision_jax.loaded import Loaded
+
+SIZES = 3  # of the generated images; JAX compiles once for each
+# (the model, images at once or None, folder) -> (the file in it, what its description says)
+Write = Callable[[Serving, int | None, Path], tuple[Path, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of files.
+
+    Attributes:
+      write: what writes one.
+      any_size: whether its images may be of any size, and as many at once as one likes.
+    """
+
+    write: Write
+    any_size: bool
+
+
+def _write_stablehlo(serving: Serving, batch: int | None, folder: Path) -> tuple[Path, Any]:
+    content, about = stablehlo.write(serving, batch)
+    path = folder / "model.stablehlo"
+    path.write_bytes(content)
+    return path, about
+
+
+FORMATS: dict[str, Format] = {"stablehlo": Format(_write_stablehlo, any_size=True)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asks of an export.
+
+    Attributes:
+      format: a key of FORMATS.
+      image_size: (height, width) of the images that will come; None: any, where the format can.
+      batch: images at once; None: any number, where the format can.
+      photos: u8[1, H, W, C], on which the certificate is made beside generated images.
+      count: of the generated images.
+      python: whose packages run the file.
+      seed: of the generated images.
+      continues: what the certificate continues: where the weights came from, and how that import
+        was proven.
+    """
+
+    format: str
+    image_size: tuple[int, int] | None = None
+    batch: int | None = None
+    photos: Sequence[np.ndarray] = ()
+    count: int = 8
+    python: str = sys.executable
+    seed: int = 0
+    continues: Mapping[str, Any] | None = None
+
+
+def export(loaded: Loaded, out: Path, request: Request) -> tuple[Path, dict[str, Any]]:
+    """Writes OUT/model.SUFFIX and certifies it; returns (the file, what its JSON says).
+
+    Args:
+      loaded: the model.
+      out: a folder, made if it is not there.
+      request: what is asked for.
+
+    Raises:
+      UserError: a format that the model, or what is installed, cannot be written in.
+    """
+    format_ = FORMATS[request.format]
+    loaded = certificate.as_float32(loaded)
+    serving = serving_function(loaded, image_size=_image_size(loaded, request, format_))
+    out.mkdir(parents=True, exist_ok=True)
+    with draft_folder(out / "model") as folder:
+        path, about = format_.write(serving, request.batch, folder)
+        record = _describe(loaded, serving, request, path) | {"written": about}
+        record["certificate"] = certify(loaded, serving, request, path, folder)
+        return _place(folder, path, out, record), record
+
+
+def _image_size(loaded: Loaded, request: Request, format_: Format) -> tuple[int, int] | None:
+    if request.image_size is not None or format_.any_size:
+        return request.image_size
+    return loaded.preprocessing.image_size
+
+
+def _describe(loaded: Loaded, serving: Serving, request: Request, path: Path) -> dict[str, Any]:
+    images = serving.images_spec(request.batch)
+    return {
+        "file": path.name,
+        "format": request.format,
+        "bytes": sum(p.stat().st_size for p in path.parent.glob(f"{path.stem}.*")),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "kind": serving.kind,
+        "inputs": {"images": f"u8[{', '.join(map(str, images.shape))}], RGB for 3 channels"},
+        "outputs": dict(serving.outputs),
+        "class_names": [utf8(name) for name in serving.class_names],
+        "preprocessing": asdict(loaded.preprocessing),
+        "versions": {"vision_jax": vision_jax.__version__}
+        | {name: importlib.metadata.version(name) for name in ("jax", "numpy", "pillow")},
+    }
+
+
+def certify(
+    loaded: Loaded, serving: Serving, request: Request, path: Path, folder: Path
+) -> dict[str, Any]:
+    """What the file computes beside the model, on generated images and on the person's photos.
+
+    Args:
+      loaded: the model, in float32.
+      serving: of it, which the file was written of.
+      request: what was asked for.
+      path: of the file.
+      folder: for more files, of no use later.
+    """
+    rng = np.random.default_rng(request.seed)
+    images = _images(loaded, serving, request, rng)
+    found: dict[str, Any] = {
+        "seed": request.seed,
+        "images": len(images),
+        "photos": len(request.photos),
+        "continues": request.continues,
+    }
+    alone = _views_alone(serving, request, folder)
+    given = [(path, images), (alone, images)]
+    baseline = (_write_baseline(serving, images[-1], folder), images[-1:])
+    if request.format == "stablehlo":
+        given.append(baseline)
+    try:
+        ran, seen, *beside = certificate.run_files(request.format, given, request.python)
+        beside = beside or certificate.run_files("stablehlo", [baseline])
+    except RunFailedError as error:
+        return found | {"pass": False, "reasons": [str(error)]}
+    pipeline = certificate.host_pipeline(loaded, serving.kind)
+    first = [{name: array[:1] for name, array in outputs.items()} for outputs in ran.outputs]
+    found |= certificate.compare(serving.kind, [pipeline(image[:1]) for image in images], first)
+    views = [certificate.host_view(loaded, image[:1]) for image in images]
+    ours = [outputs["view"][0] for outputs in seen.outputs]
+    found["preprocessing"] = certificate.compare_views(views, ours)
+    found |= {
+        "runtime": dict(ran.runtime),
+        "cpu_ms_an_image": round(1e3 * ran.seconds / len(images[-1]), 3),
+        "cpu_time_beside_jax": round(ran.seconds / beside[0].seconds, 3),
+    }
+    reasons = certificate.reasons(found, "float32")
+    return found | {"pass": not reasons, "reasons": reasons}
+
+
+def _images(
+    loaded: Loaded, serving: Serving, request: Request, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """As many at once as the file takes, each repeated."""
+    if serving.image_size is not None:
+        sizes = [serving.image_size]
+    else:
+        side = max(loaded.preprocessing.image_size)
+        sizes = certificate.sizes_around(rng, side, SIZES)
+    images = certificate.fresh_images(rng, request.count, sizes, serving.channels)
+    fixed = serving.image_size
+    photos = [x for x in request.photos if fixed in (None, x.shape[1:3])]
+    return [np.repeat(image, request.batch or 1, axis=0) for image in [*photos, *images]]
+
+
+def _views_alone(serving: Serving, request: Request, folder: Path) -> Path:
+    """A file of the same format with the preprocessing alone."""
+    alone = replace(
+        serving, function=lambda images: {"view": serving.view(images)}, outputs={"view": ""}
+    )
+    (folder / "views").mkdir()
+    return FORMATS[request.format].write(alone, request.batch, folder / "views")[0]
+
+
+def _write_baseline(serving: Serving, images: np.ndarray, folder: Path) -> Path:
+    """The same function for these images by JAX alone, in the forms that it runs best on a CPU."""
+    made = jax.export.export(jax.jit(serving.function), platforms=["cpu"])(
+        jax.ShapeDtypeStruct(images.shape, images.dtype)
+    )
+    path = folder / "views" / "jax.stablehlo"
+    path.write_bytes(bytes(made.serialize()))
+    return path
+
+
+def _place(folder: Path, path: Path, out: Path, record: Mapping[str, Any]) -> Path:
+    """Moves the files where they belong; what stood there goes."""
+    passed = record["certificate"]["pass"]
+    for name in (path.name, f"{path.name}.failed"):
+        (out / name).unlink(missing_ok=True)
+    for file in sorted(folder.glob(f"{path.stem}.*")):
+        place = out / (file.name if passed or file != path else f"{file.name}.failed")
+        file.replace(place)
+    described = json.dumps(record, indent=1, ensure_ascii=False, default=list) + "\n"
+    write_whole(described.encode(), out / f"{path.name}.json")
+    return out / (path.name if passed else f"{path.name}.failed")
+
+
+def check_installed(packages: Sequence[str], extra: str) -> None:
+    """Raises UserError where one of the packages of an extra is missing."""
+    for package in packages:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"{package} is missing: pip install 'vision_jax[{extra}]'") from None

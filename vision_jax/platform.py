@@ -1,0 +1,26 @@
+"""The platform that a program is traced for: whatever form only speed decides asks here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import jax
+
+ANY = "any"  # no one platform: plain operations, and no loops where there is a form without
+
+_TRACED_FOR: ContextVar[str] = ContextVar("traced_for", default="")
+
+
+def current() -> str:
+    """ "cpu", "gpu" or "tpu", the default backend, unless programs are traced for `ANY`."""
+    return _TRACED_FOR.get() or jax.default_backend()
+
+
+@contextmanager
+def traced_for(name: str) -> Iterator[None]:
+    """What is traced inside is for this platform; a program that is exported is for `ANY`."""
+    token = _TRACED_FOR.set(name)
+    try:
+        yield
+    finally:
+        _TRACED_FOR.reset(token)
