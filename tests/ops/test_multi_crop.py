@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vision_jax.ops import multi_crop as ops
+from vision_jax.ops.position_embedding import resize_weights
 
 
 def test_windows_are_torchvisions_in_area_aspect_and_place(rng):
@@ -41,6 +42,27 @@ def test_crops_are_pillows(rng, size):
         cut = Image.fromarray(image[top : top + height, left : left + width])
         theirs = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC), np.float64)
         assert np.abs(255 * np.asarray(ours) - theirs).max() < 1.6
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_crops_of_several_bands_are_one_product_with_a_matrix(rng, share):
+    """Windows at the edges too; those that are drawn are no longer than they are said to be."""
+    size, new = (150, 90), 70
+    longest = ops._longest(size, share)
+    key = jax.random.key(rng.integers(2**31))
+    draw = jax.jit(ops.draw_windows, static_argnums=(1, 2, 3))
+    drawn = np.asarray(draw(key, 300, size, (share / 2, share)))
+    assert drawn[:, 2:].max() <= longest
+    corners = np.array([[0, 0, 33, 41], [150 - 40, 90 - 37, 40, 37], [149, 0, 1, 1]], np.int32)
+    windows = np.concatenate([drawn[:3], corners])
+    images = rng.random((6, *size, 3))
+    crop = jax.jit(ops.crop_and_resize, static_argnums=(2, 3))
+    found = crop(jnp.asarray(images, jnp.float32), jnp.asarray(windows), new, longest)
+    for image, (top, left, height, width), ours in zip(images, windows, found, strict=True):
+        rows, columns = (resize_weights(int(side), new) for side in (height, width))
+        cut = image[top : top + height, left : left + width]
+        whole = np.einsum("ij,jkc,lk->ilc", rows, cut, columns).clip(0, 1)
+        np.testing.assert_allclose(ours, whole, atol=3e-5)  # places in float32, up to 150
 
 
 def test_blur_is_a_gaussian_mirrored_at_the_edges(rng):

@@ -301,7 +301,8 @@ def color(image: Array, strength: Array) -> Array:
 
 def contrast(image: Array, strength: Array) -> Array:
     """Moves away from the mean luma; -1 is that one grey."""
-    return _blend(image, jnp.mean(_luma(image), keepdims=True), strength)
+    mean = jnp.mean(image, axis=(0, 1), keepdims=True)  # of the channels: one pass, in vectors
+    return _blend(image, _luma(mean), strength)
 
 
 def sharpness(image: Array, strength: Array) -> Array:

@@ -3,8 +3,8 @@
 DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294), section 3.1 and its code's
 DataAugmentationDINO, after BYOL and SwAV: two global crops and several smaller local ones, flipped
 and jittered in color, some grey, blurred or solarized. Each operation is torchvision's
-(transforms.v2.functional) on numbers that are not rounded, crops and blur as products with
-matrices, so that all shapes are fixed. All randomness follows from the key, whatever the devices.
+(transforms.v2.functional) on numbers that are not rounded, crops as products with matrices, so that
+all shapes are fixed. All randomness follows from the key, whatever the devices.
 
 Images are f32[B, H, W, C] in [0, 1], C is 3 where colors change, and stay in [0, 1].
 """
@@ -78,8 +78,9 @@ def _make_view(key: jax.Array, shares: jax.Array, images: jax.Array, crop: Crop)
     """f32[B, size, size, C], of shares f32[2] that are blurred and solarized."""
     batch = len(images)
     box_key, flip_key, color_key, blur_key, solarize_key = jax.random.split(key, 5)
-    windows = draw_windows(box_key, batch, (images.shape[1], images.shape[2]), crop.scale)
-    x = crop_and_resize(images, windows, crop.size)
+    size = (images.shape[1], images.shape[2])
+    windows = draw_windows(box_key, batch, size, crop.scale)
+    x = crop_and_resize(images, windows, crop.size, _longest(size, crop.scale[1]))
     flipped = jax.random.bernoulli(flip_key, 0.5, (batch,))
     x = _where(flipped, x[:, :, ::-1], x)
     if crop.jitter:
@@ -141,36 +142,69 @@ def _largest(height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-def crop_and_resize(images: jax.Array, windows: jax.Array, size: int) -> jax.Array:
+def _longest(size: tuple[int, int], largest_share: float) -> float:
+    """Pixels that a side of a window of `draw_windows` has at most."""
+    longest = math.sqrt(largest_share * size[0] * size[1] * ASPECTS[1]) + 1
+    # A window that may not fit has the central one in its place.
+    return longest if longest < min(size) else max(longest, *_largest(*size))
+
+
+def crop_and_resize(
+    images: jax.Array, windows: jax.Array, size: int, longest: float = math.inf
+) -> jax.Array:
     """f32[B, size, size, C]: windows i32[B, 4] of images, resized by an antialiased cubic.
 
     No pixel outside of a window has a part in it: torchvision's resized_crop(antialias=True).
+
+    Args:
+      images: f32[B, H, W, C].
+      windows: (top, left, height, width) of each, inside of its image.
+      size: pixels a side of what comes out.
+      longest: pixels that a window's side has at most, where that is known.
     """
     top, left, height, width = windows.T.astype(jnp.float32)
-    rows = _resize_weights(top, height, size, images.shape[1])
-    columns = _resize_weights(left, width, size, images.shape[2])
-    return jnp.clip(_multiply(rows, images, columns), 0, 1)
+    x = _resize_rows(images, top, height, size, longest)
+    x = _resize_rows(x.swapaxes(1, 2), left, width, size, longest).swapaxes(1, 2)
+    return jnp.clip(x, 0, 1)
 
 
-def _resize_weights(start: jax.Array, length: jax.Array, new: int, old: int) -> jax.Array:
-    """f32[B, new, old], as ops.position_embedding.resize_weights of the pixels in a window."""
+ROWS = 32  # resized together, by one matrix, where there are so many
+
+
+def _resize_rows(
+    images: jax.Array, start: jax.Array, length: jax.Array, new: int, longest: float
+) -> jax.Array:
+    """f32[B, new, W, C]: `length` f32[B] rows of images from `start` f32[B] on, as so many.
+
+    As a product with one matrix for all rows most of its numbers are zeros. Rows that follow one
+    another see a band of the image; with a matrix for each band the rest is left out.
+    """
+    batch, old, *rest = images.shape
+    together = min(ROWS, new)
     scale = (length / new)[:, None]  # [B, 1]
-    centers = start[:, None] + (jnp.arange(new, dtype=jnp.float32) + 0.5)[None] * scale  # [B, new]
-    places = (jnp.arange(old, dtype=jnp.float32) + 0.5)[None, None]  # [1, 1, old]
-    distances = jnp.abs(places - centers[..., None]) / jnp.maximum(scale, 1)[..., None]
+    stretch = jnp.maximum(scale, 1)
+    most = min(longest, old) / new
+    band = min(old, math.ceil((together - 1) * most + 4 * max(most, 1)) + 2)
+    rows = jnp.arange(-(-new // together) * together, dtype=jnp.float32) + 0.5
+    rows = rows.reshape(1, -1, together)  # [1, K, together], the last ones beyond the last row
+    centers = start[:, None, None] + rows * scale[..., None]  # [B, K, together]
+    low = jnp.floor(centers[:, :, 0] - 2 * stretch).astype(jnp.int32)
+    low = jnp.clip(low, 0, old - band)  # [B, K]
+    places = (low[..., None] + jnp.arange(band)[None, None]).astype(jnp.float32) + 0.5
+    places = places[:, :, None]  # [B, K, 1, band]
+    distances = jnp.abs(places - centers[..., None]) / stretch[..., None, None]
     near = ((CUBIC + 2) * distances - (CUBIC + 3)) * distances**2 + 1
     far = ((distances - 5) * distances + 8) * distances * CUBIC - 4 * CUBIC
     weights = jnp.where(distances < 1, near, jnp.where(distances < 2, far, 0.0))
-    first, end = (x[:, None, None] for x in (start, start + length))
-    weights = jnp.where((places > first) & (places < end), weights, 0.0)
-    return weights / weights.sum(-1, keepdims=True)
-
-
-def _multiply(rows: jax.Array, images: jax.Array, columns: jax.Array) -> jax.Array:
-    """f32[B, h, w, C] of rows f32[B, h, H], images f32[B, H, W, C] and columns f32[B, w, W]."""
+    begin, end = (x[:, None, None, None] for x in (start, start + length))
+    weights = jnp.where((places > begin) & (places < end), weights, 0.0)
+    total = weights.sum(-1, keepdims=True)  # 0 beyond the last row
+    weights /= jnp.where(total > 0, total, 1)
+    cut = jax.vmap(jax.vmap(lax.dynamic_slice_in_dim, (None, 0, None)), (0, 0, None))
+    bands = cut(images.reshape(batch, old, -1), low, band)  # [B, K, band, W·C]
     exact = lax.Precision.HIGHEST  # of 8 bits and more
-    half = jnp.einsum("bhy,byxc->bhxc", rows, images, precision=exact)
-    return jnp.einsum("bhxc,bwx->bhwc", half, columns, precision=exact)
+    resized = jnp.einsum("bkoj,bkjn->bkon", weights, bands, precision=exact)
+    return resized.reshape(batch, -1, *rest)[:, :new]
 
 
 def blur(images: jax.Array, sigmas: jax.Array) -> jax.Array:
@@ -178,20 +212,15 @@ def blur(images: jax.Array, sigmas: jax.Array) -> jax.Array:
     offsets = jnp.arange(-BLUR_REACH, BLUR_REACH + 1, dtype=jnp.float32)
     kernel = jnp.exp(-((offsets[None] / sigmas[:, None]) ** 2) / 2)  # [B, k]
     kernel /= kernel.sum(1, keepdims=True)
-    rows, columns = (
-        jnp.einsum("bk,kij->bij", kernel, jnp.asarray(_shifts(side)), precision="highest")
-        for side in images.shape[1:3]
-    )
-    return jnp.clip(_multiply(rows, images, columns), 0, 1)
-
-
-def _shifts(side: int) -> np.ndarray:
-    """f32[k, side, side]: of each offset, the pixel that is so far from each pixel, mirrored."""
-    places = np.arange(side)[None] + np.arange(-BLUR_REACH, BLUR_REACH + 1)[:, None]
-    period = max(2 * (side - 1), 1)
-    places = np.abs(places) % period
-    places = np.where(places >= side, period - places, places)
-    return np.eye(side, dtype=np.float32)[places]
+    for axis in (1, 2):
+        around = [(BLUR_REACH,) * 2 if i == axis else (0, 0) for i in range(images.ndim)]
+        padded = jnp.pad(images, around, mode="reflect")
+        images = sum(
+            weights[:, None, None, None]
+            * lax.slice_in_dim(padded, offset, offset + images.shape[axis], axis=axis)
+            for offset, weights in enumerate(kernel.T)
+        )
+    return jnp.clip(images, 0, 1)
 
 
 # Colors -------------------------------------------------------------------------------------------
@@ -231,16 +260,17 @@ def turn_hue(image: jax.Array, turn: jax.Array) -> jax.Array:
     highest, lowest = image.max(-1), image.min(-1)
     span = highest - lowest
     red, green, blue = (image[..., channel] for channel in range(3))
-    divisor = jnp.where(span > 0, span, 1)
+    slope = 1 / jnp.where(span > 0, span, 1)
     hue = jnp.where(
         highest == red,
-        (green - blue) / divisor,
-        jnp.where(highest == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+        (green - blue) * slope,
+        jnp.where(highest == green, 2 + (blue - red) * slope, 4 + (red - green) * slope),
     )
     hue = hue / 6 + turn
     channels = []
-    for offset in (5.0, 3.0, 1.0):
-        place = jnp.mod(offset + 6 * hue, 6)
+    for offset in (5, 3, 1):
+        place = hue + offset / 6
+        place = 6 * (place - jnp.floor(place))  # jnp.mod has no vector instructions
         channels.append(highest - span * jnp.clip(jnp.minimum(place, 4 - place), 0, 1))
     return jnp.stack(channels, axis=-1)
 
