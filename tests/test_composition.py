@@ -28,7 +28,8 @@ from vision_jax.recipes.distillation import recipe
 DEVICES = 8
 BATCH = 32  # of a micro-batch, so that activations outweigh parameters, as they do in real runs
 STEPS = 2  # of an attack
-TRAINS = ("full", "linear", "lora", "dora")
+TRAINS = ("full", "linear", "lora", "dora", "qlora")
+ADAPTERS = ("lora", "dora", "qlora")
 ATTACKS = ("clean", "fgsm", "pgd", "trades")
 TEACHERS = ("none", "logits", "features")
 FAMILIES = ("vit", "resnet", "detr")
@@ -84,7 +85,8 @@ def prepare(cell, devices):
     """The run of a cell, all parameters sharded if there are several devices."""
     family, trains, attack, teacher, (average, accumulation, remat) = cell
     recipes = [
-        *(["lora"] if trains in ("lora", "dora") else []),
+        *(["quantize"] if trains == "qlora" else []),
+        *(["lora"] if trains in ADAPTERS else []),
         *(["distill"] if teacher != "none" else []),
         *(["adversarial"] if attack != "clean" else []),
     ]
@@ -93,7 +95,7 @@ def prepare(cell, devices):
         "batch_size": BATCH * (2 if accumulation else 1),
         "trainable": (".*",) if trains == "full" else (HEAD[family],),
         "model__remat": remat,
-        "model__freeze_norm": trains in ("lora", "dora") and family != "vit",
+        "model__freeze_norm": trains in ADAPTERS and family != "vit",
         "lora__rules": (ADAPTED[family],),
         "lora__rank": 2,
         "lora__dora": trains == "dora",

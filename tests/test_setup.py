@@ -87,6 +87,20 @@ RECIPES = {
         "lora__dropout": 0.1,
         "model__scan": True,
     },
+    "QLoRA, DoRA": {"recipes": "('quantize', 'lora')", "lora__dora": True},
+    "QLoRA, scan": {"recipes": "('quantize', 'lora')", "model__scan": True},
+    "int8 with int8 inputs": {
+        "recipes": "quantize",
+        "quantize__form": "int8",
+        "quantize__activations": "int8",
+        "trainable": ".*",
+    },
+    "training for int8": {
+        "recipes": "quantize",
+        "quantize__form": "int8",
+        "quantize__train": True,
+        "trainable": ".*",
+    },
     "RandAugment, remat": {"augment__policy": "rand", "model__remat": True},
     "TrivialAugment, random weights": {
         "augment__policy": "trivial",

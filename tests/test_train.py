@@ -495,7 +495,7 @@ def test_what_a_run_cannot_begin_with(tmp_path):
     for fields, start, message in (
         ({}, tmp_path / "none", "holds no run"),
         ({"lora__rank": 3}, finished, r"has config.lora.rank 2, and this one 3"),
-        ({"recipes": "()"}, finished, "config.recipes 'with lora'"),
+        ({"recipes": "()"}, finished, r"config.recipes \('lora',\)"),
         ({}, tmp_path / "self", "is the --workdir"),
     ):
         with pytest.raises(UserError, match=message):

@@ -22,6 +22,7 @@ TASKS = {  # see tasks/api.py
     "image_text": "vision_jax.tasks.image_text.task",
 }
 RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
+    "quantize": "vision_jax.recipes.quantize",
     "lora": "vision_jax.recipes.lora",
     "distill": "vision_jax.recipes.distillation.recipe",
     "adversarial": "vision_jax.recipes.adversarial.recipe",
@@ -347,6 +348,36 @@ FIELDS = (
         False,
         ANY,
         "one compiled block in a loop: quicker to compile, slightly slower to run",
+    ),
+    # Quantization.
+    _field(
+        "quantize.form",
+        "nf4",
+        one_of("int8", "nf4"),
+        "int8 with a scale an output, or 4-bit NormalFloat in blocks (QLoRA's)",
+    ),
+    _field("quantize.rules", (".*kernel",), RULES, "kernels to quantize: regexes over whole paths"),
+    _field(
+        "quantize.keep",
+        (r"(.*/)?((?!roi_)[a-z]+_)*head(_dist)?/.*kernel",),
+        RULES,
+        "kernels that stay in float all the same, heads and box outputs at first; so does the first"
+        " layer",
+    ),
+    _field("quantize.block_size", 64, COUNT, "weights of an output that share a scale, of nf4"),
+    _field("quantize.double", True, ANY, "quantize the scales too (double quantization), of nf4"),
+    _field(
+        "quantize.activations",
+        "float",
+        one_of("float", "int8"),
+        "of int8: the layers' inputs too, by the scale that each row or image asks for",
+    ),
+    _field(
+        "quantize.train",
+        False,
+        ANY,
+        "of int8: train kernels that are rounded in the forward pass alone (QAT); else they are"
+        " frozen",
     ),
     # Adapters.
     _field("lora.rules", (), RULES, "kernels that get an adapter: regexes over whole paths"),

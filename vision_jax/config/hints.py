@@ -48,6 +48,8 @@ WORDS = {
     "model.remat": "gradient_checkpointing grad_checkpointing checkpointing",
     "model.freeze_norm": "freeze_bn frozen_bn",
     "trainable": "freeze unfreeze frozen freeze_layers",
+    "quantize.double": "bnb_4bit_use_double_quant double_quant",
+    "quantize.form": "bnb_4bit_quant_type load_in_4bit load_in_8bit quant_type",
     "lora.rank": "r lora_r lora_rank",
     "lora.alpha": "lora_alpha",
     "lora.rules": "target_modules lora_targets",

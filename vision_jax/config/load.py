@@ -204,7 +204,8 @@ def _relations(values: Mapping[str, Value]) -> list[tuple[str, bool, str]]:
             "recipes",
             values["recipes"] == ordered,
             f"config.recipes is {values['recipes']!r}, and recipes are applied in their order: "
-            "adapters first, for they change what trains, then teachers, for they see the image as "
+            "quantization first, then adapters on it, for they change what trains, then teachers, "
+            "for they see the image as "
             f"it is, then attacks, for they maximize all that is minimized: write {ordered!r}",
         ),
         (
@@ -239,6 +240,20 @@ def _relations(values: Mapping[str, Value]) -> list[tuple[str, bool, str]]:
             "recipes lora.rules lora.init_from",
             not lora or not (values["lora.rules"] and values["lora.init_from"]),
             "config.lora.init_from brings its own targets: set config.lora.rules=()",
+        ),
+        (
+            "recipes quantize.form quantize.activations quantize.train",
+            "quantize" not in values["recipes"]
+            or values["quantize.form"] == "int8"
+            or not (values["quantize.train"] or values["quantize.activations"] == "int8"),
+            "config.quantize.train and quantize.activations are of int8: set "
+            "config.quantize.form=int8",
+        ),
+        (
+            "recipes quantize.train",
+            not (lora and "quantize" in values["recipes"] and values["quantize.train"]),
+            "config.quantize.train trains the kernels themselves, and lora leaves them as they are:"
+            " take one of both",
         ),
     ]
 

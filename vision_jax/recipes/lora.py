@@ -37,7 +37,9 @@ class Lora(Recipe):
         """
         family, arguments = families.family_of(model), convert.arguments_of(model)
         if self.adapter is not None:
-            return peft.read_adapter(self.adapter, params, family=family, arguments=arguments)
+            plain = lora.merge(params)
+            read = peft.read_adapter(self.adapter, plain, family=family, arguments=arguments)
+            return lora.move_adapters(read, params)
         attached = lora.attach(params, key=key, **self.settings)
         homeless = peft.without_module(lora.detach(attached)[1], family, arguments)
         if homeless:

@@ -26,7 +26,7 @@ from vision_jax.run.restore import Restored, read_run
 
 # What made the old run's parameters what they are, and must be the same for the new one's.
 _MADE_BY = {"variant": "", "arguments": (), "layers": (), "width": 0, "mlp_width": 0}
-_SAME = ("task", "lora.", *(f"model.{name}" for name in _MADE_BY))
+_SAME = ("task", "quantize.", "lora.", *(f"model.{name}" for name in _MADE_BY))
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,12 @@ def read_origin(config: ConfigDict, folder: Path, workdir: Path) -> Origin:
 
 
 def _relevant(config: ConfigDict) -> dict[str, Any]:
-    adapted = "lora" in config.recipes
-    return {"recipes": "with lora" if adapted else "without lora"} | {
+    leaves = ("quantize", "lora")  # recipes that change which parameters there are
+    others = tuple(f"{name}." for name in leaves if name not in config.recipes)
+    return {"recipes": tuple(name for name in config.recipes if name in leaves)} | {
         name: value
         for name, value in fields(config).items()
-        if name.startswith(_SAME)
-        and name != "lora.dropout"
-        and (adapted or not name.startswith("lora."))
+        if name.startswith(_SAME) and name != "lora.dropout" and not name.startswith(others)
     }
 
 

@@ -29,7 +29,7 @@ from vision_jax.run.description import (
     rules_of,
 )
 from vision_jax.trees import lora, paths
-from vision_jax.trees.leaf import trainable_paths
+from vision_jax.trees.leaf import roles, trainable_paths
 
 Flat = dict[str, Any]
 Attach = Callable[[Any, jax.Array], Any]  # (params, key) -> params with structured leaves
@@ -126,11 +126,7 @@ def make_parameters(
     """
     key = jax.random.key(config.seed)
     params, model_state, fresh = _plain_parameters(config, model, image_size, mesh, weights)
-    out = plan.assemble(plan.shardings)
-    attached = jax.jit(attach, donate_argnums=0, out_shardings=out)(
-        params, jax.random.fold_in(key, 1)
-    )
-    flat = paths.flatten(attached)
+    flat = paths.flatten(_attached(attach, params, jax.random.fold_in(key, 1), plan))
     for number, (path, leaf) in enumerate(plan.projections.items()):
         begin = jax.jit(
             partial(distillation.project, shape=leaf.shape), out_shardings=plan.shardings[path]
@@ -138,6 +134,24 @@ def make_parameters(
         flat[path] = begin(jax.random.fold_in(jax.random.fold_in(key, 2), number))
     trainable, frozen = paths.partition(flat, set(plan.trainable))
     return trainable, frozen, model_state, fresh if weights is not None else []
+
+
+def _attached(attach: Attach, params: Any, key: jax.Array, plan: Parameters) -> Any:
+    """attach(params, key); what it leaves as it is keeps its memory, and is gone from `params`."""
+    after, flat = paths.flatten(plan.like), paths.flatten(params)
+    kept = {
+        role.rule_path
+        for path, role in roles(plan.like).items()
+        if role.rule_path in flat
+        and (after[path].shape, after[path].dtype)
+        == (flat[role.rule_path].shape, flat[role.rule_path].dtype)
+    }
+
+    def make(kept: Flat, others: Flat, key: jax.Array) -> Any:
+        return attach(paths.unflatten(params, kept | others), key)
+
+    out = plan.assemble(plan.shardings)
+    return jax.jit(make, donate_argnums=0, out_shardings=out)(*paths.partition(flat, kept), key)
 
 
 def headless_parameters(

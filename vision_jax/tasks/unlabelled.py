@@ -34,7 +34,7 @@ Outputs = Mapping[str, np.ndarray]
 
 TRIED = 16  # images whose size is looked at before training
 SHOWN = 8  # images in a picture of some
-RECIPES = ("lora",)  # that make sense without labels
+RECIPES = ("quantize", "lora")  # that make sense without labels
 
 # Sources ----------------------------------------------------------------------------------------
 
@@ -135,7 +135,9 @@ def check_recipes(config: ConfigDict, what: str = "images without labels") -> No
     """Raises UserError for a recipe that needs labels, which `what` has not."""
     others = [name for name in config.recipes if name not in RECIPES]
     if others:
-        raise UserError(f"config.recipes: {others[0]} is not for {what}: take lora alone, or none")
+        raise UserError(
+            f"config.recipes: {others[0]} is not for {what}: take quantize, lora, or none"
+        )
 
 
 # Evaluation -------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def dot(x: Array, kernel: Kernel, dropout_key: Array | None = None) -> Array:
       kernel: an array or a structured leaf, usually in float32.
       dropout_key: for dropout inside of the leaf; None outside training.
     """
-    return multiply(products.dense(x), x, kernel, dropout_key)
+    return multiply(products.dot, x, kernel, dropout_key)
 
 
 def convolve(

@@ -45,7 +45,7 @@ import numpy as np
 
 from vision_jax.errors import UserError
 from vision_jax.trees import paths
-from vision_jax.trees.leaf import Params, leaves, map_leaves, merge_leaf
+from vision_jax.trees.leaf import Leaf, Params, leaves, map_leaves, merge_leaf
 from vision_jax.trees.low_rank import LowRank, low_rank_delta, output_norm, part_scales
 
 Adapters = dict[str, LowRank]  # by the kernel's path; `base` is None
@@ -190,6 +190,13 @@ def apply_adapters(base: Params, adapters: Mapping[str, LowRank]) -> Params:
         return dataclasses.replace(adapters[path], base=leaf) if path in adapters else leaf
 
     return map_leaves(put, base)
+
+
+def move_adapters(adapted: Params, base: Params) -> Params:
+    """`adapted`, over the structured leaves that `base` has in place of its plain kernels."""
+    plain, adapters = detach(adapted)
+    kept = {path: leaf for path, leaf in leaves(base).items() if isinstance(leaf, Leaf)}
+    return apply_adapters(map_leaves(lambda path, leaf: kept.get(path, leaf), plain), adapters)
 
 
 def adapter_paths(params: Params) -> set[str]:

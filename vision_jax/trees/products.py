@@ -29,10 +29,17 @@ FEW_OUTPUTS = 64
 
 
 def dense(x: Array) -> Product:
-    """x[..., in], kernel[in, out] -> f[..., out], for inputs of x's dtype."""
+    """x[..., in], kernel[in, out] -> f[..., out], for inputs of x's dtype; i32[..., out] for i8."""
+    if x.dtype == jnp.int8:
+        return _integer_dot
     if x.dtype in (jnp.bfloat16, jnp.float16):
         return _half_dot
     return _flat_dot if platform.current() == "cpu" else _plain_dot
+
+
+def dot(x: Array, kernel: Array) -> Array:
+    """The product of `dense` that is for these inputs: a leaf may call it with others than x."""
+    return dense(x)(x, kernel)
 
 
 def convolution(
@@ -42,7 +49,7 @@ def convolution(
     groups: int = 1,
     dilation: int = 1,
 ) -> Product:
-    """x[B, H, W, in], kernel[h, w, in / groups, out] -> f[B, H', W', out].
+    """x[B, H, W, in], kernel[h, w, in / groups, out] -> f[B, H', W', out]; i32 for i8.
 
     A kernel whose windows tile the image (a patch embedding, or 1 x 1) is one dot on rearranged
     pixels.
@@ -69,6 +76,11 @@ def convolution(
 
 def _plain_dot(x: Array, kernel: Array) -> Array:
     return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _integer_dot(x: Array, kernel: Array) -> Array:
+    contracted = (((x.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(x, kernel, contracted, preferred_element_type=jnp.int32)
 
 
 def _flat_dot(x: Array, kernel: Array) -> Array:
@@ -154,6 +166,7 @@ def _convolution(
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", axes, "NHWC"),
         feature_group_count=groups,
+        preferred_element_type=jnp.int32 if x.dtype == jnp.int8 else None,
     )
 
 
@@ -162,8 +175,10 @@ def _by_groups(
 ) -> Array:
     """A convolution for each group of channels, at several times the speed of one of all groups.
 
-    Groups of one channel are left together.
+    Groups of one channel are left together. Integers have no gradient, and XLA's own convolution.
     """
+    if x.dtype == jnp.int8:
+        return _convolution(strides, padding, groups, dilation, x, kernel)
     depthwise = groups == x.shape[-1] == kernel.shape[-1] > 1
     convolve = partial(_cpu_convolution, strides, padding, dilation, depthwise)
     if groups == 1 or depthwise:
