@@ -21,7 +21,7 @@ from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.segmentation_transforms import segmentation_eval_transform
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
-from vision_jax.ops import segmentation_losses as ops
+from vision_jax.ops.resize import resize_bilinear
 from vision_jax.run.prepare import Run
 from vision_jax.run.restore import restore
 from vision_jax.tasks.segmentation.cases import SENTENCE
@@ -225,7 +225,7 @@ def test_images_of_one_size_compile_the_model_once_whatever_their_masks(finished
         state = restored.trained.arguments[2]
         outputs, _ = apply(params, state, image, train=False, keys={})
         label = source[i]["mask"]
-        scores = ops.resize_logits(outputs["logits"], label.shape)
+        scores = resize_bilinear(outputs["logits"], label.shape)
         expected += confusion_matrix(np.asarray(scores[0]).argmax(-1), label, 3)
     assert np.abs(found - expected).sum() <= 2  # ties of rounding
 

@@ -19,7 +19,7 @@ def test_maps_grow_by_the_nearest_pixel(rng, size):
 @pytest.mark.parametrize("size", [(32, 48), (37, 51), (5, 9)])
 def test_logits_are_of_the_images_own_size(size):
     arguments = (("widths", (4, 6, 8)),)
-    model = UNet(3, "plain", arguments, (6, 4))
+    model = UNet(3, "plain", arguments, decoder_widths=(6, 4))
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
     outputs = jax.eval_shape(model.apply, variables, jnp.zeros((2, *size, 3)))
     assert outputs["logits"].shape == (2, *size, 3)

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from vision_jax.ops import segmentation_losses as ops
+from vision_jax.ops.resize import resize_bilinear
 from vision_jax.tasks.segmentation.metrics import Tally
 
 K = 5
@@ -37,7 +38,7 @@ def test_cross_entropy_and_its_gradient_as_transformers_computes_it(rng, weighte
     with jax.enable_x64(True):
 
         def loss(logits):
-            pixels = ops.pixel_losses(ops.resize_logits(logits, label.shape[1:]), label)
+            pixels = ops.pixel_losses(resize_bilinear(logits, label.shape[1:]), label)
             given = None if weight is None else jnp.asarray(weight.numpy())
             return ops.weighted_mean(pixels, jnp.asarray(label), given).mean()
 
@@ -45,16 +46,6 @@ def test_cross_entropy_and_its_gradient_as_transformers_computes_it(rng, weighte
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-10)
     found = scores.grad.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(gradient, found, atol=1e-10 * np.abs(found).max())
-
-
-@pytest.mark.parametrize("size", [(17, 21), (9, 11), (4, 5), (40, 7)])
-def test_logits_are_resized_as_torch_does(rng, size):
-    logits, _ = draw(rng)
-    scores = torch.from_numpy(logits).permute(0, 3, 1, 2)
-    theirs = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
-    with jax.enable_x64(True):
-        ours = ops.resize_logits(jnp.asarray(logits), size)
-    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), atol=1e-12)
 
 
 def test_dice_of_one_image_as_smp_computes_it(rng):

@@ -4,35 +4,23 @@ Source: torchvision 0.29 models/segmentation/deeplabv3.py and fcn.py. The backbo
 torchvision's ResNet; its dilation is in no tensor.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from vision_jax.convert import resnet
+from vision_jax.convert.backbone import Backbone, table_of
 from vision_jax.convert.engine import CONV, Rule, affine, batch_norm, one
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
-from vision_jax.errors import UserError
 from vision_jax.models.deeplab import VARIANTS
 from vision_jax.models.families import FAMILIES
 
 FAMILY = "deeplab"
-BACKBONE = "backbone."
 _STRUCTURE = ("depths", "block", "widths", "stem_width")
-_RESNET = next(table for table in resnet.TABLES if table.source == "torchvision")
+_RESNET = Backbone(table_of(resnet.TABLES, "torchvision"), "backbone.", _STRUCTURE)
 _AUXILIARY = "aux_classifier"
 
 
-def _backbone_arguments(arguments: Arguments) -> dict[str, Any]:
-    own = {name: arguments[name] for name in (*_STRUCTURE, "in_channels", "mean", "std")}
-    return {**FAMILIES["resnet"].defaults, **own, "num_classes": 0}
-
-
 def _rules(arguments: Arguments) -> list[Rule]:
-    rules: list[Rule] = []
-    for rule in _RESNET.rules(_backbone_arguments(arguments)):
-        assert isinstance(rule, Rule)
-        if not rule.paths[0].startswith("head/"):
-            (name,), (path,) = rule.names, rule.paths
-            rules.append(replace(rule, names=(BACKBONE + name,), paths=(f"backbone/{path}",)))
+    rules = _RESNET.rules(arguments)
 
     def conv_norm(name: str, conv: int, path: str) -> tuple[Rule, ...]:
         return (
@@ -54,24 +42,12 @@ def _rules(arguments: Arguments) -> list[Rule]:
 
 
 def _arguments(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
-    own = {
-        name.removeprefix(BACKBONE): shape
-        for name, shape in shapes.items()
-        if name.startswith(BACKBONE)
-    }
-    found = _RESNET.arguments(own, {})
-    defaults = FAMILIES["resnet"].defaults
-    for name, value in found.items():
-        if name not in (*_STRUCTURE, "in_channels", "num_classes") and value != defaults[name]:
-            raise UserError(
-                f"the backbone is a ResNet with {name} {value}: not supported in a DeepLab"
-            )
     classes, width = shapes["classifier.4.weight"][:2]
     return {
         "num_classes": classes,
         "width": width,
         "auxiliary_head": f"{_AUXILIARY}.4.weight" in shapes,
-        **{name: found[name] for name in (*_STRUCTURE, "in_channels")},
+        **_RESNET.read(shapes, {}, "DeepLab"),
     }
 
 
@@ -90,8 +66,7 @@ def _config(arguments: Arguments) -> dict[str, Any]:
 
 
 def _modules(arguments: Arguments) -> dict[str, str]:
-    stages = {f"stage_{i}": f"{BACKBONE}layer{i + 1}" for i in range(len(arguments["depths"]))}
-    return {"stem": f"{BACKBONE}maxpool", **stages, "context": "classifier.0"}
+    return {**_RESNET.modules(arguments), "context": "classifier.0"}
 
 
 TABLES = (
@@ -100,7 +75,7 @@ TABLES = (
         FAMILY,
         "deeplabv3",
         (
-            f"{BACKBONE}conv1.weight",
+            "backbone.conv1.weight",
             "classifier.0.convs.1.0.weight",
             "classifier.0.project.0.weight",
             "classifier.4.weight",

@@ -10,15 +10,7 @@ from functools import partial
 from typing import Any
 
 from vision_jax.convert.engine import CONV, Rule, affine, norm, one
-from vision_jax.convert.pyramid import (
-    BODY,
-    FPN,
-    body_modules,
-    body_rules,
-    level_rules,
-    of_body,
-    said_epsilon,
-)
+from vision_jax.convert.pyramid import BODIES, BODY, FPN, level_rules, said_epsilon
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
 from vision_jax.models.families import FAMILIES
 from vision_jax.models.retinanet import GROUPS
@@ -49,7 +41,7 @@ def dense_rules(
       use_bias: convolutions of the towers have one.
       layer: index -> the numbers of a tower's convolution and of its norm.
     """
-    rules = body_rules(arguments)
+    rules = BODIES["resnet"].rules(arguments)
     rules += level_rules(len(arguments["depths"]) - arguments["first_map"], False, numbered)
     for name in ("p6", "p7"):
         rules += affine(f"{FPN}extra_blocks.{name}", f"fpn/{name}", CONV)
@@ -90,7 +82,7 @@ def dense_arguments(
     tower = re.escape(f"{TOWERS['class']}.conv.")
     convs = [name for name in shapes if re.fullmatch(rf"{tower}.*weight", name)]
     depth = sum(len(shapes[name]) == 4 for name in convs)
-    body = of_body(shapes, what)
+    body = BODIES["resnet"].read(shapes, {}, what)
     levels = sum(
         re.fullmatch(rf"{re.escape(FPN)}inner_blocks\.\d+{first}\.weight", name) is not None
         for name in shapes
@@ -196,7 +188,7 @@ def dense_modules(arguments: Arguments) -> dict[str, str]:
     maps = len(arguments["depths"]) - arguments["first_map"]
     extra = {maps: "extra_blocks.p6", maps + 1: "extra_blocks.p7"}
     return {
-        **body_modules(arguments),
+        **BODIES["resnet"].modules(arguments),
         **{f"level_{index}": f"{FPN}layer_blocks.{index}" for index in range(maps)},
         **{f"level_{index}": f"{FPN}{name}" for index, name in extra.items()},
     }

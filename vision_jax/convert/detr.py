@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from vision_jax.convert import resnet
+from vision_jax.convert.backbone import Backbone
 from vision_jax.convert.engine import (
     CONV,
     UNPACK_BIAS,
@@ -34,7 +35,7 @@ ORIGINAL = "detr"
 _STRUCTURE = ("depths", "block", "widths", "stem_width")
 _TIMM = tuple(f"resnet{size}" for size in (18, 26, 34, 50, 101, 152, 200))
 _TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-_RESNETS = {table.source: table.with_prefix("") for table in resnet.TABLES}
+_RESNETS = {table.source: table for table in resnet.TABLES}
 
 
 _LOSS = (
@@ -131,22 +132,16 @@ _ORIGINAL = Names(
 )
 
 
-def _resnet_arguments(arguments: Arguments) -> dict[str, Any]:
-    """The backbone's, as its own tables take them."""
-    own = {name: arguments[name] for name in (*_STRUCTURE, "in_channels", "mean", "std")}
-    return {**FAMILIES["resnet"].defaults, **own, "num_classes": 0}
+def _backbone(names: Names) -> Backbone:
+    return Backbone(_RESNETS[names.resnet], names.backbone, _STRUCTURE)
 
 
 def _backbone_rules(names: Names, arguments: Arguments) -> list[Rule]:
-    rules = []
-    for rule in _RESNETS[names.resnet].rules(_resnet_arguments(arguments)):
-        assert isinstance(rule, Rule)
-        if rule.paths[0].startswith("head/"):
-            continue
-        (name,), (path,) = rule.names, rule.paths
-        moved = Rule((names.backbone + name,), (f"backbone/{path}",), rule.layout)
-        rules.append(replace(moved, default=0, written=False) if path.endswith("/count") else moved)
-    return rules
+    """No count of updates is written, and one that is there says nothing."""
+    return [
+        replace(rule, default=0, written=False) if rule.paths[0].endswith("/count") else rule
+        for rule in _backbone(names).rules(arguments)
+    ]
 
 
 def _attention(names: Names, name: str, path: str) -> tuple[Rule, ...]:
@@ -194,20 +189,9 @@ def _rules(names: Names, arguments: Arguments) -> list[Rule]:
 
 def _arguments(names: Names, shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     config = metadata.get("config", {})
-    own = {
-        name.removeprefix(names.backbone): shape
-        for name, shape in shapes.items()
-        if name.startswith(names.backbone)
-    }
     backbone = config.get("backbone_config") or {}
     said = {**backbone, "architecture": backbone.get("backbone") or config.get("backbone") or ""}
-    found = _RESNETS[names.resnet].arguments(own, {"config": said})
-    defaults = FAMILIES["resnet"].defaults
-    for name, value in found.items():
-        if name not in (*_STRUCTURE, "in_channels", "num_classes") and value != defaults[name]:
-            raise UserError(
-                f"the backbone is a ResNet with {name} {value}: not supported in a DETR"
-            )
+    found = _backbone(names).read(shapes, {"config": said}, "DETR")
     queries, width = shapes[names.queries]
     mlp_widths = [
         shapes[f"{layer.replace('{i}', '0')}{names.mlp[0]}.weight"][0]
@@ -216,7 +200,7 @@ def _arguments(names: Names, shapes: Shapes, metadata: Metadata) -> dict[str, An
     from_config = _from_original if names is _ORIGINAL else _from_transformers
     return {
         "num_classes": shapes[f"{names.classes}.weight"][0] - 1,
-        **{name: found[name] for name in (*_STRUCTURE, "in_channels")},
+        **found,
         "num_queries": queries,
         "width": width,
         "mlp_width": mlp_widths[0],
@@ -314,7 +298,7 @@ def _transformers_config(names: Names, arguments: Arguments) -> dict[str, Any]:
     if names.resnet == "timm":
         backbone = {"use_timm_backbone": True, "backbone": _named(a), "dilation": a["dilation"]}
         return config | backbone | {"use_pretrained_backbone": False}
-    backbone = _RESNETS["transformers"].config(_resnet_arguments(a))
+    backbone = _RESNETS["transformers"].config(_backbone(names).arguments(a))
     del backbone["architectures"]
     backbone |= {"num_channels": a["in_channels"], "out_features": [f"stage{len(a['depths'])}"]}
     plain = {"use_timm_backbone": False, "backbone": None, "dilation": False}
@@ -338,15 +322,14 @@ def _original_config(arguments: Arguments) -> dict[str, Any]:
 
 
 def _modules(names: Names, arguments: Arguments) -> dict[str, str]:
-    backbone = _RESNETS[names.resnet].modules(_resnet_arguments(arguments))
-    inside = names if names is _ORIGINAL else _MEMORY
+    inside = names if names is _ORIGINAL else replace(_MEMORY, resnet=names.resnet)
     layers = {
         f"{part}_{index}": name.replace("{i}", str(index)).rstrip(".")
         for part, name in (("encoder", inside.encoder), ("decoder", inside.decoder))
         for index in range(arguments[f"{part}_depth"])
     }
     return {
-        **{own: inside.backbone + name for own, name in backbone.items() if own != "pooled"},
+        **_backbone(inside).modules(arguments),
         "input_proj": inside.projection,
         **layers,
     }

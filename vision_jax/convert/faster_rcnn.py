@@ -14,14 +14,12 @@ from typing import Any
 
 from vision_jax.convert.engine import POINTWISE, Rule, affine
 from vision_jax.convert.pyramid import (
+    BODIES,
     BODY,
     FPN,
-    body_modules,
-    body_rules,
     conv_norm,
     epsilon_of,
     level_rules,
-    of_body,
     said_epsilon,
 )
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
@@ -52,7 +50,7 @@ def _maps(arguments: Arguments) -> int:
 
 def _rules(numbered: bool, arguments: Arguments) -> list[Rule]:
     """`numbered`: convolutions of the pyramid and of the proposals stand in a Sequential."""
-    rules = body_rules(arguments, arguments["body"])
+    rules = BODIES[arguments["body"]].rules(arguments)
     rules += level_rules(_maps(arguments), arguments["fpn_norm"], numbered)
     for index in range(arguments["rpn_depth"]):
         name = f"rpn.head.conv.{index}" if numbered else "rpn.head.conv"
@@ -86,7 +84,7 @@ def _arguments(kind: str, numbered: bool, shapes: Shapes, metadata: Metadata) ->
     return {
         "num_classes": shapes["roi_heads.box_predictor.cls_score.weight"][0] - 1,
         "body": kind,
-        **of_body(shapes, "Faster R-CNN", kind),
+        **BODIES[kind].read(shapes, {}, "Faster R-CNN"),
         **{name: known[name] for name in unseen if name in known},
         "batch_norm_eps": epsilon_of(config, (V1, PUBLISHED_V1)),
         "width": shapes[f"{inner}.0.weight" if numbered else f"{inner}.weight"][0],
@@ -138,7 +136,7 @@ def _config(arguments: Arguments) -> dict[str, Any]:
 def _modules(arguments: Arguments) -> dict[str, str]:
     levels = range(_maps(arguments))
     return {
-        **body_modules(arguments, arguments["body"]),
+        **BODIES[arguments["body"]].modules(arguments),
         **{f"level_{index}": f"{FPN}layer_blocks.{index}" for index in levels},
     }
 

@@ -7,19 +7,18 @@ and their header says what they are.
 from typing import Any
 
 from vision_jax.convert import convnext, efficientnet, regnet, resnet
+from vision_jax.convert.backbone import Backbone, table_of
 from vision_jax.convert.engine import CONV, Rule, affine, batch_norm, one
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
 from vision_jax.errors import UserError
-from vision_jax.models.families import FAMILIES
-from vision_jax.models.unet import encoder_pairs
+from vision_jax.models.backbone import FIXED, encoder_pairs
 
 SOURCE = "smp"
 _ENCODER = "encoder."
 _TIMM = {
-    module.TABLES[0].family: next(table for table in module.TABLES if table.source == "timm")
+    module.TABLES[0].family: table_of(module.TABLES, "timm")
     for module in (resnet, regnet, efficientnet, convnext)
 }
-_SHARED = ("in_channels", "mean", "std")
 
 
 def _conv_norm(name: str, path: str) -> tuple[Rule, ...]:
@@ -37,17 +36,8 @@ def _encoder_rules(arguments: Arguments) -> list[Rule]:
                 name = f"{_ENCODER}stages.{stage}.conv{number}"
                 rules += _conv_norm(name, f"backbone/stage_{stage}/conv{number}")
         return rules
-    shared = {name: arguments[name] for name in _SHARED}
-    own = {**FAMILIES[family].defaults, **own, **shared, "num_classes": 0}
-    if "head_hidden" in own:
-        own["head_hidden"] = 0
-    for rule in _TIMM[family].with_prefix("").rules(own):
-        assert isinstance(rule, Rule)
-        if not rule.paths[0].startswith("head/"):
-            names = tuple(_ENCODER + name for name in rule.names)
-            paths = tuple(f"backbone/{path}" for path in rule.paths)
-            rules.append(Rule(names, paths, rule.layout, rule.default, rule.written))
-    return rules
+    backbone = Backbone(_TIMM[family], _ENCODER, tuple(own), fixed=lambda _: FIXED)
+    return backbone.rules({**arguments, **own})
 
 
 def _rules(arguments: Arguments) -> list[Rule]:
@@ -62,11 +52,7 @@ def _rules(arguments: Arguments) -> list[Rule]:
 
 def _arguments(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     """Of a file without our header: a ResNet's, by its tensors."""
-    own = {
-        name.removeprefix(_ENCODER): shape
-        for name, shape in shapes.items()
-        if name.startswith(_ENCODER)
-    }
+    own = Backbone(_TIMM["resnet"], _ENCODER, ()).shapes(shapes)
     table = _TIMM["resnet"]
     if table.matches(own) is None:
         raise UserError(

@@ -17,15 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vision_jax.models.backbone import OnBackbone
 from vision_jax.models.layers import BatchNorm, Conv
 from vision_jax.models.resnet import VARIANTS as RESNETS
 from vision_jax.models.resnet import ResNet
 
 AUXILIARY_DROPOUT = 0.1
-_OF_THE_BACKBONE = (
-    *("depths", "block", "widths", "stem_width", "dilation", "in_channels", "mean", "std"),
-    *("freeze_norm", "dtype", "remat"),
-)
 VARIANTS: dict[str, dict[str, Any]] = {
     f"deeplabv3_resnet{size}": RESNETS[f"resnet{size}"] for size in (50, 101)
 }
@@ -65,7 +62,7 @@ class ConvNorm(nn.Module):
         return nn.relu(x)
 
 
-class DeepLabV3(nn.Module):
+class DeepLabV3(OnBackbone):
     """Images f32[B, H, W, in_channels] in [0, 1] -> logits f[B, H / 8, W / 8, num_classes].
 
     Attributes:
@@ -100,28 +97,6 @@ class DeepLabV3(nn.Module):
     freeze_norm: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
-
-    @property
-    def stem(self) -> str:
-        """Path of the first convolution's kernel."""
-        return "backbone/conv1/kernel"
-
-    @property
-    def pyramid(self) -> tuple[tuple[str, int], ...]:
-        """Named features and their stride in pixels, from fine to coarse."""
-        return self._backbone(parent=None).pyramid
-
-    @property
-    def num_layers(self) -> int:
-        """Layers for layer-wise rate decay."""
-        return sum(self.depths) + 2
-
-    def layer_of(self, path: str) -> int:
-        """Depth of a parameter: the backbone's own, all that follows last."""
-        top, _, rest = path.partition("/")
-        if top == "backbone":
-            return self._backbone(parent=None).layer_of(rest)
-        return self.num_layers - 1
 
     @nn.compact
     def __call__(self, images, *, train: bool = False, return_features: bool = False):
@@ -172,4 +147,4 @@ class DeepLabV3(nn.Module):
         return nn.Dropout(rate, deterministic=False)(x) if train and rate else x
 
     def _backbone(self, **place):
-        return ResNet(num_classes=0, **{n: getattr(self, n) for n in _OF_THE_BACKBONE}, **place)
+        return self._built(ResNet, **place)

@@ -21,10 +21,6 @@ from vision_jax.ops import nms
 from vision_jax.ops.boxes import clip_xyxy
 
 PRIOR = 0.01  # probability of each class at first
-_OF_THE_BODY = (
-    *("depths", "block", "widths", "stem_width", "batch_norm_eps", "in_channels", "mean", "std"),
-    *("freeze_norm", "dtype", "remat"),
-)
 _small = nn.initializers.normal(0.01)
 _prior = nn.initializers.constant(-math.log((1 - PRIOR) / PRIOR))
 
@@ -102,8 +98,8 @@ class DenseDetector(OnPyramid):
     def _maps(self) -> tuple[tuple[str, int], ...]:
         return self.pyramid[self.first_map :]
 
-    def _body(self, **place):
-        return ResNet(num_classes=0, **{n: getattr(self, n) for n in _OF_THE_BODY}, **place)
+    def _backbone(self, **place):
+        return self._built(ResNet, **place)
 
     def _check(self, field: str, sizes: Sequence[Any]) -> None:
         """Checks arguments that only together make no sense.
@@ -124,7 +120,7 @@ class DenseDetector(OnPyramid):
 
     def _levels(self, images, masks, train: bool):
         """(the pyramid's maps f[B, h, w, D] from fine to coarse, all named features)."""
-        backbone = self._body(name="backbone")
+        backbone = self._backbone(name="backbone")
         _, features = backbone(images, mask=masks[0], train=train, return_features=True)
         del features["pooled"]
         pyramid = Pyramid(

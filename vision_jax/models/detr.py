@@ -31,6 +31,7 @@ from flax import linen as nn
 from jax import lax
 
 from vision_jax.models.attention import attend
+from vision_jax.models.backbone import OnBackbone
 from vision_jax.models.layers import Conv, Dense, Initializer, layer_norm
 from vision_jax.models.resnet import VARIANTS as RESNETS
 from vision_jax.models.resnet import ResNet
@@ -107,7 +108,7 @@ class Layer(nn.Module):
         return add(x, Dense(x.shape[-1], dtype=self.dtype, name="fc2")(drop(y)))
 
 
-class Detr(nn.Module):
+class Detr(OnBackbone):
     """Images f32[B, H, W, in_channels] in [0, 1] -> logits and boxes of each query.
 
     Attributes:
@@ -155,38 +156,17 @@ class Detr(nn.Module):
     remat: bool = False
 
     @property
-    def stem(self) -> str:
-        """Path of the first convolution's kernel."""
-        return "backbone/conv1/kernel"
+    def _layers_above(self) -> int:  # type: ignore[override]
+        return self.encoder_depth + self.decoder_depth + 1
 
-    @property
-    def pyramid(self) -> tuple[tuple[str, int], ...]:
-        """Named features and their stride in pixels, from fine to coarse."""
-        return self._resnet(parent=None).pyramid
-
-    @property
-    def num_layers(self) -> int:
-        """Layers for layer-wise rate decay."""
-        return sum(self.depths) + self.encoder_depth + self.decoder_depth + 2
-
-    def layer_of(self, path: str) -> int:
-        """Depth of a parameter: the ResNet's, then layer by layer, the heads last.
-
-        The projection counts with the encoder's first layer, the queries with the decoder's.
-        """
-        top, _, rest = path.partition("/")
-        if top == "backbone":
-            return self._resnet(parent=None).layer_of(rest)
-        before = sum(self.depths) + 1
-        if top == "input_proj":
-            return before
-        if top == "query_embed":
-            return before + self.encoder_depth
-        for part, first in (("encoder_", before), ("decoder_", before + self.encoder_depth)):
-            index = top.removeprefix(part)
-            if top != index and index.isdigit():
-                return first + int(index)
-        return self.num_layers - 1
+    def _depth_above(self, top: str) -> int:
+        """The projection counts with the encoder's first layer, the queries with the decoder's."""
+        first = {"encoder": 0, "decoder": self.encoder_depth}
+        known = {"input_proj": 0, "query_embed": self.encoder_depth}
+        part, _, index = top.partition("_")
+        if part in first and index.isdigit():
+            return first[part] + int(index)
+        return known.get(top, self._layers_above - 1)
 
     @nn.compact
     def __call__(
@@ -212,7 +192,7 @@ class Detr(nn.Module):
             mask = None
         else:
             mask = pixel_mask
-        backbone = self._resnet(name="backbone")
+        backbone = self._backbone(name="backbone")
         if mask is not None and not self.mask_padding:
             # Zero after the normalization, as the references pad.
             mean = jnp.asarray(self.mean, images.dtype).reshape(1, 1, 1, -1)
@@ -265,22 +245,8 @@ class Detr(nn.Module):
         }
         return (predictions, features) if return_features else predictions
 
-    def _resnet(self, **place):
-        return ResNet(
-            num_classes=0,
-            depths=self.depths,
-            block=self.block,
-            widths=self.widths,
-            stem_width=self.stem_width,
-            dilation=self.dilation,
-            in_channels=self.in_channels,
-            mean=self.mean,
-            std=self.std,
-            freeze_norm=self.freeze_norm,
-            dtype=self.dtype,
-            remat=self.remat,
-            **place,
-        )
+    def _backbone(self, **place):
+        return self._built(ResNet, **place)
 
     def _cells(self, pixel_mask, grid):
         """bool[B, h, w]: the cells of the last map that are the image."""

@@ -83,10 +83,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fasterrcnn_mobilenet_v3_large_fpn": _MOBILE,
 }
 
-_OF_THE_BODY = (  # of either
-    *("depths", "widths", "stem_width", "batch_norm_eps", "in_channels", "mean", "std"),
-    *("freeze_norm", "dtype", "remat"),
-)
 # torch's own start of a linear layer, uniform in ±1 / √inputs.
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -283,7 +279,7 @@ class FasterRcnn(OnPyramid):
                 "of the body and one more, or as many for each"
             )
         images, sizes, extents, masks = self._canvas(images, pixel_mask)
-        backbone = self._body(name="backbone")
+        backbone = self._backbone(name="backbone")
         _, features = backbone(images, mask=masks[0], train=train, return_features=True)
         del features["pooled"]
         norms = (self.fpn_norm, self.freeze_norm, self.dtype)
@@ -346,13 +342,11 @@ class FasterRcnn(OnPyramid):
             )
         return (outputs, features) if return_features else outputs
 
-    def _body(self, **place):
-        given = {name: getattr(self, name) for name in _OF_THE_BODY} | place
+    def _backbone(self, **place):
         if self.body == "resnet":
-            return ResNet(num_classes=0, block=self.block, **given)
-        own = {name: getattr(self, name) for name in MOBILE_ONLY}
-        head_width = MOBILE_HEAD * self.widths[-1]
-        return EfficientNet(num_classes=0, head_width=head_width, **{**MOBILE_V3, **own, **given})
+            return self._built(ResNet, **place)
+        fixed = {"head_width": MOBILE_HEAD * self.widths[-1], "stem_width": self.stem_width}
+        return self._built(EfficientNet, **MOBILE_V3 | fixed, **place)
 
     def _keys(self, batch, train):
         """key[B, 2]: of the anchors and of the proposals that are drawn."""

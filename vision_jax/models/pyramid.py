@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vision_jax.models.backbone import OnBackbone
 from vision_jax.models.efficientnet import each
 from vision_jax.models.layers import BatchNorm, Conv, Initializer, masked
 from vision_jax.ops import anchors
@@ -128,44 +129,22 @@ def inside(grid, counts):
     return rows[:, :, None] & columns[:, None, :]
 
 
-class OnPyramid(nn.Module):
-    """What detectors on a pyramid have in common; a model says its `_body`, `_maps` and `_more`.
+class OnPyramid(OnBackbone):
+    """What detectors on a pyramid have in common; a model says its `_backbone`, `_maps`, `_more`.
 
-    `_maps` are the body's features that levels are made of, with their strides from fine to coarse;
+    `_maps` are the features of it that levels are made of, with their strides from fine to coarse;
     `_more` is how many levels there are beyond them.
     """
 
     _more = 1
-
-    @property
-    def stem(self) -> str:
-        """Path of the first convolution's kernel."""
-        return f"backbone/{self._body(parent=None).stem}"
-
-    @property
-    def pyramid(self) -> tuple[tuple[str, int], ...]:
-        """Named features of the body and their stride in pixels, from fine to coarse."""
-        return self._body(parent=None).pyramid
+    _layers_above = 2  # the pyramid, and all heads
 
     @property
     def _maps(self) -> tuple[tuple[str, int], ...]:
         return self.pyramid
 
-    @property
-    def num_layers(self) -> int:
-        """Layers for layer-wise rate decay: the body's, the pyramid, the heads."""
-        return sum(self._body(parent=None).depths) + 3
-
-    def layer_of(self, path: str) -> int:
-        """Depth of a parameter: the body's, then the pyramid, and all heads last."""
-        top, _, rest = path.partition("/")
-        body = self._body(parent=None)
-        if top == "backbone":
-            return body.layer_of(rest)
-        return sum(body.depths) + (1 if top == "fpn" else 2)
-
-    def _body(self, **place):
-        raise NotImplementedError
+    def _depth_above(self, top: str) -> int:
+        return 0 if top == "fpn" else 1
 
     def _canvas(self, images, pixel_mask):
         """Images on a canvas of a multiple of 32, filled up with the mean color.
@@ -185,7 +164,7 @@ class OnPyramid(nn.Module):
         images = jnp.pad(images, ((0, 0), *more, (0, 0)))
         grid = images.shape[1:3]
         if pixel_mask is not None or any(after for _, after in more):
-            mean = jnp.asarray(self._body(parent=None).mean, images.dtype).reshape(1, 1, 1, -1)
+            mean = jnp.asarray(self._backbone(parent=None).mean, images.dtype).reshape(1, 1, 1, -1)
             images = jnp.where(inside(grid, sizes)[..., None], images, mean)
         if pixel_mask is None:
             return images, sizes, extents, [None] * (1 + len(self._maps) + self._more)

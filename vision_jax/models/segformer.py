@@ -22,14 +22,11 @@ import numpy as np
 from flax import linen as nn
 
 from vision_jax.models import mit
+from vision_jax.models.backbone import OnBackbone
 from vision_jax.models.layers import BatchNorm, Dense
 from vision_jax.models.mit import MixTransformer
 from vision_jax.ops.resize import resize_bilinear
 
-_OF_THE_BACKBONE = (
-    *("depths", "widths", "num_heads", "reductions", "patch_sizes", "strides", "mlp_ratios"),
-    *("in_channels", "mean", "std", "drop_path", "dtype", "remat"),
-)
 VARIANTS: dict[str, dict[str, Any]] = {
     name.replace("mit", "segformer"): {
         **arguments,
@@ -46,7 +43,7 @@ def variant(name: str) -> dict[str, Any] | None:
     return VARIANTS.get(name)
 
 
-class SegFormer(nn.Module):
+class SegFormer(OnBackbone):
     """Images f32[B, H, W, in_channels] in [0, 1] -> logits f[B, H / 4, W / 4, num_classes].
 
     Attributes:
@@ -81,28 +78,6 @@ class SegFormer(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
 
-    @property
-    def stem(self) -> str:
-        """Path of the first convolution's kernel."""
-        return "backbone/stage_0/patch_embed/kernel"
-
-    @property
-    def pyramid(self) -> tuple[tuple[str, int], ...]:
-        """Named features and their stride in pixels, from fine to coarse."""
-        return self._encoder(parent=None).pyramid
-
-    @property
-    def num_layers(self) -> int:
-        """Layers for layer-wise rate decay."""
-        return sum(self.depths) + 2
-
-    def layer_of(self, path: str) -> int:
-        """Depth of a parameter: the encoder's own, all that decodes last."""
-        top, _, rest = path.partition("/")
-        if top == "backbone":
-            return self._encoder(parent=None).layer_of(rest)
-        return self.num_layers - 1
-
     @nn.compact
     def __call__(self, images, *, train: bool = False, return_features: bool = False):
         """Applies the model.
@@ -117,7 +92,7 @@ class SegFormer(nn.Module):
         Returns:
           logits f32[B, h, w, num_classes] at the first stage's stride, or (logits, features).
         """
-        _, features = self._encoder(name="backbone")(images, train=train, return_features=True)
+        _, features = self._backbone(name="backbone")(images, train=train, return_features=True)
         del features["pooled"]
         fused = None
         for index in reversed(range(len(self.depths))):
@@ -142,6 +117,5 @@ class SegFormer(nn.Module):
         logits = Dense(self.num_classes, dtype=dtype, kernel_init=_small, name="class_head")(x)
         return (logits, features) if return_features else logits
 
-    def _encoder(self, **place):
-        own = {name: getattr(self, name) for name in _OF_THE_BACKBONE}
-        return MixTransformer(num_classes=0, **own, **place)
+    def _backbone(self, **place):
+        return self._built(MixTransformer, **place)

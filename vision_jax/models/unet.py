@@ -15,22 +15,18 @@ Exactness, where ports go wrong:
   - images of any size do: each map has the size that the encoder gives it.
 """
 
-from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vision_jax import limits
-from vision_jax.errors import UserError, nearest
-from vision_jax.models import convnext, efficientnet, regnet, resnet
+from vision_jax.errors import UserError
+from vision_jax.models.backbone import OnAnyBackbone, on_variant
 from vision_jax.models.layers import BatchNorm, Conv, normalize
 
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 DECODER = (256, 128, 64, 32, 16)  # channels, coarse to fine; segmentation_models_pytorch's
-_RUN = ("dtype", "remat", "freeze_norm", "drop_path", "in_channels", "mean", "std")
 
 
 class ConvNormReLU(nn.Module):
@@ -153,134 +149,41 @@ def grow(x, size):
     return x
 
 
-ENCODERS: dict[str, Any] = {
-    "plain": PlainEncoder,
-    "resnet": resnet.ResNet,
-    "regnet": regnet.RegNet,
-    "efficientnet": efficientnet.EfficientNet,
-    "convnext": convnext.ConvNeXt,
-}
-_VARIANTS = {
-    "resnet": resnet.variant,
-    "regnet": regnet.variant,
-    "efficientnet": efficientnet.variant,
-    "convnext": convnext.variant,
-}
+_CNNS = ("resnet", "regnet", "efficientnet", "convnext")
 
 
 def variant(name: str) -> dict[str, Any] | None:
     """Arguments of "unet_plain" or of "unet_" and a CNN's name ("unet_resnet50"), or None."""
-    encoder = name.removeprefix("unet_")
-    if encoder == name:
-        return None
-    if encoder == "plain":
+    if name == "unet_plain":
         return {"encoder": "plain", "decoder_widths": (64, 32, 16)}
-    for family, arguments_of in _VARIANTS.items():
-        if (arguments := arguments_of(encoder)) is not None:
-            return {"encoder": family, "encoder_arguments": encoder_pairs(family, arguments)}
-    return None
+    return on_variant(name, "unet_", _CNNS)
 
 
-def encoder_pairs(family: str, arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What of a CNN's arguments a U-Net's `encoder_arguments` must say: those unlike the default.
-
-    Those that are the U-Net's own are left out. In the order of their names.
-    """
-    defaults = {field.name: field.default for field in fields(ENCODERS[family])}
-    return tuple(
-        (name, value)
-        for name, value in sorted(arguments.items())
-        if name not in (*_RUN, "num_classes", "dropout", "head_hidden") and value != defaults[name]
-    )
-
-
-class UNet(nn.Module):
+class UNet(OnAnyBackbone):
     """Images f32[B, H, W, in_channels] in [0, 1] -> logits of each pixel.
 
     Attributes:
-      num_classes: K.
-      encoder: the family of the CNN.
-      encoder_arguments: its own, as ((name, value), ...), without what follows here.
       decoder_widths: channels of the decoder's blocks from coarse to fine, one for each time that
         the encoder halves the grid.
-      in_channels: of the images; `mean` and `std` have as many entries.
-      mean, std: per-channel normalization of the images.
-      drop_path: the encoder's, where it has one.
-      freeze_norm: BatchNorm keeps its running statistics in training.
-      dtype: compute dtype; parameters stay float32. The head computes in float32.
-      remat: the encoder recomputes each block in the backward pass.
+
+    The others are `OnAnyBackbone`'s.
     """
 
-    num_classes: int
     encoder: Literal["plain", "resnet", "regnet", "efficientnet", "convnext"]
-    encoder_arguments: Any = ()
     decoder_widths: tuple[int, ...] = DECODER
-    in_channels: int = 3
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    drop_path: float = 0.0
-    freeze_norm: bool = False
-    dtype: Any = jnp.float32
-    remat: bool = False
 
     @property
-    def stem(self) -> str:
-        """Path of the first convolution's kernel."""
-        return f"backbone/{self._encoder(parent=None).stem}"
+    def _encoder(self) -> Any:
+        return PlainEncoder if self.encoder == "plain" else super()._encoder
 
     @property
-    def pyramid(self) -> tuple[tuple[str, int], ...]:
-        """Named features of the encoder and their stride in pixels, from fine to coarse."""
-        return self._encoder(parent=None).pyramid
+    def _layers_above(self) -> int:  # type: ignore[override]
+        return len(self.decoder_widths) + 1
 
-    @property
-    def num_layers(self) -> int:
-        """Layers for layer-wise rate decay: the encoder's, the decoder's blocks, the head."""
-        return (
-            sum(self._encoder(parent=None).depths) + self._own_stem + len(self.decoder_widths) + 1
-        )
-
-    @property
-    def _own_stem(self) -> bool:
-        return self.encoder != "plain"  # whose stem is in its first stage
-
-    def layer_of(self, path: str) -> int:
-        """Depth of a parameter: the encoder's, then block by block, the head last."""
-        top, _, rest = path.partition("/")
-        encoder = self._encoder(parent=None)
-        before = sum(encoder.depths) + self._own_stem
-        if top == "backbone":
-            return min(encoder.layer_of(rest), before - 1)  # what only a head would follow
-        if top.startswith("decoder_"):
-            return before + int(top.removeprefix("decoder_"))
-        return self.num_layers - 1
-
-    def _encoder(self, **place):
-        model = ENCODERS[self.encoder]
-        kinds = {f.name: f.type for f in fields(model)}
-        pairs = self.encoder_arguments
-        if not isinstance(pairs, tuple | list) or not all(
-            isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
-            for pair in pairs
-        ):
-            raise UserError(f"unet: encoder_arguments {str(pairs)[:80]}: give ((name, value), ...)")
-        arguments = dict(pairs)
-        for name, value in arguments.items():
-            if name not in kinds or name in (*_RUN, "num_classes", "parent", "name", "dropout"):
-                raise UserError(
-                    f"unet: a {self.encoder} takes no {name!r}{nearest(name, list(kinds))}"
-                )
-            try:
-                limits.check_argument(name, value, kinds[name])
-            except ValueError as error:
-                raise UserError(f"unet: {self.encoder}: {name} {value!r} {error}") from None
-        if "head_hidden" in kinds:
-            arguments["head_hidden"] = 0
-        own = {name: getattr(self, name) for name in _RUN if name in kinds}
-        try:
-            return model(num_classes=0, **arguments, **own, **place)
-        except TypeError as error:  # "missing 1 required positional argument"
-            raise UserError(f"unet: {self.encoder}: {error}") from error
+    def _depth_above(self, top: str) -> int:
+        """Block by block, the head last."""
+        index = top.removeprefix("decoder_")
+        return int(index) if index != top else len(self.decoder_widths)
 
     @nn.compact
     def __call__(self, images, *, train: bool = False, return_features: bool = False):
@@ -299,7 +202,7 @@ class UNet(nn.Module):
         Raises:
           UserError: other than one decoder width for each halving.
         """
-        encoder = self._encoder(name="backbone")
+        encoder = self._backbone(name="backbone")
         # Of a ResNet also what its stem gives before the pool.
         wanted = "unpooled" if self.encoder == "resnet" else True
         _, features = encoder(images, train=train, return_features=wanted)

@@ -5,12 +5,14 @@ beyond the outermost centers the outermost pixel counts alone. Nothing is averag
 shrinks (no antialiasing). Source: torch 2.12, aten/src/ATen/native/UpSample.h.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize_bilinear(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """x[B, h, w, C] -> f[B, H, W, C] in x's dtype.
 
     Args:

@@ -6,8 +6,6 @@ over B images is what torch's reduction "mean" gives, and micro-batches that kno
 whole update add up to it.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,18 +16,6 @@ Array = jax.Array
 IGNORED = 255
 SMOOTH = 1.0  # of Dice, as in transformers' dice_loss
 LEAST_LOG = 1.02  # ENet's constant: no class weighs more than 1 / log 1.02 = 50
-
-
-def resize_logits(logits: Array, size: Sequence[int]) -> Array:
-    """f[B, h, w, K] -> f[B, *size, K], bilinear by pixels' centers (align_corners False in torch).
-
-    Computed at least in float32. Nothing is averaged where it shrinks, as in torch.
-    """
-    logits = logits.astype(np.promote_types(logits.dtype, np.float32))
-    if logits.shape[1:3] == tuple(size):
-        return logits
-    shape = (logits.shape[0], *size, logits.shape[3])
-    return jax.image.resize(logits, shape, "bilinear", antialias=False)
 
 
 def pixel_losses(logits: Array, label: Array, *, gamma: float = 0.0) -> Array:

@@ -30,7 +30,7 @@ from vision_jax.ops.boxes import clip_xyxy
 from vision_jax.ops.detection_outputs import Postprocess
 from vision_jax.ops.distillation import TopLogits
 from vision_jax.ops.images import to_float
-from vision_jax.ops.segmentation_losses import resize_logits
+from vision_jax.ops.resize import resize_bilinear
 from vision_jax.steps import Flat
 from vision_jax.trees import paths
 
@@ -300,7 +300,7 @@ def make_pixels_term(kind: Literal["soft", "hard"], *, temperature: float) -> Te
     def term(trainable, outputs, view):
         del trainable
         logits = outputs["logits"]  # [B, h, w, K]
-        theirs = resize_logits(view[f"{TEACHER_OUTPUT}logits"], logits.shape[1:3])
+        theirs = resize_bilinear(view[f"{TEACHER_OUTPUT}logits"], logits.shape[1:3])
         if kind == "soft":
             return ops.soft_logits(logits, theirs, temperature).mean((1, 2))
         return ops.hard_label(logits, theirs).mean((1, 2))

@@ -21,6 +21,7 @@ from vision_jax.objective import Apply, Batch, Objective, forward_keys
 from vision_jax.ops import mask_losses
 from vision_jax.ops import segmentation_losses as ops
 from vision_jax.ops.images import to_float
+from vision_jax.ops.resize import resize_bilinear
 
 # loss(outputs of the model, batch) -> (losses f[B], metrics)
 Loss = Callable[[Mapping[str, jax.Array], Batch], tuple[jax.Array, dict[str, jax.Array]]]
@@ -98,7 +99,7 @@ def make_pixel_loss(
         return ops.frequency_weights(ops.class_counts(label, model.num_classes))
 
     def loss_of(logits, label, whole):
-        logits = ops.resize_logits(logits, label.shape[1:3])
+        logits = resize_bilinear(logits, label.shape[1:3])
         parts = {}
         if pixel_weight:
             losses = ops.pixel_losses(logits, label, gamma=focal_gamma)
@@ -203,13 +204,13 @@ def make_mask_loss(
 def mask_scores(outputs: Mapping[str, jax.Array], size: Sequence[int]) -> jax.Array:
     """f[B, H, W, K] of the last prediction: its masks at this size, by the queries' classes."""
     logits, masks = outputs["logits"][-1], outputs["mask_logits"][-1]
-    masks = ops.resize_logits(masks.transpose(0, 2, 3, 1), size)  # [B, H, W, Q]
+    masks = resize_bilinear(masks.transpose(0, 2, 3, 1), size)  # [B, H, W, Q]
     return mask_losses.class_scores(logits, masks.transpose(0, 3, 1, 2))
 
 
 PREDICTIONS: dict[str, Prediction] = {
     "semantic": Prediction(
-        make_pixel_loss, lambda outputs, size: ops.resize_logits(outputs["logits"], size)
+        make_pixel_loss, lambda outputs, size: resize_bilinear(outputs["logits"], size)
     ),
     "mask_set": Prediction(make_mask_loss, mask_scores, draws=True),
 }
