@@ -14,6 +14,8 @@ Rare classes are helped by Dice, which is on. Other recipes are overrides of thi
                                  --config.model.weights=timm://mobilenetv2_100.ra_in1k
     SegFormer                    --config.model.variant= --config.optim.lr=6e-5
                                  --config.model.weights=hf://nvidia/segformer-b0-finetuned-ade-512-512
+    UPerNet on a Swin            --config.model.variant= --config.optim.lr=6e-5
+                                 --config.model.weights=hf://openmmlab/upernet-swin-tiny
     a frozen encoder             --config.trainable="(?!backbone).*"
                                  --config.optim.lr_multipliers="()"
     LoRA on the encoder          --config.recipes=lora --config.model.freeze_norm=True

@@ -1,4 +1,4 @@
-"""Runs of the segmenters beside U-Net: SegFormer, DeepLabV3 with its second head, EoMT."""
+"""Runs of the segmenters beside U-Net: SegFormer, DeepLabV3 and UPerNet with second heads, EoMT."""
 
 import json
 
@@ -21,6 +21,10 @@ MIT = {
     "patch_sizes": (7, 3), "strides": (4, 2), "mlp_ratios": (2, 2),
 }  # fmt: skip
 VIT = {"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_width": 16}
+SWIN = {
+    "depths": (1, 2, 1), "image_size": (32, 32), "num_heads": (1, 2, 2), "width": 8,
+    "windows": ((4, 4), (4, 4), (2, 2)),
+}  # fmt: skip
 EOMT = {**VIT, "num_queries": 5, "num_blocks": 1, "upscale_blocks": 1}
 MODELS = {
     "segformer": {**MIT, "decoder_width": 8},
@@ -29,10 +33,15 @@ MODELS = {
         "auxiliary_head": True,
     },
     "eomt": {**EOMT, "mask_annealing": ((0, 4),)},
+    "upernet": {
+        "encoder": "swin", "width": 8, "pool_sizes": (1, 2), "map_norm_eps": 1e-5,
+        "encoder_arguments": tuple(SWIN.items()), "auxiliary_head": True, "auxiliary_width": 4,
+    },
 }  # fmt: skip
 TERMS = {
     "segformer": {"pixel_loss": 1.0, "dice_loss": 1.0},
     "deeplab": {"pixel_loss": 1.0, "dice_loss": 1.0, "auxiliary_loss": 0.4},
+    "upernet": {"pixel_loss": 1.0, "dice_loss": 1.0, "auxiliary_loss": 0.4},
     "eomt": {"class_loss": 2.0, "mask_loss": 5.0, "mask_dice_loss": 5.0, "deep_loss": 1.0},
 }
 
@@ -92,9 +101,10 @@ def test_a_step_of_eomt_on_one_and_on_eight_devices():
         ("segformer", "mit", MIT, "backbone/"),
         ("deeplab", "resnet", {k: MODELS["deeplab"][k] for k in ("depths", "widths", "stem_width")},
          "backbone/"),
+        ("upernet", "swin", SWIN, "backbone/"),
         ("eomt", "vit", {**VIT, "image_size": (32, 32), "num_registers": 1}, ""),
     ],
-    ids=["segformer", "deeplab", "eomt"],
+    ids=["segformer", "deeplab", "upernet", "eomt"],
 )  # fmt: skip
 def test_a_classifier_is_its_backbone(rng, family, inside, arguments, prefix, tmp_path):
     model = families.build_model(inside, num_classes=2, **arguments)
@@ -110,9 +120,11 @@ def test_a_classifier_is_its_backbone(rng, family, inside, arguments, prefix, tm
     )
     file = tmp_path / "classifier.safetensors"
     convert.write_safetensors(file, tensors, header)
-    given = {k: v for k, v in MODELS[family].items() if k not in arguments} | (
-        {} if prefix == "" else arguments
-    )
+    given = MODELS[family]
+    if prefix and "encoder" not in given:
+        given = given | arguments
+    if not prefix:
+        given = {k: v for k, v in given.items() if k not in arguments}
     prepared = runs.Prepared(
         config=tiny_config(
             model__variant=family,
@@ -123,7 +135,8 @@ def test_a_classifier_is_its_backbone(rng, family, inside, arguments, prefix, tm
     )
     state = prepared.state
     found = state.trainable | prepared.frozen | paths.flatten(state.model_state)
-    kept = {path for path in flat if not path.startswith("head/")}
+    beyond = ("head/", "norm/") if inside == "swin" else "head/"  # of its maps
+    kept = {path for path in flat if not path.startswith(beyond)}
     for path in kept:
         np.testing.assert_array_equal(found[prefix + path], flat[path], err_msg=path)
     assert set(found) > {prefix + path for path in kept}

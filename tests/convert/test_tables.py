@@ -173,6 +173,8 @@ READ_BACK = (
     *("yolox: yolox_nano", "torchvision: fasterrcnn_resnet50_fpn", "nanodet: nanodet_g"),
     *("torchvision: retinanet_resnet50_fpn", "torchvision: retinanet_resnet50_fpn_v2"),
     *("torchvision: fcos_resnet50_fpn", "smp: unet_resnet18", "smp: unet_resnet50"),
+    *("transformers: upernet_resnet18", "transformers: upernet_convnext_tiny"),
+    "transformers: upernet_swin_tiny_patch4_window7_224",
 )
 TOLD = {  # what the naming computes by, where the variant's own arguments differ
     "efficientnet_pytorch: efficientnet_b0": {"same_padding": True, "batch_norm_eps": 1e-3},

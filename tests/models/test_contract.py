@@ -361,6 +361,42 @@ CASES = {
         size=(32, 64),
         rounding=100.0,
     ),
+    "upernet": Case(
+        {"num_classes": 3, "encoder": "convnext", "width": 8, "pool_sizes": (1, 3),
+         "map_norm_eps": 1e-6, "auxiliary_head": True, "auxiliary_width": 6,
+         "encoder_arguments": (("depths", (1, 2, 1)), ("widths", (8, 12, 8)),
+                               ("layer_scale", 0.5))},
+        features=("stem", "pooled_context", "fused"),
+        layers={"backbone/stem_conv/kernel": 0, "backbone/stage_1/block_1/norm/bias": 3,
+                "map_norm_2/scale": 5, "pool_1/conv/kernel": 5, "auxiliary_0/bn/scale": 5},
+        size=(40, 64),
+        forms={
+            "resnet": {"encoder": "resnet", "auxiliary_head": False, "encoder_arguments": (
+                ("depths", (1, 3)), ("widths", (8, 16)), ("stem_width", 8))},
+            "regnet": {"encoder": "regnet", "auxiliary_head": False, "encoder_arguments": (
+                ("depths", (1, 1)), ("widths", (8, 16)), ("group_widths", (8, 8)),
+                ("stem_width", 8))},
+            "mobile": {"encoder": "efficientnet", "auxiliary_head": False, "encoder_arguments": (
+                ("depths", (1, 1)), ("widths", (8, 12)), ("kernels", (3, 3)),
+                ("expansions", (1, 2)), ("strides", (1, 2)), ("stem_width", 8),
+                ("head_width", 16))},
+            "mit": {"encoder": "mit", "auxiliary_head": False, "encoder_arguments": (
+                ("depths", (1, 1)), ("widths", (8, 12)), ("num_heads", (1, 2)),
+                ("reductions", (2, 1)))},
+            "swin": {"encoder": "swin", "auxiliary_head": False, "encoder_arguments": (
+                ("depths", (1, 2)), ("num_heads", (1, 2)), ("width", 8),
+                ("windows", ((3, 3), (3, 3))), ("image_size", (40, 64)))},
+        },
+        form_features={
+            "mit": ("pooled_context", "fused"),
+            "swin": ("embed", "pooled_context", "fused"),
+            "mobile": ("stem", "stage_0", "stage_0/block_0", "stage_1/block_0",
+                       "pooled_context", "fused"),
+        },
+        cells=None,  # ConvNeXt's stem cuts, others round up
+        without_gradient=r".*/project_bn/bias|.*attn/k/bias",
+        grouped=r".*(conv_dw|depthwise_conv|backbone/.*/conv2/kernel)",
+    ),
     "unet": Case(
         {"num_classes": 3, "encoder": "resnet", "decoder_widths": (12, 8, 6),
          "encoder_arguments": (("depths", (1, 3)), ("widths", (8, 16)), ("stem_width", 8))},
@@ -607,6 +643,9 @@ COUNTS = {
     "segformer_b4": 64_063_003,
     "segformer_b5": 84_663_323,
     "nanodet_g": 3_792_885,
+    "upernet_resnet18": 40_824_987,
+    "upernet_swin_tiny_patch4_window7_224": 58_987_797,
+    "upernet_mit_b0": 31_165_627,
     "unet_plain": 488_419 + 88 * 145,
     "unet_resnet18": 14_328_499 + 88 * 145,
     "yolox_nano": 914_304,

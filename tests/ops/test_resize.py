@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vision_jax.ops.resize import resize_bilinear
+from vision_jax.ops.resize import pool_adaptive, resize_bilinear
 
 
 def pixel_by_pixel(x, size):
@@ -42,3 +42,18 @@ def test_its_gradient_is_the_transposed_product(rng):
         (dx,) = pullback(jnp.asarray(dy))
         forward, dx = np.asarray(forward), np.asarray(dx)
     assert abs((forward * dy).sum() - (dx * x).sum()) <= 1e-12
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (6, 6), (7, 5)])
+def test_pooled_cells_are_means_that_may_overlap(rng, size):
+    x = rng.normal(size=(2, 7, 5, 3))
+    expected = np.zeros((2, *size, 3))
+    for row, column in np.ndindex(*size):
+        parts = [
+            slice(i * side // n, -(-(i + 1) * side // n))
+            for i, side, n in zip((row, column), x.shape[1:3], size, strict=True)
+        ]
+        expected[:, row, column] = x[:, parts[0], parts[1]].mean((1, 2))
+    with jax.enable_x64(True):
+        ours = np.asarray(pool_adaptive(jnp.asarray(x), size))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-14)

@@ -96,6 +96,10 @@ class Reference:
           keywords: for the model's forward.
         """
         seen: dict[str, np.ndarray] = {}
+        if isinstance(self.module, transformers.UperNetForSemanticSegmentation):
+            modules = {**modules, "logits": "decode_head"}  # before they are enlarged
+            if self.module.auxiliary_head is not None:
+                modules["auxiliary_logits"] = "auxiliary_head"
 
         def keep(name: str) -> Callable[..., None]:
             def hook(module: Any, inputs: Any, output: Any) -> None:
@@ -139,7 +143,7 @@ class Reference:
             seen["mask_logits"] = output.masks_queries_logits.numpy()
         elif isinstance(output, SimpleNamespace):
             seen |= {name: value.numpy() for name, value in vars(output).items()}
-        else:
+        elif "logits" not in seen:
             seen["logits"] = result_of(output, self.module).numpy()
         self.module.float()
         return seen

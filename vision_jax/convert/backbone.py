@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vision_jax.convert.engine import Rule
+from vision_jax.convert.engine import Fixed, Rule
 from vision_jax.convert.table import Arguments, Metadata, Shapes, Table
 from vision_jax.errors import UserError
+from vision_jax.models.backbone import FIXED
 from vision_jax.models.families import FAMILIES
 
 _IMAGES = ("in_channels", "mean", "std")
@@ -20,32 +21,39 @@ class Backbone:
     Attributes:
       table: of the backbone's own files.
       name: how its tensors begin, such as "backbone.".
-      structure: those of its arguments that the model has too; others have their defaults.
+      structure: those of its arguments that the model has too, beside those that it keeps as
+        `encoder_arguments`; others have their defaults.
       bare: how they begin in its own files, which `name` takes the place of.
       fixed: its arguments -> more that it has in such models and not by default.
     """
 
     table: Table
     name: str
-    structure: tuple[str, ...]
+    structure: tuple[str, ...] = ()
     bare: str = ""
     fixed: Callable[[Arguments], Mapping[str, Any]] = lambda arguments: {}
 
     def arguments(self, arguments: Arguments) -> dict[str, Any]:
         """Its arguments, of those of the model."""
-        own = {name: arguments[name] for name in (*self.structure, *_IMAGES)}
         defaults = FAMILIES[self.table.family].defaults
-        return {**defaults, **self.fixed(own), **own, "num_classes": 0}
+        pairs = dict(arguments.get("encoder_arguments", ()))
+        own = {name: arguments[name] for name in (*self.structure, *_IMAGES)} | pairs
+        shared = {name: value for name, value in FIXED.items() if name in defaults}
+        return {**defaults, **shared, **self.fixed(own), **own, "num_classes": 0}
 
-    def rules(self, arguments: Arguments) -> list[Rule]:
+    def rules(self, arguments: Arguments) -> list[Rule | Fixed]:
         """Rules of all of its tensors, none of a head."""
-        rules = []
+
+        def named(name: str) -> str:
+            return self.name + name.removeprefix(self.bare)
+
+        rules: list[Rule | Fixed] = []
         for rule in self.table.with_prefix("").rules(self.arguments(arguments)):
-            assert isinstance(rule, Rule)
-            if not rule.paths[0].startswith(_HEADS):
-                names = tuple(self.name + name.removeprefix(self.bare) for name in rule.names)
+            if isinstance(rule, Fixed):
+                rules.append(replace(rule, name=named(rule.name)))
+            elif not rule.paths[0].startswith(_HEADS):
                 paths = tuple(f"backbone/{path}" for path in rule.paths)
-                rules.append(replace(rule, names=names, paths=paths))
+                rules.append(replace(rule, names=tuple(map(named, rule.names)), paths=paths))
         return rules
 
     def modules(self, arguments: Arguments) -> dict[str, str]:

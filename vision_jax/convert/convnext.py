@@ -38,7 +38,7 @@ _LAST_AXIS = Layout(
 )
 
 
-_FIELDS = Fields(
+FIELDS = Fields(
     types=("convnext", "convnextv2"),
     used="layer_norm_eps",  # of the last norm
     seen="num_channels patch_size num_stages hidden_sizes depths",
@@ -304,7 +304,7 @@ def _transformers_table(kind: str, grn: bool) -> Table:
         holds=lambda a: a["grn"] == grn and _holds("transformers", a),
         config=_transformers_config,
         modules=partial(_modules, "transformers"),
-        fields=_FIELDS,
+        fields=FIELDS,
         unseen=("head_norm_eps", "GELU"),
     )
 

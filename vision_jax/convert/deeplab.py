@@ -8,7 +8,7 @@ from typing import Any
 
 from vision_jax.convert import resnet
 from vision_jax.convert.backbone import Backbone, table_of
-from vision_jax.convert.engine import CONV, Rule, affine, batch_norm, one
+from vision_jax.convert.engine import CONV, Rule, Rules, affine, batch_norm, one
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
 from vision_jax.models.deeplab import VARIANTS
 from vision_jax.models.families import FAMILIES
@@ -19,7 +19,7 @@ _RESNET = Backbone(table_of(resnet.TABLES, "torchvision"), "backbone.", _STRUCTU
 _AUXILIARY = "aux_classifier"
 
 
-def _rules(arguments: Arguments) -> list[Rule]:
+def _rules(arguments: Arguments) -> Rules:
     rules = _RESNET.rules(arguments)
 
     def conv_norm(name: str, conv: int, path: str) -> tuple[Rule, ...]:

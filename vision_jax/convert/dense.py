@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from vision_jax.convert.engine import CONV, Rule, affine, norm, one
+from vision_jax.convert.engine import CONV, Rules, affine, norm, one
 from vision_jax.convert.pyramid import BODIES, BODY, FPN, level_rules, said_epsilon
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
 from vision_jax.models.families import FAMILIES
@@ -31,7 +31,7 @@ def dense_rules(
     numbered: bool,
     use_bias: bool,
     layer: Callable[[int], tuple[str, str]],
-) -> list[Rule]:
+) -> Rules:
     """Rules of all tensors.
 
     Args:
@@ -106,7 +106,7 @@ def dense_tables(
     variants: Mapping[str, Arguments],
     *,
     arguments: Callable[[bool, Shapes, Metadata], dict[str, Any]],
-    rules: Callable[[bool, Arguments], list[Rule]],
+    rules: Callable[[bool, Arguments], Rules],
     anchors: Callable[[str], tuple[str, ...]],
     keywords: Mapping[str, str],
     also: Sequence[str],

@@ -19,6 +19,7 @@ from vision_jax.convert.engine import (
     UNPACK_BIAS,
     UNPACK_LINEAR,
     Rule,
+    Rules,
     affine,
     norm,
     one,
@@ -136,10 +137,12 @@ def _backbone(names: Names) -> Backbone:
     return Backbone(_RESNETS[names.resnet], names.backbone, _STRUCTURE)
 
 
-def _backbone_rules(names: Names, arguments: Arguments) -> list[Rule]:
+def _backbone_rules(names: Names, arguments: Arguments) -> Rules:
     """No count of updates is written, and one that is there says nothing."""
     return [
-        replace(rule, default=0, written=False) if rule.paths[0].endswith("/count") else rule
+        replace(rule, default=0, written=False)
+        if isinstance(rule, Rule) and rule.paths[0].endswith("/count")
+        else rule
         for rule in _backbone(names).rules(arguments)
     ]
 
@@ -170,8 +173,8 @@ def _layer(names: Names, name: str, path: str, decodes: bool) -> list[Rule]:
     return rules
 
 
-def _rules(names: Names, arguments: Arguments) -> list[Rule]:
-    rules = _backbone_rules(names, arguments)
+def _rules(names: Names, arguments: Arguments) -> Rules:
+    rules = [*_backbone_rules(names, arguments)]
     rules += affine(names.projection, "input_proj", CONV)
     rules += one(names.queries, "query_embed")
     for decodes, name, part in (

@@ -12,7 +12,7 @@ import re
 from functools import partial
 from typing import Any
 
-from vision_jax.convert.engine import POINTWISE, Rule, affine
+from vision_jax.convert.engine import POINTWISE, Rules, affine
 from vision_jax.convert.pyramid import (
     BODIES,
     BODY,
@@ -48,7 +48,7 @@ def _maps(arguments: Arguments) -> int:
     return 2 if arguments["body"] == "mobilenet_v3" else len(arguments["depths"])
 
 
-def _rules(numbered: bool, arguments: Arguments) -> list[Rule]:
+def _rules(numbered: bool, arguments: Arguments) -> Rules:
     """`numbered`: convolutions of the pyramid and of the proposals stand in a Sequential."""
     rules = BODIES[arguments["body"]].rules(arguments)
     rules += level_rules(_maps(arguments), arguments["fpn_norm"], numbered)

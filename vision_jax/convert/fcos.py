@@ -15,7 +15,7 @@ from vision_jax.convert.dense import (
     dense_tables,
     dense_zoo,
 )
-from vision_jax.convert.engine import Rule
+from vision_jax.convert.engine import Rules
 from vision_jax.convert.table import Arguments, Metadata, Shapes
 from vision_jax.models.families import FAMILIES
 from vision_jax.models.fcos import VARIANTS
@@ -27,7 +27,7 @@ _CLASSES, _BOXES = f"{TOWERS['class']}.cls_logits", f"{TOWERS['box']}.bbox_reg"
 _CENTER = f"{TOWERS['box']}.bbox_ctrness"
 
 
-def _rules(numbered: bool, arguments: Arguments) -> list[Rule]:
+def _rules(numbered: bool, arguments: Arguments) -> Rules:
     """`numbered`: convolutions of the pyramid stand in a Sequential."""
     return dense_rules(
         arguments,

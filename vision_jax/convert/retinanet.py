@@ -17,7 +17,7 @@ from vision_jax.convert.dense import (
     dense_tables,
     dense_zoo,
 )
-from vision_jax.convert.engine import Rule
+from vision_jax.convert.engine import Rules
 from vision_jax.convert.pyramid import epsilon_of
 from vision_jax.convert.table import Arguments, Metadata, Shapes
 from vision_jax.models.families import FAMILIES
@@ -29,7 +29,7 @@ PUBLISHED_V1 = f"{V1}_coco"  # how the file's name begins
 _CLASSES, _BOXES = f"{TOWERS['class']}.cls_logits", f"{TOWERS['box']}.bbox_reg"
 
 
-def _rules(numbered: bool, arguments: Arguments) -> list[Rule]:
+def _rules(numbered: bool, arguments: Arguments) -> Rules:
     """`numbered`: convolutions of the pyramid and the heads stand in Sequentials of their own."""
     return dense_rules(
         arguments,

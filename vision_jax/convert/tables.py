@@ -28,6 +28,7 @@ from vision_jax.convert import (
     simclr,
     swin,
     unet,
+    upernet,
     vit,
     yolox,
 )
@@ -58,6 +59,7 @@ TABLES: tuple[Table, ...] = (
     *deeplab.TABLES,
     *mit.TABLES,
     *unet.TABLES,
+    *upernet.TABLES,
     *mae.TABLES,  # last: what these take is a ViT's too
     *dino.TABLES,
     *simclr.TABLES,
@@ -85,6 +87,7 @@ ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
         deeplab,
         mit,
         unet,
+        upernet,
         mae,
         dino,
         simclr,

@@ -8,10 +8,10 @@ from typing import Any
 
 from vision_jax.convert import convnext, efficientnet, regnet, resnet
 from vision_jax.convert.backbone import Backbone, table_of
-from vision_jax.convert.engine import CONV, Rule, affine, batch_norm, one
+from vision_jax.convert.engine import CONV, Rule, Rules, affine, batch_norm, one
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
 from vision_jax.errors import UserError
-from vision_jax.models.backbone import FIXED, encoder_pairs
+from vision_jax.models.backbone import encoder_pairs
 
 SOURCE = "smp"
 _ENCODER = "encoder."
@@ -27,7 +27,7 @@ def _conv_norm(name: str, path: str) -> tuple[Rule, ...]:
     return (*kernel, *batch_norm(f"{name}.1", f"{path}/bn"))
 
 
-def _encoder_rules(arguments: Arguments) -> list[Rule]:
+def _encoder_rules(arguments: Arguments) -> Rules:
     family, own = arguments["encoder"], dict(arguments["encoder_arguments"])
     rules: list[Rule] = []
     if family == "plain":
@@ -36,13 +36,12 @@ def _encoder_rules(arguments: Arguments) -> list[Rule]:
                 name = f"{_ENCODER}stages.{stage}.conv{number}"
                 rules += _conv_norm(name, f"backbone/stage_{stage}/conv{number}")
         return rules
-    backbone = Backbone(_TIMM[family], _ENCODER, tuple(own), fixed=lambda _: FIXED)
-    return backbone.rules({**arguments, **own})
+    return Backbone(_TIMM[family], _ENCODER).rules(arguments)
 
 
-def _rules(arguments: Arguments) -> list[Rule]:
+def _rules(arguments: Arguments) -> Rules:
     """In the order in which the reference computes."""
-    rules = _encoder_rules(arguments)
+    rules = [*_encoder_rules(arguments)]
     for block in range(len(arguments["decoder_widths"])):
         for number in (1, 2):
             name = f"decoder.blocks.{block}.conv{number}"
@@ -52,7 +51,7 @@ def _rules(arguments: Arguments) -> list[Rule]:
 
 def _arguments(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     """Of a file without our header: a ResNet's, by its tensors."""
-    own = Backbone(_TIMM["resnet"], _ENCODER, ()).shapes(shapes)
+    own = Backbone(_TIMM["resnet"], _ENCODER).shapes(shapes)
     table = _TIMM["resnet"]
     if table.matches(own) is None:
         raise UserError(

@@ -27,7 +27,8 @@ ENCODERS: dict[str, tuple[Any, Callable[[str], dict[str, Any] | None]]] = {
 }
 _NOT_SHARED = ("num_classes", "dropout", "parent", "name")  # the head's, and flax's
 _RUN = ("dtype", "remat", "freeze_norm", "drop_path", "in_channels", "mean", "std")
-FIXED = {"head_hidden": 0}  # of whichever encoder has them
+# Of whichever backbone has them: a Swin on images of any size, as transformers has it.
+FIXED = {"head_hidden": 0, "library": "transformers", "always_partition": True}
 
 
 class OnBackbone(nn.Module):
@@ -135,8 +136,9 @@ class OnAnyBackbone(OnBackbone):
             except ValueError as error:
                 raise UserError(f"{where}{self.encoder}: {name} {value!r} {error}") from None
         arguments |= {name: value for name, value in FIXED.items() if name in kinds}
+        arguments |= {name: getattr(self, name) for name in _RUN if name in kinds}
         try:
-            return self._built(model, **arguments, **place)
+            return model(num_classes=0, **arguments, **place)
         except TypeError as error:  # "missing 1 required positional argument"
             raise UserError(f"{where}{self.encoder}: {error}") from error
 

@@ -12,7 +12,7 @@ Exactness, where ports go wrong:
   - the last norm acts on the pooled vector, except with `norm_before_pool`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -246,17 +246,23 @@ class ConvNeXt(nn.Module):
         return before + 1 + (int(block[6:]) if block.startswith("block_") else 0)
 
     @nn.compact
-    def __call__(self, images, *, train: bool = False, return_features: bool = False):
+    def __call__(
+        self,
+        images,
+        *,
+        train: bool = False,
+        return_features: bool | Literal["maps"] = False,
+    ):
         """Applies the model.
 
         Args:
           images: f32[B, H, W, in_channels] in [0, 1], of any size from 32 pixels on.
           train: dropout and drop_path act, with keys from the "dropout" collection.
           return_features: also return a dict of named intermediates: "stem" and "stage_0" ... as
-            f[B, h, w, C], and "pooled" f[B, D].
+            f[B, h, w, C], and "pooled" f[B, D]. "maps" leaves out all that follows the last stage.
 
         Returns:
-          logits f32[B, num_classes], or (logits, features).
+          logits f32[B, num_classes], or (logits, features), the former None of maps alone.
         """
         x = self._stem(normalize(images, self.mean, self.std))
         features = {"stem": x}
@@ -281,6 +287,8 @@ class ConvNeXt(nn.Module):
                     f"left of them for stage {index}"
                 )
             features[f"stage_{index}"] = x = stage(x, train)
+        if return_features == "maps":
+            return None, features
         pooled = self._pool(x)  # [B, D]
         features["pooled"] = pooled
         logits = self._head(pooled, train) if self.num_classes else pooled

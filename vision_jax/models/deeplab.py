@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from vision_jax.models.backbone import OnBackbone
-from vision_jax.models.layers import BatchNorm, Conv
+from vision_jax.models.layers import Conv, ConvNormReLU
 from vision_jax.models.resnet import VARIANTS as RESNETS
 from vision_jax.models.resnet import ResNet
 
@@ -34,32 +34,6 @@ _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def variant(name: str) -> dict[str, Any] | None:
     """Arguments of a named variant ("deeplabv3_resnet50"), or None."""
     return VARIANTS.get(name)
-
-
-class ConvNorm(nn.Module):
-    """relu(norm(conv(x))), padded such that it keeps the size."""
-
-    features: int
-    size: int
-    dilation: int = 1
-    freeze_norm: bool = False
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        pad = (self.dilation * (self.size // 2),) * 2
-        x = Conv(
-            self.features,
-            (self.size, self.size),
-            padding=(pad, pad),
-            dilation=self.dilation,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=_uniform,
-            name="conv",
-        )(x)
-        x = BatchNorm(frozen=self.freeze_norm, dtype=self.dtype, name="bn")(x, train)
-        return nn.relu(x)
 
 
 class DeepLabV3(OnBackbone):
@@ -135,9 +109,8 @@ class DeepLabV3(OnBackbone):
         return (outputs, features) if return_features else outputs
 
     def _conv_norm(self, name, size, dilation=1, features=None):
-        return ConvNorm(
-            features or self.width, size, dilation, self.freeze_norm, self.dtype, name=name
-        )
+        norms = (self.freeze_norm, self.dtype)
+        return ConvNormReLU(features or self.width, *norms, size, dilation, _uniform, name=name)
 
     def _head(self, name):
         dtype = np.promote_types(self.dtype, np.float32)

@@ -19,7 +19,7 @@ Exactness, where ports go wrong:
 """
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -332,7 +332,14 @@ class EfficientNet(nn.Module):
         return self.num_layers - (2 if top.startswith("last_") else 1)
 
     @nn.compact
-    def __call__(self, images, *, mask=None, train: bool = False, return_features: bool = False):
+    def __call__(
+        self,
+        images,
+        *,
+        mask=None,
+        train: bool = False,
+        return_features: bool | Literal["maps"] = False,
+    ):
         """Applies the model.
 
         Args:
@@ -343,10 +350,10 @@ class EfficientNet(nn.Module):
             "batch_stats") unless frozen; dropout and drop_path act, with keys from "dropout".
           return_features: also return a dict of named intermediates: "stem", "stage_0/block_0" (a
             stage's first block), "stage_0" ..., and "last" as f[B, h, w, C], and "pooled" f[B, D],
-            of the hidden layer if there is one.
+            of the hidden layer if there is one. "maps" leaves out all that follows the last stage.
 
         Returns:
-          logits f32[B, num_classes], or (logits, features).
+          logits f32[B, num_classes], or (logits, features), the former None of maps alone.
         """
         net = {name: getattr(self, name) for name in _SHARED}
         act = ACTIVATIONS[self.activation]
@@ -371,6 +378,8 @@ class EfficientNet(nn.Module):
             features[f"{name}/block_0"], x = stage(x, train, mask)
             features[name] = x
             mask = stride_mask(mask, strides)
+        if return_features == "maps":
+            return None, features
         x = act(conv_norm(x, train, "last", self.head_width, 1, 1, 1, net, mask))
         features["last"] = x
         pooled = average(x, mask)  # [B, D]

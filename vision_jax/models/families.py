@@ -33,6 +33,7 @@ from vision_jax.models import (
     simclr,
     swin,
     unet,
+    upernet,
     vit,
     yolox,
 )
@@ -180,6 +181,9 @@ FAMILIES: dict[str, Family] = {
     "siglip": Family(siglip.Siglip, siglip.variant, "image_text", "pairs", wraps="vit"),
     "swin": Family(swin.Swin, swin.variant),
     "unet": Family(unet.UNet, unet.variant, "segmentation", "semantic", backbone="backbone/"),
+    "upernet": Family(
+        upernet.UPerNet, upernet.variant, "segmentation", "semantic", backbone="backbone/"
+    ),
     "yolox": Family(
         yolox.Yolox, yolox.variant, "detection", "cells", True, "backbone/", yolox.PREPROCESSING
     ),

@@ -139,6 +139,32 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
 
+class ConvNormReLU(nn.Module):
+    """relu(norm(conv(x))) of x[B, h, w, C], padded such that it keeps the size."""
+
+    features: int
+    freeze_norm: bool
+    dtype: Any
+    size: int = 3
+    dilation: int = 1
+    kernel_init: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        pad = (self.dilation * (self.size // 2),) * 2
+        x = Conv(
+            self.features,
+            (self.size, self.size),
+            padding=(pad, pad),
+            dilation=self.dilation,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+            name="conv",
+        )(x)
+        return nn.relu(BatchNorm(frozen=self.freeze_norm, dtype=self.dtype, name="bn")(x, train))
+
+
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + epsilon) · scale + bias over the last axis of x[..., D].
 

@@ -110,6 +110,7 @@ def plan_windows(
     windows: tuple[tuple[int, int], ...],
     library: str,
     version: int,
+    always_partition: bool = False,
 ) -> tuple[Windows, ...]:
     """The windows of each stage by one library's rules.
 
@@ -117,6 +118,7 @@ def plan_windows(
     torchvision clips nothing (the map is padded) and does not shift such a side either. In
     transformers v1 clips nothing and v2 clips a square window to the rows of a map whose odd rows
     are not counted; both shift both sides or none.
+    With `always_partition` windows are neither clipped nor left where they are, by any rules.
 
     Raises:
       UserError: another library, or windows that are not square in transformers.
@@ -139,6 +141,8 @@ def plan_windows(
                 least = image_size[0] // patch_size // 2**stage
                 size = (max(min(least, tall), 1),) * 2
             shift = (tall // 2 if least > tall else 0,) * 2
+        if always_partition:
+            size, shift = (tall, wide), (tall // 2, wide // 2)
         stages.append(Windows((rows, columns), size, shift))
         rows, columns = -(-rows // 2), -(-columns // 2)
     return tuple(stages)
@@ -368,6 +372,8 @@ class Swin(nn.Module):
       library: whose rules hold where a map does not fill its windows ("timm", "torchvision",
         "transformers"); see `plan_windows`. An image that does not fill its patches is cut, by
         transformers padded.
+      always_partition: windows are as large as said and shifted on any map, and images of any size,
+        as transformers' SwinBackbone has it (v1) for dense predictions.
       pretrained_windows: in v2, the side of each stage's window in the training that the weights
         come from, which the offsets are counted in; 0 or () for the window's own.
       patch_size: pixels a side.
@@ -388,6 +394,7 @@ class Swin(nn.Module):
     width: int = 96
     version: Literal[1, 2] = 1
     library: Literal["timm", "torchvision", "transformers"] = "timm"
+    always_partition: bool = False
     pretrained_windows: tuple[int, ...] = ()
     patch_size: int = 4
     in_channels: int = 3
@@ -434,25 +441,33 @@ class Swin(nn.Module):
         return {"patch_embed": 0, "patch_norm": 0, "norm": last}.get(top, last + 1)
 
     @nn.compact
-    def __call__(self, images, *, train: bool = False, return_features: bool = False):
+    def __call__(
+        self,
+        images,
+        *,
+        train: bool = False,
+        return_features: bool | Literal["maps"] = False,
+    ):
         """Applies the model.
 
         Args:
-          images: f32[B, H, W, in_channels] in [0, 1].
+          images: f32[B, H, W, in_channels] in [0, 1]; of any size with `always_partition`.
           train: dropout and drop_path act, with keys from the "dropout" collection.
           return_features: also return a dict of named intermediates: "embed" and "stage_0" ... as
-            f[B, h, w, C], and "pooled" f[B, D].
+            f[B, h, w, C], and "pooled" f[B, D]. "maps" leaves out all that follows the last stage.
 
         Returns:
-          logits f32[B, num_classes], or (logits, features).
+          logits f32[B, num_classes], or (logits, features), the former None of maps alone.
         """
-        if images.shape[1:3] != self.image_size:
+        if images.shape[1:3] != self.image_size and not self.always_partition:
             raise ValueError(f"images are {images.shape[1:3]}, the model takes {self.image_size}")
         x = self._embed(normalize(images, self.mean, self.std))  # [B, h, w, D]
         features = {"embed": x}
-        for index, windows in enumerate(self._plan()):
+        for index, windows in enumerate(self._plan(images.shape[1:3])):
             x = self._stage(index, windows)(x, train)
             features[f"stage_{index}"] = x
+        if return_features == "maps":
+            return None, features
         x = layer_norm("norm", self.layer_norm_eps, self.dtype)(x)
         pooled = x.mean((1, 2))  # [B, D]
         features["pooled"] = pooled
@@ -464,13 +479,12 @@ class Swin(nn.Module):
             pooled = Dense(self.num_classes, dtype=dtype, kernel_init=init, name="head")(pooled)
         return (pooled, features) if return_features else pooled
 
-    def _plan(self):
+    def _plan(self, image_size):
         stages = {"depths": self.depths, "num_heads": self.num_heads, "windows": self.windows}
         if len(set(map(len, stages.values()))) > 1 or self.version not in (1, 2):
             raise UserError(f"swin: version is 1 or 2, and {', '.join(stages)} say it by stage")
-        return plan_windows(
-            self.image_size, self.patch_size, self.windows, self.library, self.version
-        )
+        rules = (self.library, self.version, self.always_partition)
+        return plan_windows(image_size, self.patch_size, self.windows, *rules)
 
     def _embed(self, x):
         patch = (self.patch_size, self.patch_size)

@@ -23,31 +23,9 @@ from flax import linen as nn
 
 from vision_jax.errors import UserError
 from vision_jax.models.backbone import OnAnyBackbone, on_variant
-from vision_jax.models.layers import BatchNorm, Conv, normalize
+from vision_jax.models.layers import Conv, ConvNormReLU, normalize
 
-_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 DECODER = (256, 128, 64, 32, 16)  # channels, coarse to fine; segmentation_models_pytorch's
-
-
-class ConvNormReLU(nn.Module):
-    """relu(norm(conv(x))) of 3 x 3, which keeps the size."""
-
-    features: int
-    freeze_norm: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = Conv(
-            self.features,
-            (3, 3),
-            padding=((1, 1), (1, 1)),
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=_he_normal,
-            name="conv",
-        )(x)
-        return nn.relu(BatchNorm(frozen=self.freeze_norm, dtype=self.dtype, name="bn")(x, train))
 
 
 class PlainEncoder(nn.Module):

@@ -1,4 +1,4 @@
-"""Bilinear resizing of maps, as torch's `interpolate(align_corners=False)` does it.
+"""Bilinear resizing of maps, as torch's `interpolate(align_corners=False)` does it, and pooling.
 
 A new pixel's center is mapped onto the old grid, and mixes the two old pixels on each side of it;
 beyond the outermost centers the outermost pixel counts alone. Nothing is averaged when a map
@@ -24,6 +24,24 @@ def resize_bilinear(x: jax.Array, size: Sequence[int]) -> jax.Array:
     return x
 
 
+def pool_adaptive(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    """x[B, h, w, C] -> f[B, H, W, C], means of cells, as torch's `adaptive_avg_pool2d`.
+
+    Cell i of n along a side of h is from floor(i · h / n) to ceil((i + 1) · h / n): cells overlap
+    where n doesn't divide h, and repeat where it is larger.
+
+    Args:
+      x: maps.
+      size: (H, W).
+    """
+    for axis, new in enumerate(size, 1):
+        old = x.shape[axis]
+        cell, place = np.arange(new)[:, None], np.arange(old)[None]
+        weights = (place >= cell * old // new) & (place < -(-(cell + 1) * old // new))
+        x = _product(x, axis, weights / weights.sum(1, keepdims=True))
+    return x
+
+
 def bilinear_weights(old: int, new: int) -> np.ndarray:
     """Matrix f64[new, old] that resizes a line; its rows sum to one."""
     centers = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)  # [new]
@@ -40,8 +58,7 @@ def _resize_line(x: jax.Array, axis: int, new: int) -> jax.Array:
     if new == old:
         return x
     if new % old:
-        weights = jnp.asarray(bilinear_weights(old, new), x.dtype)
-        return jnp.einsum("Hh,bhwc->bHwc" if axis == 1 else "Ww,bhwc->bhWc", weights, x)
+        return _product(x, axis, bilinear_weights(old, new))
     times = new // old
     before = jnp.concatenate([_part(x, axis, 0, 1), _part(x, axis, 0, old - 1)], axis)
     after = jnp.concatenate([_part(x, axis, 1, old), _part(x, axis, old - 1, old)], axis)
@@ -52,6 +69,12 @@ def _resize_line(x: jax.Array, axis: int, new: int) -> jax.Array:
         places.append(x + (other - x) * abs(offset))
     shape = (*x.shape[:axis], new, *x.shape[axis + 1 :])
     return jnp.stack(places, axis + 1).reshape(shape)
+
+
+def _product(x: jax.Array, axis: int, weights: np.ndarray) -> jax.Array:
+    """weights[new, old] applied along axis 1 or 2 of x[B, h, w, C]."""
+    equation = "Hh,bhwc->bHwc" if axis == 1 else "Ww,bhwc->bhWc"
+    return jnp.einsum(equation, jnp.asarray(weights, x.dtype), x)
 
 
 def _part(x: jax.Array, axis: int, start: int, stop: int) -> jax.Array:

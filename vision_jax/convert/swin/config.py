@@ -52,7 +52,7 @@ FIELDS = Fields(
 
 def holds(library: str, arguments: Arguments) -> bool:
     a = arguments
-    if not _same_windows(a, library):
+    if a["always_partition"] or not _same_windows(a, library):
         return False
     if library == "transformers":
         return len(set(a["windows"])) == 1 and a["windows"][0][0] == a["windows"][0][1]

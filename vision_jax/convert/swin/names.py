@@ -175,6 +175,7 @@ def windows_of(arguments: Arguments, library: str | None = None) -> tuple[Window
         arguments["windows"],
         library or arguments["library"],
         arguments["version"],
+        arguments.get("always_partition", False),
     )
 
 
