@@ -479,4 +479,6 @@ def test_a_plain_unet_goes_to_no_library(tmp_path, capsys):
     path = runs.write_teacher(tmp_path / "unet.safetensors", "unet", 3, 16, **arguments)
     assert convert_main([path, "--dry-run"]) == 2
     message = "smp has no unet that is such a model, and nor has any other library"
-    assert message in capsys.readouterr().err
+    screen = capsys.readouterr()
+    assert message in screen.err
+    assert "vision_jax's own unet (no library has it; num_classes=3" in screen.out

@@ -8,8 +8,16 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from vision_jax.convert import arguments_of, export_weights, import_weights, recognize
+from vision_jax.commands.convert import main as convert_main
+from vision_jax.convert import (
+    arguments_of,
+    export_weights,
+    import_weights,
+    read_weights,
+    recognize,
+)
 from vision_jax.convert.read import Weights
+from vision_jax.errors import UserError
 from vision_jax.models.families import build_model
 from vision_jax.trees.paths import flatten, unflatten
 
@@ -111,9 +119,9 @@ def test_what_is_written_is_what_was_read(rng):
         np.testing.assert_array_equal(written[name], tensor, err_msg=name)
 
 
-@pytest.mark.parametrize("size", [(64, 96), (75, 101)])
-def test_logits_of_a_resnet(rng, size):
-    reference = Reference(5).double().eval()
+def check_logits(reference, rng, size):
+    """Ours in float32 and float64 beside the reference's in float64, whose rounding is none."""
+    reference = reference.double().eval()
     randomize(reference, rng)
     images = rng.random((2, *size, 3))
     with torch.no_grad():
@@ -125,12 +133,33 @@ def test_logits_of_a_resnet(rng, size):
         assert np.abs(found - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
+@pytest.mark.parametrize("size", [(64, 96), (75, 101)])
+def test_logits_of_a_resnet(rng, size):
+    check_logits(Reference(5), rng, size)
+
+
 def test_logits_of_segmentation_models_pytorch(rng):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    check_logits(smp.Unet("resnet18", encoder_weights=None, classes=4), rng, (64, 96))
+
+
+def test_smp_loads_the_folder_that_is_written_for_it(rng, tmp_path):
+    """By its own from_pretrained, and what it saves is read; another decoder is refused."""
     smp = pytest.importorskip("segmentation_models_pytorch")
     reference = smp.Unet("resnet18", encoder_weights=None, classes=4).eval()
     randomize(reference, rng)
-    images = rng.random((2, 64, 96, 3), np.float32)
+    reference.save_pretrained(tmp_path / "theirs")
+    command = [str(tmp_path / "theirs"), f"--out={tmp_path / 'ours'}", "--to=smp"]
+    assert convert_main(command) == 0
+    again = smp.from_pretrained(tmp_path / "ours").eval()
+    assert again.config | {"decoder_channels": (256, 128, 64, 32, 16)} == {
+        **reference.config,
+        "_model_class": "Unet",
+    }
+    images = torch.from_numpy(rng.random((1, 3, 64, 96), np.float32))
     with torch.no_grad():
-        theirs = reference(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
-    found = ours(reference, images)
-    assert np.abs(found - theirs).max() <= 1e-5 * np.abs(theirs).max()
+        np.testing.assert_array_equal(again(images), reference(images))
+    odd = smp.Unet("resnet18", encoder_weights=None, decoder_interpolation="bilinear")
+    odd.save_pretrained(tmp_path / "odd")
+    with pytest.raises(UserError, match=r"decoder_interpolation 'bilinear' .*'nearest' alone"):
+        recognize(read_weights(str(tmp_path / "odd")))

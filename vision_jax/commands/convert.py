@@ -216,6 +216,8 @@ def _from_weights(weights: Any) -> Model:
         any(re.fullmatch(rule, name) for rule in table.dropped) for name in weights.tensors
     )
     consumed = len(weights.tensors) - left_out
+    ours = "vision_jax" in weights.metadata and not table.holds(arguments)
+    whose = "vision_jax's own" if ours else f"{table.source}"
     dropped = f", {left_out} of no use here left out" if left_out else ""
     return Model(
         params,
@@ -223,7 +225,7 @@ def _from_weights(weights: Any) -> Model:
         arguments,
         _class_names(weights, arguments["num_classes"]),
         preprocessing_of(arguments, weights.preprocessing),
-        f"{weights.origin}: {table.source} {family} ({table.kind}; "
+        f"{weights.origin}: {whose} {family} ({'no library has it' if ours else table.kind}; "
         f"{_differing(family, arguments)}): {consumed} tensors consumed{dropped}, "
         f"{len(params)} parameters filled",
         _remarks(weights),

@@ -11,7 +11,7 @@ from vision_jax.convert.load import (
     write_safetensors,
 )
 from vision_jax.convert.read import Weights, read_weights
-from vision_jax.convert.tables import own_naming
+from vision_jax.convert.tables import is_held, own_naming
 
 __all__ = [
     "Weights",
@@ -20,6 +20,7 @@ __all__ = [
     "class_names_of",
     "export_weights",
     "import_weights",
+    "is_held",
     "own_naming",
     "read_weights",
     "recognize",

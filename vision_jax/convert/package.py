@@ -40,7 +40,8 @@ def write_package(
     for torchvision config.json names the builder and its arguments, and for the original DETR the
     options of its main.py, for YOLOX the arguments of pixeltable-yolox's YoloxConfig, for NanoDet
     what differs of the original's config nanodet-g; their
-    `load_state_dict` takes the file's tensors.
+    `load_state_dict` takes the file's tensors. `smp.from_pretrained(FOLDER)` loads a U-Net of
+    segmentation_models_pytorch, whose config.json is written where smp names the encoder.
 
     Args:
       folder: made if it is not there.
@@ -82,6 +83,8 @@ def write_package(
             }
         elif preprocessing:
             files[PREPROCESSOR_FILE] = _torchvision_transform(preprocessing)
+    elif to == "smp" and (config := table.config(arguments)):
+        files[CONFIG_FILE] = config  # which takes no class names
     elif to in ("detr", "yolox", "nanodet"):
         files[CONFIG_FILE] = _own_config(table, arguments, class_names)
     elif to == "transformers":

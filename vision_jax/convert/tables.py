@@ -221,6 +221,13 @@ def table_for_export(to: str, family: str, arguments: Arguments) -> Table:
     )
 
 
+def is_held(to: str, family: str, arguments: Arguments) -> bool:
+    """Whether the library `to` has such a model."""
+    return any(
+        (table.source, table.family) == (to, family) and table.holds(arguments) for table in TABLES
+    )
+
+
 def naming_for_export(to: str, family: str, arguments: Arguments) -> Table:
     """`table_for_export`, but the names of a run's own files take any model of a family.
 

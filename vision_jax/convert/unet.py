@@ -4,6 +4,7 @@ With other encoders the encoder's tensors have timm's names behind "encoder."; s
 and their header says what they are.
 """
 
+import json
 from typing import Any
 
 from vision_jax.convert import convnext, efficientnet, regnet, resnet
@@ -12,12 +13,25 @@ from vision_jax.convert.engine import CONV, Rule, Rules, affine, batch_norm, one
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table
 from vision_jax.errors import UserError
 from vision_jax.models.backbone import encoder_pairs
+from vision_jax.models.resnet import VARIANTS as RESNETS
 
 SOURCE = "smp"
 _ENCODER = "encoder."
 _TIMM = {
     module.TABLES[0].family: table_of(module.TABLES, "timm")
     for module in (resnet, regnet, efficientnet, convnext)
+}
+# The encoders that smp has by torchvision's structure, and the one value of what else it takes.
+_ENCODER_NAMES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"),
+    *(f"resnext101_32x{width}d" for width in (4, 8, 16, 32)),
+)
+_FIXED = {
+    "encoder_depth": 5,
+    "decoder_use_norm": "batchnorm",
+    "decoder_attention_type": None,
+    "decoder_interpolation": "nearest",
+    "activation": None,
 }
 
 
@@ -49,8 +63,39 @@ def _rules(arguments: Arguments) -> Rules:
     return [*rules, *affine("segmentation_head.0", "class_head", CONV)]
 
 
+def _config(arguments: Arguments) -> dict[str, Any]:
+    """What smp.from_pretrained builds the model by; nothing where smp has no name of the ResNet."""
+    own = json.dumps(dict(arguments["encoder_arguments"]), sort_keys=True)  # tuples are lists
+    known = {
+        json.dumps(dict(encoder_pairs("resnet", RESNETS[name])), sort_keys=True): name
+        for name in _ENCODER_NAMES
+    }
+    name = known.get(own)
+    if name is None:
+        return {}
+    return _FIXED | {
+        "_model_class": "Unet",
+        "encoder_name": name,
+        "encoder_weights": None,
+        "decoder_channels": list(arguments["decoder_widths"]),
+        "in_channels": arguments["in_channels"],
+        "classes": arguments["num_classes"],
+    }
+
+
 def _arguments(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
-    """Of a file without our header: a ResNet's, by its tensors."""
+    """Of a file without our header: a ResNet's, by its tensors.
+
+    Raises:
+      UserError: another encoder, or a config that says of more than the tensors show.
+    """
+    config = metadata.get("config", {})
+    for key, value in {**_FIXED, "_model_class": "Unet"}.items():
+        if config.get(key, value) != value:
+            raise UserError(
+                f"config.json: {key} {config[key]!r} of segmentation_models_pytorch: a U-Net with"
+                f" {value!r} alone is read"
+            )
     own = Backbone(_TIMM["resnet"], _ENCODER).shapes(shapes)
     table = _TIMM["resnet"]
     if table.matches(own) is None:
@@ -80,6 +125,7 @@ TABLES = (
         rules=_rules,
         recognizes=lambda shapes: any(name.startswith(_ENCODER) for name in shapes),
         holds=lambda arguments: arguments["encoder"] == "resnet",
+        config=_config,
         unseen=("ReLU", "maps that grow by the nearest pixel"),
     ),
 )

@@ -80,4 +80,6 @@ def _write_model(run: Run, workdir: Path, log: RunLog, params: Any, statistics: 
         preprocessing=dataclasses.asdict(run.description.preprocessing),
     )
     convert.write_safetensors(workdir / "model.safetensors", tensors, metadata)
-    log.wrote(workdir / "model.safetensors", f"the merged model, in {naming}'s naming")
+    held = convert.is_held(naming, run.description.family, convert.arguments_of(run.model))
+    whose = f"{naming}'s naming" if held else "names of its own: no other library has such a model"
+    log.wrote(workdir / "model.safetensors", f"the merged model, in {whose}")
