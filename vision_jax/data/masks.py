@@ -26,11 +26,11 @@ from vision_jax.data.decode import (
     open_picture,
     read_image_file,
 )
+from vision_jax.data.segments import IGNORED, SegmentData
 from vision_jax.data.sources import Reader
 from vision_jax.errors import UserError, printable
 from vision_jax.files import decode_text, read_bytes, read_json
 
-IGNORED = 255  # in a mask: the pixel has no class, and neither loss nor metric counts it
 MAX_CLASSES = 255  # 0 to 254
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif", ".npy"})
 TABLE_FILES = ("classes.json", "classes.csv", "id2label.json", "class_dict.csv")
@@ -67,6 +67,7 @@ class MaskedImages:
       count: of images.
       groups: i64[count], what a split must keep together, such as slices of a patient's volume.
       note: what was left out, for the log.
+      segments: of the same rows, where the format tells instances apart.
     """
 
     name: str
@@ -76,6 +77,7 @@ class MaskedImages:
     count: int
     groups: np.ndarray | None = None
     note: str = ""
+    segments: SegmentData | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ What the values of a folder's masks mean says a table of classes (data/masks.py)
 classes.csv in the folder, or above it; data/mask_formats/ reads the files that name regions.
 """
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ from vision_jax.data.masks import (
     find_table,
     read_class_table,
 )
+from vision_jax.data.segments import (
+    INSTANCE,
+    SEMANTIC,
+    SegmentData,
+    Segments,
+    flatten,
+    make_segments,
+    segments_of_map,
+)
 from vision_jax.data.sources import ASSETS, IMAGE_SUFFIXES, ArrayReader, FileReader, Reader
 from vision_jax.data.volumes.source import VOLUMES, VolumeReader, read_volumes
 from vision_jax.errors import UserError, nearest
@@ -46,6 +56,7 @@ IMAGE_FOLDERS = ("images", "image", "JPEGImages", "img", "imgs")
 MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "SegmentationClass", "label")
 MASK_ENDINGS = ("", "_mask", "_masks", "_label", "_labels", "_seg", "_gt", "_L")
 NUCLEI = ("background", "inside", "edge")
+TILE = 128  # pixels a side of the squares of a micrograph whose instances are wanted
 EDGE = 2  # pixels, of a nucleus: enough for two that touch to be told apart
 
 
@@ -59,6 +70,9 @@ class SegmentationSource:
     what belongs together, such as the slices of a patient's volume: a split keeps each whole.
     `note` says what was left out when the source was read, for the log ("" if nothing was).
 
+    `targets` (segments.TARGETS) say what an example has: a mask of classes, or segments out of
+    `segment_data`, whose classes of stuff are among `class_names`.
+
     Images are upright by EXIF, unless their mask's size fits only the file as it is stored: then
     the mask was drawn on that, and the image stays as it is stored. Masks are never turned.
     """
@@ -71,6 +85,8 @@ class SegmentationSource:
     relabel: np.ndarray | None = None
     groups: np.ndarray | None = None
     note: str = ""
+    targets: str = SEMANTIC
+    segment_data: SegmentData | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,29 +94,76 @@ class SegmentationSource:
     def __getitem__(self, i: int) -> dict[str, Any]:
         """{"image": u8[H, W, C], "mask": u8[H, W] of class indices, 255 ignored, "index": i32 = i}.
 
+        Of other targets than semantic ones "segments" in place of the mask.
+
         Raises:
           DamagedImageError: image or mask can't be read, or they differ in size.
           UserError: the mask has a value that is no class.
         """
-        mask = self.mask(i)
+        truth: np.ndarray | Segments
+        if self.targets == SEMANTIC:
+            name, truth = "mask", self.mask(i)
+            height, width = truth.shape
+        else:
+            name, truth = "segments", self.segments(i)
+            height, width = truth.size
         row = int(self.rows[i])
         image = self.reader.read(row)
-        height, width = mask.shape
         turned = height != width and image.shape[:2] == (width, height)
         if turned and isinstance(self.reader, FileReader):
             image = self.reader.read(row, upright=False)
-        if image.shape[:2] != mask.shape:
+        if image.shape[:2] != (height, width):
             raise DamagedImageError(
                 f"{self.example_name(i)}: the image has {image.shape[1]} × {image.shape[0]} pixels"
-                f" and its mask {mask.shape[1]} × {mask.shape[0]}: save the mask at the image's"
-                " size"
+                f" and its mask {width} × {height}: save the mask at the image's size"
             )
-        return {"image": image, "mask": mask, "index": np.int32(i)}
+        return {"image": image, name: truth, "index": np.int32(i)}
 
     def mask(self, i: int) -> np.ndarray:
         """u8[H, W], the mask alone; raises as `source[i]`."""
         mask = self.masks.read(int(self.rows[i]))
         return mask if self.relabel is None else self.relabel[mask]
+
+    def segments(self, i: int) -> Segments:
+        """The image's instances, or its panoptic segments; raises as `source[i]`."""
+        data = self.segment_data
+        assert data is not None
+        found = data.reader.segments(int(self.rows[i]))
+        relabel = np.arange(256, dtype=np.uint8) if self.relabel is None else self.relabel
+        found = replace(found, label=relabel[found.label])
+        if self.targets == INSTANCE:
+            return found[found.label != IGNORED]
+        place = self.class_names.index
+        around = None if data.around is None else place(data.around)
+        return flatten(found, [place(name) for name in data.stuff], around)
+
+    def segment_counts(self, i: int) -> np.ndarray:
+        """i64[K]: how many targets the image may have of each class, by no pixel."""
+        data = self.segment_data
+        assert data is not None
+        label = data.reader.segment_labels(int(self.rows[i]))
+        label = label if self.relabel is None else self.relabel[label]
+        counts = np.bincount(label[label != IGNORED], minlength=len(self.class_names))
+        for name in data.stuff:
+            at = self.class_names.index(name)
+            counts[at] = min(counts[at] + (name == data.around), 1)
+        return counts
+
+    @property
+    def stuff(self) -> tuple[str, ...]:
+        """Names of the classes without instances."""
+        return () if self.segment_data is None else self.segment_data.stuff
+
+    def image_id(self, i: int) -> int | str:
+        """Of image i, as its file states it; else its row."""
+        ids = () if self.segment_data is None else self.segment_data.image_ids
+        row = int(self.rows[i])
+        return ids[row] if ids else row
+
+    def category_ids(self) -> list[int | str]:
+        """By label, as the file states them; else from 1 on."""
+        ids = {} if self.segment_data is None else self.segment_data.category_ids
+        return [ids.get(name, label) for label, name in enumerate(self.class_names, start=1)]
 
     def example_name(self, i: int) -> str:
         """What to call image i in messages."""
@@ -115,6 +178,8 @@ def read_segmentation_source(
     classes: str | Path | None = None,
     reduce_zero: bool = False,
     class_names: tuple[str, ...] | None = None,
+    targets: str = SEMANTIC,
+    stuff: Collection[str] = (),
 ) -> SegmentationSource:
     """Read the list of images and masks that `spec` (see the top of this file) names, and no pixel.
 
@@ -126,6 +191,8 @@ def read_segmentation_source(
       reduce_zero: masks count classes from 1 and are 0 where there is none (ADE20K).
       class_names: a training source's, or a checkpoint's: class indices become positions in them,
         by name.
+      targets: of segments.TARGETS.
+      stuff: classes without instances; () for those that the file says.
 
     Raises:
       UserError: what is missing, empty or unknown.
@@ -138,8 +205,9 @@ def read_segmentation_source(
         expand(images) if images else None,
         expand(classes) if classes else None,
         reduce_zero,
+        targets,
     )
-    return make_segmentation_source(found, class_names=class_names)
+    return make_segmentation_source(found, class_names=class_names, targets=targets, stuff=stuff)
 
 
 def _read(
@@ -148,10 +216,11 @@ def _read(
     images: Path | None,
     classes: Path | None,
     reduce_zero: bool,
+    targets: str,
 ) -> MaskedImages:
     """By the reader of its format, of which each has a line here."""
     if spec.startswith("embedded:"):
-        return _read_nuclei(spec)
+        return _read_nuclei(spec, targets)
     if spec.startswith(VOLUMES):
         return read_volumes(spec, masks, classes)
     if masks is None and is_of_regions(spec):
@@ -163,27 +232,41 @@ def _read(
 
 
 def make_segmentation_source(
-    found: MaskedImages, *, class_names: tuple[str, ...] | None = None
+    found: MaskedImages,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    targets: str = SEMANTIC,
+    stuff: Collection[str] = (),
 ) -> SegmentationSource:
     """Number the classes: what every reader of a format ends with.
 
     Args:
       found: by the reader of a format.
       class_names: what class indices become positions in, by name; None for the reader's own.
+      targets: of segments.TARGETS. Instances are of classes that are no stuff.
+      stuff: classes without instances; () for those that the reader says.
 
     Raises:
-      UserError: no image, or a class that `class_names` has not.
+      UserError: no image, a class that `class_names` has not, or a format without instances.
     """
     name, own = found.name, found.class_names
+    data = _segment_data(found, targets, stuff)
     if not found.count:
         raise UserError(f"{name}: no images are listed: add images")
     if not 0 < len(own) <= MAX_CLASSES or len(set(own)) < len(own):
         raise UserError(f"{name}: {len(own)} classes: give 1 to {MAX_CLASSES}, each name once")
     relabel = None
-    if class_names is not None and class_names != own:
+    wanted = list(own)
+    if targets == INSTANCE and data is not None:
+        wanted = [one for one in own if one not in data.stuff]
+        data = replace(data, stuff=(), around=None)
+    class_names = tuple(wanted) if class_names is None else class_names
+    if class_names != own:
         position = {class_name: i for i, class_name in enumerate(class_names)}
         relabel = np.full(256, IGNORED, np.uint8)
         for index, class_name in enumerate(own):
+            if class_name not in wanted:
+                continue
             if class_name not in position:
                 few = ", ".join(class_names[:5]) + (", …" if len(class_names) > 5 else "")
                 raise UserError(
@@ -193,14 +276,44 @@ def make_segmentation_source(
             relabel[index] = position[class_name]
     return SegmentationSource(
         name,
-        class_names or own,
+        class_names,
         np.arange(found.count),
         found.reader,
         found.masks,
         relabel,
         found.groups,
         found.note,
+        targets,
+        data,
     )
+
+
+def _segment_data(found: MaskedImages, targets: str, stuff: Collection[str]) -> SegmentData | None:
+    """What the targets are made of, with the classes of stuff that are asked for; None of masks.
+
+    Raises:
+      UserError: the format has no instances, names of no class, or no class of things.
+    """
+    if targets == SEMANTIC:
+        return None
+    data = found.segments
+    if data is None:
+        raise UserError(
+            f"{found.name}: names the class of each pixel, and no instances, which config.data"
+            f".targets={targets} needs: give COCO instances or panoptic JSON, LabelMe, CVAT or"
+            " Label Studio, or take semantic targets"
+        )
+    for one in stuff:
+        if one not in found.class_names:
+            raise UserError(
+                f"{found.name}: config.data.stuff {one!r} is none of its classes"
+                f"{nearest(one, list(found.class_names))}"
+            )
+    around = [] if data.around is None else [data.around]
+    listed = tuple(dict.fromkeys([*around, *stuff])) if stuff else data.stuff
+    if set(listed) >= set(found.class_names):
+        raise UserError(f"{found.name}: every class is stuff: instances need a class of things")
+    return replace(data, stuff=listed)
 
 
 def split_segmentation_source(
@@ -263,6 +376,14 @@ class NoMasks:
             size = self.reader.read(row).shape[:2]
         return np.full(size, IGNORED, np.uint8)
 
+    def segments(self, row: int) -> Segments:
+        height, width = self.read(row).shape
+        return make_segments([], (height, width), [])
+
+    def segment_labels(self, row: int) -> np.ndarray:
+        del row
+        return np.zeros(0, np.uint8)
+
     def example_name(self, row: int) -> str:
         return self.reader.example_name(row)
 
@@ -271,11 +392,20 @@ class NoMasks:
         return 0
 
 
-def images_to_segment(names: Sequence[str], class_names: Sequence[str]) -> SegmentationSource:
-    """Image files without masks, to predict; `names` are paths. None of them is read yet."""
+def images_to_segment(
+    names: Sequence[str], class_names: Sequence[str], stuff: tuple[str, ...] = ()
+) -> SegmentationSource:
+    """Image files without masks, to predict; `names` are paths. None of them is read yet.
+
+    Args:
+      names: of the files.
+      class_names: of the classes.
+      stuff: of these, those without instances.
+    """
     reader = FileReader(Path(), tuple(names))
-    found = MaskedImages("--images", tuple(class_names), reader, NoMasks(reader), len(names))
-    return make_segmentation_source(found)
+    masks = NoMasks(reader)
+    found = MaskedImages("--images", tuple(class_names), reader, masks, len(names))
+    return replace(make_segmentation_source(found), segment_data=SegmentData(masks, stuff))
 
 
 def slices_to_segment(reader: VolumeReader, class_names: Sequence[str]) -> SegmentationSource:
@@ -372,8 +502,12 @@ def _find_folders(folder: Path, masks: Path | None) -> tuple[Path, Path]:
 # --- embedded -----------------------------------------------------------------------------------
 
 
-def _read_nuclei(spec: str) -> MaskedImages:
-    """A micrograph and the three classes of its pixels: nuclei touch, and edges part them."""
+def _read_nuclei(spec: str, targets: str) -> MaskedImages:
+    """A micrograph and the three classes of its pixels: nuclei touch, and edges part them.
+
+    Of other targets than semantic ones the classes are background and nucleus, and the micrograph
+    is in squares: models that find masks see a whole image at once, of one size.
+    """
     known = ("nuclei/train", "nuclei/test")
     rest = spec.partition(":")[2]
     if rest not in known:
@@ -383,8 +517,54 @@ def _read_nuclei(spec: str) -> MaskedImages:
         np.asarray(Image.open(ASSETS / "nuclei" / f"{split}_{kind}.png"))
         for kind in ("image", "nuclei")
     )
-    masks = ArrayMasks(spec, (inside_and_edge(nuclei),))
-    return MaskedImages(spec, NUCLEI, ArrayReader(spec, image[None]), masks, 1)
+    if targets == SEMANTIC:
+        masks = ArrayMasks(spec, (inside_and_edge(nuclei),))
+        return MaskedImages(spec, NUCLEI, ArrayReader(spec, image[None]), masks, 1)
+    images, numbers = (_squares(whole, TILE) for whole in (image, nuclei))
+    numbered, around = NumberedMasks(spec, tuple(numbers)), NUCLEI[0]
+    return MaskedImages(
+        spec,
+        (around, "nucleus"),
+        ArrayReader(spec, images),
+        numbered,
+        len(images),
+        segments=SegmentData(numbered, (around,), around),
+    )
+
+
+def _squares(whole: np.ndarray, side: int) -> np.ndarray:
+    """[N, side, side, ...] of [H, W, ...], row by row; H and W are multiples."""
+    rows, columns = (length // side for length in whole.shape[:2])
+    parts = whole.reshape(rows, side, columns, side, *whole.shape[2:]).swapaxes(1, 2)
+    return parts.reshape(rows * columns, side, side, *whole.shape[2:])
+
+
+@dataclass(frozen=True)
+class NumberedMasks:
+    """Instances of one class in memory, numbered i[H, W] each; class 0 is where the number is 0."""
+
+    name: str
+    numbers: tuple[np.ndarray, ...]
+
+    def read(self, row: int) -> np.ndarray:
+        return (self.numbers[row] > 0).astype(np.uint8)
+
+    def segments(self, row: int) -> Segments:
+        known = self._known(row)
+        return segments_of_map(self.numbers[row], known, [1] * len(known), [False] * len(known))
+
+    def segment_labels(self, row: int) -> np.ndarray:
+        return np.ones(len(self._known(row)), np.uint8)
+
+    def _known(self, row: int) -> list[int]:
+        found = np.unique(self.numbers[row])
+        return found[found > 0].tolist()
+
+    def example_name(self, row: int) -> str:
+        return f"{self.name}[{row}]"
+
+    def stamp(self, row: int) -> int:
+        return zlib.crc32(self.numbers[row].tobytes())
 
 
 def inside_and_edge(instances: np.ndarray, reach: int = EDGE) -> np.ndarray:

@@ -6,11 +6,17 @@ A training batch is
     label  u8[B, h, w], class indices, 255 where nothing counts
     mask   bool[B], index i32[B], as in data/pipeline.py
 
+and where targets are segments
+
+    label  i32[B, T], class indices, -1 beyond the segments of an image
+    masks  u8[B, T, h, w], 1 inside of each
+
 The order, the crops and the damaged images that are replaced are functions of (seed, step) alone,
 for any number of threads, workers and processes.
 
 In evaluation images have many sizes, and each size is compiled once, so a batch is of one size:
-"image" as the model sees it and "label" of the original size.
+"image" as the model sees it and "label" of the original size; where targets are segments it is 255
+everywhere, and says the size alone.
 """
 
 from collections.abc import Iterator
@@ -39,7 +45,9 @@ from vision_jax.data.segmentation_transforms import (
     segmentation_eval_transform,
     segmentation_train_transform,
 )
+from vision_jax.data.segments import Segments
 from vision_jax.data.sources import FileReader
+from vision_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,22 +57,50 @@ class _LoadForTraining:
     source: SegmentationSource
     preprocessing: SegmentationPreprocessing
     augmentation: SegmentationAugmentation
+    most: int
 
     def __call__(self, row: int, rng: np.random.Generator) -> Loaded:
         def load(row: int) -> dict[str, Any]:
             example = self.source[row]
-            image, label = segmentation_train_transform(
+            segments: Segments | None = example.get("segments")
+            if segments is not None:
+                segments = segments[~segments.crowd]
+            image, drawn = segmentation_train_transform(
                 example["image"],
-                example["mask"],
+                example["mask"] if segments is None else segments.pixels().view(np.uint8),
                 rng,
                 preprocessing=self.preprocessing,
                 augmentation=self.augmentation,
             )
+            label = {"label": drawn}
+            if segments is not None:
+                label = pad_segments(segments.label, drawn, self.most)
             mask = np.bool_(True)
-            return {"image": image, "label": label, "mask": mask, "index": example["index"]}
+            return {"image": image, **label, "mask": mask, "index": example["index"]}
 
         damaged: list[Damaged] = []
         return load_sound(self.source, row, load, rng, damaged), damaged
+
+
+def pad_segments(label: np.ndarray, masks: np.ndarray, most: int) -> dict[str, np.ndarray]:
+    """{"label": i32[T], "masks": u8[T, h, w]} of segments that have a pixel; -1 and 0 beyond them.
+
+    Args:
+      label: u8[S].
+      masks: u8[S, h, w], of these in a view.
+      most: T.
+
+    Raises:
+      UserError: there are more.
+    """
+    seen = np.flatnonzero(masks.any((1, 2)))
+    if len(seen) > most:
+        raise UserError(
+            f"an image has {len(seen)} segments: raise config.data.max_segments, {most}"
+        )
+    padded = np.full(most, -1, np.int32), np.zeros((most, *masks.shape[1:]), np.uint8)
+    padded[0][: len(seen)], padded[1][: len(seen)] = label[seen], masks[seen]
+    return {"label": padded[0], "masks": padded[1]}
 
 
 def make_segmentation_train_iterator(
@@ -81,12 +117,14 @@ def make_segmentation_train_iterator(
     first_batch: int = 0,
     max_damaged: float,
     damage_log: DamageLog | None = None,
+    most_segments: int = 0,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of `batch_size` rows (this process's share of the global batch).
 
-    The arguments are those of `vision_jax.data.pipeline.make_train_iterator`.
+    The arguments are those of `vision_jax.data.pipeline.make_train_iterator`; `most_segments` are T
+    at the top, where targets are segments.
     """
-    load = _LoadForTraining(source, preprocessing, augmentation)
+    load = _LoadForTraining(source, preprocessing, augmentation, most_segments)
     batches = (
         grain.MapDataset.range(len(source))
         .seed(seed)
@@ -118,10 +156,17 @@ class _LoadForEvaluation:
             return Damaged(row, self.source.example_name(row), str(error))
         return {
             "image": image,
-            "label": example["mask"],
+            "label": _label_of(example),
             "mask": np.bool_(True),
             "index": np.int32(row),
         }
+
+
+def _label_of(example: dict[str, Any]) -> np.ndarray:
+    """u8[H, W]: the mask, or of segments 255."""
+    if "mask" in example:
+        return example["mask"]
+    return np.full(example["segments"].size, IGNORED, np.uint8)
 
 
 def make_segmentation_eval_batches(

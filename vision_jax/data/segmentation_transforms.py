@@ -1,8 +1,9 @@
 """Image geometry with masks on the host: what happens to an image happens to its mask in step.
 
-Masks are u8[H, W] of class indices. They are resized by the nearest pixel and never interpolated;
-beyond the image they are 255, which counts nowhere, and the image is the mean color. Resampling of
-images is Pillow's, as in data/transforms.py.
+Masks are u8[H, W] of class indices, or u8[S, H, W] of S segments, 1 inside. They are resized by the
+nearest pixel and never interpolated; beyond the image a mask of classes is 255, which counts
+nowhere, one of a segment 0, and the image is the mean color. Resampling of images is Pillow's, as
+in data/transforms.py.
 """
 
 import math
@@ -85,11 +86,11 @@ def segmentation_train_transform(
     preprocessing: SegmentationPreprocessing,
     augmentation: SegmentationAugmentation,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random crop at a random scale, perhaps turned and mirrored: u8[h, w, C], u8[h, w].
+    """A random crop at a random scale, perhaps turned and mirrored: u8[h, w, C], u8[(S,) h, w].
 
     Args:
       image: u8[H, W, C].
-      mask: u8[H, W].
+      mask: u8[H, W], or u8[S, H, W] of segments.
       rng: of the draws.
       preprocessing: its image_size is (h, w).
       augmentation: what is drawn.
@@ -107,9 +108,10 @@ def segmentation_train_transform(
     window = random_window(image.shape[:2], (height / factor, width / factor), rng)
     image, mask = view_window(image, mask, window, (height, width), preprocessing)
     if quarters:
-        image, mask = (np.ascontiguousarray(np.rot90(x, quarters)) for x in (image, mask))
+        image = np.ascontiguousarray(np.rot90(image, quarters))
+        mask = np.ascontiguousarray(np.rot90(mask, quarters, (-2, -1)))
     if augmentation.flip and rng.random() < 0.5:
-        image, mask = flip_image(image), np.ascontiguousarray(mask[:, ::-1])
+        image, mask = flip_image(image), np.ascontiguousarray(mask[..., ::-1])
     return color_jitter(image, rng, augmentation), mask
 
 
@@ -136,17 +138,17 @@ def view_window(
     size: tuple[int, int],
     preprocessing: SegmentationPreprocessing,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A window of image and mask, resized to `size`: u8[*size, C], u8[*size].
+    """A window of image and mask, resized to `size`: u8[*size, C], u8[(S,) *size].
 
     Args:
       image: u8[H, W, C].
-      mask: u8[H, W].
+      mask: u8[H, W], or u8[S, H, W] of segments.
       window: (top, left, height, width), which may reach beyond the image.
       size: (height, width).
       preprocessing: of the interpolation and the mean color.
     """
     inside, places = [], []  # by axis: what of the image is seen, and where in the view
-    for start, length, side, out in zip(window[:2], window[2:], mask.shape, size, strict=True):
+    for start, length, side, out in zip(window[:2], window[2:], image.shape, size, strict=False):
         first, last = max(start, 0), min(start + length, side)
         ends = [round((end - start) * out / length) for end in (first, last)]
         ends[1] = max(ends[1], min(ends[0] + 1, out))
@@ -156,23 +158,29 @@ def view_window(
     (top, h), (left, w) = inside
     fitted = (places[0].stop - places[0].start, places[1].stop - places[1].start)
     seen = resize(image, fitted, preprocessing.interpolation, (top, left, h, w))
-    seen_mask = resize_mask(mask[top : top + h, left : left + w], fitted)
+    seen_mask = resize_mask(mask[..., top : top + h, left : left + w], fitted)
     if fitted == size:
         return seen, seen_mask
     view = np.empty((*size, image.shape[2]), np.uint8)
     view[:] = [round(255 * value) for value in preprocessing.mean]
-    view_mask = np.full(size, IGNORED, np.uint8)
-    view[places[0], places[1]], view_mask[places[0], places[1]] = seen, seen_mask
+    beyond = IGNORED if mask.ndim == 2 else 0
+    view_mask = np.full((*mask.shape[:-2], *size), beyond, np.uint8)
+    view[places[0], places[1]], view_mask[..., places[0], places[1]] = seen, seen_mask
     return view, view_mask
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """u8[H, W] -> u8[*size], each pixel the one at its center."""
-    if mask.shape == size:
+    """u8[(S,) H, W] -> u8[(S,) *size], each pixel the one at its center."""
+    if mask.shape[-2:] == size:
         return mask
+    if mask.ndim == 3:
+        resized = np.zeros((len(mask), *size), np.uint8)
+        for number, one in enumerate(mask):
+            resized[number] = resize_mask(one, size)
+        return resized
     height, width = size
-    resized = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
-    return np.asarray(resized)
+    nearest = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(nearest)
 
 
 def segmentation_eval_transform(

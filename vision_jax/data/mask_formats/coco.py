@@ -1,5 +1,6 @@
 """COCO's regions: `segmentation` of instances, and the PNGs of its panoptic form."""
 
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from vision_jax.data.folders import Inside
 from vision_jax.data.mask_formats.regions import RegionReading, polygon_fault
 from vision_jax.data.mask_formats.runs import Runs, parse_counts
 from vision_jax.data.masks import IGNORED, MAX_CLASSES
+from vision_jax.data.segments import Segments, segments_of_map
 from vision_jax.errors import UserError
+
+MOST_AREA = 1e15  # pixels that are believed
 
 
 def read_instances(spec: str, path: Path, content: dict, images: Path | None) -> RegionReading:
@@ -36,6 +40,8 @@ def read_instances(spec: str, path: Path, content: dict, images: Path | None) ->
             reading.complain("entry", place, f"iscrowd {short(crowd)}: give 0 or 1")
             continue
         size, stated = reading.sizes[image], entry.get("segmentation")
+        area = entry.get("area")
+        area = float(area) if type(area) in (int, float) and abs(area) < MOST_AREA else math.nan
         rank = 0 if crowd else 1  # below the others
         if isinstance(stated, dict):
             try:
@@ -43,13 +49,15 @@ def read_instances(spec: str, path: Path, content: dict, images: Path | None) ->
             except ValueError as error:
                 reading.complain("entry", place, f"segmentation: {error}")
                 continue
-            reading.add_runs(image, category, runs, i, crowd=bool(crowd), rank=rank)
+            reading.add_runs(image, category, runs, i, crowd=bool(crowd), rank=rank, area=area)
         elif isinstance(stated, list) and stated:
             fault = next(filter(None, (polygon_fault(ring, *size) for ring in stated)), "")
             if fault:
                 reading.complain("entry", place, f"segmentation: {fault}")
                 continue
-            reading.add_polygons(image, category, stated, i, crowd=bool(crowd), rank=rank)
+            reading.add_polygons(
+                image, category, stated, i, crowd=bool(crowd), rank=rank, area=area
+            )
         else:
             reading.complain("entry", place, "has no segmentation: give polygons or runs (RLE)")
     return reading
@@ -105,14 +113,18 @@ class PanopticMasks:
     Attributes:
       folder, paths: of the PNGs.
       ids, labels: of each image its segments i64[S], sorted, and their labels u8[S].
+      crowds: likewise bool[S].
       class_names: all categories, things and stuff. The segment 0 is of no class: ignored.
+      stuff: of them those whose `isthing` is 0.
     """
 
     folder: Path
     paths: tuple[str, ...]
     ids: tuple[np.ndarray, ...]
     labels: tuple[np.ndarray, ...]
+    crowds: tuple[np.ndarray, ...]
     class_names: tuple[str, ...]
+    stuff: tuple[str, ...]
 
     def example_name(self, row: int) -> str:
         return str(self.folder / self.paths[row])
@@ -124,16 +136,34 @@ class PanopticMasks:
         except OSError:  # it is skipped, counted and named when its turn comes
             size = -1
         value = zlib.crc32(repr((self.paths[row], size, self.class_names)).encode())
-        return zlib.crc32(self.labels[row].tobytes(), zlib.crc32(self.ids[row].tobytes(), value))
+        return zlib.crc32(self._plain(row).tobytes(), zlib.crc32(self.ids[row].tobytes(), value))
+
+    def _plain(self, row: int) -> np.ndarray:
+        """Labels u8[S], of crowds 255."""
+        return np.where(self.crowds[row], np.uint8(IGNORED), self.labels[row])
 
     def read(self, row: int) -> np.ndarray:
         """u8[H, W]. Raises DamagedImageError: no PNG, or a segment that the JSON does not list."""
+        labels = np.concatenate([[np.uint8(IGNORED)], self._plain(row)])
+        return labels.astype(np.uint8)[self._places(row)]
+
+    def segments(self, row: int) -> Segments:
+        """Those that have a pixel; raises as `read`."""
+        known = range(1, len(self.ids[row]) + 1)
+        labels, crowds = self.labels[row].tolist(), self.crowds[row].tolist()
+        return segments_of_map(self._places(row), known, labels, crowds)
+
+    def segment_labels(self, row: int) -> np.ndarray:
+        """u8[S] of those that are no crowd."""
+        return self.labels[row][~self.crowds[row]]
+
+    def _places(self, row: int) -> np.ndarray:
+        """i[H, W]: 0 in no segment, else the place in `ids` from 1 on."""
         name = self.example_name(row)
         color = decode_image(read_image_file(name), name=name).astype(np.int64)
         segment = color @ np.array([1, 256, 65_536])  # [H, W]
         found, place = np.unique(segment, return_inverse=True)
         ids = np.concatenate([[0], self.ids[row]])
-        labels = np.concatenate([[np.uint8(IGNORED)], self.labels[row]])
         at = np.minimum(np.searchsorted(ids, found), len(ids) - 1)
         unknown = found[ids[at] != found]
         if len(unknown):
@@ -141,7 +171,7 @@ class PanopticMasks:
                 f"{name}: {len(unknown)} segments that segments_info does not list, such as"
                 f" {unknown[0]}"
             )
-        return labels[at].astype(np.uint8)[place].reshape(segment.shape)
+        return at[place].reshape(segment.shape)
 
 
 def is_panoptic(content: dict) -> bool:
@@ -170,6 +200,7 @@ def read_panoptic(
     count = len(reading.paths)
     files, none = [""] * count, np.zeros(0, np.int64)
     ids, labels = [none] * count, [none.astype(np.uint8)] * count
+    crowds = [none.astype(bool)] * count
     for i, entry in enumerate(content["annotations"]):
         place = f"{path}: annotations[{i}]"
         image_id = get_id(entry, "image_id") if isinstance(entry, dict) else None
@@ -181,7 +212,8 @@ def read_panoptic(
                 text = f"image_id {short(image_id)} is not in `images`"
                 reading.complain("image", place, text, image_id)
             continue
-        row, name, segments = reading.images[image_id], entry.get("file_name"), {}
+        row, name = reading.images[image_id], entry.get("file_name")
+        segments: dict[int, tuple[int, bool]] = {}
         if files[row]:
             reading.complain("id", place, f"image_id {short(image_id)} is given twice", image_id)
             continue
@@ -206,9 +238,19 @@ def read_panoptic(
                 continue
             reading.check_category(place, category, declared)
             label = reading.category(category)
-            segments[number] = IGNORED if segment.get("iscrowd") else min(label, IGNORED)
+            segments[number] = min(label, IGNORED), bool(segment.get("iscrowd"))
         order = sorted(segments)
         ids[row] = np.array(order, np.int64)
-        labels[row] = np.array([segments[number] for number in order], np.uint8)
+        labels[row] = np.array([segments[number][0] for number in order], np.uint8)
+        crowds[row] = np.array([segments[number][1] for number in order], bool)
     names = tuple(name for name, _ in reading.names)
-    return reading, PanopticMasks(folder, tuple(files), tuple(ids), tuple(labels), names)
+    stuff = tuple(
+        names[reading.categories[category]]
+        for entry in content.get("categories") or ()
+        if isinstance(entry, dict)
+        and entry.get("isthing") == 0
+        and (category := get_id(entry, "id")) in reading.categories
+    )
+    return reading, PanopticMasks(
+        folder, tuple(files), tuple(ids), tuple(labels), tuple(crowds), names, stuff
+    )

@@ -23,6 +23,7 @@ from vision_jax.data.mask_formats.label_studio import is_label_studio, read_labe
 from vision_jax.data.mask_formats.labelme import MAX_JSON_BYTES, is_labelme, read_labelme
 from vision_jax.data.mask_formats.regions import RegionReading, check, finish
 from vision_jax.data.masks import IGNORED, TABLE_FILES, ClassTable, FileMasks, MaskedImages
+from vision_jax.data.segments import SegmentData
 from vision_jax.data.sources import FileReader
 from vision_jax.errors import UserError
 from vision_jax.files import expand
@@ -71,9 +72,15 @@ def examine_regions(spec: str, images: Path | None = None) -> list[Problem]:
 def _of_regions(reading: RegionReading) -> MaskedImages:
     regions = finish(reading)
     reader = FileReader(regions.folder, regions.paths)
-    count = len(regions.paths)
+    count, around = len(regions.paths), regions.class_names[regions.unlabelled]
     return MaskedImages(
-        regions.name, regions.class_names, reader, regions, count, note=regions.note
+        regions.name,
+        regions.class_names,
+        reader,
+        regions,
+        count,
+        note=regions.note,
+        segments=SegmentData(regions, (around,), around, tuple(reading.images), ids_of(reading)),
     )
 
 
@@ -115,19 +122,33 @@ def _read_panoptic(
     reading, masks = read_panoptic(spec, path, content, images)
     kept = [row for row, png in enumerate(masks.paths) if png]
     left_out = len(masks.paths) - len(kept)
+    masks = replace(
+        masks,
+        paths=tuple(masks.paths[row] for row in kept),
+        ids=tuple(masks.ids[row] for row in kept),
+        labels=tuple(masks.labels[row] for row in kept),
+        crowds=tuple(masks.crowds[row] for row in kept),
+    )
     return reading, MaskedImages(
         spec,
         masks.class_names,
         FileReader(Path(reading.folder), tuple(reading.paths[row] for row in kept)),
-        replace(
-            masks,
-            paths=tuple(masks.paths[row] for row in kept),
-            ids=tuple(masks.ids[row] for row in kept),
-            labels=tuple(masks.labels[row] for row in kept),
-        ),
+        masks,
         len(kept),
         note=f"{spec}: {left_out:,} images without annotation left out" if left_out else "",
+        segments=SegmentData(
+            masks,
+            masks.stuff,
+            None,
+            tuple(np.array(list(reading.images), object)[kept]),
+            ids_of(reading),
+        ),
     )
+
+
+def ids_of(reading: RegionReading) -> dict[str, int | str]:
+    """Ids of the categories by name."""
+    return {reading.names[row][0]: key for key, row in reading.categories.items()}
 
 
 def _read_cityscapes(spec: str) -> MaskedImages:

@@ -22,6 +22,7 @@ from vision_jax.data.annotation_formats.values import are_numbers, short
 from vision_jax.data.decode import MAX_PIXELS, DamagedImageError, read_size
 from vision_jax.data.mask_formats.runs import Runs
 from vision_jax.data.masks import IGNORED, MAX_CLASSES
+from vision_jax.data.segments import Segments, encode, make_segments
 from vision_jax.errors import UserError
 
 BACKGROUND = "background"
@@ -38,6 +39,7 @@ class RegionReading(Reading):
     def __init__(self, spec: str, folder: Path, entry_form: str, files: Iterable[str] = ()):
         super().__init__(spec, folder, entry_form, files)
         self.rank = array("i")
+        self.area = array("d")
         self.corners, self.ring_ends, self.region_ends = array("d"), array("q"), array("q")
         self.runs: dict[int, Runs] = {}
         self.left_out: dict[str, int] = {}  # what -> how many
@@ -55,12 +57,13 @@ class RegionReading(Reading):
         *,
         crowd: bool = False,
         rank: int = 0,
+        area: float = math.nan,
     ) -> None:
         """A region that is the union of polygons, each x, y, x, y, ... in pixels."""
         for ring in rings:
             self.corners.extend(ring)
             self.ring_ends.append(len(self.corners))
-        self._add(image, category, entry, crowd, rank)
+        self._add(image, category, entry, crowd, rank, area)
 
     def add_runs(
         self,
@@ -71,16 +74,20 @@ class RegionReading(Reading):
         *,
         crowd: bool = False,
         rank: int = 0,
+        area: float = math.nan,
     ) -> None:
         self.runs[len(self.rank)] = runs
-        self._add(image, category, entry, crowd, rank)
+        self._add(image, category, entry, crowd, rank, area)
 
-    def _add(self, image: int, category: int, entry: int, crowd: bool, rank: int) -> None:
+    def _add(
+        self, image: int, category: int, entry: int, crowd: bool, rank: int, area: float
+    ) -> None:
         self.box_image.append(image)
         self.box_category.append(category)
         self.entries.append(entry)
         self.crowd.append(crowd)
         self.rank.append(rank)
+        self.area.append(area)
         self.region_ends.append(len(self.ring_ends))
 
 
@@ -94,7 +101,9 @@ class Regions:
       sizes: i32[N, 2] (height, width) as the file states them, 0 where it states none.
       class_names: of the labels; pixels of no region have the label `unlabelled`.
       unlabelled: 0, a class named background, unless the file declares one itself.
-      image, label: i32[M] row in `paths`; u8[M], 255 where the region is ignored.
+      image, label: i32[M] row in `paths`; u8[M], 255 where the region is of no class.
+      crowd: bool[M], which regions are several things in one, and ignored pixels.
+      area: f64[M] in pixels as the file states it, NaN where it doesn't.
       order: i64[M] regions by image, and of one image in the order in which they are painted.
       starts: i64[N + 1] where each image begins in `order`.
       corners, ring_ends, region_ends: f64, i64, i64[M]: rings are corners[end before : end], and
@@ -111,6 +120,8 @@ class Regions:
     unlabelled: int
     image: np.ndarray
     label: np.ndarray
+    crowd: np.ndarray
+    area: np.ndarray
     order: np.ndarray
     starts: np.ndarray
     corners: np.ndarray
@@ -127,31 +138,63 @@ class Regions:
         Raises:
           DamagedImageError: more pixels, or more regions of them, than can be painted.
         """
+        size, regions = self._of_image(row)
+        mask = np.full(size, self.unlabelled, np.uint8)
+        for region in regions:
+            self._paint(mask, row, region, IGNORED if self.crowd[region] else self.label[region])
+        return mask
+
+    def segments(self, row: int) -> Segments:
+        """Each region by itself, below those that are painted later; raises as `read`."""
+        size, regions = self._of_image(row)
+
+        def runs_of(region: int) -> dict[str, Any]:
+            if region not in self.runs:
+                pieces = [coco_mask.fr_poly(ring, *size) for ring in self._rings(region)]
+                return coco_mask.merge(pieces)
+            mask = np.zeros(size, np.uint8)
+            self._paint(mask, row, region, 1)
+            return encode([mask])[0]
+
+        return make_segments(
+            [runs_of(region) for region in regions],
+            size,
+            self.label[regions],
+            crowd=self.crowd[regions],
+            area=self.area[regions],
+        )
+
+    def segment_labels(self, row: int) -> np.ndarray:
+        """u8[S] of the regions that are no crowd, by no pixel."""
+        regions = self.order[self.starts[row] : self.starts[row + 1]]
+        return self.label[regions[~self.crowd[regions]]]
+
+    def _of_image(self, row: int) -> tuple[tuple[int, int], list[int]]:
+        """(height, width) and the regions, the first to be painted first."""
         height, width = self.sizes[row].tolist()
         if not height or not width:
             height, width = read_size(str(self.folder / self.paths[row]))
         regions = self.order[self.starts[row] : self.starts[row + 1]].tolist()
-        name = self.paths[row]
         if height * width > MAX_PIXELS or height * width * len(regions) > MOST_WORK:
             raise DamagedImageError(
-                f"{name}: {len(regions):,} regions of an image of {width} × {height} pixels: cut it"
-                " into tiles"
+                f"{self.paths[row]}: {len(regions):,} regions of an image of {width} × {height}"
+                " pixels: cut it into tiles"
             )
-        mask = np.full((height, width), self.unlabelled, np.uint8)
-        for region in regions:
-            if region in self.runs:
-                runs = self.runs[region]
-                if runs.top + runs.height > height or runs.left + runs.width > width:
-                    raise DamagedImageError(
-                        f"{name}: a mask in {self.name} reaches out of its {width} × {height}"
-                        " pixels: correct it"
-                    )
-                box = mask[runs.top : runs.top + runs.height, runs.left : runs.left + runs.width]
-                box[runs.pixels()] = self.label[region]
-            else:
-                pixels = rasterize(self._rings(region), height, width)
-                mask[pixels] = self.label[region]
-        return mask
+        return (height, width), regions
+
+    def _paint(self, mask: np.ndarray, row: int, region: int, value: int) -> None:
+        height, width = mask.shape
+        if region not in self.runs:
+            mask[rasterize(self._rings(region), height, width)] = value
+            return
+        runs = self.runs[region]
+        if runs.top + runs.height > height or runs.left + runs.width > width:
+            raise DamagedImageError(
+                f"{self.paths[row]}: a mask in {self.name} reaches out of its {width} × {height}"
+                " pixels: correct it"
+            )
+        box = mask[runs.top : runs.top + runs.height, runs.left : runs.left + runs.width]
+        box[runs.pixels()] = value
 
     def example_name(self, row: int) -> str:
         return f"{self.name}: regions of {self.paths[row]}"
@@ -160,7 +203,8 @@ class Regions:
         """A checksum of the regions."""
         value = zlib.crc32(repr((self.class_names, self.sizes[row].tolist())).encode())
         for region in self.order[self.starts[row] : self.starts[row + 1]].tolist():
-            value = zlib.crc32(bytes([self.label[region]]), value)
+            label = IGNORED if self.crowd[region] else self.label[region]
+            value = zlib.crc32(bytes([label]), value)
             if region in self.runs:
                 runs = self.runs[region]
                 value = zlib.crc32(np.asarray(runs.lengths).tobytes(), value)
@@ -255,7 +299,6 @@ def finish(reading: RegionReading) -> Regions:
     position = {name: label for label, name in enumerate(class_names)}
     label_of = np.array([position.get(name, IGNORED) for name in names], np.uint8)
     label = label_of[np.array(reading.box_category, np.intp)] if names else np.zeros(0, np.uint8)
-    crowd = np.array(reading.crowd, bool)
     image = np.array(reading.box_image, np.int32)
     counts = np.bincount(image, minlength=len(reading.paths))
     left_out = ", ".join(f"{count:,} {kind}" for kind, count in sorted(reading.left_out.items()))
@@ -267,7 +310,9 @@ def finish(reading: RegionReading) -> Regions:
         class_names,
         position[background],
         image,
-        np.where(crowd, np.uint8(IGNORED), label),
+        label,
+        np.array(reading.crowd, bool),
+        np.array(reading.area, np.float64),
         np.lexsort([np.array(reading.rank, np.int32), image]),  # which is stable
         np.concatenate([[0], np.cumsum(counts)]),
         np.array(reading.corners, np.float64),
