@@ -3,17 +3,20 @@
 Figures are made as objects and drawn by Agg: no window, no global state, safe in any thread.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import ImageFont
 
 from vision_jax.errors import printable
 
@@ -184,6 +187,12 @@ def shorten(name: str, most: int = 20) -> str:
     """
     name = printable(name[: 4 * most])
     return name if len(name) <= most else name[: most - 1].rstrip() + "…"
+
+
+@functools.cache
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as it comes with matplotlib: Latin, Greek, Cyrillic, Arabic and more."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

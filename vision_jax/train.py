@@ -54,7 +54,7 @@ from vision_jax.run.parameters import backbone_prefix, head_warnings
 from vision_jax.run.prepare import Run, prepare
 from vision_jax.run.results import write_results
 from vision_jax.steps import Flat
-from vision_jax.tasks.api import Task, find_task
+from vision_jax.tasks.api import find_task
 
 STEPS_BETWEEN_AGREEMENTS = 8  # of several processes on whether to stop: they wait for each other
 
@@ -301,7 +301,7 @@ def _open_workdir(
     if held is not None:
         notes.extend(processes.together(lambda: set_aside(workdir, begin.step) if first else []))
     checkpoints = resources.enter_context(
-        closing(Checkpoints(workdir, task.best_metric, task.best_is))
+        closing(Checkpoints(workdir, task.best_metric(config), task.best_is))
     )
     if held is None:
         checkpoints.save_frozen(begin.frozen)
@@ -396,7 +396,7 @@ def _train(
                 machine.give_back_memory()
                 if evaluating:
                     result = program.evaluate(state)
-                    measured = _report_evaluation(log, prepared.task, facts.workdir, step, result)
+                    measured = _report_evaluation(log, prepared, facts.workdir, step, result)
                 checkpoints.save(step, state, measured)
                 machine.give_back_memory()
                 report.restart_clock()
@@ -417,17 +417,18 @@ def _train(
 
 
 def _report_evaluation(
-    log: RunLog, task: Task, workdir: Path, step: int, result: Any
+    log: RunLog, prepared: Run, workdir: Path, step: int, result: Any
 ) -> dict[str, float] | None:
     """Shows and logs an evaluation; returns the number by which the best checkpoint is kept."""
     history = read_metrics(workdir / "metrics.jsonl") if jax.process_index() == 0 else []
-    values = ((name, result.summary[name]) for name in task.reported)
+    values = ((name, result.summary.get(name)) for name in prepared.task.reported)
     log.scalars(step, {f"eval/{n}": v for n, v in values if v is not None})
     log.say(f"step {step}: {result.line()}")
     for warning in result.warnings(step, history):
         log.say(f"warning: {warning}")
-    best = result.summary[task.best_metric]
-    return None if best is None else {task.best_metric: best}
+    name = prepared.task.best_metric(prepared.config)
+    best = result.summary[name]
+    return None if best is None else {name: best}
 
 
 def _report_damage(log: RunLog, damage: DamageLog, images: int) -> None:

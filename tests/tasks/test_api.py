@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from vision_jax.config import RECIPES, TASKS
+from vision_jax.config import RECIPES, TASKS, default_config
 from vision_jax.errors import UserError
 from vision_jax.recipes.recipe import Recipe
 from vision_jax.tasks.api import Task, find_task
@@ -23,7 +23,7 @@ def test_a_task_offers_what_the_protocol_asks_for(name):
             continue
         wanted = list(inspect.signature(getattr(Task, method)).parameters)[1:]  # without self
         assert list(inspect.signature(getattr(task, method)).parameters) == wanted, method
-    assert task.best_metric in task.reported
+    assert task.best_metric(default_config(name)) in task.reported
     assert set(task.curves) <= set(task.reported)
     assert task.best_is in ("highest", "lowest")
     assert isinstance(task.labels_images, bool)

@@ -74,7 +74,7 @@ def read_run(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Restor
     if checkpoint == "last":
         _, state, notes = restore_newest(workdir, run.abstract_state)
     else:
-        step = best_step(workdir, run.task.best_metric, run.task.best_is)
+        step = best_step(workdir, run.task.best_metric(run.config), run.task.best_is)
         if step is None:
             raise UserError(f"{workdir} has no evaluation yet, and so no best checkpoint")
         state, notes = restore_state(workdir, step, run.abstract_state)

@@ -27,7 +27,6 @@ from vision_jax.tasks.classification import robustness as under_attack
 from vision_jax.tasks.classification.metrics import confusion_matrix, softmax, summarize
 from vision_jax.tasks.classification.under_attack import find_overfitting, make_watch
 
-best_metric = "top1"  # what the best checkpoint is best at
 best_is = "highest"
 # Of an evaluation, in metrics.jsonl; the last two in adversarial training.
 reported = ("top1", "top5", "loss", "ece", "fgsm_top1", "pgd_top1")
@@ -40,6 +39,12 @@ labels_images = True
 
 GRID = 40  # pictures in predictions.png
 SHOWN, LISTED = 3, 5  # most probable classes of a file, on the screen and in predictions.json
+
+
+def best_metric(config: ConfigDict) -> str:
+    """Of an evaluation's summary, what the best checkpoint is best at."""
+    del config
+    return "top1"
 
 
 # Data -------------------------------------------------------------------------------------------

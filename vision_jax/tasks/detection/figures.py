@@ -5,24 +5,32 @@ with any color vision (Okabe and Ito 2008, https://jfly.uni-koeln.de/color/); it
 written beside it, since colors repeat from the eighth class on.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vision_jax.attacks.norms import show_epsilon
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.detection import DetectionSource
-from vision_jax.figures import BLUE, GREEN, INK, ORANGE, draw_confusion, save_figure, shorten
-from vision_jax.tasks.detection.metrics import CONFIDENT, IOU_THRESHOLDS, Detections
+from vision_jax.figures import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    draw_confusion,
+    load_font,
+    save_figure,
+    shorten,
+)
+from vision_jax.tasks.coco import IOU_THRESHOLDS
+from vision_jax.tasks.detection.metrics import CONFIDENT, Detections
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 MOST_PICTURES = 16
@@ -233,7 +241,7 @@ def _annotate(
         draw.rectangle(around, outline="white", width=line + 2)  # seen on ground of any color
         draw.rectangle(corners, outline=class_color(int(labels[row])), width=line)
     tags: list[tuple[int, int, int, int]] = []
-    font = _font(letters)
+    font = load_font(letters)
     for row in order:
         text = shorten(texts[row], 32)
         width, height = math.ceil(draw.textlength(text, font)) + 6, letters + 5
@@ -282,7 +290,7 @@ def _save_pairs(
 ) -> Path:  # fmt: skip
     """Pairs under their captions, two pairs a row where there are many."""
     across = 2 if len(pairs) > 2 else 1
-    font, caption = _font(14), 24
+    font, caption = load_font(14), 24
     lines = [pairs[start : start + across] for start in range(0, len(pairs), across)]
     heights = [max(pair[0].height for pair in line) + caption + GAP for line in lines]
     width = across * (2 * CELL + GAP // 3 + 2 * GAP) + GAP
@@ -313,12 +321,6 @@ def _luminance(color: str) -> float:
         for value in (int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
     )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as it comes with matplotlib: Latin, Greek, Cyrillic, Arabic and more."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def draw_robustness(

@@ -17,11 +17,8 @@ import numpy as np
 
 from vision_jax.data.detection import DetectionSource, Ragged, StatedBoxes, as_stated
 from vision_jax.errors import UserError
-from vision_jax.evaluation import distinct_names
+from vision_jax.tasks import coco
 
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-AREAS = ("all", "small", "medium", "large")  # bounds of the last three: 32² and 96² pixels
-MOST_DETECTIONS = (1, 10, 100)  # a class and an image
 CONFIDENT = 0.3  # score from which a prediction counts as made, outside AP and AR
 
 
@@ -73,10 +70,10 @@ def coco_curves(
 ) -> tuple[np.ndarray, np.ndarray]:  # f64[10, 101, K, 4, 3], f64[10, K, 4, 3]
     """Precision at each recall in 0, 0.01 ... 1, and the highest recall, of every class.
 
-    The axes are IOU_THRESHOLDS, (recall,) class, AREAS, MOST_DETECTIONS, as in pycocotools 2.0.11's
-    `COCOeval.eval`; -1 where a class has no true box in the range of areas. Images rank by their
-    file's id, as there, so that ties in scores across images give the same AP. True boxes are as
-    the file states them, past an image's edge or beside it too.
+    The axes are those of `coco.figures`, as in pycocotools 2.0.11's `COCOeval.eval`; -1 where a
+    class has no true box in the range of areas. Images rank by their file's id, as there, so that
+    ties in scores across images give the same AP. True boxes are as the file states them, past an
+    image's edge or beside it too.
 
     Raises:
       UserError: a row that points outside the source, or a score or box that is not finite.
@@ -133,19 +130,12 @@ def summarize(detections: Detections, source: DetectionSource) -> dict[str, Any]
     """
     if not len(source):
         raise UserError("evaluation: the dataset has no images; check its split and paths")
-    precision, recall = coco_curves(detections, source)
+    figures = coco.figures(*coco_curves(detections, source), source.class_names)
     source = as_stated(source)
-    per_class = [_mean(precision[:, :, label, 0, 2]) for label in range(precision.shape[2])]
     top1, matched = _mean_ious(detections, source)
     crowds = int(source.crowd.values.sum())
     return {
-        "ap": _mean(precision[..., 0, 2]),
-        "ap50": _mean(precision[0, ..., 0, 2]),
-        "ap75": _mean(precision[5, ..., 0, 2]),
-        **{f"ap_{AREAS[a]}": _mean(precision[..., a, 2]) for a in (1, 2, 3)},
-        **{f"ar_{most}": _mean(recall[..., 0, m]) for m, most in enumerate(MOST_DETECTIONS)},
-        **{f"ar_{AREAS[a]}": _mean(recall[..., a, 2]) for a in (1, 2, 3)},
-        "per_class": dict(zip(distinct_names(source.class_names), per_class, strict=True)),
+        **figures,
         "mean_iou_top1": top1,
         "mean_iou_matched": matched,
         "count": len(source),
@@ -412,11 +402,6 @@ def _rows_by_image(detections: Detections, images: int) -> Iterator[np.ndarray]:
     order = np.argsort(detections.index, kind="stable")
     edges = np.searchsorted(detections.index[order], np.arange(images + 1))
     return (order[start:end] for start, end in pairwise(edges))
-
-
-def _mean(values: np.ndarray) -> float | None:
-    present = values[values > -1]
-    return float(present.mean()) if present.size else None
 
 
 def _check(detections: Detections, source: DetectionSource) -> None:

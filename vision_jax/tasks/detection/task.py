@@ -38,13 +38,12 @@ from vision_jax.errors import printable, utf8
 from vision_jax.evaluation import make_run_over, say_damaged
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
-from vision_jax.tasks import images
+from vision_jax.tasks import coco, images
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.detection import metrics, objective
 from vision_jax.tasks.detection import robustness as under_attack
 from vision_jax.tasks.detection.metrics import Detections
 
-best_metric = "ap"  # what the best checkpoint is best at
 best_is = "highest"
 # Of an evaluation, in metrics.jsonl.
 reported = ("ap", "ap50", "ap75", "ar_100", "mean_iou_top1", "mean_iou_matched")
@@ -56,6 +55,12 @@ labels_images = False
 
 SHORT, LONGEST = 800, 1333  # DETR's sides in pixels
 PICTURES = 12  # in predictions.png
+
+
+def best_metric(config: ConfigDict) -> str:
+    """Of an evaluation's summary, what the best checkpoint is best at."""
+    del config
+    return "ap"
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -289,7 +294,7 @@ class Evaluation:
 
     def lines(self) -> list[str]:
         """The rest of COCO's twelve numbers, and AP of each class."""
-        areas = [f"{what}_{area}" for what in ("ap", "ar") for area in metrics.AREAS[1:]]
+        areas = [f"{what}_{area}" for what in ("ap", "ar") for area in coco.AREAS[1:]]
         rows = [(name, self.summary[name]) for name in ("ar_1", "ar_10", *areas)]
         rows += [(f"ap of {name}", value) for name, value in self.summary["per_class"].items()]
         width = max(len(name) for name, _ in rows)

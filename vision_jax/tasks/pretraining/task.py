@@ -21,7 +21,6 @@ from vision_jax.tasks import features, images, unlabelled
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.pretraining import metrics, objective
 
-best_metric = "loss"  # what the best checkpoint is best at
 best_is = "lowest"
 reported = ("loss", "spread", *features.REPORTED)  # of an evaluation, in metrics.jsonl
 curves = features.OF_LABELS  # of the former, in curves.png
@@ -40,6 +39,12 @@ announce = unlabelled.announce
 make_preprocessing = images.make_preprocessing
 load_preprocessing = images.load_preprocessing
 batch_shapes = images.batch_shapes
+
+
+def best_metric(config: ConfigDict) -> str:
+    """Of an evaluation's summary, what the best checkpoint is best at."""
+    del config
+    return "loss"
 
 
 def training_data(

@@ -6,6 +6,7 @@ hues a golden angle apart. What is ignored stays as the image is.
 """
 
 import colorsys
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
-from PIL import Image
+from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from vision_jax.attacks import norms
 from vision_jax.data.masks import IGNORED
-from vision_jax.figures import BLUE, GREEN, INK, ORANGE, save_figure, shorten
+from vision_jax.data.segments import Segments
+from vision_jax.figures import BLUE, GREEN, INK, ORANGE, load_font, save_figure, shorten
 
 FIRST = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 GOLDEN = 0.618033988749895  # of a turn
@@ -27,6 +30,8 @@ OPACITY = 0.5
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
 WRONG, RIGHT = (213, 94, 0), (230, 230, 230)
 MOST_LISTED = 24  # classes in a legend
+MOST_NAMED = 100  # segments whose names are written
+LEAST_SIDE = 480  # pixels of the longer side of a picture with names
 COLORS = (BLUE, ORANGE, GREEN)  # of attacks
 
 
@@ -39,14 +44,16 @@ def palette(count: int) -> np.ndarray:
     return np.round(255 * np.array(colors)).astype(np.uint8).reshape(count, 3)
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """u8[H, W, 3] of an image u8[H, W, C] with its mask u8[H, W] half over it.
+def overlay(
+    image: np.ndarray, mask: np.ndarray, colors: np.ndarray, nothing: int = IGNORED
+) -> np.ndarray:
+    """u8[H, W, 3] of an image u8[H, W, C] with its mask i[H, W] half over it.
 
     Under the mask the image is grey (Rec. 601), so that hues are the classes' alone: a blue thing
-    of a green class would else look like another class. Ignored pixels keep their colors.
+    of a green class would else look like another class. Pixels of `nothing` keep their colors.
     """
     base = to_color(image).astype(np.float32)
-    counted = mask != IGNORED
+    counted = mask != nothing
     painted = colors[np.where(counted, mask, 0)]
     grey = (base @ np.array(GREY_WEIGHTS, np.float32))[..., None]  # [H, W, 1]
     mixed = (1 - OPACITY) * grey + OPACITY * painted
@@ -96,6 +103,82 @@ def draw_segmentation_grid(
     _add_legend(
         figure, [e[name] for e in examples for name in ("label", "prediction")], class_names
     )
+    return save_figure(figure, path)
+
+
+def draw_segments(image: np.ndarray, segments: Segments, class_names: Sequence[str]) -> np.ndarray:
+    """u8[f · H, f · W, 3]: each segment in a color of its own, with its edge, class and score.
+
+    An image whose longer side has less than 480 pixels is enlarged by a whole factor f, so that
+    names can be read. Names are of the 100 largest segments.
+
+    Args:
+      image: u8[H, W, C].
+      segments: of the image. Later ones lie over earlier ones, or high scores over low ones.
+      class_names: K names.
+    """
+    if segments.score is not None:
+        segments = segments[np.argsort(segments.score, kind="stable")]
+    factor = math.ceil(LEAST_SIDE / max(image.shape[:2]))
+    image, number = (x.repeat(factor, 0).repeat(factor, 1) for x in (image, segments.map()))
+    colors = palette(max(len(segments), 1))
+    painted = overlay(image, number, colors, nothing=-1)
+    near = ndimage.grey_dilation(number, (3, 3)) != ndimage.grey_erosion(number, (3, 3))
+    edge = near & (number >= 0)
+    painted[edge] = colors[number[edge]]
+    picture = Image.fromarray(painted)
+    draw = ImageDraw.Draw(picture)
+    font = load_font(max(11, round(max(picture.size) / 70)))
+    texts = describe(segments, class_names)
+    for i in np.argsort(-segments.area, kind="stable")[:MOST_NAMED]:
+        inside = np.pad(number == i, 1)
+        if inside.any():
+            depth = ndimage.distance_transform_cdt(inside)[1:-1, 1:-1]
+            y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+            place = (int(x), int(y))
+            draw.text(
+                place,
+                shorten(texts[i], 32),
+                font=font,
+                anchor="mm",
+                fill="white",
+                stroke_width=2,
+                stroke_fill="black",
+            )
+    return np.asarray(picture)
+
+
+def describe(segments: Segments, class_names: Sequence[str]) -> list[str]:
+    """The class of each segment, with its score where it has one."""
+    names = [class_names[label] for label in segments.label]
+    if segments.score is None:
+        return names
+    return [f"{name} {score:.2f}" for name, score in zip(names, segments.score, strict=True)]
+
+
+def draw_segment_grid(
+    examples: Sequence[Mapping[str, Any]], class_names: Sequence[str], path: str | Path
+) -> Path:
+    """Rows of image, true segments and predicted ones, as a PNG.
+
+    Args:
+      examples: "image" u8[H, W, C], "truth" and "found" Segments, "name".
+      class_names: K names.
+      path: of the file.
+    """
+    figure = Figure(figsize=(13, 4.4 * len(examples)), dpi=100, layout="constrained")
+    cells = figure.subplots(len(examples), 3, squeeze=False)
+    for row, example in zip(cells, examples, strict=True):
+        image, truth, found = (example[name] for name in ("image", "truth", "found"))
+        pictures = (
+            (to_color(image), shorten(Path(example["name"]).name, 40)),
+            (draw_segments(image, truth, class_names), f"{len(truth)} true"),
+            (draw_segments(image, found, class_names), f"{len(found)} predicted"),
+        )
+        for cell, (picture, title) in zip(row, pictures, strict=True):
+            cell.imshow(picture)
+            cell.set_title(title, loc="left", fontsize=9, color=INK, parse_math=False)
+            cell.set_axis_off()
     return save_figure(figure, path)
 
 

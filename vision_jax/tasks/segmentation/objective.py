@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from vision_jax.attacks.examples import keys_of
+from vision_jax.data.segments import INSTANCE
 from vision_jax.errors import UserError, nearest
 from vision_jax.objective import Apply, Batch, Objective, forward_keys
-from vision_jax.ops import mask_losses
+from vision_jax.ops import mask_losses, mask_outputs
 from vision_jax.ops import segmentation_losses as ops
 from vision_jax.ops.images import to_float
 from vision_jax.ops.resize import resize_bilinear
@@ -142,27 +143,38 @@ def make_mask_loss(
     mask_dice_weight: float,
     no_object_weight: float,
     points: int,
+    most_segments: int = 0,
     alone: bool = False,
     **others: Any,
 ) -> Loss:
-    """The set loss of masks (ops.mask_losses), of which each class of an image is one.
+    """The set loss of masks (ops.mask_losses): of segments, or of each class of an image.
 
     Pixels of no class are in no mask.
 
     Args:
-      model: with `num_classes`.
+      model: with `num_classes` and `num_queries`.
       class_weight: of the queries' classes, in the matching too.
       mask_weight: of the cross-entropy of masks, in the matching too.
       mask_dice_weight: of Dice, in the matching too.
       no_object_weight: of queries without a mask in the class term.
       points: at which masks are compared.
+      most_segments: that a batch has of an image; 0 for a mask of classes.
       alone: an image's loss does not depend on the others of its batch.
       **others: of other segmenters' losses.
 
     Raises:
-      UserError: weights of which none counts.
+      UserError: weights of which none counts, or more masks than queries.
     """
     del others
+    targets = most_segments or model.num_classes
+    if targets > model.num_queries:
+        what = "config.data.max_segments" if most_segments else "the number of classes"
+        advice = f"lower it to {model.num_queries}, or " if most_segments else ""
+        raise UserError(
+            f"{what} is {targets}, and the model has {model.num_queries} queries, each of which"
+            f" finds one mask: {advice}give the model more, config.model.arguments"
+            f"=(('num_queries', {targets}),)"
+        )
     if not (class_weight or mask_weight or mask_dice_weight):
         raise UserError(
             "config.loss: class_weight, mask_weight and mask_dice_weight are all 0: nothing to"
@@ -174,27 +186,35 @@ def make_mask_loss(
         """bool[B, K, H, W]."""
         return label.astype(jnp.int32)[:, None] == classes.reshape(1, -1, 1, 1)
 
+    def targets_of(label):
+        """bool[B, T]: which targets there are, by labels i32[B, T] or u8[B, H, W]."""
+        return label >= 0 if most_segments else masks_of(label).any((2, 3))
+
     def mask_loss(outputs, batch):
-        masks = masks_of(batch["label"])
+        if most_segments:
+            label, masks = jnp.maximum(batch["label"], 0), batch["masks"]
+        else:
+            masks = masks_of(batch["label"])
+            label = jnp.broadcast_to(classes, masks.shape[:2])
         keys = jax.random.wrap_key_data(batch["draws"])
 
         def drawn(prediction):
             own = jax.vmap(lambda key: jax.random.fold_in(key, prediction))(keys)
-            return mask_losses.draw_points(own, model.num_classes, points)
+            return mask_losses.draw_points(own, targets, points)
 
         whole = batch["whole"]["label"] if "whole" in batch else None
         return mask_losses.mask_set_loss(
             outputs["logits"],
             outputs["mask_logits"],
-            jnp.broadcast_to(classes, masks.shape[:2]),
+            label,
             masks,
-            masks.any((2, 3)),
+            targets_of(batch["label"]),
             points=drawn,
             class_weight=class_weight,
             mask_weight=mask_weight,
             dice_weight=mask_dice_weight,
             no_object_weight=no_object_weight,
-            whole=None if whole is None else masks_of(whole).any((2, 3)),
+            whole=None if whole is None else targets_of(whole),
             alone=alone,
         )
 
@@ -271,21 +291,16 @@ def make_objective(
 
 
 @dataclass(frozen=True)
-class PixelOutputs:
+class Outputs:
     """What evaluation needs of a batch, as a function of (trainable, frozen, model_state, batch).
-
-    With "label" u8[B, H, W] in it: "prediction" u8[B, H, W], and "label", "mask" and "index".
-    Without: "scores" f[B, h, w, K] of images that are windows of a larger one.
 
     Attributes:
       apply: the model.
       assemble: from {path: array} of all parameters to the model's tree.
-      scores: of the outputs.
     """
 
     apply: Apply
     assemble: Callable[[Mapping[str, jax.Array]], Any]
-    scores: Scores
 
     def __call__(self, trainable, frozen, model_state, batch: Batch) -> dict[str, jax.Array]:
         return self.read(self.of_model(trainable, frozen, model_state, batch), batch)
@@ -298,6 +313,54 @@ class PixelOutputs:
 
     def read(self, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         """The rest: what the outputs say at the size that is wanted."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SegmentOutputs(Outputs):
+    """Instances or panoptic segments (ops/mask_outputs.py) at the size of "label" u8[B, H, W].
+
+    With "mask" bool[B] and "index" i32[B] beside them.
+
+    Attributes:
+      canvas: (height, width) of the model's images, which an image fills.
+      targets: of data.segments.TARGETS.
+      score: below which a query is no panoptic segment.
+      overlap: the share of its mask that a panoptic segment keeps at least.
+    """
+
+    canvas: tuple[int, int]
+    targets: str
+    score: float
+    overlap: float
+
+    def read(self, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
+        logits, masks = outputs["logits"][-1], outputs["mask_logits"][-1]
+        height, width = batch["label"].shape[1:3]
+        view = mask_outputs.View(self.canvas, self.canvas, (height, width))
+        if self.targets == INSTANCE:
+            found = mask_outputs.instance_outputs(logits, masks, view)
+        else:
+            found = mask_outputs.panoptic_outputs(
+                logits, masks, view, threshold=self.score, overlap_threshold=self.overlap
+            )
+        return {**found, "mask": batch["mask"], "index": batch["index"]}
+
+
+@dataclass(frozen=True)
+class PixelOutputs(Outputs):
+    """Classes of pixels.
+
+    With "label" u8[B, H, W] in it: "prediction" u8[B, H, W], and "label", "mask" and "index".
+    Without: "scores" f[B, h, w, K] of images that are windows of a larger one.
+
+    Attributes:
+      scores: of the outputs.
+    """
+
+    scores: Scores
+
+    def read(self, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         return make_read(self.scores)(outputs, batch)
 
 

@@ -19,6 +19,7 @@ from vision_jax.data.masks import IGNORED
 from vision_jax.data.pipeline import Damaged, DamageLog
 from vision_jax.data.segmentation import (
     SegmentationSource,
+    images_to_segment,
     read_segmentation_source,
     segmentation_subset,
     split_segmentation_source,
@@ -32,6 +33,7 @@ from vision_jax.data.segmentation_transforms import (
     SegmentationPreprocessing,
     segmentation_eval_transform,
 )
+from vision_jax.data.segments import PANOPTIC, SEMANTIC
 from vision_jax.data.volumes import nifti
 from vision_jax.data.volumes.source import VolumeReader
 from vision_jax.errors import UserError, printable
@@ -40,14 +42,14 @@ from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
-from vision_jax.tasks.segmentation import cases, objective, predictions
+from vision_jax.tasks.segmentation import cases, objective, predictions, segments
 from vision_jax.tasks.segmentation import robustness as under_attack
 from vision_jax.tasks.segmentation.cases import CaseTally
 from vision_jax.tasks.segmentation.metrics import Tally
 from vision_jax.tasks.segmentation.predictions import Predicted
+from vision_jax.tasks.segmentation.segments import SegmentEvaluation
 from vision_jax.tasks.segmentation.windows import predict_by_spread_windows, predict_by_windows
 
-best_metric = "miou"  # what the best checkpoint is best at
 best_is = "highest"
 # Of an evaluation, in metrics.jsonl.
 reported = (
@@ -59,15 +61,22 @@ reported = (
     "foreground_iou",
     "objects",
     "objects_true",
+    *segments.REPORTED,
 )
 
-curves = ("miou", "pixel_accuracy", "boundary_iou")  # of the former, in curves.png
+# Of the former, in curves.png.
+curves = ("miou", "pixel_accuracy", "boundary_iou", *segments.CURVES)
 
 whole = objective.WHOLE
 labels_images = False
 
 PICTURES = 6  # in predictions.png
 MOST_MASKS = 200  # that are read to tell the classes' shares of pixels
+
+
+def best_metric(config: ConfigDict) -> str:
+    """Of an evaluation's summary, what the best checkpoint is best at: by config.data.targets."""
+    return segments.BEST.get(config.data.targets, "miou")
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -77,6 +86,7 @@ def read_sources(config: ConfigDict) -> tuple[SegmentationSource, SegmentationSo
     """The training and the evaluation data, with the same classes."""
     data = config.data
     train = _read(config, data.train, data.masks, data.images)
+    _check_counts(config, train)
     if data.eval:
         return _subset(config, train), read_eval_source(config, train.class_names)
     train, held_out = split_segmentation_source(train, data.holdout, config.seed)
@@ -91,7 +101,23 @@ def _read(config, spec, masks, images, class_names=None) -> SegmentationSource:
         classes=config.data.classes,
         reduce_zero=config.data.reduce_zero,
         class_names=class_names,
+        targets=config.data.targets,
+        stuff=config.data.stuff,
     )
+
+
+def _check_counts(config: ConfigDict, train: SegmentationSource) -> None:
+    """Every image's segments must have room in a batch."""
+    most = config.data.max_segments
+    if config.data.targets == SEMANTIC:
+        return
+    for i in range(len(train)):
+        count = int(train.segment_counts(i).sum())
+        if count > most:
+            raise UserError(
+                f"{train.example_name(i)}: {count} segments, and config.data.max_segments is"
+                f" {most}: raise it, and the model's num_queries with it"
+            )
 
 
 def _subset(config: ConfigDict, train: SegmentationSource) -> SegmentationSource:
@@ -112,8 +138,22 @@ def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Segmen
 def announce(
     log: RunLog, workdir: Path, train: SegmentationSource, held_out: SegmentationSource
 ) -> None:
-    """Shows the classes' shares of the pixels, of some masks where there are many."""
+    """Shows the classes' shares of the pixels, of some masks where there are many.
+
+    Of segments it shows how many each class has.
+    """
     del workdir
+    if train.targets != SEMANTIC:
+        found = [
+            np.sum([source.segment_counts(i) for i in range(len(source))], axis=0)
+            for source in (train, held_out)
+        ]
+        rows = [
+            (str(label), name, *(f"{count[label]:,}" for count in found))
+            for label, name in enumerate(train.class_names)
+        ]
+        log.table("Segments", ("label", "name", "to train", "to evaluate"), rows)
+        return
     counts = [_count_pixels(source) for source in (train, held_out)]
     rows = [
         (str(label), name, *(f"{count[label] / max(count[:-1].sum(), 1):.2%}" for count in counts))
@@ -193,15 +233,23 @@ def training_data(
             saturation=data.saturation,
         ),
         **images.stream_arguments(config, damage, first_batch),
+        most_segments=data.max_segments,
     )
 
 
 def batch_shapes(config: ConfigDict, preprocessing: SegmentationPreprocessing) -> dict[str, Any]:
     """ShapeDtypeStructs of a training batch, over all processes."""
     size, crop = config.batch_size, preprocessing.image_size
+    label = {"label": jax.ShapeDtypeStruct((size, *crop), np.uint8)}
+    if config.data.targets != SEMANTIC:
+        most = config.data.max_segments
+        label = {
+            "label": jax.ShapeDtypeStruct((size, most), np.int32),
+            "masks": jax.ShapeDtypeStruct((size, most, *crop), np.uint8),
+        }
     return {
         "image": jax.ShapeDtypeStruct((size, *crop, len(preprocessing.mean)), np.uint8),
-        "label": jax.ShapeDtypeStruct((size, *crop), np.uint8),
+        **label,
         "mask": jax.ShapeDtypeStruct((size,), np.bool_),
         "index": jax.ShapeDtypeStruct((size,), np.int32),
     }
@@ -234,6 +282,7 @@ def _make_objective(
 ) -> Objective:
     """The same, or of each image alone."""
     prediction = objective.find_prediction(predicts)
+    _check_targets(config, predicts)
     loss = config.loss
     made = prediction.make_loss(
         model,
@@ -249,6 +298,7 @@ def _make_objective(
         mask_dice_weight=loss.mask_dice_weight,
         no_object_weight=loss.no_object_weight,
         points=loss.points,
+        most_segments=0 if config.data.targets == SEMANTIC else config.data.max_segments,
     )
     return objective.make_objective(apply, assemble, loss=made, draws=prediction.draws)
 
@@ -257,8 +307,21 @@ def make_outputs(
     config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """What evaluation needs of a batch."""
-    del config, model
-    return objective.PixelOutputs(apply, assemble, objective.find_prediction(predicts).scores)
+    settings, targets = config.evaluate, config.data.targets
+    if targets == SEMANTIC:
+        return objective.PixelOutputs(apply, assemble, objective.find_prediction(predicts).scores)
+    _check_targets(config, predicts)
+    return objective.SegmentOutputs(
+        *(apply, assemble, tuple(model.image_size), targets, settings.score, settings.overlap)
+    )
+
+
+def _check_targets(config: ConfigDict, predicts: str) -> None:
+    if config.data.targets != SEMANTIC and predicts != "mask_set":
+        raise UserError(
+            f"config.data.targets={config.data.targets}: the model predicts a class of each pixel:"
+            " take one that finds masks, such as config.model.variant=eomt_small_640"
+        )
 
 
 @dataclass(frozen=True)
@@ -329,8 +392,13 @@ def make_evaluate(
     mesh: Mesh,
     source: SegmentationSource,
     preprocessing: SegmentationPreprocessing,
-) -> Callable[..., Evaluation]:
+) -> Callable[..., Evaluation | SegmentEvaluation]:
     """A function (trainable, frozen, model_state) -> Evaluation over the whole source."""
+    targets = config.data.targets
+    if targets != SEMANTIC:
+        find_all = _make_find_all(config, outputs_fn, mesh, preprocessing)
+        warn_after = config.evaluate.warn_after
+        return segments.make_evaluate(find_all, source, targets=targets, warn_after=warn_after)
     predict_all = _make_predict_all(config, outputs_fn, mesh, preprocessing)
     _make_tally(config, source.class_names)  # which refuses names of no class
     shown = set(np.unique(np.linspace(0, len(source) - 1, PICTURES).astype(int)).tolist())
@@ -358,6 +426,16 @@ def make_evaluate(
         )
 
     return evaluate
+
+
+def _make_find_all(config, outputs_fn, mesh, preprocessing, least=0.0):
+    if config.evaluate.window or preprocessing.view == "windows":
+        raise UserError(
+            f"config.data.targets={config.data.targets}: segments are found in whole images: set"
+            " config.data.view=squash, and config.evaluate.window=0"
+        )
+    run = _make_run_batches(config, outputs_fn, mesh=mesh, preprocessing=preprocessing)
+    return segments.make_find_all(run, config.data.targets, least)
 
 
 def _make_tally(config: ConfigDict, class_names: tuple[str, ...]) -> Tally:
@@ -404,7 +482,7 @@ def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=Non
     batch_size = batch_size or config.evaluate.batch_size
     read = None
     squashed = preprocessing.view in ("squash", "windows")
-    if squashed and isinstance(outputs_fn, objective.PixelOutputs):
+    if squashed and isinstance(outputs_fn, objective.Outputs):
         # All images have one size, masks many: the model is compiled apart from what reads it.
         outputs_fn, read = outputs_fn.of_model, outputs_fn.read
     return make_run_batches(outputs_fn, mesh, make_batches, batch_size=batch_size, read=read)
@@ -469,7 +547,7 @@ def _make_predict_by_windows(config, outputs_fn, mesh, preprocessing):
 def write_results(
     config: ConfigDict,
     workdir: Path,
-    result: Evaluation,
+    result: Evaluation | SegmentEvaluation,
     source: SegmentationSource,
     preprocessing: SegmentationPreprocessing,
 ) -> dict[str, str]:
@@ -478,6 +556,8 @@ def write_results(
     from vision_jax.tasks.segmentation import figures
 
     del preprocessing
+    if isinstance(result, SegmentEvaluation):
+        return segments.write_results(workdir, result, source, config.evaluate.score)
     names, files = source.class_names, {}
     if result.cases:
         for report in result.cases:
@@ -537,6 +617,9 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     outputs_fn = make_outputs(
         config, trained.model, trained.predicts, trained.apply, trained.assemble
     )
+    if config.data.targets != SEMANTIC:
+        _predict_segments(config, names, trained, outputs_fn, out)
+        return
     run = _make_predict_all(config, outputs_fn, trained.mesh, trained.preprocessing)
 
     def predict_all(source, damage):
@@ -549,6 +632,32 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     tally = _make_tally(config, class_names)
     count_objects = tally.count_objects if config.evaluate.objects else None
     predictions.predict_images(names, class_names, predict_all, out, count_objects)
+
+
+def _predict_segments(
+    config: ConfigDict, names: Sequence[str], trained: Trained, outputs_fn: Any, out: Path
+) -> None:
+    find_all = _make_find_all(
+        config, outputs_fn, trained.mesh, trained.preprocessing, config.evaluate.score
+    )
+    stuff = _stuff_of(config, trained.class_names)
+    source = images_to_segment(names, trained.class_names, stuff)
+    segments.predict(find_all, source, trained.arguments, out, config.data.targets)
+
+
+def _stuff_of(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Classes without instances, as the config says, or else the data."""
+    if config.data.targets != PANOPTIC:
+        return ()
+    if config.data.stuff:
+        return tuple(name for name in class_names if name in config.data.stuff)
+    try:
+        return read_eval_source(config, class_names).stuff
+    except UserError as error:
+        raise UserError(
+            "config.data.stuff: name the classes without instances, which the data would say if"
+            f" they could be read: {error}"
+        ) from error
 
 
 # Robustness -------------------------------------------------------------------------------------
@@ -569,6 +678,10 @@ def robustness(
       restore_other: not used: no attack is carried over from another run.
     """
     del restore_other
+    if config.data.targets != SEMANTIC:
+        raise UserError(
+            f"config.data.targets={config.data.targets}: robustness is of classes of pixels alone"
+        )
     if config.evaluate.window:
         raise UserError(
             "config.evaluate.window: attacks are on whole images, and windows see parts of them:"
