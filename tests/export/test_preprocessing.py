@@ -7,8 +7,8 @@ import pytest
 
 from vision_jax.data.detection_transforms import (
     DetectionPreprocessing,
+    choose_bucket,
     detection_eval_transform,
-    fit,
     resized_size,
 )
 from vision_jax.data.segmentation_transforms import (
@@ -96,21 +96,22 @@ DETECTORS = {
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detectors_view(name, rng):
     own = DetectionPreprocessing(**DETECTORS[name], **NORM)
-    canvas = tuple(max(bucket[axis] for bucket in own.buckets) for axis in (0, 1))
+    whole = tuple(max(bucket[axis] for bucket in own.buckets) for axis in (0, 1))
     of_any = exported(own)
     for _ in range(4):
         image = draw(rng, rng.integers(8, 130, 2))
         size = image.shape[:2]
-        seen = detection_eval_transform(image, np.zeros((0, 4)), own, canvas)[0].astype(np.int64)
-        assert seen.shape[:2] == fit(resized_size(size, own), canvas)
-        want = np.zeros((*canvas, 3), np.int64)
-        want[: seen.shape[0], : seen.shape[1]] = seen
         view = make_view(jnp.asarray(image[None]), own)
-        for found in (levels(view), of_any(image)):
+        bucket = own.buckets[choose_bucket(resized_size(size, own), own.buckets)]
+        for canvas, found in ((bucket, levels(view)), (whole, of_any(image))):
+            seen = detection_eval_transform(image, np.zeros((0, 4)), own, canvas)[0]
+            want = np.zeros((*canvas, 3), np.int64)
+            want[: seen.shape[0], : seen.shape[1]] = seen
             apart = np.abs(found - want)
-            assert apart.max() <= ("aliased" in own.interpolation)
-            assert (apart > 0).mean() < 0.01
-        assert view.inside.sum() == seen.shape[0] * seen.shape[1]
+            assert apart.max() <= ("aliased" in own.interpolation)  # XLA fuses a sum of products
+            assert (apart > 0).mean() < 0.003
+            if canvas == bucket:
+                assert view.inside.sum() == seen.shape[0] * seen.shape[1]
 
 
 @pytest.mark.parametrize("view", ["squash", "short", "original"])

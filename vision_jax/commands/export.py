@@ -21,7 +21,7 @@ from typing import Any
 from vision_jax.errors import UserError
 from vision_jax.files import expand, read_json
 
-TARGETS = ("stablehlo", "safetensors")
+TARGETS = ("stablehlo", "tflite", "safetensors")
 FAILED, BAD_INPUT = 1, 2  # exit codes
 RUN_FILE = "config.json"
 

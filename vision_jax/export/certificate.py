@@ -5,6 +5,7 @@ applied to them. So a certificate is of preprocessing, model and postprocessing,
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -101,12 +102,12 @@ def _read(path: Path, runtime: Mapping[str, str]) -> Ran:
 def _reason(done: subprocess.CompletedProcess) -> str:
     if done.returncode < 0:
         return f"its runtime died of signal {-done.returncode}"
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    if lines and lines[-1].startswith("ModuleNotFoundError"):
-        return (
-            f"{lines[-1].partition(': ')[2]}: install its runtime, or name a --python that has it"
-        )
-    return lines[-1][:300] if lines else f"exit code {done.returncode}"
+    # A traceback ends with the error, of one line or more.
+    last = re.split(r"^(?=[\w.]+: )", done.stderr, flags=re.MULTILINE)[-1]
+    reason = " ".join(last.split())[:300]
+    if reason.startswith("ModuleNotFoundError"):
+        return f"{reason.partition(': ')[2]}: install its runtime, or name a --python that has it"
+    return reason or f"exit code {done.returncode}"
 
 
 # Images -------------------------------------------------------------------------------------------

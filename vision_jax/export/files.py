@@ -19,7 +19,7 @@ import numpy as np
 
 import vision_jax
 from vision_jax.errors import UserError, utf8
-from vision_jax.export import certificate, stablehlo
+from vision_jax.export import certificate, litert, stablehlo
 from vision_jax.export.certificate import RunFailedError
 from vision_jax.export.serving import Serving, serving_function
 from vision_jax.files import draft_folder, write_whole
@@ -43,6 +43,15 @@ class Format:
     any_size: bool
 
 
+def check_installed(packages: Sequence[str], extra: str) -> None:
+    """Raises UserError where one of the packages of an extra is missing."""
+    for package in packages:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"{package} is missing: pip install 'vision_jax[{extra}]'") from None
+
+
 def _write_stablehlo(serving: Serving, batch: int | None, folder: Path) -> tuple[Path, Any]:
     content, about = stablehlo.write(serving, batch)
     path = folder / "model.stablehlo"
@@ -50,7 +59,18 @@ def _write_stablehlo(serving: Serving, batch: int | None, folder: Path) -> tuple
     return path, about
 
 
-FORMATS: dict[str, Format] = {"stablehlo": Format(_write_stablehlo, any_size=True)}
+def _write_tflite(serving: Serving, batch: int | None, folder: Path) -> tuple[Path, Any]:
+    check_installed(("litert-converter",), "litert")
+    content, about = litert.write(serving, batch or 1)
+    path = folder / "model.tflite"
+    path.write_bytes(content)
+    return path, about
+
+
+FORMATS: dict[str, Format] = {
+    "stablehlo": Format(_write_stablehlo, any_size=True),
+    "tflite": Format(_write_tflite, any_size=False),
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +112,8 @@ def export(loaded: Loaded, out: Path, request: Request) -> tuple[Path, dict[str,
     """
     format_ = FORMATS[request.format]
     loaded = certificate.as_float32(loaded)
+    if not format_.any_size:
+        request = replace(request, batch=request.batch or 1)
     serving = serving_function(loaded, image_size=_image_size(loaded, request, format_))
     out.mkdir(parents=True, exist_ok=True)
     with draft_folder(out / "model") as folder:
@@ -214,12 +236,3 @@ def _place(folder: Path, path: Path, out: Path, record: Mapping[str, Any]) -> Pa
     described = json.dumps(record, indent=1, ensure_ascii=False, default=list) + "\n"
     write_whole(described.encode(), out / f"{path.name}.json")
     return out / (path.name if passed else f"{path.name}.failed")
-
-
-def check_installed(packages: Sequence[str], extra: str) -> None:
-    """Raises UserError where one of the packages of an extra is missing."""
-    for package in packages:
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            raise UserError(f"{package} is missing: pip install 'vision_jax[{extra}]'") from None

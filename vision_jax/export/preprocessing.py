@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vision_jax.data.detection_transforms import ALIASED, DetectionPreprocessing
+from vision_jax import platform
+from vision_jax.data.detection_transforms import (
+    ALIASED,
+    DetectionPreprocessing,
+    choose_bucket,
+    resized_size,
+)
 from vision_jax.data.segmentation_transforms import SegmentationPreprocessing
 from vision_jax.data.transforms import Preprocessing
 
@@ -63,8 +69,8 @@ def make_view(
 ) -> View:
     """Images as the host's transforms of evaluation make them.
 
-    A detector's canvas is as high as its highest bucket and as wide as its widest, so that it holds
-    an image of any aspect ratio.
+    A detector's canvas is the bucket of the image's size, as in `predict`. Where the size is not
+    known it is as high as the highest bucket and as wide as the widest, and holds any image.
 
     Args:
       images: u8[B, H, W, C]; H and W may be symbolic dimensions of jax.export.
@@ -79,16 +85,19 @@ def make_view(
         else:
             size = [sizes[:, axis].astype(jnp.float64) for axis in (0, 1)]
         lines = _lines(preprocessing, size, xp)
+        aliased = preprocessing.interpolation == ALIASED
         weights = [
-            _weights(line, length, preprocessing.interpolation, xp)
+            _neighbors(line, xp)
+            if aliased
+            else _weights(line, length, preprocessing.interpolation, xp)
             for line, length in zip(lines, images.shape[1:3], strict=True)
         ]
         there = [_inside(line, xp) for line in lines]
         upright = _rows_first(*lines, xp)  # bool[n]
     pixels = images.astype(jnp.float32)
-    if preprocessing.interpolation == ALIASED:  # not rounded in between
+    if aliased:  # not rounded in between
         for axis in (0, 1):
-            pixels = _dot(jnp.asarray(weights[axis], jnp.float32), pixels, axis)
+            pixels = _mixed(weights[axis], pixels, axis)
         pixels = jnp.round(pixels)
     else:
         pixels = _resampled(weights, upright, pixels)
@@ -107,7 +116,7 @@ def make_view(
 def _lines(preprocessing: Any, size: Sides, xp: Any) -> tuple[Placed, Placed]:
     """How rows and columns of images of `size` are placed, by data/*transforms.py's rules."""
     if isinstance(preprocessing, DetectionPreprocessing):
-        counts = tuple(max(bucket[axis] for bucket in preprocessing.buckets) for axis in (0, 1))
+        counts = _canvas(preprocessing, size)
         new = _fitted(_detector_size(preprocessing, size, xp), counts, xp)
         starts: Sides = (0.0, 0.0)
     elif isinstance(preprocessing, SegmentationPreprocessing):
@@ -128,6 +137,14 @@ def _lines(preprocessing: Any, size: Sides, xp: Any) -> tuple[Placed, Placed]:
         for old, made, start, pixels in zip(size, new, starts, counts, strict=True)
     )
     return rows, columns
+
+
+def _canvas(own: DetectionPreprocessing, size: Sides) -> tuple[int, ...]:
+    """(height, width) in pixels."""
+    if isinstance(size[0], np.ndarray):
+        height, width = (int(side.item()) for side in size)
+        return own.buckets[choose_bucket(resized_size((height, width), own), own.buckets)]
+    return tuple(max(bucket[axis] for bucket in own.buckets) for axis in (0, 1))
 
 
 def _resized(own: Preprocessing, size: Sides, xp: Any) -> Sides:
@@ -225,9 +242,6 @@ def _weights(line: Placed, length: Any, interpolation: str, xp: Any) -> Any:
     center = (at + 0.5) * scale
     if interpolation == "nearest":
         return xp.where(there & (pixel == xp.floor(center)), 1.0, 0.0)
-    if interpolation == ALIASED:
-        center = xp.clip(center - 0.5, 0.0, line.old - 1)
-        return xp.where(there, xp.maximum(1 - xp.abs(center - pixel), 0.0), 0.0)
     reach, curve = FILTERS[interpolation]
     stretch = xp.maximum(scale, 1.0)
     first = xp.maximum(xp.floor(center - reach * stretch + 0.5), 0.0)
@@ -300,7 +314,7 @@ def _resampled(weights: Any, upright: Any, pixels: Array) -> Array:
 
     if isinstance(upright, np.ndarray):
         return (rows_first if upright.item() else columns_first)(pixels)
-    if upright.shape[0] == 1:
+    if upright.shape[0] == 1 and platform.current() != platform.NO_LOOPS:
         return jax.lax.cond(upright[0], rows_first, columns_first, pixels)
     return jnp.where(upright[:, None, None, None], rows_first(pixels), columns_first(pixels))
 
@@ -316,6 +330,38 @@ def _fixed_point(weights: Any, pixels: Array, axis: int) -> Array:
     high, low = (_dot(half, pixels, axis).astype(jnp.int32) for half in halves)
     total = high * 2**HALF + low + 2 ** (POINT - 1)
     return jnp.clip(total >> POINT, 0, 255).astype(jnp.float32)
+
+
+def _neighbors(line: Placed, xp: Any) -> tuple[Any, Any, Any, Any]:
+    """(places i32[n, pixels] of the two pixels that each output mixes, their shares f32)."""
+    at = xp.arange(line.pixels)[None] + line.start[..., 0]
+    old, new = line.old[..., 0], line.new[..., 0]
+    center = xp.clip((at + 0.5) * (old / new) - 0.5, 0.0, old - 1)
+    first = xp.floor(center)
+    second = xp.minimum(first + 1, old - 1)
+    share = (center - first).astype(xp.float32)
+    there = (at >= 0) & (at < new)
+    shares = (xp.where(there, x, xp.zeros_like(x)) for x in (1 - share, share))
+    return *(x.astype(xp.int32) for x in (first, second)), *shares
+
+
+def _mixed(neighbors: Any, pixels: Array, axis: int) -> Array:
+    """Two pixels of each line along axis 1 + `axis` of f32[B, H, W, C] by their shares.
+
+    Products are rounded before they are added, as the host's are.
+    """
+    first, second, near, far = map(jnp.asarray, neighbors)
+    shape = (-1, first.shape[1], 1, 1) if axis == 0 else (-1, 1, first.shape[1], 1)
+
+    def product(place, share):
+        if place.shape[0] == 1:
+            taken = jnp.take(pixels, place[0], axis=1 + axis, mode="clip")
+        else:
+            taken = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis, mode="clip"))(pixels, place)
+        return taken * share.reshape(shape)
+
+    products = product(first, near), product(second, far)
+    return jnp.add(*jax.lax.optimization_barrier(products))
 
 
 def _dot(weights: Array, pixels: Array, axis: int) -> Array:

@@ -48,20 +48,8 @@ def load_tflite(path):
     """The same, by LiteRT."""
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(model_path=path, num_threads=1)
-    taken = interpreter.get_input_details()[0]["index"]
-    signature = interpreter.get_signature_runner("serving_default")
-    shape = None
-
-    def run(images):
-        nonlocal shape
-        if images.shape != shape:
-            interpreter.resize_tensor_input(taken, images.shape)
-            interpreter.allocate_tensors()
-            shape = images.shape
-        return signature(images=images)
-
-    return run
+    signature = Interpreter(model_path=path, num_threads=1).get_signature_runner("serving_default")
+    return lambda images: signature(images=images)
 
 
 def load_openvino(path):

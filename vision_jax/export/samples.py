@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vision_jax.config import default_config
@@ -127,6 +128,12 @@ SAMPLES: dict[str, Sample] = {
          "encoder_arguments": (("depths", (1, 1, 1, 1)), ("widths", (16, 24, 32, 48)),
                                ("stem_width", 16), ("block", "basic"))},
     ),
+    "upernet": Sample(
+        "upernet",
+        {"encoder": "convnext", "width": 16, "pool_sizes": (1, 2, 3), "map_norm_eps": 1e-6,
+         "encoder_arguments": (("depths", (1, 1, 1, 1)), ("widths", (16, 24, 32, 48)))},
+        (128, 128),
+    ),
 }  # fmt: skip
 
 # Families whose task needs no class names: what is exported of them is the ViT inside.
@@ -147,7 +154,8 @@ def make_sample(name: str, seed: int = 0, num_classes: int = 7) -> Loaded:
     )
     variables = {
         collection: paths.unflatten(
-            tree, {path: _draw(rng, path, leaf) for path, leaf in paths.flatten(tree).items()}
+            tree,
+            {path: jnp.asarray(_draw(rng, path, x)) for path, x in paths.flatten(tree).items()},
         )
         for collection, tree in like.items()
     }

@@ -214,7 +214,7 @@ def detect(
     boxes = clip_xyxy(boxes, sizes[:, None])
     kept = nms.nms(boxes, score, score > least, overlap, label)
     order, kept = nms.best(kept, score, most)
-    sides = jnp.tile(sizes[:, ::-1], 2)[:, None].astype(boxes.dtype)  # width, height, twice
+    sides = jnp.tile(sizes[:, ::-1].astype(boxes.dtype), 2)[:, None]  # width, height, twice
     return {
         "score": jnp.where(kept, jnp.take_along_axis(score, order, axis=1), 0),
         "label": jnp.take_along_axis(label, order, axis=1).astype(jnp.int32),

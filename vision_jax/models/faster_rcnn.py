@@ -444,7 +444,7 @@ def _detect(logits, deltas, proposals, proposed, sizes, candidates: int, most: i
     boxes = clip_xyxy(anchors.decode(moves, boxes, BOX_WEIGHTS), sizes[:, None])
     valid = (score > 0) & _large(boxes, LEAST_BOX)
     index, kept = nms.best(nms.nms(boxes, score, valid, OVERLAP, label), score, most)
-    sides = jnp.tile(sizes[:, ::-1], 2)[:, None].astype(boxes.dtype)  # width, height, twice
+    sides = jnp.tile(sizes[:, ::-1].astype(boxes.dtype), 2)[:, None]  # width, height, twice
     return {
         "score": jnp.where(kept, jnp.take_along_axis(score, index, axis=1), 0),
         "label": jnp.take_along_axis(label, index, axis=1).astype(jnp.int32),

@@ -40,9 +40,9 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
 
 def gelu(x: Array) -> Array:
     """x · Φ(x) of f[...], Φ that of the normal distribution (https://arxiv.org/abs/1606.08415)."""
-    return (
-        _gelu(x) if platform.current() in ("cpu", platform.ANY) else nn.gelu(x, approximate=False)
-    )
+    if platform.current() in ("gpu", "tpu"):
+        return nn.gelu(x, approximate=False)
+    return _gelu(x)
 
 
 def max_pool(x: Array, size: int, strides: int) -> Array:

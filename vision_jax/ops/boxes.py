@@ -61,7 +61,7 @@ def clip_xyxy(boxes: Array, size: Array) -> Array:
       boxes: f[..., 4].
       size: [..., 2], (height, width) in the unit of the boxes, of as many axes as `boxes`.
     """
-    limit = jnp.tile(size[..., ::-1], 2).astype(boxes.dtype)  # width, height, width, height
+    limit = jnp.tile(size[..., ::-1].astype(boxes.dtype), 2)  # width, height, width, height
     return jnp.clip(boxes, 0, limit)
 
 

@@ -140,7 +140,7 @@ def pair_detections(
     """
     found = sigmoid_detections(logits, boxes_cxcywh_01, size, candidates)
     score, boxes = found["score"], found["boxes_xyxy_px"]
-    edges = jnp.tile(size[:, None, ::-1], 2).astype(boxes.dtype)
+    edges = jnp.tile(size[:, None, ::-1].astype(boxes.dtype), 2)
     boxes = jnp.clip(boxes, 0, edges)
     return _not_covered(score, found["label"], boxes, score > least, overlap, most)
 
@@ -158,7 +158,7 @@ def _not_covered(score, label, boxes, valid, overlap, most) -> dict[str, Array]:
 
 def _pixels(boxes_cxcywh_01: Array, size: Array) -> Array:  # [B, N, 4]
     boxes = cxcywh_to_xyxy(_float(boxes_cxcywh_01))
-    return boxes * jnp.tile(size[:, None, ::-1], 2).astype(boxes.dtype)  # width, height, twice
+    return boxes * jnp.tile(size[:, None, ::-1].astype(boxes.dtype), 2)  # width, height, twice
 
 
 def _float(values: Array) -> Array:
@@ -187,7 +187,7 @@ def _of_sides(outputs: Mapping[str, Array], size: Array) -> dict[str, Array]:
 def _chosen(outputs: Mapping[str, Array], size: Array) -> dict[str, Array]:
     """The boxes that the model itself has chosen."""
     boxes = outputs["boxes_xyxy_01"]
-    pixels = jnp.tile(size[:, None, ::-1], 2).astype(boxes.dtype)
+    pixels = jnp.tile(size[:, None, ::-1].astype(boxes.dtype), 2)
     return {**{name: outputs[name] for name in ("score", "label")}, "boxes_xyxy_px": boxes * pixels}
 
 

@@ -16,6 +16,8 @@ from vision_jax.ops.boxes import iou_of_sides, pairwise_iou_xyxy, sides_of
 
 Array = jax.Array
 
+ROUNDS = 24  # of suppression, where there are no loops
+
 
 def nms(
     boxes_xyxy: Array,
@@ -44,7 +46,9 @@ def nms(
       valid: bool[..., N]; what is not valid is not kept and suppresses nothing.
       iou: the overlap above which the lower score is dropped.
       labels: i32[..., N], the class of each box, or None for one class.
-      platform: see platform.py; the current one if None. For any of them, both are in the program.
+      platform: see platform.py; the current one if None. For any of them both are in the program.
+        Without loops the rounds are written out, ROUNDS of them: all is as above, unless so many
+        boxes and one more each suppress the next.
 
     Returns:
       bool[..., N] in the order of the boxes.
@@ -58,7 +62,9 @@ def nms(
     platform = platform or platforms.current()
     scores = jnp.where(valid, scores, -jnp.inf)
     given = (flat(boxes, 4), flat(scores), flat(valid), flat(labels))
-    if platform == platforms.ANY:
+    if platform == platforms.NO_LOOPS:
+        keep = _by_pairs(*given, iou, rounds=ROUNDS)
+    elif platform == platforms.ANY:
         keep = lax.platform_dependent(
             *given, cpu=partial(_by_rank, iou=iou), default=partial(_by_pairs, iou=iou)
         )
@@ -112,15 +118,21 @@ def _by_rank(boxes: Array, scores: Array, valid: Array, labels: Array | None, io
     return _put(keep, order)
 
 
-def _by_pairs(boxes: Array, scores: Array, valid: Array, labels: Array | None, iou: float) -> Array:
-    """f[B, N, 4], f[B, N] -> bool[B, N]: the fixed point over all pairs."""
-    order = jnp.argsort(-scores, axis=-1, stable=True)
-    boxes, valid = _take(boxes, order), _take(valid, order)
-    place = jnp.arange(order.shape[1])
-    suppresses = (place[:, None] < place[None, :])[None]
+def _by_pairs(
+    boxes: Array,
+    scores: Array,
+    valid: Array,
+    labels: Array | None,
+    iou: float,
+    rounds: int | None = None,
+) -> Array:
+    """f[B, N, 4], f[B, N] -> bool[B, N]: the fixed point over all pairs, or so many rounds."""
+    place = jnp.arange(scores.shape[1])
+    score, other = scores[:, :, None], scores[:, None, :]
+    earlier = (place[:, None] < place[None, :])[None]
+    suppresses = (score > other) | ((score == other) & earlier)
     suppresses &= pairwise_iou_xyxy(boxes, boxes) > iou  # [B, N, N]
     if labels is not None:
-        labels = _take(labels, order)
         suppresses &= labels[:, :, None] == labels[:, None, :]
 
     def again(state):
@@ -131,8 +143,13 @@ def _by_pairs(boxes: Array, scores: Array, valid: Array, labels: Array | None, i
         keep, _ = state
         return valid & ~jnp.any(suppresses & keep[:, :, None], axis=1), keep
 
-    keep, _ = lax.while_loop(again, settle, (valid, ~valid))
-    return _put(keep, order)
+    if rounds is None:
+        keep, _ = lax.while_loop(again, settle, (valid, ~valid))
+    else:
+        keep = valid
+        for _ in range(rounds):
+            keep, _ = settle((keep, keep))
+    return keep
 
 
 def _take(values: Array, index: Array) -> Array:

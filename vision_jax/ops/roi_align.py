@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from vision_jax import platform
+
 Array = jax.Array
 
 SAMPLES = 2  # a bin and axis
@@ -101,6 +103,10 @@ def _weighted_reads(flat: Array, cells: Array, shares: Array) -> Array:
         return total + share[..., None] * value, None
 
     total = jnp.zeros((*cells.shape[1:], flat.shape[-1]), flat.dtype)
+    if platform.current() == platform.NO_LOOPS:
+        for where in zip(cells, shares, strict=True):
+            total, _ = read(total, where)
+        return total
     return lax.scan(read, total, (cells, shares))[0]
 
 

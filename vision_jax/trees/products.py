@@ -63,7 +63,8 @@ def convolution(
     """
     cpu = platform.current() == "cpu"
     reach = tuple((size - 1) * dilation + 1 for size in window)
-    if groups == 1 and not any(map(any, padding)):
+    tiles = groups == 1 and not any(map(any, padding))
+    if tiles and platform.current() != platform.NO_LOOPS:  # whose formats have convolutions
         if strides == window == reach:
             return _tiled
         if cpu and window == (1, 1):
