@@ -35,6 +35,7 @@ BENCHMARKS = {
     "lora_step": ("--variant=ti/16", "--depth=1", "--image_size=32", "--batch=2"),
     "matching": ("--problems=2", "--targets=5", "--queries=6"),
     "pgd": ("--small", *BRIEF),
+    "quantization": ("--tiles=5",),
     "startup": ("--configs", "configs/vit_lora.py", "--rounds=1"),
     "training": ("--small", "--jobs", "LoRA", "MAE", *BRIEF),
     "transfer": ("--seeds=1", "--recipes", "LoRA, pretrained", *SHORT, *FEW_IMAGES),

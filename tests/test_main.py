@@ -159,7 +159,7 @@ def test_bad_input_is_one_line_and_leaves_no_trace(name, tmp_path, capsys):
         (["predict", "--workdir=absent", "--images=a.png"], "absent holds no run"),
         (["--show", "--workdir=absent"], "absent holds no run"),
         ([CONFIG, "--images=a.png"], "--images is a flag of predict, and this is train"),
-        ([CONFIG, "--out=x"], "--out is a flag of predict, and this is train"),
+        ([CONFIG, "--out=x"], "--out is a flag of predict, quantize, and this is train"),
         ([CONFIG, "--checkpoint=last"], "--checkpoint is a flag of evaluate, predict, robustness"),
         ([CONFIG, "--devices=4"], "--devices is a flag of plan, and this is train"),
         ([CONFIG, "--memory=3"], "--memory is a flag of plan, and this is train"),

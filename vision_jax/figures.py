@@ -195,6 +195,33 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
+def draw_errors(kernels: Mapping[str, tuple[float, str]], path: str | Path) -> Path:
+    """The error that quantizing each kernel alone makes, as bars, the largest first, as a PNG.
+
+    Args:
+      kernels: by path, the relative error of the outputs, and why it stays in float: "" if it does
+        not.
+      path: of the file.
+    """
+    order = sorted(kernels, key=lambda name: kernels[name][0])[-MOST_NAMES:]
+    figure = Figure(figsize=(9, 0.8 + 0.2 * len(order)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    reasons = sorted({kernels[name][1] for name in order})
+    colors = dict(zip(reasons, (BLUE, ORANGE, RED), strict=False))
+    for reason in reasons:
+        names = [name for name in order if kernels[name][1] == reason]
+        places = [order.index(name) for name in names]
+        errors = [max(kernels[name][0], 1e-9) for name in names]
+        axes.barh(places, errors, color=colors[reason], label=reason or "quantized")
+    axes.set_yticks(range(len(order)), order, fontsize=7)
+    axes.set_xscale("log")
+    axes.legend(frameon=False, loc="lower right")
+    axes.set_title("Relative error of the outputs, each kernel alone in few bits", loc="left")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, path)
+
+
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes a PNG on white."""
     path = Path(path)

@@ -24,6 +24,7 @@ from vision_jax import convert, sharding
 from vision_jax.config import default_config
 from vision_jax.convert import peft
 from vision_jax.convert.package import write_package
+from vision_jax.convert.quantized import QuantizedFile, read_quantized
 from vision_jax.convert.tables import published
 from vision_jax.data.decode import image_to_array
 from vision_jax.data.detection_transforms import (
@@ -260,7 +261,8 @@ def load(
     Args:
       weights: `embedded:vit_cifar10`, `hf://owner/name`, `timm://NAME[.TAG]`,
         `torchvision://NAME`, a name of docs/zoo.md (`timm/resnet50`), a file, a folder in Hugging
-        Face's layout, or the workdir of a finished run, its adapters merged.
+        Face's layout, the workdir of a finished run, its adapters merged, or the folder that
+        `vision_jax quantize` wrote.
       num_classes: another number than the weights' begins a new head; 0 leaves the head out.
       class_names: names of the classes by label, instead of `num_classes`. A new head begins unless
         they are the weights' own.
@@ -276,7 +278,15 @@ def load(
     Raises:
       UserError: no such weights, no known architecture, or arguments that don't fit them.
     """
-    read = convert.read_weights(_spec(weights), allow_pickle=allow_pickle)
+    spec = _spec(weights)
+    if (quantized := read_quantized(spec)) is not None:
+        if (num_classes, class_names, image_size) != (None, None, None):
+            raise UserError(
+                f"{quantized.origin} is quantized for its classes and size: load the float weights "
+                "for others"
+            )
+        return _load_quantized(quantized, dtype)
+    read = convert.read_weights(spec, allow_pickle=allow_pickle)
     family, arguments = convert.recognize(read)
     own_classes = arguments["num_classes"]
     own_names = _own_names(read, own_classes)
@@ -310,6 +320,18 @@ def load(
     if model.dtype == jnp.float64:
         variables = jax.tree.map(_widen, variables)
     return Loaded(model, variables, names, preprocessing, read.origin, tuple(new))
+
+
+def _load_quantized(held: QuantizedFile, dtype: Any) -> Loaded:
+    model = families.build_model(held.family, **held.arguments, dtype=_compute_dtype(dtype))
+    task = find_task(FAMILIES[held.family].task)
+    try:
+        preprocessing = task.load_preprocessing(held.preprocessing)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{held.origin}: its preprocessing is damaged ({error})") from None
+    variables = held.variables(model_shapes(model, preprocessing.image_size))
+    variables = jax.tree.map(jnp.asarray, variables)
+    return Loaded(model, variables, held.class_names, preprocessing, held.origin)
 
 
 def trained_of(loaded: Loaded, mesh: Mesh) -> Trained:

@@ -80,6 +80,11 @@ COMMANDS: Mapping[str, Command] = {
         "vision_jax.commands.robustness:run",
         ("config", "workdir", "checkpoint"),
     ),
+    "quantize": Command(
+        "a finished run's model in 8 or 4 bits, its most sensitive layers in float",
+        "vision_jax.commands.quantize:run",
+        ("config", "workdir", "checkpoint", "out"),
+    ),
     "probe": Command(
         "nearest neighbours and few-shot regression on the weights' frozen features",
         "vision_jax.commands.probe:run",
@@ -116,7 +121,7 @@ COMMANDS: Mapping[str, Command] = {
 }
 MOVED = {"frozen": "probe", "teach": "cache-teacher"}  # older names
 FROM_CONFIG = ("train", "probe", "cache-teacher", "plan")  # these take --config
-FROM_WORKDIR = ("evaluate", "predict", "robustness")  # these a finished run
+FROM_WORKDIR = ("evaluate", "predict", "robustness", "quantize")  # these a finished run
 CONFIGURED = (*FROM_CONFIG, *FROM_WORKDIR)
 COMPUTING = ("train", "probe", "cache-teacher", *FROM_WORKDIR)
 # Fields that a finished run keeps: what it is and was trained with.
@@ -153,7 +158,13 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         ("predict",),
         {"nargs": "+", "action": "extend", "default": [], "help": "files or folders"},
     ),
-    "out": (("predict",), {"type": expand, "help": "where files go; WORKDIR by default"}),
+    "out": (
+        ("predict", "quantize"),
+        {
+            "type": expand,
+            "help": "where files go; WORKDIR by default, of quantize WORKDIR/quantized",
+        },
+    ),
     "weights": (
         ("predict",),
         {"help": "instead of a run: a file or folder of weights, hf://OWNER/NAME, timm://NAME"},

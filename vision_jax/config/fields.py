@@ -30,6 +30,7 @@ RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
 CLASSIFICATION, DETECTION, PRETRAINING = "classification", "detection", "pretraining"
 SELF_DISTILLATION, CONTRASTIVE = "self_distillation", "contrastive"
 IMAGE_TEXT, SEGMENTATION = "image_text", "segmentation"
+MEASURED = (CLASSIFICATION, DETECTION)  # tasks of `vision_jax quantize`
 UNLABELLED = (PRETRAINING, SELF_DISTILLATION, CONTRASTIVE)
 # What distill.features may compare (recipes/distillation/objective.py).
 FEATURES = (
@@ -40,6 +41,10 @@ FEATURES = (
     "relational_distance",
     "relational_angle",
 )
+
+
+# Kernels whose outputs are the model's: heads, box outputs.
+HEADS = (r"(.*/)?((?!roi_)[a-z]+_)*head(_dist)?/.*kernel",)
 
 
 @dataclass(frozen=True)
@@ -359,7 +364,7 @@ FIELDS = (
     _field("quantize.rules", (".*kernel",), RULES, "kernels to quantize: regexes over whole paths"),
     _field(
         "quantize.keep",
-        (r"(.*/)?((?!roi_)[a-z]+_)*head(_dist)?/.*kernel",),
+        HEADS,
         RULES,
         "kernels that stay in float all the same, heads and box outputs at first; so does the first"
         " layer",
@@ -378,6 +383,70 @@ FIELDS = (
         ANY,
         "of int8: train kernels that are rounded in the forward pass alone (QAT); else they are"
         " frozen",
+    ),
+    # Quantization of a finished run: `vision_jax quantize`.
+    _field(
+        "ptq.form", "int8", one_of("int8", "nf4"), "int8, or 4-bit NormalFloat in blocks", *MEASURED
+    ),
+    _field(
+        "ptq.activations",
+        "float",
+        one_of("float", "dynamic", "static"),
+        "of int8, the layers' inputs: float, int8 by each one's own scale, or by a calibrated one",
+        *MEASURED,
+    ),
+    _field(
+        "ptq.rules",
+        (".*kernel",),
+        RULES,
+        "kernels to quantize: regexes over whole paths",
+        *MEASURED,
+    ),
+    _field(
+        "ptq.keep",
+        HEADS,
+        RULES,
+        "kernels that stay in float all the same, heads and box outputs at first; so does the first"
+        " layer",
+        *MEASURED,
+    ),
+    _field(
+        "ptq.block_size", 64, COUNT, "weights of an output that share a scale, of nf4", *MEASURED
+    ),
+    _field(
+        "ptq.images",
+        128,
+        COUNT,
+        "training images that ranges and errors are measured on",
+        *MEASURED,
+    ),
+    _field(
+        "ptq.observer",
+        "mse",
+        one_of("absmax", "percentile", "mse"),
+        "how far a static scale reaches: the largest input, a percentile, the least squared error",
+        *MEASURED,
+    ),
+    _field(
+        "ptq.percentile",
+        99.99,
+        Check(lambda value: 0 < value <= 100, "above 0 and at most 100"),
+        "percent of the inputs' magnitudes that are not clipped, of that observer",
+        *MEASURED,
+    ),
+    _field(
+        "ptq.max_error",
+        0.05,
+        NOT_NEGATIVE,
+        "relative error of the outputs; the most sensitive layers stay in float until it is met",
+        *MEASURED,
+    ),
+    _field(
+        "ptq.requantize",
+        False,
+        ANY,
+        "merge adapters into a 4-bit base again, though rounding takes back what they learned",
+        *MEASURED,
     ),
     # Adapters.
     _field("lora.rules", (), RULES, "kernels that get an adapter: regexes over whole paths"),

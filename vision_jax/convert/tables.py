@@ -163,7 +163,7 @@ def infer_arguments(table: Table, shapes: Shapes, metadata: Metadata) -> dict[st
     """
     ours = metadata.get("vision_jax", {}).get("arguments")
     if isinstance(ours, dict):  # JSON keeps tuples as lists
-        found = {name: _tuples(value) for name, value in ours.items()}
+        found = {name: as_tuples(value) for name, value in ours.items()}
         if metadata["vision_jax"].get("family") in (None, table.family):
             return found
         # A part of what the header describes: the ViT in an MAE.
@@ -293,5 +293,5 @@ def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value

@@ -38,7 +38,9 @@ from vision_jax.models import (
     yolox,
 )
 from vision_jax.models.attention import attention_weights
+from vision_jax.models.layers import KERNEL_INPUT
 from vision_jax.models.layers import RUN_ARGUMENTS as RUN_ARGUMENTS
+from vision_jax.trees import paths
 
 
 @dataclass(frozen=True)
@@ -334,13 +336,39 @@ def make_apply(
             result = model.apply(variables, *inputs, **arguments)
         result, changed = result if "mutable" in arguments else (result, {})
         outputs, found = result if features else (result, {})
-        if not isinstance(outputs, Mapping):
-            outputs = {"logits": outputs}
+        outputs = as_outputs(outputs)
         if features:
             outputs = {**outputs, "features": found}
         return dict(outputs), changed.get("batch_stats", model_state)
 
     return apply
+
+
+def as_outputs(outputs: Any) -> Mapping[str, Any]:
+    """A model's outputs as a dict: a classifier gives its logits alone."""
+    return outputs if isinstance(outputs, Mapping) else {"logits": outputs}
+
+
+def unrolled(model: Any) -> Any:
+    """The model without loops over its blocks, and without recomputation: the same numbers."""
+    known = {field.name for field in fields(model)}
+    return model.clone(**{name: False for name in ("scan", "remat") if name in known})
+
+
+def apply_with_inputs(
+    model: Any, variables: Mapping[str, Any], *inputs: Any
+) -> tuple[Any, dict[str, list[jax.Array]]]:
+    """`model.apply`, and what each kernel multiplies, by its path: several of a layer used twice.
+
+    Not in a loop over blocks (`scan`), nor recomputed (`remat`).
+    """
+    outputs, changed = model.apply(variables, *inputs, mutable=["intermediates"])
+    found: dict[str, list[jax.Array]] = {}
+    for path, x in paths.flatten(changed.get("intermediates", {})).items():
+        layer, _, name = path.rpartition("/")[0].rpartition("/")
+        if name == KERNEL_INPUT:
+            found.setdefault(f"{layer}/kernel", []).append(x)
+    return outputs, found
 
 
 ATTENTION = "/attention"  # block_0/attention: f[B, K, N, N]

@@ -36,6 +36,9 @@ RUN_ARGUMENTS = ("dtype", "remat", "scan", "dropout", "drop_path", "freeze_norm"
 # Keys for the adapters' input dropout arrive in this collection, in training only.
 ADAPTER_KEYS = "adapter"
 
+# The name of a layer's input among the intermediates, for whoever measures its range.
+KERNEL_INPUT = "kernel_input"
+
 
 class Dense(nn.Module):
     """x[..., in] · kernel[in, out] + bias[out]."""
@@ -50,7 +53,9 @@ class Dense(nn.Module):
     def __call__(self, x):
         kernel = _kernel(self, (x.shape[-1], self.features))
         key = self.make_rng(ADAPTER_KEYS) if self.has_rng(ADAPTER_KEYS) else None
-        x = dot(x.astype(self.dtype), kernel, key)
+        x = x.astype(self.dtype)
+        self.sow("intermediates", KERNEL_INPUT, x)
+        x = dot(x, kernel, key)
         if self.use_bias:
             x = add_bias(x, self.param("bias", self.bias_init, (self.features,)))
         return x
@@ -81,6 +86,7 @@ class Conv(nn.Module):
             )
         key = self.make_rng(ADAPTER_KEYS) if self.has_rng(ADAPTER_KEYS) else None
         x = x.astype(self.dtype)
+        self.sow("intermediates", KERNEL_INPUT, x)
         x = convolve(x, kernel, self.strides, self.padding, self.groups, key, self.dilation)
         if self.use_bias:
             x = add_bias(x, self.param("bias", self.bias_init, (self.features,)))

@@ -6,7 +6,7 @@ robustness.py. config/fields.py has the list of them.
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -136,6 +136,17 @@ class Task(Protocol):
         trained: Trained,
         restore_other: Callable[[Path], Trained],
     ) -> dict[str, Any]: ...
+
+
+class Calibrated(Task, Protocol):
+    """A task whose models `vision_jax quantize` can measure: it gives evaluation's batches alone.
+
+    They are an evaluation.MakeBatches.
+    """
+
+    def make_batches(
+        self, config: Config, preprocessing: Any
+    ) -> Callable[..., Iterator[Mapping[str, Any]]]: ...
 
 
 def find_task(name: str) -> Task:

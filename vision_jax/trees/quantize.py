@@ -132,6 +132,38 @@ class Switched(Leaf):
         return lax.cond(self.on, lambda: by(self.other), lambda: by(self.base))
 
 
+def switch(plain: Params, quantized: Params, on: Collection[str]) -> Params:
+    """The tree whose quantized kernels are switches; those of the paths `on` are quantized."""
+    changed = leaves(quantized)
+
+    def change(path: str, leaf: Any) -> Any:
+        if not isinstance(changed[path], Leaf):
+            return leaf
+        return Switched(jnp.asarray(path in on), leaf, changed[path])
+
+    return map_leaves(change, plain)
+
+
+def only(plain: Params, quantized: Params, chosen: Collection[str]) -> Params:
+    """The tree whose chosen kernels are quantized, and the others as they were."""
+    changed = leaves(quantized)
+    return map_leaves(lambda path, leaf: changed[path] if path in chosen else leaf, plain)
+
+
+def quantize_static(
+    params: Params, chosen: Collection[str], input_scales: Mapping[str, jax.Array]
+) -> Params:
+    """The tree with the chosen kernels in int8, and their inputs by calibrated scales f[].
+
+    A kernel whose inputs nobody saw multiplies in float.
+    """
+
+    def change(path: str, leaf: Any) -> Any:
+        return to_int8(leaf, input_scale=input_scales.get(path)) if path in chosen else leaf
+
+    return map_leaves(change, params)
+
+
 # What a file says of its leaves ------------------------------------------------------------------
 
 

@@ -195,6 +195,9 @@ class Evaluation:
         return [name for name in reported if self.summary[name] is not None]
 
 
+make_batches = images.make_batches
+
+
 def make_evaluate(
     config: ConfigDict,
     outputs_fn: Callable[..., Mapping[str, jax.Array]],

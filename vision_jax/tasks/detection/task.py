@@ -1,6 +1,6 @@
 """Detection as a run's task: its config's data, loss, evaluation and pictures."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -341,15 +341,22 @@ def _evaluation(config, source, found, damage) -> Evaluation:
     return Evaluation(detections, seen, summary, damage.lines, config.evaluate.warn_after)
 
 
-def _make_run_over(config, outputs_fn, mesh, preprocessing, batch_size=None):
-    make_batches = partial(
+def make_batches(
+    config: ConfigDict, preprocessing: DetectionPreprocessing
+) -> Callable[..., Iterator[Any]]:
+    """Makes the batches of an evaluation (see evaluation.MakeBatches)."""
+    return partial(
         make_detection_eval_batches,
         preprocessing=preprocessing,
         max_boxes=config.data.max_boxes,
         num_threads=config.data.threads,
     )
+
+
+def _make_run_over(config, outputs_fn, mesh, preprocessing, batch_size=None):
+    batches = make_batches(config, preprocessing)
     batch_size = batch_size or config.evaluate.batch_size
-    return make_run_over(outputs_fn, mesh, make_batches, batch_size=batch_size)
+    return make_run_over(outputs_fn, mesh, batches, batch_size=batch_size)
 
 
 # Results ----------------------------------------------------------------------------------------
