@@ -36,6 +36,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vision_jax.commands.flags import Parser
 from vision_jax.config import TASKS, Reading, fields, fields_of, read_config
 from vision_jax.config.hints import suggest
 from vision_jax.config.show import explain, show
@@ -105,6 +106,9 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command(
         "write a model as StableHLO and other files that run elsewhere, with a certificate",
         "vision_jax.commands.export",
+    ),
+    "prune": Command(
+        "cut channels, heads and layers out of a trained model", "vision_jax.commands.prune"
     ),
     "certify": Command(
         "compare an imported model with its source, number by number", "vision_jax.certify"
@@ -348,13 +352,6 @@ def _run_name(config: str) -> str:
     return re.sub(r"[^\w.]+", "_", f"{Path(path).stem}_{argument}").strip("_")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad flag in one line, like every other bad input."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
 def overview() -> str:
     """What there is, for people."""
     title, _, examples = __doc__.partition("\n")
@@ -383,7 +380,7 @@ def _find_command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     if re.fullmatch(r"\w[\w-]*", word):
         raise UserError(_no_command(word))
     # Programs out there say --mode=NAME and --plan.
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--mode", default="train")
     parser.add_argument("--plan", dest="mode", action="store_const", const="plan")
     flags, rest = parser.parse_known_args(arguments)
@@ -402,7 +399,7 @@ def _no_command(name: str) -> str:
 def _parse(name: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """(the flags of a command by name, fields to set)."""
     configured = name in CONFIGURED
-    parser = _Parser(
+    parser = Parser(
         prog=f"vision_jax {name}",
         description=COMMANDS[name].help,
         epilog="Fields of the config are set with --config.FIELD=VALUE." if configured else None,

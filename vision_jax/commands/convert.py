@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vision_jax.commands.flags import Parser
 from vision_jax.errors import UserError
 from vision_jax.files import draft_folder
 
@@ -75,15 +76,8 @@ def _stop(number: int, frame: Any) -> None:
     raise KeyboardInterrupt(number)  # so that what was begun is removed
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad flag in one line, like every other bad input."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m vision_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

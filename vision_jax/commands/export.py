@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vision_jax.commands.flags import Parser
 from vision_jax.errors import UserError
 from vision_jax.files import expand, read_json
 
@@ -35,15 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad flag in one line, like every other bad input."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="vision_jax export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

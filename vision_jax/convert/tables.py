@@ -37,6 +37,7 @@ from vision_jax.convert.files import Tensors, strip_prefixes
 from vision_jax.convert.table import Arguments, Entry, Metadata, Shapes, Table, without_prefix
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, check_arguments
+from vision_jax.models.widths import PRUNED
 
 # The first that matches is the one, so where one table's anchors contain another's it stands first.
 TABLES: tuple[Table, ...] = (
@@ -208,6 +209,12 @@ def table_for_export(to: str, family: str, arguments: Arguments) -> Table:
     Raises:
       UserError: no such naming, or it has no place for this model.
     """
+    if pruned := [name for name in PRUNED if arguments.get(name)]:
+        raise UserError(
+            f"{to} has no {family} that is pruned like this one, with a {pruned[0]} of "
+            f"{arguments[pruned[0]]}, and nor has any other library: keep its file, which "
+            "config.model.weights and vision_jax.load read"
+        )
     for table in TABLES:
         if (table.source, table.family) == (to, family) and table.holds(arguments):
             bare = not arguments["num_classes"] and "" in table.prefixes

@@ -72,7 +72,7 @@ class Block(nn.Module):
     """x + scale · fc2(GELU(fc1(norm(conv_dw(x))))), with GRN before fc2 in V2."""
 
     kernel_size: int
-    mlp_ratio: int
+    hidden_width: int
     grn: bool
     layer_scale: float | None
     activation: str
@@ -93,7 +93,7 @@ class Block(nn.Module):
             name="conv_dw",
         )(x)
         y = layer_norm("norm", self.layer_norm_eps, self.dtype)(y)
-        y = Mlp(self.mlp_ratio * width, self.activation, self.grn, self.dtype, name="mlp")(y)
+        y = Mlp(self.hidden_width, self.activation, self.grn, self.dtype, name="mlp")(y)
         if self.layer_scale is not None:
             scale = self.param("layer_scale", nn.initializers.constant(self.layer_scale), (width,))
             y = y * scale.astype(y.dtype).reshape(1, 1, 1, -1)
@@ -172,6 +172,8 @@ class ConvNeXt(nn.Module):
       first_stride: of the first stage; timm's is 2 behind patches of 2 pixels.
       kernel_size: of the depthwise convolutions.
       mlp_ratio: hidden width of the MLP, in widths.
+      mlp_widths: each stage's hidden width, where pruning has left others than follow from
+        `mlp_ratio`; () otherwise.
       grn: response normalization in the MLP (V2).
       layer_scale: initial value, or None for no LayerScale (V2).
       conv_mlp: timm keeps the MLP's kernels as 1 x 1 convolutions; it computes the same.
@@ -193,6 +195,7 @@ class ConvNeXt(nn.Module):
     first_stride: int = 1
     kernel_size: int = 7
     mlp_ratio: int = 4
+    mlp_widths: tuple[int, ...] = ()
     grn: bool = False
     layer_scale: float | None = 1e-6
     conv_mlp: bool = False
@@ -268,7 +271,6 @@ class ConvNeXt(nn.Module):
         features = {"stem": x}
         block = {
             "kernel_size": self.kernel_size,
-            "mlp_ratio": self.mlp_ratio,
             "grn": self.grn,
             "layer_scale": self.layer_scale,
             "activation": self.activation,
@@ -280,7 +282,9 @@ class ConvNeXt(nn.Module):
             before = sum(self.depths[:index])
             rates = tuple(self.drop_path * (before + i) / last for i in range(depth))
             strides = 2 if index else self.first_stride
-            stage = Stage(width, strides, rates, block, self.remat, name=f"stage_{index}")
+            hidden = self.mlp_widths[index] if self.mlp_widths else self.mlp_ratio * width
+            own = {**block, "hidden_width": hidden}
+            stage = Stage(width, strides, rates, own, self.remat, name=f"stage_{index}")
             if min(x.shape[1:3]) < strides:
                 raise UserError(
                     f"convnext: images of {images.shape[1:3]} pixels are too small, nothing is "

@@ -61,17 +61,19 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: Any
+    head_size: int | None = None
 
     @nn.compact
     def __call__(self, q, k, v, bias=None):
         width = q.shape[-1]
+        inner = self.num_heads * self.head_size if self.head_size else width
 
         def project(x, name):
-            x = Dense(width, dtype=self.dtype, kernel_init=_packed_xavier, name=name)(x)
+            x = Dense(inner, dtype=self.dtype, kernel_init=_packed_xavier, name=name)(x)
             return x.reshape(*x.shape[:2], self.num_heads, -1)  # [B, N, K, d]
 
         x = attend(project(q, "q"), project(k, "k"), project(v, "v"), bias=bias)
-        return Dense(width, dtype=self.dtype, name="out")(x.reshape(*q.shape))
+        return Dense(width, dtype=self.dtype, name="out")(x.reshape(*q.shape[:2], inner))
 
 
 class Layer(nn.Module):
@@ -81,6 +83,7 @@ class Layer(nn.Module):
     mlp_width: int
     dropout: float
     dtype: Any
+    head_size: int | None = None
 
     @nn.compact
     def __call__(self, x, positions, train: bool, bias=None, memory=None, memory_positions=None):
@@ -95,7 +98,7 @@ class Layer(nn.Module):
             return layer_norm(f"norm{norms}", EPSILON, self.dtype)(x + drop(y))
 
         def attention(name):
-            return Attention(self.num_heads, self.dtype, name=name)
+            return Attention(self.num_heads, self.dtype, self.head_size, name=name)
 
         placed = x + positions
         if memory is None:
@@ -113,10 +116,11 @@ class Detr(OnBackbone):
 
     Attributes:
       num_classes: K; each query has K + 1 logits, the last for "no object".
-      depths, block, widths, stem_width: of the ResNet, as there.
+      depths, block, widths, mid_widths, stem_width: of the ResNet, as there.
       dilation: the ResNet's last stage keeps the grid of the one before (DC5).
       num_queries: Q, the most objects that an image can have.
       width: of the transformer, a multiple of 4 and of the heads.
+      head_size: channels of a head; None for width / num_heads.
       num_heads, mlp_width, encoder_depth, decoder_depth: of the transformer.
       decoder_heads, decoder_mlp_width: the decoder's, if not the encoder's.
       grid_queries: queries start in a grid and attend near their boxes; not in the references.
@@ -135,11 +139,13 @@ class Detr(OnBackbone):
     depths: tuple[int, ...]
     block: Literal["basic", "bottleneck"] = "bottleneck"
     widths: tuple[int, ...] = (64, 128, 256, 512)
+    mid_widths: tuple[int, ...] = ()
     stem_width: int = 64
     dilation: bool = False
     num_queries: int = 100
     width: int = 256
     num_heads: int = 8
+    head_size: int | None = None
     mlp_width: int = 2048
     encoder_depth: int = 6
     decoder_depth: int = 6
@@ -211,7 +217,7 @@ class Detr(OnBackbone):
         bias = jnp.where(valid.reshape(batch, 1, 1, -1), 0, jnp.finfo(wide).min / 2)
 
         layer_of = nn.remat(Layer, static_argnums=(3,)) if self.remat else Layer
-        shared = (self.num_heads, self.mlp_width, self.dropout, self.dtype)
+        shared = (self.num_heads, self.mlp_width, self.dropout, self.dtype, self.head_size)
         heads = self.decoder_heads or self.num_heads
         decoding = (heads, self.decoder_mlp_width or self.mlp_width, *shared[2:])
         for index in range(self.encoder_depth):

@@ -224,6 +224,8 @@ class ResNet(nn.Module):
       block: "basic" or "bottleneck".
       widths: each stage's channels before a bottleneck's expansion by 4.
       groups, base_width: a bottleneck's 3 x 3 has width · base_width / 64 · groups channels.
+      mid_widths: each stage's channels inside of its blocks, where pruning has left others than
+        follow from `widths`; () otherwise.
       stem_width: channels of the stem.
       stem_size: of the stem's one convolution: 7 halves the image, 3 keeps it (ResNets for CIFAR).
       stem_widths: of the two further 3 x 3 convolutions in a deep stem; () for one alone.
@@ -249,6 +251,7 @@ class ResNet(nn.Module):
     widths: tuple[int, ...] = (64, 128, 256, 512)
     groups: int = 1
     base_width: int = 64
+    mid_widths: tuple[int, ...] = ()
     stem_width: int = 64
     stem_size: Literal[7, 3] = 7
     stem_widths: tuple[int, ...] = ()
@@ -345,12 +348,13 @@ class ResNet(nn.Module):
 
     def _stage(self, index):
         width, bottleneck = self.widths[index], self.block == BOTTLENECK
+        mid = width * self.base_width // 64 * self.groups if bottleneck else width
         strides = 2 if index else self.first_stride
         before, last = sum(self.depths[:index]), max(sum(self.depths) - 1, 1)
         return Stage(
             {
                 "kind": self.block,
-                "mid": width * self.base_width // 64 * self.groups if bottleneck else width,
+                "mid": self.mid_widths[index] if self.mid_widths else mid,
                 "out": 4 * width if bottleneck else width,
                 "groups": self.groups,
                 "pooled_shortcut": self.pooled_shortcut,

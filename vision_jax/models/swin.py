@@ -217,10 +217,11 @@ class WindowAttention(nn.Module):
     pretrained: int
     qkv_bias: bool
     dtype: Any
+    head_size: int | None = None
 
     @nn.compact
     def __call__(self, x):
-        rows, columns, width = x.shape[1:]
+        rows, columns = x.shape[1:3]
         shifted = any(self.shift)
 
         def roll(x, sign):
@@ -232,12 +233,12 @@ class WindowAttention(nn.Module):
         # timm pads what is shifted already, so its padding lies elsewhere.
         timm = self.library == "timm"
         x = pad(roll(x, -1)) if timm else roll(pad(x), -1)
-        x = self._attend(x)
+        width, x = x.shape[-1], self._attend(x)
         x = roll(x[:, :rows, :columns], 1) if timm else roll(x, 1)[:, :rows, :columns]
         return Dense(width, dtype=self.dtype, name="proj")(x)
 
     def _attend(self, x):
-        batch, rows, columns, width = x.shape
+        batch, rows, columns = x.shape[:3]
         (tall, wide), heads = self.window, self.num_heads
         down, across = rows // tall, columns // wide
         qkv = self._qkv(x).reshape(batch, down, tall, across, wide, 3, heads, -1)
@@ -250,11 +251,11 @@ class WindowAttention(nn.Module):
             q, k = q.astype(v.dtype), k.astype(v.dtype)
         bias = self._bias(rows, columns)  # [n·K, N, N]
         x = attend(q, k, v, bias=bias, scale=scale)
-        x = x.reshape(batch, tall, wide, down, across, width).transpose(0, 3, 1, 4, 2, 5)
-        return x.reshape(batch, rows, columns, width)
+        x = x.reshape(batch, tall, wide, down, across, -1).transpose(0, 3, 1, 4, 2, 5)
+        return x.reshape(batch, rows, columns, -1)
 
     def _qkv(self, x):
-        width = x.shape[-1]
+        width = self.num_heads * self.head_size if self.head_size else x.shape[-1]
         plain = self.version == 1 and self.qkv_bias
         x = Dense(3 * width, use_bias=plain, dtype=self.dtype, name="qkv")(x)
         if self.version == 2 and self.qkv_bias:
@@ -297,7 +298,7 @@ class Block(nn.Module):
 
     attention: dict[str, Any]
     shift: tuple[int, int]
-    mlp_ratio: float
+    hidden_width: int
     activation: str
     layer_norm_eps: float
 
@@ -312,9 +313,8 @@ class Block(nn.Module):
             x = norm(layer(x)) if version == 2 else layer(norm(x))
             return drop_path(x, rate, self.make_rng("dropout")) if train and rate else x
 
-        hidden = int(x.shape[-1] * self.mlp_ratio)
         x = x + branch(x, 1, WindowAttention(**self.attention, shift=self.shift, name="attn"))
-        return x + branch(x, 2, Mlp(hidden, self.activation, False, dtype, name="mlp"))
+        return x + branch(x, 2, Mlp(self.hidden_width, self.activation, False, dtype, name="mlp"))
 
 
 class PatchMerging(nn.Module):
@@ -378,6 +378,9 @@ class Swin(nn.Module):
         come from, which the offsets are counted in; 0 or () for the window's own.
       patch_size: pixels a side.
       mlp_ratio: hidden width of the MLPs by their width, rounded down.
+      mlp_widths: each stage's hidden width, where pruning has left others than follow from
+        `mlp_ratio`; () otherwise.
+      head_size: channels of a head; None for width / num_heads, of each stage.
       layer_norm_eps: of the blocks' norms and the last one.
       in_channels: of the images; `mean` and `std` have as many entries.
       dropout, drop_path: rates in training; drop_path grows linearly with depth up to its value.
@@ -399,6 +402,8 @@ class Swin(nn.Module):
     patch_size: int = 4
     in_channels: int = 3
     mlp_ratio: float = 4.0
+    mlp_widths: tuple[int, ...] = ()
+    head_size: int | None = None
     qkv_bias: bool = True
     activation: str = "gelu"
     layer_norm_eps: float = 1e-5
@@ -503,11 +508,13 @@ class Swin(nn.Module):
             "pretrained": self.pretrained_windows[index] if self.pretrained_windows else 0,
             "qkv_bias": self.qkv_bias,
             "dtype": self.dtype,
+            "head_size": self.head_size,
         }
+        hidden = int(2**index * self.width * self.mlp_ratio)
         return Stage(
             {
                 "attention": attention,
-                "mlp_ratio": self.mlp_ratio,
+                "hidden_width": self.mlp_widths[index] if self.mlp_widths else hidden,
                 "activation": self.activation,
                 "layer_norm_eps": self.layer_norm_eps,
             },

@@ -199,19 +199,21 @@ HEADS = (
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused qkv kernel [D, 3·D]."""
+    """Multi-head self-attention with a fused qkv kernel [D, 3·K·d], [D, 3·D] unless pruned."""
 
     num_heads: int
     qkv_bias: bool
     qk_norm: bool
     layer_norm_eps: float
     dtype: Any
+    head_size: int | None = None
 
     @nn.compact
     def __call__(self, x, bias=None):
         """`bias`: added to the logits of x[B, N, D], f[B, 1, N, N]."""
         batch, tokens, width = x.shape
-        qkv = Dense(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
+        inner = self.num_heads * self.head_size if self.head_size else width
+        qkv = Dense(3 * inner, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
         # A split's gradient is one array put together; three slices' are three that are added up.
         shape = (batch, tokens, self.num_heads, -1)
         q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))  # [B, N, K, d]
@@ -220,7 +222,7 @@ class Attention(nn.Module):
             k = layer_norm("k_norm", self.layer_norm_eps, self.dtype)(k)
         # Nothing unless the collection is asked for; see families.apply_with_features.
         self.sow("intermediates", "query_key", (q, k))
-        x = attend(q, k, v, bias=bias).reshape(batch, tokens, width)
+        x = attend(q, k, v, bias=bias).reshape(batch, tokens, inner)
         return Dense(width, dtype=self.dtype, name="proj")(x)
 
 
@@ -262,6 +264,7 @@ class Block(nn.Module):
     layer_norm_eps: float = 1e-6
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    head_size: int | None = None
 
     @nn.compact
     def __call__(self, x, rate, train: bool, bias=None):
@@ -278,7 +281,8 @@ class Block(nn.Module):
 
         norm = (self.layer_norm_eps, self.dtype)
         y = layer_norm("norm1", *norm)(x)
-        y = Attention(self.num_heads, self.qkv_bias, self.qk_norm, *norm, name="attn")(y, bias)
+        heads = (self.num_heads, self.qkv_bias, self.qk_norm, *norm, self.head_size)
+        y = Attention(*heads, name="attn")(y, bias)
         x = x + branch(1, y)
         y = layer_norm("norm2", *norm)(x)
         y = Mlp(self.mlp_width, self.activation, self.gated_mlp, self.dtype, name="mlp")(y)
@@ -297,17 +301,19 @@ class AttentionPool(nn.Module):
     activation: str
     layer_norm_eps: float
     dtype: Any
+    head_size: int | None = None
 
     @nn.compact
     def __call__(self, x):
         batch, tokens, width = x.shape
-        heads = (self.num_heads, width // self.num_heads)
+        heads = (self.num_heads, self.head_size or width // self.num_heads)
+        inner = heads[0] * heads[1]
         latent = self.param("latent", nn.initializers.truncated_normal(0.02), (1, 1, width))
         latent = jnp.broadcast_to(latent.astype(self.dtype), (batch, 1, width))
-        q = Dense(width, dtype=self.dtype, name="q")(latent).reshape(batch, 1, *heads)
-        kv = Dense(2 * width, dtype=self.dtype, name="kv")(x)
+        q = Dense(inner, dtype=self.dtype, name="q")(latent).reshape(batch, 1, *heads)
+        kv = Dense(2 * inner, dtype=self.dtype, name="kv")(x)
         kv = kv.reshape(batch, tokens, 2, *heads)  # [B, N, 2, K, d]
-        x = attend(q, kv[:, :, 0], kv[:, :, 1]).reshape(batch, 1, width)
+        x = attend(q, kv[:, :, 0], kv[:, :, 1]).reshape(batch, 1, inner)
         x = Dense(width, dtype=self.dtype, name="proj")(x)
         y = layer_norm("norm", self.layer_norm_eps, self.dtype)(x)
         y = Mlp(self.mlp_width, self.activation, False, self.dtype, name="mlp")(y)
@@ -323,6 +329,7 @@ class ViT(nn.Module):
       num_classes: outputs of the head; 0 leaves the head out and returns the pooled features.
       image_size: (height, width) in pixels; what does not fill a patch is cut off, as timm does.
       patch_size: pixels a side.
+      head_size: channels of a head; None for width / num_heads, as in every model but pruned ones.
       in_channels: of the images; `mean` and `std` have as many entries.
       pool: "token" (class token), "avg" (mean of the patch tokens), "map" (attention pooling),
         "token_avg" (class token and mean side by side: transformers' Dinov2ForImageClassification).
@@ -348,6 +355,7 @@ class ViT(nn.Module):
     depth: int
     num_heads: int
     mlp_width: int
+    head_size: int | None = None
     in_channels: int = 3
     pool: Literal["token", "avg", "map", "token_avg"] = "token"
     norm_after_pool: bool = False
@@ -492,6 +500,7 @@ class ViT(nn.Module):
         """
         arguments = {
             "num_heads": self.num_heads,
+            "head_size": self.head_size,
             "mlp_width": self.mlp_width,
             "qkv_bias": self.qkv_bias,
             "qk_norm": self.qk_norm,
@@ -548,9 +557,8 @@ class ViT(nn.Module):
         if not self.norm_after_pool:
             x = layer_norm("norm", *norm)(x)
         if self.pool == "map":
-            x = AttentionPool(
-                self.num_heads, self.mlp_width, self.activation, *norm, name="attn_pool"
-            )(x[:, self.num_prefix :])
+            sizes = (self.num_heads, self.mlp_width, self.activation, *norm, self.head_size)
+            x = AttentionPool(*sizes, name="attn_pool")(x[:, self.num_prefix :])
         elif self.pool == "avg":
             x = x[:, self.num_prefix :].mean(axis=1)
         elif self.pool == "token_avg":

@@ -79,14 +79,10 @@ def plan_shrinking(
     """
     known = {**FAMILIES[family].defaults, **arguments}
     stages = f"{FAMILIES[family].backbone}stage_"
-    rows = {name: row for name, row in ROWS.items() if name in known}
-    if "decoder_depth" in known and FAMILIES[family].wraps:  # a part of its own
-        rows["decoder_depth"] = "decoder/block"
-    depths = {row: known[name] for name, row in rows.items()}
-    depths |= {f"{stages}{i}/block": depth for i, depth in enumerate(known.get("depths", ()))}
+    depths = rows_of(family, known)
     kept = {row: _chosen(family, row, chosen, depths) for row, chosen in layers}
     depths |= {row: len(chosen) for row, chosen in kept.items()}
-    after = {name: depths[row] for name, row in rows.items()}
+    after = {name: depths[row] for name, row in _rows(family, known).items()}
     if "depths" in known:
         after["depths"] = tuple(depths[f"{stages}{i}/block"] for i in range(len(known["depths"])))
     if any(isinstance(ratio, tuple) for ratio in known.get("expansions", ())):  # of each block
@@ -99,6 +95,21 @@ def plan_shrinking(
     if width or mlp_width:
         after |= _narrower(family, known, width, mlp_width)
     return Shrinking(kept, {name: known[name] for name in after}, after)
+
+
+def rows_of(family: str, arguments: Mapping[str, Any]) -> dict[str, int]:
+    """How many layers each row of a model has; `arguments` are all of them."""
+    depths = {row: arguments[name] for name, row in _rows(family, arguments).items()}
+    stages = f"{FAMILIES[family].backbone}stage_"
+    return depths | {f"{stages}{i}/block": n for i, n in enumerate(arguments.get("depths", ()))}
+
+
+def _rows(family: str, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The row of layers that each argument counts."""
+    rows = {name: row for name, row in ROWS.items() if name in arguments}
+    if "decoder_depth" in arguments and FAMILIES[family].wraps:  # a part of its own
+        rows["decoder_depth"] = "decoder/block"
+    return rows
 
 
 def _chosen(
@@ -125,6 +136,10 @@ def _narrower(family: str, known: Mapping[str, Any], width: int, mlp_width: int)
     field = "config.model.width" if width else "config.model.mlp_width"
     if family != "vit":
         raise UserError(f"{field}: narrower is made of a ViT only, not of a {family}: set it to 0")
+    if known["head_size"]:
+        raise UserError(
+            f"{field}: this ViT has lost heads already: prune it further with `vision_jax prune`"
+        )
     size = known["width"] // known["num_heads"]
     if width % size or width > known["width"]:
         raise UserError(

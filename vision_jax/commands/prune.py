@@ -1,0 +1,156 @@
+"""Cuts channels, heads, hidden units and layers out of a trained model.
+
+    vision_jax prune runs/vit --keep=0.5 --to=pruned
+    vision_jax prune runs/vit --keep=0.7 --what=mlp,heads --score=taylor --to=pruned
+    vision_jax prune embedded:vit_cifar10 --keep=0.5 --what=layers --to=pruned
+
+SOURCE is a run's folder, or weights as `predict --weights` takes them. --to gets model.safetensors,
+a model of its family with other widths, from which a config trains on (config.model.weights), and
+pruning.json, which says what went. What is lost comes back by training, best with SOURCE as the
+teacher; docs/compression.md has the commands.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from vision_jax.commands.flags import Parser
+from vision_jax.errors import UserError
+from vision_jax.files import expand
+
+BAD_INPUT = 2  # exit code
+RUN_FILE = "config.json"
+MAGNITUDE, TAYLOR = "magnitude", "taylor"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 for bad input."""
+    try:
+        return _run(_parse(arguments))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="vision_jax prune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="what to prune")
+    parser.add_argument("--to", type=expand, metavar="DIR", required=True, help="where")
+    parser.add_argument("--keep", type=float, required=True, help="the share of each group to keep")
+    parser.add_argument(
+        "--what",
+        default="",
+        metavar="KINDS",
+        help="of channels,inner,mlp,heads,layers; those that are free where they are zero else",
+    )
+    parser.add_argument(
+        "--score",
+        choices=(MAGNITUDE, TAYLOR),
+        default=MAGNITUDE,
+        help="what stays: the largest weights, or what the loss of a run's own data needs",
+    )
+    parser.add_argument("--batches", type=int, default=16, help="of training data, for taylor")
+    parser.add_argument("--multiple", type=int, default=8, help="that widths are rounded to")
+    parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run; last else")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pickles, by torch's weights-only reader"
+    )
+    return parser.parse_args(arguments)
+
+
+def _run(flags: argparse.Namespace) -> int:
+    from vision_jax.logging import say
+    from vision_jax.run import prune
+    from vision_jax.trees import lora
+
+    loaded, run = _load(flags)
+    variables = {**loaded.variables, "params": lora.merge(loaded.variables["params"])}
+    if flags.score == MAGNITUDE:
+        scores = prune.magnitude(variables["params"])
+    elif run is None:
+        raise UserError(
+            f"--score=taylor needs a run's data, and {flags.source} is no run's folder: take "
+            "--score=magnitude"
+        )
+    else:
+        scores = prune.taylor_of_run(run, variables, flags.batches)
+    size = loaded.preprocessing.image_size
+    what = tuple(filter(None, flags.what.split(",")))
+    pruned = prune.prune(
+        loaded.model,
+        variables,
+        size,
+        scores,
+        keep=flags.keep,
+        what=what or prune.free_kinds(loaded.model, variables, size),
+        multiple=flags.multiple,
+    )
+    smaller = replace(loaded, model=pruned.model, variables=pruned.variables)
+    before, after = (
+        {
+            "parameters": prune.count(one.variables),
+            "macs": prune.macs(one.model, one.variables, size),
+        }
+        for one in (replace(loaded, variables=variables), smaller)
+    )
+    for line in pruned.lines:
+        say(line)
+    for name in before:
+        say(f"{name} {before[name]:,} -> {after[name]:,} ({after[name] / before[name]:.3f})")
+    if not pruned.exact:
+        say("norms over what went change the outputs a little even where it was zero")
+    _write(flags, smaller, {"before": before, "after": after, "cut": list(pruned.lines)})
+    return 0
+
+
+def _load(flags: argparse.Namespace) -> tuple[Any, Any]:
+    """(the model, its run if it is one's)."""
+    from vision_jax.config import load_config
+    from vision_jax.loaded import load, loaded_of
+    from vision_jax.run.restore import restore
+
+    folder = expand(flags.source)
+    if not (folder / RUN_FILE).is_file():
+        if flags.checkpoint:
+            raise UserError(f"--checkpoint is of the folder of a run, and {flags.source} is none")
+        return load(flags.source, allow_pickle=flags.allow_pickle), None
+    config = load_config(str(folder / RUN_FILE), {})
+    restored = restore(config, folder, flags.checkpoint or "last")
+    return loaded_of(restored.trained, str(folder)), restored.run
+
+
+def _write(flags: argparse.Namespace, smaller: Any, report: dict[str, Any]) -> None:
+    import jax
+
+    from vision_jax import convert
+    from vision_jax.config import write_json
+    from vision_jax.logging import say
+    from vision_jax.models import families
+    from vision_jax.trees import paths
+
+    family = families.family_of(smaller.model)
+    flat = {p: x for tree in smaller.variables.values() for p, x in paths.flatten(tree).items()}
+    tensors, header = convert.export_weights(
+        jax.device_get(flat),
+        family,
+        convert.arguments_of(smaller.model),
+        to=convert.own_naming(family),
+        class_names=smaller.class_names,
+        preprocessing=asdict(smaller.preprocessing),
+    )
+    flags.to.mkdir(parents=True, exist_ok=True)
+    convert.write_safetensors(flags.to / "model.safetensors", tensors, header)
+    asked = {name: getattr(flags, name) for name in ("source", "keep", "what", "score", "multiple")}
+    write_json(asked | report, flags.to / "pruning.json")
+    say(f"wrote {flags.to}: model.safetensors, pruning.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
