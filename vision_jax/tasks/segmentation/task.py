@@ -307,7 +307,8 @@ def make_outputs(
     config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """What evaluation needs of a batch."""
-    settings, targets = config.evaluate, config.data.targets
+    settings = config.evaluate
+    targets = config.data.targets
     if targets == SEMANTIC:
         return objective.PixelOutputs(apply, assemble, objective.find_prediction(predicts).scores)
     _check_targets(config, predicts)
@@ -348,7 +349,7 @@ class Evaluation:
 
     def line(self) -> str:
         """The summary for the screen."""
-        known = [name for name in reported if self.summary[name] is not None]
+        known = [name for name in reported if self.summary.get(name) is not None]
         text = "  ".join(f"{name} {_number(self.summary[name])}" for name in known)
         there, all_of_them = self.summary["classes"]
         skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
