@@ -24,6 +24,7 @@ SMALLER_PROJECTION = {"head_width": 8, "projection": 4}
 SMALLER_UNET = {
     "model.arguments": '(("encoder_arguments", (("widths", (4, 8)),)), ("decoder_widths", (4,)))'
 }
+SMALLER_EOMT = '(("num_queries", 20), ("num_blocks", 1), ("upscale_blocks", 1))'
 SMALLER_TEXT = {
     "vocab_size": 300, "text_length": 8, "text_width": 16, "text_depth": 1, "text_num_heads": 2,
     "text_mlp_width": 16,
@@ -48,6 +49,8 @@ def small(path: Path):
         counts = {"total_steps": "2", "checkpoint_every": "2", "evaluate.every": "2"}
         once = {"log_every": "1", "optim.warmup_steps": "1"}
         changes = sizes | counts | once | SMALLER_UNET
+        if load_config(str(path), {}).data.targets != "semantic":
+            changes |= {"model.arguments": SMALLER_EOMT, "loss.points": "64"}
         if not load_config(str(path), {}).data.train.startswith("embedded:"):
             changes |= {"data.train": "embedded:nuclei/train", "data.eval": "embedded:nuclei/test"}
             changes |= {"model.weights": "", "model.variant": "unet_plain"}

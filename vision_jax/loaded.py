@@ -50,6 +50,7 @@ from vision_jax.run.parameters import fill_parameters
 from vision_jax.tasks.api import Evaluation, Trained, find_task
 from vision_jax.tasks.detection.objective import PREDICTIONS, pixel_mask
 from vision_jax.tasks.segmentation.objective import PREDICTIONS as SEGMENTERS
+from vision_jax.tasks.segmentation.objective import unpad_scores
 from vision_jax.trees import lora, paths
 
 Variables = Mapping[
@@ -237,7 +238,10 @@ class Loaded:
             wanted = np.unique(np.asarray(sizes).reshape(-1, 2), axis=0)
             if len(wanted) > 1:
                 raise UserError("postprocess: masks of several sizes: take them size by size")
-            scores = SEGMENTERS[predicts].scores(outputs, tuple(wanted[0].tolist()))
+            scores_of = SEGMENTERS[predicts].scores
+            if getattr(self.preprocessing, "view", "") == "pad":
+                scores_of = unpad_scores(scores_of, self.preprocessing.image_size[0])
+            scores = scores_of(outputs, tuple(wanted[0].tolist()))
             return {"scores": scores, "label": jnp.argmax(scores, axis=-1).astype(jnp.int32)}
         if predicts not in PREDICTIONS:
             raise UserError(f"{self.origin} is a classifier: take the softmax of its logits")

@@ -9,11 +9,14 @@ import pytest
 import torch
 from transformers import EomtImageProcessor
 
+from vision_jax.data.detection_transforms import bounded_size
 from vision_jax.ops.mask_outputs import View, instance_outputs, panoptic_outputs
+from vision_jax.tasks.segmentation.objective import mask_scores, unpad_scores
 from vision_jax.tasks.segmentation.segments import instance_segments, panoptic_segments
 
 # (masks' side, canvas, image): squares, and what is padded at the bottom or at the right.
 SIZES = [(8, 32, (32, 32)), (12, 24, (37, 37)), (10, 40, (33, 57)), (7, 21, (50, 29))]
+ODD = [*SIZES, (9, 36, (48, 64)), (8, 32, (5, 200)), (8, 33, (101, 77)), (16, 64, (427, 640))]
 CLASSES, QUERIES = 4, 12
 
 
@@ -35,9 +38,8 @@ def outputs_of(logits, masks):
 
 
 def view_of(canvas, image):
-    """The long side of the image fills the canvas, as the processor resizes it."""
-    content = tuple(int(canvas * side / max(image)) for side in image)
-    return View((canvas, canvas), content, image)
+    """The image is padded to the canvas, as the processor resizes and pads it."""
+    return View((canvas, canvas), bounded_size(image, canvas, canvas), image)
 
 
 @pytest.mark.parametrize(("side", "canvas", "image"), SIZES)
@@ -100,3 +102,21 @@ def test_panoptic_segments(rng, side, canvas, image, thresholds):
             np.testing.assert_array_equal(ours.map(), reference["segmentation"].numpy())
             met += len(infos)
     assert met or thresholds[0] > 0.9
+
+
+@pytest.mark.parametrize(("side", "canvas", "image"), ODD)
+def test_classes_of_padded_images_are_cut_out(rng, side, canvas, image):
+    """By the processor's own function, which it applies to segments and not to classes."""
+    size = {"shortest_edge": canvas, "longest_edge": canvas}
+    logits, masks = draw(rng, side)
+    wide = torch.nn.functional.interpolate(
+        torch.from_numpy(masks), (canvas, canvas), mode="bilinear"
+    )
+    chances = torch.from_numpy(logits).softmax(-1)[..., :-1]
+    scores = torch.einsum("bqc,bqhw->bchw", chances, wide.sigmoid())
+    theirs = EomtImageProcessor(size=size).unpad_image(scores, [image] * 2, size)
+    with jax.enable_x64(True):
+        outputs = {"logits": jnp.asarray(logits)[None], "mask_logits": jnp.asarray(masks)[None]}
+        ours = np.asarray(unpad_scores(mask_scores, canvas)(outputs, image))
+    for mine, their in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, their.permute(1, 2, 0).numpy(), rtol=1e-12, atol=1e-12)

@@ -75,7 +75,8 @@ SPLIT = {"do_split_image": True, "size": {"shortest_edge": 32, "longest_edge": N
     ("fields", "view", "size"),
     [
         ({}, "squash", (640, 640)),
-        ({"size": {"shortest_edge": 32, "longest_edge": 32}, "do_pad": True}, "squash", (32, 32)),
+        ({"size": {"shortest_edge": 32, "longest_edge": 32}, "do_pad": True}, "pad", (32, 32)),
+        ({"size": {"shortest_edge": 32, "longest_edge": 32}}, "squash", (32, 32)),
         ({"size": {"shortest_edge": 32, "longest_edge": 48}, "do_pad": True}, "squash", (32, 48)),
         ({"size": {"height": 24, "width": 40}}, "squash", (24, 40)),
         ({"size": 32}, "squash", (32, 32)),
@@ -108,12 +109,14 @@ def test_eomts_processor(rng, fields, view, size):
             np.testing.assert_allclose(our, their.transpose(1, 2, 0), atol=1e-4, rtol=1e-6)
 
 
-def test_eomts_processor_is_written_and_read_again():
-    record = record_of("windows", (64, 64))
+@pytest.mark.parametrize("view", ["windows", "pad"])
+def test_eomts_processor_is_written_and_read_again(view):
+    record = record_of(view, (64, 64))
     file = processor_config(record)
     found = read_preprocessing({"preprocessor": file})
     assert {name: found[name] for name in record} == record
-    assert transformers.EomtImageProcessorPil.from_dict(dict(file)).do_split_image
+    theirs = transformers.EomtImageProcessorPil.from_dict(dict(file))
+    assert (theirs.do_split_image, theirs.do_pad) == (view == "windows", view == "pad")
     with pytest.raises(UserError, match=r"data\.view=short"):
         _torchvision_transform(record)
 

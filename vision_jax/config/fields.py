@@ -778,11 +778,11 @@ FIELDS = (
         "data.view",
         "",
         Check(
-            lambda value: value in ("", "original", "squash", "short", "windows"),
-            "original, squash, short, windows, or empty",
+            lambda value: value in ("", "original", "squash", "pad", "short", "windows"),
+            "original, squash, pad, short, windows, or empty",
         ),
-        "evaluation view: the image's own size, model.image_size, that of its short side alone, or "
-        "so in windows; empty: the weights' own",
+        "evaluation view: the image's own size, model.image_size squashed or padded, that of its "
+        "short side alone, or so in windows; empty: the weights' own",
         SEGMENTATION,
     ),
     _field("data.interpolation", "", FILTER, "filter of resizing; empty: the weights' own"),

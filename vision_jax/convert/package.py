@@ -189,7 +189,7 @@ def _torchvision_transform(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of torchvision.transforms._presets' ImageClassification or SemanticSegmentation."""
     height, width = preprocessing["image_size"]
     if "view" in preprocessing:
-        if preprocessing["view"] in ("squash", "windows"):
+        if preprocessing["view"] in ("squash", "pad", "windows"):
             raise UserError("torchvision's transform keeps the aspect ratio: use data.view=short")
         short = min(height, width) if preprocessing["view"] == "short" else None
         kept = ("mean", "std", "interpolation")

@@ -307,9 +307,9 @@ class _Reader:
     def eomt_view(self) -> dict[str, Any]:
         """The view "windows" where the class splits what has a short side of its size, or "squash".
 
-        With both edges the class keeps the aspect ratio and perhaps pads. Its semantic masks are
-        the padded canvas at the image's size, which is right for squares alone; there squashed
-        images are the same.
+        "pad" where it pads to a square. Its semantic masks are the padded canvas at the image's
+        size, its segments are not. With both edges and no padding the class keeps the aspect ratio,
+        and its images have many sizes, which the model does not take: squares are squashed too.
         """
         fields = self.fields
         if not fields["do_resize"]:
@@ -326,7 +326,8 @@ class _Reader:
         sides = (size["shortest_edge"], size.get("longest_edge", size["shortest_edge"]))
         if fields["do_split_image"] and "longest_edge" not in size:
             return {"view": "windows", "image_size": sides, **_WHOLE}
-        return {"view": "squash", "image_size": sides, **_WHOLE}
+        view = "pad" if fields["do_pad"] and sides[0] == sides[1] else "squash"
+        return {"view": view, "image_size": sides, **_WHOLE}
 
     def interpolation(self) -> str:
         """RF-DETR's own processor does not antialias; DETR's, which the hub's files name, does."""
@@ -433,10 +434,13 @@ def processor_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
             "short": {"size": {"shortest_edge": min(height, width)}},
             "original": {"do_resize": False},
             "windows": {"size": {"shortest_edge": height, "longest_edge": None}},
+            "pad": {"size": {"shortest_edge": height, "longest_edge": height}},
         }
         own: dict[str, Any] = {"image_processor_type": SEGFORMER, "do_reduce_labels": False}
         if preprocessing["view"] == "windows":
             own = {"image_processor_type": EOMT, "do_split_image": True, "do_pad": False}
+        if preprocessing["view"] == "pad":
+            own = {"image_processor_type": EOMT, "do_split_image": False, "do_pad": True}
         return {**own, **config, **views[preprocessing["view"]]}
     crop = {"height": height, "width": width}
     resized = {side: math.floor(n / preprocessing["crop_pct"]) for side, n in crop.items()}

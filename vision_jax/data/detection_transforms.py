@@ -153,16 +153,22 @@ def resized_size(
     if preprocessing.rule == "torchvision":
         scale = min(side / least, preprocessing.longest / most)
         return max(int(height * scale), 1), max(int(width * scale), 1)
-    exact: float = side
-    if most / least * side > preprocessing.longest:
-        exact = preprocessing.longest * least / most
-        side = round(exact)
-    if least == side and most <= preprocessing.longest:
+    return bounded_size(size, side, preprocessing.longest)
+
+
+def bounded_size(size: tuple[int, int], short: int, longest: int) -> tuple[int, int]:
+    """(height, width) of an image of `size` by the rule "detr" of `resized_size`."""
+    (height, width), least, most = size, min(size), max(size)
+    exact: float = short
+    if most / least * short > longest:
+        exact = longest * least / most
+        short = round(exact)
+    if least == short and most <= longest:
         return size
-    side = max(side, 1)
+    short = max(short, 1)
     if width < height:
-        return max(int(exact * height / width), 1), side
-    return side, max(int(exact * width / height), 1)
+        return max(int(exact * height / width), 1), short
+    return short, max(int(exact * width / height), 1)
 
 
 def default_buckets(short: int, longest: int, count: int) -> tuple[tuple[int, int], ...]:

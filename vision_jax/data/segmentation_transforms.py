@@ -14,12 +14,12 @@ from PIL import Image
 
 from vision_jax import limits
 from vision_jax.data.decode import DamagedImageError
-from vision_jax.data.detection_transforms import color_jitter
+from vision_jax.data.detection_transforms import bounded_size, color_jitter
 from vision_jax.data.masks import IGNORED
 from vision_jax.data.transforms import INTERPOLATIONS, flip_image, resize, to_channels
 from vision_jax.errors import UserError
 
-VIEWS = ("original", "squash", "short", "windows")
+VIEWS = ("original", "squash", "pad", "short", "windows")
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ class SegmentationPreprocessing:
     `image_size` is (height, width) of training's crops, and with the view "squash" of evaluation's
     images too, whatever their aspect ratio (transformers' processors); with "short" it is their
     short side's, and their aspect ratio stays (torchvision's presets); with "original" evaluation
-    takes images as they are. With "windows" the short side is resized, too, and the image is seen
-    in square windows along the long one (transformers' EomtImageProcessor that splits); what takes
-    no windows, an attack, sees it squashed. Predictions are of the original size in all of them.
-    `interpolation` is Pillow's, antialiased. `mean` and `std` are per channel, for images in
-    [0, 1]; the model applies them, the host doesn't. `mean` has an entry for each channel that the
-    model takes.
+    takes images as they are. With "pad" they fill a square of `image_size` as far as their aspect
+    ratio lets them, and are black at the bottom or at the right (transformers' EomtImageProcessor
+    that pads). With "windows" the short side is resized, too, and the image is seen in square
+    windows along the long one (the same processor where it splits). What takes neither, an attack,
+    sees images squashed. Predictions are of the original size in all of them. `interpolation` is
+    Pillow's, antialiased. `mean` and `std` are per channel, for images in [0, 1]; the model applies
+    them, the host doesn't. `mean` has an entry for each channel that the model takes.
     """
 
     image_size: tuple[int, int]
@@ -52,9 +53,10 @@ class SegmentationPreprocessing:
                 raise UserError(f"preprocessing {field} {value!r}: use one of {', '.join(known)}")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise UserError(f"preprocessing image_size {self.image_size}: use positive numbers")
-        if self.view == "windows" and self.image_size[0] != self.image_size[1]:
+        if self.view in ("windows", "pad") and self.image_size[0] != self.image_size[1]:
+            what = {"windows": "windows are squares", "pad": "images are padded to squares"}
             raise UserError(
-                f"preprocessing image_size {self.image_size}: windows are squares; use squash"
+                f"preprocessing image_size {self.image_size}: {what[self.view]}; use squash"
             )
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise UserError(f"preprocessing mean {self.mean}, std {self.std}: no normalization")
@@ -195,6 +197,11 @@ def segmentation_eval_transform(
     if preprocessing.view == "original":
         return image
     size = preprocessing.image_size
+    if preprocessing.view == "pad":
+        content = bounded_size(image.shape[:2], size[0], size[0])
+        canvas = np.zeros((*size, image.shape[2]), np.uint8)
+        canvas[: content[0], : content[1]] = resize(image, content, preprocessing.interpolation)
+        return canvas
     if preprocessing.view == "short":
         (height, width), new = image.shape[:2], min(size)
         short = min(height, width)

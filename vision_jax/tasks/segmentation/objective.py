@@ -9,13 +9,14 @@ counts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vision_jax.attacks.examples import keys_of
+from vision_jax.data.detection_transforms import bounded_size
 from vision_jax.data.segments import INSTANCE
 from vision_jax.errors import UserError, nearest
 from vision_jax.objective import Apply, Batch, Objective, forward_keys
@@ -297,10 +298,13 @@ class Outputs:
     Attributes:
       apply: the model.
       assemble: from {path: array} of all parameters to the model's tree.
+      padded: pixels a side of the square that images are padded to at the bottom or at the right;
+        0 where they fill what the model sees.
     """
 
     apply: Apply
     assemble: Callable[[Mapping[str, jax.Array]], Any]
+    padded: int = field(default=0, kw_only=True)
 
     def __call__(self, trainable, frozen, model_state, batch: Batch) -> dict[str, jax.Array]:
         return self.read(self.of_model(trainable, frozen, model_state, batch), batch)
@@ -323,7 +327,7 @@ class SegmentOutputs(Outputs):
     With "mask" bool[B] and "index" i32[B] beside them.
 
     Attributes:
-      canvas: (height, width) of the model's images, which an image fills.
+      canvas: (height, width) of the model's images.
       targets: of data.segments.TARGETS.
       score: below which a query is no panoptic segment.
       overlap: the share of its mask that a panoptic segment keeps at least.
@@ -337,7 +341,10 @@ class SegmentOutputs(Outputs):
     def read(self, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         logits, masks = outputs["logits"][-1], outputs["mask_logits"][-1]
         height, width = batch["label"].shape[1:3]
-        view = mask_outputs.View(self.canvas, self.canvas, (height, width))
+        content = self.canvas
+        if self.padded:
+            content = bounded_size((height, width), self.padded, self.padded)
+        view = mask_outputs.View(self.canvas, content, (height, width))
         if self.targets == INSTANCE:
             found = mask_outputs.instance_outputs(logits, masks, view)
         else:
@@ -361,7 +368,18 @@ class PixelOutputs(Outputs):
     scores: Scores
 
     def read(self, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        return make_read(self.scores)(outputs, batch)
+        scores = unpad_scores(self.scores, self.padded) if self.padded else self.scores
+        return make_read(scores)(outputs, batch)
+
+
+def unpad_scores(scores: Scores, side: int) -> Scores:
+    """Of images that were padded to a square of `side`: what lies beyond them is cut off."""
+
+    def unpadded(outputs: Mapping[str, jax.Array], size: Sequence[int]) -> jax.Array:
+        height, width = bounded_size((size[0], size[1]), side, side)
+        return resize_bilinear(scores(outputs, (side, side))[:, :height, :width], size)
+
+    return unpadded
 
 
 def make_read(scores: Scores) -> Callable[..., dict[str, jax.Array]]:

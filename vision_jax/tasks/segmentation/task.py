@@ -482,7 +482,9 @@ def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=Non
     )
     batch_size = batch_size or config.evaluate.batch_size
     read = None
-    squashed = preprocessing.view in ("squash", "windows")
+    squashed = preprocessing.view in ("squash", "pad", "windows")
+    if preprocessing.view == "pad" and isinstance(outputs_fn, objective.Outputs):
+        outputs_fn = replace(outputs_fn, padded=preprocessing.image_size[0])
     if squashed and isinstance(outputs_fn, objective.Outputs):
         # All images have one size, masks many: the model is compiled apart from what reads it.
         outputs_fn, read = outputs_fn.of_model, outputs_fn.read
@@ -688,6 +690,9 @@ def robustness(
             "config.evaluate.window: attacks are on whole images, and windows see parts of them:"
             " set it to 0 for robustness"
         )
+    preprocessing = trained.preprocessing
+    if preprocessing.view == "pad":
+        preprocessing = replace(preprocessing, view="squash")
     return under_attack.measure(
         workdir,
         trained,
@@ -696,7 +701,7 @@ def robustness(
             config, trained.model, trained.predicts, trained.apply, trained.assemble, alone=True
         ),
         make_run_batches=partial(
-            _make_run_batches, config, mesh=trained.mesh, preprocessing=trained.preprocessing
+            _make_run_batches, config, mesh=trained.mesh, preprocessing=preprocessing
         ),
         make_tally=partial(_make_tally, config, trained.class_names),
         settings=images.attack_settings(config),
