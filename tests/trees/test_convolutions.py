@@ -12,11 +12,14 @@ CASES = {  # window, strides, padding, groups, dilation, channels, outputs
     "depthwise": ((3, 2), (1, 1), ((1, 1), (0, 1)), 3, 1, 3, 3),
     "depthwise, strided": ((3, 3), (2, 2), ((0, 1), (1, 0)), 3, 1, 3, 3),
     "depthwise, dilated": ((3, 3), (1, 2), ((2, 2), (2, 2)), 3, 2, 3, 3),
+    "atrous": ((3, 3), (1, 1), ((5, 5), (5, 5)), 1, 5, 4, 3),
+    "atrous, beyond the map": ((3, 3), (1, 1), ((9, 9), (9, 9)), 1, 9, 4, 3),
+    "atrous, uneven": ((2, 3), (1, 1), ((6, 0), (8, 5)), 1, 6, 4, 3),
     "depthwise, two outputs each": ((3, 3), (1, 1), ((1, 1), (1, 1)), 3, 1, 3, 6),
 }
 
 
-@pytest.mark.long(but=("depthwise, strided",))
+@pytest.mark.long(but=("depthwise, strided", "atrous, uneven"))
 @pytest.mark.parametrize("case", CASES)
 def test_a_convolution_and_its_derivatives_are_those_of_xla(case, rng):
     window, strides, padding, groups, dilation, channels, outputs = CASES[case]

@@ -5,7 +5,9 @@ with autodiff's gradient. On a CPU the forms below are the same sums in an order
 fast code there; docs/performance.md says what each of them gains.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import product as pairs
 from typing import Any
@@ -22,8 +24,11 @@ Array = jax.Array
 Product = Callable[[Array, Array], Array]
 Sides = tuple[tuple[int, int], ...]  # padding before and after
 
+HALF = (jnp.bfloat16, jnp.float16)
 # A convolution of fewer channels multiplies all its windows at once, a wider one tap by tap.
 FEW_CHANNELS = 16
+# An atrous convolution whose taps meet the image, and not its padding, at most this often.
+FEW_SEEN = 2 / 3
 # A dense kernel of so few outputs has its gradient as [out, in].
 FEW_OUTPUTS = 64
 
@@ -32,7 +37,7 @@ def dense(x: Array) -> Product:
     """x[..., in], kernel[in, out] -> f[..., out], for inputs of x's dtype; i32[..., out] for i8."""
     if x.dtype == jnp.int8:
         return _integer_dot
-    if x.dtype in (jnp.bfloat16, jnp.float16):
+    if x.dtype in HALF:
         return _half_dot
     return _flat_dot if platform.current() == "cpu" else _plain_dot
 
@@ -177,15 +182,73 @@ def _by_groups(
     """A convolution for each group of channels, at several times the speed of one of all groups.
 
     Groups of one channel are left together. Integers have no gradient, and XLA's own convolution.
+    An atrous convolution that mostly meets padding is dots of what it sees of the image.
     """
     if x.dtype == jnp.int8:
         return _convolution(strides, padding, groups, dilation, x, kernel)
     depthwise = groups == x.shape[-1] == kernel.shape[-1] > 1
     convolve = partial(_cpu_convolution, strides, padding, dilation, depthwise)
+    if groups == 1 and strides == (1, 1) and dilation > 1 and x.dtype not in HALF:
+        axes = _seen_along(padding, dilation, x, kernel)
+        if math.prod(axis.share for axis in axes) <= FEW_SEEN:
+            return _by_seen(axes, x, kernel)
     if groups == 1 or depthwise:
         return convolve(x, kernel)
     parts = (jnp.split(array, groups, axis=-1) for array in (x, kernel))
     return jnp.concatenate(list(map(convolve, *parts)), axis=-1)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the taps of a window see along an axis of the image.
+
+    Attributes:
+      count: outputs.
+      spans: of each tap (first, last, shift): outputs first to last - 1 see the image, at
+        themselves + shift; the others padding.
+    """
+
+    count: int
+    spans: tuple[tuple[int, int, int], ...]
+
+    @property
+    def share(self) -> float:
+        return sum(last - first for first, last, _ in self.spans) / (self.count * len(self.spans))
+
+
+def _seen_along(padding: Sides, dilation: int, x: Array, kernel: Array) -> tuple[_Seen, _Seen]:
+    """Along rows and columns of x[B, H, W, in], for a window that goes by single steps."""
+
+    def along(side: int, size: int, low: int, high: int) -> _Seen:
+        count = side + low + high - (size - 1) * dilation
+        spans = []
+        for shift in range(-low, -low + size * dilation, dilation):
+            first, last = (min(max(at - shift, 0), count) for at in (0, side))
+            spans.append((first, last, shift))
+        return _Seen(count, tuple(spans))
+
+    rows, columns = (
+        along(side, size, *sides)
+        for side, size, sides in zip(x.shape[1:3], kernel.shape[:2], padding, strict=True)
+    )
+    return rows, columns
+
+
+def _by_seen(axes: tuple[_Seen, _Seen], x: Array, kernel: Array) -> Array:
+    """The convolution as dots of the pixels that each tap sees of the image.
+
+    DeepLab's window at rate 36 has nine taps, eight of which see nothing of a map of 32 cells.
+    """
+    rows, columns = axes
+    total = jnp.zeros((len(x), rows.count, columns.count, kernel.shape[-1]), x.dtype)
+    for row, (top, bottom, down) in enumerate(rows.spans):
+        for column, (left, right, across) in enumerate(columns.spans):
+            if top < bottom and left < right:
+                seen = x[:, top + down : bottom + down, left + across : right + across]
+                around = ((top, rows.count - bottom), (left, columns.count - right))
+                product = dense(seen)(seen, kernel[row, column])
+                total += jnp.pad(product, ((0, 0), *around, (0, 0)))
+    return total
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
