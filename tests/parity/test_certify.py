@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import vision_jax.certify.__main__ as command
 from vision_jax.certify import zoo
-from vision_jax.certify.measure import LIBRARIES
+from vision_jax.certify.measure import LIBRARIES, relative_error
 from vision_jax.certify.references import Reference, full_arguments
 from vision_jax.certify.render import render
 from vision_jax.convert.table import Entry
@@ -136,3 +136,9 @@ def test_the_whole_size_of_what_is_certified_in_part():
         1000,
         (1, 2, 7, 12),
     )
+
+
+def test_a_map_with_as_many_channels_as_rows_is_compared_in_either_order(rng):
+    ours = rng.normal(size=(2, 5, 5, 5))
+    assert relative_error(ours, ours) == relative_error(ours, ours.transpose(0, 3, 1, 2)) == 0
+    assert relative_error(ours, ours.transpose(0, 2, 1, 3)) > 0.1

@@ -313,11 +313,17 @@ def _padding_mask(images: np.ndarray) -> np.ndarray:
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference relative to the largest value; infinite for other shapes or no numbers."""
-    theirs = aligned(theirs, ours.shape)
-    if ours.shape != theirs.shape or not np.isfinite(theirs).all():
+    """Largest difference relative to the largest value; infinite for other shapes or no numbers.
+
+    Of a map with as many channels as rows and columns the shape doesn't say which axis is which:
+    either order counts.
+    """
+    readings = [aligned(theirs, ours.shape)]
+    if theirs.ndim == 4 and len({*theirs.shape[1:]}) == 1:
+        readings.append(theirs.transpose(0, 2, 3, 1))
+    if ours.shape != readings[0].shape or not np.isfinite(theirs).all():
         return float("inf")
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    return float(min(np.abs(ours - x).max() for x in readings) / np.abs(theirs).max())
 
 
 def aligned(theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -373,6 +373,9 @@ def full_arguments(entry: Entry) -> tuple[str, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             family, arguments = recognize(read_weights(reference.save(Path(folder))))
         whole = getattr(transformers, entry.build).config_class(**dict(entry.arguments))
+        if pairs := dict(arguments.get("encoder_arguments", ())):
+            pairs["depths"] = tuple(whole.backbone_config.depths)
+            return family, {**arguments, "encoder_arguments": tuple(pairs.items())}
         if "depths" in arguments:
             return family, {**arguments, "depths": tuple(whole.depths)}
         return family, {**arguments, "depth": whole.num_hidden_layers}

@@ -88,7 +88,7 @@ def _from_file(backbone: Backbone, shapes: Shapes, metadata: Metadata) -> dict[s
     if not isinstance(scales, list | tuple) or len(scales) != pools:
         raise UserError(f"config.json: pool_scales {scales!r}, and the tensors are of {pools}")
     auxiliary = shapes.get(f"{_AUXILIARY}.classifier.weight")
-    head = {"auxiliary_head": auxiliary is not None}
+    head: dict[str, Any] = {"auxiliary_head": auxiliary is not None}
     if auxiliary is not None:
         depth = count(rf"{_AUXILIARY}\.convs\.\d+\.conv\.weight")
         head |= {"auxiliary_width": auxiliary[1], "auxiliary_depth": depth}
