@@ -101,7 +101,11 @@ def test_overrides_have_the_type_of_the_field(name, text, value):
         ("optim.lr", "", "takes float"),
         ("model.weights", "None", "takes text, not None: --config.model.weights= is empty"),
         ("recipes", "('lora', 'lora')", "each at most once"),
-        ("recipes", "('lora', 'adversarail')", "a tuple of quantize, lora, distill, adversarial"),
+        (
+            "recipes",
+            "('lora', 'adversarail')",
+            "a tuple of mask, quantize, lora, distill, adversarial",
+        ),
         ("optim", "1", "it is a section, set one of its fields, such as `optim.name`"),
         ("optim.name", "adam", "config.optim.name is 'adam': it must be adamw, sgd, "),
         ("optim.warmup_steps", "300", "the run has 200 updates"),
@@ -307,7 +311,7 @@ def test_a_task_is_one_more_line_of_the_list(monkeypatch, tmp_path):
     shared = {field.name for field in FIELDS if field.tasks is None}
     assert fields(config).keys() == fields_of("dummy").keys() == shared
     with pytest.raises(
-        UserError, match="must be a tuple of quantize, lora, distill, adversarial, shake"
+        UserError, match="must be a tuple of mask, quantize, lora, distill, adversarial, shake"
     ):
         load_config(str(tmp_path / "mine.json"), {"recipes": "shale"})
     assert fields_of("classification")["task"].check.wanted.endswith("image_text or dummy")

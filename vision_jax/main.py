@@ -131,7 +131,7 @@ COMPUTING = ("train", "probe", "cache-teacher", *FROM_WORKDIR)
 # Fields that a finished run keeps: what it is and was trained with.
 KEPT = re.compile(
     r"task|total_steps|batch_size|(checkpoint|log)_every|trainable|recipes|evaluate\.(every|warn_after)"
-    r"|(quantize|lora|distill|optim|augment|loss)\..*|model\.(?!dtype$|scan$).*"
+    r"|(mask|quantize|lora|distill|optim|augment|loss)\..*|model\.(?!dtype$|scan$).*"
     r"|data\.(subset|short|longest|shorts|crop.*|interpolation|flip|brightness|contrast|saturation"
     r"|max_damaged)"
 )

@@ -239,7 +239,7 @@ def test_what_is_chosen():
     assert chosen == {f"{name}/kernel" for name in ("block_0/fc1", "roi_head/fc1", "head_0/conv1")}
     with pytest.raises(UserError, match=r"q.rules: rule 'fc7/.\*' matches no kernel"):
         quantize.choose(params, ["fc7/.*"], field="q.rules")
-    with pytest.raises(UserError, match="nothing is quantized"):
+    with pytest.raises(UserError, match="nothing is left to change"):
         quantize.choose(params, ["head/.*"], ["head/.*"])
     tree = quantize.quantize(params, chosen, to_int8)
     with pytest.raises(UserError, match=r"block_0/fc1/kernel is no plain kernel"):

@@ -22,6 +22,7 @@ TASKS = {  # see tasks/api.py
     "image_text": "vision_jax.tasks.image_text.task",
 }
 RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
+    "mask": "vision_jax.recipes.mask",
     "quantize": "vision_jax.recipes.quantize",
     "lora": "vision_jax.recipes.lora",
     "distill": "vision_jax.recipes.distillation.recipe",
@@ -353,6 +354,22 @@ FIELDS = (
         False,
         ANY,
         "one compiled block in a loop: quicker to compile, slightly slower to run",
+    ),
+    # Sparse kernels.
+    _field(
+        "mask.form",
+        "magnitude",
+        one_of("magnitude", "2:4"),
+        "which weights are zero: the smallest of a kernel, or two of each four inputs of an output",
+    ),
+    _field("mask.share", 0.5, SHARE, "of a kernel's weights that are zero, of magnitude"),
+    _field("mask.rules", (".*kernel",), RULES, "kernels to mask: regexes over whole paths"),
+    _field(
+        "mask.keep",
+        HEADS,
+        RULES,
+        "kernels that stay whole all the same, heads and box outputs at first; so does the first"
+        " layer",
     ),
     # Quantization.
     _field(

@@ -82,7 +82,7 @@ def plan_shrinking(
     depths = rows_of(family, known)
     kept = {row: _chosen(family, row, chosen, depths) for row, chosen in layers}
     depths |= {row: len(chosen) for row, chosen in kept.items()}
-    after = {name: depths[row] for name, row in _rows(family, known).items()}
+    after: dict[str, Any] = {name: depths[row] for name, row in _rows(family, known).items()}
     if "depths" in known:
         after["depths"] = tuple(depths[f"{stages}{i}/block"] for i in range(len(known["depths"])))
     if any(isinstance(ratio, tuple) for ratio in known.get("expansions", ())):  # of each block

@@ -136,7 +136,7 @@ def check_recipes(config: ConfigDict, what: str = "images without labels") -> No
     others = [name for name in config.recipes if name not in RECIPES]
     if others:
         raise UserError(
-            f"config.recipes: {others[0]} is not for {what}: take quantize, lora, or none"
+            f"config.recipes: {others[0]} is not for {what}: take mask, quantize, lora, or none"
         )
 
 

@@ -71,7 +71,7 @@ def choose(
     chosen = paths.select(kernels, rules, field=field, kind="kernel")
     chosen -= paths.select(kernels, keep, field=field, strict=False)
     if not chosen:
-        raise UserError(f"{field}: all that they match stays in float: nothing is quantized")
+        raise UserError(f"{field}: all that they match is kept as it is: nothing is left to change")
     return chosen
 
 
