@@ -9,7 +9,8 @@ import jax
 
 from vision_jax.recipes.recipe import Recipe
 from vision_jax.trees import quantize
-from vision_jax.trees.masked import Masked, to_masked, to_n_of_m
+from vision_jax.trees.leaf import Leaf
+from vision_jax.trees.masked import to_masked, to_n_of_m
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Mask(Recipe):
     keep: tuple[str, ...]
 
     def attach(self, params: Any, model: Any, key: jax.Array) -> Any:
-        """Kernels -> Masked.
+        """Kernels -> kernels with zeros.
 
         Raises:
           UserError: rules that match no kernel or leave none, or inputs that 4 does not divide.
@@ -38,7 +39,7 @@ class Mask(Recipe):
         keep = (*self.keep, re.escape(getattr(model, "stem", "")))
         chosen = quantize.choose(params, self.rules, keep, field="config.mask.rules")
 
-        def make(kernel: jax.Array) -> Masked:
+        def make(kernel: jax.Array) -> Leaf:
             return to_n_of_m(kernel) if self.form == "2:4" else to_masked(kernel, self.share)
 
         return quantize.quantize(params, chosen, make)

@@ -1,4 +1,4 @@
-"""Masked: a kernel of which some weights are zero and stay so.
+"""MaskedKernel: a kernel of which some weights are zero and stay so.
 
     to_masked(kernel, share)          the smallest weights out, anywhere in the kernel
     to_n_of_m(kernel, n, m)           all but the n largest of each m inputs of an output: 2:4
@@ -26,7 +26,7 @@ Array = jax.Array
 
 @partial(jax.tree_util.register_dataclass, data_fields=["base", "mask"], meta_fields=[])
 @dataclass(frozen=True)
-class Masked(Leaf):
+class MaskedKernel(Leaf):
     """A kernel [..., in, out] with zeros; neither training nor a merge fills them.
 
     Attributes:
@@ -56,7 +56,7 @@ class Masked(Leaf):
         return jnp.where(self.mask, kernel, jnp.zeros((), kernel.dtype))
 
 
-def to_masked(kernel: Array, share: float) -> Masked:
+def to_masked(kernel: Array, share: float) -> MaskedKernel:
     """The kernel without the smallest weights, by magnitude; ties go by position.
 
     Args:
@@ -65,10 +65,10 @@ def to_masked(kernel: Array, share: float) -> Masked:
     """
     order = jnp.argsort(jnp.abs(kernel).reshape(-1), stable=True)
     kept = jnp.ones(kernel.size, bool).at[order[: round(share * kernel.size)]].set(False)
-    return Masked(kernel, kept.reshape(kernel.shape))
+    return MaskedKernel(kernel, kept.reshape(kernel.shape))
 
 
-def to_n_of_m(kernel: Array, n: int = 2, m: int = 4) -> Masked:
+def to_n_of_m(kernel: Array, n: int = 2, m: int = 4) -> MaskedKernel:
     """The n largest of each m weights beside each other along the inputs of an output.
 
     2:4 is what sparse matrix units take (Mishra et al. 2021, https://arxiv.org/abs/2104.08378).
@@ -88,4 +88,4 @@ def to_n_of_m(kernel: Array, n: int = 2, m: int = 4) -> Masked:
         )
     rows = jnp.abs(kernel).reshape(*kernel.shape[:-2], inputs // m, m, kernel.shape[-1])
     ranks = jnp.argsort(jnp.argsort(-rows, axis=-2, stable=True), axis=-2)
-    return Masked(kernel, (ranks < n).reshape(kernel.shape))
+    return MaskedKernel(kernel, (ranks < n).reshape(kernel.shape))
