@@ -34,6 +34,11 @@ SMALL = {
         "PAIR_STEPS = 500": "PAIR_STEPS = 2",
     },
     "segment_your_images": {"STEPS = 240": "STEPS = 2", "SIDE = 64": "SIDE = 16"},
+    "segment_your_volumes": {
+        "STEPS = 100": "STEPS = 2",
+        "SIDE = 48": "SIDE = 16",
+        "PATIENTS = 6": "PATIENTS = 3",
+    },
     "detect_your_objects": {"STEPS = 1500": "STEPS = 10", "SIDE = 160": "SIDE = 64"},
 }
 
@@ -131,6 +136,17 @@ def test_segment_your_images(tmp_path, monkeypatch):
     assert "evaluation on 1 images" in printed
     assert "'height': 512, 'width': 128" in printed
     assert len(list((run / "masks").glob("*.png"))) == 1
+
+
+@pytest.mark.long
+def test_segment_your_volumes(tmp_path, monkeypatch):
+    printed = execute("segment_your_volumes", tmp_path, monkeypatch)
+    run = tmp_path / "runs" / "my_volumes"
+    assert "eval/miou" in read_metrics(run / "metrics.jsonl")[-1]
+    assert len(list((run / "cases").glob("*.json"))) == 1
+    assert "'true_volume_ml': " in printed
+    assert "not a diagnosis" in " ".join(printed.split())
+    assert "(48, 48, 12) [" in printed
 
 
 @pytest.mark.long

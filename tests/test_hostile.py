@@ -335,17 +335,20 @@ def test_json_and_xml_of_regions(tmp_path, rng):
     attack(rng, path, lambda: train_on_masks(str(path), images), replace_words, turn_bytes)
 
 
-@pytest.mark.parametrize("kind", ["nii", "nii.gz", "dcm", "tif"])
+@pytest.mark.parametrize("kind", ["nii", "nii.gz", "nrrd", "dcm", "tif"])
 def test_volumes(kind, tmp_path, rng, monkeypatch):
     """Headers and voxels of medical files, of which a byte is turned, cut away or repeated."""
     nibabel, pydicom = pytest.importorskip("nibabel"), pytest.importorskip("pydicom")
-    tifffile = pytest.importorskip("tifffile")
+    tifffile, nrrd = pytest.importorskip("tifffile"), pytest.importorskip("nrrd")
     voxels = rng.integers(0, 2, (6, 5, 4)).astype(np.uint8)
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
         path = tmp_path / folder / f"a.{kind}"
         if kind == "tif":
             tifffile.imwrite(path, voxels, photometric="minisblack", compression="deflate")
+        elif kind == "nrrd":
+            place = {"space": "lps", "space directions": np.diag([2.0, 2.0, 3.0])}
+            nrrd.write(str(path), voxels, header=place | {"space origin": np.zeros(3)})
         elif kind == "dcm":
             shutil.copy(Path(pydicom.__file__).parent / "data/test_files/MR_small_RLE.dcm", path)
         else:

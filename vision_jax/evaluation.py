@@ -25,12 +25,18 @@ class Examples(Protocol):
     def name(self) -> str:
         """The name of the data in messages."""
 
+    @property
+    def note(self) -> str:
+        """What is to be known of the data, or nothing."""
+
     def __len__(self) -> int: ...
 
 
 def announce(source: Examples) -> None:
-    """A line on the screen: which data, and how much of it."""
+    """Lines on the screen: which data, how much of it, and what is to be known of it."""
     say(f"data: {source.name}, {len(source)} images")
+    if source.note:
+        say(f"data: {source.note}")
 
 
 def none_read(source: Examples, damage: DamageLog) -> UserError:

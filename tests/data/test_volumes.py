@@ -1,6 +1,6 @@
 """Volumes out of NIfTI, DICOM and TIFF: values, orientation, masks, and headers that lie.
 
-SimpleITK and OpenCV as independent readers: tests/parity/test_volumes.py.
+NRRD: test_nrrd.py. SimpleITK and OpenCV as independent readers: tests/parity/test_volumes.py.
 """
 
 import gzip
@@ -776,18 +776,59 @@ def test_a_file_of_an_image_is_what_it_shows(tmp_path, rng):
     assert reader.stamp(0) != reader.stamp(1)
 
 
+@pytest.mark.parametrize("kind", ["dicom", "nrrd", "nifti"])
+def test_predicted_labels_lie_where_the_volume_does(kind, tmp_path, rng):
+    """As NIfTI of the same grid, found among the volumes of a folder."""
+    voxels = rng.integers(0, 255, (3, 5, 4)).astype(np.uint8)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if kind == "dicom":
+        (folder / "scan.v2").mkdir()
+        series(folder / "scan.v2", voxels.astype(np.int16))
+    elif kind == "nrrd":
+        axes = np.array([[0, 0, 2.5], [0, -1.5, 0], [0.5, 0, 0]])
+        place = {"space": "RAS", "space directions": axes, "space origin": [1, 2, 3]}
+        pytest.importorskip("nrrd").write(str(folder / "scan.v2.nrrd"), voxels, header=place)
+    else:
+        nifti(folder / "scan.v2.nii.gz", voxels, np.diag([-2.0, 1.0, 3.0, 1.0]))
+    [path] = volumes.find_volumes(folder)
+    assert volumes.is_volume(path)
+    reader = volumes.volume_alone(path, "volumes:elsewhere?window=0:255&slices=1:2")
+    [case] = reader.cases
+    assert case.name == "scan.v2"
+    assert len(reader.slice) == case.grid.shape[0]
+    labels = rng.integers(0, 3, case.grid.shape).astype(np.uint8)
+    written = volumes.load_volume([volumes.write_labels(tmp_path, "0000_scan", reader, labels)])
+    np.testing.assert_array_equal(written.values(), labels)
+    np.testing.assert_allclose(written.grid.affine, case.grid.affine, atol=1e-5)
+    assert written.grid.oriented
+
+
+def test_predicted_labels_of_a_tiff_are_a_tiff(tmp_path, rng):
+    path = tmp_path / "stack.tif"
+    tifffile.imwrite(path, rng.integers(0, 2**16, (3, 5, 4)).astype(np.uint16))
+    reader = volumes.volume_alone(path, "volumes:elsewhere?window=0:65535")
+    labels = rng.integers(0, 3, (3, 5, 4)).astype(np.uint8)
+    written = volumes.write_labels(tmp_path, "0000_stack", reader, labels)
+    np.testing.assert_array_equal(tifffile.imread(written), labels)
+    with pytest.raises(UserError, match="no volume, and the model was trained on volumes"):
+        volumes.volume_alone(tmp_path / "photo.png", "volumes:elsewhere?window=0:9")
+    with pytest.raises(UserError, match="the model was trained on images"):
+        volumes.volume_alone(path, "folder")
+
+
 def test_grids_know_their_volume():
     grid = Grid((4, 5, 6), np.diag([2.0, 3.0, 4.0, 1.0]))
     assert grid.voxel_ml == pytest.approx(0.024)
     assert Grid((4, 5, 6), np.eye(4), measured=False).voxel_ml is None
 
 
-@pytest.mark.parametrize("package", ["nibabel", "pydicom", "tifffile"])
+@pytest.mark.parametrize("package", ["nibabel", "nrrd", "pydicom", "tifffile"])
 def test_a_package_that_is_missing(package, tmp_path, monkeypatch):
     """The line says what to install."""
-    names = {"nibabel": "a.nii.gz", "pydicom": "a.dcm", "tifffile": "a.tif"}
+    names = {"nibabel": "a.nii.gz", "nrrd": "a.nrrd", "pydicom": "a.dcm", "tifffile": "a.tif"}
     path = tmp_path / names[package]
-    path.write_bytes(b"x" * 400)
+    path.write_bytes(b"NRRD0004\n\n" + b"x" * 400)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r"pip install 'vision_jax\[medical\]'"):
         volumes.load_volume([path])
@@ -834,3 +875,26 @@ def test_the_script_that_fetches_a_head(tmp_path, rng, monkeypatch):
         package.write_bytes(odd)
         with pytest.raises(SystemExit, match=r"no Debian package|no data"):
             script.fetch(tmp_path / "again", package)
+
+
+def test_the_script_that_fetches_tumors(tmp_path, monkeypatch):
+    """Out of a package of our own: two folders of two patients; another package is refused."""
+    spec = importlib.util.spec_from_file_location("script", runs.ROOT / "scripts/fetch_tumours.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    package = tmp_path / "package.tar.gz"
+    with tarfile.open(package, "w:gz") as archive:
+        for name in ("brain1", "brain2", "lung1", "lung2"):
+            for kind in ("image", "label"):
+                member = tarfile.TarInfo(f"pyradiomics-3.0.1/data/{name}_{kind}.nrrd")
+                content = f"{name} {kind}".encode()
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(SystemExit, match="its sha256 differs"):
+        script.fetch(tmp_path / "out", package)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(script, "DIGEST", hashlib.sha256(package.read_bytes()).hexdigest())
+    script.fetch(tmp_path / "out", package)
+    assert (tmp_path / "out/lung/masks/lung2.nrrd").read_bytes() == b"lung2 label"
+    assert (tmp_path / "out/brain/images/brain1.nrrd").read_bytes() == b"brain1 image"
+    assert json.loads((tmp_path / "out/brain/classes.json").read_text())["1"] == "tumor"

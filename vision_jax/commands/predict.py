@@ -10,6 +10,7 @@ from vision_jax import sharding
 from vision_jax.config import config_without_file
 from vision_jax.data.folders import list_files
 from vision_jax.data.sources import IMAGE_SUFFIXES
+from vision_jax.data.volumes.source import find_volumes
 from vision_jax.errors import UserError
 from vision_jax.files import expand
 from vision_jax.loaded import load, trained_of
@@ -63,7 +64,7 @@ def _predict_with(
 
 
 def _image_files(given: Sequence[str]) -> list[str]:
-    """The files given, and the images in the folders given, in order; there no hidden ones."""
+    """The files given, and what lies in the folders given, in order: images, else volumes."""
     if not given:
         raise UserError("predict needs --images=FILE or --images FILE FOLDER ...")
     names: list[str] = []
@@ -71,6 +72,7 @@ def _image_files(given: Sequence[str]) -> list[str]:
         if Path(name).is_dir():
             inside, _ = list_files(name, IMAGE_SUFFIXES)
             names += [str(Path(name, file)) for file in inside]
+            names += [] if inside else map(str, find_volumes(Path(name)))
         elif Path(name).is_file():
             names.append(name)
         else:

@@ -10,6 +10,7 @@
     cityscapes:DIR/SPLIT        leftImg8bit/ and gtFine/ in DIR
     volumes:DIR[?OPTIONS]       NIfTI, DICOM and deep TIFF: see data/volumes/source.py
     embedded:nuclei/SPLIT       a micrograph of cell nuclei, train or test
+    driving:SPLIT/SEED/COUNT[/SIZE]  street scenes drawn from a seed, train or test
 
 What the values of a folder's masks mean says a table of classes (data/masks.py), classes.json or
 classes.csv in the folder, or above it; data/mask_formats/ reads the files that name regions.
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vision_jax.data import driving
 from vision_jax.data.decode import DamagedImageError, read_size
 from vision_jax.data.folders import list_files, list_folders
 from vision_jax.data.mask_formats.files import is_of_regions, read_regions
@@ -221,6 +223,11 @@ def _read(
     """By the reader of its format, of which each has a line here."""
     if spec.startswith("embedded:"):
         return _read_nuclei(spec, targets)
+    if spec.startswith(driving.DRIVING):
+        images_of, drawn = driving.read_scenes(spec)
+        named = driving.CLASS_NAMES
+        masks_of = ArrayMasks(spec, drawn)
+        return MaskedImages(spec, named, images_of, masks_of, len(drawn), note=driving.NOTE)
     if spec.startswith(VOLUMES):
         return read_volumes(spec, masks, classes)
     if masks is None and is_of_regions(spec):

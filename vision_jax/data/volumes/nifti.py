@@ -46,6 +46,21 @@ def write_labels(path: Path, like: Path, labels: np.ndarray) -> None:
         image, grid, _, affine = _open(like)
     stored = np.ascontiguousarray(as_stored(labels, affine, grid.oriented))
     written = import_nibabel().Nifti1Image(stored, image.affine, image.header)
+    _save_labels(path, written)
+
+
+def write_labels_on(path: Path, grid: Grid, labels: np.ndarray) -> None:
+    """Writes labels u8[z, y, x] on a grid as NIfTI; without a place where the grid states none."""
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine  # from left, back to right, front
+    written = import_nibabel().Nifti1Image(np.ascontiguousarray(labels.transpose(2, 1, 0)), affine)
+    code = int(grid.oriented)  # scanner's, or unknown
+    written.set_sform(affine, code)
+    written.set_qform(affine, code)
+    written.header.set_xyzt_units("mm" if grid.measured else "unknown")
+    _save_labels(path, written)
+
+
+def _save_labels(path: Path, written: Any) -> None:
     written.header.set_data_dtype(np.uint8)
     written.header["descrip"] = b"labels predicted by a model: not a diagnosis"
     written.to_filename(path)

@@ -1,7 +1,8 @@
 """Slices of medical volumes with their masks, as training reads images: `volumes:DIR?OPTIONS`.
 
 DIR holds images/ and masks/ (or nnU-Net's imagesTr/ and labelsTr/), and classes.json, as a folder
-of images does. A volume is a NIfTI file, a folder with the files of one DICOM series, or a TIFF;
+of images does. A volume is a NIfTI or NRRD file, a folder with the files of one DICOM series, or a
+TIFF;
 its mask has the same name, and is any of these on the same grid. Volumes in a folder of images/
 belong to one patient, whose name is the folder's; else each is a patient. A split keeps patients
 whole.
@@ -36,7 +37,7 @@ from PIL import Image
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.folders import list_files
 from vision_jax.data.masks import ClassTable, MaskedImages, find_table, read_class_table
-from vision_jax.data.volumes import dicom, dicom_seg, nifti, tiff
+from vision_jax.data.volumes import dicom, dicom_seg, nifti, nrrd, tiff
 from vision_jax.data.volumes.volume import (
     PLANES,
     Grid,
@@ -58,7 +59,12 @@ MOST_STEP = 0.1  # a scale factor below it says that labels were saved as real n
 _PERCENTILE_VOXELS = 2_000_000
 _NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
 _WINDOW = re.compile(rf"({_NUMBER})(%?):({_NUMBER})(%?)")
-_SUFFIXES = (*nifti.SUFFIXES, *tiff.SUFFIXES, ".dcm")
+_FORMATS = (  # and else DICOM
+    (nifti.SUFFIXES, nifti.read_nifti, nifti.read_nifti_grid),
+    (nrrd.SUFFIXES, nrrd.read_nrrd, nrrd.read_nrrd_grid),
+    (tiff.SUFFIXES, tiff.read_tiff, tiff.read_tiff_grid),
+)
+_SUFFIXES = (*(suffix for suffixes, *_ in _FORMATS for suffix in suffixes), ".dcm")
 
 
 class Window(NamedTuple):
@@ -253,10 +259,9 @@ _CACHE = _Cache(_room())
 
 def load_volume(paths: Sequence[Path]) -> Volume:
     """A volume by the kind of its files. Raises UserError for what can't be read exactly."""
-    if paths[0].name.lower().endswith(nifti.SUFFIXES):
-        return nifti.read_nifti(paths[0])
-    if paths[0].name.lower().endswith(tiff.SUFFIXES):
-        return tiff.read_tiff(paths[0])
+    for suffixes, read, _ in _FORMATS:
+        if paths[0].name.lower().endswith(suffixes):
+            return read(paths[0])
     return dicom.read_dicom(paths)
 
 
@@ -269,10 +274,9 @@ def _load_or_skip(paths: Sequence[Path]) -> Volume:
 
 
 def _load_grid(paths: Sequence[Path]) -> tuple[Grid, str]:
-    if paths[0].name.lower().endswith(nifti.SUFFIXES):
-        return nifti.read_nifti_grid(paths[0])
-    if paths[0].name.lower().endswith(tiff.SUFFIXES):
-        return tiff.read_tiff_grid(paths[0])
+    for suffixes, _, read_grid in _FORMATS:
+        if paths[0].name.lower().endswith(suffixes):
+            return read_grid(paths[0])
     return dicom.read_dicom_grid(paths)
 
 
@@ -409,7 +413,9 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
     table = read_class_table(classes or find_table(folder, images, masks))
     of_images, of_masks = _list_volumes(images), _list_volumes(masks, alone=True)
     if not of_images:
-        raise UserError(f"{images}: no volume in it: give .nii.gz, folders of DICOM, or .tif")
+        raise UserError(
+            f"{images}: no volume in it: give .nii.gz, .nrrd, folders of DICOM, or .tif"
+        )
     cases: list[Case] = []
     mask_paths: list[tuple[Path, ...]] = []
     mask_states: list[int] = []
@@ -461,22 +467,62 @@ def read_volumes(spec: str, masks: Path | None, classes: Path | None) -> MaskedI
 
 
 def volume_alone(path: Path, trained_on: str) -> VolumeReader:
-    """All slices of a NIfTI file, as those that a model was trained on, to predict.
+    """All slices of a file, or of a folder's DICOM series, as those of the training, to predict.
 
     Raises:
-      UserError: another file, damaged, or a model that was not trained on volumes.
+      UserError: no volume, a damaged one, or a model that was not trained on volumes.
     """
     if not trained_on.startswith(VOLUMES):
         raise UserError(f"{path}: a volume, and the model was trained on images: give images")
-    if not path.name.lower().endswith(nifti.SUFFIXES):
-        raise UserError(f"{path}: give volumes alone, or images alone")
+    if not path.is_dir() and not path.name.lower().endswith(_SUFFIXES):
+        raise UserError(
+            f"{path}: no volume, and the model was trained on volumes: give .nii.gz, .nrrd, a"
+            " folder of DICOM, or .tif"
+        )
     options = replace(parse_spec(trained_on)[1], slices=())
-    grid, note = nifti.read_nifti_grid(path)
+    inside = list_files(path, (".dcm",))[0] if path.is_dir() else ()
+    paths = tuple(path / name for name in inside) or (path,)
+    grid, note = _load_grid(paths)
     if not grid.oriented and options.plane != "axial":
         raise UserError(f"{path}: states no orientation, so plane={options.plane} is unknown")
-    name = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-    case = Case(name, (path,), _state((path,)), grid, name, note)
+    suffix = next((end for end in _SUFFIXES if path.name.lower().endswith(end)), "")
+    name = path.name[: len(path.name) - len(suffix)] or path.resolve().name
+    case = Case(name, paths, _state(paths), grid, name, note)
     return VolumeReader(path.parent, (case,), *_rows(str(path), (case,), options), options)
+
+
+def find_volumes(folder: Path) -> list[Path]:
+    """The volumes that lie in a folder, by name; of DICOM's the folder that they lie in."""
+    found: dict[Path, None] = {}
+    for name in list_files(folder, _SUFFIXES)[0]:
+        path = folder / name
+        found[path.parent if name.lower().endswith(".dcm") else path] = None
+    return [*found]
+
+
+def is_volume(path: Path) -> bool:
+    """Whether it is one of what only volumes are: a folder, NIfTI, NRRD or DICOM."""
+    return path.is_dir() or path.name.lower().endswith((*nifti.SUFFIXES, *nrrd.SUFFIXES, ".dcm"))
+
+
+def write_labels(folder: Path, stem: str, reader: VolumeReader, labels: np.ndarray) -> Path:
+    """Writes labels u8[z, y, x] of a reader's one volume; returns the file.
+
+    A NIfTI file's are stored and placed as it is, those of a TIFF are a TIFF, and those of others
+    NIfTI on their grid.
+    """
+    [case] = reader.cases
+    name = case.paths[0].name.lower()
+    if name.endswith(tiff.SUFFIXES):
+        path = folder / f"{stem}.tif"
+        tiff.write_labels(path, labels)
+        return path
+    path = folder / f"{stem}.nii.gz"
+    if name.endswith(nifti.SUFFIXES):
+        nifti.write_labels(path, case.paths[0], labels)
+    else:
+        nifti.write_labels_on(path, case.grid, labels)
+    return path
 
 
 def _rows(spec: str, cases: Sequence[Case], options: Options) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,11 @@ def read_tiff(path: Path) -> Volume:
     )
 
 
+def write_labels(path: Path, labels: np.ndarray) -> None:
+    """Writes labels u8[z, y, x] as a stack of pages, a slice each."""
+    _import_tifffile().imwrite(path, labels, photometric="minisblack", compression="deflate")
+
+
 _NOTE = "{}: a TIFF states no place in mm that is read here: a pixel is taken as 1 mm"
 
 

@@ -11,8 +11,7 @@ from PIL import Image
 from vision_jax.config import write_json
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.segmentation import SegmentationSource, images_to_segment, slices_to_segment
-from vision_jax.data.volumes import nifti
-from vision_jax.data.volumes.source import volume_alone
+from vision_jax.data.volumes.source import volume_alone, write_labels
 from vision_jax.data.volumes.volume import from_plane
 from vision_jax.errors import UserError, printable
 from vision_jax.evaluation import none_read, say_damaged
@@ -111,10 +110,10 @@ def predict_volumes(
     out: Path,
     trained_on: str,
 ) -> None:
-    """OUT/masks/NAME.nii.gz and OUT/cases/ of volumes.
+    """OUT/masks/ and OUT/cases/ of volumes.
 
     Args:
-      names: of the files.
+      names: of the files, or of folders of DICOM.
       class_names: by label.
       predict_all: predicts a source.
       out: where to write.
@@ -155,8 +154,8 @@ def _predict_volume(
     labels = from_plane(report.pop("labels"), reader.options.plane)
     if not jax.process_index():
         (out / "masks").mkdir(parents=True, exist_ok=True)
-        path = out / "masks" / images.file_name(number, reader.cases[0].name, ".nii.gz")
-        nifti.write_labels(path, Path(name), labels)
+        stem = images.file_name(number, reader.cases[0].name, "")
+        write_labels(out / "masks", stem, reader, labels)
         for kind, found in report["classes"].items():
             ml = found["volume_ml"]
             amount = f"{found['voxels']:,} voxels" if ml is None else f"{ml:.1f} ml"

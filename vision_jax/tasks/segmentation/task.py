@@ -34,8 +34,7 @@ from vision_jax.data.segmentation_transforms import (
     segmentation_eval_transform,
 )
 from vision_jax.data.segments import PANOPTIC, SEMANTIC
-from vision_jax.data.volumes import nifti
-from vision_jax.data.volumes.source import VolumeReader
+from vision_jax.data.volumes.source import VOLUMES, VolumeReader, is_volume
 from vision_jax.errors import UserError, printable
 from vision_jax.evaluation import make_run_batches, none_read
 from vision_jax.logging import RunLog, say
@@ -605,8 +604,8 @@ def _best_window(config: ConfigDict, source: SegmentationSource) -> dict[str, An
 def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Path) -> None:
     """A mask of each file: OUT/masks/NAME.png, drawn in OUT/overlays/, and OUT/predictions.json.
 
-    Masks are palette PNGs of the image's own size, whose values are class indices. Of NIfTI files,
-    where the model was trained on volumes, OUT/masks/NAME.nii.gz and a report in OUT/cases/.
+    Masks are palette PNGs of the image's own size, whose values are class indices. Where the model
+    was trained on volumes, they are OUT/masks/NAME.nii.gz (or .tif), and OUT/cases/ has reports.
 
     Args:
       config: the run's.
@@ -629,7 +628,8 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
         return run(source, damage, *trained.arguments)
 
     class_names = trained.class_names
-    if any(name.lower().endswith(nifti.SUFFIXES) for name in names):
+    on_volumes = config.data.train.startswith(VOLUMES)
+    if on_volumes or any(is_volume(Path(name)) for name in names):
         predictions.predict_volumes(names, class_names, predict_all, out, config.data.train)
         return
     tally = _make_tally(config, class_names)
