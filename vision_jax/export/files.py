@@ -19,7 +19,7 @@ import numpy as np
 
 import vision_jax
 from vision_jax.errors import UserError, utf8
-from vision_jax.export import certificate, litert, stablehlo
+from vision_jax.export import certificate, litert, onnx_file, stablehlo
 from vision_jax.export.certificate import RunFailedError
 from vision_jax.export.serving import Serving, serving_function
 from vision_jax.files import draft_folder, write_whole
@@ -67,8 +67,17 @@ def _write_tflite(serving: Serving, batch: int | None, folder: Path) -> tuple[Pa
     return path, about
 
 
+def _write_onnx(serving: Serving, batch: int | None, folder: Path) -> tuple[Path, Any]:
+    check_installed(("onnx",), "onnx")
+    content, about = onnx_file.write(serving, batch)
+    path = folder / "model.onnx"
+    path.write_bytes(content)
+    return path, about
+
+
 FORMATS: dict[str, Format] = {
     "stablehlo": Format(_write_stablehlo, any_size=True),
+    "onnx": Format(_write_onnx, any_size=True),
     "tflite": Format(_write_tflite, any_size=False),
 }
 

@@ -6,6 +6,7 @@ shrinks (no antialiasing). Source: torch 2.12, aten/src/ATen/native/UpSample.h.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +43,20 @@ def pool_adaptive(x: jax.Array, size: Sequence[int]) -> jax.Array:
     return x
 
 
-def bilinear_weights(old: int, new: int) -> np.ndarray:
-    """Matrix f64[new, old] that resizes a line; its rows sum to one."""
-    centers = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)  # [new]
-    return np.maximum(1 - np.abs(centers[:, None] - np.arange(old)[None]), 0)
+def bilinear_weights(old: int, new: Any) -> Any:
+    """Matrix f64[new, old] that resizes a line; its rows sum to one.
+
+    A `new` that is a symbolic dimension of jax.export gives an array of the traced program.
+    """
+    if isinstance(new, int | np.integer):
+        return _weights(old, new, new, np)
+    with jax.enable_x64(True):
+        return _weights(old, new, jnp.asarray(new), jnp)
+
+
+def _weights(old: int, new: Any, length: Any, xp: Any) -> Any:
+    centers = xp.clip((xp.arange(new) + 0.5) * (old / length) - 0.5, 0, old - 1)  # [new]
+    return xp.maximum(1 - xp.abs(centers[:, None] - xp.arange(old)[None]), 0)
 
 
 def _resize_line(x: jax.Array, axis: int, new: int) -> jax.Array:

@@ -1,0 +1,176 @@
+"""JAX's primitives at their edges, as onnxruntime computes what is written for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import pytest
+from jax import lax
+
+from vision_jax import platform
+from vision_jax.errors import UserError
+from vision_jax.export import onnx_file
+from vision_jax.export.serving import Serving
+
+
+def run(function, images, size=None):
+    """(JAX's outputs, the file's) of a function of u8[B, H, W, C], H and W open without a size."""
+    serving = Serving(function, None, dict.fromkeys(function(images), ""), size,
+                      images.shape[-1], (), "features")  # fmt: skip
+    content, _ = onnx_file.write(serving, None)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    found = session.run(names, {"images": images})
+    with platform.traced_for(platform.NO_LOOPS):
+        want = jax.jit(function)(images)
+    return want, dict(zip(names, found, strict=True))
+
+
+def check(function, images, tolerance=0.0, size=None):
+    want, found = run(function, images, size)
+    for name, theirs in found.items():
+        ours = np.asarray(want[name])
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+        np.testing.assert_allclose(theirs, ours, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.fixture
+def images(rng):
+    return rng.integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
+
+
+def numbers(images):
+    """Whole numbers on both sides of zero, and halves."""
+    return images.astype(jnp.int32) - 128, images.astype(jnp.float32) / 2 - 64
+
+
+def test_whole_numbers(images):
+    def function(images):
+        whole, _ = numbers(images)
+        seven = jnp.full_like(whole, 7)
+        return {
+            "div": lax.div(whole, seven), "rem": lax.rem(whole, seven), "floor": whole // 7,
+            "mod": whole % 7, "shift": whole >> 3, "sign": jnp.sign(whole),
+            "bytes": images.astype(jnp.float32), "mask": (whole > 3).astype(jnp.float32),
+            "both": ((whole > 3) & ~(whole > 9) | (whole < -9)).astype(jnp.int32),
+            "truth": (whole % 3).astype(bool).astype(jnp.int32),
+            "larger": jnp.maximum(whole > 3, whole < 0).astype(jnp.int32),
+        }  # fmt: skip
+
+    check(function, images)
+
+
+def test_floats(images):
+    def function(images):
+        _, x = numbers(images)
+        holes = jnp.where(x > 20, jnp.nan, x)
+        return {
+            "round": jnp.round(x), "truncate": x.astype(jnp.int32), "floor": jnp.floor(x),
+            "nan": jnp.maximum(holes, 1.0), "less": jnp.minimum(1.0, holes),
+            "clip": jnp.clip(x, -3, 5), "halves": jnp.sign(x) * jnp.abs(x),
+            "infinite": jnp.where(x > 0, jnp.inf, -jnp.inf),
+        }  # fmt: skip
+
+    check(function, images)
+
+
+def test_curves(images):
+    def function(images):
+        x = numbers(images)[1] / 16
+        return {
+            "erf": lax.erf(x), "sigmoid": jax.nn.sigmoid(x), "gelu": jax.nn.gelu(x),
+            "softmax": jax.nn.softmax(x, axis=-1), "rsqrt": lax.rsqrt(jnp.abs(x) + 1),
+            "silu": jax.nn.silu(x), "tanh": jnp.tanh(x), "power": x**3, "sine": jnp.sin(x),
+            "swish": jax.nn.hard_swish(x), "log": jnp.log(jnp.abs(x) + 1),
+        }  # fmt: skip
+
+    check(function, images, 3e-6)
+
+
+def test_reductions(images):
+    def function(images):
+        whole, x = numbers(images)
+        few = whole // 60  # with many ties
+        best, place = lax.top_k(few.astype(jnp.float32).reshape(x.shape[0], -1), 9)
+        return {
+            "any": (whole > 120).any((1, 2)).astype(jnp.int32),
+            "all": (whole > -100).all(-1).astype(jnp.int32),
+            "sum": whole.sum((1, 3)), "max": x.max((0, 2)), "min": x.min(1),
+            "argmax": jnp.argmax(few, -1), "best": best, "place": place,
+            "running": jnp.cumsum(x, 2), "back": jnp.cumsum(x[:, :, ::-1], 2),
+            "ones": jax.nn.one_hot(few[..., 0] - 1, 3),  # of -1 to -4, too: zeros
+        }  # fmt: skip
+
+    check(function, images, size=(6, 5))
+
+
+def test_places(images, rng):
+    """Gathers with and without a batch, of one axis and of two, at and beyond the border."""
+    line = jnp.asarray(rng.integers(0, 3, 7), jnp.int32)
+
+    def function(images):
+        x = numbers(images)[1]
+        flat = x.reshape(x.shape[0], -1, 3)  # [B, N, 3]
+        index = (images[:, :, 0].astype(jnp.int32) % 40) - 3  # below 0 and above N - 1
+        beside = jnp.take_along_axis(flat, index, axis=1, mode="clip")
+        return {
+            "line": jnp.take(x, line, axis=3), "rows": jnp.take(x, line, axis=1),
+            "clip": jnp.take(x, jnp.array([-9, 2, 99]), axis=2, mode="clip"),
+            "beside": beside, "last": x[:, -1], "column": x[:, :, 2:4], "every": x[:, ::2, ::-1],
+            "best": jnp.take_along_axis(x, jnp.argmax(x, -1)[..., None], -1),
+            "pair": x[:, jnp.array([0, 1]), jnp.array([2, 3])],
+            "block": lax.dynamic_slice_in_dim(x, 4, 3, axis=2),  # moved to where it fits
+        }  # fmt: skip
+
+    check(function, images, size=(6, 5))
+
+
+def test_shapes(images):
+    def function(images):
+        x = numbers(images)[1]
+        none = x.dtype.type(-7)
+        return {
+            "pad": lax.pad(x, none, ((0, 0, 0), (1, 2, 0), (-1, 2, 0), (0, -1, 0))),
+            "tile": jnp.tile(x[:, :1], (1, 2, 3, 1)), "stack": jnp.stack([x, -x], 2),
+            "parts": jnp.split(x, [1], axis=3)[1], "turn": x.transpose(3, 0, 2, 1),
+            "places": jnp.arange(5)[None] + images[:, 0, :, 0].astype(jnp.int32),
+        }  # fmt: skip
+
+    check(function, images, size=(6, 5))
+
+
+def test_products(images, rng):
+    kernel = jnp.asarray(rng.normal(size=(3, 2, 3, 6)), jnp.float32)
+    groups = jnp.asarray(rng.normal(size=(3, 3, 1, 6)), jnp.float32)
+    dense = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+    numbered = ("NHWC", "HWIO", "NHWC")
+
+    def function(images):
+        x = numbers(images)[1] / 8
+        largest = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1e30)
+        pool = lax.reduce_window(largest, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
+        tokens = x.reshape(x.shape[0], -1, 3)
+        return {
+            "conv": lax.conv_general_dilated(
+                x, kernel, (2, 1), ((1, 0), (0, 2)), rhs_dilation=(1, 2), dimension_numbers=numbered
+            ),
+            "groups": lax.conv_general_dilated(
+                x, groups, (1, 1), "SAME", dimension_numbers=numbered, feature_group_count=3
+            ),
+            "pool": pool, "dense": x @ dense, "turned": jnp.einsum("co,bhwc->bohw", dense, x),
+            "pairs": jnp.einsum("bnd,bmd->bnm", tokens, tokens),
+            "heads": jnp.einsum("bnk,bmk->kbm", tokens, tokens[:, :3]),
+        }  # fmt: skip
+
+    check(function, images, 2e-5)
+
+
+def test_what_cannot_be_written_is_named(images):
+    def function(images):
+        return {"sorted": jnp.sort(images.astype(jnp.float32), axis=-1)}
+
+    with pytest.raises(UserError, match="JAX's `sort`"):
+        run(function, images)
+    for cast in (lambda x: x.astype(jnp.float32).astype(jnp.uint8),):
+        with pytest.raises(UserError, match="uint8"):
+            run(lambda images, cast=cast: {"cast": cast(images)}, images)

@@ -1,0 +1,177 @@
+"""A traced JAX program as a graph of ONNX: values, sizes that are open, and the walk over both.
+
+What depends on parameters alone is computed here and stored; what depends on the images becomes
+nodes, by onnx_operators.py.
+"""
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+from onnx import TensorProto, helper, numpy_helper
+
+from vision_jax.errors import UserError
+
+OPSET = 20
+LARGEST_FOLDED = 4096  # elements that a constant may grow to, where its inputs are smaller
+DTYPES = {
+    "float32": TensorProto.FLOAT,
+    "float64": TensorProto.DOUBLE,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+    "uint8": TensorProto.UINT8,
+    "bool": TensorProto.BOOL,
+}
+INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # where primitives that call keep what they call
+
+Value = str | np.ndarray  # of a graph: a name, or an array that is known
+Operator = Callable[["Graph", Mapping[str, Any], Sequence[Value], Any], Any]
+
+
+class Graph:
+    """Nodes in the making.
+
+    Args:
+      operators: by primitive: (graph, the primitive's parameters, values, equation) -> a value, or
+        a list of them.
+      images: name of the input.
+      image_dims: the symbolic dimensions of the images, by place.
+    """
+
+    def __init__(self, operators: Mapping[str, Operator], images: str, image_dims: Sequence[Any]):
+        self.operators, self.images = operators, images
+        self.nodes: list[Any] = []
+        self.stored: list[Any] = []
+        self._names: dict[Any, str] = {}
+        self._places = {str(dim): at for at, dim in enumerate(image_dims) if type(dim) is not int}
+
+    def op(self, kind: str, *inputs: Value, outputs: int = 1, **attributes: Any) -> Any:
+        """Adds a node; returns the name of its output, or the names."""
+        names = [f"{kind}_{len(self.nodes)}_{index}" for index in range(outputs)]
+        given = [self.name(value) for value in inputs]
+        self.nodes.append(helper.make_node(kind, given, names, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def name(self, value: Value) -> str:
+        """A value as a node takes it; an array is stored, once."""
+        if isinstance(value, str):
+            return value
+        key = (value.dtype.str, value.shape, value.tobytes())
+        if key not in self._names:
+            self._names[key] = f"stored_{len(self.stored)}"
+            self.stored.append(numpy_helper.from_array(value, self._names[key]))
+        return self._names[key]
+
+    def cast(self, value: Value, dtype: Any) -> Value:
+        """As another type."""
+        if isinstance(value, np.ndarray):
+            return value.astype(dtype)
+        return self.op("Cast", value, to=DTYPES[np.dtype(dtype).name])
+
+    def ints(self, values: Sequence[Any]) -> Value:
+        """i64[n] of numbers and symbolic dimensions."""
+        if all(isinstance(value, int | np.integer) for value in values):
+            return np.array(values, np.int64)
+        parts = [self.dim(value) for value in values]
+        return self.op("Concat", *parts, axis=0)
+
+    def dim(self, value: Any) -> Value:
+        """i64[1] of a number or a symbolic dimension."""
+        if isinstance(value, int | np.integer):
+            return np.array([value], np.int64)
+        if str(value) not in self._names:
+            self._names[str(value)] = self._compute(ast.parse(str(value), mode="eval").body)
+        return self._names[str(value)]
+
+    def _compute(self, node: ast.expr) -> Any:
+        """Of an expression of the images' dimensions, such as 4*b + floordiv(h, 2)."""
+        kinds: dict[Any, str] = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul"}
+        calls = {"floordiv": "Div", "mod": "Mod", "max": "Max", "min": "Min"}
+        if isinstance(node, ast.Name) and node.id in self._places:
+            at = np.array([self._places[node.id]], np.int64)
+            return self.op("Gather", self.op("Shape", self.images), at)
+        if isinstance(node, ast.Constant):
+            return np.array([node.value], np.int64)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return self.op("Neg", self._compute(node.operand))
+        if isinstance(node, ast.BinOp) and type(node.op) in kinds:
+            parts = (self._compute(part) for part in (node.left, node.right))
+            return self.op(kinds[type(node.op)], *parts)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in calls:
+            return self.op(calls[node.func.id], *map(self._compute, node.args))
+        raise UserError(f"an open size of {ast.unparse(node)}: give --image-size and --batch")
+
+    def reshape(self, value: Value, shape: Sequence[Any]) -> Value:
+        """In another shape, of which any may be symbolic."""
+        open_ = [at for at, side in enumerate(shape) if not isinstance(side, int)]
+        if isinstance(value, np.ndarray):
+            return value.reshape(shape)
+        if len(open_) == 1 and 0 not in shape:
+            shape = [-1 if at == open_[0] else side for at, side in enumerate(shape)]
+        return self.op("Reshape", value, self.ints(shape))
+
+    def transpose(self, value: Value, order: Sequence[int]) -> Value:
+        """Axes in another order."""
+        if list(order) == sorted(order):
+            return value
+        if isinstance(value, np.ndarray):
+            return value.transpose(order)
+        return self.op("Transpose", value, perm=list(order))
+
+    def walk(self, closed: Any, inputs: Sequence[Value]) -> list[Value]:
+        """The program's outputs.
+
+        Raises:
+          UserError: a primitive that there is no function for.
+        """
+        program = closed.jaxpr if hasattr(closed, "consts") else closed
+        known: dict[Any, Value] = {}
+        constants = [np.asarray(x) for x in getattr(closed, "consts", ())]
+        for variables, values in ((program.constvars, constants), (program.invars, inputs)):
+            known.update(zip(variables, values, strict=True))
+
+        def read(variable: Any) -> Value:
+            if isinstance(variable, core.Literal):
+                return np.asarray(variable.val, variable.aval.dtype)  # type: ignore[attr-defined]
+            return known[variable]
+
+        for equation in program.eqns:
+            found = self._apply(equation, [read(variable) for variable in equation.invars])
+            known.update(zip(equation.outvars, found, strict=True))
+        return [read(variable) for variable in program.outvars]
+
+    def _apply(self, equation: Any, values: Sequence[Value]) -> Sequence[Value]:
+        name, params = equation.primitive.name, equation.params
+        inner = next((params[key] for key in INNER if key in params), None)
+        if inner is not None and name not in ("scan", "while"):
+            return self.walk(inner, values)
+        if (folded := _fold(equation, values)) is not None:
+            return folded
+        if name not in self.operators:
+            raise UserError(
+                f"ONNX: there is no way to write JAX's `{name}` here; export to stablehlo"
+            )
+        found = self.operators[name](self, params, values, equation)
+        return found if isinstance(found, list) else [found]
+
+
+def _fold(equation: Any, values: Sequence[Value]) -> Sequence[Value] | None:
+    """The outputs, where all inputs are known and none grows large."""
+    if equation.primitive.name == "dim_as_value" or any(isinstance(x, str) for x in values):
+        return None
+    shapes = [variable.aval.shape for variable in equation.outvars]
+    if any(not isinstance(side, int) for shape in shapes for side in shape):
+        return None
+    given = sum(value.size for value in values if isinstance(value, np.ndarray))
+    if sum(int(np.prod(shape)) for shape in shapes) > max(given, LARGEST_FOLDED):
+        return None
+    wide = any(
+        "64" in str(variable.aval.dtype) for variable in (*equation.invars, *equation.outvars)
+    )
+    with jax.enable_x64(wide), jax.ensure_compile_time_eval():
+        found = equation.primitive.bind(*values, **equation.params)
+    several = equation.primitive.multiple_results
+    return [np.asarray(x) for x in (found if several else [found])]
