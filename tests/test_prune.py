@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 import vision_jax
-from vision_jax.convert import arguments_of
+from vision_jax.convert import (
+    arguments_of,
+    export_weights,
+    import_weights,
+    own_naming,
+    read_weights,
+    recognize,
+    write_safetensors,
+)
 from vision_jax.convert.tables import table_for_export
 from vision_jax.errors import UserError
 from vision_jax.main import main
@@ -64,10 +72,16 @@ def make(rng, name, dtype=jnp.float64):
     images = jnp.asarray(rng.random((2, *size, 3)), dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     variables = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, dtype), shapes)
-    if "batch_stats" in variables:
-        flat = paths.flatten(variables["batch_stats"])
-        positive = {p: x**2 + 0.1 if p.endswith("var") else x for p, x in flat.items()}
-        variables["batch_stats"] = paths.nest(positive)
+    for collection in variables:
+        flat = paths.flatten(variables[collection])
+        for path, x in flat.items():
+            if path.endswith("/var"):
+                flat[path] = x**2 + 0.1
+            elif path.endswith("/count"):
+                flat[path] = jnp.zeros((), jnp.int32)
+            elif path.endswith("/qkv_bias"):  # timm's files have no key's
+                flat[path] = x.at[len(x) // 3 : len(x) // 3 * 2].set(0)
+        variables[collection] = paths.nest(flat)
     return model, variables, images, size, what
 
 
@@ -135,6 +149,27 @@ def test_all_kinds_and_layers_leave_a_model_of_the_family(rng, name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outputs))
     count = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (variables, pruned.variables)]
     assert count[1] < 0.45 * count[0]
+
+
+@pytest.mark.long(but=("vit",))
+@pytest.mark.parametrize("name", CASES)
+def test_file_of_a_pruned_model_is_read_bit_for_bit(rng, tmp_path, name):
+    model, variables, _, size, what = make(rng, name)
+    scores = prune.magnitude(variables["params"])
+    cut = prune.prune(model, variables, size, scores, keep=0.5, what=what, multiple=2)
+    family = CASES[name][0]
+    flat = {
+        p: np.asarray(x) for tree in cut.variables.values() for p, x in paths.flatten(tree).items()
+    }
+    arguments = arguments_of(cut.model)
+    tensors, header = export_weights(flat, family, arguments, to=own_naming(family))
+    write_safetensors(tmp_path / "model.safetensors", tensors, header)
+    weights = read_weights(str(tmp_path / "model.safetensors"))
+    read, found = recognize(weights)
+    assert read == family
+    assert {name: arguments[name] for name in found} == found
+    imported = import_weights(weights, flat, found, place=lambda path, array: array)
+    jax.tree.map(np.testing.assert_array_equal, imported, flat)
 
 
 def test_arguments_say_no_more_than_they_must(rng):
