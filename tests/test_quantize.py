@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 import vision_jax
 from vision_jax import convert, main
-from vision_jax.convert.quantized import KEY, write_quantized
+from vision_jax.convert.files import QUANTIZED_KEY
+from vision_jax.convert.quantized import write_quantized
 from vision_jax.errors import UserError
 from vision_jax.models import families
 from vision_jax.ops.ranges import BINS, count_magnitudes, find_range
-from vision_jax.run.calibrate import choose_exceptions
+from vision_jax.run.calibrate import _compared, choose_exceptions
 from vision_jax.trees import lora, paths, quantize
 
 
@@ -169,7 +170,7 @@ def test_damaged_files_are_refused_in_one_line(damage, message, tmp_path):
     tensors = load_file(file)
     header = json.loads(vision_jax_header(file))
     damage(tensors, header)
-    save_file(tensors, file, {KEY: json.dumps(header)})
+    save_file(tensors, file, {QUANTIZED_KEY: json.dumps(header)})
     with pytest.raises(UserError, match=message):
         vision_jax.load(tmp_path)
 
@@ -179,6 +180,8 @@ def test_a_quantized_file_is_for_its_own_classes(tmp_path):
     assert vision_jax.load(tmp_path).class_names == tuple("abcdefghij")
     with pytest.raises(UserError, match="is quantized for its classes and size"):
         vision_jax.load(tmp_path, num_classes=3)
+    with pytest.raises(UserError, match="is a quantized model"):
+        convert.read_weights(str(tmp_path))
 
 
 def write_small(file):
@@ -198,4 +201,16 @@ def write_small(file):
 
 def vision_jax_header(file):
     with safe_open(file, "numpy") as opened:
-        return opened.metadata()[KEY]
+        return opened.metadata()[QUANTIZED_KEY]
+
+
+def test_errors_are_of_outputs_whose_order_stands():
+    """Detections are in the order of their scores: a small difference swaps two of them."""
+    x = jnp.ones(3)
+    dense = {"logits": x, "box_deltas": x, "label": jnp.ones(3, jnp.int32)}
+    ordered = {"score": x, "boxes_xyxy_01": x}
+    assert _compared(dense).keys() == _compared({**dense, **ordered}).keys()
+    assert _compared(dense).keys() == {"logits", "box_deltas"}
+    assert _compared({"logits": x, "boxes_cxcywh_01": x}).keys() == {"logits", "boxes_cxcywh_01"}
+    proposed = {"proposals_xyxy_px": x, "logits": x, "deltas": x}
+    assert _compared({"rpn_logits": x, **proposed, **ordered}).keys() == {"rpn_logits"}

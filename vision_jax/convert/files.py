@@ -64,6 +64,7 @@ PREFIXES = (
 )  # of all names alike, in any order
 # What torch.compile, FSDP and activation checkpointing write into names, wherever they wrap.
 INSIDE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+QUANTIZED_KEY = "vision_jax_quantized"  # of the metadata: how the kernels are quantized
 INDEX_FILE = "model.safetensors.index.json"
 PAGE = mmap.ALLOCATIONGRANULARITY
 

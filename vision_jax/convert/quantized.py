@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from vision_jax.convert.files import open_safetensors, write_safetensors
+from vision_jax.convert.files import QUANTIZED_KEY, open_safetensors, write_safetensors
 from vision_jax.convert.read import WEIGHTS_FILE
 from vision_jax.convert.tables import as_tuples
 from vision_jax.errors import UserError
 from vision_jax.files import expand, parse_json
 from vision_jax.models.families import RUN_ARGUMENTS, check_arguments
 from vision_jax.trees import paths, quantize
-
-KEY = "vision_jax_quantized"
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def write_quantized(
         for tree in variables.values()
         for path, x in paths.flatten(tree).items()
     }
-    write_safetensors(path, tensors, {"format": "vision_jax", KEY: json.dumps(header)})
+    write_safetensors(path, tensors, {"format": "vision_jax", QUANTIZED_KEY: json.dumps(header)})
 
 
 def read_quantized(spec: str) -> QuantizedFile | None:
@@ -119,9 +117,9 @@ def read_quantized(spec: str) -> QuantizedFile | None:
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     tensors, metadata = open_safetensors(path)
-    if KEY not in metadata:
+    if QUANTIZED_KEY not in metadata:
         return None
-    return _checked(path, tensors, metadata[KEY])
+    return _checked(path, tensors, metadata[QUANTIZED_KEY])
 
 
 def _checked(path: Path, tensors: Mapping[str, np.ndarray], text: str) -> QuantizedFile:

@@ -20,7 +20,14 @@ import numpy as np
 
 from vision_jax.checksums import DamagedFileError, verify_checksums
 from vision_jax.convert import detectors
-from vision_jax.convert.files import INDEX_FILE, Tensors, open_npz, open_pickle, open_safetensors
+from vision_jax.convert.files import (
+    INDEX_FILE,
+    QUANTIZED_KEY,
+    Tensors,
+    open_npz,
+    open_pickle,
+    open_safetensors,
+)
 from vision_jax.convert.onnx_file import open_onnx
 from vision_jax.convert.processors import (
     ALIASED,
@@ -254,6 +261,11 @@ def _assemble(
         else:
             part, metadata = open_safetensors(path)
             header.update(metadata)
+            if QUANTIZED_KEY in metadata:
+                raise UserError(
+                    f"{path} is a quantized model, which vision_jax.load, predict and export take: "
+                    "for anything else take the float weights that it was made of"
+                )
         if repeated := sorted(set(part) & set(tensors)):
             raise UserError(f"{path}: tensor {repeated[0]} is in another shard too")
         tensors = Tensors({**tensors.entries, **part.entries})

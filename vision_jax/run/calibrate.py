@@ -22,6 +22,9 @@ from vision_jax.run.prepare import Run
 from vision_jax.tasks.api import Calibrated
 from vision_jax.trees import paths, quantize
 
+# Outputs whose rows are in the order of their scores: detections, and what is said of proposals.
+DETECTED = ("score", "boxes_xyxy_01")
+PROPOSED = ("proposals_xyxy_px", "logits", "deltas")
 Batch = Mapping[str, jax.Array]
 Error = Callable[[Collection[str]], float]  # of the kernels that are quantized
 
@@ -140,8 +143,7 @@ def make_error(
 
     def call(params, model_state, *inputs):
         outputs, _ = apply(params, model_state, *inputs, train=False, keys={})
-        flat = paths.flatten(outputs)
-        return outputs, {p: x for p, x in flat.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        return outputs, _compared(outputs)
 
     outputs_of = _through_task(run, call)
     references = [jax.jit(outputs_of)(plain, model_state, batch) for batch in batches]
@@ -165,6 +167,15 @@ def make_error(
         return max(float(np.sqrt(off / max(all_, 1e-30))) for off, all_ in sums.values())
 
     return error
+
+
+def _compared(outputs: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The float outputs by path, but for those in an order that a small difference turns round."""
+    left_out = {*(DETECTED if "score" in outputs else ())}
+    left_out |= {*(PROPOSED if "proposals_xyxy_px" in outputs else ())}
+    kept = {name: x for name, x in outputs.items() if name not in left_out}
+    flat = paths.flatten(kept)
+    return {p: x for p, x in flat.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
 def choose_exceptions(
