@@ -9,7 +9,7 @@ from vision_jax.export.files import FORMATS
 from vision_jax.export.samples import SAMPLES, make_sample
 from vision_jax.export.serving import serving_function
 
-WRITERS = {"tflite": "litert_converter", "onnx": "onnx"}
+WRITERS = {"tflite": "litert_converter", "onnx": "onnx", "openvino": "openvino"}
 FEW = ("vit", "resnet", "yolox", "segformer")
 
 

@@ -22,7 +22,7 @@ from vision_jax.commands.flags import Parser
 from vision_jax.errors import UserError
 from vision_jax.files import expand, read_json
 
-TARGETS = ("stablehlo", "onnx", "tflite", "safetensors")
+TARGETS = ("stablehlo", "onnx", "tflite", "openvino", "safetensors")
 FAILED, BAD_INPUT = 1, 2  # exit codes
 RUN_FILE = "config.json"
 

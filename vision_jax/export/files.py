@@ -75,10 +75,25 @@ def _write_onnx(serving: Serving, batch: int | None, folder: Path) -> tuple[Path
     return path, about
 
 
+def _write_openvino(serving: Serving, batch: int | None, folder: Path) -> tuple[Path, Any]:
+    """By way of ONNX, of a fixed size: OpenVINO computes float64 in float32."""
+    check_installed(("onnx", "openvino"), "openvino")
+    import openvino
+
+    content, about = onnx_file.write(serving, batch or 1)
+    between = folder / "between.onnx"
+    between.write_bytes(content)
+    path = folder / "model.xml"
+    openvino.save_model(openvino.Core().read_model(between), path, compress_to_fp16=False)
+    between.unlink()
+    return path, about | {"openvino": importlib.metadata.version("openvino")}
+
+
 FORMATS: dict[str, Format] = {
     "stablehlo": Format(_write_stablehlo, any_size=True),
     "onnx": Format(_write_onnx, any_size=True),
     "tflite": Format(_write_tflite, any_size=False),
+    "openvino": Format(_write_openvino, any_size=False),
 }
 
 

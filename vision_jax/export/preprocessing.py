@@ -327,9 +327,11 @@ def _fixed_point(weights: Any, pixels: Array, axis: int) -> Array:
         high = xp.floor(whole / 2**HALF + 0.5)
         low = whole - high * 2**HALF
         halves = [jnp.asarray(half).astype(jnp.float32) for half in (high, low)]
-    high, low = (_dot(half, pixels, axis).astype(jnp.int32) for half in halves)
-    total = high * 2**HALF + low + 2 ** (POINT - 1)
-    return jnp.clip(total >> POINT, 0, 255).astype(jnp.float32)
+    high, low = (_dot(half, pixels, axis) for half in halves)
+    # (high · 2^HALF + low + 2^(POINT - 1)) >> POINT, of which nothing may exceed 2^24: runtimes
+    # (OpenVINO) compute int32 in float32, too.
+    carried = jnp.floor((low + 2.0 ** (POINT - 1)) * 2.0**-HALF)
+    return jnp.clip(jnp.floor((high + carried) * 2.0 ** (HALF - POINT)), 0, 255)
 
 
 def _neighbors(line: Placed, xp: Any) -> tuple[Any, Any, Any, Any]:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 
@@ -58,7 +59,9 @@ def load_openvino(path):
 
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     model = openvino.Core().compile_model(path, "CPU", settings)
-    names = [output.get_any_name() for output in model.outputs]
+    # A tensor has the names of all nodes that hand it on; an output's own has no number behind.
+    own = re.compile(r"(?!.*_\d+_\d+$)")
+    names = [next(filter(own.match, output.get_names())) for output in model.outputs]
     return lambda images: {
         name: value.copy() for name, value in zip(names, model(images).values(), strict=True)
     }
