@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 
+import detection_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,8 @@ def test_ranges_are_those_of_the_magnitudes(rng):
     best = min(squared_error(end) for end in np.linspace(largest / 10, largest, 400))
     assert squared_error(find_range(counts, largest, "mse")) < 1.05 * best
     assert squared_error(find_range(counts, largest, "mse")) < squared_error(largest)
-    assert find_range(np.zeros(BINS, int), 0.0, "mse") == 0
+    dead = np.asarray(count_magnitudes(jnp.zeros(9), jnp.zeros(())))
+    assert find_range(dead, 0.0, "mse") == 0
 
 
 def test_the_fewest_exceptions_that_meet_the_bound():
@@ -81,8 +83,9 @@ def test_what_kernels_multiply_is_seen(rng):
     np.testing.assert_allclose(outputs, again, rtol=1e-4, atol=1e-5)
 
 
-def run_command(out, *fields):
-    arguments = ["quantize", f"--workdir={runs.finished()}", f"--out={out}", "--no-cache"]
+def run_command(out, *fields, workdir=None):
+    workdir = workdir or runs.finished()
+    arguments = ["quantize", f"--workdir={workdir}", f"--out={out}", "--no-cache"]
     return main.main([*arguments, "--config.ptq.images=16", *fields])
 
 
@@ -120,6 +123,22 @@ def test_a_finished_run_in_int8_and_back(tmp_path, capsys):
     assert re.search(r"dot_general.*xi8>, tensor<.*xi8>\) -> tensor<.*xi32>", program)
     evaluated = vision_jax.evaluate(loaded, loaded.variables, f"cifar10:{runs.inputs()}/test")
     assert evaluated.summary["top1"] == pytest.approx(report["evaluation"]["quantized"]["top1"])
+
+
+@pytest.mark.long
+def test_a_detector_in_int8(tmp_path):
+    """A DETR, whose convolutions and attention have calibrated inputs; its heads stay in float."""
+    finished = detection_runs.finished()
+    fields = ("--config.ptq.activations=static", "--config.ptq.max_error=1")
+    assert run_command(tmp_path, *fields, "--config.ptq.images=4", workdir=finished) == 0
+    report = json.loads((tmp_path / "quantization.json").read_text())
+    kept = {one["path"] for one in report["kernels"] if one["kept"]}
+    assert {"class_head/kernel", "box_head/fc1/kernel", "box_head/fc3/kernel"} < kept
+    loaded = vision_jax.load(tmp_path)
+    flat = paths.flatten(loaded.variables["params"])
+    inside = {path for path in flat if path.endswith("/input_scale")}
+    assert len(inside) == len(report["kernels"]) - len(kept)
+    assert all(float(flat[path]) > 0 for path in inside)
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@
     vision_jax evaluate --workdir=runs/vit_lora
     vision_jax predict --workdir=runs/vit_lora --images cat.jpg dog.png
     vision_jax robustness --workdir=runs/vit_lora
+    vision_jax quantize --workdir=runs/vit_lora --config.ptq.activations=static
     vision_jax probe --config=configs/vit_lora.py
     vision_jax cache-teacher --config=configs/distill_vit_small.py \\
         --config.distill.cache=teacher.array_record

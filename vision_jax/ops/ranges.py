@@ -36,7 +36,7 @@ def find_range(
       [2.0, 1.0]
     """
     ends = largest * np.arange(1, BINS + 1) / BINS
-    if observer == "absmax" or not counts.any():
+    if observer == "absmax" or not largest:  # nothing but zeros
         return float(largest)
     if observer == "percentile":
         share = np.cumsum(counts) / counts.sum()
