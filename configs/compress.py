@@ -7,8 +7,8 @@ Commands:  python -m vision_jax.main --config=configs/vit_lora.py --workdir=runs
            python -m vision_jax.main --config=configs/compress.py
            python -m vision_jax.main quantize --workdir=runs/compress
 Hardware:  2 CPU cores, minutes each
-Expected:  0.50 of the multiplications; in a short trial, one seed, 120 updates for the whole and 150
-           for the pruned, top-1 0.750 on 1,000 images where the whole has 0.747
+Expected:  half of the multiplications; in a short trial (one seed, 120 and 150 updates) top-1
+           0.750 on 1,000 images, where the whole model has 0.747
 
 The pruned model has half of the heads and hidden units, and half of the multiplications. The last
 command writes it in 8 bits, with its most sensitive layers in float; docs/compression.md says more.
