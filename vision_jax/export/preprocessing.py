@@ -360,7 +360,11 @@ def _mixed(neighbors: Any, pixels: Array, axis: int) -> Array:
             taken = jnp.take(pixels, place[0], axis=1 + axis, mode="clip")
         else:
             taken = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis, mode="clip"))(pixels, place)
-        return taken * share.reshape(shape)
+        share = share.reshape(shape)
+        if platform.current() == platform.NO_LOOPS:  # runtimes of one operation after the other
+            return taken * share
+        with jax.enable_x64(True):  # XLA would not round what it multiplies and adds at once
+            return (taken.astype(jnp.float64) * share.astype(jnp.float64)).astype(jnp.float32)
 
     products = product(first, near), product(second, far)
     return jnp.add(*jax.lax.optimization_barrier(products))
