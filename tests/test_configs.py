@@ -165,7 +165,7 @@ def test_every_field_is_read():
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    sections = ("lora", "distill", "adversarial")
+    sections = ("lora", "distill", "adversarial", "mask", "quantize")
     found |= {n for n in declared if n.split(".")[0] in sections and n.split(".")[-1] in said}
     found |= declared & said
     dead = {n for n in declared if n not in found and n.split(".")[0] != "mesh"}  # **config.mesh

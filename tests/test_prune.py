@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import vision_jax
+from vision_jax.commands.prune import main
 from vision_jax.convert import (
     arguments_of,
     export_weights,
@@ -19,7 +20,6 @@ from vision_jax.convert import (
 )
 from vision_jax.convert.tables import table_for_export
 from vision_jax.errors import UserError
-from vision_jax.main import main
 from vision_jax.models.families import build_model
 from vision_jax.run import prune
 from vision_jax.trees import paths
@@ -229,7 +229,7 @@ def test_what_can_not_be_pruned_is_said(rng):
 
 def test_command_leaves_a_model_that_loads_and_computes_the_same(tmp_path, capsys):
     out = tmp_path / "pruned"
-    assert main(["prune", "embedded:vit_cifar10", "--keep=0.5", "--what=mlp", f"--to={out}"]) == 0
+    assert main(["embedded:vit_cifar10", "--keep=0.5", "--what=mlp", f"--to={out}"]) == 0
     loaded, whole = vision_jax.load(out), vision_jax.load("embedded:vit_cifar10")
     scores = prune.magnitude(whole.variables["params"])
     size = whole.preprocessing.image_size
@@ -252,7 +252,7 @@ def test_command_says_what_it_needs(tmp_path, capsys):
         ([source, "--keep=2", to], "keep 2.0"),
         ([source, to], "--keep"),
     ):
-        assert main(["prune", *arguments]) == 2
+        assert main(arguments) == 2
         assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -50,6 +50,7 @@ CLASSIFIERS = [
 ]
 
 
+@pytest.mark.long(but=(str(CLASSIFIERS[1]),))
 @pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
 def test_a_classifiers_view_is_equal_to_the_byte(case, rng):
     size, crop_pct, mode, rule = case
@@ -64,6 +65,7 @@ def test_a_classifiers_view_is_equal_to_the_byte(case, rng):
         np.testing.assert_array_equal(of_any(image), want)
 
 
+@pytest.mark.long(but=("bicubic",))
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_filters(interpolation, rng):
     own = Preprocessing(
@@ -93,6 +95,7 @@ DETECTORS = {
 }  # fmt: skip
 
 
+@pytest.mark.long(but=("detr",))
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detectors_view(name, rng):
     own = DetectionPreprocessing(**DETECTORS[name], **NORM)
@@ -114,6 +117,7 @@ def test_a_detectors_view(name, rng):
                 assert view.inside.sum() == seen.shape[0] * seen.shape[1]
 
 
+@pytest.mark.long(but=("short",))
 @pytest.mark.parametrize("view", ["squash", "short", "original"])
 def test_a_segmenters_view(view, rng):
     own = SegmentationPreprocessing((20, 24), **NORM, view=view)
