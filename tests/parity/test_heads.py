@@ -22,7 +22,7 @@ NAMES = ("ant", "bee", "cat")
 CONFIGS = {name: f"configs/{name}_finetune.py" for name in ("detr", "rf_detr", "yolox")}
 CONFIGS["faster_rcnn"] = "configs/fasterrcnn_finetune.py"
 CONFIGS |= dict.fromkeys(("retinanet", "fcos"), "configs/retinanet_finetune.py")
-CONFIGS |= dict.fromkeys(("segformer", "deeplab", "eomt"), "configs/segment_finetune.py")
+CONFIGS |= dict.fromkeys(("segformer", "deeplab", "eomt", "upernet"), "configs/segment_finetune.py")
 
 
 def smallest():
