@@ -10,7 +10,6 @@ has random weights with every statistic randomized, or those of --weights. docs/
 what a certificate proves and how to read one. Needs pip install 'vision_jax[parity]'.
 """
 
-import argparse
 import gc
 import importlib.util
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from vision_jax.certify.render import TABLE, render
 from vision_jax.certify.zoo import certify_all, find_entry, write_certificate
+from vision_jax.commands.flags import make_parser, run
 from vision_jax.errors import UserError
 
 CERTIFICATES = Path("docs/certificates")
@@ -26,19 +26,11 @@ CERTIFICATES = Path("docs/certificates")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 if a certificate fails, 2 for bad input."""
-    try:
-        return _main(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(lambda: _main(arguments), "such a model")
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m vision_jax.certify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m vision_jax.certify", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="for example timm/resnet50")
     parser.add_argument(
         "--weights", help="a file with weights of the PyTorch reference; random ones without"

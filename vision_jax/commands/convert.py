@@ -19,17 +19,15 @@ import argparse
 import dataclasses
 import re
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vision_jax.commands.flags import Parser
+from vision_jax.commands.flags import make_parser, run
 from vision_jax.errors import UserError
 from vision_jax.files import draft_folder
 
-BAD_INPUT = 2  # exit code
 TARGETS = ("timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet", "smp")
 TAKEN_SIZE = (224, 224)  # pixels, to build a model whose parameters don't depend on it
 
@@ -59,17 +57,7 @@ class Model:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
-    try:
-        return _run(_parse(arguments))
-    except (UserError, OSError) as error:  # what the operating system refuses is its user's too
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except MemoryError:
-        print("error: not enough memory for such tensors; is the file damaged?", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt as stop:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    return run(lambda: _run(_parse(arguments)), "such tensors; is the file damaged?")
 
 
 def _stop(number: int, frame: Any) -> None:
@@ -77,12 +65,7 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m vision_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("python -m vision_jax.convert", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="what to convert")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder")
     parser.add_argument(

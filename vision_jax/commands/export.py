@@ -18,31 +18,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vision_jax.commands.flags import Parser
+from vision_jax.commands.flags import make_parser, run
 from vision_jax.errors import UserError
 from vision_jax.files import expand, read_json
 
 TARGETS = ("stablehlo", "onnx", "tflite", "openvino", "safetensors")
-FAILED, BAD_INPUT = 1, 2  # exit codes
+FAILED = 1  # exit code
 RUN_FILE = "config.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 for a failed certificate, 2 for bad input."""
-    try:
-        return _run(_parse(arguments))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return run(lambda: _run(_parse(arguments)), "such a model")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="vision_jax export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("vision_jax export", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="what to export")
     parser.add_argument("--to", choices=TARGETS, required=True, help="the format")
     parser.add_argument(

@@ -1,8 +1,13 @@
 """What commands with flags of their own share."""
 
 import argparse
+import signal
+import sys
+from collections.abc import Callable
 
 from vision_jax.errors import UserError
+
+BAD_INPUT = 2  # exit code
 
 
 class Parser(argparse.ArgumentParser):
@@ -10,3 +15,32 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")
+
+
+def make_parser(prog: str, description: str | None) -> Parser:
+    """A parser whose --help is the command's docstring, as it stands there."""
+    return Parser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run(command: Callable[[], int], too_large: str) -> int:
+    """Runs a command; returns its exit code, 2 for bad input, 128 + n after signal n.
+
+    Args:
+      command: the whole of it; KeyboardInterrupt(n) says that signal n stopped it.
+      too_large: for which memory is not enough, as the end of a sentence.
+    """
+    try:
+        return command()
+    except (UserError, OSError) as error:  # what the operating system refuses is its user's too
+        print(f"error: {error}", file=sys.stderr)
+    except MemoryError:
+        print(f"error: not enough memory for {too_large}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    return BAD_INPUT

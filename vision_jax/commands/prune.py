@@ -16,31 +16,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from vision_jax.commands.flags import Parser
+from vision_jax.commands.flags import make_parser, run
 from vision_jax.errors import UserError
 from vision_jax.files import expand
 
-BAD_INPUT = 2  # exit code
 RUN_FILE = "config.json"
 MAGNITUDE, TAYLOR = "magnitude", "taylor"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 for bad input."""
-    try:
-        return _run(_parse(arguments))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return run(lambda: _run(_parse(arguments)), "such a model")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="vision_jax prune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("vision_jax prune", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="what to prune")
     parser.add_argument("--to", type=expand, metavar="DIR", required=True, help="where")
     parser.add_argument("--keep", type=float, required=True, help="the share of each group to keep")

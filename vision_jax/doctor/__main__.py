@@ -18,7 +18,6 @@ findings, 2: it can't be examined.
 import argparse
 import json
 import logging
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from vision_jax.commands.flags import make_parser, run
 from vision_jax.data.segmentation import SegmentationSource, read_segmentation_source
 from vision_jax.doctor.duplicates import diagnose_duplicates, write_excluded
 from vision_jax.doctor.examine import examine, with_classes_of
@@ -39,7 +39,7 @@ from vision_jax.doctor.splits import compare
 from vision_jax.errors import UserError, printable
 from vision_jax.files import expand
 
-FOUND, BAD_INPUT = 1, 2  # exit codes
+FOUND = 1  # exit code
 UNBROKEN = 10_000  # columns where no terminal folds: a path in a file or a pipe stays in one piece
 
 
@@ -47,16 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are reported in any case
-    try:
-        return _run(_parse(sys.argv[1:] if arguments is None else arguments))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except MemoryError:
-        print("error: not enough memory for such a data set; is a file damaged?", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return BAD_INPUT
+    return run(lambda: _run(_parse(arguments)), "such a data set; is a file damaged?")
 
 
 def _run(flags: argparse.Namespace) -> int:
@@ -138,20 +129,8 @@ def _masks(
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad flag in one line, like every other bad input."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m vision_jax.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser("python -m vision_jax.doctor", __doc__)
     parser.add_argument("dataset", metavar="DATASET", help="what config.data.train takes")
     parser.add_argument(
         "--images", type=expand, help="the folder of the images, as config.data.images"
