@@ -127,6 +127,8 @@ def train_mae(
     model = transformers.ViTMAEForPreTraining(config)
     if (folder / "model.safetensors").exists():
         model = transformers.ViTMAEForPreTraining.from_pretrained(folder)
+        model.vit.embeddings.position_embeddings.requires_grad_(False)  # constants, but not as read
+        model.decoder.decoder_pos_embed.requires_grad_(False)
     else:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             model.save_pretrained(folder)
