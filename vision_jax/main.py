@@ -37,12 +37,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vision_jax.commands.flags import Parser
 from vision_jax.config import TASKS, Reading, fields, fields_of, read_config
 from vision_jax.config.hints import suggest
 from vision_jax.config.show import explain, show
 from vision_jax.errors import UserError, UserErrors, nearest
 from vision_jax.files import expand
+from vision_jax.flags import Parser
 
 BAD_INPUT = 2  # exit code
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from vision_jax.certify.render import TABLE, render
 from vision_jax.certify.zoo import certify_all, find_entry, write_certificate
-from vision_jax.commands.flags import make_parser, run
 from vision_jax.errors import UserError
+from vision_jax.flags import make_parser, run
 
 CERTIFICATES = Path("docs/certificates")
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vision_jax.commands.flags import make_parser, run
 from vision_jax.errors import UserError
 from vision_jax.files import draft_folder
+from vision_jax.flags import make_parser, run
 
 TARGETS = ("timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet", "smp")
 TAKEN_SIZE = (224, 224)  # pixels, to build a model whose parameters don't depend on it

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vision_jax.commands.flags import make_parser, run
 from vision_jax.errors import UserError
 from vision_jax.files import expand, read_json
+from vision_jax.flags import make_parser, run
 
 TARGETS = ("stablehlo", "onnx", "tflite", "openvino", "safetensors")
 FAILED = 1  # exit code

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from vision_jax.commands.flags import make_parser, run
 from vision_jax.errors import UserError
 from vision_jax.files import expand
+from vision_jax.flags import make_parser, run
 
 RUN_FILE = "config.json"
 MAGNITUDE, TAYLOR = "magnitude", "taylor"

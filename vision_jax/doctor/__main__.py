@@ -27,7 +27,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from vision_jax.commands.flags import make_parser, run
 from vision_jax.data.segmentation import SegmentationSource, read_segmentation_source
 from vision_jax.doctor.duplicates import diagnose_duplicates, write_excluded
 from vision_jax.doctor.examine import examine, with_classes_of
@@ -38,6 +37,7 @@ from vision_jax.doctor.scan import near_duplicates
 from vision_jax.doctor.splits import compare
 from vision_jax.errors import UserError, printable
 from vision_jax.files import expand
+from vision_jax.flags import make_parser, run
 
 FOUND = 1  # exit code
 UNBROKEN = 10_000  # columns where no terminal folds: a path in a file or a pipe stays in one piece
