@@ -108,6 +108,10 @@ COMMANDS: Mapping[str, Command] = {
         "write a model as StableHLO and other files that run elsewhere, with a certificate",
         "vision_jax.commands.export",
     ),
+    "serve": Command(
+        "answer images over HTTP: names, boxes or masks, many requests in one batch",
+        "vision_jax.commands.serve",
+    ),
     "prune": Command(
         "cut channels, heads and layers out of a trained model", "vision_jax.commands.prune"
     ),

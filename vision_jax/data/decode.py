@@ -55,6 +55,14 @@ class DamagedImageError(UserError):
     """One image that can't be used; its message names the file. Training skips and counts it."""
 
 
+class UnknownFormatError(DamagedImageError):
+    """A file that is none of FORMATS, or ends within its header."""
+
+
+class TooManyPixelsError(DamagedImageError):
+    """An image that is larger, by its header or in bytes, than is read."""
+
+
 class _Room:
     """Lets threads decode as long as their images together have no more than so many pixels."""
 
@@ -138,12 +146,14 @@ def open_picture(
     Raises DamagedImageError for whatever goes wrong there, as `decode_image` says.
     """
     if len(data) > max_bytes:
-        raise DamagedImageError(f"{name}: {len(data)} bytes or more, over the limit of {max_bytes}")
+        raise TooManyPixelsError(
+            f"{name}: {len(data)} bytes or more, over the limit of {max_bytes}"
+        )
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise DamagedImageError(
+                raise TooManyPixelsError(
                     f"{name}: {width} × {height} pixels, over the limit of {max_pixels}: shrink it"
                 )
             _check_scans(image, data, name)
@@ -224,9 +234,12 @@ def _check_layout(image: Image.Image, name: str) -> None:
 def _unreadable(name: str, error: Exception) -> DamagedImageError:
     if isinstance(error, UnidentifiedImageError):  # names the buffer that it was read from
         reason = f"none of {', '.join(FORMATS)}"
-    else:
-        reason = re.sub(r"<[^<>]*>", "it", " ".join(str(error).split())) or type(error).__name__
-    return DamagedImageError(f"{name}: not a readable image ({reason})")
+        return UnknownFormatError(f"{name}: not a readable image ({reason})")
+    reason = re.sub(r"<[^<>]*>", "it", " ".join(str(error).split())) or type(error).__name__
+    kind = DamagedImageError
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's own bound, above ours
+        kind = TooManyPixelsError
+    return kind(f"{name}: not a readable image ({reason})")
 
 
 class Header(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, utf8
 from vision_jax.evaluation import distinct_names
 
 CALIBRATION_BINS = 15
@@ -135,3 +135,28 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities f64[N, C] of logits f[N, C]."""
     powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
+
+
+def best_classes(
+    probabilities: np.ndarray, class_names: Sequence[str], count: int
+) -> dict[str, Any]:
+    """What is said of one image: its class, and the `count` most probable ones, for JSON.
+
+    Examples:
+      >>> best_classes(np.array([0.25, 0.75]), ("cat", "dog"), 5)["top"]
+      [['dog', 0.75], ['cat', 0.25]]
+
+    Args:
+      probabilities: f[C].
+      class_names: C names.
+      count: of the classes listed, at most.
+    """
+    best = np.argsort(-probabilities, kind="stable")[: max(count, 1)]
+    top = [[utf8(class_names[label]), float(probabilities[label])] for label in best]
+    name, probability = top[0]
+    return {
+        "class": name,
+        "label": int(best[0]),
+        "probability": probability,
+        "top": top[:count],
+    }

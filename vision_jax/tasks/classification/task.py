@@ -24,7 +24,12 @@ from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.classification import objective
 from vision_jax.tasks.classification import robustness as under_attack
-from vision_jax.tasks.classification.metrics import confusion_matrix, softmax, summarize
+from vision_jax.tasks.classification.metrics import (
+    best_classes,
+    confusion_matrix,
+    softmax,
+    summarize,
+)
 from vision_jax.tasks.classification.under_attack import find_overfitting, make_watch
 
 best_is = "highest"
@@ -359,14 +364,7 @@ def _write_predictions(
     shown = list(map(utf8, class_names))
     record: dict[int, dict[str, Any]] = {}
     for row, own in zip(rows.tolist(), probabilities, strict=True):
-        best = np.argsort(-own, kind="stable")[:LISTED]
-        record[row] = {
-            "class": shown[best[0]],
-            "label": int(best[0]),
-            "probability": float(own[best[0]]),
-            "top": [[shown[index], float(own[index])] for index in best],
-            "probabilities": own.tolist(),
-        }
+        record[row] = best_classes(own, class_names, LISTED) | {"probabilities": own.tolist()}
     listed = images.list_files(names, record, damage)
     write_json({"class_names": shown, "images": listed}, out / "predictions.json")
     with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:

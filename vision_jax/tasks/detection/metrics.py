@@ -16,7 +16,7 @@ import hotcoco
 import numpy as np
 
 from vision_jax.data.detection import DetectionSource, Ragged, StatedBoxes, as_stated
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, utf8
 from vision_jax.tasks import coco
 
 CONFIDENT = 0.3  # score from which a prediction counts as made, outside AP and AR
@@ -63,6 +63,21 @@ def collect_detections(batches: Iterable[Mapping[str, Any]]) -> Detections:
             np.zeros((0, 4), np.float32),
         )  # fmt: skip
     return Detections(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def describe_boxes(found: Detections, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """What is said of one image: its boxes by falling score, for JSON.
+
+    Args:
+      found: rows of the image.
+      class_names: by label.
+    """
+    best = found[np.argsort(-found.score, kind="stable")]
+    columns = best.label.tolist(), best.score.tolist(), best.boxes_xyxy_px.tolist()
+    return [
+        {"name": utf8(class_names[label]), "label": label, "score": score, "box_xyxy_px": box}
+        for label, score, box in zip(*columns, strict=True)
+    ]
 
 
 def coco_curves(

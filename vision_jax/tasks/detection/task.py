@@ -34,7 +34,7 @@ from vision_jax.data.detection_transforms import (
     default_buckets,
 )
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.errors import printable, utf8
+from vision_jax.errors import printable
 from vision_jax.evaluation import make_run_over, say_damaged
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
@@ -429,12 +429,7 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     for index in found["index"]:
         rows = np.flatnonzero(every.index == index)
         best = every[rows[np.argsort(-every.score[rows], kind="stable")]]
-        boxes = [
-            {"name": utf8(class_names[label]), "label": label, "score": score, "box_xyxy_px": box}
-            for label, score, box in zip(
-                best.label.tolist(), best.score.tolist(), best.boxes_xyxy_px.tolist(), strict=True
-            )
-        ]
+        boxes = metrics.describe_boxes(best, class_names)
         record[int(index)] = {"boxes": boxes}
         text = "  ".join(f"{box['name']} {box['score']:.2f}" for box in boxes[:5])
         more = f"  and {len(boxes) - 5} more" if len(boxes) > 5 else ""

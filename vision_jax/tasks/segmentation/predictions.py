@@ -56,7 +56,7 @@ def predict_images(
         for folder in ("masks", "overlays"):
             (out / folder).mkdir(parents=True, exist_ok=True)
     for row, prediction, _ in predict_all(source, damage):
-        record[row] = _describe(prediction, class_names, count_objects)
+        record[row] = describe(prediction, class_names, count_objects)
         if not writes:
             continue
         name = images.file_name(row, Path(names[row]).stem)
@@ -80,11 +80,22 @@ def predict_images(
     say(f"wrote {out / 'overlays'}")
 
 
-def _describe(
+def describe(
     prediction: np.ndarray,
     class_names: Sequence[str],
     count_objects: Callable[[np.ndarray], int] | None,
 ) -> dict[str, Any]:
+    """What is said of one image, for JSON.
+
+    Args:
+      prediction: u8[H, W], classes.
+      class_names: by label.
+      count_objects: of a mask, None to count none.
+
+    Returns:
+      "height" and "width" in pixels, "shares": {name: share of the pixels}, and "objects" if they
+      are counted.
+    """
     shares = np.bincount(prediction.reshape(-1), minlength=len(class_names)) / prediction.size
     return {
         "height": prediction.shape[0],

@@ -632,9 +632,16 @@ def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Pat
     if on_volumes or any(is_volume(Path(name)) for name in names):
         predictions.predict_volumes(names, class_names, predict_all, out, config.data.train)
         return
+    counter = make_counter(config, class_names)
+    predictions.predict_images(names, class_names, predict_all, out, counter)
+
+
+def make_counter(
+    config: ConfigDict, class_names: tuple[str, ...]
+) -> Callable[[np.ndarray], int] | None:
+    """Counts the objects of a mask u8[H, W]; None where config.evaluate.objects is empty."""
     tally = _make_tally(config, class_names)
-    count_objects = tally.count_objects if config.evaluate.objects else None
-    predictions.predict_images(names, class_names, predict_all, out, count_objects)
+    return tally.count_objects if config.evaluate.objects else None
 
 
 def _predict_segments(
