@@ -27,6 +27,14 @@ def make_parser(prog: str, description: str | None) -> Parser:
     )
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """(height, width) of "480,640", "480x640" or, a square, "480"; the type of a flag."""
+    sides = text.replace("x", ",").split(",")
+    if not 1 <= len(sides) <= 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no height and width, such as 480,640")
+    return int(sides[0]), int(sides[-1])
+
+
 def run(command: Callable[[], int], too_large: str) -> int:
     """Runs a command; returns its exit code, 2 for bad input, 128 + n after signal n.
 

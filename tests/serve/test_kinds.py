@@ -98,6 +98,7 @@ def test_an_image_of_a_size_that_was_not_compiled():
     assert "64 x 96, 32 x 32" in str(told.value)
 
 
+@pytest.mark.long
 def test_what_cannot_be_served():
     loaded = make_sample("unet")
     own = dataclasses.replace(loaded.preprocessing, view="windows")

@@ -273,8 +273,8 @@ def test_health_and_life(server):
 
 
 @pytest.fixture
-def slow(server):
-    """(port, the event that its programs wait for, parts): three seats, half a second."""
+def slow(server, request):
+    """(port, the event that its programs wait for, parts): three seats, a minute or as marked."""
     go = threading.Event()
     _, parts = server
 
@@ -283,7 +283,8 @@ def slow(server):
         return [{"logits": np.arange(3, dtype=np.float32)} for _ in views]
 
     batcher = Batcher(lambda: Programs(parts.servable, (1, 4), run), wait=0.0)
-    limits = dataclasses.replace(parts.limits, seats=3, seconds=0.5, held_bytes=60_000)
+    seconds = getattr(request, "param", 60.0)
+    limits = dataclasses.replace(parts.limits, seats=3, seconds=seconds, held_bytes=60_000)
     mine = dataclasses.replace(parts, batcher=batcher, limits=limits)
     with serving_runs.running(mine) as port:
         serving_runs.wait_until(lambda: batcher.ready)
@@ -316,6 +317,7 @@ def test_a_full_server_says_so_and_when_to_come_back(slow, rng):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("slow", [0.5], indirect=True)
 def test_a_deadline(slow, rng):
     """Of an answer, and of a body that comes byte by byte."""
     port, go, _ = slow

@@ -20,7 +20,7 @@ from typing import Any
 
 from vision_jax.errors import UserError
 from vision_jax.files import expand, read_json
-from vision_jax.flags import make_parser, run
+from vision_jax.flags import image_size, make_parser, run
 
 TARGETS = ("stablehlo", "onnx", "tflite", "openvino", "safetensors")
 FAILED = 1  # exit code
@@ -40,7 +40,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=expand, metavar="DIR", help="where; RUN/export by default, or ./export"
     )
     parser.add_argument(
-        "--image-size", type=_size, metavar="H,W", help="of the images that will come; any else"
+        "--image-size",
+        type=image_size,
+        metavar="H,W",
+        help="of the images that will come; any else",
     )
     parser.add_argument("--batch", type=int, metavar="N", help="images at once; any number else")
     parser.add_argument(
@@ -64,13 +67,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if flags.batch is not None and flags.batch < 1:
         raise UserError(f"--batch={flags.batch}: give 1 or more")
     return flags
-
-
-def _size(text: str) -> tuple[int, int]:
-    sides = text.replace("x", ",").split(",")
-    if not 1 <= len(sides) <= 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is no height and width, such as 480,640")
-    return int(sides[0]), int(sides[-1])
 
 
 def _run(flags: argparse.Namespace) -> int:

@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vision_jax.commands.export import RUN_FILE, _size
-from vision_jax.commands.flags import Parser
+from vision_jax.commands.export import RUN_FILE
 from vision_jax.errors import UserError
 from vision_jax.files import expand
+from vision_jax.flags import image_size, make_parser, run
 
-FAILED, BAD_INPUT = 1, 2  # exit codes
+FAILED = 1  # exit code
 PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 # Rows of batches by what is served: each is one program, of a detector for each of its canvases.
 ROWS = {"classes": (1, 4, 16), "features": (1, 4, 16), "boxes": (1, 4), "pixels": (1, 4)}
@@ -36,23 +36,14 @@ MOST_ROWS = 1024
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until it is stopped; returns the exit code: 0, 1 for a failure, 2 for bad input."""
-    try:
-        return _run(_parse(arguments))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return run(lambda: _run(_parse(arguments)), "such a model")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     from vision_jax.serve.body import Limits
 
     default = Limits()
-    parser = Parser(
-        prog="vision_jax serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("vision_jax serve", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="what to serve")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all of the network")
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
@@ -62,7 +53,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--image-size",
-        type=_size,
+        type=image_size,
         action="append",
         default=[],
         metavar="H,W",
