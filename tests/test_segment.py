@@ -26,7 +26,8 @@ from vision_jax.run.prepare import Run
 from vision_jax.run.restore import restore
 from vision_jax.tasks.segmentation.cases import SENTENCE
 from vision_jax.tasks.segmentation.metrics import confusion_matrix
-from vision_jax.tasks.segmentation.task import Evaluation, read_sources
+from vision_jax.tasks.segmentation.pixels import Evaluation
+from vision_jax.tasks.segmentation.task import read_sources
 
 RESNET = (("depths", (1,)), ("block", "basic"), ("widths", (4,)), ("stem_width", 4))
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.masks import IGNORED, ArrayMasks, MaskedImages
+from vision_jax.data.nuclei import inside_and_edge
 from vision_jax.data.segmentation import (
-    inside_and_edge,
     make_segmentation_source,
     read_segmentation_source,
     segmentation_part,

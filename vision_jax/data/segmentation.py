@@ -16,30 +16,19 @@ What the values of a folder's masks mean says a table of classes (data/masks.py)
 classes.csv in the folder, or above it; data/mask_formats/ reads the files that name regions.
 """
 
-import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vision_jax.data import driving
 from vision_jax.data.decode import DamagedImageError, read_size
-from vision_jax.data.folders import list_files, list_folders
 from vision_jax.data.mask_formats.files import is_of_regions, read_regions
-from vision_jax.data.masks import (
-    IGNORED,
-    MASK_SUFFIXES,
-    MAX_CLASSES,
-    ArrayMasks,
-    FileMasks,
-    MaskedImages,
-    MaskReader,
-    find_table,
-    read_class_table,
-)
+from vision_jax.data.mask_formats.folders import read_folder
+from vision_jax.data.masks import IGNORED, MAX_CLASSES, ArrayMasks, MaskedImages, MaskReader
+from vision_jax.data.nuclei import EMBEDDED, read_nuclei
 from vision_jax.data.segments import (
     INSTANCE,
     SEMANTIC,
@@ -47,19 +36,11 @@ from vision_jax.data.segments import (
     Segments,
     flatten,
     make_segments,
-    segments_of_map,
 )
-from vision_jax.data.sources import ASSETS, IMAGE_SUFFIXES, ArrayReader, FileReader, Reader
+from vision_jax.data.sources import FileReader, Reader
 from vision_jax.data.volumes.source import VOLUMES, VolumeReader, read_volumes
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import expand
-
-IMAGE_FOLDERS = ("images", "image", "JPEGImages", "img", "imgs")
-MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "SegmentationClass", "label")
-MASK_ENDINGS = ("", "_mask", "_masks", "_label", "_labels", "_seg", "_gt", "_L")
-NUCLEI = ("background", "inside", "edge")
-TILE = 128  # pixels a side of the squares of a micrograph whose instances are wanted
-EDGE = 2  # pixels, of a nucleus: enough for two that touch to be told apart
 
 
 @dataclass(frozen=True)
@@ -221,8 +202,8 @@ def _read(
     targets: str,
 ) -> MaskedImages:
     """By the reader of its format, of which each has a line here."""
-    if spec.startswith("embedded:"):
-        return _read_nuclei(spec, targets)
+    if spec.startswith(EMBEDDED):
+        return read_nuclei(spec, targets)
     if spec.startswith(driving.DRIVING):
         images_of, drawn = driving.read_scenes(spec)
         named = driving.CLASS_NAMES
@@ -235,7 +216,7 @@ def _read(
     path = expand(spec)
     if not path.is_dir():
         raise UserError(f"{spec}: no such folder: give one with images/ and masks/ in it")
-    return _read_folder(path, masks, classes, reduce_zero)
+    return read_folder(path, masks, classes, reduce_zero)
 
 
 def make_segmentation_source(
@@ -420,178 +401,3 @@ def slices_to_segment(reader: VolumeReader, class_names: Sequence[str]) -> Segme
     count = len(reader.slice)
     found = MaskedImages("--images", tuple(class_names), reader, NoMasks(reader), count)
     return make_segmentation_source(found)
-
-
-# --- folders ------------------------------------------------------------------------------------
-
-
-def _read_folder(
-    folder: Path,
-    masks: Path | None,
-    classes: Path | None,
-    reduce_zero: bool,
-) -> MaskedImages:
-    images, masks = _find_folders(folder, masks)
-    table = read_class_table(classes or find_table(folder, images, masks))
-    table = table.reduced() if reduce_zero else table
-    image_paths, _ = list_files(images, IMAGE_SUFFIXES, follow_links=True)
-    mask_paths, others = list_files(masks, MASK_SUFFIXES, follow_links=True)
-    if not image_paths:
-        raise UserError(f"{images}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    if not mask_paths:
-        lossy = list_files(masks, (".jpg", ".jpeg"))[0] if others else []
-        advice = ": JPEG changes classes at every edge: save masks as PNG" if lossy else ""
-        raise UserError(f"{masks}: no mask in it ({', '.join(sorted(MASK_SUFFIXES))}){advice}")
-    by_stem: dict[str, str] = {}
-    for path in mask_paths:
-        first = by_stem.setdefault(_stem(path), path)
-        if first != path:
-            raise UserError(f"{masks}: {first} and {path} are of one name: leave one of them")
-    pairs: list[tuple[str, str]] = []
-    alone: list[str] = []
-    for path in image_paths:
-        found = [by_stem[name] for end in MASK_ENDINGS if (name := _stem(path) + end) in by_stem]
-        if found:
-            pairs.append((path, found[0]))
-        else:
-            alone.append(path)
-    if not pairs:
-        raise UserError(
-            f"{masks}: no mask has the name of an image, such as {_stem(alone[0])}.png for"
-            f" {images / alone[0]}: rename the masks"
-        )
-    notes = []
-    if alone:
-        notes.append(f"{len(alone):,} images without a mask left out, the first {alone[0]}")
-    idle = len(mask_paths) - len({mask for _, mask in pairs})
-    if idle:
-        notes.append(f"{idle:,} masks without an image left out")
-    return MaskedImages(
-        str(folder),
-        table.class_names,
-        FileReader(images, tuple(image for image, _ in pairs)),
-        FileMasks(masks, tuple(mask for _, mask in pairs), table),
-        len(pairs),
-        note=f"{folder}: {'; '.join(notes)}" if notes else "",
-    )
-
-
-def _stem(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _find_folders(folder: Path, masks: Path | None) -> tuple[Path, Path]:
-    """(of images, of masks): stated, inside the folder, or beside it by its name."""
-    names, _ = list_folders(folder)
-    own = [name for name in IMAGE_FOLDERS if name in names]
-    of_masks = [name for name in MASK_FOLDERS if name in names]
-    images = folder / own[0] if own and (masks or of_masks) else folder
-    if masks is not None:
-        if not masks.is_dir():
-            raise UserError(f"{masks}: no such folder: give the one of the masks")
-        return images, masks
-    if own and of_masks:
-        return images, folder / of_masks[0]
-    parts = folder.absolute().parts
-    for at in reversed(range(len(parts))):
-        if parts[at] in IMAGE_FOLDERS:
-            for name in MASK_FOLDERS:
-                beside = Path(*parts[:at], name, *parts[at + 1 :])
-                if beside.is_dir():
-                    return folder, beside
-    hint = f" (it has {', '.join(names[:5])})" if names else ""
-    raise UserError(
-        f"{folder}: no images/ and masks/ in it{hint}: name the folders so, or give the masks'"
-        " folder as config.data.masks"
-    )
-
-
-# --- embedded -----------------------------------------------------------------------------------
-
-
-def _read_nuclei(spec: str, targets: str) -> MaskedImages:
-    """A micrograph and the three classes of its pixels: nuclei touch, and edges part them.
-
-    Of other targets than semantic ones the classes are background and nucleus, and the micrograph
-    is in squares: models that find masks see a whole image at once, of one size.
-    """
-    known = ("nuclei/train", "nuclei/test")
-    rest = spec.partition(":")[2]
-    if rest not in known:
-        raise UserError(f"{spec}: there is no {rest!r}{nearest(rest, known)}")
-    split = rest.partition("/")[2]
-    image, nuclei = (
-        np.asarray(Image.open(ASSETS / "nuclei" / f"{split}_{kind}.png"))
-        for kind in ("image", "nuclei")
-    )
-    if targets == SEMANTIC:
-        masks = ArrayMasks(spec, (inside_and_edge(nuclei),))
-        return MaskedImages(spec, NUCLEI, ArrayReader(spec, image[None]), masks, 1)
-    images, numbers = (_squares(whole, TILE) for whole in (image, nuclei))
-    numbered, around = NumberedMasks(spec, tuple(numbers)), NUCLEI[0]
-    return MaskedImages(
-        spec,
-        (around, "nucleus"),
-        ArrayReader(spec, images),
-        numbered,
-        len(images),
-        segments=SegmentData(numbered, (around,), around),
-    )
-
-
-def _squares(whole: np.ndarray, side: int) -> np.ndarray:
-    """[N, side, side, ...] of [H, W, ...], row by row; H and W are multiples."""
-    rows, columns = (length // side for length in whole.shape[:2])
-    parts = whole.reshape(rows, side, columns, side, *whole.shape[2:]).swapaxes(1, 2)
-    return parts.reshape(rows * columns, side, side, *whole.shape[2:])
-
-
-@dataclass(frozen=True)
-class NumberedMasks:
-    """Instances of one class in memory, numbered i[H, W] each; class 0 is where the number is 0."""
-
-    name: str
-    numbers: tuple[np.ndarray, ...]
-
-    def read(self, row: int) -> np.ndarray:
-        return (self.numbers[row] > 0).astype(np.uint8)
-
-    def segments(self, row: int) -> Segments:
-        known = self._known(row)
-        return segments_of_map(self.numbers[row], known, [1] * len(known), [False] * len(known))
-
-    def segment_labels(self, row: int) -> np.ndarray:
-        return np.ones(len(self._known(row)), np.uint8)
-
-    def _known(self, row: int) -> list[int]:
-        found = np.unique(self.numbers[row])
-        return found[found > 0].tolist()
-
-    def example_name(self, row: int) -> str:
-        return f"{self.name}[{row}]"
-
-    def stamp(self, row: int) -> int:
-        return zlib.crc32(self.numbers[row].tobytes())
-
-
-def inside_and_edge(instances: np.ndarray, reach: int = EDGE) -> np.ndarray:
-    """u8[H, W]: 0 outside, 1 inside and 2 at the edge of instances i[H, W], of which 0 is none.
-
-    The edge are an instance's pixels from which at most `reach` steps, up, down, left or right,
-    lead to another value; beyond the image nothing is another value.
-    """
-    edge = np.zeros(instances.shape, bool)
-    values = np.pad(instances, 1, mode="edge")
-    for _ in range(reach):
-        padded = np.pad(edge, 1)
-        near = [
-            (values[rows, columns] != instances) | padded[rows, columns]
-            for rows, columns in (
-                (slice(None, -2), slice(1, -1)),
-                (slice(2, None), slice(1, -1)),
-                (slice(1, -1), slice(None, -2)),
-                (slice(1, -1), slice(2, None)),
-            )
-        ]
-        edge = np.logical_or.reduce(near)
-    return np.where(instances == 0, 0, np.where(edge, 2, 1)).astype(np.uint8)

@@ -5,6 +5,7 @@ Either it says which one and has its arguments among its own (`OnBackbone`), or 
 many families (`OnAnyBackbone`).
 """
 
+import abc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -31,7 +32,7 @@ _RUN = ("dtype", "remat", "freeze_norm", "drop_path", "in_channels", "mean", "st
 FIXED = {"head_hidden": 0, "library": "transformers", "always_partition": True}
 
 
-class OnBackbone(nn.Module):
+class OnBackbone(nn.Module, abc.ABC):
     """A model on a backbone: a subclass says `_backbone`, and how deep a parameter above it is.
 
     `_layers_above` counts the layers above the backbone for layer-wise rate decay, and
@@ -67,9 +68,9 @@ class OnBackbone(nn.Module):
     def _depth_above(self, top: str) -> int:
         return self._layers_above - 1
 
+    @abc.abstractmethod
     def _backbone(self, **place):
         """The backbone, where `place` says: its `name`, or `parent=None` to ask it something."""
-        raise NotImplementedError
 
     def _built(self, model: Any, **given):
         """`model` without a head, with `given` and the arguments that this model has as well."""

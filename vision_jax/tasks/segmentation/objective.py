@@ -8,6 +8,7 @@ Batches are as data/segmentation_pipeline.py makes them; labels are u8[B, H, W],
 counts.
 """
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -292,7 +293,7 @@ def make_objective(
 
 
 @dataclass(frozen=True)
-class Outputs:
+class Outputs(abc.ABC):
     """What evaluation needs of a batch, as a function of (trainable, frozen, model_state, batch).
 
     Attributes:
@@ -315,9 +316,9 @@ class Outputs:
         images = to_float(batch["image"])
         return self.apply(params, model_state, images, train=False, keys={})[0]
 
+    @abc.abstractmethod
     def read(self, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         """The rest: what the outputs say at the size that is wanted."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

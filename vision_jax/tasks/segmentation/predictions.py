@@ -19,12 +19,11 @@ from vision_jax.logging import say
 from vision_jax.tasks import images
 from vision_jax.tasks.segmentation import cases
 from vision_jax.tasks.segmentation.cases import CaseTally
+from vision_jax.tasks.segmentation.inference import Predicted
 
 SHOWN = 5  # classes of an image on the screen
 
-# An image's prediction and label, u8[H, W] both, and its row in the source.
-Predicted = tuple[int, np.ndarray, np.ndarray]
-PredictAll = Callable[[SegmentationSource, DamageLog], Iterator[Predicted]]
+PredictAll = Callable[[SegmentationSource, DamageLog], Iterator[Predicted]]  # by one model
 
 
 def predict_images(

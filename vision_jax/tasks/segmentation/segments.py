@@ -117,6 +117,17 @@ def make_find_all(
 # Evaluation -------------------------------------------------------------------------------------
 
 
+def class_counts(*sources: SegmentationSource) -> list[tuple[str, ...]]:
+    """Rows (label, name, how many segments of the class each source has)."""
+    found = [
+        np.sum([source.segment_counts(i) for i in range(len(source))], axis=0) for source in sources
+    ]
+    return [
+        (str(label), name, *(f"{count[label]:,}" for count in found))
+        for label, name in enumerate(sources[0].class_names)
+    ]
+
+
 @dataclass(frozen=True)
 class SegmentEvaluation:
     """What was found in a whole dataset.

@@ -1,7 +1,7 @@
 """Segmentation as a run's task: its config's data, loss, evaluation and pictures."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vision_jax import sharding, steps
-from vision_jax.config import write_json
-from vision_jax.data.decode import DamagedImageError
-from vision_jax.data.masks import IGNORED
-from vision_jax.data.pipeline import Damaged, DamageLog
+from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.segmentation import (
     SegmentationSource,
     images_to_segment,
@@ -31,46 +27,31 @@ from vision_jax.data.segmentation_pipeline import (
 from vision_jax.data.segmentation_transforms import (
     SegmentationAugmentation,
     SegmentationPreprocessing,
-    segmentation_eval_transform,
 )
 from vision_jax.data.segments import PANOPTIC, SEMANTIC
-from vision_jax.data.volumes.source import VOLUMES, VolumeReader, is_volume
-from vision_jax.errors import UserError, printable
-from vision_jax.evaluation import make_run_batches, none_read
+from vision_jax.data.volumes.source import VOLUMES, is_volume
+from vision_jax.errors import UserError
+from vision_jax.evaluation import make_run_batches
 from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
-from vision_jax.tasks.segmentation import cases, objective, predictions, segments
+from vision_jax.tasks.segmentation import cases, objective, pixels, predictions, segments
 from vision_jax.tasks.segmentation import robustness as under_attack
-from vision_jax.tasks.segmentation.cases import CaseTally
+from vision_jax.tasks.segmentation.inference import (
+    PredictAll,
+    predict_whole,
+    predict_window_by_window,
+)
 from vision_jax.tasks.segmentation.metrics import Tally
-from vision_jax.tasks.segmentation.predictions import Predicted
+from vision_jax.tasks.segmentation.pixels import Evaluation
 from vision_jax.tasks.segmentation.segments import SegmentEvaluation
-from vision_jax.tasks.segmentation.windows import predict_by_spread_windows, predict_by_windows
 
 best_is = "highest"
-# Of an evaluation, in metrics.jsonl.
-reported = (
-    "miou",
-    "pixel_accuracy",
-    "mean_dice",
-    "boundary_iou",
-    "miou_foreground",
-    "foreground_iou",
-    "objects",
-    "objects_true",
-    *segments.REPORTED,
-)
-
-# Of the former, in curves.png.
-curves = ("miou", "pixel_accuracy", "boundary_iou", *segments.CURVES)
-
+reported = (*pixels.REPORTED, *segments.REPORTED)  # of an evaluation, in metrics.jsonl
+curves = (*pixels.CURVES, *segments.CURVES)  # of the former, in curves.png
 whole = objective.WHOLE
 labels_images = False
-
-PICTURES = 6  # in predictions.png
-MOST_MASKS = 200  # that are read to tell the classes' shares of pixels
 
 
 def best_metric(config: ConfigDict) -> str:
@@ -142,47 +123,12 @@ def announce(
     Of segments it shows how many each class has.
     """
     del workdir
-    if train.targets != SEMANTIC:
-        found = [
-            np.sum([source.segment_counts(i) for i in range(len(source))], axis=0)
-            for source in (train, held_out)
-        ]
-        rows = [
-            (str(label), name, *(f"{count[label]:,}" for count in found))
-            for label, name in enumerate(train.class_names)
-        ]
-        log.table("Segments", ("label", "name", "to train", "to evaluate"), rows)
-        return
-    counts = [_count_pixels(source) for source in (train, held_out)]
-    rows = [
-        (str(label), name, *(f"{count[label] / max(count[:-1].sum(), 1):.2%}" for count in counts))
-        for label, name in enumerate(train.class_names)
-    ]
-    shares = [f"{count[-1] / max(count.sum(), 1):.2%}" for count in counts]
-    rows.append((str(IGNORED), "(ignored, of all pixels)", *shares))
-    log.table("Classes", ("label", "name", "pixels to train", "to evaluate"), rows)
-
-
-def _count_pixels(source: SegmentationSource) -> np.ndarray:
-    """i64[K + 1]: pixels of each class and of none, in up to MOST_MASKS masks.
-
-    Raises:
-      UserError: a mask with a value that is no class, or not one pixel of a class.
-    """
-    classes = len(source.class_names)
-    counts = np.zeros(classes + 1, np.int64)
-    for i in np.unique(np.linspace(0, len(source) - 1, MOST_MASKS).astype(int)):
-        try:
-            found = np.bincount(source.mask(int(i)).reshape(-1), minlength=IGNORED + 1)
-        except DamagedImageError:
-            continue  # it is skipped, counted and named when its turn comes
-        counts += np.append(found[:classes], found[IGNORED])
-    if counts[-1] and not counts[:-1].any():
-        raise UserError(
-            f"{source.name}: not one pixel of its masks has a class, all are ignored: check the"
-            " table of classes"
-        )
-    return counts
+    if train.targets == SEMANTIC:
+        columns = ("label", "name", "pixels to train", "to evaluate")
+        log.table("Classes", columns, pixels.class_shares(train, held_out))
+    else:
+        columns = ("label", "name", "to train", "to evaluate")
+        log.table("Segments", columns, segments.class_counts(train, held_out))
 
 
 def make_preprocessing(
@@ -324,68 +270,6 @@ def _check_targets(config: ConfigDict, predicts: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What was found in a whole dataset.
-
-    Attributes:
-      summary: see metrics.Tally.summarize.
-      confusion: i64[K, K], row = label, column = prediction, in pixels.
-      examples: some images with label and prediction, for figures.
-      class_names: K names.
-      damaged: lines, with the reason, of images that could not be read.
-      warn_after: updates after which constant predictions are warned of.
-      cases: a report of each volume, where images are slices of volumes.
-    """
-
-    summary: dict[str, Any]
-    confusion: np.ndarray
-    examples: tuple[dict[str, Any], ...]
-    class_names: tuple[str, ...]
-    damaged: tuple[str, ...]
-    warn_after: int
-    cases: tuple[dict[str, Any], ...] = ()
-
-    def line(self) -> str:
-        """The summary for the screen."""
-        known = [name for name in reported if self.summary.get(name) is not None]
-        text = "  ".join(f"{name} {_number(self.summary[name])}" for name in known)
-        there, all_of_them = self.summary["classes"]
-        skipped = f"  ({len(self.damaged)} damaged skipped)" if self.damaged else ""
-        return (
-            f"evaluation on {self.summary['count']} images: {text}  (means of {there} of"
-            f" {all_of_them} classes){skipped}"
-        )
-
-    def lines(self) -> list[str]:
-        """Each class."""
-        width = max(len(printable(name)) for name in self.summary["per_class"])
-        return [
-            f"  {printable(name):{width}}  iou {_number(found['iou'])}"
-            f"  dice {_number(found['dice'])}  boundary iou {_number(found['boundary_iou'])}"
-            f"  {found['pixels']:,} pixels"
-            for name, found in self.summary["per_class"].items()
-        ]
-
-    def warnings(self, step: int, history: Sequence[Mapping[str, Any]]) -> list[str]:
-        """One class for all pixels, once there was time to learn more."""
-        del history
-        if step < self.warn_after or (self.confusion.sum(1) > 0).sum() < 2:
-            return []
-        found = np.flatnonzero(self.confusion.sum(0))
-        if len(found) > 1:
-            return []
-        return [
-            f"after {step} updates every pixel is predicted as {self.class_names[found[0]]!r}: if"
-            " it is the most frequent class, weigh classes by config.loss.balance=frequency or add"
-            " config.loss.dice_weight=1; else lower config.optim.lr"
-        ]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 def make_evaluate(
     config: ConfigDict,
     outputs_fn: Callable[..., Mapping[str, jax.Array]],
@@ -394,38 +278,14 @@ def make_evaluate(
     preprocessing: SegmentationPreprocessing,
 ) -> Callable[..., Evaluation | SegmentEvaluation]:
     """A function (trainable, frozen, model_state) -> Evaluation over the whole source."""
-    targets = config.data.targets
+    targets, warn_after = config.data.targets, config.evaluate.warn_after
     if targets != SEMANTIC:
         find_all = _make_find_all(config, outputs_fn, mesh, preprocessing)
-        warn_after = config.evaluate.warn_after
         return segments.make_evaluate(find_all, source, targets=targets, warn_after=warn_after)
     predict_all = _make_predict_all(config, outputs_fn, mesh, preprocessing)
-    _make_tally(config, source.class_names)  # which refuses names of no class
-    shown = set(np.unique(np.linspace(0, len(source) - 1, PICTURES).astype(int)).tolist())
-
-    def evaluate(*arguments: Any) -> Evaluation:
-        damage, tally = DamageLog(), _make_tally(config, source.class_names)
-        examples = []
-        volumes = CaseTally(source) if isinstance(source.reader, VolumeReader) else None
-        for row, prediction, label in predict_all(source, damage, *arguments):
-            tally.add(prediction, label)
-            if volumes is not None:
-                volumes.add(row, prediction, label)
-            if row in shown:
-                examples.append({"row": row, "label": label, "prediction": prediction})
-        if not tally.images:
-            raise none_read(source, damage)
-        return Evaluation(
-            tally.summarize(),
-            tally.confusion,
-            tuple(sorted(examples, key=lambda one: one["row"])),
-            source.class_names,
-            damage.lines,
-            config.evaluate.warn_after,
-            () if volumes is None else volumes.reports(),
-        )
-
-    return evaluate
+    make_tally = partial(_make_tally, config, source.class_names)
+    make_tally()  # which refuses names of no class
+    return pixels.make_evaluate(predict_all, make_tally, source, warn_after=warn_after)
 
 
 def _make_find_all(config, outputs_fn, mesh, preprocessing, least=0.0):
@@ -451,25 +311,29 @@ def _make_tally(config: ConfigDict, class_names: tuple[str, ...]) -> Tally:
 
 def _make_predict_all(
     config: ConfigDict, outputs_fn: Any, mesh: Mesh, preprocessing: SegmentationPreprocessing
-) -> Callable[..., Iterator[Predicted]]:
-    """A function (source, damage log, trainable, frozen, model_state) -> predictions, one by one.
-
-    Of whole images, or window by window where config.evaluate.window or the view says so.
-    """
-    if config.evaluate.window or preprocessing.view == "windows":
-        return _make_predict_by_windows(config, outputs_fn, mesh, preprocessing)
-    run = _make_run_batches(config, outputs_fn, mesh=mesh, preprocessing=preprocessing)
-
-    def predict_all(source, damage, *arguments) -> Iterator[Predicted]:
-        for batch in run(source, damage, *arguments):
-            for place in np.flatnonzero(batch["mask"]):
-                yield (
-                    int(batch["index"][place]),
-                    batch["prediction"][place],
-                    batch["label"][place],
-                )
-
-    return predict_all
+) -> PredictAll:
+    """Of whole images, or window by window where config.evaluate.window or the view says so."""
+    settings = config.evaluate
+    if not settings.window and preprocessing.view != "windows":
+        run = _make_run_batches(config, outputs_fn, mesh=mesh, preprocessing=preprocessing)
+        return predict_whole(run)
+    if settings.window and preprocessing.view != "original":
+        raise UserError(
+            f"config.evaluate.window: images are resized to {preprocessing.image_size} here: set"
+            " config.data.view=original, or window to 0"
+        )
+    stride = settings.stride or -(-settings.window * 2 // 3)
+    if settings.window and stride > settings.window:
+        raise UserError(
+            f"config.evaluate.stride {stride}: windows of {settings.window} pixels would leave"
+            " pixels out: use at most that"
+        )
+    return predict_window_by_window(
+        *(outputs_fn, mesh, preprocessing),
+        window=settings.window,
+        stride=stride,
+        batch_size=settings.batch_size,
+    )
 
 
 def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=None):
@@ -490,59 +354,6 @@ def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=Non
     return make_run_batches(outputs_fn, mesh, make_batches, batch_size=batch_size, read=read)
 
 
-def _make_predict_by_windows(config, outputs_fn, mesh, preprocessing):
-    settings = config.evaluate
-    spread = preprocessing.view == "windows" and not settings.window
-    if preprocessing.view != "original" and not spread:
-        raise UserError(
-            f"config.evaluate.window: images are resized to {preprocessing.image_size} here: set"
-            " config.data.view=original, or window to 0"
-        )
-    stride = settings.stride or -(-settings.window * 2 // 3)
-    if not spread and stride > settings.window:
-        raise UserError(
-            f"config.evaluate.stride {stride}: windows of {settings.window} pixels would leave"
-            " pixels out: use at most that"
-        )
-    devices = jax.device_count()
-    at_once = -(-settings.batch_size // devices) * devices
-    step = steps.make_eval_step(outputs_fn, shardings=sharding.replicated(mesh))
-    place = sharding.make_batch_placer(mesh)
-    share = at_once // jax.process_count()
-    own = slice(share * jax.process_index(), share * (jax.process_index() + 1))
-    fill = [round(255 * value) for value in preprocessing.mean]
-
-    def predict_all(source, damage, *arguments) -> Iterator[Predicted]:
-        def scores_of(windows):
-            return jax.device_get(step(*arguments, place({"image": windows[own]}))["scores"])
-
-        whole = replace(preprocessing, view="short" if spread else "original")
-        for row in range(len(source)):
-            try:
-                example = source[row]
-                image = segmentation_eval_transform(example["image"], whole)
-            except DamagedImageError as error:
-                damage.record(0, [Damaged(row, source.example_name(row), str(error))])
-                continue
-            damage.record(1, [])
-            if spread:
-                prediction = predict_by_spread_windows(
-                    image, scores_of, at_once=at_once, size=example["image"].shape[:2]
-                )
-            else:
-                prediction = predict_by_windows(
-                    image,
-                    scores_of,
-                    window=settings.window,
-                    stride=stride,
-                    at_once=at_once,
-                    fill=fill,
-                )
-            yield row, prediction, example["mask"]
-
-    return predict_all
-
-
 # Results ----------------------------------------------------------------------------------------
 
 
@@ -554,37 +365,10 @@ def write_results(
     preprocessing: SegmentationPreprocessing,
 ) -> dict[str, str]:
     """Numbers and pictures of an evaluation; returns {file: what it is}."""
-    from vision_jax.figures import draw_confusion  # matplotlib, only where something is drawn
-    from vision_jax.tasks.segmentation import figures
-
     del preprocessing
     if isinstance(result, SegmentEvaluation):
         return segments.write_results(workdir, result, source, config.evaluate.score)
-    names, files = source.class_names, {}
-    if result.cases:
-        for report in result.cases:
-            report["pictures"] = [source.reader.read(place) for *_, place in report["strip"]]
-        cases.write_cases(result.cases, workdir / "cases")
-        files["cases"] = "each volume: ml, its largest part and slices; not a diagnosis"
-        if len(names) == 2:
-            result.summary["best_window"] = _best_window(config, source)
-    write_json(result.summary, workdir / "evaluation.json")
-    draw_confusion(
-        result.confusion,
-        names,
-        workdir / "confusion.png",
-        title=f"{result.summary['pixels']:,} pixels, {result.summary['pixel_accuracy']:.2%} right",
-    )
-    examples = [
-        {**one, "image": source[one["row"]]["image"], "name": source.example_name(one["row"])}
-        for one in result.examples
-    ]
-    figures.draw_segmentation_grid(examples, names, workdir / "predictions.png")
-    return {
-        "evaluation.json": "all numbers of the last evaluation",
-        "confusion.png": "which class was taken for which, in pixels",
-        "predictions.png": "images with true and predicted masks, and where they differ",
-    } | files
+    return pixels.write_results(workdir, result, source, partial(_best_window, config, source))
 
 
 def _best_window(config: ConfigDict, source: SegmentationSource) -> dict[str, Any]:
