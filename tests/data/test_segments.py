@@ -14,7 +14,7 @@ from vision_jax.data.segmentation_transforms import (
     SegmentationPreprocessing,
     segmentation_train_transform,
 )
-from vision_jax.data.segments import flatten, make_segments
+from vision_jax.data.segments import encode, encode_map, flatten, make_segments
 from vision_jax.errors import UserError
 
 SIZE = (20, 24)
@@ -249,3 +249,76 @@ def test_nuclei_in_squares():
     whole = read_segmentation_source("embedded:nuclei/test")
     inside = np.concatenate([parts[1].mask(i) != IGNORED for i in range(4)])
     np.testing.assert_array_equal(inside, whole.mask(0) > 0)
+
+
+# --- Cityscapes ---------------------------------------------------------------------------------
+
+PERSON, CAR, CARAVAN, ROAD, SKY = 24, 26, 29, 7, 23
+
+
+def cityscapes(folder, instances, objects=()):
+    """A split of one image with these instanceIds; its specification."""
+    stem = "aachen_000000_000019"
+    for top, end in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+        (folder / top / "train/aachen").mkdir(parents=True, exist_ok=True)
+        ids = np.where(instances < 1000, instances, instances // 1000).astype(np.uint8)
+        Image.fromarray(ids).save(folder / top / "train/aachen" / f"{stem}_{end}.png")
+    truth = folder / "gtFine/train/aachen"
+    Image.fromarray(instances.astype(np.uint16)).save(truth / f"{stem}_gtFine_instanceIds.png")
+    content = {"objects": [{"label": name, "polygon": []} for name in objects]}
+    (truth / f"{stem}_gtFine_polygons.json").write_text(json.dumps(content))
+    return f"cityscapes:{folder}/train"
+
+
+def test_cityscapes_tells_things_apart(tmp_path, rng):
+    """Every segment by its definition, in a map of random values."""
+    values = [0, 4, ROAD, SKY, PERSON, CAR, CARAVAN, 24_000, 24_007, 26_001, 26_002, 29_003, 33_000]
+    numbers = rng.choice(values, SIZE)
+    spec = cityscapes(tmp_path, numbers, ["road", "cargroup", "car", "car", "caravan", "person"])
+    source = read_segmentation_source(spec, targets="instance")
+    things = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+    assert source.class_names == things
+    assert source.category_ids() == [24, 25, 26, 27, 28, 31, 32, 33]
+    assert source.image_id(0) == "aachen_000000_000019"
+    assert source.segment_counts(0).tolist() == [1, 0, 2, 0, 0, 0, 0, 0]
+    found = source[0]["segments"]
+    wanted = {  # value -> label, crowd
+        PERSON: (0, True), CAR: (2, True), 24_000: (0, False), 24_007: (0, False),
+        26_001: (2, False), 26_002: (2, False), 33_000: (7, False),
+    }  # fmt: skip
+    assert len(found) == len(wanted)
+    for label, crowd, mask in zip(found.label, found.crowd, found.pixels(), strict=True):
+        (value,) = np.unique(numbers[mask])
+        assert (int(label), bool(crowd)) == wanted[int(value)]
+        np.testing.assert_array_equal(mask, numbers == value)
+
+    whole = read_segmentation_source(spec, targets="panoptic")
+    assert len(whole.class_names) == 19
+    assert whole.stuff == whole.class_names[:11]
+    found = whole[0]["segments"]
+    assert len(found) == len(wanted) + 2
+    covered = found.pixels().sum(0)
+    np.testing.assert_array_equal(covered, ~np.isin(numbers, (0, 4, CARAVAN, 29_003)))
+    assert whole.segment_counts(0).tolist() == [1, *[0] * 10, 1, 0, 2, *[0] * 5]
+
+
+def test_cityscapes_that_are_none(tmp_path):
+    for value in (34, 7_001, 23_000, 34_000, 65_535):
+        spec = cityscapes(tmp_path, np.full(SIZE, value))
+        with pytest.raises(UserError, match=f"the value {value} is no id of Cityscapes"):
+            read_segmentation_source(spec, targets="panoptic").segments(0)
+    polygons = next(tmp_path.rglob("*_polygons.json"))
+    for text in ("{", "[]", '{"objects": 3}', '{"objects": [3]}'):
+        polygons.write_text(text)
+        with pytest.raises(UserError, match=r"_polygons\.json"):
+            read_segmentation_source(spec, targets="panoptic").segment_counts(0)
+
+
+def test_the_runs_of_a_map_are_those_of_its_masks(rng):
+    for _ in range(20):
+        size = tuple(rng.integers(1, 9, 2))
+        numbers = rng.integers(0, rng.integers(1, 6), size).astype(rng.choice(["u2", "i4", "i8"]))
+        found = encode_map(numbers, range(1, 7))
+        assert sorted(found) == sorted(set(numbers[numbers > 0].tolist()))
+        for number, runs in found.items():
+            assert runs == encode([numbers == number])[0]

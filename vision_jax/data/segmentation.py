@@ -288,8 +288,8 @@ def _segment_data(found: MaskedImages, targets: str, stuff: Collection[str]) -> 
     if data is None:
         raise UserError(
             f"{found.name}: names the class of each pixel, and no instances, which config.data"
-            f".targets={targets} needs: give COCO instances or panoptic JSON, LabelMe, CVAT or"
-            " Label Studio, or take semantic targets"
+            f".targets={targets} needs: give COCO instances or panoptic JSON, LabelMe, CVAT,"
+            " Label Studio or Cityscapes, or take semantic targets"
         )
     for one in stuff:
         if one not in found.class_names:

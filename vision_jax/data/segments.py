@@ -106,6 +106,32 @@ def encode(masks: Iterable[np.ndarray]) -> tuple[Runs, ...]:
     return tuple(coco_mask.encode(np.asfortranarray(mask)) for mask in masks)
 
 
+def encode_map(numbers: np.ndarray, known: Collection[int]) -> dict[int, Runs]:
+    """Run lengths of each number that a map i[H, W] has a pixel of, in one pass over the map.
+
+    Args:
+      numbers: the map.
+      known: which numbers.
+    """
+    height, width = numbers.shape
+    flat = numbers.T.reshape(-1)  # COCO counts down the columns
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    ends = np.append(starts[1:], flat.size)
+    order = np.argsort(flat[starts], kind="stable")
+    ordered = flat[starts][order]
+    found = {}
+    for number in known:
+        first, last = np.searchsorted(ordered, (number, number + 1))
+        if first < last:
+            own = order[first:last]
+            bounds = np.stack([starts[own], ends[own]], 1).reshape(-1)  # outside, inside, outside
+            lengths = np.diff(bounds, prepend=0).tolist()
+            rest = [flat.size - int(bounds[-1])] if bounds[-1] < flat.size else []
+            counts = {"size": [height, width], "counts": lengths + rest}
+            found[number] = coco_mask.fr_py_objects(counts, height, width)
+    return found
+
+
 def make_segments(
     masks: Iterable[np.ndarray | Runs],
     size: tuple[int, int],
@@ -148,10 +174,10 @@ def segments_of_map(
       label: of the same segments.
       crowd: likewise.
     """
-    there = set(np.unique(numbers).tolist())
-    kept = [i for i, number in enumerate(known) if number in there]
+    runs = encode_map(numbers, known)
+    kept = [i for i, number in enumerate(known) if number in runs]
     return make_segments(
-        (numbers == known[i] for i in kept),
+        [runs[known[i]] for i in kept],
         (numbers.shape[0], numbers.shape[1]),
         [label[i] for i in kept],
         crowd=[crowd[i] for i in kept],

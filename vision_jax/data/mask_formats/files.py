@@ -16,13 +16,13 @@ import numpy as np
 
 from vision_jax.data.annotation_formats.json_file import outline, read_json, without_collector
 from vision_jax.data.annotation_formats.reading import Problem, find_files
-from vision_jax.data.mask_formats import cityscapes
+from vision_jax.data.mask_formats.cityscapes import read_cityscapes
 from vision_jax.data.mask_formats.coco import is_panoptic, read_instances, read_panoptic
 from vision_jax.data.mask_formats.cvat import read_cvat
 from vision_jax.data.mask_formats.label_studio import is_label_studio, read_label_studio
 from vision_jax.data.mask_formats.labelme import MAX_JSON_BYTES, is_labelme, read_labelme
 from vision_jax.data.mask_formats.regions import RegionReading, check, finish
-from vision_jax.data.masks import IGNORED, TABLE_FILES, ClassTable, FileMasks, MaskedImages
+from vision_jax.data.masks import TABLE_FILES, MaskedImages
 from vision_jax.data.segments import SegmentData
 from vision_jax.data.sources import FileReader
 from vision_jax.errors import UserError
@@ -152,17 +152,5 @@ def ids_of(reading: RegionReading) -> dict[str, int | str]:
 
 
 def _read_cityscapes(spec: str) -> MaskedImages:
-    place = spec.removeprefix(CITYSCAPES)
-    root, split = expand(place).parent, expand(place).name
-    images, masks, cities = cityscapes.find_cityscapes(spec, root, split)
-    label_of = {number: label for label, number in enumerate(cityscapes.IDS)}
-    values = tuple(range(cityscapes.MOST_ID + 1))
-    table = ClassTable(
-        "Cityscapes' table of ids",
-        cityscapes.CLASSES,
-        values,
-        tuple(label_of.get(value, IGNORED) for value in values),
-    )
-    groups = np.unique(cities, return_inverse=True)[1] if cities else None
-    reader, labels = FileReader(root, tuple(images)), FileMasks(root, tuple(masks), table)
-    return MaskedImages(spec, cityscapes.CLASSES, reader, labels, len(images), groups)
+    path = expand(spec.removeprefix(CITYSCAPES))
+    return read_cityscapes(spec, path.parent, path.name)
