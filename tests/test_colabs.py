@@ -33,7 +33,11 @@ SMALL = {
         "FINE_STEPS = 500": "FINE_STEPS = 2",
         "PAIR_STEPS = 500": "PAIR_STEPS = 2",
     },
-    "segment_your_images": {"STEPS = 240": "STEPS = 2", "SIDE = 64": "SIDE = 16"},
+    "segment_your_images": {
+        "STEPS = 240": "STEPS = 2",
+        "SIDE = 64": "SIDE = 16",
+        "THING_STEPS = 125": "THING_STEPS = 2",
+    },
     "segment_your_volumes": {
         "STEPS = 100": "STEPS = 2",
         "SIDE = 48": "SIDE = 16",
@@ -136,6 +140,9 @@ def test_segment_your_images(tmp_path, monkeypatch):
     assert "evaluation on 1 images" in printed
     assert "'height': 512, 'width': 128" in printed
     assert len(list((run / "masks").glob("*.png"))) == 1
+    things = tmp_path / "runs" / "my_things"
+    assert "eval/ap" in read_metrics(things / "metrics.jsonl")[-1]
+    assert (things / "precision_recall.png").is_file()
 
 
 @pytest.mark.long

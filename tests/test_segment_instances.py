@@ -94,7 +94,8 @@ def test_a_run_with_instances_is_scored_alike_by_coco(capsys):
     evaluator = hotcoco.COCOeval(truth, truth.load_res(results), "segm")
     evaluator.run()
     np.testing.assert_allclose(evaluator.stats[:3], [summary[n] for n in ("ap", "ap50", "ap75")])
-    assert (workdir / "predictions.png").stat().st_size > 1000
+    for name in ("predictions.png", "precision_recall.png"):
+        assert Image.open(workdir / name).size[0] > 1000
     records = read_metrics(workdir / "metrics.jsonl")
     assert [r["eval/ap"] for r in records if "eval/ap" in r] == [summary["ap"]]
     config = config_of("instance")

@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from vision_jax import figures
+from vision_jax.tasks import coco_figures
 from vision_jax.tasks.detection import figures as drawing
 from vision_jax.tasks.detection import metrics as detection
 
@@ -31,7 +32,7 @@ def test_boxes_lie_where_they_belong() -> None:
     np.testing.assert_array_equal(image, kept)
     assert drawn.shape == image.shape
     assert drawn.dtype == np.uint8
-    colored = _where(drawn, drawing.class_color(1))
+    colored = _where(drawn, coco_figures.class_color(1))
     for edge in (colored[200, 100:301], colored[400, 100:301], colored[200:401, 100]):
         assert edge.all()
     assert colored[200:401, 300].all()
@@ -47,7 +48,7 @@ def test_small_images_are_enlarged_and_grey_ones_drawn_in_color() -> None:
     boxes, one = np.array([[50.0, 20, 90, 40]]), np.array([0])
     drawn = drawing.draw_detections(image, boxes, one, None, ("a very long name " * 5,))
     assert drawn.shape == (250, 500, 3)
-    colored = _where(drawn, drawing.class_color(0))
+    colored = _where(drawn, coco_figures.class_color(0))
     assert colored[100:201, 250].all()
     assert colored[200, 250:451].all()
     many = drawing.draw_detections(image.repeat(5, axis=2), boxes, one, None, ("a",))
@@ -58,7 +59,7 @@ def test_small_images_are_enlarged_and_grey_ones_drawn_in_color() -> None:
 def test_boxes_outside_and_without_area(box: list[float]) -> None:
     image = np.full((500, 600, 3), 128, np.uint8)
     drawn = drawing.draw_detections(image, np.array([box], float), np.array([0]), None, ("cat",))
-    assert _where(drawn, drawing.class_color(0)).any()
+    assert _where(drawn, coco_figures.class_color(0)).any()
 
 
 def test_the_better_of_two_equal_boxes_is_on_top_and_tags_do_not_cover_each_other() -> None:
@@ -68,8 +69,8 @@ def test_the_better_of_two_equal_boxes_is_on_top_and_tags_do_not_cover_each_othe
     scores = np.array([0.2, 0.9, 0.3, 0.4])
     names = ("one class", "two class", "three class", "four class")
     drawn = drawing.draw_detections(image, boxes, labels, scores, names)
-    assert _where(drawn, drawing.class_color(1))[230:370, 100].all()
-    areas = [_where(drawn, drawing.class_color(label)).sum() for label in (0, 2, 3)]
+    assert _where(drawn, coco_figures.class_color(1))[230:370, 100].all()
+    areas = [_where(drawn, coco_figures.class_color(label)).sum() for label in (0, 2, 3)]
     assert min(areas) > 1000  # a tag each; its box is hidden below the best
 
 
@@ -90,7 +91,7 @@ def test_grid_has_truth_on_the_left_and_predictions_on_the_right(tmp_path: Path)
     height, width = pixels.shape[:2]
     half = width // 2
     first, second = pixels[: height // 2], pixels[height // 2 :]  # two rows: one can't be read
-    cat, dog = drawing.class_color(0), drawing.class_color(1)
+    cat, dog = coco_figures.class_color(0), coco_figures.class_color(1)
     assert [_where(first[:, :half], c).any() for c in (cat, dog)] == [True, False]
     assert [_where(first[:, half:], c).any() for c in (cat, dog)] == [False, True]
     assert [_where(second[:, :half], c).any() for c in (cat, dog)] == [False, True]
@@ -106,18 +107,18 @@ def test_curves_of_the_classes(classes: int, tmp_path: Path) -> None:
     precision = np.full((10, 101, classes, 4, 3), 0.5)
     precision += 0.015 * np.arange(classes)[:, None, None]
     names = ["$odd_{name}$", *(f"class {label}" for label in range(1, classes))]
-    path = drawing.draw_precision_recall(precision, names, tmp_path / "curves.png")
+    path = coco_figures.draw_precision_recall(precision, names, tmp_path / "curves.png")
     pixels = _pixels(path)
-    assert _where(pixels, drawing.class_color(0)).sum() > 500
+    assert _where(pixels, coco_figures.class_color(0)).sum() > 500
     unnamed = _where(pixels, "#bbbbbb")[:, :600].sum(axis=1) > 300  # long grey lines
-    assert unnamed.any() == (classes > drawing.MOST_CURVES)
+    assert unnamed.any() == (classes > coco_figures.MOST_CURVES)
     assert _where(pixels, figures.INK)[:, :600].sum(axis=1).max() > 300 or classes == 1
 
 
 def test_curves_without_truth(tmp_path: Path) -> None:
     precision = np.full((10, 101, 2, 4, 3), -1.0)
-    pixels = _pixels(drawing.draw_precision_recall(precision, "ab", tmp_path / "curves.png"))
-    assert not _where(pixels, drawing.class_color(0)).any()
+    pixels = _pixels(coco_figures.draw_precision_recall(precision, "ab", tmp_path / "curves.png"))
+    assert not _where(pixels, coco_figures.class_color(0)).any()
 
 
 def test_confusion(tmp_path: Path) -> None:
@@ -130,8 +131,8 @@ def test_confusion(tmp_path: Path) -> None:
 
 def test_neighboring_classes_can_be_told_apart_without_red_and_green() -> None:
     """The palette as deuteranopes see it (Viénot et al. 1999: red and green merge)."""
-    assert len(set(drawing.PALETTE)) == len(drawing.PALETTE)
-    linear = np.array([to_rgb(color) for color in drawing.PALETTE]) ** 2.2
+    assert len(set(coco_figures.PALETTE)) == len(coco_figures.PALETTE)
+    linear = np.array([to_rgb(color) for color in coco_figures.PALETTE]) ** 2.2
     seen = np.stack([linear[:, 0] * 0.29275 + linear[:, 1] * 0.70725, linear[:, 2]], axis=1)
     seen = seen ** (1 / 2.2)
     apart = np.abs(seen[:, None] - seen[None]).max(axis=-1) + np.eye(len(seen))

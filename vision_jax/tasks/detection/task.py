@@ -370,6 +370,7 @@ def write_results(
     preprocessing: DetectionPreprocessing,
 ) -> dict[str, str]:
     """Numbers, COCO results and pictures of an evaluation; returns {file: what it is}."""
+    from vision_jax.tasks.coco_figures import draw_precision_recall
     from vision_jax.tasks.detection import figures  # matplotlib, only where something is drawn
 
     del source, preprocessing
@@ -378,7 +379,7 @@ def write_results(
     write_json(result.summary, workdir / "evaluation.json")
     metrics.write_results(workdir / "results.json", detections, seen)
     precision, _ = metrics.coco_curves(detections, seen)
-    figures.draw_precision_recall(precision, names, workdir / "precision_recall.png")
+    draw_precision_recall(precision, names, workdir / "precision_recall.png")
     matrix = metrics.confusion_matrix(detections, seen, score=score)
     figures.draw_detection_confusion(matrix, names, workdir / "confusion.png", score=score)
     rows = np.unique(np.linspace(0, len(seen) - 1, PICTURES).astype(int))

@@ -134,7 +134,7 @@ class SegmentEvaluation:
 
     Attributes:
       summary: see segment_metrics.summarize_instances and summarize_panoptic.
-      found: segments by row of the source.
+      found: segments by row of the source, in the order of the images' ids.
       truth: likewise.
       damaged: lines, with the reason, of images that could not be read.
       warn_after: updates after which it is warned of nothing being found.
@@ -147,6 +147,11 @@ class SegmentEvaluation:
     damaged: tuple[str, ...]
     warn_after: int
     targets: str
+
+    @property
+    def pairs(self) -> list[metrics.Pair]:
+        """What was found with the truth, image by image."""
+        return [(found, self.truth[row]) for row, found in self.found.items()]
 
     def line(self) -> str:
         """The summary for the screen."""
@@ -205,6 +210,7 @@ def make_evaluate(
             raise none_read(source, damage)
         ids = np.array([source.image_id(row) for row in found])
         rows = [list(found)[i] for i in np.argsort(ids, kind="stable")]
+        found = {row: found[row] for row in rows}
         truth = {row: source.segments(row) for row in rows}
         pairs = [(found[row], truth[row]) for row in rows]
         if targets == INSTANCE:
@@ -326,9 +332,19 @@ def write_results(
       source: that was evaluated.
       score: instances of a lower one are not drawn.
     """
+    from vision_jax.tasks.coco_figures import draw_precision_recall
     from vision_jax.tasks.segmentation import figures  # matplotlib, only where something is drawn
 
+    files = {
+        "evaluation.json": "all numbers of the last evaluation",
+        "predictions.png": "images with true and predicted segments",
+    }
     write_json(result.summary, workdir / "evaluation.json")
+    if result.targets == INSTANCE:
+        precision, _ = metrics.mask_curves(result.pairs, source.class_names)
+        path = workdir / "precision_recall.png"
+        draw_precision_recall(precision, source.class_names, path, things="masks")
+        files[path.name] = "precision by recall of each class"
     rows = sorted(result.found)
     shown = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, PICTURES).astype(int))]
     figures.draw_segment_grid(
@@ -344,13 +360,9 @@ def write_results(
         source.class_names,
         workdir / "predictions.png",
     )
-    files = write_segments(
+    return files | write_segments(
         workdir, result.found, source, result.targets, lambda row: f"{row:06d}.png"
     )
-    return files | {
-        "evaluation.json": "all numbers of the last evaluation",
-        "predictions.png": "images with true and predicted segments",
-    }
 
 
 def above(segments: Segments, score: float, targets: str) -> Segments:
