@@ -60,44 +60,53 @@ def make_run_batches(
     batch_size: int,
     read: Callable[..., Mapping[str, jax.Array]] | None = None,
 ) -> Callable[..., Iterator[Outputs]]:
-    """A function (source, damage log, trainable, frozen, model_state) -> outputs of each batch.
+    """A function (source, damage log, trainable, frozen, model_state) -> outputs, batch by batch.
 
     Outputs are those of `outputs_fn`, on the host, of all processes' rows. The batch is rounded up
     to what the devices divide.
 
-    With `read`, a function of (what `outputs_fn` gives, batch), the outputs are that function's,
-    which is compiled by itself; `outputs_fn` gets the batch's images alone then.
+    With `read`, a function of (what `outputs_fn` gives, rows i32[n], these rows of the batch), the
+    outputs are that function's, which is compiled by itself and applied to as many rows at a time
+    as there are devices; `outputs_fn` gets the batch's images alone then.
     """
-    devices = jax.device_count()
+    devices, processes = jax.device_count(), jax.process_count()
     batch_size = -(-batch_size // devices) * devices
     whole = sharding.replicated(mesh)
     eval_step = steps.make_eval_step(outputs_fn, shardings=whole)
-    if read is not None:
-        first, second = eval_step, steps.make_eval_step(read, shardings=whole)
-
-        def eval_step(trainable, frozen, model_state, batch):
-            rest = {name: array for name, array in batch.items() if name != "image"}
-            images = {"image": batch["image"]}
-            return second(first(trainable, frozen, model_state, images), rest)
-
+    read_step = read and steps.make_eval_step(read, shardings=whole)
     place = sharding.make_batch_placer(mesh)
+
+    def start(arguments: tuple[Any, ...], batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        seen = batch if read_step is None else {"image": batch["image"]}
+        return eval_step(*arguments, place(seen))
+
+    def finish(computed: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> Iterator[Outputs]:
+        if read_step is None:
+            yield jax.device_get(computed)
+            return
+        own, at_once = len(batch["image"]), devices // processes  # rows of this process
+        for first in range(0, own, at_once):
+            places = np.arange(first, first + at_once, dtype=np.int32)
+            rows = (own * np.arange(processes, dtype=np.int32)[:, None] + places).reshape(-1)
+            some = {name: array[places] for name, array in batch.items() if name != "image"}
+            yield jax.device_get(read_step(computed, rows, place(some)))
 
     def run_batches(source: Examples, damage: DamageLog, *arguments: Any) -> Iterator[Outputs]:
         batches = make_batches(
             source,
-            batch_size=batch_size // jax.process_count(),
+            batch_size=batch_size // processes,
             process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_count=processes,
             damage_log=damage,
         )
         pending = None  # computed while the next batch is decoded
         for batch in batches:
-            computed = eval_step(*arguments, place(batch))
+            computed = start(arguments, batch)
             if pending is not None:
-                yield jax.device_get(pending)
-            pending = computed
+                yield from finish(*pending)
+            pending = computed, batch
         if pending is not None:
-            yield jax.device_get(pending)
+            yield from finish(*pending)
 
     return run_batches
 

@@ -57,7 +57,7 @@ def test_instances(rng, side, canvas, image, threshold):
     for b, reference in enumerate(theirs):
         infos = reference["segments_info"]  # in the order of queries
         ours = instance_segments(
-            *(found[name][b] for name in ("score", "label", "masks")), threshold
+            *(found[name][b] for name in ("score", "label", "mask_bits")), image, threshold
         )
         order = sorted(range(len(infos)), key=lambda i: -infos[i]["score"])
         assert ours.label.tolist() == [infos[i]["label_id"] for i in order]

@@ -50,7 +50,8 @@ def instance_outputs(logits: Array, mask_logits: Array, view: View) -> dict[str,
       view: of the images.
 
     Returns:
-      "score" f[B, Q], "label" i32[B, Q] and "masks" bool[B, Q, H, W] of the image's size.
+      "score" f[B, Q], "label" i32[B, Q] and "mask_bits" u8[B, Q, H, ceil(W / 8)] of the image's
+      size, eight pixels of a row in a byte as `numpy.packbits` has them.
     """
     chances = jax.nn.softmax(_wide(logits), axis=-1)[..., :-1]
     resize = _make_resize(view, mask_logits)
@@ -60,13 +61,13 @@ def instance_outputs(logits: Array, mask_logits: Array, view: View) -> dict[str,
         mask = logit > 0
         area = mask.sum((1, 2)).astype(logit.dtype)
         certainty = jnp.where(mask, jax.nn.sigmoid(logit), 0).sum((1, 2)) / (area + LEAST_AREA)
-        return mask, certainty
+        return jnp.packbits(mask, axis=-1), certainty
 
-    masks, certainty = lax.map(of_query, _by_query(mask_logits))
+    bits, certainty = lax.map(of_query, _by_query(mask_logits))
     return {
         "score": chances.max(-1) * certainty.T,
         "label": chances.argmax(-1).astype(jnp.int32),
-        "masks": masks.swapaxes(0, 1),
+        "mask_bits": bits.swapaxes(0, 1),
     }
 
 

@@ -48,11 +48,13 @@ class Prediction:
         not depend on the others of its batch. Raises UserError where the model can't be trained so.
       scores: of the outputs, at any size.
       draws: the loss draws something of each image, by the keys "draws" u32[B, 2] in its batch.
+      batch_axis: of the outputs, the axis of images; those before it are of several predictions.
     """
 
     make_loss: Callable[..., Loss]
     scores: Scores
     draws: bool = False
+    batch_axis: int = 0
 
 
 def make_pixel_loss(
@@ -234,7 +236,7 @@ PREDICTIONS: dict[str, Prediction] = {
     "semantic": Prediction(
         make_pixel_loss, lambda outputs, size: resize_bilinear(outputs["logits"], size)
     ),
-    "mask_set": Prediction(make_mask_loss, mask_scores, draws=True),
+    "mask_set": Prediction(make_mask_loss, mask_scores, draws=True, batch_axis=1),
 }
 
 
@@ -301,11 +303,13 @@ class Outputs(abc.ABC):
       assemble: from {path: array} of all parameters to the model's tree.
       padded: pixels a side of the square that images are padded to at the bottom or at the right;
         0 where they fill what the model sees.
+      batch_axis: of the model's outputs (see `Prediction`).
     """
 
     apply: Apply
     assemble: Callable[[Mapping[str, jax.Array]], Any]
     padded: int = field(default=0, kw_only=True)
+    batch_axis: int = field(default=0, kw_only=True)
 
     def __call__(self, trainable, frozen, model_state, batch: Batch) -> dict[str, jax.Array]:
         return self.read(self.of_model(trainable, frozen, model_state, batch), batch)
@@ -316,6 +320,15 @@ class Outputs(abc.ABC):
         images = to_float(batch["image"])
         return self.apply(params, model_state, images, train=False, keys={})[0]
 
+    def read_rows(
+        self, outputs: Mapping[str, jax.Array], rows: jax.Array, batch: Batch
+    ) -> dict[str, jax.Array]:
+        """`read` of the images i32[n] of the outputs, which are all of this batch."""
+        some = {
+            name: jnp.take(x, rows, self.batch_axis, mode="clip") for name, x in outputs.items()
+        }
+        return self.read(some, batch)
+
     @abc.abstractmethod
     def read(self, outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         """The rest: what the outputs say at the size that is wanted."""
@@ -325,7 +338,7 @@ class Outputs(abc.ABC):
 class SegmentOutputs(Outputs):
     """Instances or panoptic segments (ops/mask_outputs.py) at the size of "label" u8[B, H, W].
 
-    With "mask" bool[B] and "index" i32[B] beside them.
+    With "mask" bool[B] and "index" i32[B] beside them, and "width" i32[B] in pixels.
 
     Attributes:
       canvas: (height, width) of the model's images.
@@ -352,7 +365,8 @@ class SegmentOutputs(Outputs):
             found = mask_outputs.panoptic_outputs(
                 logits, masks, view, threshold=self.score, overlap_threshold=self.overlap
             )
-        return {**found, "mask": batch["mask"], "index": batch["index"]}
+        beside = {name: batch[name] for name in ("mask", "index")}
+        return {**found, **beside, "width": jnp.full(len(batch["mask"]), width, jnp.int32)}
 
 
 @dataclass(frozen=True)

@@ -37,21 +37,26 @@ LISTED = 5  # segments of a file on the screen
 
 
 def instance_segments(
-    score: np.ndarray, label: np.ndarray, masks: np.ndarray, least: float = 0.0
+    score: np.ndarray,
+    label: np.ndarray,
+    mask_bits: np.ndarray,
+    size: tuple[int, int],
+    least: float = 0.0,
 ) -> Segments:
     """Instances of an image, the highest score first.
 
     Args:
       score: f[Q], 0 of what has no pixel.
       label: i[Q].
-      masks: bool[Q, H, W].
+      mask_bits: u8[Q, H, ceil(W / 8)], as ops.mask_outputs gives them.
+      size: (H, W).
       least: scores below it are left out.
     """
     order = np.argsort(-score, kind="stable")[:MOST_INSTANCES]
     kept = [q for q in order if score[q] >= least and score[q] > 0]
     return make_segments(
-        (masks[q] for q in kept),
-        (masks.shape[1], masks.shape[2]),
+        (np.unpackbits(mask_bits[q], axis=1, count=size[1]).view(bool) for q in kept),
+        size,
         label[kept],
         score=score[kept].astype(np.float64),
     )
@@ -106,7 +111,9 @@ def make_find_all(
             for place in np.flatnonzero(batch["mask"]):
                 score, label = batch["score"][place], batch["label"][place]
                 if targets == INSTANCE:
-                    found = instance_segments(score, label, batch["masks"][place], least)
+                    bits = batch["mask_bits"][place]
+                    size = (bits.shape[1], int(batch["width"][place]))
+                    found = instance_segments(score, label, bits, size, least)
                 else:
                     found = panoptic_segments(batch["segments"][place], score, label, stuff)
                 yield int(batch["index"][place]), found

@@ -252,13 +252,16 @@ def make_outputs(
     config: ConfigDict, model: Any, predicts: str, apply: Apply, assemble: Callable[..., Any]
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """What evaluation needs of a batch."""
-    settings = config.evaluate
-    targets = config.data.targets
+    prediction = objective.find_prediction(predicts)
+    settings, targets = config.evaluate, config.data.targets
     if targets == SEMANTIC:
-        return objective.PixelOutputs(apply, assemble, objective.find_prediction(predicts).scores)
+        return objective.PixelOutputs(
+            apply, assemble, prediction.scores, batch_axis=prediction.batch_axis
+        )
     _check_targets(config, predicts)
     return objective.SegmentOutputs(
-        *(apply, assemble, tuple(model.image_size), targets, settings.score, settings.overlap)
+        *(apply, assemble, tuple(model.image_size), targets, settings.score, settings.overlap),
+        batch_axis=prediction.batch_axis,
     )
 
 
@@ -350,7 +353,7 @@ def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=Non
         outputs_fn = replace(outputs_fn, padded=preprocessing.image_size[0])
     if squashed and isinstance(outputs_fn, objective.Outputs):
         # All images have one size, masks many: the model is compiled apart from what reads it.
-        outputs_fn, read = outputs_fn.of_model, outputs_fn.read
+        outputs_fn, read = outputs_fn.of_model, outputs_fn.read_rows
     return make_run_batches(outputs_fn, mesh, make_batches, batch_size=batch_size, read=read)
 
 
