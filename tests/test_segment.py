@@ -21,6 +21,7 @@ from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.segmentation_transforms import segmentation_eval_transform
 from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
+from vision_jax.main import main
 from vision_jax.ops.resize import resize_bilinear
 from vision_jax.run.prepare import Run
 from vision_jax.run.restore import restore
@@ -429,9 +430,32 @@ def test_a_run_on_slices_reports_its_volumes(tmp_path, rng, capsys):
     count = int((np.asarray(plain.dataobj) == 1).sum())
     assert report["classes"]["ball"]["voxels"] == count
     assert "true_voxels" not in report["classes"]["ball"]
+    series = write_series(tmp_path / "series", np.asarray(image.dataobj))
+    given = ["predict", f"--workdir={workdir}", "--checkpoint=last", f"--out={out / 'series'}"]
+    assert main([*given, "--images", str(series)]) == 0
+    assert "not a diagnosis" in " ".join(capsys.readouterr().out.split())
+    labels = nibabel.load(next((out / "series/masks").glob("*.nii.gz")))
+    same = nibabel.as_closest_canonical(labels)
+    assert np.array_equal(np.asarray(same.dataobj), np.asarray(plain.dataobj))
+    np.testing.assert_allclose(same.affine, plain.affine, atol=1e-6)
+    assert json.loads(next((out / "series/cases").glob("*.json")).read_text())["patient"]
     saved.data.train = "embedded:nuclei/train"
     with pytest.raises(UserError, match="trained on images"):
         predict.run(saved, workdir, "last", [str(name)], out / "x")
+
+
+def write_series(folder, voxels):
+    """A folder of DICOM with the voxels [x, y, z] of `segmentation_runs.volumes`, where those are.
+
+    Its axes go to the right, front and head, and DICOM's to the left, back and head.
+    """
+    dicom_files = pytest.importorskip("dicom_files")
+    place = {"PixelSpacing": [2.0, 1.0], "ImageOrientationPatient": [-1, 0, 0, 0, -1, 0]}
+    for z in range(voxels.shape[2]):
+        at = {"ImagePositionPatient": [0, 0, 3.0 * z], "InstanceNumber": z + 1}
+        array = np.ascontiguousarray(voxels[:, :, z].T)
+        dicom_files.dicom(folder / f"{z:03}.dcm", array, PatientID="p", **place, **at)
+    return folder
 
 
 def test_a_config_of_files_of_regions(tmp_path):

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from vision_jax.errors import UserError
+from vision_jax.models import convnext, efficientnet, regnet, resnet
 from vision_jax.models.families import build_model
-from vision_jax.models.unet import UNet, grow
+from vision_jax.models.unet import UNet, grow, variant
+
+CNNS = [name for module in (resnet, regnet, efficientnet, convnext) for name in module.VARIANTS]
 
 
 @pytest.mark.parametrize("size", [(6, 10), (7, 9), (3, 5), (4, 11)])
@@ -23,6 +26,16 @@ def test_logits_are_of_the_images_own_size(size):
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
     outputs = jax.eval_shape(model.apply, variables, jnp.zeros((2, *size, 3)))
     assert outputs["logits"].shape == (2, *size, 3)
+
+
+@pytest.mark.long(but=("mobilenetv3_small_100",))
+@pytest.mark.parametrize("encoder", CNNS)
+def test_every_cnn_of_the_zoo_is_an_encoder(encoder):
+    """Logits of the image's own odd size."""
+    model = build_model("unet", num_classes=2, **variant(f"unet_{encoder}"))
+    images = jnp.zeros((1, 70, 97, 3))
+    outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    assert outputs["logits"].shape == (1, 70, 97, 2)
 
 
 @pytest.mark.parametrize(
