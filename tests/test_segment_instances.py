@@ -95,7 +95,8 @@ def test_a_run_with_instances_is_scored_alike_by_coco(capsys):
     evaluator.run()
     np.testing.assert_allclose(evaluator.stats[:3], [summary[n] for n in ("ap", "ap50", "ap75")])
     for name in ("predictions.png", "precision_recall.png"):
-        assert Image.open(workdir / name).size[0] > 1000
+        with Image.open(workdir / name) as picture:
+            assert picture.width > 1000
     records = read_metrics(workdir / "metrics.jsonl")
     assert [r["eval/ap"] for r in records if "eval/ap" in r] == [summary["ap"]]
     config = config_of("instance")
