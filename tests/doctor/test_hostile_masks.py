@@ -288,8 +288,8 @@ COUNTED: dict[str, tuple[Make, str]] = {
     "corners far away": (coco([[0, 0, 1e8, 0, 1e8, 1e8]]), "unusable-entry: 1 of"),
     "no segmentation": (coco(None), "unusable-entry: 1 of"),
     "half a crowd": (coco([RING], iscrowd=0.5), "unusable-entry: 1 of"),
-    "no such category": (coco([RING], category_id=8), "undeclared-category: 1 of"),
-    "no such image": (coco([RING], image_id=8), "unknown-image: 1 of"),
+    "no such category": (coco([RING], category_id=8), "undeclared-category: 1 of 1 entry"),
+    "no such image": (coco([RING], image_id=8), "unknown-image: 1 of 1 entry"),
     "a path out of the folder": (
         coco([RING], image={"file_name": "../../etc/passwd"}), "path-outside: 1 of 1"),
     "an absolute path": (coco([RING], image={"file_name": "/etc/passwd"}), "path-outside: 1 of 1"),

@@ -74,11 +74,11 @@ def diagnose_problems(subject: Subject, problems: Sequence[Problem]) -> list[Fin
                 used = sorted({str(problem.value) for problem in found})
                 title += f": {few(used)}"
         count, of, unit = len(found), total + len(found), "entries"
-        if kind in ("category", "image"):
-            of, unit = len(entries.box_image) if entries is not None else 0, "boxes"
+        if kind in ("category", "image") and entries is not None:
+            of, unit = len(entries.box_image), "boxes"
         if code == "ids-off-by-one":
             count = of  # those whose ids happen to be declared are as wrong
-        if kind == "image":
+        if kind == "image" and entries is not None:
             of += len(found)
         if kind == "missing":
             of, unit = max(len(subject.paths), len(found)), "files"
