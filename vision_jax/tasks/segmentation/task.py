@@ -253,7 +253,8 @@ def make_outputs(
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """What evaluation needs of a batch."""
     prediction = objective.find_prediction(predicts)
-    settings, targets = config.evaluate, config.data.targets
+    settings = config.evaluate
+    targets = config.data.targets
     if targets == SEMANTIC:
         return objective.PixelOutputs(
             apply, assemble, prediction.scores, batch_axis=prediction.batch_axis
