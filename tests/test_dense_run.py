@@ -130,6 +130,7 @@ def random_outputs(rng, family, images=4):
     return outputs, targets
 
 
+@pytest.mark.long(but=("fcos",))
 @pytest.mark.parametrize("family", MODELS)
 def test_a_batch_is_its_micro_batches_and_alone_each_image(family, rng):
     """RetinaNet's mean; FCOS' weighed by the points that are counted (float64)."""
@@ -157,6 +158,7 @@ def test_a_batch_is_its_micro_batches_and_alone_each_image(family, rng):
     assert float(metrics["foreground" if family == "fcos" else "anchors"]) > 0
 
 
+@pytest.mark.long(but=("fcos",))
 @pytest.mark.parametrize("family", MODELS)
 def test_no_gradient_is_without_end(family, rng):
     """Boxes that vanish, targets without area and padded examples."""

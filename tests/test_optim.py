@@ -242,7 +242,7 @@ def test_gradient_is_clipped_before_the_optimizer_sees_it(norm, rng):
         np.testing.assert_allclose(clipped[path], expected[path], rtol=1e-10)
 
 
-@pytest.mark.long(but=("sgd",))
+@pytest.mark.long
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_a_norm_that_is_known_is_not_computed_again(name, rng):
     """It reaches the clipping through the whole chain, of every optimizer."""

@@ -173,6 +173,7 @@ def test_an_interrupted_run_is_bit_identical(tmp_path, monkeypatch, store):
             train.run(tiny(**fields, total_steps=9), tmp_path / "parts")
 
 
+@pytest.mark.long
 def test_one_and_eight_devices_are_the_same():
     (one, first), (eight, second) = (steps_on(devices, tiny()) for devices in (1, 8))
     np.testing.assert_allclose(eight[-1], one[-1], rtol=1e-6)
@@ -206,6 +207,7 @@ def share_of_supervised(variant, encoder=(), decoder=(), **fields):
     return flops(mae, ()) / flops(labels, tuple(map(str, range(1000))))
 
 
+@pytest.mark.long
 def test_a_step_costs_a_share_of_the_supervised_one():
     """With a decoder as light beside its encoder as the paper's beside ViT-L."""
     decoder = (
@@ -225,6 +227,7 @@ def test_the_papers_decoder_costs_what_its_sizes_say(variant, share):
 # Other weights -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_any_vits_weights_are_continued():
     """The encoder is the weights', their head has no place, the decoder begins anew."""
     path = runs.inputs() / "weights.safetensors"

@@ -115,7 +115,7 @@ def silence(variables, cut, drawn):
     return {**variables, "params": paths.nest({p: jnp.asarray(x) for p, x in flat.items()})}
 
 
-@pytest.mark.long(but=("bottleneck",))
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_silent_is_cut_for_free(rng, name):
     model, variables, images, size, what = make(rng, name)

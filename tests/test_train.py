@@ -420,6 +420,7 @@ def test_drafts_of_a_killed_run_are_removed(begun, monkeypatch):
     assert after - events <= {path.relative_to(runs.finished()) for path in before}
 
 
+@pytest.mark.long
 def test_a_damaged_newest_checkpoint_is_kept_and_the_run_goes_on_from_an_older_one(
     tmp_path, monkeypatch, capsys
 ):

@@ -124,6 +124,7 @@ def examine_pair(one: str, other: str):
     return findings + more + compare(a, b)
 
 
+@pytest.mark.long(but=("tiny",))
 @pytest.mark.parametrize("style", STYLES)
 def test_clean_sets_raise_no_alarm(style, tmp_path):
     for seed in range(4):

@@ -65,7 +65,7 @@ def test_a_classifiers_view_is_equal_to_the_byte(case, rng):
         np.testing.assert_array_equal(of_any(image), want)
 
 
-@pytest.mark.long(but=("bicubic",))
+@pytest.mark.long
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_filters(interpolation, rng):
     own = Preprocessing(
@@ -95,7 +95,7 @@ DETECTORS = {
 }  # fmt: skip
 
 
-@pytest.mark.long(but=("detr",))
+@pytest.mark.long
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detectors_view(name, rng):
     own = DetectionPreprocessing(**DETECTORS[name], **NORM)
@@ -117,7 +117,7 @@ def test_a_detectors_view(name, rng):
                 assert view.inside.sum() == seen.shape[0] * seen.shape[1]
 
 
-@pytest.mark.long(but=("short",))
+@pytest.mark.long
 @pytest.mark.parametrize("view", ["squash", "short", "original"])
 def test_a_segmenters_view(view, rng):
     own = SegmentationPreprocessing((20, 24), **NORM, view=view)

@@ -260,7 +260,7 @@ def test_the_mean_over_micro_batches_is_the_whole_batch(name, size, rng):
         np.testing.assert_allclose(joined, slope, rtol=0, atol=3e-6 * np.abs(slope).max())
 
 
-@pytest.mark.long(but=["detr"])
+@pytest.mark.long
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_of_images(name, rng):
     """They sum up to a batch's; `alone`, each is what a batch of one image gives."""

@@ -740,6 +740,7 @@ def test_the_average_of_a_yolox_teaches_in_micro_batches_under_attack(kind):
     assert metrics[f"taught_{kind}"].shape == ()
 
 
+@pytest.mark.long
 def test_what_a_detector_does_not_teach_is_refused(detector, monkeypatch):
     """In one line, before training."""
     teacher, config = detector("detr"), taught_config(detector("detr"))

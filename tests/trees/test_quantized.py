@@ -174,6 +174,7 @@ def nearest(x, code):
     return np.abs(np.asarray(x)[..., None] - code.astype(np.float64)).argmin(-1)
 
 
+@pytest.mark.long(but=("(37, 5)-False",))
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", [(64, 3), (37, 5), (3, 3, 5, 4), (300, 9)], ids=str)
 def test_nf4_is_the_nearest_code_of_each_block(rng, shape, double):
@@ -298,6 +299,7 @@ def test_a_model_computes_with_it_and_trains_on_it(rng, form):
             assert not np.asarray(other).any() or relative(one, np.asarray(other)) < 1e-12
 
 
+@pytest.mark.long
 def test_what_trains_and_how_it_is_sharded():
     kernels = {"fc": {"kernel": jnp.ones((256, 512))}, "out": {"kernel": jnp.ones((512, 256))}}
     tree = {

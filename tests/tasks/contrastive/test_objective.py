@@ -56,6 +56,7 @@ def test_the_loss_is_numpys(rng):
     assert float(found["projection_spread"]) == pytest.approx(spread, rel=1e-3)
 
 
+@pytest.mark.long
 def test_views_follow_from_the_key(rng):
     goal, flat, batch = setting(rng)
     one, again, other = (
