@@ -75,6 +75,21 @@ def test_the_graph_says_what_the_pipeline_says(name, rng):
         assert found["compared"] > 0
 
 
+@pytest.mark.long
+def test_labels_of_a_padded_image(rng):
+    """What lies beyond the image in the model's square is cut off, and not squeezed into it."""
+    loaded = make_sample("eomt", seed=int(rng.integers(2**31)))
+    own = dataclasses.replace(loaded.preprocessing, view="pad")
+    loaded = dataclasses.replace(loaded, preprocessing=own)
+    (image,) = pictures(rng, (48, 90))
+    found = jax.jit(serving_function(loaded, image_size=(48, 90)).function)(image)
+    want = host_pipeline(loaded, "pixels")(image)
+    assert found["label"].shape == (1, 48, 90)
+    found = certificate.compare("pixels", [want], [{n: np.asarray(x) for n, x in found.items()}])
+    assert found["relative_error"]["scores"] < 1e-5
+    assert found["agreement"] > 0.999
+
+
 def test_a_file_of_any_size_and_number(here, rng, tmp_path):
     loaded = make_sample("vit")
     path, record = files.export(loaded, tmp_path, Request("stablehlo", count=3, seed=5))
@@ -213,6 +228,14 @@ def test_a_segmenter_of_windows_is_refused():
     loaded = dataclasses.replace(make_sample("vit"), preprocessing=own)
     with pytest.raises(UserError, match=r"data\.view=squash"):
         serving_function(loaded)
+
+
+def test_nearest_pixels_of_any_size_are_refused(tmp_path):
+    loaded = make_sample("vit")
+    own = dataclasses.replace(loaded.preprocessing, interpolation="nearest")
+    loaded = dataclasses.replace(loaded, preprocessing=own)
+    with pytest.raises(UserError, match=r"nearest pixel.*give --image-size"):
+        files.export(loaded, tmp_path, Request("stablehlo"))
 
 
 @pytest.mark.long

@@ -75,9 +75,10 @@ def test_filters(interpolation, rng):
     for _ in range(3):
         image = draw(rng, rng.integers(2, 120, 2))
         want = eval_transform(image, own).astype(np.int64)
-        for found in (levels(make_view(jnp.asarray(image[None]), own)), of_any(image)):
+        fixed = levels(make_view(jnp.asarray(image[None]), own))
+        for found in (fixed, of_any(image)):
             apart = np.abs(found - want)
-            if interpolation == "nearest":  # Pillow adds steps up: on a border it may miss
+            if interpolation == "nearest" and found is not fixed:  # steps are not added up there
                 assert (apart > 0).mean() < 0.15
             else:  # sines of two libraries differ in their last bits
                 assert apart.max() <= (interpolation in ("lanczos", "hamming"))
@@ -110,17 +111,15 @@ def test_a_detectors_view(name, rng):
             seen = detection_eval_transform(image, np.zeros((0, 4)), own, canvas)[0]
             want = np.zeros((*canvas, 3), np.int64)
             want[: seen.shape[0], : seen.shape[1]] = seen
-            apart = np.abs(found - want)
-            assert apart.max() <= ("aliased" in own.interpolation)  # XLA fuses a sum of products
-            assert (apart > 0).mean() < 0.003
+            np.testing.assert_array_equal(found, want)
             if canvas == bucket:
                 assert view.inside.sum() == seen.shape[0] * seen.shape[1]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("view", ["squash", "short", "original"])
+@pytest.mark.parametrize("view", ["squash", "short", "original", "pad"])
 def test_a_segmenters_view(view, rng):
-    own = SegmentationPreprocessing((20, 24), **NORM, view=view)
+    own = SegmentationPreprocessing((24, 24) if view == "pad" else (20, 24), **NORM, view=view)
     for _ in range(3):
         image = draw(rng, rng.integers(8, 70, 2))
         want = segmentation_eval_transform(image, own).astype(np.int64)

@@ -1,4 +1,6 @@
-"""JAX's primitives at their edges, as onnxruntime computes what is written for them."""
+"""JAX's primitives at their edges, as onnxruntime and OpenVINO compute what is written for them."""
+
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,29 +11,63 @@ from jax import lax
 
 from vision_jax import platform
 from vision_jax.errors import UserError
-from vision_jax.export import onnx_file
+from vision_jax.export import certificate, onnx_file, onnx_graph
+from vision_jax.export.files import FORMATS
 from vision_jax.export.serving import Serving
 
 
-def run(function, images, size=None):
-    """(JAX's outputs, the file's) of a function of u8[B, H, W, C], H and W open without a size."""
-    serving = Serving(function, None, dict.fromkeys(function(images), ""), size,
-                      images.shape[-1], (), "features")  # fmt: skip
-    content, _ = onnx_file.write(serving, None)
+def serve(function, images, size):
+    return Serving(function, None, dict.fromkeys(function(images), ""), size,
+                   images.shape[-1], (), "features")  # fmt: skip
+
+
+def run_onnxruntime(function, images, size, folder):
+    """The file's outputs; H and W are open without a size, B is."""
+    content, _ = onnx_file.write(serve(function, images, size), None)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    found = session.run(names, {"images": images})
-    with platform.traced_for(platform.NO_LOOPS):
-        want = jax.jit(function)(images)
-    return want, dict(zip(names, found, strict=True))
+    return dict(zip(names, session.run(names, {"images": images}), strict=True))
 
 
-def check(function, images, tolerance=0.0, size=None):
-    want, found = run(function, images, size)
-    for name, theirs in found.items():
-        ours = np.asarray(want[name])
-        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
-        np.testing.assert_allclose(theirs, ours, rtol=tolerance, atol=tolerance, err_msg=name)
+def run_openvino(function, images, size, folder):
+    """The same, of a file for these images, in a process of its own."""
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("openvino is missing: see .ci/run")
+    batch, *own, _ = images.shape
+    path, _ = FORMATS["openvino"].write(serve(function, images, tuple(own)), batch, folder)
+    (ran,) = certificate.run_files("openvino", [(path, [images])])
+    return ran.outputs[0]
+
+
+def fold_in_openvino(function, images, size, folder):
+    """Of known images, what OpenVINO computes when it reads the file, by code of its own."""
+
+    def known(given):
+        given = given.astype(jnp.int32).sum()[None]
+        return {"given": given, **function(jnp.asarray(images))}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_graph, "_fold", lambda equation, values: None)
+        found = dict(run_openvino(known, images, size, folder))
+    assert found.pop("given") == images.astype(np.int32).sum()
+    return found
+
+
+@pytest.fixture(params=[run_onnxruntime, run_openvino, fold_in_openvino])
+def check(request, tmp_path):
+    """Compares JAX's outputs with the file's, of a function of u8[B, H, W, C]."""
+
+    def compare(function, images, tolerance=0.0, size=None):
+        with platform.traced_for(platform.NO_LOOPS):
+            want = jax.jit(function)(images)
+        found = request.param(function, images, size, tmp_path)
+        assert found.keys() == want.keys()
+        for name, theirs in found.items():
+            ours = np.asarray(want[name])
+            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+            np.testing.assert_allclose(theirs, ours, rtol=tolerance, atol=tolerance, err_msg=name)
+
+    return compare
 
 
 @pytest.fixture
@@ -44,7 +80,7 @@ def numbers(images):
     return images.astype(jnp.int32) - 128, images.astype(jnp.float32) / 2 - 64
 
 
-def test_whole_numbers(images):
+def test_whole_numbers(check, images):
     def function(images):
         whole, _ = numbers(images)
         seven = jnp.full_like(whole, 7)
@@ -60,13 +96,27 @@ def test_whole_numbers(images):
     check(function, images)
 
 
-def test_floats(images):
+def test_whole_numbers_that_float32_has_not(check, images):
+    """What takes a place among all pairs of anchors and classes apart."""
+
+    def function(images):
+        whole = images.astype(jnp.int32) * 94_321 - 12_000_000  # beyond 2^24, below 0 too
+        other = images[..., ::-1].astype(jnp.int32) + 1
+        return {
+            "sum": whole + 7, "product": (whole // 91) * 91, "div": lax.div(whole, 91 + 0 * whole),
+            "rem": lax.rem(whole, 91 + 0 * whole), "mod": whole % 91, "floor": whole // 91,
+            "rem2": lax.rem(whole, other), "chosen": jnp.where(images > 99, whole, -whole),
+            "taken": jnp.take(whole, jnp.array([2, 0]), axis=3),
+        }  # fmt: skip
+
+    check(function, images)
+
+
+def test_floats(check, images):
     def function(images):
         _, x = numbers(images)
-        holes = jnp.where(x > 20, jnp.nan, x)
         return {
             "round": jnp.round(x), "truncate": x.astype(jnp.int32), "floor": jnp.floor(x),
-            "nan": jnp.maximum(holes, 1.0), "less": jnp.minimum(1.0, holes),
             "clip": jnp.clip(x, -3, 5), "halves": jnp.sign(x) * jnp.abs(x),
             "infinite": jnp.where(x > 0, jnp.inf, -jnp.inf),
         }  # fmt: skip
@@ -74,7 +124,22 @@ def test_floats(images):
     check(function, images)
 
 
-def test_curves(images):
+@pytest.mark.parametrize("check", [run_onnxruntime, run_openvino], indirect=True)
+def test_what_is_no_number_stays_so(check, images):
+    """Beside one constant; of two of them, and of two that are computed, OpenVINO loses it."""
+
+    def function(images):
+        _, x = numbers(images)
+        holes = jnp.where(x > 20, jnp.nan, x)
+        return {
+            "larger": jnp.maximum(holes, 1.0), "less": jnp.minimum(1.0, holes),
+            "relu": jax.nn.relu(holes),
+        }  # fmt: skip
+
+    check(function, images)
+
+
+def test_curves(check, images):
     def function(images):
         x = numbers(images)[1] / 16
         return {
@@ -87,7 +152,7 @@ def test_curves(images):
     check(function, images, 3e-6)
 
 
-def test_reductions(images):
+def test_reductions(check, images):
     def function(images):
         whole, x = numbers(images)
         few = whole // 60  # with many ties
@@ -104,7 +169,7 @@ def test_reductions(images):
     check(function, images, size=(6, 5))
 
 
-def test_places(images, rng):
+def test_places(check, images, rng):
     """Gathers with and without a batch, of one axis and of two, at and beyond the border."""
     line = jnp.asarray(rng.integers(0, 3, 7), jnp.int32)
 
@@ -125,7 +190,7 @@ def test_places(images, rng):
     check(function, images, size=(6, 5))
 
 
-def test_shapes(images):
+def test_shapes(check, images):
     def function(images):
         x = numbers(images)[1]
         none = x.dtype.type(-7)
@@ -139,7 +204,7 @@ def test_shapes(images):
     check(function, images, size=(6, 5))
 
 
-def test_products(images, rng):
+def test_products(check, images, rng):
     kernel = jnp.asarray(rng.normal(size=(3, 2, 3, 6)), jnp.float32)
     groups = jnp.asarray(rng.normal(size=(3, 3, 1, 6)), jnp.float32)
     dense = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
@@ -170,7 +235,7 @@ def test_what_cannot_be_written_is_named(images):
         return {"sorted": jnp.sort(images.astype(jnp.float32), axis=-1)}
 
     with pytest.raises(UserError, match="JAX's `sort`"):
-        run(function, images)
+        onnx_file.write(serve(function, images, None), None)
     for cast in (lambda x: x.astype(jnp.float32).astype(jnp.uint8),):
         with pytest.raises(UserError, match="uint8"):
-            run(lambda images, cast=cast: {"cast": cast(images)}, images)
+            onnx_file.write(serve(lambda x, cast=cast: {"cast": cast(x)}, images, None), None)

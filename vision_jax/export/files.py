@@ -83,10 +83,27 @@ def _write_openvino(serving: Serving, batch: int | None, folder: Path) -> tuple[
     content, about = onnx_file.write(serving, batch or 1)
     between = folder / "between.onnx"
     between.write_bytes(content)
+    model = openvino.Core().read_model(between)
+    _keep_order_of_ties(model)
     path = folder / "model.xml"
-    openvino.save_model(openvino.Core().read_model(between), path, compress_to_fp16=False)
+    openvino.save_model(model, path, compress_to_fp16=False)
     between.unlink()
     return path, about | {"openvino": importlib.metadata.version("openvino")}
+
+
+def _keep_order_of_ties(model: Any) -> None:
+    """Of equal values the first comes first, as ONNX has it and OpenVINO's reader forgets."""
+    from openvino import opset13
+
+    for node in model.get_ops():
+        if node.get_type_name() == "TopK":
+            told = node.get_attributes()
+            stable = opset13.topk(
+                *(value.get_source_output() for value in node.inputs()),
+                told["axis"], told["mode"], "value", told["index_element_type"], stable=True,
+            )  # fmt: skip
+            for old, new in zip(node.outputs(), stable.outputs(), strict=True):
+                old.replace(new)
 
 
 FORMATS: dict[str, Format] = {
@@ -139,6 +156,11 @@ def export(loaded: Loaded, out: Path, request: Request) -> tuple[Path, dict[str,
     if not format_.any_size:
         request = replace(request, batch=request.batch or 1)
     serving = serving_function(loaded, image_size=_image_size(loaded, request, format_))
+    if serving.image_size is None and loaded.preprocessing.interpolation == "nearest":
+        raise UserError(
+            f"{loaded.origin}: its images are resized by the nearest pixel, which Pillow finds by "
+            "adding up steps, and a file of any size can't: give --image-size"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with draft_folder(out / "model") as folder:
         path, about = format_.write(serving, request.batch, folder)
@@ -230,13 +252,18 @@ def _images(
     return [np.repeat(image, request.batch or 1, axis=0) for image in [*photos, *images]]
 
 
-def _views_alone(serving: Serving, request: Request, folder: Path) -> Path:
-    """A file of the same format with the preprocessing alone."""
-    alone = replace(
+def view_alone(serving: Serving) -> Serving:
+    """The preprocessing of a model, as a function from images to what the model sees."""
+    return replace(
         serving, function=lambda images: {"view": serving.view(images)}, outputs={"view": ""}
     )
+
+
+def _views_alone(serving: Serving, request: Request, folder: Path) -> Path:
+    """A file of the same format with the preprocessing alone."""
     (folder / "views").mkdir()
-    return FORMATS[request.format].write(alone, request.batch, folder / "views")[0]
+    write = FORMATS[request.format].write
+    return write(view_alone(serving), request.batch, folder / "views")[0]
 
 
 def _write_baseline(serving: Serving, images: np.ndarray, folder: Path) -> Path:

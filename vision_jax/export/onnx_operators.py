@@ -21,11 +21,15 @@ def _same(kind: str) -> Operator:
 
 
 def _bool_or(kind: str, of_bools: str) -> Operator:
-    """Of booleans another operation."""
+    """Of booleans another operation.
+
+    What is known comes first: of NaN and a number OpenVINO's Max and Min take the second.
+    """
 
     def write(graph, params, values, equation):
         bools = equation.invars[0].aval.dtype == np.bool_
-        return graph.op(of_bools if bools else kind, *values)
+        known_first = sorted(values, key=lambda value: isinstance(value, str))
+        return graph.op(of_bools if bools else kind, *known_first)
 
     return write
 
@@ -50,8 +54,20 @@ def _integer_pow(graph, params, values, equation):
     return graph.op("Pow", values[0], np.array(params["y"], equation.invars[0].aval.dtype))
 
 
+def _div(graph, params, values, equation):
+    """Of whole numbers toward zero: OpenVINO does so at run time, and where it folds, downward."""
+    if not np.issubdtype(equation.outvars[0].aval.dtype, np.integer):
+        return graph.op("Div", *values)
+    sign = graph.op("Mul", *(graph.op("Sign", value) for value in values))
+    return graph.op("Mul", sign, graph.op("Div", *(graph.op("Abs", value) for value in values)))
+
+
 def _rem(graph, params, values, equation):
-    return graph.op("Mod", *values, fmod=1)  # the dividend's sign
+    """Of the dividend's sign; of whole numbers not by Mod, which OpenVINO has in float32."""
+    if not np.issubdtype(equation.outvars[0].aval.dtype, np.integer):
+        return graph.op("Mod", *values, fmod=1)
+    quotient = _div(graph, params, values, equation)
+    return graph.op("Sub", values[0], graph.op("Mul", quotient, values[1]))
 
 
 def _shift(graph, params, values, equation):
@@ -99,7 +115,7 @@ def _branch(graph, params, values, equation):
 
 def _clamp(graph, params, values, equation):
     low, x, high = values
-    return graph.op("Min", graph.op("Max", x, low), high)
+    return graph.op("Min", high, graph.op("Max", low, x))
 
 
 # Shapes -------------------------------------------------------------------------------------------
@@ -389,7 +405,6 @@ OPERATORS: Mapping[str, Operator] = {
             "add": "Add",
             "sub": "Sub",
             "mul": "Mul",
-            "div": "Div",
             "neg": "Neg",
             "abs": "Abs",
             "sign": "Sign",
@@ -420,6 +435,7 @@ OPERATORS: Mapping[str, Operator] = {
     "rsqrt": _rsqrt,
     "square": _square,
     "integer_pow": _integer_pow,
+    "div": _div,
     "rem": _rem,
     "shift_right_arithmetic": _shift,
     "round": _round,

@@ -21,6 +21,7 @@ from vision_jax import platform
 from vision_jax.data.detection_transforms import (
     ALIASED,
     DetectionPreprocessing,
+    bounded_size,
     choose_bucket,
     resized_size,
 )
@@ -29,6 +30,7 @@ from vision_jax.data.transforms import Preprocessing
 
 POINT = 22  # bits of a weight after the point
 HALF = 12  # of these, in the lower half
+ABOVE_PIXELS = 512.0  # more than any grey level
 
 Array = jax.Array
 Sides = Any  # height and width, numbers or f64[n] each
@@ -74,7 +76,8 @@ def make_view(
 
     Args:
       images: u8[B, H, W, C]; H and W may be symbolic dimensions of jax.export.
-      preprocessing: of the model. A segmenter's view "original" or "short" needs fixed H and W.
+      preprocessing: of the model. A segmenter's view "original", "short" or "pad" needs fixed H
+        and W.
       sizes: i32[B, 2], (height, width) of what counts of each, at the top left; None: all of it.
     """
     known = sizes is None and all(type(side) is int for side in images.shape[1:3])
@@ -120,7 +123,7 @@ def _lines(preprocessing: Any, size: Sides, xp: Any) -> tuple[Placed, Placed]:
         new = _fitted(_detector_size(preprocessing, size, xp), counts, xp)
         starts: Sides = (0.0, 0.0)
     elif isinstance(preprocessing, SegmentationPreprocessing):
-        new = counts = _segmenter_size(preprocessing, size)
+        new, counts = _segmenter_size(preprocessing, size)
         starts = (0.0, 0.0)
     else:
         new, counts = _resized(preprocessing, size, xp), preprocessing.image_size
@@ -206,15 +209,20 @@ def _fitted(size: Sides, canvas: tuple[int, ...], xp: Any) -> Sides:
     )
 
 
-def _segmenter_size(own: SegmentationPreprocessing, size: Sides) -> tuple[int, ...]:
-    """`segmentation_transforms.segmentation_eval_transform`'s size."""
+def _segmenter_size(
+    own: SegmentationPreprocessing, size: Sides
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """`segmentation_transforms.segmentation_eval_transform`'s: of the image, and of the canvas."""
     if own.view in ("squash", "windows"):
-        return own.image_size
+        return own.image_size, own.image_size
     height, width = (int(side.item()) for side in size)
-    if own.view == "original":
-        return height, width
-    new, short = min(own.image_size), min(height, width)
-    return int(new * height / short), int(new * width / short)
+    if own.view == "pad":
+        side = own.image_size[0]
+        return bounded_size((height, width), side, side), own.image_size
+    if own.view == "short":
+        new, short = min(own.image_size), min(height, width)
+        height, width = int(new * height / short), int(new * width / short)
+    return (height, width), (height, width)
 
 
 def _fill(preprocessing: Any) -> tuple[int, ...]:
@@ -241,6 +249,10 @@ def _weights(line: Placed, length: Any, interpolation: str, xp: Any) -> Any:
     scale = line.old / line.new
     center = (at + 0.5) * scale
     if interpolation == "nearest":
+        if xp is np:  # Pillow adds steps up, whose sum may fall short of a whole number
+            steps = np.full(int(line.new.item()), scale.item())
+            steps[0] /= 2
+            center = np.add.accumulate(steps)[np.clip(at, 0, len(steps) - 1).astype(int)]
         return xp.where(there & (pixel == xp.floor(center)), 1.0, 0.0)
     reach, curve = FILTERS[interpolation]
     stretch = xp.maximum(scale, 1.0)
@@ -350,7 +362,8 @@ def _neighbors(line: Placed, xp: Any) -> tuple[Any, Any, Any, Any]:
 def _mixed(neighbors: Any, pixels: Array, axis: int) -> Array:
     """Two pixels of each line along axis 1 + `axis` of f32[B, H, W, C] by their shares.
 
-    Products are rounded before they are added, as the host's are.
+    Products are rounded before they are added, as the host's are: an operation between the two,
+    which changes nothing, keeps compilers from computing both at once (barriers are gone by then).
     """
     first, second, near, far = map(jnp.asarray, neighbors)
     shape = (-1, first.shape[1], 1, 1) if axis == 0 else (-1, 1, first.shape[1], 1)
@@ -360,14 +373,9 @@ def _mixed(neighbors: Any, pixels: Array, axis: int) -> Array:
             taken = jnp.take(pixels, place[0], axis=1 + axis, mode="clip")
         else:
             taken = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis, mode="clip"))(pixels, place)
-        share = share.reshape(shape)
-        if platform.current() == platform.NO_LOOPS:  # runtimes of one operation after the other
-            return taken * share
-        with jax.enable_x64(True):  # XLA would not round what it multiplies and adds at once
-            return (taken.astype(jnp.float64) * share.astype(jnp.float64)).astype(jnp.float32)
+        return jnp.minimum(taken * share.reshape(shape), ABOVE_PIXELS)
 
-    products = product(first, near), product(second, far)
-    return jnp.add(*jax.lax.optimization_barrier(products))
+    return product(first, near) + product(second, far)
 
 
 def _dot(weights: Array, pixels: Array, axis: int) -> Array:

@@ -1,4 +1,4 @@
-"""Small models with random arrays, one or two of each family: what docs/exports.md is made of."""
+"""Small models with random arrays of each family, and ways to prepare images: docs/exports.md."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vision_jax.config import default_config
+from vision_jax.data.detection_transforms import DetectionPreprocessing
+from vision_jax.data.segmentation_transforms import SegmentationPreprocessing
+from vision_jax.data.transforms import INTERPOLATIONS, Preprocessing
 from vision_jax.loaded import Loaded
 from vision_jax.models import families
 from vision_jax.models.families import FAMILIES
@@ -134,6 +137,43 @@ SAMPLES: dict[str, Sample] = {
          "encoder_arguments": (("depths", (1, 1, 1, 1)), ("widths", (16, 24, 32, 48)))},
         (128, 128),
     ),
+}  # fmt: skip
+
+_NORM: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+_LARGEST: dict[str, Any] = {
+    "short": 48,
+    "longest": 64,
+    "square": False,
+    "buckets": ((64, 64),),
+    **_NORM,
+}
+_ALIASED = {**_LARGEST, "interpolation": "bilinear_aliased"}
+
+# Ways to prepare images, as classifiers, detectors and segmenters have them.
+VIEWS: dict[str, Preprocessing | DetectionPreprocessing | SegmentationPreprocessing] = {
+    **{
+        f"classifiers, {interpolation}": Preprocessing(
+            (40, 48), **_NORM, crop_pct=1.0, interpolation=interpolation, crop_mode="squash"
+        )
+        for interpolation in INTERPOLATIONS
+    },
+    **{
+        f"classifiers, {mode} crop of {rule}": Preprocessing(
+            (40, 40), **_NORM, crop_pct=0.875, interpolation="bicubic", crop_mode=mode,
+            crop_rule=rule,
+        )
+        for mode, rule in (
+            ("center", "torchvision"), ("center", "transformers"), ("border", "torchvision"),
+        )
+    },
+    "detectors, detr": DetectionPreprocessing(**_LARGEST, interpolation="bilinear"),
+    "detectors, square": DetectionPreprocessing(**_ALIASED | {"short": 64, "square": True}),
+    "detectors, torchvision": DetectionPreprocessing(**_ALIASED, rule="torchvision"),
+    "detectors, letterbox": DetectionPreprocessing(**_ALIASED | {"short": 64}, rule="letterbox"),
+    **{
+        f"segmenters, {view}": SegmentationPreprocessing((48, 48), **_NORM, view=view)
+        for view in ("original", "squash", "pad", "short")
+    },
 }  # fmt: skip
 
 # Families whose task needs no class names: what is exported of them is the ViT inside.

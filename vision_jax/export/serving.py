@@ -18,6 +18,7 @@ from vision_jax.export.preprocessing import make_view
 from vision_jax.loaded import Loaded
 from vision_jax.ops.detection_outputs import POSTPROCESS
 from vision_jax.tasks.segmentation.objective import PREDICTIONS as SEGMENTERS
+from vision_jax.tasks.segmentation.objective import unpad_scores
 from vision_jax.trees import lora
 
 CLASSES = {
@@ -86,7 +87,7 @@ def serving_function(
       loaded: a model that classifies images, finds boxes or segments; others give features.
       variables: its arrays, or trained ones; adapters are merged.
       image_size: (height, width) of the images that will come; None: any. A segmenter that takes
-        images as they are, or by their short side, must know: its own size by default.
+        images as they are, by their short side or padded must know: its own size by default.
 
     Raises:
       UserError: a segmenter of windows, an image_size that is none.
@@ -133,16 +134,19 @@ def _answers(loaded: Loaded) -> tuple[str, Mapping[str, str], Callable[..., Any]
     if predicts in POSTPROCESS:
         return "boxes", BOXES, lambda found, *given: POSTPROCESS[predicts](found, _sizes(*given))
     if predicts in SEGMENTERS:
-        scores_of = SEGMENTERS[predicts].scores
+        own = loaded.preprocessing
+        scores_of = whole = SEGMENTERS[predicts].scores
+        if isinstance(own, SegmentationPreprocessing) and own.view == "pad":
+            whole = unpad_scores(scores_of, own.image_size[0])
 
         def segment(found, images, sizes):
             if sizes is not None:
                 raise UserError("sizes: of a segmenter's batch all images have one: leave them out")
-            own = found["mask_logits"].shape[-2:] if "mask_logits" in found else None
-            own = own or found["logits"].shape[1:3]
-            large = scores_of(found, images.shape[1:3])
+            grid = found["mask_logits"].shape[-2:] if "mask_logits" in found else None
+            grid = grid or found["logits"].shape[1:3]
+            large = whole(found, images.shape[1:3])
             label = jnp.argmax(large, axis=-1).astype(jnp.int32)
-            return {"label": label, "scores": scores_of(found, own)}
+            return {"label": label, "scores": scores_of(found, grid)}
 
         return "pixels", PIXELS, segment
     if predicts == "classes" and loaded.class_names:
