@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import segmentation_runs
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import vision_jax
-from vision_jax import convert, main
+from vision_jax import convert, main, train
 from vision_jax.convert.files import QUANTIZED_KEY
 from vision_jax.convert.quantized import write_quantized
 from vision_jax.errors import UserError
@@ -139,6 +140,39 @@ def test_a_detector_in_int8(tmp_path):
     inside = {path for path in flat if path.endswith("/input_scale")}
     assert len(inside) == len(report["kernels"]) - len(kept)
     assert all(float(flat[path]) > 0 for path in inside)
+
+
+SEGFORMER = {
+    "model__variant": "segformer",
+    "model__image_size": 32,
+    "data__view": "squash",
+    "model__arguments": (
+        ("depths", (1, 1, 1, 1)), ("widths", (8, 16, 20, 32)), ("decoder_width", 16),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", [{}, SEGFORMER], ids=["unet", "segformer"])
+def test_a_segmenter_in_int8(model, tmp_path):
+    """Its head stays in float, and its file has the numbers of the report."""
+    workdir = segmentation_runs.finished()
+    if model:
+        workdir = tmp_path / "run"
+        assert train.run(segmentation_runs.tiny_config(**model), workdir) == 0
+    out = tmp_path / "quantized"
+    fields = ("--config.ptq.activations=static", "--config.ptq.max_error=1")
+    assert run_command(out, *fields, workdir=workdir) == 0
+    report = json.loads((out / "quantization.json").read_text())
+    kept = {one["path"] for one in report["kernels"] if one["kept"]}
+    assert "class_head/kernel" in kept
+    assert 1e-5 < report["error"] < 1
+    loaded = vision_jax.load(out)
+    data = segmentation_runs.data() / "test"
+    found = vision_jax.evaluate(loaded, loaded.variables, data).summary
+    for name, value in report["evaluation"]["quantized"].items():
+        if found[name] is not None:  # the run's config names a background and objects
+            assert found[name] == pytest.approx(value), name
 
 
 @pytest.mark.long

@@ -41,7 +41,9 @@ def run(config: ConfigDict, workdir: Path, checkpoint: str, out: Path | None) ->
     """
     check_ranges(config)
     if "ptq" not in config:
-        raise UserError(f"quantize is for classifiers and detectors, and this is {config.task}")
+        raise UserError(
+            f"quantize is for classifiers, detectors and segmenters, and this is {config.task}"
+        )
     restored = restore(config, workdir, checkpoint)
     prepared, (trained, frozen, model_state) = restored.run, restored.trained.arguments
     params = prepared.parameters.assemble({**trained, **frozen})
@@ -214,7 +216,10 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         f"{report['error_without_exceptions']:.2e}",
     ]
     for name, found in report["evaluation"].items():
-        numbers = "  ".join(f"{key} {value:.4f}" for key, value in found.items())
+        numbers = "  ".join(
+            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in found.items()
+        )
         lines.append(f"  {name.replace('_', ' '):18}  {numbers}")
     if shares := report.get("adapters_survive"):
         mean = sum(shares.values()) / len(shares)

@@ -31,7 +31,7 @@ RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
 CLASSIFICATION, DETECTION, PRETRAINING = "classification", "detection", "pretraining"
 SELF_DISTILLATION, CONTRASTIVE = "self_distillation", "contrastive"
 IMAGE_TEXT, SEGMENTATION = "image_text", "segmentation"
-MEASURED = (CLASSIFICATION, DETECTION)  # tasks of `vision_jax quantize`
+MEASURED = (CLASSIFICATION, DETECTION, SEGMENTATION)  # tasks of `vision_jax quantize`
 UNLABELLED = (PRETRAINING, SELF_DISTILLATION, CONTRASTIVE)
 # What distill.features may compare (recipes/distillation/objective.py).
 FEATURES = (

@@ -1,6 +1,6 @@
 """Segmentation as a run's task: its config's data, loss, evaluation and pictures."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -340,13 +340,20 @@ def _make_predict_all(
     )
 
 
-def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=None):
-    make_batches = partial(
+def make_batches(
+    config: ConfigDict, preprocessing: SegmentationPreprocessing
+) -> Callable[..., Iterator[Any]]:
+    """Makes the batches of an evaluation without windows (see evaluation.MakeBatches)."""
+    return partial(
         make_segmentation_eval_batches,
         preprocessing=preprocessing,
         num_threads=config.data.threads,
         unit=jax.device_count(),
     )
+
+
+def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=None):
+    batches = make_batches(config, preprocessing)
     batch_size = batch_size or config.evaluate.batch_size
     read = None
     squashed = preprocessing.view in ("squash", "pad", "windows")
@@ -355,7 +362,7 @@ def _make_run_batches(config, outputs_fn, *, mesh, preprocessing, batch_size=Non
     if squashed and isinstance(outputs_fn, objective.Outputs):
         # All images have one size, masks many: the model is compiled apart from what reads it.
         outputs_fn, read = outputs_fn.of_model, outputs_fn.read_rows
-    return make_run_batches(outputs_fn, mesh, make_batches, batch_size=batch_size, read=read)
+    return make_run_batches(outputs_fn, mesh, batches, batch_size=batch_size, read=read)
 
 
 # Results ----------------------------------------------------------------------------------------
