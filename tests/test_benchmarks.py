@@ -36,6 +36,7 @@ BENCHMARKS = {
     "matching": ("--problems=2", "--targets=5", "--queries=6"),
     "pgd": ("--small", *BRIEF),
     "quantization": ("--tiles=5",),
+    "serving": ("--requests=20", "--clients=4", "--rounds=1", "--photos=4"),
     "startup": ("--configs", "configs/vit_lora.py", "--rounds=1"),
     "training": ("--small", "--jobs", "LoRA", "MAE", *BRIEF),
     "transfer": ("--seeds=1", "--recipes", "LoRA, pretrained", *SHORT, *FEW_IMAGES),
@@ -52,6 +53,7 @@ BESIDE = {  # what these measure beside, of the extra `parity`
     "listing": "torchvision",
     "pgd": "torchattacks",
     "segmenters": "transformers",
+    "serving": "fastapi",
     "training": "peft",
 }
 SHARED = {
