@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from vision_jax.errors import UserError
-from vision_jax.models.families import FAMILIES, build_model, find_variant
+from vision_jax.models.families import FAMILIES, build_model, find_variant, unrolled
+from vision_jax.models.taps import apply_with_taps, tap_shapes
 from vision_jax.trees import lora
 from vision_jax.trees.paths import flatten
 
@@ -519,6 +520,39 @@ def main_of(outputs):
 
 def test_every_family_is_here():
     assert set(CASES) == set(FAMILIES)
+
+
+# Taps --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long(but=("vit",))
+@pytest.mark.parametrize("family", CASES)
+def test_taps_show_and_shift_what_is_there(family):
+    """Zeros change nothing, and what is given for one tap is there, and changes the outputs."""
+    model, size = unrolled(build(family)), CASES[family].size
+    variables, images = random_variables(model, size), random_images(model, size, 2)
+    shapes = tap_shapes(model, variables, images)
+    assert any(name.endswith(("/output", "/normed")) for name in shapes)
+    zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+
+    @jax.jit
+    def run(taps):
+        outputs, found = apply_with_taps(model, variables, taps, images)
+        return outputs_of(outputs), found
+
+    plain = outputs_of(jax.jit(model.apply)(variables, images))
+    outputs, found = run(zeros)
+    check_near(outputs, plain, 1e-5)  # what is shown is not fused with what follows
+    assert {name: x.shape for name, x in found.items()} == {
+        name: shape.shape for name, shape in shapes.items()
+    }
+    first = next(iter(shapes))
+    shift = jnp.asarray(np.random.default_rng(2).random(zeros[first].shape), jnp.float32)
+    moved, now = run({**zeros, first: shift})
+    check_near(now[first], found[first] + shift, 1e-5)
+    assert relative(main_of(moved), main_of(plain)) > 1e-4
+    with pytest.raises(UserError, match="has no 'nowhere'"):
+        apply_with_taps(model, variables, {"nowhere": 0.0}, images)
 
 
 # Parameters --------------------------------------------------------------------------------------

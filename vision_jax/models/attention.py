@@ -1,5 +1,7 @@
 """Softmax attention, in one place, in the form that each platform runs best."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ def attend(
     bias: jax.Array | None = None,
     scale: float | None = None,
     platform: str | None = None,
+    tap: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """softmax(scale · q·kᵀ + bias)·v for every head.
 
@@ -28,6 +31,8 @@ def attend(
         is cuDNN's fused kernel (without a bias: it takes none of odd lengths), on other
         accelerators what XLA makes of `dot_product_attention`; on a CPU, two head-major products,
         which measured 1.4 times as fast there.
+      tap: what the probabilities f[B, K, N, M] go through (see taps.make_tap); nothing is fused
+        then.
 
     Returns:
       f[B, N, K, d] in q's dtype. The softmax is in float32 (or better).
@@ -35,7 +40,7 @@ def attend(
     platform = platform or platforms.current()
     if bias is not None and bias.ndim == 3:
         bias = bias[None]  # [1, K, N, M]
-    if platform in ("gpu", "tpu"):
+    if platform in ("gpu", "tpu") and tap is None:
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         small = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
         fused = platform == "gpu" and half and small and bias is None
@@ -49,6 +54,8 @@ def attend(
     if bias is not None:
         logits = logits + bias.astype(softmax_dtype)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    if tap is not None:
+        weights = tap(weights)
     return jnp.einsum("bknm,bkmd->bknd", weights, v).transpose(0, 2, 1, 3)  # [B, N, K, d]
 
 

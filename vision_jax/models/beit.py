@@ -25,6 +25,7 @@ from vision_jax.limits import CELLS
 from vision_jax.models.attention import attend
 from vision_jax.models.layers import Conv, Dense, add_bias, drop_path, layer_norm, normalize
 from vision_jax.models.swin import position_index
+from vision_jax.models.taps import ATTENTION, NORMED, make_tap, tap
 from vision_jax.models.vit import Mlp
 
 NUM_EXTRA = 3  # rows of a table that belong to the class token
@@ -102,7 +103,8 @@ class Attention(nn.Module):
         if self.grid is not None:
             own = relative_bias(self, self.num_heads, self.grid, self.dtype)
             bias = own if shared is None else own + shared
-        x = attend(q, k, v, bias=bias).reshape(batch, tokens, width)
+        x = attend(q, k, v, bias=bias, tap=make_tap(self, ATTENTION))
+        x = x.reshape(batch, tokens, width)
         return Dense(width, dtype=self.dtype, name="proj")(x)
 
 
@@ -140,7 +142,7 @@ class Block(nn.Module):
                 x = drop_path(x, rate, self.make_rng("dropout"))
             return x
 
-        y = layer_norm("norm1", self.layer_norm_eps, self.dtype)(x)
+        y = tap(self, NORMED, layer_norm("norm1", self.layer_norm_eps, self.dtype)(x))
         attention = Attention(self.num_heads, self.qkv_bias, self.grid, self.dtype, name="attn")
         x = x + branch(1, attention(y, shared))
         y = layer_norm("norm2", self.layer_norm_eps, self.dtype)(x)
@@ -223,6 +225,11 @@ class Beit(nn.Module):
     def grid(self) -> tuple[int, int]:
         """Patches (rows, columns)."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens in front of the patches."""
+        return 1
 
     @nn.compact
     def __call__(self, images, *, train: bool = False, return_features: bool = False):

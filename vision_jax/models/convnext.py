@@ -20,6 +20,7 @@ from flax import linen as nn
 
 from vision_jax.errors import UserError
 from vision_jax.models.layers import ACTIVATIONS, Conv, Dense, drop_path, layer_norm, normalize
+from vision_jax.models.taps import OUTPUT, tap
 
 # depths, widths
 _SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -158,7 +159,7 @@ class Stage(nn.Module):
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         for index, rate in enumerate(self.rates):
             x = block(**self.block, name=f"block_{index}")(x, rate if rate else None, train)
-        return x
+        return tap(self, OUTPUT, x)
 
 
 class ConvNeXt(nn.Module):

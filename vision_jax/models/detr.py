@@ -35,6 +35,7 @@ from vision_jax.models.backbone import OnBackbone
 from vision_jax.models.layers import Conv, Dense, Initializer, layer_norm
 from vision_jax.models.resnet import VARIANTS as RESNETS
 from vision_jax.models.resnet import ResNet
+from vision_jax.models.taps import ATTENTION, make_tap
 from vision_jax.ops.position_embedding import sine_positions
 
 EPSILON = 1e-5
@@ -72,7 +73,8 @@ class Attention(nn.Module):
             x = Dense(inner, dtype=self.dtype, kernel_init=_packed_xavier, name=name)(x)
             return x.reshape(*x.shape[:2], self.num_heads, -1)  # [B, N, K, d]
 
-        x = attend(project(q, "q"), project(k, "k"), project(v, "v"), bias=bias)
+        tap = make_tap(self, ATTENTION)
+        x = attend(project(q, "q"), project(k, "k"), project(v, "v"), bias=bias, tap=tap)
         return Dense(width, dtype=self.dtype, name="out")(x.reshape(*q.shape[:2], inner))
 
 

@@ -36,6 +36,7 @@ from vision_jax.models.layers import (
     normalize,
     stride_mask,
 )
+from vision_jax.models.taps import OUTPUT, tap
 
 _MOBILE = {
     "depths": (1, 2, 3, 4, 3, 3, 1),
@@ -248,7 +249,7 @@ class Stage(nn.Module):
             )
             mask = stride_mask(mask, strides)
             outputs.append(x)
-        return outputs[0], x
+        return outputs[0], tap(self, OUTPUT, x)
 
 
 class EfficientNet(nn.Module):

@@ -23,6 +23,7 @@ from flax import linen as nn
 from vision_jax.errors import UserError
 from vision_jax.models.attention import attend
 from vision_jax.models.layers import ACTIVATIONS, Conv, Dense, drop_path, layer_norm, normalize
+from vision_jax.models.taps import OUTPUT, tap
 
 EPSILON = 1e-5
 
@@ -156,7 +157,7 @@ class Stage(nn.Module):
         block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
         for index, rate in enumerate(self.rates):
             x = block(**self.block, name=f"block_{index}")(x, rate, train)
-        return layer_norm("norm", EPSILON, dtype)(x)
+        return tap(self, OUTPUT, layer_norm("norm", EPSILON, dtype)(x))
 
 
 class MixTransformer(nn.Module):

@@ -25,6 +25,7 @@ from flax import linen as nn
 
 from vision_jax.errors import UserError
 from vision_jax.models.layers import BatchNorm, Conv, Dense, max_pool, normalize
+from vision_jax.models.taps import OUTPUT, tap
 from vision_jax.ops import cells
 
 EPSILON = 1e-5  # of BatchNorm
@@ -102,7 +103,7 @@ class Stage(nn.Module):
         for index in range(self.depth):
             y = Block(self.shared, name=f"block_{index}")(y, train)
         y = ConvNorm(width, self.shared, name="out_conv")(y, train)
-        return jnp.concatenate([y, x], axis=-1)
+        return tap(self, OUTPUT, jnp.concatenate([y, x], axis=-1))
 
 
 class Head(nn.Module):

@@ -18,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from vision_jax.models.layers import BatchNorm, Conv, Dense, drop_path, normalize
+from vision_jax.models.taps import OUTPUT, tap
 
 # Initial width, its slope and multiplier, channels of a group, depth (the paper's tables 8 and 9).
 _X = {
@@ -153,7 +154,7 @@ class Stage(nn.Module):
             x = block(**self.block, strides=strides, name=f"block_{index}")(
                 x, rate if rate else None, train
             )
-        return x
+        return tap(self, OUTPUT, x)
 
 
 class RegNet(nn.Module):

@@ -29,6 +29,7 @@ from vision_jax.models.layers import (
     normalize,
     stride_mask,
 )
+from vision_jax.models.taps import OUTPUT, tap
 
 BASIC, BOTTLENECK = "basic", "bottleneck"
 _LAYERS: dict[int, tuple[str, tuple[int, ...]]] = {
@@ -212,7 +213,7 @@ class Stage(nn.Module):
                 name=f"block_{index}",
             )(x, rate if rate else None, train, mask)
             mask = stride_mask(mask, strides)
-        return x
+        return tap(self, OUTPUT, x)
 
 
 class ResNet(nn.Module):

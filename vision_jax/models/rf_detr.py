@@ -35,6 +35,7 @@ from flax import linen as nn
 
 from vision_jax.models.detr import EPSILON, Attention, BoxHead
 from vision_jax.models.layers import Conv, Dense, layer_norm, normalize
+from vision_jax.models.taps import OUTPUT, tap
 from vision_jax.models.vit import SIZES, Block
 from vision_jax.ops.deformable import sample_weighted
 from vision_jax.ops.position_embedding import resize_weights, sine_boxes
@@ -192,7 +193,7 @@ class Projector(nn.Module):
         for index in range(self.num_blocks):
             parts.append(ProjectorBlock(*rest, name=f"block_{index}")(parts[-1]))
         x = _conv_norm(2, jnp.concatenate(parts, axis=-1), self.width, 1, *rest)
-        return layer_norm("norm", BACKBONE_EPSILON, self.dtype)(x)
+        return tap(self, OUTPUT, layer_norm("norm", BACKBONE_EPSILON, self.dtype)(x))
 
 
 class DeformableAttention(nn.Module):

@@ -30,6 +30,7 @@ from flax import linen as nn
 from vision_jax.errors import UserError
 from vision_jax.models.attention import attend
 from vision_jax.models.layers import Conv, Dense, drop_path, layer_norm, normalize
+from vision_jax.models.taps import OUTPUT, tap
 from vision_jax.models.vit import Mlp
 
 EPSILON = 1e-5  # of the norms that no library configures
@@ -355,7 +356,7 @@ class Stage(nn.Module):
         for index, rate in enumerate(self.rates):
             shift = self.shift if index % 2 else (0, 0)
             x = block(**self.block, shift=shift, name=f"block_{index}")(x, rate, train)
-        return x
+        return tap(self, OUTPUT, x)
 
 
 class Swin(nn.Module):

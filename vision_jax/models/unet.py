@@ -24,6 +24,7 @@ from flax import linen as nn
 from vision_jax.errors import UserError
 from vision_jax.models.backbone import OnAnyBackbone, on_variant
 from vision_jax.models.layers import Conv, ConvNormReLU, normalize
+from vision_jax.models.taps import OUTPUT, tap
 
 DECODER = (256, 128, 64, 32, 16)  # channels, coarse to fine; segmentation_models_pytorch's
 
@@ -96,7 +97,7 @@ class PlainStage(nn.Module):
             x = ConvNormReLU(self.width, self.freeze_norm, self.dtype, name=f"conv{number}")(
                 x, train
             )
-        return x
+        return tap(self, OUTPUT, x)
 
 
 class Block(nn.Module):

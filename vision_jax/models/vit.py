@@ -32,6 +32,7 @@ from vision_jax.models.layers import (
     layer_norm,
     normalize,
 )
+from vision_jax.models.taps import ATTENTION, NORMED, make_tap, tap
 from vision_jax.ops.position_embedding import interpolate_positions
 
 # width, depth, heads, hidden width of the MLP
@@ -222,7 +223,8 @@ class Attention(nn.Module):
             k = layer_norm("k_norm", self.layer_norm_eps, self.dtype)(k)
         # Nothing unless the collection is asked for; see families.apply_with_features.
         self.sow("intermediates", "query_key", (q, k))
-        x = attend(q, k, v, bias=bias).reshape(batch, tokens, inner)
+        x = attend(q, k, v, bias=bias, tap=make_tap(self, ATTENTION))
+        x = x.reshape(batch, tokens, inner)
         return Dense(width, dtype=self.dtype, name="proj")(x)
 
 
@@ -280,7 +282,7 @@ class Block(nn.Module):
             return x
 
         norm = (self.layer_norm_eps, self.dtype)
-        y = layer_norm("norm1", *norm)(x)
+        y = tap(self, NORMED, layer_norm("norm1", *norm)(x))
         heads = (self.num_heads, self.qkv_bias, self.qk_norm, *norm, self.head_size)
         y = Attention(*heads, name="attn")(y, bias)
         x = x + branch(1, y)
@@ -313,7 +315,8 @@ class AttentionPool(nn.Module):
         q = Dense(inner, dtype=self.dtype, name="q")(latent).reshape(batch, 1, *heads)
         kv = Dense(2 * inner, dtype=self.dtype, name="kv")(x)
         kv = kv.reshape(batch, tokens, 2, *heads)  # [B, N, 2, K, d]
-        x = attend(q, kv[:, :, 0], kv[:, :, 1]).reshape(batch, 1, inner)
+        x = attend(q, kv[:, :, 0], kv[:, :, 1], tap=make_tap(self, ATTENTION))
+        x = x.reshape(batch, 1, inner)
         x = Dense(width, dtype=self.dtype, name="proj")(x)
         y = layer_norm("norm", self.layer_norm_eps, self.dtype)(x)
         y = Mlp(self.mlp_width, self.activation, False, self.dtype, name="mlp")(y)

@@ -26,6 +26,7 @@ from flax import linen as nn
 
 from vision_jax.errors import UserError
 from vision_jax.models.layers import BatchNorm, Conv, Dense, max_pool, normalize
+from vision_jax.models.taps import OUTPUT, tap
 from vision_jax.ops import cells
 
 EPSILON, MOMENTUM = 1e-3, 0.03  # of BatchNorm
@@ -155,9 +156,10 @@ class Stage(nn.Module):
             x = ConvNorm(self.features, 1, **self.shared, name="pool_conv2")(x, train)
         csp = nn.remat(Csp, static_argnums=(2,)) if self.remat else Csp
         shortcut = not self.last
-        return csp(self.features, self.depth, shortcut, self.depthwise, self.shared, name="csp")(
+        x = csp(self.features, self.depth, shortcut, self.depthwise, self.shared, name="csp")(
             x, train
         )
+        return tap(self, OUTPUT, x)
 
 
 class Backbone(nn.Module):

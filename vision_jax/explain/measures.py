@@ -1,0 +1,258 @@
+"""How far to trust a map: what the score does when pixels come and go by it, and more.
+
+All are pure functions of arrays. A map f[B, h, w] is enlarged to the image bilinearly; its largest
+values are the most relevant.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.sparse.linalg import cg
+
+from vision_jax.explain.forward import Forward, Target, Variables
+from vision_jax.ops.resize import resize_bilinear
+
+SURVIVES = 0.5  # rank correlation from which on a map does not depend on the weights
+STEPS = 32  # of a curve
+
+
+def to_pixels(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Maps f[B, h, w] at the size (H, W) of the images."""
+    return resize_bilinear(maps[..., None], size)[..., 0]
+
+
+def ranks(maps: jax.Array, keys: jax.Array) -> jax.Array:
+    """i32[B, H, W]: place of each pixel by falling relevance, from 0 on.
+
+    Args:
+      maps: f[B, H, W].
+      keys: key[B], which decide among equals.
+    """
+
+    def rank(values, key):
+        drawn = jax.random.uniform(key, values.shape)
+        order = jnp.lexsort((drawn, -values))
+        return jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.size))
+
+    return jax.vmap(rank)(maps.reshape(len(maps), -1), keys).reshape(maps.shape)
+
+
+def insertion(
+    forward: Forward,
+    variables: Variables,
+    images: jax.Array,
+    target: Target,
+    order: jax.Array,
+    baseline: jax.Array,
+    *,
+    steps: int = STEPS,
+) -> jax.Array:
+    """The score while the most relevant pixels come first, f[B, steps + 1].
+
+    Petsiuk et al. 2018 (https://arxiv.org/abs/1806.07421, section 4.2). The higher its area, the
+    better the map.
+
+    Args:
+      forward: the model.
+      variables: its arrays.
+      images: f[B, H, W, C] in [0, 1].
+      target: what of the outputs is measured: a probability.
+      order: i32[B, H, W], see `ranks`.
+      baseline: f[B, H, W, C] (or what broadcasts), where the curve begins; the image is its end.
+      steps: of equal shares of the pixels.
+    """
+    base = jnp.broadcast_to(jnp.asarray(baseline, images.dtype), images.shape)
+    pixels = images.shape[1] * images.shape[2]
+    counts = np.round(np.arange(steps + 1) * pixels / steps).astype(np.int32)
+
+    def body(_, count):
+        seen = jnp.where((order < count)[..., None], images, base)
+        return None, target(forward(variables, seen)[0])
+
+    return jax.lax.scan(body, None, jnp.asarray(counts))[1].T
+
+
+def deletion(
+    forward: Forward,
+    variables: Variables,
+    images: jax.Array,
+    target: Target,
+    order: jax.Array,
+    baseline: jax.Array,
+    *,
+    steps: int = STEPS,
+) -> jax.Array:
+    """The score while the most relevant pixels go first, f[B, steps + 1]: the lower, the better.
+
+    Arguments: see `insertion`; the image is where the curve begins, the baseline its end.
+    """
+    base = jnp.broadcast_to(jnp.asarray(baseline, images.dtype), images.shape)
+    return insertion(forward, variables, base, target, order, images, steps=steps)
+
+
+def area(curves: jax.Array) -> jax.Array:
+    """f[B]: under curves f[B, n + 1] over [0, 1], by trapezes."""
+    return (curves[:, 1:] + curves[:, :-1]).mean(1) / 2
+
+
+def road(
+    forward: Forward,
+    variables: Variables,
+    images: jax.Array,
+    target: Target,
+    order: jax.Array,
+    keys: jax.Array,
+    *,
+    shares: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8),
+    noise: float = 0.01,
+) -> jax.Array:
+    """Remove and debias (Rong et al. 2022, https://arxiv.org/abs/2202.00449), f[B].
+
+    Pixels are replaced by what their neighbors say, so that the shape of the hole tells little.
+    Half the difference of the score without the least and without the most relevant share of the
+    pixels, the mean over the shares: from -1 to 1 of a probability, the higher the better.
+
+    Args:
+      forward, variables, images, target, order: see `insertion`.
+      keys: key[B], of the noise of each image.
+      shares: of the pixels that are replaced, above 0, below 1.
+      noise: its standard deviation, in units of the image.
+    """
+    pixels = images.shape[1] * images.shape[2]
+    counts = jnp.asarray(np.round(np.asarray(shares) * pixels).astype(np.int32))
+
+    def body(_, step):
+        index, count = step
+
+        def score_without(missing):
+            filled = impute(images, missing)
+            draw = jax.vmap(lambda key, x: jax.random.normal(key, x.shape, x.dtype))
+            drawn = draw(jax.vmap(jax.random.fold_in, (0, None))(keys, index), images)
+            seen = filled + jnp.where(missing[..., None], noise * drawn, 0)
+            return target(forward(variables, seen)[0])
+
+        least = score_without(order >= pixels - count)
+        most = score_without(order < count)
+        return None, (least - most) / 2
+
+    return jax.lax.scan(body, None, (jnp.arange(len(shares)), counts))[1].mean(0)
+
+
+# Of a pixel's neighbors (rows down, columns right): beside it and across its corners.
+_NEIGHBORS = tuple(
+    (down, right, 1 / 6 if not down * right else 1 / 12)
+    for down in (-1, 0, 1)
+    for right in (-1, 0, 1)
+    if down or right
+)
+
+
+def impute(images: jax.Array, missing: jax.Array) -> jax.Array:
+    """Images whose missing pixels are the weighed mean of their neighbors, missing or not.
+
+    The linear system of all missing pixels, a graph's Laplacian, by conjugate gradients.
+
+    Args:
+      images: f[B, H, W, C].
+      missing: bool[B, H, W], not all of an image.
+    """
+    tolerance = 1e-12 if images.dtype == jnp.float64 else 1e-5
+
+    def gather(x):
+        """Σ w · neighbor of x[H, W, C]; beyond the edge there is none."""
+        padded = jnp.pad(x, ((1, 1), (1, 1), (0, 0)))
+        height, width = x.shape[:2]
+        return sum(
+            weight * padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
+            for down, right, weight in _NEIGHBORS
+        )
+
+    def fill(image, missing):
+        inside = missing[..., None]
+        degree = gather(jnp.ones((*image.shape[:2], 1), image.dtype))
+        known = jnp.where(inside, 0, image)
+
+        def laplacian(x):
+            x = jnp.where(inside, x, 0)
+            return jnp.where(inside, degree * x - gather(x), 0)
+
+        right = jnp.where(inside, gather(known), 0)
+        solved, _ = cg(laplacian, right, tol=tolerance, maxiter=10 * max(image.shape[:2]))
+        return jnp.where(inside, solved, image)
+
+    return jax.vmap(fill)(images, missing)
+
+
+def pointing(maps: jax.Array, boxes_xyxy_px: jax.Array) -> jax.Array:
+    """bool[B]: whether the largest value lies in the box (the pointing game).
+
+    Zhang et al. 2016 (https://arxiv.org/abs/1608.00507), without a tolerance around the box.
+
+    Args:
+      maps: f[B, H, W], of the images' size.
+      boxes_xyxy_px: f[B, 4], in pixels.
+    """
+    width = maps.shape[2]
+    best = jnp.argmax(maps.reshape(len(maps), -1), axis=1)
+    x, y = best % width + 0.5, best // width + 0.5
+    left, top, right, bottom = boxes_xyxy_px.T
+    return (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
+
+
+def share_inside(maps: jax.Array, boxes_xyxy_px: jax.Array) -> jax.Array:
+    """f[B] in [0, 1]: how much of the positive heat lies in the box; 0 without any.
+
+    Args: see `pointing`.
+    """
+    height, width = maps.shape[1:]
+    x, y = jnp.arange(width) + 0.5, jnp.arange(height) + 0.5
+    left, top, right, bottom = (side[:, None] for side in boxes_xyxy_px.T)
+    across = (left <= x[None]) & (x[None] <= right)  # [B, W]
+    down = (top <= y[None]) & (y[None] <= bottom)  # [B, H]
+    heat = jax.nn.relu(maps)
+    inside = jnp.where(down[:, :, None] & across[:, None, :], heat, 0).sum((1, 2))
+    return inside / jnp.maximum(heat.sum((1, 2)), jnp.finfo(heat.dtype).tiny)
+
+
+def completeness(attributions: jax.Array, score: jax.Array, baseline_score: jax.Array) -> jax.Array:
+    """f[B]: the sum of attributions f[B, ...] minus the difference of the scores, 0 at best."""
+    return attributions.reshape(len(attributions), -1).sum(1) - (score - baseline_score)
+
+
+def shuffled(variables: Variables, key: jax.Array) -> Variables:
+    """The variables with the entries of each array in random order.
+
+    What each array is made of stays, what was learned does not; arrays of structured leaves, and
+    integers, likewise.
+    """
+    leaves, structure = jax.tree.flatten(variables)
+    keys = jax.random.split(key, len(leaves))
+    mixed = [
+        jax.random.permutation(one, leaf.reshape(-1)).reshape(leaf.shape) if leaf.ndim else leaf
+        for one, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, mixed)
+
+
+def rank_correlation(first: jax.Array, second: jax.Array) -> jax.Array:
+    """f[B] in [-1, 1]: Spearman's, of two maps f[B, ...] each; 0 where one is the same all over.
+
+    Adebayo et al. 2018 (https://arxiv.org/abs/1810.03292): a map that stays what it is when the
+    weights are randomized explains the image and not the model, see SURVIVES.
+    """
+
+    def rank(values):
+        values = values.reshape(-1)
+        known = jnp.sort(values)
+        middle = (
+            jnp.searchsorted(known, values, side="left")
+            + jnp.searchsorted(known, values, side="right")
+        ) / 2  # the mean place of equals
+        return (middle - values.size / 2) / values.size  # less their mean, exactly
+
+    def correlate(first, second):
+        first, second = rank(first), rank(second)
+        length = jnp.sqrt((first**2).sum() * (second**2).sum())
+        return jnp.where(length > 0, (first * second).sum() / jnp.where(length > 0, length, 1), 0)
+
+    return jax.vmap(correlate)(first, second)
