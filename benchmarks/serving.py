@@ -12,9 +12,9 @@ A request that is answered with 503 is sent again after as many seconds as the s
 The peers hold the same weights in timm, by its own transforms, behind the handler that FastAPI's
 documentation has for blocking work: a plain function, which runs in 40 threads. `plain` leaves
 PyTorch as it is, `single` gives each image one thread of PyTorch. They get no hostile requests. CPU
-time is that of all threads of a server's process. Wall time depends on what else the machine does,
-and where other programs want its cores, a server of 40 threads gets a larger share than one of
-four: quote the ratio of rates from a quiet machine alone, that of CPU time from any.
+time is that of all threads of a server's process. Each server has a session of its own, to which
+Linux gives equal shares of the cores where other programs want them: else one of 40 threads would
+get more than one of four. Still, quote rates from a quiet machine, and from any the ratios.
 """
 
 import argparse
@@ -294,7 +294,11 @@ class Server:
 def served(*command: str) -> Iterator[Server]:
     """A server that is ready; it is stopped by SIGTERM and must end with 0."""
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None
