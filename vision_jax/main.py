@@ -11,6 +11,7 @@
     vision_jax cache-teacher --config=configs/distill_vit_small.py \\
         --config.distill.cache=teacher.array_record
     vision_jax plan --config=configs/vit_lora.py --devices=8 --memory=16
+    vision_jax search --config=configs/vit_lora.py --space=space.py --trials=64
 
 `python -m vision_jax.main` and `python -m vision_jax` are the same program. Running a training
 command again resumes it; --from begins a new run with another one's weights. Any field of the
@@ -100,6 +101,14 @@ COMMANDS: Mapping[str, Command] = {
         "vision_jax.commands.plan:run",
         ("config", "memory"),
     ),
+    "search": Command(
+        "train many trials of a config in one program, and keep the best as a run",
+        "vision_jax.commands.search:run",
+        (
+            *("config", "workdir", "space", "trials", "sampler", "scheduler", "rungs", "keep"),
+            *("seed", "together", "plan"),
+        ),
+    ),
     "convert": Command(
         "turn weights or a run into files of timm, torchvision or transformers",
         "vision_jax.convert",
@@ -129,10 +138,10 @@ COMMANDS: Mapping[str, Command] = {
     ),
 }
 MOVED = {"frozen": "probe", "teach": "cache-teacher"}  # older names
-FROM_CONFIG = ("train", "probe", "cache-teacher", "plan")  # these take --config
+FROM_CONFIG = ("train", "probe", "cache-teacher", "plan", "search")  # these take --config
 FROM_WORKDIR = ("evaluate", "predict", "robustness", "quantize")  # these a finished run
 CONFIGURED = (*FROM_CONFIG, *FROM_WORKDIR)
-COMPUTING = ("train", "probe", "cache-teacher", *FROM_WORKDIR)
+COMPUTING = ("train", "probe", "cache-teacher", "search", *FROM_WORKDIR)
 # Fields that a finished run keeps: what it is and was trained with.
 KEPT = re.compile(
     r"task|total_steps|batch_size|(checkpoint|log)_every|trainable|recipes|evaluate\.(every|warn_after)"
@@ -152,8 +161,12 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         {"help": "a file with get_config(), for example configs/vit_lora.py"},
     ),
     "workdir": (
-        ("train", "probe", *FROM_WORKDIR),
-        {"type": expand, "help": "a run's folder; runs/NAME_OF_THE_CONFIG for a config"},
+        ("train", "probe", "search", *FROM_WORKDIR),
+        {
+            "type": expand,
+            "help": "a run's folder; runs/NAME_OF_THE_CONFIG for a config, of a search "
+            "runs/NAME_OF_THE_CONFIG_search",
+        },
     ),
     "checkpoint": (
         FROM_WORKDIR,
@@ -172,6 +185,37 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         {
             "type": expand,
             "help": "where files go; WORKDIR by default, of quantize WORKDIR/quantized",
+        },
+    ),
+    "space": (
+        ("search",),
+        {"help": "a file with get_space(), the ranges of fields; docs/search.md"},
+    ),
+    "trials": (("search",), {"type": int, "help": "how many; 32 by default"}),
+    "sampler": (("search",), {"help": "random (the default), sobol or grid"}),
+    "scheduler": (
+        ("search",),
+        {"help": "which trials go on: none (all, the default), halving, median or population"},
+    ),
+    "rungs": (
+        ("search",),
+        {"type": int, "help": "comparisons before the end, of a scheduler; 2 by default"},
+    ),
+    "keep": (
+        ("search",),
+        {"type": float, "help": "of halving, the share that goes on; a third by default"},
+    ),
+    "seed": (("search",), {"type": int, "help": "of the draws; 0 by default"}),
+    "together": (
+        ("search",),
+        {"type": int, "help": "most trials side by side in one program; 16 by default"},
+    ),
+    "plan": (
+        ("search",),
+        {
+            "action": "store_const",
+            "const": True,
+            "help": "print which trials share what, FLOPs and memory, and end",
         },
     ),
     "weights": (
@@ -341,7 +385,8 @@ def _read(name: str, flags: Mapping[str, Any], overrides: dict[str, str]) -> tup
     elif not path:
         raise UserError("--config is missing: for example --config=configs/vit_lora.py")
     reading = read_config(path, overrides)
-    workdir = workdir or Path("runs") / _run_name(path)
+    suffix = "_search" if name == "search" else ""
+    workdir = workdir or Path("runs") / (_run_name(path) + suffix)
     notes, held = reading.notes, workdir / "config.json"
     if name == "train" and held.is_file() and path != str(held):  # the run that training resumes
         notes += read_config(str(held), {}).notes

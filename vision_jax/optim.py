@@ -17,6 +17,7 @@ import optax
 from optax import contrib
 
 from vision_jax.errors import UserError
+from vision_jax.ops.traced import is_known, is_on
 from vision_jax.trees import paths
 
 Array = jax.Array
@@ -61,11 +62,11 @@ def make_schedule(
             f"warmup_steps must lie between 0 and total_steps = {total_steps}, not {warmup_steps}: "
             "shorten the warm-up or train longer"
         )
-    if not (math.isfinite(peak) and peak >= 0):
+    if is_known(peak) and not (math.isfinite(peak) and peak >= 0):
         raise UserError(f"the peak learning rate must be finite and not negative, not {peak}")
     if not 0 <= final_fraction <= 1:
         raise UserError(f"final_fraction must lie between 0 and 1, not {final_fraction}")
-    if not 0 < drop_at <= 1:
+    if is_known(drop_at) and not 0 < drop_at <= 1:
         raise UserError(f"drop_at must be above 0 and at most 1, not {drop_at}")
     decay_steps, drop = max(total_steps - warmup_steps, 1), drop_at * total_steps
 
@@ -147,12 +148,12 @@ def make_optimizer(
     """
     _check_name("optimizer", name, OPTIMIZERS)
     for field, value in (("b1", b1), ("b2", b2), ("momentum", momentum)):
-        if not 0 <= value < 1:
+        if is_known(value) and not 0 <= value < 1:
             raise UserError(f"{field} must be at least 0 and below 1, not {value}")
     for field, value in (("weight_decay", weight_decay), ("clip_norm", clip_norm), ("eps", eps)):
-        if not (math.isfinite(value) and value >= 0):
+        if is_known(value) and not (math.isfinite(value) and value >= 0):
             raise UserError(f"{field} must be finite and not negative, not {value}")
-    if not 0 < layer_decay <= 1:
+    if is_known(layer_decay) and not 0 < layer_decay <= 1:
         raise UserError(f"layer_decay must be above 0 and at most 1, not {layer_decay}")
 
     decayed = {path: is_decayed(path, array) for path, array in params.items()}
@@ -175,9 +176,9 @@ def make_optimizer(
     else:
         rule = [_muon_or_adam(params, momentum, adam), decay, descend]
 
-    clip = [_clip(clip_norm)] if clip_norm > 0 else []
+    clip = [_clip(clip_norm)] if is_on(clip_norm) else []
     factors: dict[str, float] = {}
-    if layer_decay < 1:
+    if not is_known(layer_decay) or layer_decay < 1:
         if layer_of is None:
             raise UserError(f"layer_decay = {layer_decay} needs layer_of, which counts the layers")
         depths = {path: layer_of(path) for path in params}

@@ -4,7 +4,9 @@ from vision_jax.config.composites import learn_composites
 from vision_jax.config.fields import FEATURES, FIELDS, RECIPES, TASKS, Check, Field, fields_of
 from vision_jax.config.load import (
     Reading,
+    cast,
     check_ranges,
+    check_values,
     config_without_file,
     default_config,
     differences,
@@ -13,8 +15,10 @@ from vision_jax.config.load import (
     load_config,
     read_config,
     read_json,
+    replaced,
     save_config,
     shipped_configs,
+    unknown,
     updates_a_step,
     write_json,
 )
@@ -27,7 +31,9 @@ __all__ = [
     "Check",
     "Field",
     "Reading",
+    "cast",
     "check_ranges",
+    "check_values",
     "config_without_file",
     "default_config",
     "differences",
@@ -38,8 +44,10 @@ __all__ = [
     "load_config",
     "read_config",
     "read_json",
+    "replaced",
     "save_config",
     "shipped_configs",
+    "unknown",
     "updates_a_step",
     "write_json",
 ]

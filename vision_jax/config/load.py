@@ -88,15 +88,15 @@ def read_config(path: str, overrides: Mapping[str, str]) -> Reading:
             )
             stated.setdefault(new, value)
             notes.append(f"{path}: {old} is {new} now, and {kept}")
-    unknown = sorted(stated.keys() - table.keys())
-    if of_run and unknown:
-        notes.append(f"{path} has fields that this version has not, left out: {_list(unknown)}")
-    elif unknown:
-        problems += [f"{path}: {_unknown(name, table)}" for name in unknown]
+    strange = sorted(stated.keys() - table.keys())
+    if of_run and strange:
+        notes.append(f"{path} has fields that this version has not, left out: {_list(strange)}")
+    elif strange:
+        problems += [f"{path}: {unknown(name, table)}" for name in strange]
     origins = dict.fromkeys(table, FILLED_IN if of_run else DEFAULT)
     for name in stated.keys() & table.keys():
         try:
-            values[name] = _cast(table[name], stated[name])
+            values[name] = cast(table[name], stated[name])
         except UserError as error:
             problems.append(f"{path}: {error}")
         if of_run or values[name] != table[name].default:
@@ -143,7 +143,7 @@ def _override(
     for name, text in overrides.items():
         try:
             if name not in table:
-                raise UserError(_unknown(name, table))
+                raise UserError(unknown(name, table))
             values[name] = _parse(table[name], text, values[name])
         except UserError as error:
             problems.append(str(error))
@@ -165,6 +165,11 @@ def fields(config: ConfigDict) -> dict[str, Value]:
         else:
             found[name] = value
     return found
+
+
+def replaced(config: ConfigDict, values: Mapping[str, Value]) -> ConfigDict:
+    """A copy with fields at other values, by dotted name; they are not checked."""
+    return _nested({**fields(config), **values})
 
 
 def check_ranges(config: ConfigDict) -> None:
@@ -330,7 +335,7 @@ def _read_file(path: str) -> tuple[dict[str, Value], bool]:
         absent = re.match(r"\W*(?:Key )?\W*(\w+)\W*(?:does not exist|$)", reason)
         if isinstance(error, AttributeError) and absent:  # what a ConfigDict says of its fields
             known = {name: field for task in TASKS for name, field in fields_of(task).items()}
-            reason = _unknown(_with_section(absent[1], frames, known), known)
+            reason = unknown(_with_section(absent[1], frames, known), known)
         raise UserError(f"--config: {place}: {type(error).__name__}: {reason}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config() of {path} must return a ConfigDict")
@@ -408,14 +413,15 @@ def _nested(values: Mapping[str, Value]) -> ConfigDict:
     return config.lock()
 
 
-def _unknown(name: str, table: Mapping[str, Field]) -> str:
+def unknown(name: str, table: Mapping[str, Field]) -> str:
+    """What to say of a field that there is not, with the one that was meant."""
     others = [task for task in TASKS if RENAMED.get(name, name) in fields_of(task)]
     if others and RENAMED.get(name, name) not in table:
         return f"unknown config key `{name}`: it is a field of {', '.join(others)}"
     return f"unknown config key `{name}`{suggest(name, list(table))}"
 
 
-def _cast(field: Field, value: Value) -> Value:
+def cast(field: Field, value: Value) -> Value:
     """`value` with the type of the field; whole numbers pass for floats and the reverse.
 
     Raises:
@@ -451,7 +457,7 @@ def _parse(field: Field, text: str, now: Value) -> Value:
     if isinstance(like, tuple) and not isinstance(value, tuple | bool | None):
         value = (value,) if value != "" else ()  # a single rule needs no Python quoting
     try:
-        return _cast(field, value)
+        return cast(field, value)
     except UserError:
         raise UserError(
             f"config key `{field.name}` takes {type(like).__name__} (now {now!r}), not {text!r}"

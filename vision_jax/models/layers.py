@@ -260,6 +260,22 @@ def average(x, mask):
     return x.sum((1, 2)) / jnp.maximum(mask.sum((1, 2)), 1)[:, None].astype(x.dtype)
 
 
+class Dropout(nn.Module):
+    """flax's Dropout in training, with the same draws, also at a traced rate.
+
+    Attributes:
+      rate: the probability that a number becomes zero, above 0.
+    """
+
+    rate: Any
+
+    @nn.compact
+    def __call__(self, x):
+        keep = 1 - self.rate
+        mask = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+        return jax.lax.select(mask, (x / keep).astype(x.dtype), jnp.zeros_like(x))
+
+
 def drop_path(x: jax.Array, rate: Any, key: jax.Array) -> jax.Array:
     """Stochastic depth: whole branches x[B, ...] of single images become zero, others grow."""
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))

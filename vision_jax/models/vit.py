@@ -28,12 +28,14 @@ from vision_jax.models.layers import (
     ADAPTER_KEYS,
     Conv,
     Dense,
+    Dropout,
     drop_path,
     layer_norm,
     normalize,
 )
 from vision_jax.models.taps import ATTENTION, NORMED, make_tap, tap
 from vision_jax.ops.position_embedding import interpolate_positions
+from vision_jax.ops.traced import is_on
 
 # width, depth, heads, hidden width of the MLP
 SIZES = {
@@ -275,8 +277,8 @@ class Block(nn.Module):
                 init = nn.initializers.constant(self.layer_scale)
                 scale = self.param(f"layer_scale{index}", init, (x.shape[-1],))
                 x = x * scale.astype(x.dtype).reshape(1, 1, -1)
-            if train and self.dropout:
-                x = nn.Dropout(self.dropout, deterministic=False)(x)
+            if train and is_on(self.dropout):
+                x = Dropout(self.dropout)(x)
             if train and rate is not None:
                 x = drop_path(x, rate, self.make_rng("dropout"))
             return x
@@ -481,8 +483,8 @@ class ViT(nn.Module):
             x = jnp.concatenate([tokens, x], axis=1)  # [B, P + h·w, D]
         else:
             x = x + positions.astype(dtype)
-        if train and self.dropout:
-            x = nn.Dropout(self.dropout, deterministic=False)(x)
+        if train and is_on(self.dropout):
+            x = Dropout(self.dropout)(x)
         if self.pre_norm:
             x = layer_norm("norm_pre", self.layer_norm_eps, dtype)(x)
         return x
@@ -521,7 +523,8 @@ class ViT(nn.Module):
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         outputs = []
         for index, rate in rates.items():
-            x = block(**arguments, name=f"block_{index}")(x, rate if rate else None, train, bias)
+            share = rate if index and is_on(rate) else None
+            x = block(**arguments, name=f"block_{index}")(x, share, train, bias)
             outputs.append(x)
         return x, outputs
 
@@ -545,7 +548,7 @@ class ViT(nn.Module):
 
         def body(x, layer):
             block_params, rate, rngs = layer
-            rate = rate if self.drop_path else None
+            rate = rate if is_on(self.drop_path) else None
             x = block.apply({"params": block_params}, x, rate, train, rngs=rngs)
             return x, x
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from vision_jax.errors import UserError
+from vision_jax.ops.traced import is_known, is_on
 
 Array = jax.Array
 
@@ -56,15 +57,15 @@ def mixup_or_cutmix(
       UserError: a negative α or a probability outside [0, 1].
     """
     for field, value in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-        if not (math.isfinite(value) and value >= 0):
+        if is_known(value) and not (math.isfinite(value) and value >= 0):
             raise UserError(f"{field} must be finite and not negative, not {value}")
     _check_probability("switch_probability", switch_probability)
     _check_probability("probability", probability)
-    if mixup_alpha == 0 and cutmix_alpha == 0:
+    if not is_on(mixup_alpha) and not is_on(cutmix_alpha):
         return images, targets
 
-    if mixup_alpha == 0 or cutmix_alpha == 0:
-        switch_probability = float(mixup_alpha == 0)
+    if not is_on(mixup_alpha) or not is_on(cutmix_alpha):
+        switch_probability = float(not is_on(mixup_alpha))
 
     choice_key, share_key = jax.random.split(key)
     mixed, cut, center_y, center_x = jax.random.uniform(choice_key, (4,))
@@ -126,7 +127,7 @@ def random_erasing(
             f"random erasing needs 0 < min_area <= max_area <= 1 and 0 < min_aspect <= 1, not "
             f"{min_area}, {max_area} and {min_aspect}"
         )
-    if probability == 0:
+    if not is_on(probability):
         return images
     height, width = images.shape[1:3]
 
@@ -396,5 +397,5 @@ def _equalize_channel(levels: Array) -> Array:
 
 
 def _check_probability(field: str, value: float) -> None:
-    if not 0 <= value <= 1:
+    if is_known(value) and not 0 <= value <= 1:
         raise UserError(f"{field} must lie between 0 and 1, not {value}")

@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax import convert, optim, sharding, steps
-from vision_jax.config import fields, updates_a_step
+from vision_jax.config import fields, replaced, updates_a_step
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.models import families
 from vision_jax.models.families import FAMILIES
 from vision_jax.objective import Objective, make_loss
+from vision_jax.ops.traced import is_on
 from vision_jax.recipes.distillation import objective as distillation
 from vision_jax.recipes.recipe import Recipe, Student, make_recipes
 from vision_jax.run.description import Description, build_model, describe, read_weights
@@ -109,6 +110,26 @@ class Run:
             average_decay=average.decay if average else None,
             average_prefix=next((prefix for prefix in prefixes if prefix), ""),
             shardings=self.shardings,
+        )
+
+    def at(self, numbers: Mapping[str, Any]) -> "Run":
+        """The run with fields at other values, traced ones too, that change no array's shape.
+
+        Whoever gives them has checked them.
+        """
+        config = replaced(self.config, numbers)
+        rates = ("dropout", "drop_path")  # a model is not built anew: it would check a number
+        changed = {name: config.model[name] for name in rates if f"model.{name}" in numbers}
+        model = self.model.clone(**changed) if changed else self.model
+        schedule, tx = _make_optimizer(config, model, self.parameters.abstract()[0])
+        return replace(
+            self,
+            config=config,
+            model=model,
+            student=replace(self.student, model=model),
+            recipes=_make_recipes(config, self.adapter),
+            schedule=schedule,
+            tx=tx,
         )
 
     # Arrays ---------------------------------------------------------------------------------------
@@ -341,7 +362,7 @@ def make_schedule(config: ConfigDict) -> optim.Schedule:
 def _decay_schedule(config: ConfigDict) -> optim.Schedule | None:
     """Weight decay by the index of the update; None where it stays."""
     settings = config.optim
-    if not settings.final_weight_decay:
+    if not is_on(settings.final_weight_decay):
         return None
     return partial(
         optim.half_cosine,
@@ -383,7 +404,7 @@ def _state_maker(
     return partial(
         steps.make_state,
         tx=tx,
-        ema=config.optim.ema_decay > 0,
+        ema=is_on(config.optim.ema_decay),
         averages_state=getattr(model, "averages_state", True),
     )
 

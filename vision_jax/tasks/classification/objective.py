@@ -11,6 +11,7 @@ import jax
 from vision_jax.objective import Apply, Batch, Objective, forward_keys
 from vision_jax.ops import augment, losses
 from vision_jax.ops.images import to_float
+from vision_jax.ops.traced import is_on
 
 
 def make_objective(
@@ -52,7 +53,7 @@ def make_objective(
             )
         elif policy == "trivial":
             images = augment.trivial_augment(policy_key, images)
-        if erasing:
+        if is_on(erasing):
             images = augment.random_erasing(erase_key, images, probability=erasing)
         images, targets = augment.mixup_or_cutmix(
             mix_key, images, targets, mixup_alpha=mixup, cutmix_alpha=cutmix

@@ -233,6 +233,51 @@ def make_evaluate(
     return evaluate
 
 
+def make_evaluate_all(
+    config: ConfigDict,
+    outputs_fn: Callable[..., Mapping[str, jax.Array]],
+    mesh: Mesh,
+    source: Source,
+    preprocessing: Preprocessing,
+) -> Callable[..., list[Evaluation]] | None:
+    """`make_evaluate` of several models at once, as a search has them.
+
+    Outputs have an axis of models after their first, and the result is a list. None where
+    evaluation attacks, which it does model by model.
+    """
+    if "adversarial" in config.recipes and config.adversarial.watch:
+        return None
+
+    def shared(trainable, frozen, model_state, batch):
+        found = outputs_fn(trainable, frozen, model_state, batch)
+        return {**found, **{name: batch[name] for name in ("label", "mask", "index")}}
+
+    run_over = make_run_over(
+        shared,
+        mesh,
+        images.make_batches(config, preprocessing),
+        batch_size=config.evaluate.batch_size,
+    )
+
+    def evaluate(trainable, frozen, model_state) -> list[Evaluation]:
+        found, damage = run_over(source, trainable, frozen, model_state)
+        labels, index = found["label"], found["index"]
+        every = [found["logits"][:, model] for model in range(found["logits"].shape[1])]
+        attack = {"fgsm_top1": None, "pgd_top1": None, "attacked": 0}
+        return [
+            Evaluation(
+                logits,
+                labels,
+                index,
+                summarize(logits, labels, source.class_names) | attack,
+                damage.lines,
+            )
+            for logits in every
+        ]
+
+    return evaluate
+
+
 def _make_attack(
     config: ConfigDict,
     outputs_fn: Callable[..., Mapping[str, jax.Array]],

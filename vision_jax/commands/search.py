@@ -1,0 +1,190 @@
+"""search: many trials of a config in one program; the best one becomes a run.
+
+WORKDIR/trials.csv     values and figures of each trial
+WORKDIR/search.json    the settings and the same table
+WORKDIR/best           the best trial, an ordinary workdir
+WORKDIR/search.html    pictures and the table in one page
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vision_jax import cost
+from vision_jax.config import check_ranges, fields
+from vision_jax.errors import UserError
+from vision_jax.logging import human_size, print_table, say
+from vision_jax.search import drive, report
+from vision_jax.search.drive import Search, Settings
+from vision_jax.search.journal import claimed
+from vision_jax.search.space import SAMPLERS, describe_space, read_space
+from vision_jax.search.stack import Stack
+
+SHOWN = 10  # trials in the table on the screen
+
+
+def run(
+    config: ConfigDict,
+    workdir: Path,
+    space: str | None,
+    trials: int | None,
+    sampler: str | None,
+    scheduler: str | None,
+    rungs: int | None,
+    keep: float | None,
+    seed: int | None,
+    together: int | None,
+    plan: bool | None,
+) -> int:
+    """Searches, or goes on searching; returns the exit code.
+
+    Raises:
+      UserError: a space or settings that make no search, or a folder that holds another one.
+    """
+    check_ranges(config)
+    if not space:
+        raise UserError("--space is missing: a file with get_space(); see docs/search.md")
+    given = {
+        "trials": trials, "sampler": sampler, "scheduler": scheduler, "rungs": rungs, "keep": keep,
+        "seed": seed, "together": together,
+    }  # fmt: skip
+    settings = Settings(**{n: value for n, value in given.items() if value is not None})  # type: ignore[arg-type]
+    _check(settings)
+    search = Search(config, read_space(space, config), settings, workdir)
+    _ = search.schedule, search.values  # refused before anything is read
+    if plan:
+        for line in plan_lines(search):
+            say(line)
+        return 0
+    return _run(search)
+
+
+def _check(settings: Settings) -> None:
+    if settings.sampler not in SAMPLERS:
+        raise UserError(
+            f"--sampler is {settings.sampler!r}: it must be one of {', '.join(SAMPLERS)}"
+        )
+    if settings.together < 1:
+        raise UserError(f"--together is {settings.together}: it must be at least 1")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"--seed is {settings.seed}: it must be at least 0 and below 2**32")
+
+
+def _run(search: Search) -> int:
+    drive.keep_settings(search)
+    for name, words in describe_space(search.space).items():
+        say(f"{name}: {words}")
+    for line in _group_lines(search):
+        say(line)
+    drive.run(search, _Watch())
+    with claimed(search.out, "end") as ours:
+        if not ours:
+            say(f"another process writes the results to {search.out}")
+            return 0
+        found = search.journal.read()
+        rows = report.make_table(search, found)
+        report.write_table(search, found, rows)
+        best = report.find_best(search, rows)
+        _show(search, rows)
+        say(f"trial {best.trial} is the best: {report.words_of(best.values)}")
+        code = report.finish_best(search, found, best)
+        files = report.write_pictures(search, found, rows, best)
+        say(f"wrote {search.out / report.TABLE_FILE}, values and figures of each trial")
+        say(f"wrote {search.out / drive.SETTINGS_FILE}, the settings and the same table")
+        for name, what in files.items():
+            say(f"wrote {search.out / name}, {what}")
+        say(f"wrote {search.out / report.BEST}, the best trial: a workdir of a finished run")
+    return code
+
+
+class _Watch:
+    """Says how the search stands whenever there are new figures."""
+
+    def __init__(self) -> None:
+        self._said: tuple[int, int] = (0, 0)
+
+    def __call__(self, search: Search) -> None:
+        curves = search.curves(search.journal.read())
+        reached = {trial: max(curve) for trial, curve in curves.items() if curve}
+        if not reached:
+            return
+        best = search.schedule.rank({t: {0: curves[t][step]} for t, step in reached.items()}, 0)[0]
+        figures = sum(map(len, curves.values()))
+        if (figures, best) == self._said:
+            return
+        self._said = (figures, best)
+        done = sum(step == search.config.total_steps for step in reached.values())
+        say(
+            f"{done} of {len(curves)} trials finished, {len(reached)} begun; best so far: trial "
+            f"{best}, {search.metric} {curves[best][reached[best]]:.4f} at step {reached[best]}"
+        )
+
+
+def _show(search: Search, rows: list[report.Row]) -> None:
+    names = report.figure_names(search, rows)
+    order = sorted(rows, key=lambda row: (not row.place, row.place, -row.step, row.trial))
+    print_table(
+        f"The best of {len(rows)} trials",
+        ("trial", "state", "step", *names, *search.space),
+        [
+            (
+                row.trial, row.state, row.step, *(row.figures.get(name, "") for name in names),
+                *(report.word_of(row.values[name]) for name in search.space),
+            )
+            for row in order[:SHOWN]
+        ],
+    )  # fmt: skip
+
+
+# The plan -----------------------------------------------------------------------------------------
+
+
+def _group_lines(search: Search) -> list[str]:
+    """Which trials share a program."""
+    lines = []
+    for number, group in enumerate(search.groups):
+        fixed = [n for n in search.space if n not in group.numbers]
+        values = fields(group.config)
+        own = ", ".join(f"{name} {report.word_of(values[name])}" for name in fixed)
+        lines.append(
+            f"program {number}: {len(group.trials)} trials side by side, at most "
+            f"{search.settings.together}, over {', '.join(group.numbers) or 'nothing'}"
+            + (f"; {own}" if own else "")
+        )
+    return lines
+
+
+def plan_lines(search: Search) -> list[str]:
+    """What the search would cost, known before anything runs: each program is compiled."""
+    lines = [f"{name}: {words}" for name, words in describe_space(search.space).items()]
+    lines += _group_lines(search)
+    whole = alone = 0.0
+    for number, group in enumerate(search.groups):
+        stack = Stack(search.prepare(group.config), group.numbers)
+        run = stack.run
+        frozen = run.parameters.abstract()[1] | run.abstract_beside()
+        single = run.make_train_step().lower(run.abstract_state, frozen, run.abstract_batch())
+        one = cost.count(single.compile()).flops
+        chunks = [len(unit.members) for unit in search.units if unit.group.trials == group.trials]
+        counted = {}
+        for count in set(chunks):
+            compiled = stack.lower(count).compile()
+            memory = compiled.memory_analysis()
+            size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+            counted[count] = cost.count(compiled).flops
+            lines.append(
+                f"program {number}: a step of {count} trials {counted[count] / 1e9:,.2f} GFLOP, of "
+                f"{count} runs {count * one / 1e9:,.2f} ({counted[count] / (count * one):.2f}); "
+                f"memory of a device {human_size(size)}"
+            )
+        whole += sum(counted[count] for count in chunks)
+        alone += sum(chunks) * one
+    steps = search.config.total_steps
+    lines.append(
+        f"all trials up to step {steps}: {whole * steps / 1e12:,.2f} TFLOP, as runs "
+        f"{alone * steps / 1e12:,.2f} ({whole / alone:.2f}), without evaluations"
+    )
+    if len(ends := search.schedule.rungs) > 1:
+        at = ", ".join(map(str, ends[:-1]))
+        lines.append(f"trials are compared at steps {at}, and those that end there cost no more")
+    return lines
