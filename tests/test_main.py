@@ -165,13 +165,16 @@ def test_bad_input_is_one_line_and_leaves_no_trace(name, tmp_path, capsys):
         ([CONFIG, "--memory=3"], "--memory is a flag of plan, and this is train"),
         (["cache-teacher", CONFIG, "--workdir=x"], "--workdir is a flag of train, probe, "),
         (["probe", CONFIG, "--checkpoint=best"], "--checkpoint is a flag of"),
-        (["evaluate", CONFIG], "--config is a flag of train, probe, cache-teacher, plan, and"),
+        (
+            ["evaluate", CONFIG],
+            "--config is a flag of train, probe, cache-teacher, plan, search, and",
+        ),
         (["evaluate", "--workdir=absent", "--images=a"], "--images is a flag of predict"),
         (["plan", CONFIG, "--workdir=x"], "--workdir is a flag of"),
         ([CONFIG, "--plan", "--workdir=x"], "--workdir is a flag of"),
         (
             ["models", CONFIG],
-            "--config is a flag of train, probe, cache-teacher, plan, and this is m",
+            "--config is a flag of train, probe, cache-teacher, plan, search, and this is m",
         ),
         (
             ["models", "--config.seed=1"],

@@ -489,10 +489,10 @@ def _unknown(argument: str) -> str:
     known = [f"--{flag}" for flag in FLAGS if not flag.isupper()]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     field = suggest(name.lstrip("-"), [*{n: 0 for task in TASKS for n in fields_of(task)}])
-    if near:
-        hint = f": did you mean `{near[0]}`?"
-    elif argument in COMMANDS:
+    if argument in COMMANDS:
         hint = f": a command comes first, `vision_jax {argument} ...`"
+    elif near:
+        hint = f": did you mean `{near[0]}`?"
     elif argument.startswith("-") or equals:
         hint = field.replace("`", "`--config.", 1).replace("`?", f"{equals}{value}`?", 1)
     elif argument.partition(":")[0].endswith((".py", ".json")):

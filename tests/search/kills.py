@@ -1,6 +1,6 @@
 """A program that runs one search again and again, killed at random moments, and by two processes.
 
-    python tests/search/kills.py FOLDER SEED    # prints the exit codes in JSON
+    python tests/search/kills.py FOLDER SEED OVERRIDES    # prints the exit codes in JSON
 
 FOLDER has space.py. Each command runs in a child of its own, forked before JAX has started any
 thread, so that its death is real and the imports are paid once.
@@ -33,7 +33,7 @@ def start(folder: Path, out: str) -> int:
         return child
     with open(os.devnull, "w") as silence:
         os.dup2(silence.fileno(), 1)
-        fields = runs.overrides(batch_size=8, total_steps=8, evaluate__every=4, checkpoint_every=3)
+        fields = json.loads(sys.argv[3])
         sys.argv = [
             *("main", "search", f"--config={runs.ROOT / 'configs/vit_lora.py'}"),
             *(f"--config.{name}={value}" for name, value in fields.items()),
@@ -71,14 +71,18 @@ if __name__ == "__main__":
         module.save_figure = lambda figure, path: Path(path).touch()
     jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    runs.inputs()
     results: dict[str, object] = {"whole": search(folder, "whole")}
     clock = time.monotonic()
     search(folder, "warm")  # with all programs in the cache
     usual = time.monotonic() - clock
-    # Each goes on from where the last one was killed: a search of twenty parts.
-    results["kills"] = [kill(folder, "killed", usual * rng.uniform(0.1, 0.6)) for _ in range(KILLS)]
-    results["after kills"] = search(folder, "killed")
+    # Each goes on from where the last one was killed, until one ends: then another search begins.
+    kills = ended = 0
+    while kills < KILLS:
+        code = kill(folder, f"killed{ended}", usual * rng.uniform(0.1, 0.9))
+        kills += code == 128 + signal.SIGKILL
+        ended += code == 0
+        assert code in (0, 128 + signal.SIGKILL), code
+    results |= {"kills": kills, "searches": ended + 1, "last": search(folder, f"killed{ended}")}
     results["two"] = [end(child) for child in [start(folder, "two"), start(folder, "two")]]
     results["seconds"] = usual
     print(json.dumps(results))
