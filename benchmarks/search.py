@@ -32,6 +32,7 @@ LAST_TWO = "('head/.*', 'norm/.*', 'block_[45]/.*')"
 JOBS = {
     "the head": {"recipes": "()"},
     "the last two of six blocks": {"recipes": "()", "trainable": LAST_TWO},
+    "adapters in the last two": {"lora.rules": r"(r'block_[45]/.*/(qkv|proj|fc\d)/kernel',)"},
     "adapters in all blocks": {},
 }
 SPACE = """
