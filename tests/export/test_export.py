@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,6 +12,8 @@ import runs
 
 from vision_jax import platform
 from vision_jax.commands import export as command
+from vision_jax.convert import arguments_of
+from vision_jax.convert.quantized import write_quantized
 from vision_jax.data.segmentation_transforms import SegmentationPreprocessing
 from vision_jax.errors import UserError
 from vision_jax.export import certificate, files, runtimes, stablehlo
@@ -18,7 +21,9 @@ from vision_jax.export.certificate import Ran, host_pipeline
 from vision_jax.export.files import Request
 from vision_jax.export.samples import INSIDE, SAMPLES, make_sample
 from vision_jax.export.serving import serving_function
+from vision_jax.loaded import load
 from vision_jax.models.families import FAMILIES
+from vision_jax.trees import quantize
 
 
 def in_process(format_, given, python=""):
@@ -253,3 +258,46 @@ def test_the_readers_of_a_file_are_told():
     low, high = about["calling_conventions_of_this_jax"]
     assert low <= about["calling_convention_version"] <= high
     assert about["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize("inputs", ["weights", "dynamic"])
+def test_kernels_go_to_int8_on_the_way(here, inputs, capsys, tmp_path):
+    """And are measured beside the file that would have been."""
+    given = [str(runs.finished()), "--to=stablehlo", f"--out={tmp_path}", "--seed=3"]
+    assert command.main([*given, f"--quantize={inputs}"]) == 0
+    assert "int8: 4 kernels" in capsys.readouterr().out
+    record = json.loads((tmp_path / "model.stablehlo.json").read_text())
+    found = record["certificate"]["int8"]
+    assert (found["kernels"], found["rounds_inputs"]) == (4, inputs == "dynamic")
+    assert 0.3 < found["beside_float32"]["bytes"] < 1
+    assert 1e-4 < found["beside_float32"]["relative_error"]["logits"] < 0.1
+    program = jax.export.deserialize(
+        bytearray((tmp_path / "model.stablehlo").read_bytes())
+    ).mlir_module()
+    assert ("xi8>) -> tensor" in program and "xi32>" in program) or inputs == "weights"
+
+
+def test_a_quantized_model_keeps_its_integers(here, tmp_path):
+    """Its certificate says what the float model of its run says, and what `quantize` measured."""
+    loaded = load(runs.finished())
+    make = partial(quantize.FORMS["int8"], dynamic=True)
+    params = quantize.quantize(loaded.variables["params"], {"block_0/mlp/fc1/kernel"}, make)
+    write_quantized(
+        tmp_path / "model.safetensors",
+        jax.device_get({"params": params}),
+        family="vit",
+        arguments=arguments_of(loaded.model),
+        preprocessing=dataclasses.asdict(loaded.preprocessing),
+        class_names=loaded.class_names,
+    )
+    report = {"run": str(runs.finished()), "error": 0.01, "kernels": [{}]}
+    (tmp_path / "quantization.json").write_text(json.dumps(report))
+    assert command.main([str(tmp_path), "--to=stablehlo", "--seed=3"]) == 0
+    record = json.loads((tmp_path / "export/model.stablehlo.json").read_text())
+    found = record["certificate"]
+    assert found["continues"]["quantized"] == {"run": report["run"], "error": 0.01}
+    assert found["int8"]["kernels"] == 1
+    assert found["relative_error"]["logits"] < 1e-5
+    assert 1e-5 < found["int8"]["beside_float32"]["relative_error"]["logits"] < 0.1
+    again = [str(tmp_path), "--to=stablehlo", "--quantize=weights"]
+    assert command.main(again) == 2

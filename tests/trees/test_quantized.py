@@ -13,6 +13,7 @@ from vision_jax.errors import UserError
 from vision_jax.models.vit import ViT
 from vision_jax.trees import lora, paths, quantize
 from vision_jax.trees.leaf import convolve, dot, roles, trainable_paths
+from vision_jax.trees.masked import to_n_of_m
 from vision_jax.trees.quantized import (
     NF4_CODE,
     FakeQuantized,
@@ -245,6 +246,23 @@ def test_what_is_chosen():
     tree = quantize.quantize(params, chosen, to_int8)
     with pytest.raises(UserError, match=r"block_0/fc1/kernel is no plain kernel"):
         quantize.quantize(tree, chosen, to_int8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zeros_of_a_mask_stay(rng, form):
+    """And what is quantized is the kernel with its zeros; training for int8 leaves them alone."""
+    kernel = jnp.asarray(rng.normal(size=(12, 5)), jnp.float32)
+    masked = {"fc": {"kernel": to_n_of_m(kernel)}}
+    leaf = quantize.quantize(masked, {"fc/kernel"}, FORMS[form])["fc"]["kernel"]
+    zeros = ~np.asarray(masked["fc"]["kernel"].mask)
+    assert not np.asarray(leaf.merge())[zeros].any()
+    plain = FORMS[form](masked["fc"]["kernel"].merge())
+    np.testing.assert_array_equal(leaf.merge(), plain.merge())
+    if form.startswith("fake"):
+        x = jnp.asarray(rng.normal(size=(3, 12)), jnp.float32)
+        gradient = jax.grad(lambda leaf: dot(x, leaf).sum(), allow_int=True)(leaf).base.base
+        assert not np.asarray(gradient)[zeros].any()
+        assert np.asarray(gradient)[~zeros].all()
 
 
 def make_vit(**arguments):

@@ -4,6 +4,8 @@
     vision_jax export embedded:vit_cifar10 --to=stablehlo --out=exported
     vision_jax export runs/segment_nuclei --to=tflite --image-size=256,256 --batch=1
     vision_jax export runs/vit_lora --to=onnx --images photos/*.jpg
+    vision_jax export runs/vit_lora/quantized --to=tflite             # kernels in int8, as they are
+    vision_jax export embedded:vit_cifar10 --to=onnx --quantize=dynamic
 
 The file takes uint8 images as they come and gives names with probabilities, boxes in pixels, or a
 class for each pixel. SOURCE is a run's folder, or weights as `predict --weights` takes them. Beside
@@ -12,9 +14,11 @@ own, on images that nobody has seen. docs/export.md says what each format can.
 """
 
 import argparse
+import re
 import secrets
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,8 @@ from vision_jax.flags import image_size, make_parser, run
 
 TARGETS = ("stablehlo", "onnx", "tflite", "openvino", "safetensors")
 FAILED = 1  # exit code
-RUN_FILE = "config.json"
+RUN_FILE, QUANTIZED_FILE = "config.json", "quantization.json"
+WEIGHTS, DYNAMIC = "weights", "dynamic"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +56,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run; its end else")
     parser.add_argument(
+        "--quantize",
+        choices=(WEIGHTS, DYNAMIC),
+        help="kernels to int8, all but heads and the first: alone, or with the layers' inputs by "
+        "the range of each; `vision_jax quantize` measures what a run's can bear, and calibrates",
+    )
+    parser.add_argument(
         "--allow-pickle", action="store_true", help="read pickles, by torch's weights-only reader"
     )
     parser.add_argument(
@@ -75,9 +86,13 @@ def _run(flags: argparse.Namespace) -> int:
     folder = expand(flags.source)
     is_run = (folder / RUN_FILE).is_file()
     loaded = _load(flags, folder if is_run else None)
-    out = flags.out or (folder / "export" if is_run else Path("export"))
+    report = _read_report(folder)
+    out = flags.out or (folder / "export" if is_run or report else Path("export"))
     if flags.to == "safetensors":
         return _save(loaded, out)
+    float32 = _before(report)
+    if flags.quantize:
+        loaded, float32 = _quantized(loaded, flags.quantize), loaded
     request = Request(
         format=flags.to,
         image_size=flags.image_size,
@@ -85,7 +100,9 @@ def _run(flags: argparse.Namespace) -> int:
         photos=_photos(flags.images),
         python=flags.python,
         seed=secrets.randbelow(2**32) if flags.seed is None else flags.seed,
-        continues=_continues(loaded, folder if is_run else None, flags.import_certificate),
+        continues=_continues(loaded, folder if is_run else None, flags.import_certificate)
+        | ({"quantized": report} if report else {}),
+        float32=float32,
     )
     path, record = export(loaded, out, request)
     print(f"wrote {path} ({record['bytes'] / 1e6:.1f} MB)")
@@ -94,7 +111,21 @@ def _run(flags: argparse.Namespace) -> int:
         print(f"FAILED {path.name}: {'; '.join(found['reasons'])}", file=sys.stderr)
         return FAILED
     print(_line(found))
+    if "int8" in found:
+        print(_int8_line(found["int8"]))
     return 0
+
+
+def _int8_line(found: dict[str, Any]) -> str:
+    """What int8 costs and saves, for the screen."""
+    beside = found["beside_float32"]
+    agreement = beside["agreement"]
+    rounded = ", inputs too" if found["rounds_inputs"] else ""
+    return (
+        f"int8: {found['kernels']} kernels{rounded}; beside the file in float32 "
+        f"{beside['bytes']:.3f} of the bytes, {beside['cpu_time']:.2f} of the CPU time"
+        + ("" if agreement is None else f", agreement {agreement:.4f}")
+    )
 
 
 def _line(found: dict[str, Any]) -> str:
@@ -127,6 +158,43 @@ def _load(flags: argparse.Namespace, workdir: Path | None) -> Any:
 
     config = load_config(str(workdir / RUN_FILE), {})
     return loaded_of(restore(config, workdir, flags.checkpoint).trained, f"{workdir}")
+
+
+def _read_report(folder: Path) -> dict[str, Any] | None:
+    """What `vision_jax quantize` measured, but for each kernel; None: the folder is none of its."""
+    if not (folder / QUANTIZED_FILE).is_file():
+        return None
+    report = read_json(folder / QUANTIZED_FILE)
+    if not isinstance(report, dict):
+        raise UserError(f"{folder / QUANTIZED_FILE} is no report of `vision_jax quantize`")
+    return {name: value for name, value in report.items() if name != "kernels"}
+
+
+def _before(report: dict[str, Any] | None) -> Any:
+    """The model that was quantized, if its run is still there."""
+    from vision_jax.loaded import load
+
+    run = Path(str((report or {}).get("run", "")))
+    return load(run) if (run / RUN_FILE).is_file() else None
+
+
+def _quantized(loaded: Any, inputs: str) -> Any:
+    """The model with its kernels in int8, all but those that quantization leaves in float."""
+    from dataclasses import replace
+
+    import jax
+
+    from vision_jax.config.fields import HEADS
+    from vision_jax.trees import quantize
+
+    params = loaded.variables["params"]
+    if quantize.describe(params):
+        raise UserError(f"--quantize: {loaded.origin} is quantized already: leave it out")
+    keep = (*HEADS, re.escape(getattr(loaded.model, "stem", "")))
+    chosen = quantize.choose(params, [".*kernel"], keep, field="--quantize")
+    make = partial(quantize.FORMS["int8"], dynamic=inputs == DYNAMIC)
+    params = jax.jit(lambda params: quantize.quantize(params, chosen, make))(params)
+    return replace(loaded, variables={**loaded.variables, "params": params})
 
 
 def _photos(names: Sequence[str]) -> list[Any]:

@@ -69,6 +69,7 @@ def run(config: ConfigDict, workdir: Path, checkpoint: str, out: Path | None) ->
     quantized = quantize.only(plain, everything, chosen)
 
     report = {
+        "run": str(workdir.absolute()),
         "form": config.ptq.form,
         "activations": config.ptq.activations,
         "images": config.ptq.images,

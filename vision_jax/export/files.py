@@ -21,10 +21,11 @@ import numpy as np
 import vision_jax
 from vision_jax.errors import UserError, utf8
 from vision_jax.export import certificate, litert, onnx_file, stablehlo
-from vision_jax.export.certificate import RunFailedError
+from vision_jax.export.certificate import Ran, RunFailedError
 from vision_jax.export.serving import Serving, serving_function
 from vision_jax.files import draft_folder, write_whole
 from vision_jax.loaded import Loaded
+from vision_jax.trees import lora
 
 MOST_COMPARED = 2**21  # by OpenVINO, in about 8 ms
 SIZES = 3  # of the generated images; JAX compiles once for each
@@ -39,10 +40,13 @@ class Format:
     Attributes:
       write: what writes one.
       any_size: whether its images may be of any size, and as many at once as one likes.
+      integers: whether it writes products of int8 as the model has them; else it stores kernels in
+        int8 and its runtime knows what to do with them.
     """
 
     write: Write
     any_size: bool
+    integers: bool = True
 
 
 def check_installed(packages: Sequence[str], extra: str) -> None:
@@ -88,6 +92,8 @@ def _write_openvino(serving: Serving, batch: int | None, folder: Path) -> tuple[
     model = openvino.Core().read_model(between)
     _keep_order_of_ties(model)
     path = folder / "model.xml"
+    if serving.int8 and not serving.rounds_inputs:  # which OpenVINO does where weights are int8
+        model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     openvino.save_model(model, path, compress_to_fp16=False)
     between.unlink()
     return path, about | {"openvino": importlib.metadata.version("openvino")}
@@ -117,7 +123,7 @@ def _keep_order_of_ties(model: Any) -> None:
 FORMATS: dict[str, Format] = {
     "stablehlo": Format(_write_stablehlo, any_size=True),
     "onnx": Format(_write_onnx, any_size=True),
-    "tflite": Format(_write_tflite, any_size=False),
+    "tflite": Format(_write_tflite, any_size=False, integers=False),
     "openvino": Format(_write_openvino, any_size=False),
 }
 
@@ -136,6 +142,7 @@ class Request:
       seed: of the generated images.
       continues: what the certificate continues: where the weights came from, and how that import
         was proven.
+      float32: the model before it was quantized, if it is known.
     """
 
     format: str
@@ -146,6 +153,7 @@ class Request:
     python: str = sys.executable
     seed: int = 0
     continues: Mapping[str, Any] | None = None
+    float32: Loaded | None = None
 
 
 def export(loaded: Loaded, out: Path, request: Request) -> tuple[Path, dict[str, Any]]:
@@ -163,7 +171,8 @@ def export(loaded: Loaded, out: Path, request: Request) -> tuple[Path, dict[str,
     loaded = certificate.as_float32(loaded)
     if not format_.any_size:
         request = replace(request, batch=request.batch or 1)
-    serving = serving_function(loaded, image_size=_image_size(loaded, request, format_))
+    size = _image_size(loaded, request, format_)
+    serving = serving_function(loaded, image_size=size, integers=format_.integers)
     if serving.image_size is None and loaded.preprocessing.interpolation == "nearest":
         raise UserError(
             f"{loaded.origin}: its images are resized by the nearest pixel, which Pillow finds by "
@@ -188,7 +197,7 @@ def _describe(loaded: Loaded, serving: Serving, request: Request, path: Path) ->
     return {
         "file": path.name,
         "format": request.format,
-        "bytes": sum(p.stat().st_size for p in path.parent.glob(f"{path.stem}.*")),
+        "bytes": file_bytes(path),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "kind": serving.kind,
         "inputs": {"images": f"u8[{', '.join(map(str, images.shape))}], RGB for 3 channels"},
@@ -222,12 +231,15 @@ def certify(
     }
     alone = _views_alone(serving, request, folder)
     given = [(path, images), (alone, images)]
+    if serving.int8:
+        given.append((_write_float32(loaded, serving, request, folder), images))
     baseline = (_write_baseline(serving, images[-1], folder), images[-1:])
-    if request.format == "stablehlo":
-        given.append(baseline)
+    by_jax = request.format == "stablehlo"
     try:
-        ran, seen, *beside = certificate.run_files(request.format, given, request.python)
-        beside = beside or certificate.run_files("stablehlo", [baseline])
+        ran, seen, *others = certificate.run_files(
+            request.format, [*given, *([baseline] if by_jax else [])], request.python
+        )
+        beside = others.pop() if by_jax else certificate.run_files("stablehlo", [baseline])[0]
     except RunFailedError as error:
         return found | {"pass": False, "reasons": [str(error)]}
     pipeline = certificate.host_pipeline(loaded, serving.kind)
@@ -239,9 +251,13 @@ def certify(
     found |= {
         "runtime": dict(ran.runtime),
         "cpu_ms_an_image": round(1e3 * ran.seconds / len(images[-1]), 3),
-        "cpu_time_beside_jax": round(ran.seconds / beside[0].seconds, 3),
+        "cpu_time_beside_jax": round(ran.seconds / beside.seconds, 3),
     }
-    reasons = certificate.reasons(found, "float32")
+    rounds = serving.rounds_inputs
+    if serving.int8:
+        found["int8"] = {"kernels": len(serving.int8), "rounds_inputs": rounds}
+        found["int8"] |= _beside_float32(serving.kind, ran, others[0], path, given[2][0])
+    reasons = certificate.reasons(found, "int8" if rounds else "float32")
     return found | {"pass": not reasons, "reasons": reasons}
 
 
@@ -263,7 +279,10 @@ def _images(
 def view_alone(serving: Serving) -> Serving:
     """The preprocessing of a model, as a function from images to what the model sees."""
     return replace(
-        serving, function=lambda images: {"view": serving.view(images)}, outputs={"view": ""}
+        serving,
+        function=lambda images: {"view": serving.view(images)},
+        outputs={"view": ""},
+        int8={},
     )
 
 
@@ -272,6 +291,38 @@ def _views_alone(serving: Serving, request: Request, folder: Path) -> Path:
     (folder / "views").mkdir()
     write = FORMATS[request.format].write
     return write(view_alone(serving), request.batch, folder / "views")[0]
+
+
+def _write_float32(loaded: Loaded, serving: Serving, request: Request, folder: Path) -> Path:
+    """The same of the model before it was quantized, or else of its kernels in float."""
+    plain = request.float32 or replace(
+        loaded, variables={**loaded.variables, "params": lora.merge(loaded.variables["params"])}
+    )
+    whole = serving_function(certificate.as_float32(plain), image_size=serving.image_size)
+    (folder / "float32").mkdir()
+    return FORMATS[request.format].write(whole, request.batch, folder / "float32")[0]
+
+
+def _beside_float32(
+    kind: str, ran: Ran, plain: Ran, path: Path, plain_path: Path
+) -> dict[str, Any]:
+    """What int8 costs and saves: the file beside that of the model in float32, in its runtime."""
+    first = [
+        [{name: array[:1] for name, array in outputs.items()} for outputs in one.outputs]
+        for one in (plain, ran)
+    ]
+    return {
+        "beside_float32": certificate.compare(kind, *first)
+        | {
+            "bytes": round(file_bytes(path) / file_bytes(plain_path), 4),
+            "cpu_time": round(ran.seconds / plain.seconds, 3),
+        }
+    }
+
+
+def file_bytes(path: Path) -> int:
+    """Of a file, with its weights beside it."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
 
 
 def _write_baseline(serving: Serving, images: np.ndarray, folder: Path) -> Path:

@@ -11,6 +11,7 @@ import jax
 
 from vision_jax import platform
 from vision_jax.errors import UserError
+from vision_jax.export.litert_int8 import store_int8
 from vision_jax.export.serving import Serving
 
 SIGNATURE = "serving_default"
@@ -20,11 +21,11 @@ def write(serving: Serving, batch: int) -> tuple[bytes, dict[str, Any]]:
     """(what the file holds, what its description says).
 
     Args:
-      serving: of images of one size.
+      serving: of images of one size, whose function has all kernels in float.
       batch: images at once.
 
     Raises:
-      UserError: an operation that LiteRT has not.
+      UserError: an operation that LiteRT has not, or int8 that it can't multiply by.
     """
     from litert_converter import converter_api_ext as converter
     from litert_converter.mlir import ir, passmanager
@@ -50,5 +51,7 @@ def write(serving: Serving, batch: int) -> tuple[bytes, dict[str, Any]]:
     except ValueError as error:  # what the passes refuse
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"litert-converter can't convert the model: {reason}") from None
+    if serving.int8:
+        content = store_int8(content, serving.int8)
     version = importlib.metadata.version("litert-converter")
     return content, {"litert-converter": version, "signature": SIGNATURE}

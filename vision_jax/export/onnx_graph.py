@@ -22,6 +22,7 @@ DTYPES = {
     "float64": TensorProto.DOUBLE,
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
+    "int8": TensorProto.INT8,
     "uint8": TensorProto.UINT8,
     "bool": TensorProto.BOOL,
 }
@@ -66,8 +67,8 @@ class Graph:
         return self._names[key]
 
     def cast(self, value: Value, dtype: Any) -> Value:
-        """As another type."""
-        if isinstance(value, np.ndarray):
+        """As another type; a kernel in int8 is stored as it is."""
+        if isinstance(value, np.ndarray) and value.dtype != np.int8:
             return value.astype(dtype)
         return self.op("Cast", value, to=DTYPES[np.dtype(dtype).name])
 
@@ -162,6 +163,8 @@ def _fold(equation: Any, values: Sequence[Value]) -> Sequence[Value] | None:
     """The outputs, where all inputs are known and none grows large."""
     if equation.primitive.name == "dim_as_value" or any(isinstance(x, str) for x in values):
         return None
+    if any(variable.aval.dtype == np.int8 for variable in equation.invars):
+        return None  # a kernel, which stays small
     shapes = [variable.aval.shape for variable in equation.outvars]
     if any(not isinstance(side, int) for shape in shapes for side in shape):
         return None

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from vision_jax.errors import UserError
-from vision_jax.export.onnx_graph import Graph, Operator, Value
+from vision_jax.export.onnx_graph import DTYPES, Graph, Operator, Value
 
 
 def _same(kind: str) -> Operator:
@@ -86,7 +86,10 @@ def _round(graph, params, values, equation):
 
 
 def _convert(graph, params, values, equation):
+    """Of what is rounded to int8 the float32 stays: products below take it as they need it."""
     dtype = np.dtype(params["new_dtype"])
+    if dtype == np.int8:
+        return values[0]
     if dtype == np.uint8:
         raise UserError("ONNX: a cast to uint8, whose borders runtimes treat each in its own way")
     return graph.cast(values[0], dtype)
@@ -256,6 +259,8 @@ def _dot(graph, params, values, equation):
     if plain and left_sum[0] == len(shapes[0]) - 1:
         if right_sum[0] == 1:
             right = graph.transpose(right, (1, 0))
+        if _is_int8(equation):
+            return _integer_product(graph, left, right)
         return _typed(graph, graph.op("MatMul", left, right), equation)
     free = [
         [axis for axis in range(len(shape)) if axis not in (*batch, *summed)]
@@ -278,6 +283,22 @@ def _dot(graph, params, values, equation):
     return _typed(graph, graph.reshape(product, equation.outvars[0].aval.shape), equation)
 
 
+def _is_int8(equation):
+    return equation.invars[0].aval.dtype == np.int8
+
+
+def _integer_product(graph, left, right):
+    """Of whole numbers -127 ... 127 in float32 and a kernel in int8.
+
+    Runtimes that know the pattern multiply integers, each the pair of types that it is fast with;
+    onnxruntime takes ten times as long for MatMulInteger of int8 by int8 (x86, November 2026).
+    """
+    one, zero = np.array(1, np.float32), np.array(0, np.int8)
+    rows = graph.op("QuantizeLinear", left, one, zero)
+    pair = (graph.op("DequantizeLinear", values, one, zero) for values in (rows, right))
+    return graph.op("MatMul", *pair)
+
+
 def _typed(graph, value, equation):
     dtype = equation.outvars[0].aval.dtype
     return value if equation.invars[0].aval.dtype == dtype else graph.cast(value, dtype)
@@ -292,6 +313,8 @@ def _convolution(graph, params, values, equation):
         raise UserError("ONNX: a convolution that cuts its input")
     images = graph.transpose(values[0], numbers.lhs_spec)
     kernel = graph.transpose(values[1], numbers.rhs_spec)
+    if _is_int8(equation):  # exact in float32; of integers onnxruntime takes five times as long
+        kernel = graph.op("Cast", kernel, to=DTYPES["float32"])
     found = graph.op(
         "Conv",
         images,

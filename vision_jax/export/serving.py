@@ -6,7 +6,7 @@ outputs = jax.jit(serving.function)(images, sizes) # each image at the top left 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from vision_jax.loaded import Loaded
 from vision_jax.ops.detection_outputs import POSTPROCESS
 from vision_jax.tasks.segmentation.objective import PREDICTIONS as SEGMENTERS
 from vision_jax.tasks.segmentation.objective import unpad_scores
-from vision_jax.trees import lora
+from vision_jax.trees import lora, quantize
 
 CLASSES = {
     "logits": "f32[B, K]",
@@ -51,6 +51,7 @@ class Serving:
       channels: C.
       class_names: by label; () for features.
       kind: "classes", "boxes", "pixels" or "features".
+      int8: the kernels that are quantized to it, by path.
     """
 
     function: Callable[..., dict[str, jax.Array]]
@@ -60,6 +61,12 @@ class Serving:
     channels: int
     class_names: tuple[str, ...]
     kind: str
+    int8: Mapping[str, quantize.Integers] = field(default_factory=dict)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether products of kernels in int8 are of integers."""
+        return any(kernel.inputs != "float" for kernel in self.int8.values())
 
     def images_spec(self, batch: int | None, image_size: tuple[int, int] | None = None) -> Any:
         """The images that the function is traced with.
@@ -78,6 +85,8 @@ def serving_function(
     loaded: Loaded,
     variables: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
+    *,
+    integers: bool = True,
 ) -> Serving:
     """The model with preprocessing and postprocessing around it, all of them pure.
 
@@ -85,9 +94,11 @@ def serving_function(
 
     Args:
       loaded: a model that classifies images, finds boxes or segments; others give features.
-      variables: its arrays, or trained ones; adapters are merged.
+      variables: its arrays, or trained ones; adapters and kernels in 4 bits are merged.
       image_size: (height, width) of the images that will come; None: any. A segmenter that takes
         images as they are, by their short side or padded must know: its own size by default.
+      integers: kernels in int8 multiply as they do in the model. Else the function has them in
+        float, for a format that gets `Serving.int8` by other means.
 
     Raises:
       UserError: a segmenter of windows, an image_size that is none.
@@ -104,7 +115,8 @@ def serving_function(
         if own.view != "squash" and image_size is None:
             image_size = own.image_size
     given = loaded.variables if variables is None else variables
-    params, statistics = lora.merge(given["params"]), given.get("batch_stats", {})
+    int8, statistics = quantize.int8_kernels(given["params"]), given.get("batch_stats", {})
+    params = (quantize.merge_but_int8 if integers else lora.merge)(given["params"])
     run = {name: False for name in ("scan", "remat") if hasattr(loaded.model, name)}
     loaded = replace(loaded, model=loaded.model.clone(dtype=jnp.float32, **run))
     kind, outputs, answer = _answers(loaded)
@@ -125,6 +137,7 @@ def serving_function(
         loaded.model.in_channels,
         loaded.class_names,
         kind,
+        int8,
     )
 
 

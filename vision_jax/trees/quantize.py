@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jax import lax
 from vision_jax.errors import UserError
 from vision_jax.trees import paths
 from vision_jax.trees.leaf import Kernel, Leaf, Params, leaves, map_leaves, merge_leaf, multiply
+from vision_jax.trees.masked import MaskedKernel
 from vision_jax.trees.products import Product
 from vision_jax.trees.quantized import (
     BLOCK,
@@ -41,7 +42,7 @@ from vision_jax.trees.quantized import (
     to_nf4,
 )
 
-Make = Callable[[jax.Array], Leaf]
+Make = Callable[[Any], Leaf]  # of an array, or of a MaskedKernel
 FORMS: Mapping[str, Callable[..., Leaf]] = {
     "int8": to_int8,
     "nf4": to_nf4,
@@ -76,7 +77,7 @@ def choose(
 
 
 def quantize(params: Params, chosen: Collection[str], make: Make) -> Params:
-    """The tree with make(kernel) in place of the chosen kernels.
+    """The tree with make(kernel) in place of the chosen kernels; zeros of a mask stay.
 
     Raises:
       UserError: one that has another structured leaf already.
@@ -85,7 +86,7 @@ def quantize(params: Params, chosen: Collection[str], make: Make) -> Params:
     def change(path: str, leaf: Any) -> Any:
         if path not in chosen:
             return leaf
-        if isinstance(leaf, Leaf):
+        if isinstance(leaf, Leaf) and not isinstance(leaf, MaskedKernel):
             raise UserError(f"{path} is no plain kernel: merge it first")
         return make(leaf)
 
@@ -148,6 +149,38 @@ def only(plain: Params, quantized: Params, chosen: Collection[str]) -> Params:
     """The tree whose chosen kernels are quantized, and the others as they were."""
     changed = leaves(quantized)
     return map_leaves(lambda path, leaf: changed[path] if path in chosen else leaf, plain)
+
+
+class Integers(NamedTuple):
+    """A kernel in int8, for other formats.
+
+    Attributes:
+      values: i8[..., in, out] in -127 ... 127.
+      scale: f[out], the step between the levels of each output.
+      inputs: of the products: "float"; or rounded to int8, "dynamic" or "static" as of ptq.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    inputs: str
+
+
+def int8_kernels(params: Params) -> dict[str, Integers]:
+    """The kernels that are held in int8, by path."""
+    return {
+        path: Integers(
+            leaf.values,
+            leaf.scale,
+            "dynamic" if leaf.dynamic else "float" if leaf.input_scale is None else "static",
+        )
+        for path, leaf in leaves(params).items()
+        if isinstance(leaf, Int8)
+    }
+
+
+def merge_but_int8(params: Params) -> Params:
+    """The tree with the plain kernel of each structured leaf, but for those in int8."""
+    return map_leaves(lambda _, leaf: leaf if isinstance(leaf, Int8) else merge_leaf(leaf), params)
 
 
 def quantize_static(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vision_jax.trees.leaf import Leaf
+from vision_jax.trees.leaf import Kernel, Leaf, merge_leaf
 from vision_jax.trees.products import Product
 
 Array = jax.Array
@@ -121,8 +121,9 @@ class Int8(Leaf):
         return _float_product(product, x, self)
 
 
-def to_int8(kernel: Array, *, dynamic: bool = False, input_scale: Array | None = None) -> Int8:
-    """The nearest Int8 of a kernel [..., in, out]; its largest weights are exact."""
+def to_int8(kernel: Kernel, *, dynamic: bool = False, input_scale: Array | None = None) -> Int8:
+    """The nearest Int8 of a kernel [..., in, out]; its largest weights and its zeros are exact."""
+    kernel = merge_leaf(kernel)
     scale = _scale_of(jnp.abs(kernel).max(tuple(range(kernel.ndim - 1))))
     values = jnp.round(kernel / _by_output(scale, kernel.ndim)).astype(jnp.int8)
     return Int8(values, scale, input_scale, dynamic)
@@ -134,10 +135,11 @@ def round_inputs(x: Array, leaf: "Int8 | FakeQuantized") -> tuple[Array, Array]:
     fixed = getattr(leaf, "input_scale", None)
     if fixed is not None:
         scale = fixed.astype(wide.dtype)
-    else:
-        axes = -1 if leaf.ndim == 2 else tuple(range(1, x.ndim))
-        scale = _scale_of(jnp.abs(wide).max(axes, keepdims=True))
-    return jnp.clip(jnp.round(wide / scale), -LEVELS, LEVELS), scale
+        return jnp.clip(jnp.round(wide / scale), -LEVELS, LEVELS), scale
+    axes = -1 if leaf.ndim == 2 else tuple(range(1, x.ndim))
+    least = jnp.finfo(wide.dtype).tiny * LEVELS  # where all is zero
+    scale = jnp.maximum(jnp.abs(wide).max(axes, keepdims=True), least) / LEVELS
+    return jnp.round(wide / scale), scale  # the largest is 127
 
 
 def _scale_of(largest: Array) -> Array:
@@ -161,7 +163,9 @@ def _float_product(product: Product, x: Array, leaf: Leaf) -> Array:
 def _integer_product(product: Product, x: Array, leaf: Int8) -> Array:
     whole, scale = round_inputs(x, leaf)
     total = product(whole.astype(jnp.int8), leaf.values)  # i32
-    wide = total.astype(scale.dtype) * (scale * _by_output(leaf.scale.astype(scale.dtype), x.ndim))
+    wide, step = total.astype(scale.dtype), _by_output(leaf.scale.astype(scale.dtype), x.ndim)
+    # One after the other: of a product of both scales onnxruntime 1.32 takes the first row's alone.
+    wide = wide * scale * step if scale.ndim else wide * (scale * step)
     return wide.astype(x.dtype)
 
 
@@ -190,13 +194,13 @@ class FakeQuantized(Leaf):
     https://arxiv.org/abs/1712.05877; Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
 
     Attributes:
-      base: f[..., in, out], which trains by rule as a plain kernel does.
+      base: f[..., in, out], which trains by rule as a plain kernel does; or one with zeros.
       dynamic: inputs are rounded too, as Int8's are.
     """
 
     like_kernel: ClassVar[tuple[str, ...]] = ("base",)
 
-    base: Array
+    base: Kernel
     dynamic: bool = False
 
     @property
@@ -211,7 +215,8 @@ class FakeQuantized(Leaf):
 
     def merge(self) -> Array:
         """The kernel rounded to int8's levels, in float: `to_int8` of it loses nothing."""
-        return _straight_through(to_int8(lax.stop_gradient(self.base)).merge(), self.base)
+        kernel = merge_leaf(self.base)
+        return _straight_through(to_int8(lax.stop_gradient(kernel)).merge(), kernel)
 
     def multiply(self, product: Product, x: Array, dropout_key: Array | None) -> Array:
         """What Int8 computes, in float."""
@@ -298,7 +303,7 @@ class NF4(Leaf):
         return _float_product(product, x, self)
 
 
-def to_nf4(kernel: Array, *, block_size: int = BLOCK, double: bool = True) -> NF4:
+def to_nf4(kernel: Kernel, *, block_size: int = BLOCK, double: bool = True) -> NF4:
     """The nearest NF4 of a kernel [..., in, out].
 
     Args:
@@ -306,6 +311,7 @@ def to_nf4(kernel: Array, *, block_size: int = BLOCK, double: bool = True) -> NF
       block_size: weights of one output that share a scale.
       double: the scales take 8 bits each instead of 32.
     """
+    kernel = merge_leaf(kernel)
     outputs = kernel.shape[-1]
     rows = kernel.reshape(-1, outputs)
     blocks = _blocks(rows, block_size)  # [blocks, block_size, out]
