@@ -35,3 +35,23 @@ def test_zeros_stay_zero(tmp_path, monkeypatch):
         assert np.abs(kernel - before[path.removesuffix("mask") + "base"])[mask].max() > 0
     saved = load_file(tmp_path / "model.safetensors")["blocks.0.mlp.fc1.weight"].T
     np.testing.assert_array_equal(saved, merged["block_0/mlp/fc1/kernel"])
+
+
+@pytest.mark.long
+def test_a_sparse_run_trains_for_int8(tmp_path, monkeypatch):
+    """What it leaves has the zeros, and lies on int8's levels."""
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
+    fields = {"quantize__form": "int8", "quantize__train": True, "quantize__activations": "int8"}
+    config = runs.full_config(**(SPARSE | fields | {"recipes": "('mask', 'quantize')"}))
+    masks = {
+        path: np.asarray(x)
+        for path, x in runs.Prepared(config=config).frozen.items()
+        if path.endswith("/mask")
+    }
+    assert len(masks) == 4
+    assert train.run(config, tmp_path) == 0
+    saved = load_file(tmp_path / "model.safetensors")
+    kernel = saved["blocks.0.mlp.fc1.weight"].T
+    assert not kernel[~masks["block_0/mlp/fc1/kernel/base/mask"]].any()
+    levels = kernel / np.abs(kernel).max(0) * 127
+    np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)

@@ -81,5 +81,9 @@ def _write_model(run: Run, workdir: Path, log: RunLog, params: Any, statistics: 
     )
     convert.write_safetensors(workdir / "model.safetensors", tensors, metadata)
     held = convert.is_held(naming, run.description.family, convert.arguments_of(run.model))
-    whose = f"{naming}'s naming" if held else "names of its own: no other library has such a model"
+    whose = (
+        f"{naming}'s naming"
+        if held
+        else "names of its own, which vision_jax.load and config.model.weights read"
+    )
     log.wrote(workdir / "model.safetensors", f"the merged model, in {whose}")
