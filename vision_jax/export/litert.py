@@ -51,7 +51,9 @@ def write(serving: Serving, batch: int) -> tuple[bytes, dict[str, Any]]:
     except ValueError as error:  # what the passes refuse
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"litert-converter can't convert the model: {reason}") from None
+    about: dict[str, Any] = {"litert-converter": importlib.metadata.version("litert-converter")}
+    about["signature"] = SIGNATURE
     if serving.int8:
-        content = store_int8(content, serving.int8)
-    version = importlib.metadata.version("litert-converter")
-    return content, {"litert-converter": version, "signature": SIGNATURE}
+        content, left = store_int8(content, serving.int8)
+        about["not_in_int8"] = sorted(left)
+    return content, about

@@ -21,15 +21,21 @@ OUTPUTS = {"FULLY_CONNECTED": 0, "CONV_2D": 0, "DEPTHWISE_CONV_2D": 3}
 IDENTIFIER = b"TFL3"  # of the file format
 
 
-def store_int8(content: bytes, kernels: Mapping[str, Integers]) -> bytes:
+def store_int8(content: bytes, kernels: Mapping[str, Integers]) -> tuple[bytes, set[str]]:
     """The file with the kernels in int8, each with a scale for each output.
+
+    A kernel whose inputs don't depend on the images is no more in the file, its product is: the
+    queries' in a DETR's first self-attention.
 
     Args:
       content: a .tflite with all kernels in float32.
       kernels: what is quantized of the model, by path.
 
+    Returns:
+      (the file, the paths of the kernels that are not in it)
+
     Raises:
-      UserError: calibrated inputs, or a kernel that is nowhere in the file.
+      UserError: calibrated inputs, or no kernel that is in the file.
     """
     if calibrated := [path for path, one in kernels.items() if one.inputs == "static"]:
         raise UserError(
@@ -61,12 +67,12 @@ def store_int8(content: bytes, kernels: Mapping[str, Integers]) -> bytes:
                         operators.append(file.dequantize(graph, operator))
             operators.append(operator)
         graph.operators = operators
-    if missing := kernels.keys() - found:
+    if not found:
         raise UserError(
-            f"{min(missing)}: the converter made another kernel of it, which can't be stored in "
-            "int8: keep it in float by --config.ptq.keep"
+            f"{min(kernels)} and all others: the converter made other kernels of them, which can't "
+            "be stored in int8: export the model in float"
         )
-    return file.pack()
+    return file.pack(), kernels.keys() - found
 
 
 def _levels(kernel: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
