@@ -294,9 +294,8 @@ def _integer_product(graph, left, right):
     onnxruntime takes ten times as long for MatMulInteger of int8 by int8 (x86, November 2026).
     """
     one, zero = np.array(1, np.float32), np.array(0, np.int8)
-    if isinstance(left, np.ndarray):  # of no image
-        left = left.astype(np.float32)
-    rows = graph.op("QuantizeLinear", left, one, zero)
+    known = isinstance(left, np.ndarray)  # of no image
+    rows = left if known else graph.op("QuantizeLinear", left, one, zero)
     pair = (graph.op("DequantizeLinear", values, one, zero) for values in (rows, right))
     return graph.op("MatMul", *pair)
 
