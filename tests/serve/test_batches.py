@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import serving_runs
 
-from vision_jax.serve.batches import Batcher, StoppedError, take
+from vision_jax.serve.batches import Batcher, take
+from vision_jax.serve.body import Refused
 from vision_jax.serve.model import Programs, View
 
 
@@ -75,7 +76,7 @@ def test_closing_answers_the_queue_and_refuses_more():
     closing = threading.Thread(target=batcher.close)
     closing.start()
     serving_runs.wait_until(lambda: not batcher.ready)
-    with pytest.raises(StoppedError):
+    with pytest.raises(Refused):
         batcher.submit(view(9))
     slow.go.set()
     closing.join(60)
@@ -123,7 +124,7 @@ def test_what_fails_to_compile_ends_the_thread_and_says_so():
     serving_runs.wait_until(lambda: ended)
     assert str(ended[0]) == "no memory"
     assert not batcher.ready
-    with pytest.raises(StoppedError):
+    with pytest.raises(Refused):
         batcher.submit(view(0))
     batcher.close()
 

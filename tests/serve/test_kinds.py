@@ -13,6 +13,7 @@ import segmentation_runs
 import serving_runs
 from PIL import Image
 
+from vision_jax import train
 from vision_jax.commands import predict as predict_command
 from vision_jax.config import load_config
 from vision_jax.data.decode import DamagedImageError
@@ -101,9 +102,15 @@ def test_an_image_of_a_size_that_was_not_compiled():
 @pytest.mark.long
 def test_what_cannot_be_served():
     loaded = make_sample("unet")
-    own = dataclasses.replace(loaded.preprocessing, view="windows")
-    with pytest.raises(UserError, match=r"data\.view=squash"):
-        make_servable(dataclasses.replace(loaded, preprocessing=own))
+    own = dataclasses.replace(loaded.preprocessing, view="original")
+    loaded = dataclasses.replace(loaded, preprocessing=own)
+    with pytest.raises(UserError, match="a stride of 30"):
+        make_servable(loaded, (), 20, 30)
+    with pytest.raises(UserError, match="--image-size beside --window"):
+        make_servable(loaded, [(32, 32)], 20)
+    squashed = dataclasses.replace(loaded, preprocessing=dataclasses.replace(own, view="squash"))
+    with pytest.raises(UserError, match=r"--window: .* leave it out"):
+        make_servable(squashed, (), 20)
     with pytest.raises(UserError, match="leave it out"):
         make_servable(make_sample("vit"), [(3, 3)])
 
@@ -195,3 +202,34 @@ def test_real_weights_find_what_predict_finds(tmp_path):
     assert sum(len(one["boxes"]) for one in want) > 0
     for one, other in zip(want, found["images"], strict=True):
         same_boxes(one["boxes"], other["boxes"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("view", ["original", "windows"])
+def test_windows_of_images_of_any_size(view, rng, tmp_path):
+    """As `predict` sees them: in windows of the run's, or in those that its view has."""
+    more = {"evaluate__window": 20} if view == "original" else {}
+    workdir = tmp_path / "run"
+    assert train.run(segmentation_runs.tiny_config(data__view=view, **more), workdir) == 0
+    sizes = [(24, 32), (50, 41), (16, 70), (90, 30)]
+    files = {f"{n}.png": serving_runs.photo(rng, *size) for n, size in enumerate(sizes)}
+    want = predicted(workdir, tmp_path, files)["images"]
+    with serving_runs.serving(workdir) as (port, parts):
+        assert parts.servable.canvases == (((20, 20),) if more else ((16, 16),))
+        compiled = serving_runs.gauge(port, "vision_jax_compilations_total")
+        status, found = serving_runs.form(port, files)
+        assert status == 200
+        for data in files.values():
+            assert serving_runs.predict(port, data)[0] == 200
+        assert serving_runs.gauge(port, "vision_jax_compilations_total") == compiled
+        thin = serving_runs.photo(rng, 1, 17_000)
+        status, said = serving_runs.predict(port, thin)
+        assert (status, said["error"]) == (
+            413,
+            "image: 1 x 17000 pixels: at most 16384 a side: shrink it",
+        )
+    for one, theirs in zip(want, found["images"], strict=True):
+        mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(theirs["mask_png"]))))
+        ours = np.asarray(Image.open(tmp_path / "out" / one["mask"]))
+        assert mask.shape == ours.shape
+        assert (mask == ours).mean() > 0.999

@@ -2,7 +2,7 @@
 
     vision_jax serve runs/vit_lora --port=8000
     vision_jax serve embedded:nanodet_coco --score=0.3
-    vision_jax serve runs/segment_nuclei --image-size 512,512 --image-size 512,128
+    vision_jax serve runs/segment_nuclei --window=256
     curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/predict
 
 SOURCE is a run's folder, or weights as `predict --weights` takes them; answers are those of
@@ -60,6 +60,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of a segmenter that sees images as they are: sizes that will come; repeat it",
     )
     parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="or in windows of N pixels, of any size; the run's evaluate.window by default",
+    )
+    parser.add_argument(
         "--score", type=float, help="boxes of a lower score are left out; the run's by default"
     )
     parser.add_argument(
@@ -95,6 +101,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, least, most in (
         ("port", 0, 2**16 - 1),
         ("score", 0, 1),
+        ("window", 0, 4096),
         ("wait", 0, 10_000),
         ("threads", 1, 1024),
         ("most_images", 1, 10_000),
@@ -150,7 +157,12 @@ def make_parts(flags: argparse.Namespace) -> tuple[Any, list[BaseException]]:
     from vision_jax.serve.model import compile_programs, make_servable
 
     loaded, config = _load(flags)
-    servable = make_servable(loaded, flags.image_size)
+    window, stride = flags.window or 0, 0
+    if config.task == "segmentation":
+        stride = config.evaluate.stride
+        if flags.window is None and not flags.image_size:
+            window = config.evaluate.window
+    servable = make_servable(loaded, flags.image_size, window, stride)
     counter = None
     if servable.kind == "pixels":
         from vision_jax.tasks.segmentation.task import make_counter
@@ -210,11 +222,9 @@ def _load(flags: argparse.Namespace) -> tuple[Any, Any]:
         return loaded, config_without_file(loaded.family.task, {})
     config = load_config(str(workdir / RUN_FILE), {})
     trained = restore(config, workdir, flags.checkpoint or "last").trained
-    if config.task == "segmentation" and (
-        config.data.targets != "semantic" or config.evaluate.window
-    ):
+    if config.task == "segmentation" and config.data.targets != "semantic":
         raise UserError(
-            f"{workdir}: segments, and masks by windows (config.evaluate.window), are not served: "
+            f"{workdir}: segments (config.data.targets={config.data.targets}) are not served: "
             "`predict` finds them in files"
         )
     return loaded_of(trained, f"{workdir}"), config

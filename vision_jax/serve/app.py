@@ -16,17 +16,19 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vision_jax.serve import openapi, page
 from vision_jax.serve.answers import Asked, Describe, read_query
-from vision_jax.serve.batches import Batcher, StoppedError
+from vision_jax.serve.batches import Batcher
 from vision_jax.serve.body import Limits, Refused, Room, Upload, linger, look_at, read_uploads
 from vision_jax.serve.metrics import Metrics
-from vision_jax.serve.model import Servable
+from vision_jax.serve.model import Servable, Size, View
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -72,7 +74,7 @@ def make_app(parts: Parts) -> "Starlette":
     from starlette.routing import Route
 
     batcher, metrics, limits = parts.batcher, parts.metrics, parts.limits
-    room, kind = Room(limits), parts.servable.kind
+    room, kind, predict_one = Room(limits), parts.servable.kind, parts.servable.by_windows
     pool = ThreadPoolExecutor(parts.threads, thread_name_prefix="decode")
     described = openapi.describe(parts.servable, limits, parts.title)
     metrics.queue.set_function(lambda: batcher.waiting)
@@ -148,18 +150,45 @@ def make_app(parts: Parts) -> "Starlette":
         metrics.images.labels("refused").inc(len(refused))
         return records
 
-    async def answer(upload: Upload, asked: Asked) -> dict[str, Any]:
-        loop = asyncio.get_running_loop()
-        view = await loop.run_in_executor(pool, look_at, upload, limits, parts.servable.look)
+    def look(upload: Upload, future: Future, seen: list[Size]) -> None:
+        """In a thread: decodes an image, notes its size, and puts its view into the queue."""
+        if future.cancelled():
+            return
         try:
-            found = await asyncio.wrap_future(batcher.submit(view))
-        except StoppedError as error:
-            raise Refused(503, str(error)) from None
-        record = {"height": view.size[0], "width": view.size[1]}
+            view = look_at(upload, limits, parts.servable.look)
+            seen.append(view.size)
+            if predict_one is None:
+                batcher.submit(view, future)
+                return
+            label = predict_one(view.pixels, lambda windows: scores_of(windows, future))
+            if future.set_running_or_notify_cancel():
+                future.set_result({"label": label})
+        except Exception as error:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    def scores_of(windows: np.ndarray, future: Future) -> np.ndarray:
+        """In a thread: waits for the scores of an image's next windows."""
+        if future.cancelled():
+            raise Refused(GONE, "the client has left")
+        some = [batcher.submit(View(0, window, window.shape[:2])) for window in windows]
+        return np.stack([one.result()["scores"] for one in some])
+
+    async def answer(upload: Upload, asked: Asked) -> dict[str, Any]:
+        future: Future[Any] = Future()
+        seen: list[Size] = []
+        looking = pool.submit(look, upload, future, seen)
+        try:
+            found = await asyncio.wrap_future(future)
+        finally:
+            looking.cancel()  # if the client has left
+        (size,) = seen
+        record = {"height": size[0], "width": size[1]}
         if kind == "pixels":  # counting and writing a mask takes its time
-            said = await loop.run_in_executor(pool, parts.describe, found, view.size, asked)
+            loop = asyncio.get_running_loop()
+            said = await loop.run_in_executor(pool, parts.describe, found, size, asked)
         else:
-            said = parts.describe(found, view.size, asked)
+            said = parts.describe(found, size, asked)
         return record | said
 
     async def health(request: Request) -> Response:

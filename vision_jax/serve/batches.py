@@ -10,15 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from vision_jax.serve.body import Refused
 from vision_jax.serve.model import Found, Programs, View
 
 SMOOTHING = 0.1  # of the mean time of an image
-
-
-class StoppedError(Exception):
-    """The thread takes no more images."""
 
 
 @dataclass
@@ -27,7 +24,7 @@ class Waiting:
 
     view: View
     since: float  # of time.monotonic
-    future: "Future[Found]" = field(default_factory=Future)
+    future: "Future[Found]"
 
 
 class Batcher:
@@ -88,16 +85,18 @@ class Batcher:
         """A moving mean of what an image takes in the thread; 0 before the first."""
         return self._seconds_an_image
 
-    def submit(self, view: View) -> "Future[Found]":
-        """Puts a view into the queue. If its future is cancelled in time, it is not computed.
+    def submit(self, view: View, future: "Future[Found] | None" = None) -> "Future[Found]":
+        """Puts a view into the queue; its answer comes into the future, `future` if it is given.
+
+        If that is cancelled in time, the view is not computed.
 
         Raises:
-          StoppedError: after `close`.
+          Refused: after `close`, or when the thread has ended.
         """
-        one = Waiting(view, time.monotonic())
+        one = Waiting(view, time.monotonic(), Future() if future is None else future)
         with self._changed:
             if self._closing or not self.alive:
-                raise StoppedError("the server stops")
+                raise _stopped()
             self._queues.setdefault(view.canvas, deque()).append(one)
             self._changed.notify()
         return one.future
@@ -126,7 +125,7 @@ class Batcher:
                 self._queues.clear()
             for one in left:
                 if one.future.set_running_or_notify_cancel():
-                    one.future.set_exception(StoppedError("the server stops"))
+                    one.future.set_exception(_stopped())
             self._on_end(error)
 
     def _next(self, rows: Sequence[int]) -> list[Waiting]:
@@ -200,3 +199,7 @@ def take(waiting: int, rows: Sequence[int]) -> int:
             return waiting if 2 * waiting >= size or not smaller else smaller
         smaller = size
     return smaller
+
+
+def _stopped() -> Refused:
+    return Refused(503, "the server stops: try again", 1)

@@ -237,6 +237,6 @@ def look_at(upload: Upload, limits: Limits, look: Any) -> Any:
     try:
         return look(picture)
     except DamagedImageError as error:
-        raise Refused(422, f"{upload.name}: {error}") from None
+        raise Refused(refusal(error).status, f"{upload.name}: {error}") from None
     except MemoryError:
         raise Refused(413, f"{upload.name}: no memory for its view: shrink it") from None

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vision_jax import machine
-from vision_jax.data.decode import DamagedImageError, Picture
+from vision_jax import limits, machine
+from vision_jax.data.decode import DamagedImageError, Picture, TooManyPixelsError
 from vision_jax.data.detection_transforms import (
     DetectionPreprocessing,
     bounded_size,
@@ -26,16 +26,19 @@ from vision_jax.data.segmentation_transforms import (
     SegmentationPreprocessing,
     segmentation_eval_transform,
 )
-from vision_jax.data.transforms import eval_transform, size_of
+from vision_jax.data.transforms import eval_transform, size_of, to_channels
 from vision_jax.errors import UserError
 from vision_jax.loaded import Loaded
 from vision_jax.ops.detection_outputs import POSTPROCESS
 from vision_jax.ops.resize import bilinear_weights
 from vision_jax.tasks.detection.objective import pixel_mask
+from vision_jax.tasks.segmentation.inference import PredictOne, make_predict_one
 from vision_jax.tasks.segmentation.objective import PREDICTIONS as SEGMENTERS
 from vision_jax.trees import lora
 
 TILE = 256  # pixels a side of what is decided at once of a mask
+STRIP_BYTES = 2**29  # of the scores of a row of windows
+AT_ONCE = 4  # windows of an image
 AS_THEY_ARE = ("original", "short")  # a segmenter's views whose size depends on the image's
 
 Size = tuple[int, int]  # height, width
@@ -69,6 +72,8 @@ class Servable:
       outputs: (variables, {"image": u8[B, h, w, C], "size": i32[B, 2] within the canvas,
         "original_size": i32[B, 2]}) -> {name: [B, ...]}, a pure function.
       variables: of the model, on the device.
+      by_windows: of a segmenter that sees images in windows, (view, scores_of) -> labels u8[H, W];
+        outputs are of windows then, {"scores": f[B, h, w, K]}, and a view is the whole image.
       make_read: {name: shape} of the outputs of one image -> a function (these outputs, size of the
         image that came) -> Found. It compiles when it is made, and not later.
     """
@@ -81,9 +86,12 @@ class Servable:
     outputs: Callable[[Any, Mapping[str, Any]], Mapping[str, jax.Array]]
     variables: Any
     make_read: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Callable[[Found, Size], Found]]
+    by_windows: PredictOne | None = None
 
 
-def make_servable(loaded: Loaded, image_sizes: Sequence[Size] = ()) -> Servable:
+def make_servable(
+    loaded: Loaded, image_sizes: Sequence[Size] = (), window: int = 0, stride: int = 0
+) -> Servable:
     """What `loaded` is served as.
 
     Args:
@@ -91,34 +99,45 @@ def make_servable(loaded: Loaded, image_sizes: Sequence[Size] = ()) -> Servable:
         adapters are merged.
       image_sizes: (height, width) of the images that will come, for a segmenter that takes them as
         they are: it is compiled for each. Its own size by default.
+      window: pixels a side of the windows in which such a segmenter sees images of any size; 0: it
+        sees them whole.
+      stride: pixels between windows; 0 is two thirds of a window.
 
     Raises:
-      UserError: sizes for a model that takes any, or a segmenter of windows.
+      UserError: sizes or windows for a model that takes images of any size without.
     """
     params = lora.merge(loaded.variables["params"])
     variables = jax.device_put({**loaded.variables, "params": params})
     run = {name: False for name in ("scan", "remat") if hasattr(loaded.model, name)}
     loaded = replace(loaded, model=loaded.model.clone(**run))
     own = loaded.preprocessing
-    as_they_are = isinstance(own, SegmentationPreprocessing) and own.view in AS_THEY_ARE
-    if image_sizes and not as_they_are:
-        raise UserError(f"--image-size: {loaded.origin} takes images of any size: leave it out")
+    view = own.view if isinstance(own, SegmentationPreprocessing) else ""
+    for flag, given, views in (
+        ("--image-size", image_sizes, AS_THEY_ARE),
+        ("--window", window, AS_THEY_ARE[:1]),
+    ):
+        if given and view not in views:
+            raise UserError(f"{flag}: {loaded.origin} takes images of any size: leave it out")
+    if window and (image_sizes or stride > window):
+        what = "--image-size beside --window" if image_sizes else f"a stride of {stride}"
+        raise UserError(f"{what}: windows of {window} pixels are for images of any size, all of it")
+    by_windows: PredictOne | None = None
     if isinstance(own, DetectionPreprocessing):
         canvases, look = own.buckets, _look_for_boxes(own)
+    elif isinstance(own, SegmentationPreprocessing) and (window or view == "windows"):
+        side = window or own.image_size[0]
+        canvases, look = ((side, side),), _look_at_all(own, side, len(loaded.class_names))
+        stride = stride or -(-window * 2 // 3)
+        by_windows = make_predict_one(own, window=window, stride=stride, at_once=AT_ONCE)
     elif isinstance(own, SegmentationPreprocessing):
-        if own.view == "windows":
-            raise UserError(
-                f"{loaded.origin}: it sees images in windows, as many as an image needs, and a "
-                "server's batches are fixed: train it with config.data.view=squash to serve it"
-            )
-        canvases = _sizes_seen(own, image_sizes) if as_they_are else (own.image_size,)
+        canvases = _sizes_seen(own, image_sizes) if view in AS_THEY_ARE else (own.image_size,)
         look = _look_at_pixels(own, canvases)
     else:
         canvases, look = (
             (own.image_size,),
             lambda picture: View(0, eval_transform(picture, own), size_of(picture)),
         )
-    kind, outputs, make_read = _answers(loaded, getattr(own, "view", "") == "pad")
+    kind, outputs, make_read = _answers(loaded, view, by_windows is not None)
     return Servable(
         kind,
         loaded.class_names if kind != "features" else (),
@@ -128,6 +147,7 @@ def make_servable(loaded: Loaded, image_sizes: Sequence[Size] = ()) -> Servable:
         outputs,
         variables,
         make_read,
+        by_windows,
     )
 
 
@@ -153,6 +173,7 @@ def _look_at_pixels(
     place = {size: canvas for canvas, size in enumerate(canvases)}
 
     def look(picture: Picture) -> View:
+        _check_sides(size_of(picture))
         pixels = segmentation_eval_transform(np.asarray(picture), own)
         seen, size = (pixels.shape[0], pixels.shape[1]), size_of(picture)
         if seen not in place:
@@ -167,6 +188,27 @@ def _look_at_pixels(
     return look
 
 
+def _look_at_all(
+    own: SegmentationPreprocessing, window: int, classes: int
+) -> Callable[[Picture], View]:
+    def look(picture: Picture) -> View:
+        size = size_of(picture)
+        _check_sides(size)
+        if own.view == "original" and window * max(size[1], window) * classes * 4 > STRIP_BYTES:
+            raise TooManyPixelsError(f"the image has {size[1]} columns, too many for windows")
+        return View(0, to_channels(np.asarray(picture), len(own.mean)), size)
+
+    return look
+
+
+def _check_sides(size: Size) -> None:
+    """Of masks, which are interpolated to the image's size: a thin line costs as a square does."""
+    if max(size) > limits.SIDE:
+        raise TooManyPixelsError(
+            f"{size[0]} x {size[1]} pixels: at most {limits.SIDE} a side: shrink it"
+        )
+
+
 def _sizes_seen(own: SegmentationPreprocessing, given: Sequence[Size]) -> tuple[Size, ...]:
     """Sizes of the views of images of the sizes given."""
     seen = []
@@ -179,8 +221,8 @@ def _sizes_seen(own: SegmentationPreprocessing, given: Sequence[Size]) -> tuple[
 # Answers ------------------------------------------------------------------------------------------
 
 
-def _answers(loaded: Loaded, padded: bool) -> tuple[str, Any, Any]:
-    """(kind, outputs, make_read) of Servable; `padded`: images fill a part of a square."""
+def _answers(loaded: Loaded, view: str, windows: bool) -> tuple[str, Any, Any]:
+    """(kind, outputs, make_read) of Servable; `view` is a segmenter's."""
     predicts = loaded.family.predicts
 
     def as_it_is(like):
@@ -194,7 +236,16 @@ def _answers(loaded: Loaded, padded: bool) -> tuple[str, Any, Any]:
             return POSTPROCESS[predicts](found, batch["original_size"])
 
         return "boxes", boxes, as_it_is
+    if windows:
+        scores_of = SEGMENTERS[predicts].scores
+
+        def scores(variables, batch):
+            found = loaded.apply(variables, batch["image"])
+            return {"scores": scores_of(found, batch["image"].shape[1:3])}
+
+        return "pixels", scores, as_it_is
     if predicts in SEGMENTERS:
+        padded = view == "pad"  # images fill a part of a square
         return "pixels", _maps_of(loaded, padded), _make_make_read(loaded, padded)
 
     def logits(variables, batch):
