@@ -255,7 +255,7 @@ def test_hints_are_fields_and_no_field_is_somebody_elses_word():
     assert len(set(words)) == len(words)
     assert "the flag --workdir=DIR" in suggest("train.output_dir", sorted(names))
     assert "classes are counted" in suggest("model.num_classes", sorted(names))
-    assert "no early stop" in suggest("patience", sorted(names))
+    assert "`evaluate.stop_after`" in suggest("patience", sorted(names))
     assert suggest("old_field", sorted(names)) == ""
     assert suggest("nothing_like_it_at_all_xyz", sorted(names)) == ""
 

@@ -167,14 +167,14 @@ def test_bad_input_is_one_line_and_leaves_no_trace(name, tmp_path, capsys):
         (["probe", CONFIG, "--checkpoint=best"], "--checkpoint is a flag of"),
         (
             ["evaluate", CONFIG],
-            "--config is a flag of train, probe, cache-teacher, plan, search, and",
+            "--config is a flag of train, probe, cache-teacher, plan, search, find-lr, ",
         ),
         (["evaluate", "--workdir=absent", "--images=a"], "--images is a flag of predict"),
         (["plan", CONFIG, "--workdir=x"], "--workdir is a flag of"),
         ([CONFIG, "--plan", "--workdir=x"], "--workdir is a flag of"),
         (
             ["models", CONFIG],
-            "--config is a flag of train, probe, cache-teacher, plan, search, and this is m",
+            "cache-teacher, plan, search, find-lr, and this is models",
         ),
         (
             ["models", "--config.seed=1"],

@@ -501,3 +501,23 @@ def test_what_a_run_cannot_begin_with(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             train.run(runs.full_config(**fields), tmp_path / "self", start)
+
+
+# Early stopping -----------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_training_ends_where_its_figure_no_longer_improves_and_goes_on_where_asked(
+    tmp_path, monkeypatch, capsys
+):
+    quick(monkeypatch)
+    fields = {"optim__lr": 0, "evaluate__every": 2}  # the figure is always the same
+    workdir = tmp_path / "run"
+    for _ in range(2):  # the second start sees that it has ended
+        assert train.run(runs.tiny_config(**fields, evaluate__stop_after=1), workdir) == 0
+        assert "stopped at step 4: 1 evaluations in a row" in capsys.readouterr().out
+        assert steps_logged(workdir, "train/loss") == [1, 2, 3, 4]
+    assert train.run(runs.tiny_config(**fields), workdir) == 0
+    assert train.run(runs.tiny_config(**fields), tmp_path / "whole") == 0
+    assert steps_logged(workdir, "train/loss") == [1, 2, 3, 4, 5, 6]
+    assert_same_numbers(workdir, tmp_path / "whole")

@@ -109,6 +109,11 @@ COMMANDS: Mapping[str, Command] = {
             *("seed", "together", "plan"),
         ),
     ),
+    "find-lr": Command(
+        "suggest a learning rate, from one short run of rising rates",
+        "vision_jax.commands.find_lr:run",
+        ("config", "workdir"),
+    ),
     "convert": Command(
         "turn weights or a run into files of timm, torchvision or transformers",
         "vision_jax.convert",
@@ -138,13 +143,13 @@ COMMANDS: Mapping[str, Command] = {
     ),
 }
 MOVED = {"frozen": "probe", "teach": "cache-teacher"}  # older names
-FROM_CONFIG = ("train", "probe", "cache-teacher", "plan", "search")  # these take --config
+FROM_CONFIG = ("train", "probe", "cache-teacher", "plan", "search", "find-lr")  # take --config
 FROM_WORKDIR = ("evaluate", "predict", "robustness", "quantize")  # these a finished run
 CONFIGURED = (*FROM_CONFIG, *FROM_WORKDIR)
-COMPUTING = ("train", "probe", "cache-teacher", "search", *FROM_WORKDIR)
+COMPUTING = ("train", "probe", "cache-teacher", "search", "find-lr", *FROM_WORKDIR)
 # Fields that a finished run keeps: what it is and was trained with.
 KEPT = re.compile(
-    r"task|total_steps|batch_size|(checkpoint|log)_every|trainable|recipes|evaluate\.(every|warn_after)"
+    r"task|total_steps|batch_size|(checkpoint|log)_every|trainable|recipes|evaluate\.(every|stop_after|warn_after)"
     r"|(mask|quantize|lora|distill|optim|augment|loss)\..*|model\.(?!dtype$|scan$).*"
     r"|data\.(subset|short|longest|shorts|crop.*|interpolation|flip|brightness|contrast|saturation"
     r"|max_damaged)"
@@ -161,7 +166,7 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         {"help": "a file with get_config(), for example configs/vit_lora.py"},
     ),
     "workdir": (
-        ("train", "probe", "search", *FROM_WORKDIR),
+        ("train", "probe", "search", "find-lr", *FROM_WORKDIR),
         {
             "type": expand,
             "help": "a run's folder; runs/NAME_OF_THE_CONFIG for a config, of a search "

@@ -369,6 +369,7 @@ def _train(
     checkpoints: Checkpoints,
 ) -> _End:
     config, step, state, result = facts.config, begin.step, begin.state, None
+    figures = _figures_up_to(step, prepared, facts.workdir)
     evaluate_every = config.evaluate.every or -(-len(facts.train_source) // config.batch_size)
     stop = _Stop()
     memory = machine.MemoryWatch()
@@ -378,7 +379,7 @@ def _train(
         report = _Reporter(log, progress, config.batch_size, config.log_every, watch)
         batch = program.next_batch(step) if step < config.total_steps else {}
         pending = None  # the last step and its metrics, read while the next one computes
-        while step < config.total_steps:
+        while step < config.total_steps and not _has_stalled(figures, prepared):
             state, metrics = program.train_step(state, batch)
             step += 1
             if pending is not None:
@@ -397,6 +398,7 @@ def _train(
                 if evaluating:
                     result = program.evaluate(state)
                     measured = _report_evaluation(log, prepared, facts.workdir, step, result)
+                    figures += (measured or {}).values()
                 checkpoints.save(step, state, measured)
                 machine.give_back_memory()
                 report.restart_clock()
@@ -408,12 +410,36 @@ def _train(
 
     _report_damage(log, program.damage, len(facts.train_source))
     checkpoints.wait()
+    if step < config.total_steps and not stop.requested():
+        log.say(
+            f"stopped at step {step}: {config.evaluate.stop_after} evaluations in a row without a "
+            "better figure (config.evaluate.stop_after)"
+        )
     if stop.requested():
         log.say(
             f"stopped by {signal.Signals(stop.signal).name} at step {step}; the state is saved. "
             "Run the same command again to resume."
         )
     return _End(step, state, result, stop.signal)
+
+
+def _figures_up_to(step: int, prepared: Run, workdir: Path) -> list[float]:
+    """The figure that counts of each evaluation that a resumed run has made, in their order."""
+    if step == 0 or not prepared.config.evaluate.stop_after:
+        return []
+    name = f"eval/{prepared.task.best_metric(prepared.config)}"
+    records = read_metrics(workdir / "metrics.jsonl")
+    made = {r["step"]: r[name] for r in records if name in r and r["step"] <= step}
+    return [made[at] for at in sorted(made)]
+
+
+def _has_stalled(figures: Sequence[float], prepared: Run) -> bool:
+    """Whether the best of the figures is as many evaluations ago as config.evaluate.stop_after."""
+    patience = prepared.config.evaluate.stop_after
+    if not patience or len(figures) <= patience:
+        return False
+    best = max(figures) if prepared.task.best_is == "highest" else min(figures)
+    return len(figures) - 1 - list(figures).index(best) >= patience
 
 
 def _report_evaluation(

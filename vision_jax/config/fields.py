@@ -1346,6 +1346,12 @@ FIELDS = (
         detection=0,
     ),
     _field(
+        "evaluate.stop_after",
+        0,
+        FROM_0,
+        "evaluations in a row without a better figure that end training early; 0 for never",
+    ),
+    _field(
         "evaluate.batch_size",
         100,
         COUNT,

@@ -67,6 +67,7 @@ WORDS = {
     "augment.policy": "aa auto_augment randaugment rand_augment",
     "augment.mixup": "mixup_alpha",
     "augment.cutmix": "cutmix_alpha",
+    "evaluate.stop_after": "patience early_stopping early_stop early_stopping_patience",
     "evaluate.every": "eval_every eval_steps eval_interval val_interval eval_freq",
     "checkpoint_every": "save_every save_steps save_interval checkpoint_interval save_freq",
     "log_every": "logging_steps log_interval log_freq print_freq",
@@ -86,8 +87,6 @@ ELSEWHERE = {
     "output save_dir log_dir logdir logging_dir exp_dir run_dir project",
     "the data's classes are counted": "num_classes nb_classes n_classes num_labels nc",
     "the same command run again resumes": "resume resume_from resume_from_checkpoint auto_resume",
-    "training has no early stop, and the best checkpoint is kept beside the last": "patience "
-    "early_stopping early_stop early_stopping_patience",
     "JAX takes all devices that it finds; JAX_PLATFORMS=cpu in the environment chooses": "device "
     "devices gpu gpus num_gpus n_gpu cuda accelerator use_gpu",
 }

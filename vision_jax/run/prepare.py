@@ -121,7 +121,8 @@ class Run:
         rates = ("dropout", "drop_path")  # a model is not built anew: it would check a number
         changed = {name: config.model[name] for name in rates if f"model.{name}" in numbers}
         model = self.model.clone(**changed) if changed else self.model
-        schedule, tx = _make_optimizer(config, model, self.parameters.abstract()[0])
+        schedule = make_schedule(config)
+        tx = make_optimizer(config, model, self.parameters.abstract()[0], schedule)
         return replace(
             self,
             config=config,
@@ -295,7 +296,8 @@ def prepare(
         projections=description.projections,
     )
     trainable, _ = parameters.abstract()
-    schedule, tx = _make_optimizer(config, model, trainable)
+    schedule = make_schedule(config)
+    tx = make_optimizer(config, model, trainable, schedule)
     abstract_state, shardings = _abstract_state(_state_maker(config, tx, model), parameters, mesh)
     return Run(
         config,
@@ -372,11 +374,12 @@ def _decay_schedule(config: ConfigDict) -> optim.Schedule | None:
     )
 
 
-def _make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[Any, Any]:
-    """(schedule, optax transformation) of the config, for these trainable arrays."""
+def make_optimizer(
+    config: ConfigDict, model: Any, trainable: Flat, schedule: optim.Schedule
+) -> Any:
+    """The optax transformation of the config at these learning rates, for these arrays."""
     settings = config.optim
-    schedule = make_schedule(config)
-    tx = optim.make_optimizer(
+    return optim.make_optimizer(
         settings.name,
         schedule=schedule,
         params=trainable,
@@ -394,7 +397,6 @@ def _make_optimizer(config: ConfigDict, model: Any, trainable: Flat) -> tuple[An
         layer_decay=settings.layer_decay,
         lr_multipliers=settings.lr_multipliers,
     )
-    return schedule, tx
 
 
 def _state_maker(

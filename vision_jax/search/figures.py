@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vision_jax.figures import BLUE, INK, ORANGE, save_figure
 
@@ -40,6 +41,7 @@ def draw_curves(
         label=f"trial {best}, the best",
     )
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_ylabel(metric)
     axes.legend(frameon=False)
     _dress(axes, f"{sum(map(bool, curves.values()))} trials")
