@@ -13,6 +13,8 @@ from benchmarks.beside import Side
 from vision_jax import cost, load, machine
 from vision_jax.attacks import gradient, losses
 from vision_jax.config import default_config
+from vision_jax.explain.forward import Forward, class_logit
+from vision_jax.explain.gradients import integrated_gradients
 from vision_jax.ops import nms as suppression
 from vision_jax.run.prepare import prepare
 from vision_jax.trees import products
@@ -230,6 +232,25 @@ def attack(
     def run() -> float:
         found = jax.block_until_ready(program(loaded.variables, images))
         return float(np.square(np.asarray(found) - np.asarray(images)).mean() * 1e4)
+
+    return Side(run, program.facts)
+
+
+def integrate(folder: Path, *, batch_size: int, image_size: int, classes: int, nodes: int) -> Side:
+    """Integrated gradients from black; the value is their mean square."""
+    loaded = load(folder, image_size=image_size)
+    images = jnp.asarray(beside.images(batch_size, image_size)) / 255.0
+    target = class_logit(jnp.asarray(beside.labels(batch_size, classes)))
+    forward = Forward(loaded.model)
+
+    def explain(variables: Any, images: Any, target: Any) -> Any:
+        return integrated_gradients(forward, variables, images, target, nodes=nodes)
+
+    program = Program(machine.jit(explain))
+
+    def run() -> float:
+        found = jax.block_until_ready(program(loaded.variables, images, target))
+        return float(np.square(np.asarray(found)).mean() * 1e4)
 
     return Side(run, program.facts)
 

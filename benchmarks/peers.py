@@ -216,6 +216,34 @@ def attack(
     return Side(run, lambda: _facts(run))
 
 
+def integrate(
+    folder: Path,
+    *,
+    batch_size: int,
+    image_size: int,
+    classes: int,
+    nodes: int,
+    build: str,
+    arguments: dict[str, Any] | None = None,
+    how: str = "captum",
+) -> Side:
+    """captum's integrated gradients: all nodes at once, or in parts of one node."""
+    import captum.attr
+
+    torch.manual_seed(0)
+    model = write_timm(folder, build, classes, arguments or {}).to(DEVICE).eval()
+    model.requires_grad_(False)
+    images, labels = batch_of(batch_size, image_size, classes, how, normalized=False)
+    method = captum.attr.IntegratedGradients(Normalized(model))
+    at_once = batch_size if how == "parts" else None
+
+    def run() -> float:
+        found = method.attribute(images, target=labels, n_steps=nodes, internal_batch_size=at_once)
+        return float(found.square().mean() * 1e4)
+
+    return Side(run, lambda: _facts(run))
+
+
 class Normalized(torch.nn.Module):
     """A model of images in [0, 1]."""
 

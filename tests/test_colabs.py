@@ -110,6 +110,7 @@ def test_finetune_your_images(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "my_images"
     assert "eval/top1" in read_metrics(run / "metrics.jsonl")[-1]
     assert (run / "predict.png").is_file()
+    assert (run / "explanations" / "explanations.html").is_file()
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 

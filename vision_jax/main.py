@@ -126,6 +126,10 @@ COMMANDS: Mapping[str, Command] = {
         "answer images over HTTP: names, boxes or masks, many requests in one batch",
         "vision_jax.commands.serve",
     ),
+    "explain": Command(
+        "show what a classifier looks at, by several methods, and measure each",
+        "vision_jax.commands.explain",
+    ),
     "prune": Command(
         "cut channels, heads and layers out of a trained model", "vision_jax.commands.prune"
     ),

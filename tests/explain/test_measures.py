@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import ndimage, stats
 
 from vision_jax.attacks.examples import keys_of
 from vision_jax.explain import measures
@@ -174,3 +174,14 @@ def test_what_is_imputed_is_the_weighed_mean_of_its_neighbors(share, rng):
                     own = 1 / 12 if down and right else 1 / 6
                     total, weight = total + own * filled[image, r, c], weight + own
         np.testing.assert_allclose(filled[image, row, column], total / weight, atol=1e-4)
+
+
+@pytest.mark.long
+def test_blurred_images_are_scipys(rng):
+    """Inside; at the edges the weights that are left sum to 1."""
+    images = rng.random((2, 24, 40, 3)).astype(np.float32)
+    found = np.asarray(measures.blurred(jnp.asarray(images), 1 / 24))
+    ones = np.ones_like(images)
+    sigma = (0, 1, 40 / 24, 0)
+    blur = [ndimage.gaussian_filter(x, sigma, mode="constant", truncate=20) for x in (images, ones)]
+    np.testing.assert_allclose(found, blur[0] / blur[1], atol=1e-5)

@@ -22,13 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vision_jax.commands.source import is_run, load_source
 from vision_jax.errors import UserError
 from vision_jax.files import expand, read_json
 from vision_jax.flags import image_size, make_parser, run
 
 TARGETS = ("stablehlo", "onnx", "tflite", "openvino", "safetensors")
 FAILED = 1  # exit code
-RUN_FILE, QUANTIZED_FILE = "config.json", "quantization.json"
+QUANTIZED_FILE = "quantization.json"
 WEIGHTS, DYNAMIC = "weights", "dynamic"
 
 
@@ -84,10 +85,12 @@ def _run(flags: argparse.Namespace) -> int:
     from vision_jax.export.files import Request, export
 
     folder = expand(flags.source)
-    is_run = (folder / RUN_FILE).is_file()
-    loaded = _load(flags, folder if is_run else None)
+    workdir = folder if is_run(folder) else None
+    loaded = load_source(
+        flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
+    )
     report = _read_report(folder)
-    out = flags.out or (folder / "export" if is_run or report else Path("export"))
+    out = flags.out or (folder / "export" if workdir or report else Path("export"))
     if flags.to == "safetensors":
         return _save(loaded, out)
     float32 = _before(report)
@@ -100,7 +103,7 @@ def _run(flags: argparse.Namespace) -> int:
         photos=_photos(flags.images),
         python=flags.python,
         seed=secrets.randbelow(2**32) if flags.seed is None else flags.seed,
-        continues=_continues(loaded, folder if is_run else None, flags.import_certificate)
+        continues=_continues(loaded, workdir, flags.import_certificate)
         | ({"quantized": report} if report else {}),
         float32=float32,
     )
@@ -143,23 +146,6 @@ def _line(found: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _load(flags: argparse.Namespace, workdir: Path | None) -> Any:
-    from vision_jax.loaded import load
-
-    if workdir is None:
-        if flags.checkpoint:
-            raise UserError(f"--checkpoint is of the folder of a run, and {flags.source} is none")
-        return load(flags.source, allow_pickle=flags.allow_pickle)
-    if not flags.checkpoint:
-        return load(workdir)
-    from vision_jax.config import load_config
-    from vision_jax.loaded import loaded_of
-    from vision_jax.run.restore import restore
-
-    config = load_config(str(workdir / RUN_FILE), {})
-    return loaded_of(restore(config, workdir, flags.checkpoint).trained, f"{workdir}")
-
-
 def _read_report(folder: Path) -> dict[str, Any] | None:
     """What `vision_jax quantize` measured, but for each kernel; None: the folder is none of its."""
     if not (folder / QUANTIZED_FILE).is_file():
@@ -175,7 +161,7 @@ def _before(report: dict[str, Any] | None) -> Any:
     from vision_jax.loaded import load
 
     run = Path(str((report or {}).get("run", "")))
-    return load(run) if (run / RUN_FILE).is_file() else None
+    return load(run) if is_run(run) else None
 
 
 def _quantized(loaded: Any, inputs: str) -> Any:

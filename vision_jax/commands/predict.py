@@ -39,7 +39,7 @@ def run(
     Raises:
       UserError: no images given, or none that can be read; no such run or weights.
     """
-    names = _image_files(images)
+    names = image_files(images)
     out = out or workdir or Path()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -63,10 +63,10 @@ def _predict_with(
     task.predict(config, names, trained_of(loaded, sharding.make_mesh(**config.mesh)), out)
 
 
-def _image_files(given: Sequence[str]) -> list[str]:
+def image_files(given: Sequence[str], command: str = "predict") -> list[str]:
     """The files given, and what lies in the folders given, in order: images, else volumes."""
     if not given:
-        raise UserError("predict needs --images=FILE or --images FILE FOLDER ...")
+        raise UserError(f"{command} needs --images=FILE or --images FILE FOLDER ...")
     names: list[str] = []
     for name in map(str, map(expand, given)):
         if Path(name).is_dir():

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vision_jax.commands.export import RUN_FILE
+from vision_jax.commands.source import RUN_FILE
 from vision_jax.errors import UserError
 from vision_jax.files import expand
 from vision_jax.flags import image_size, make_parser, run

@@ -29,8 +29,9 @@ def make_explain_classifier(
 ) -> Callable[..., dict[str, Found]]:
     """A function (variables, images f[B, H, W, C], labels i32[B], index i32[B]) of device arrays.
 
-    What stands where pixels are taken away is the mean color of the model's normalization. A method
-    is compiled once, and so is the measure of its maps.
+    What stands where pixels are taken away is the mean color of the model's normalization; what
+    insertion begins with is the blurred image, as in its paper. A method is compiled once, and so
+    is the measure of its maps.
 
     Args:
       forward: the model.
@@ -98,7 +99,7 @@ def _measure(
     target = class_probability(labels)
     given = (forward, variables, images, target, measures.ranks(maps, keys))
     return {
-        "insertion": measures.area(measures.insertion(*given, baseline)),
+        "insertion": measures.area(measures.insertion(*given, measures.blurred(images))),
         "deletion": measures.area(measures.deletion(*given, baseline)),
         "road": measures.road(*given, keys),
     }

@@ -14,6 +14,7 @@ from vision_jax.ops.resize import resize_bilinear
 
 SURVIVES = 0.5  # rank correlation from which on a map does not depend on the weights
 STEPS = 32  # of a curve
+BLUR = 1 / 8  # sigma of what insertion begins with, as a share of an image's side
 
 
 def to_pixels(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -88,6 +89,21 @@ def deletion(
     """
     base = jnp.broadcast_to(jnp.asarray(baseline, images.dtype), images.shape)
     return insertion(forward, variables, base, target, order, images, steps=steps)
+
+
+def blurred(images: jax.Array, share: float = BLUR) -> jax.Array:
+    """Images f[B, H, W, C] through a Gaussian whose sigma is this share of each side.
+
+    Where the curve of insertion begins in the paper: black or grey would be shapes of their own.
+    """
+
+    def weights(side: int) -> jax.Array:
+        places = np.arange(side)
+        near = np.exp(-0.5 * ((places[:, None] - places[None]) / (share * side)) ** 2)
+        return jnp.asarray(near / near.sum(1, keepdims=True), images.dtype)
+
+    height, width = images.shape[1:3]
+    return jnp.einsum("Hh,bhwc,Ww->bHWc", weights(height), images, weights(width))
 
 
 def area(curves: jax.Array) -> jax.Array:

@@ -1,0 +1,137 @@
+"""Shows what a classifier looks at, by several methods, and measures how far to trust each.
+
+    vision_jax explain runs/vit_lora --images cat.jpg dog.png
+    vision_jax explain embedded:vit_cifar10 --images photos --methods grad_cam,rise --class=ship
+    vision_jax explain runs/vit_lora --dataset
+    vision_jax explain embedded:vit_cifar10 --dataset=path/to/class_folders --limit=100
+
+SOURCE is a run's folder, or weights as `predict --weights` takes them. Written are a picture of
+each image, OUT/explanations.json with all figures, and OUT/explanations.html, a page by itself to
+compare the methods on. With --dataset the page has what the model looks at in each class, and its
+most confident errors. docs/explanations.md says what the methods and the figures are.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vision_jax.commands.source import RUN_FILE, is_run, load_source
+from vision_jax.errors import UserError, nearest
+from vision_jax.files import expand
+from vision_jax.flags import make_parser, run
+
+if TYPE_CHECKING:
+    from vision_jax.data.sources import Source
+    from vision_jax.explain.report import Subject
+
+LIMIT = 200  # images of a data set
+OF_RUN = "the run's"  # --dataset without a value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 for bad input."""
+    return run(lambda: _run(_parse(arguments)), "such a model")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser("vision_jax explain", __doc__)
+    parser.add_argument("source", metavar="SOURCE", help="the model")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--images", nargs="+", default=[], metavar="FILE", help="image files, or folders of them"
+    )
+    what.add_argument(
+        "--dataset",
+        nargs="?",
+        const=OF_RUN,
+        metavar="DATA",
+        help="a data set as config.data.eval takes it; a run's own evaluation data without a value",
+    )
+    parser.add_argument(
+        "--methods",
+        default="",
+        metavar="NAME,...",
+        help="all that fit the model for --images, integrated_gradients for --dataset",
+    )
+    parser.add_argument(
+        "--class", dest="label", metavar="NAME", help="explained; the most probable one else"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help=f"of --dataset; {LIMIT} by default")
+    parser.add_argument(
+        "--out", type=expand, metavar="DIR", help="where; RUN/explanations, or ./explanations"
+    )
+    parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run; its end else")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pickles, by torch's weights-only reader"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    flags = parser.parse_args(arguments)
+    if flags.limit is not None and (flags.dataset is None or flags.limit < 1):
+        raise UserError("--limit: give 1 or more, with --dataset")
+    if flags.label is not None and flags.dataset is not None:
+        raise UserError("--class goes with --images: of a data set each image has its own class")
+    return flags
+
+
+def _run(flags: argparse.Namespace) -> int:
+    from vision_jax import machine
+
+    machine.keep_compiled()
+    folder = expand(flags.source)
+    loaded = load_source(
+        flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
+    )
+    from vision_jax.explain import report
+
+    subject = report.Subject(
+        loaded.model, loaded.variables, loaded.class_names, loaded.preprocessing, loaded.origin
+    )
+    asked = [name for name in flags.methods.split(",") if name]
+    methods = report.choose_methods(
+        subject, asked or ([] if flags.images else ["integrated_gradients"])
+    )
+    out = flags.out or (folder if is_run(folder) else Path()) / "explanations"
+    if flags.images:
+        from vision_jax.commands.predict import image_files
+        from vision_jax.tasks.images import source_of
+
+        source = source_of(image_files(flags.images, "explain"))
+        label = _label(subject, flags.label)
+        out.mkdir(parents=True, exist_ok=True)
+        report.explain_images(subject, source, methods, out, label=label, seed=flags.seed)
+        return 0
+    source = _dataset(flags, folder, subject)
+    out.mkdir(parents=True, exist_ok=True)
+    report.explain_dataset(subject, source, methods, out, seed=flags.seed)
+    return 0
+
+
+def _label(subject: "Subject", name: str | None) -> int | None:
+    """The label of a class's name."""
+    if name is None:
+        return None
+    if name not in subject.class_names:
+        raise UserError(f"--class: no class {name!r}{nearest(name, subject.class_names)}")
+    return subject.class_names.index(name)
+
+
+def _dataset(flags: argparse.Namespace, folder: Path, subject: "Subject") -> "Source":
+    """At most --limit images, the classes in equal parts as far as possible."""
+    from vision_jax.config import load_config
+    from vision_jax.data.sources import read_source, subset
+    from vision_jax.tasks.api import find_task
+
+    if flags.dataset != OF_RUN:
+        source = read_source(flags.dataset, class_names=subject.class_names)
+    elif is_run(folder):
+        config = load_config(str(folder / RUN_FILE), {})
+        source = find_task(config.task).read_eval_source(config, subject.class_names)
+    else:
+        raise UserError(f"--dataset=DATA: {flags.source} is no run's folder, name the data")
+    return subset(source, min(flags.limit or LIMIT, len(source)), flags.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""One HTML file that needs nothing beside it: images, the maps over them, and their figures."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image
+
+from vision_jax.errors import printable
+
+SIDE = 192  # of a picture on the page, in CSS pixels
+
+_STYLE = """
+:root { --heat: 0.6; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5em auto; max-width: 90em; padding: 0 1em;
+       color: #222; background: #fff; }
+h1 { font-size: 1.4em; } h2 { font-size: 1.05em; margin: 1.6em 0 .4em; }
+.row { display: flex; flex-wrap: wrap; gap: 1em; }
+figure { margin: 0; width: SIDEpx; } figcaption { font-size: .82em; }
+.stack { position: relative; width: SIDEpx; }
+.stack img { width: SIDEpx; image-rendering: auto; display: block; }
+.stack img.small { image-rendering: pixelated; }
+.stack img.heat { position: absolute; left: 0; top: 0; opacity: var(--heat); }
+table { border-collapse: collapse; } td, th { padding: .15em .8em; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+.flag { color: #b00020; }
+.tools { position: sticky; top: 0; background: #fffd; padding: .4em 0; }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #181818; } .tools { background: #181818dd; }
+  .flag { color: #ff8080; } }
+""".replace("SIDE", str(SIDE))
+_SLIDER = (
+    '<label>maps over the images <input type="range" min="0" max="1" step="0.05" value="0.6" '
+    "oninput=\"document.documentElement.style.setProperty('--heat', this.value)\"></label>"
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A map over an image; `heat` None is the image alone.
+
+    Attributes:
+      title: above it.
+      lines: below it.
+      image: u8[H, W, 3].
+      heat: f[H, W], relevance.
+    """
+
+    title: str
+    lines: Sequence[str]
+    image: np.ndarray
+    heat: np.ndarray | None = None
+
+
+def write_page(
+    title: str,
+    notes: Sequence[str],
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    sections: Mapping[str, Sequence[Picture]],
+) -> str:
+    """The page: notes, a table (its head, its rows), and a row of pictures under each heading."""
+    head, rows = table
+    parts = [
+        "<!doctype html>",
+        f'<html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>{_STYLE}</style><h1>{_text(title)}</h1>",
+        *(f"<p>{_text(note)}</p>" for note in notes),
+        "<table><tr>" + "".join(f"<th>{_text(name)}</th>" for name in head) + "</tr>",
+        *("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows),
+        f'</table><div class="tools">{_SLIDER}</div>',
+    ]
+    for heading, pictures in sections.items():
+        parts.append(f'<h2>{_text(heading)}</h2><div class="row">')
+        parts += [_figure(picture) for picture in pictures]
+        parts.append("</div>")
+    return "\n".join([*parts, "</html>\n"])
+
+
+def overlay(image: np.ndarray, heat: np.ndarray, strength: float = 0.6) -> np.ndarray:
+    """u8[H, W, 3]: the heat in colors over the image in grey."""
+    grey = image.astype(float).mean(-1, keepdims=True)
+    colored = to_rgba(heat).astype(float)
+    share = strength * colored[..., 3:] / 255
+    return np.round((1 - share) * grey + share * colored[..., :3]).astype(np.uint8)
+
+
+def to_rgba(heat: np.ndarray) -> np.ndarray:
+    """u8[H, W, 4]: positive relevance in the colors of "turbo"; where there is least, transparent.
+
+    The scale begins at 0 or at the least value, if all are above, and ends at the 99th percentile,
+    so that one pixel does not hide the others.
+    """
+    positive = np.maximum(np.nan_to_num(np.asarray(heat, float)), 0)
+    least = positive.min()
+    most = np.percentile(positive, 99)
+    most = most if most > least else positive.max()
+    scaled = np.clip((positive - least) / (most - least if most > least else 1), 0, 1)
+    colors = colormaps["turbo"](scaled)
+    colors[..., 3] = np.clip(2 * scaled, 0, 1)  # little heat leaves the image to be seen
+    return np.round(255 * colors).astype(np.uint8)
+
+
+def to_rgb(view: np.ndarray) -> np.ndarray:
+    """u8[H, W, 3] of u8[H, W, C]: grey three times, the first three of many channels."""
+    return view[..., :3] if view.shape[2] >= 3 else view[..., :1].repeat(3, axis=2)
+
+
+def _figure(picture: Picture) -> str:
+    small = " small" if min(picture.image.shape[:2]) < SIDE // 2 else ""
+    name = _text(picture.title)
+    images = f'<img class="{small.strip()}" alt="{name}" src="{_data(picture.image)}">'
+    if picture.heat is not None:
+        images += f'<img class="heat" alt="" src="{_data(to_rgba(picture.heat))}">'
+    lines = "<br>".join(_text(line) for line in picture.lines)
+    return (
+        f'<figure><figcaption><b>{name}</b></figcaption><div class="stack">{images}</div>'
+        f"<figcaption>{lines}</figcaption></figure>"
+    )
+
+
+def _data(pixels: np.ndarray) -> str:
+    """A PNG as an address that holds it."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _text(text: str) -> str:
+    """Of a file's name or a class: nothing that HTML or a terminal obeys."""
+    return html.escape(printable(text))
