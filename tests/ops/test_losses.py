@@ -32,6 +32,15 @@ def test_cross_entropy_of_soft_targets(rng):
     np.testing.assert_allclose(result, reference(logits, targets), rtol=2e-6)
 
 
+def test_weights_are_of_the_classes(rng):
+    logits, targets = 5 * rng.normal(size=(16, 10)), rng.dirichlet(np.ones(10), 16)
+    weights = rng.uniform(0, 3, 10)
+    result = losses.cross_entropy(
+        jnp.asarray(logits, jnp.float32), jnp.asarray(targets), jnp.asarray(weights)
+    )
+    np.testing.assert_allclose(result, reference(logits, targets * weights), rtol=2e-6)
+
+
 def test_half_precision_logits_are_computed_in_float32(rng):
     logits = jnp.asarray(5 * rng.normal(size=(16, 1000)), jnp.bfloat16)
     targets = rng.dirichlet(np.ones(1000), 16)

@@ -1019,7 +1019,8 @@ FIELDS = (
         "loss.class_weights",
         (),
         Check(_every(lambda value: _is_number(value) and value >= 0), "numbers of at least 0"),
-        "weights of the classes in the loss of pixels, by label; () for equal ones",
+        "weights of the classes in the loss of images or pixels, by label; () for equal ones",
+        CLASSIFICATION,
         SEGMENTATION,
     ),
     _field(

@@ -29,8 +29,11 @@ def one_hot_targets(labels: Array, num_classes: int, label_smoothing: float = 0.
     return (1 - label_smoothing) * one_hot + label_smoothing / num_classes
 
 
-def cross_entropy(logits: Array, targets: Array) -> Array:
+def cross_entropy(logits: Array, targets: Array, weights: Array | None = None) -> Array:
     """Cross-entropy of each example, -Σ targets · log softmax(logits), in nats.
+
+    With weights the terms of the sum are weighted, as torch's `cross_entropy` of probabilities does
+    with `weight`: its mean is over examples, not over weights.
 
     Examples:
       >>> cross_entropy(jnp.zeros((1, 4)), one_hot_targets(jnp.array([1]), 4)).tolist()
@@ -39,10 +42,13 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
     Args:
       logits: f[B, C], of any floating dtype.
       targets: f[B, C], class probabilities; mixed and smoothed ones too.
+      weights: f[C], of the classes; None for equal ones.
 
     Returns:
       f32[B], or f64[B] where the logits are.
     """
+    if weights is not None:
+        targets = targets * weights.astype(targets.dtype)[None]
     logits = logits.astype(np.promote_types(logits.dtype, np.float32))
     return -jnp.sum(targets.astype(logits.dtype) * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vision_jax import objective
+from vision_jax.errors import UserError
 from vision_jax.tasks.classification import objective as classification
 
 DRAW = np.random.default_rng(0)
@@ -75,6 +76,19 @@ def test_augmentations_change_the_loss_and_are_functions_of_the_key(changes):
     assert np.isfinite(first)
     assert first == again != other
     assert abs(first - float(plain(*arguments, jax.random.key(4))[0])) > 1e-4
+
+
+def test_weights_of_the_classes_weigh_their_images():
+    arguments = ({"a": KERNEL}, {"b": 0 * KERNEL}, {}, BATCH, jax.random.key(0))
+    plain = float(make_loss(num_classes=4)(*arguments)[0])
+    one = [
+        float(make_loss(num_classes=4, class_weights=w)(*arguments)[0]) for w in np.eye(4).tolist()
+    ]
+    assert sum(one) == pytest.approx(plain, rel=1e-6)
+    absent = [label not in LABELS for label in range(4)]
+    assert [value == 0 for value in one] == absent
+    with pytest.raises(UserError, match="2 for 4 classes"):
+        make_loss(num_classes=4, class_weights=(1.0, 2.0))
 
 
 def test_outputs_are_logits_and_what_the_evaluation_needs():

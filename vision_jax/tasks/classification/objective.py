@@ -3,14 +3,16 @@
 Batches are {"image": uint8[B, H, W, 3], "label": i32[B], "mask": bool[B], "index": i32[B]}.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vision_jax.objective import Apply, Batch, Objective, forward_keys
 from vision_jax.ops import augment, losses
 from vision_jax.ops.images import to_float
+from vision_jax.ops.segmentation_losses import check_weights
 from vision_jax.ops.traced import is_on
 
 
@@ -26,6 +28,7 @@ def make_objective(
     mixup: float = 0.0,
     cutmix: float = 0.0,
     erasing: float = 0.0,
+    class_weights: Sequence[float] = (),
 ) -> Objective:
     """Cross-entropy of augmented images. The view has "target" f32[B, C], and outputs "logits".
 
@@ -40,7 +43,12 @@ def make_objective(
       mixup: its alpha; 0 turns it off.
       cutmix: its alpha; 0 turns it off. With both on, each batch draws one of them.
       erasing: probability of random erasing.
+      class_weights: of the classes in the loss, C; () for equal ones.
+
+    Raises:
+      UserError: another number of weights than classes.
     """
+    check_weights(tuple(class_weights), num_classes)
 
     def prepare(trainable, frozen, model_state, batch: Batch, key):
         del trainable, frozen, model_state
@@ -71,7 +79,8 @@ def make_objective(
 
     def criterion(trainable, outputs, view):
         del trainable
-        return losses.cross_entropy(outputs["logits"], view["target"]), {}
+        weights = jnp.asarray(class_weights, jnp.float32) if class_weights else None
+        return losses.cross_entropy(outputs["logits"], view["target"], weights), {}
 
     return Objective(prepare, forward, criterion)
 

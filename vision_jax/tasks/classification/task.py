@@ -130,6 +130,7 @@ def make_objective(
         mixup=augment.mixup,
         cutmix=augment.cutmix,
         erasing=augment.erasing,
+        class_weights=config.loss.class_weights,
     )
 
 
