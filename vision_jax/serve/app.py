@@ -117,6 +117,8 @@ def make_app(parts: Parts) -> "Starlette":
         except Refused as error:
             metrics.images.labels("refused").inc()
             response = refuse(error)
+            if seat is not None:
+                seat.leave()  # what still comes is thrown away
             if error.status in (408, 413, 415, 503):  # perhaps before the end of the body
                 response.headers["Connection"] = "close"
                 if error.status != 408:
