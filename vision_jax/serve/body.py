@@ -155,6 +155,7 @@ async def _stream(request: "Request", seat: Seat, limits: Limits) -> AsyncGenera
 
 
 async def _read_form(request: "Request", seat: Seat, limits: Limits) -> list[Upload]:
+    from python_multipart.exceptions import FormParserError
     from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -170,14 +171,12 @@ async def _read_form(request: "Request", seat: Seat, limits: Limits) -> list[Upl
     )
     try:
         form = await parser.parse()
-    except MultiPartException as error:
-        many = error.message.startswith("Too many files")
-        raise Refused(
-            413 if many else 400,
-            f"more than {limits.images} images: send them in several requests"
-            if many
-            else f"a damaged form: {error.message}",
-        ) from None
+    except (MultiPartException, FormParserError) as error:
+        text = error.message if isinstance(error, MultiPartException) else str(error)
+        if text.startswith("Too many files"):
+            text = f"more than {limits.images} images: send them in several requests"
+            raise Refused(413, text) from None
+        raise Refused(400, f"a damaged form: {text}") from None
     try:
         files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
         names = [(file.filename or NAME)[:LONGEST_NAME] for file in files]

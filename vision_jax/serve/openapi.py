@@ -113,8 +113,8 @@ def describe(servable: Servable, limits: Limits, title: str) -> dict[str, Any]:
         "description": (
             f"One image as the body, or up to {limits.images} as files of a form, under any field "
             f"name. {', '.join(FORMATS)}, or .npy of u8[H, W, C]; of any size up to "
-            f"{limits.pixels:,} pixels. Of several images those that can't be read have an error in "
-            "their place; the request fails if none can. No address is ever fetched."
+            f"{limits.pixels:,} pixels. Of several images those that can't be read have an error "
+            "in their place; the request fails if none can. No address is ever fetched."
         ),
         "parameters": parameters,
         "requestBody": {
