@@ -88,6 +88,8 @@ def small(path: Path):
         changes["model.arguments"] = repr(tuple(SMALLER.items()))
     elif "stem_size" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER_RESNET).items()))
+    if path.stem == "compress":  # whose weights have the data's classes already
+        changes["model.reinitialize"] = "('head/.*',)"
     if path.stem == "continue_pretraining":  # the ViT's own sizes are its weights'
         changes["model.arguments"] = repr(tuple(SMALLER_HEAD.items()))
         changes["dino.local_crops"] = "2"

@@ -174,7 +174,7 @@ def test_bad_input_is_one_line_and_leaves_no_trace(name, tmp_path, capsys):
         ([CONFIG, "--plan", "--workdir=x"], "--workdir is a flag of"),
         (
             ["models", CONFIG],
-            "cache-teacher, plan, search, find-lr, and this is models",
+            "cache-teacher, plan, search, find-lr, compress, and this is models",
         ),
         (
             ["models", "--config.seed=1"],

@@ -88,6 +88,11 @@ COMMANDS: Mapping[str, Command] = {
         "vision_jax.commands.quantize:run",
         ("config", "workdir", "checkpoint", "out"),
     ),
+    "compress": Command(
+        "make a finished run smaller: prune, distill, train for int8, export; with a table",
+        "vision_jax.commands.compress:run",
+        ("config", "workdir"),
+    ),
     "probe": Command(
         "nearest neighbours and few-shot regression on the weights' frozen features",
         "vision_jax.commands.probe:run",
@@ -147,10 +152,11 @@ COMMANDS: Mapping[str, Command] = {
     ),
 }
 MOVED = {"frozen": "probe", "teach": "cache-teacher"}  # older names
-FROM_CONFIG = ("train", "probe", "cache-teacher", "plan", "search", "find-lr")  # take --config
+# These take --config.
+FROM_CONFIG = ("train", "probe", "cache-teacher", "plan", "search", "find-lr", "compress")
 FROM_WORKDIR = ("evaluate", "predict", "robustness", "quantize")  # these a finished run
 CONFIGURED = (*FROM_CONFIG, *FROM_WORKDIR)
-COMPUTING = ("train", "probe", "cache-teacher", "search", "find-lr", *FROM_WORKDIR)
+COMPUTING = ("train", "probe", "cache-teacher", "search", "find-lr", "compress", *FROM_WORKDIR)
 # Fields that a finished run keeps: what it is and was trained with.
 KEPT = re.compile(
     r"task|total_steps|batch_size|(checkpoint|log)_every|trainable|recipes|evaluate\.(every|stop_after|warn_after)"
@@ -170,7 +176,7 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         {"help": "a file with get_config(), for example configs/vit_lora.py"},
     ),
     "workdir": (
-        ("train", "probe", "search", "find-lr", *FROM_WORKDIR),
+        ("train", "probe", "search", "find-lr", "compress", *FROM_WORKDIR),
         {
             "type": expand,
             "help": "a run's folder; runs/NAME_OF_THE_CONFIG for a config, of a search "

@@ -32,6 +32,7 @@ CLASSIFICATION, DETECTION, PRETRAINING = "classification", "detection", "pretrai
 SELF_DISTILLATION, CONTRASTIVE = "self_distillation", "contrastive"
 IMAGE_TEXT, SEGMENTATION = "image_text", "segmentation"
 MEASURED = (CLASSIFICATION, DETECTION, SEGMENTATION)  # tasks of `vision_jax quantize`
+SHRUNK = (CLASSIFICATION, DETECTION)  # tasks of `vision_jax compress`
 UNLABELLED = (PRETRAINING, SELF_DISTILLATION, CONTRASTIVE)
 # What distill.features may compare (recipes/distillation/objective.py).
 FEATURES = (
@@ -464,6 +465,48 @@ FIELDS = (
         ANY,
         "merge adapters into a 4-bit base again, though rounding takes back what they learned",
         *MEASURED,
+    ),
+    # `vision_jax compress`: the one teacher pruned, taught by itself, trained for int8, exported.
+    _field(
+        "compress.keep",
+        0.5,
+        UP_TO_1,
+        "share of each group of channels that stays",
+        *SHRUNK,
+    ),
+    _field(
+        "compress.what",
+        (),
+        WORDS,
+        "kinds of channels to cut, of channels, inner, mlp, heads and layers; empty: all that are "
+        "free where they are zero",
+        *SHRUNK,
+    ),
+    _field(
+        "compress.score",
+        "taylor",
+        one_of("magnitude", "taylor"),
+        "what stays: the largest weights, or what the loss needs",
+        *SHRUNK,
+    ),
+    _field(
+        "compress.int8_steps",
+        100,
+        FROM_0,
+        "updates with kernels, and inputs as of ptq.activations, rounded to int8; 0 rounds after"
+        " training alone",
+        *SHRUNK,
+    ),
+    _field("compress.int8_lr", 2e-4, ABOVE_0, "learning rate of these updates", *SHRUNK),
+    _field(
+        "compress.formats",
+        ("onnx", "tflite"),
+        Check(
+            _every(one_of("stablehlo", "onnx", "tflite", "openvino").fits),
+            "some of stablehlo, onnx, tflite and openvino",
+        ),
+        "formats of the files that are written and timed",
+        *SHRUNK,
     ),
     # Adapters.
     _field("lora.rules", (), RULES, "kernels that get an adapter: regexes over whole paths"),
