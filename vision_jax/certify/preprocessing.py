@@ -181,12 +181,14 @@ def _letterboxed(image: np.ndarray, side: int) -> np.ndarray:
     return canvas[: int(image.shape[0] * scale), : int(image.shape[1] * scale)]
 
 
-def _sides(kind: Any, entry: Entry) -> dict[str, dict[str, int]]:
+def _sides(kind: Any, entry: Entry) -> dict[str, Any]:
     """The processor's sizes for a variant's: its class's own are one variant's only.
 
     What is resized and then cut keeps the class's proportion of the two.
     """
     side, size = entry.image_size, dict(kind.size)
+    if "Eomt" in kind.__name__:  # the class pads on request alone, and panoptic variants ask
+        return {"size": dict.fromkeys(size, side), "do_pad": True}
     if "longest_edge" in size:  # a detector of any size
         return {"size": {"height": side, "width": side}} if "RfDetr" in kind.__name__ else {}
     if not getattr(kind, "do_center_crop", False):
