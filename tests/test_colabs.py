@@ -17,6 +17,7 @@ SMALL = {
     "finetune_your_images": {
         "STEPS = 200": "STEPS = 4",
         "IMAGES_PER_CLASS = 400": "IMAGES_PER_CLASS = 12",
+        "TRIALS = 8": "TRIALS = 2",
     },
     "any_checkpoint": {
         '"embedded:fashion_mnist/train"': '"embedded:fashion_mnist/test"',
@@ -111,6 +112,7 @@ def test_finetune_your_images(tmp_path, monkeypatch):
     assert "eval/top1" in read_metrics(run / "metrics.jsonl")[-1]
     assert (run / "predict.png").is_file()
     assert (run / "explanations" / "explanations.html").is_file()
+    assert (tmp_path / "runs" / "my_images_search" / "best" / "model.safetensors").is_file()
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -22,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -289,6 +290,20 @@ def summarize_parameters(
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a table without any run's log; see RunLog.table."""
     _console().print(_table(title, columns, rows), "")
+
+
+@contextlib.contextmanager
+def live_table() -> Iterator[Callable[[str, Sequence[str], Sequence[Sequence[Any]]], None] | None]:
+    """A function (title, columns, rows) that shows a table in place of its last one.
+
+    None where the output is no terminal.
+    """
+    console = _console()
+    if not console.is_terminal:
+        yield None
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        yield lambda *table: live.update(_table(*table), refresh=True)
 
 
 def say(text: str) -> None:

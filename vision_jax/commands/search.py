@@ -6,14 +6,17 @@ WORKDIR/best           the best trial, an ordinary workdir
 WORKDIR/search.html    pictures and the table in one page
 """
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from vision_jax import cost
 from vision_jax.config import check_ranges, fields
 from vision_jax.errors import UserError
-from vision_jax.logging import human_size, print_table, say
+from vision_jax.logging import human_size, live_table, print_table, say
 from vision_jax.search import drive, report
 from vision_jax.search.drive import Search, Settings
 from vision_jax.search.journal import claimed
@@ -76,7 +79,8 @@ def _run(search: Search) -> int:
         say(f"{name}: {words}")
     for line in _group_lines(search):
         say(line)
-    drive.run(search, _Watch())
+    with live_table() as show:
+        drive.run(search, _Watch(show))
     with claimed(search.out, "end") as ours:
         if not ours:
             say(f"another process writes the results to {search.out}")
@@ -85,7 +89,7 @@ def _run(search: Search) -> int:
         rows = report.make_table(search, found)
         report.write_table(search, found, rows)
         best = report.find_best(search, rows)
-        _show(search, rows)
+        print_table(*_table(search, rows))
         say(f"trial {best.trial} is the best: {report.words_of(best.values)}")
         code = report.finish_best(search, found, best)
         files = report.write_pictures(search, found, rows, best)
@@ -98,9 +102,10 @@ def _run(search: Search) -> int:
 
 
 class _Watch:
-    """Says how the search stands whenever there are new figures."""
+    """Shows how the search stands whenever there are new figures: a table, or a line."""
 
-    def __init__(self) -> None:
+    def __init__(self, show: Callable[..., None] | None):
+        self._show = show
         self._said: tuple[int, int] = (0, 0)
 
     def __call__(self, search: Search) -> None:
@@ -114,24 +119,35 @@ class _Watch:
             return
         self._said = (figures, best)
         done = sum(step == search.config.total_steps for step in reached.values())
+        if self._show is not None:
+            self._show(*_table(search, report.make_table(search, search.journal.read())))
+            return
         say(
             f"{done} of {len(curves)} trials finished, {len(reached)} begun; best so far: trial "
             f"{best}, {search.metric} {curves[best][reached[best]]:.4f} at step {reached[best]}"
         )
 
 
-def _show(search: Search, rows: list[report.Row]) -> None:
-    names = report.figure_names(search, rows)
-    order = sorted(rows, key=lambda row: (not row.place, row.place, -row.step, row.trial))
-    print_table(
-        f"The best of {len(rows)} trials",
+def _table(
+    search: Search, rows: list[report.Row]
+) -> tuple[str, Sequence[str], Sequence[Sequence[Any]]]:
+    """(title, columns, rows) of the best trials, those that came farthest first."""
+    names, sign = report.figure_names(search, rows), 1 if search.task.best_is == "lowest" else -1
+
+    def order(row: report.Row) -> tuple[float, ...]:
+        figure = row.figures.get(search.metric, math.inf * sign)
+        return not row.place, row.place, -row.step, sign * figure, row.trial
+
+    done = sum(bool(row.place) for row in rows)
+    return (
+        f"The best of {len(rows)} trials, {done} of them finished",
         ("trial", "state", "step", *names, *search.space),
         [
             (
                 row.trial, row.state, row.step, *(row.figures.get(name, "") for name in names),
                 *(report.word_of(row.values[name]) for name in search.space),
             )
-            for row in order[:SHOWN]
+            for row in sorted(rows, key=order)[:SHOWN]
         ],
     )  # fmt: skip
 

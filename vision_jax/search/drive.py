@@ -38,7 +38,14 @@ from vision_jax.search.journal import Found, Journal, claimed
 from vision_jax.search.schedule import Curve, Schedule, make_schedule
 from vision_jax.search.space import Range, describe_space, draw_trials
 from vision_jax.search.stack import Stack, begin
-from vision_jax.search.trial import RANK, Group, Values, make_groups, trial_config
+from vision_jax.search.trial import (
+    RANK,
+    Group,
+    Values,
+    make_groups,
+    trained_bytes,
+    trial_config,
+)
 from vision_jax.tasks.api import Task, find_task
 
 SETTINGS_FILE = "search.json"
@@ -157,6 +164,20 @@ class Search:
     def prepare(self, config: ConfigDict) -> Run:
         """A run of a trial's or a group's config."""
         return prepare(config, self.sources(config)[0].class_names)
+
+    @cached_property
+    def _bytes(self) -> dict[Any, int]:
+        return {}
+
+    def bytes_of(self, trial: int) -> int:
+        """Bytes of what trains in a trial: a function of its group and its rank."""
+        group = next(group for group in self.groups if trial in group.trials)
+        changed = {name: x for name, x in self.values[trial].items() if name == RANK}
+        key = group.trials, *changed.values()
+        if key not in self._bytes:
+            run = self.prepare(trial_config(group.config, changed))
+            self._bytes[key] = trained_bytes(run)
+        return self._bytes[key]
 
     # What the journal says --------------------------------------------------------------------
 

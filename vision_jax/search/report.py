@@ -27,7 +27,7 @@ from vision_jax.search.drive import SETTINGS_FILE, Search, Unit
 from vision_jax.search.journal import Found
 from vision_jax.search.space import describe_space
 from vision_jax.search.stack import Stack
-from vision_jax.search.trial import RANK, cut, trained_bytes, trial_config
+from vision_jax.search.trial import cut, trial_config
 
 TABLE_FILE, BEST = "trials.csv", "best"
 CURVES, PARALLEL, PARETO, PAGE = "curves.png", "parallel.png", "pareto.png", "search.html"
@@ -61,7 +61,6 @@ def make_table(search: Search, found: Found) -> list[Row]:
     curves, rungs = search.curves(found), search.schedule.rungs
     places = {t: place for place, t in enumerate(search.schedule.rank(curves, rungs[-1]), 1)}
     values, rows = search.final_values(found), []
-    sizes = _Sizes(search)
     for trial in range(len(search.values)):
         evaluations = found.evaluations.get(trial, {})
         step = max(evaluations, default=0)
@@ -79,27 +78,10 @@ def make_table(search: Search, found: Found) -> list[Row]:
                 step,
                 values[trial],
                 evaluations.get(step, {}),
-                sizes(trial),
+                search.bytes_of(trial),
             )
         )
     return rows
-
-
-class _Sizes:
-    """Bytes of what trains in a trial: they depend on its group and its rank."""
-
-    def __init__(self, search: Search):
-        self._search = search
-        self._groups = {t: group for group in search.groups for t in group.trials}
-        self._found: dict[Any, int] = {}
-
-    def __call__(self, trial: int) -> int:
-        group, rank = self._groups[trial], self._search.values[trial].get(RANK)
-        key = group.trials, rank
-        if key not in self._found:
-            config = trial_config(group.config, {} if rank is None else {RANK: rank})
-            self._found[key] = trained_bytes(self._search.prepare(config))
-        return self._found[key]
 
 
 def find_best(search: Search, rows: list[Row]) -> Row:
