@@ -19,7 +19,7 @@ from serving_runs import ask, form, gauge, photo, predict, serving
 
 from vision_jax.commands import predict as predict_command
 from vision_jax.commands import serve as command
-from vision_jax.serve import openapi, page
+from vision_jax.serve import body, openapi, page
 from vision_jax.serve.batches import Batcher
 from vision_jax.serve.model import Programs
 
@@ -169,6 +169,15 @@ def test_damaged_images(server, rng):
             bad[place] = rng.integers(256)
         assert predict(port, bytes(bad[: rng.integers(1, len(bad))]))[0] in (200, 413, 415, 422)
     assert predict(port, sound)[0] == 200
+
+
+def test_an_image_that_memory_does_not_hold(server, rng, monkeypatch):
+    def decode(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(body, "decode_picture", decode)
+    status, said = predict(server[0], photo(rng, 9, 9))
+    assert (status, said["error"]) == (413, "image: no memory for its pixels: shrink it")
 
 
 @pytest.mark.parametrize(

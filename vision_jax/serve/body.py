@@ -232,10 +232,9 @@ def refusal(error: UserError) -> Refused:
 
 def look_at(upload: Upload, limits: Limits, look: Any) -> Any:
     """An upload's view (model.Servable.look). Raises Refused."""
-    picture = decode(upload, limits)
     try:
-        return look(picture)
+        return look(decode(upload, limits))
     except DamagedImageError as error:
         raise Refused(refusal(error).status, f"{upload.name}: {error}") from None
     except MemoryError:
-        raise Refused(413, f"{upload.name}: no memory for its view: shrink it") from None
+        raise Refused(413, f"{upload.name}: no memory for its pixels: shrink it") from None
