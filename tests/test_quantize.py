@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import vision_jax
 from vision_jax import convert, main, train
+from vision_jax.commands.quantize import _choose
 from vision_jax.convert.files import QUANTIZED_KEY
 from vision_jax.convert.quantized import write_quantized
 from vision_jax.errors import UserError
@@ -63,6 +64,26 @@ def test_the_fewest_exceptions_that_meet_the_bound():
     assert choose_exceptions(errors, error, 1.0) == ()
     assert choose_exceptions(errors, error, 0.0) == tuple(sorted(errors, key=lambda p: -errors[p]))
     assert len(asked) < 10
+
+
+def test_inputs_stay_in_float_before_whole_kernels():
+    """Of a kernel whose inputs can't be rounded the weights are, where that is off by little."""
+    errors = {"a": 0.5, "b": 0.01, "c": 0.3, "d": 0.002}
+    weights = {"a": 0.004, "b": 0.001, "c": 0.02, "d": 0.001}
+
+    def error(on, mildly=()):
+        parts = [errors[path] for path in on] + [weights[path] for path in mildly]
+        return sum(part**2 for part in parts) ** 0.5
+
+    def choose(bound, mildly=True):
+        return _choose(errors, error, bound, mildly)
+
+    assert choose(1) == (set(), set())
+    assert choose(0.05) == ({"a", "c"}, set())
+    assert choose(0.022) == ({"a", "b", "c"}, set())
+    assert choose(0.01) == ({"a", "b"}, {"c"})
+    assert choose(1e-4) == (set(), set(errors))
+    assert choose(0.05, mildly=False) == (set(), {"a", "c"})
 
 
 def test_what_kernels_multiply_is_seen(rng):

@@ -207,7 +207,7 @@ def draw_errors(kernels: Mapping[str, tuple[float, str]], path: str | Path) -> P
     figure = Figure(figsize=(9, 0.8 + 0.2 * len(order)), dpi=120, layout="constrained")
     axes = figure.subplots()
     reasons = sorted({kernels[name][1] for name in order})
-    colors = dict(zip(reasons, (BLUE, ORANGE, RED), strict=False))
+    colors = dict(zip(reasons, (BLUE, ORANGE, RED, GREEN), strict=False))
     for reason in reasons:
         names = [name for name in order if kernels[name][1] == reason]
         places = [order.index(name) for name in names]

@@ -30,6 +30,7 @@ from vision_jax.trees.leaf import leaves
 COLUMNS = ("kernel", "shape", "error alone", "")
 SHOWN = 20  # kernels in the table
 BY_RULE, BY_ERROR = "float: by rule", "float: too sensitive"
+MILD = "int8 weights alone: too sensitive"
 
 
 def run(config: ConfigDict, workdir: Path, checkpoint: str, out: Path | None) -> int:
@@ -56,25 +57,31 @@ def run(config: ConfigDict, workdir: Path, checkpoint: str, out: Path | None) ->
     batches = calibrate.read_batches(prepared, config.ptq.images)
     say(f"measured on {config.ptq.images} training images, {len(candidates)} kernels")
     everything = _quantize(prepared, plain, candidates, model_state, batches)
-    error = calibrate.make_error(prepared, plain, everything, model_state, batches)
+    milder = None
+    if config.ptq.activations != "float":
+        milder = jax.jit(partial(_in_int8, chosen=candidates, dynamic=False))(plain)
+    error = calibrate.make_error(prepared, plain, everything, model_state, batches, milder)
     alone = {path: error({path}) for path in sorted(candidates)}
     free = {path: alone[path] for path in alone if path not in by_rule}
-    by_error = calibrate.choose_exceptions(free, error, config.ptq.max_error)
-    chosen = free.keys() - set(by_error)
-    if not chosen:
+    mild, by_error = _choose(free, error, config.ptq.max_error, milder is not None)
+    chosen = free.keys() - mild - by_error
+    if not chosen and not mild:
         raise UserError(
             f"config.ptq.max_error {config.ptq.max_error}: with any kernel quantized the outputs "
             "are off by more: raise it, or take another form or activations"
         )
     quantized = quantize.only(plain, everything, chosen)
+    if mild:
+        quantized = quantize.only(quantized, milder, mild)
 
+    kept = ((BY_RULE, by_rule), (MILD, mild), (BY_ERROR, by_error))
     report = {
         "run": str(workdir.absolute()),
         "form": config.ptq.form,
         "activations": config.ptq.activations,
         "images": config.ptq.images,
         "max_error": config.ptq.max_error,
-        "error": error(chosen),
+        "error": error(chosen, mild),
         "error_without_exceptions": error(candidates),
         "bytes": {"float": _bytes(plain), "quantized": _bytes(quantized)},
         "evaluation": _evaluate(prepared, plain, everything, quantized, model_state),
@@ -83,7 +90,7 @@ def run(config: ConfigDict, workdir: Path, checkpoint: str, out: Path | None) ->
                 "path": path,
                 "shape": list(leaves(plain)[path].shape),
                 "error": alone[path],
-                "kept": BY_RULE if path in by_rule else BY_ERROR if path in by_error else "",
+                "kept": next((why for why, those in kept if path in those), ""),
             }
             for path in sorted(alone, key=lambda path: -alone[path])
         ],
@@ -107,6 +114,32 @@ def _check_adapters(config: ConfigDict, params: Any) -> None:
         )
 
 
+def _choose(
+    errors: Mapping[str, float], error: calibrate.Error, max_error: float, mildly: bool
+) -> tuple[set[str], set[str]]:
+    """Which kernels have int8 weights and inputs in float, and which are wholly in float.
+
+    Args:
+      errors: of each kernel, when it alone is quantized.
+      error: of two sets of kernels, see `calibrate.make_error`.
+      max_error: that all together may make.
+      mildly: whether there are inputs to leave in float.
+    """
+    if not mildly:
+        return set(), set(calibrate.choose_exceptions(errors, error, max_error))
+    by_error: set[str] = set()
+    if error((), errors) > max_error:
+        alone = {path: error((), {path}) for path in errors}
+        by_error |= {*calibrate.choose_exceptions(alone, lambda on: error((), on), max_error)}
+    left = {path: errors[path] for path in errors if path not in by_error}
+    mild = calibrate.choose_exceptions(left, lambda on: error(on, left.keys() - set(on)), max_error)
+    return set(mild), by_error
+
+
+def _in_int8(plain: Any, *, chosen: Collection[str], dynamic: bool) -> Any:
+    return quantize.quantize(plain, chosen, partial(quantize.FORMS["int8"], dynamic=dynamic))
+
+
 def _quantize(
     prepared: Run, plain: Any, chosen: Collection[str], model_state: Any, batches: Any
 ) -> Any:
@@ -121,8 +154,8 @@ def _quantize(
         make = partial(quantize.FORMS["nf4"], block_size=settings.block_size)
         return jax.jit(lambda plain: quantize.quantize(plain, chosen, make))(plain)
     if settings.activations != "static":
-        make = partial(quantize.FORMS["int8"], dynamic=settings.activations == "dynamic")
-        return jax.jit(lambda plain: quantize.quantize(plain, chosen, make))(plain)
+        dynamic = settings.activations == "dynamic"
+        return jax.jit(partial(_in_int8, chosen=chosen, dynamic=dynamic))(plain)
     found = calibrate.input_ranges(
         prepared, plain, model_state, batches, settings.observer, settings.percentile
     )

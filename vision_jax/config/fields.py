@@ -456,7 +456,7 @@ FIELDS = (
         "ptq.max_error",
         0.05,
         NOT_NEGATIVE,
-        "relative error of the outputs; the most sensitive layers stay in float until it is met",
+        "relative error of the outputs; the most sensitive layers, or their inputs, stay in float",
         *MEASURED,
     ),
     _field(

@@ -26,7 +26,7 @@ from vision_jax.trees import paths, quantize
 DETECTED = ("score", "boxes_xyxy_01")
 PROPOSED = ("proposals_xyxy_px", "logits", "deltas")
 Batch = Mapping[str, jax.Array]
-Error = Callable[[Collection[str]], float]  # of the kernels that are quantized
+Error = Callable[..., float]  # of the kernels that are quantized, see `make_error`
 
 
 def read_batches(run: Run, count: int) -> list[Batch]:
@@ -128,9 +128,16 @@ def input_ranges(
 
 
 def make_error(
-    run: Run, plain: Any, quantized: Any, model_state: Any, batches: Sequence[Batch]
+    run: Run,
+    plain: Any,
+    quantized: Any,
+    model_state: Any,
+    batches: Sequence[Batch],
+    milder: Any = None,
 ) -> Error:
     """The error of the model's outputs by which kernels are quantized; compiled once.
+
+    It is a function of the paths of kernels as in `quantized`, and of those as in `milder`.
 
     Args:
       run: prepared.
@@ -138,6 +145,7 @@ def make_error(
       quantized: those with every candidate quantized.
       model_state: BatchNorm's statistics.
       batches: of `read_batches`.
+      milder: with every candidate quantized so that it is off by less; None if there is no such.
     """
     apply = families.make_apply(families.unrolled(run.model))
 
@@ -157,8 +165,9 @@ def make_error(
 
         return jax.tree.map(compare, outputs_of(params, model_state, batch), reference)
 
-    def error(on: Collection[str]) -> float:
-        tree = quantize.switch(plain, quantized, on)
+    def error(on: Collection[str], mildly: Collection[str] = ()) -> float:
+        full = quantized if milder is None else quantize.switch(milder, quantized, on)
+        tree = quantize.switch(plain, full, {*on, *mildly})
         found = [
             squares(tree, model_state, batch, reference)
             for batch, reference in zip(batches, references, strict=True)
@@ -179,7 +188,7 @@ def _compared(outputs: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def choose_exceptions(
-    errors: Mapping[str, float], error: Error, max_error: float
+    errors: Mapping[str, float], error: Callable[[Collection[str]], float], max_error: float
 ) -> tuple[str, ...]:
     """The fewest kernels, those of the largest errors alone, without which the rest is in bounds.
 
