@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import numpy as np
@@ -21,7 +22,7 @@ from vision_jax.commands import predict as predict_command
 from vision_jax.commands import serve as command
 from vision_jax.serve import body, openapi, page
 from vision_jax.serve.batches import Batcher
-from vision_jax.serve.model import Programs
+from vision_jax.serve.model import Programs, View
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
 pytest.importorskip("starlette", reason="the extra serve")
@@ -358,6 +359,45 @@ def test_a_client_that_leaves_is_not_computed_for(slow, rng):
     first.join()
     serving_runs.wait_until(lambda: parts.batcher.waiting == 0)
     assert gauge(port, 'vision_jax_requests_total{status="499"}') >= 1
+
+
+def test_a_mask_does_not_wait_behind_images_that_are_to_be_decoded(server, rng):
+    """One thread decodes; it is held by a second image when the first one's mask is found."""
+    _, parts = server
+    computing, go, held, free = (threading.Event() for _ in range(4))
+
+    def look(picture):
+        if picture.size == (8, 8):
+            held.set()
+            free.wait(60)
+        return View(0, np.zeros((1, 1, 3), np.uint8), (9, 9))
+
+    def run(canvas, views):
+        computing.set()
+        go.wait(60)
+        return [{"label": np.zeros((9, 9), np.uint8)} for _ in views]
+
+    servable = dataclasses.replace(parts.servable, kind="pixels", look=look)
+    mine = dataclasses.replace(
+        parts,
+        servable=servable,
+        describe=lambda found, size, asked: {"shares": {"all": 1.0}},
+        batcher=Batcher(lambda: Programs(servable, (1,), run), wait=0.0),
+        limits=dataclasses.replace(parts.limits, seconds=10.0),
+        threads=1,
+    )
+    with serving_runs.running(mine) as port, ThreadPoolExecutor(2) as clients:
+        serving_runs.wait_until(lambda: mine.batcher.ready)
+        first = clients.submit(predict, port, photo(rng, 9, 9))
+        assert computing.wait(60)
+        second = clients.submit(predict, port, photo(rng, 8, 8))
+        assert held.wait(60)
+        go.set()
+        try:
+            assert first.result(60)[0] == 200
+        finally:
+            free.set()
+        assert second.result(60)[0] == 200
 
 
 def test_before_it_is_ready_it_lives_and_is_not_healthy(server, rng):

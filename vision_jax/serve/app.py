@@ -76,6 +76,8 @@ def make_app(parts: Parts) -> "Starlette":
     batcher, metrics, limits = parts.batcher, parts.metrics, parts.limits
     room, kind, predict_one = Room(limits), parts.servable.kind, parts.servable.by_windows
     pool = ThreadPoolExecutor(parts.threads, thread_name_prefix="decode")
+    # Of its own: what was computed shall not wait behind all that is still to be decoded.
+    describing = ThreadPoolExecutor(parts.threads, thread_name_prefix="describe")
     described = openapi.describe(parts.servable, limits, parts.title)
     metrics.queue.set_function(lambda: batcher.waiting)
     metrics.seats.set_function(lambda: room.seats)
@@ -88,6 +90,7 @@ def make_app(parts: Parts) -> "Starlette":
         finally:  # no request is left by now
             await asyncio.to_thread(batcher.close)
             pool.shutdown()
+            describing.shutdown()
             metrics.close()
 
     def refuse(error: Refused) -> Response:
@@ -188,7 +191,7 @@ def make_app(parts: Parts) -> "Starlette":
         record = {"height": size[0], "width": size[1]}
         if kind == "pixels":  # counting and writing a mask takes its time
             loop = asyncio.get_running_loop()
-            said = await loop.run_in_executor(pool, parts.describe, found, size, asked)
+            said = await loop.run_in_executor(describing, parts.describe, found, size, asked)
         else:
             said = parts.describe(found, size, asked)
         return record | said
