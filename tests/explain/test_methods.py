@@ -12,7 +12,7 @@ import pytest
 
 from vision_jax.attacks.examples import keys_of
 from vision_jax.errors import UserError
-from vision_jax.explain.forward import Forward, class_logit
+from vision_jax.explain.forward import Forward, class_logit, place_logit, region_logit
 from vision_jax.explain.gradients import gauss_legendre
 from vision_jax.explain.methods import METHODS, find_method, make_explain
 from vision_jax.models.families import build_model, initialize
@@ -144,6 +144,28 @@ def test_what_a_model_has_not_is_told_in_one_line():
     with pytest.raises(UserError, match="has no 'stage_9/output': did you mean `stage_1/output`"):
         jax.eval_shape(lambda v, x: forward(v, x, {"stage_9/output": 0.0}), variables, images)
     assert forward.map_tap(variables, images) == "stage_1/output"
+
+
+def test_targets_read_one_number_an_image():
+    rng = np.random.default_rng(6)
+    classes, queries, pixels = (
+        jnp.asarray(rng.random(shape), jnp.float32)
+        for shape in ((2, 4), (3, 2, 5, 4), (2, 3, 6, 4))
+    )
+    labels, places = jnp.array([3, 1]), jnp.array([4, 0])
+    region = jnp.asarray(rng.random((2, 3, 6)) < 0.5).at[:, 0, 0].set(True)
+    for target, logits, of_image in (
+        (class_logit(labels), classes, lambda b: classes[b, labels[b]]),
+        (place_logit(places, labels), queries, lambda b: queries[-1, b, places[b], labels[b]]),
+        (place_logit(places, labels), queries[0], lambda b: queries[0, b, places[b], labels[b]]),
+        (
+            region_logit(region, labels),
+            pixels,
+            lambda b: np.asarray(pixels)[b][np.asarray(region)[b]][:, labels[b]].mean(),
+        ),
+    ):
+        found = target({"logits": logits})
+        np.testing.assert_allclose(found, [of_image(0), of_image(1)], rtol=1e-6)
 
 
 def test_the_nodes_integrate_polynomials_exactly():
