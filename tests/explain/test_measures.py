@@ -176,6 +176,15 @@ def test_what_is_imputed_is_the_weighed_mean_of_its_neighbors(share, rng):
         np.testing.assert_allclose(filled[image, row, column], total / weight, atol=1e-4)
 
 
+def test_maps_of_patches_are_means():
+    maps = np.arange(48, dtype=np.float32).reshape(1, 6, 8)
+    found = measures.to_patches(jnp.asarray(maps), (2, 4))
+    assert found.shape == (1, 6, 8)
+    np.testing.assert_allclose(found[0, 3:, 2:4], maps[0, 3:, 2:4].mean())
+    for grid in (None, (4, 4)):
+        np.testing.assert_array_equal(measures.to_patches(jnp.asarray(maps), grid), maps)
+
+
 @pytest.mark.long
 def test_blurred_images_are_scipys(rng):
     """Inside; at the edges the weights that are left sum to 1."""

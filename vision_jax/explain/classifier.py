@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vision_jax.attacks.examples import keys_of
-from vision_jax.explain import measures
+from vision_jax.explain import gradients, measures
 from vision_jax.explain.forward import (
     Forward,
     Variables,
@@ -19,7 +19,7 @@ from vision_jax.explain.methods import find_method, make_explain
 
 # f[B] of each map, beside the curves; of integrated gradients "completeness", too.
 FIGURES = ("insertion", "deletion", "road", "rank_correlation")
-RANDOM = "random"  # pixels in random order: what the figures of a map are compared with
+RANDOM = "random"  # patches, or pixels, in random order: what a map's figures are compared with
 
 Found = dict[str, jax.Array]
 
@@ -30,8 +30,8 @@ def make_explain_classifier(
     """A function (variables, images f[B, H, W, C], labels i32[B], index i32[B]) of device arrays.
 
     What stands where pixels are taken away is the mean color of the model's normalization; what
-    insertion begins with is the blurred image, as in its paper. A method is compiled once, and so
-    is the measure of its maps.
+    insertion begins with is the blurred image, as in its paper. Of a model of patches they come and
+    go patch by patch. A method is compiled once, and so is the measure of its maps.
 
     Args:
       forward: the model.
@@ -80,8 +80,8 @@ def make_explain_classifier(
             }
             if name == "integrated_gradients":
                 found[name]["completeness"] = error(variables, images, labels, attributions, mean)
-        flat = jnp.zeros(images.shape[:3], images.dtype)  # all equal: the keys decide
-        found[RANDOM] = measure(variables, images, labels, flat, mean, measured)
+        noise = gradients.noise_of(drawn, 0, images)[..., 0]  # [B, H, W]
+        found[RANDOM] = measure(variables, images, labels, noise, mean, measured)
         return found
 
     return run
@@ -97,7 +97,8 @@ def _measure(
     keys: jax.Array,
 ) -> Found:
     target = class_probability(labels)
-    given = (forward, variables, images, target, measures.ranks(maps, keys))
+    order = measures.ranks(measures.to_patches(maps, forward.grid), keys)
+    given = (forward, variables, images, target, order)
     return {
         "insertion": measures.area(measures.insertion(*given, measures.blurred(images))),
         "deletion": measures.area(measures.deletion(*given, baseline)),

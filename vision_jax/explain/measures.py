@@ -22,6 +22,24 @@ def to_pixels(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
     return resize_bilinear(maps[..., None], size)[..., 0]
 
 
+def to_patches(maps: jax.Array, grid: tuple[int, int] | None) -> jax.Array:
+    """Maps f[B, H, W] with the mean over each patch of a model in the place of its pixels.
+
+    A model of patches sees whole ones: pixels that come one by one, here and there, tell it little.
+
+    Args:
+      maps: of the images' size.
+      grid: the model's patches (rows, columns); the maps stay as they are if None, or if these
+        don't divide the image.
+    """
+    batch, height, width = maps.shape
+    if grid is None or height % grid[0] or width % grid[1]:
+        return maps
+    tall, wide = height // grid[0], width // grid[1]
+    means = maps.reshape(batch, grid[0], tall, grid[1], wide).mean((2, 4))
+    return jnp.repeat(jnp.repeat(means, tall, axis=1), wide, axis=2)
+
+
 def ranks(maps: jax.Array, keys: jax.Array) -> jax.Array:
     """i32[B, H, W]: place of each pixel by falling relevance, from 0 on.
 
