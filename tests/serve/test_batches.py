@@ -128,6 +128,28 @@ def test_what_fails_to_compile_ends_the_thread_and_says_so():
     batcher.close()
 
 
+def test_closing_while_it_compiles_ends_before_the_next_program_or_in_time():
+    compiling, go, made, ended = threading.Event(), threading.Event(), [], []
+
+    def compile_all():
+        for number in range(3):
+            batcher.check()
+            made.append(number)
+            compiling.set()
+            go.wait(60)
+
+    batcher = Batcher(compile_all, wait=0.0, on_end=ended.append)
+    batcher.start()
+    assert compiling.wait(60)
+    begin = time.monotonic()
+    batcher.close(0.1)
+    assert time.monotonic() - begin < 30
+    assert batcher.alive
+    go.set()
+    batcher.close(60)
+    assert (batcher.alive, made, ended) == (False, [0], [None])
+
+
 def test_rows_are_never_more_than_half_empty_but_in_the_smallest(rng):
     for _ in range(200):
         rows = sorted({int(size) for size in rng.integers(1, 40, rng.integers(1, 5))})

@@ -3,6 +3,7 @@
 import importlib
 import re
 import signal
+import subprocess
 import sys
 import threading
 
@@ -11,6 +12,19 @@ import runs
 import serving_runs
 
 pytest.importorskip("starlette", reason="the extra serve")
+
+NEVER_COMPILED = """
+import sys
+import jax
+from vision_jax.commands import serve
+from vision_jax.serve import model
+
+def compile_programs(*_):  # stands for one that takes minutes: it never comes back, as XLA doesn't
+    jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: x / 2, x))(1.0).item()
+
+model.compile_programs = compile_programs
+sys.exit(serve.main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.long
@@ -57,3 +71,17 @@ def test_sigterm_answers_what_is_there(monkeypatch, rng):
         with pytest.raises(ConnectionRefusedError):
             serving_runs.predict(server.port, data)
     assert answers == [200] * 20
+
+
+@pytest.mark.long
+def test_sigterm_while_it_compiles_ends_in_time():
+    flags = ["embedded:vit_cifar10", "--port=0", "--deadline=0.5", "--no-cache"]
+    command = [sys.executable, "-c", NEVER_COMPILED, *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT) as process:
+        try:
+            assert "compiling" in process.stdout.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+            assert process.stdout.read() == "stopped, with everything answered\n"
+        finally:
+            process.kill()

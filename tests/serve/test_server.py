@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import jsonschema
 import numpy as np
@@ -22,7 +22,7 @@ from vision_jax.commands import predict as predict_command
 from vision_jax.commands import serve as command
 from vision_jax.serve import body, openapi, page
 from vision_jax.serve.batches import Batcher
-from vision_jax.serve.model import Programs, View
+from vision_jax.serve.model import Programs, View, compile_programs
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
 pytest.importorskip("starlette", reason="the extra serve")
@@ -411,6 +411,26 @@ def test_before_it_is_ready_it_lives_and_is_not_healthy(server, rng):
         assert predict(port, photo(rng, 9, 9))[0] == 503
         go.set()
         serving_runs.wait_until(lambda: ask(port, "GET", "/health")[0] == 200)
+
+
+def test_compiling_ends_between_programs(server):
+    _, parts = server
+    tiny = dataclasses.replace(
+        parts.servable,
+        canvases=((2, 3),),
+        outputs=lambda variables, batch: {"size": batch["size"] + 1},
+        make_read=lambda like: lambda found, size: found,
+    )
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 2:
+            raise CancelledError
+
+    with serving_runs.compilations() as compiled, pytest.raises(CancelledError):
+        compile_programs(tiny, (1, 4, 16), check)
+    assert len(compiled) == 1
 
 
 # The command --------------------------------------------------------------------------------------

@@ -134,7 +134,11 @@ def _run(flags: argparse.Namespace) -> int:
         if not flags.no_cache:
             machine.keep_compiled()
         parts, ended = make_parts(flags)
-        return asyncio.run(_serve(parts, ended, listening, flags.deadline))
+        code = asyncio.run(_serve(parts, ended, listening, flags.deadline))
+        if parts.batcher.alive:  # in a program that it compiles, on which Python's end would wait
+            sys.stdout.flush()
+            os._exit(code)
+        return code
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -175,7 +179,7 @@ def make_parts(flags: argparse.Namespace) -> tuple[Any, list[BaseException]]:
     metrics, ended = Metrics(), []
 
     def compile_all():
-        programs = compile_programs(servable, rows)
+        programs = compile_programs(servable, rows, batcher.check)
         metrics.set_ready(True)
         return programs
 

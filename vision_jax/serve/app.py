@@ -88,7 +88,7 @@ def make_app(parts: Parts) -> "Starlette":
         try:
             yield
         finally:  # no request is left by now
-            await asyncio.to_thread(batcher.close)
+            await asyncio.to_thread(batcher.close, limits.seconds)
             pool.shutdown()
             describing.shutdown()
             metrics.close()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 
 from vision_jax.serve.body import Refused
@@ -45,7 +45,7 @@ class Batcher:
         """Nothing runs before `start`.
 
         Args:
-          compile_all: makes the programs, in the thread that runs them.
+          compile_all: makes the programs, in the thread that runs them; it calls `check` between.
           wait: seconds that the first image of a batch waits for others.
           on_batch: told (images, rows of the program, seconds) after each batch.
           on_dropped: told how many images nobody waited for any more.
@@ -101,13 +101,21 @@ class Batcher:
             self._changed.notify()
         return one.future
 
-    def close(self) -> None:
-        """Answers what is in the queue, then ends the thread; waits for that."""
+    def check(self) -> None:
+        """For what compiles, between programs. Raises CancelledError after `close`."""
+        if self._closing:
+            raise CancelledError
+
+    def close(self, seconds: float | None = None) -> None:
+        """Answers what is in the queue, then ends the thread; waits for that.
+
+        While it compiles, for `seconds` at most: nothing ends a program that is being compiled.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(None if self._ready.is_set() else seconds)
 
     def _live(self) -> None:
         error: BaseException | None = None
@@ -116,6 +124,8 @@ class Batcher:
             self._ready.set()
             while batch := self._next(programs.rows):
                 self._answer(programs, batch)
+        except CancelledError:  # of `check`
+            pass
         except BaseException as raised:
             error = raised
         finally:

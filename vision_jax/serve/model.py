@@ -339,18 +339,22 @@ class Programs:
     run: Callable[[int, Sequence[View]], list[Found]]
 
 
-def compile_programs(servable: Servable, rows: Sequence[int]) -> Programs:
+def compile_programs(
+    servable: Servable, rows: Sequence[int], check: Callable[[], None] = lambda: None
+) -> Programs:
     """Compiles one program for each canvas and size of batches, and runs each once.
 
     Args:
       servable: what is served.
       rows: sizes of batches.
+      check: called before each program; what it raises ends all.
     """
     rows = tuple(sorted(set(rows)))
     outputs = machine.jit(servable.outputs)
     compiled, reads = {}, {}
     for canvas, size in enumerate(servable.canvases):
         for count in rows:
+            check()
             batch = _batch([], count, size, servable.channels)
             program = outputs.lower(servable.variables, batch).compile()
             compiled[canvas, count] = program
