@@ -49,6 +49,18 @@ def get_space():
         "lora.rank": choice(4, 8, 16),
     }
 """
+SPACE_OF_THE_HEAD = """
+from vision_jax.search import log_uniform, uniform
+
+
+def get_space():
+    return {
+        "optim.lr": log_uniform(1e-3, 0.3),
+        "optim.weight_decay": log_uniform(1e-3, 0.3),
+        "augment.label_smoothing": uniform(0.01, 0.2),
+        "optim.b2": uniform(0.95, 0.999),
+    }
+"""
 
 
 def flops(trials: int, overrides: Sequence[str]) -> None:
@@ -119,7 +131,7 @@ def best(
 ) -> None:
     """Prints top-1 of the best trial and of the config's own values, by seed."""
     space, cache, gains = folder / "space.py", folder / "cache", []
-    space.write_text(SPACE)
+    space.write_text(SPACE_OF_THE_HEAD if "--config.recipes=()" in overrides else SPACE)
     for seed in range(seeds):
         held_out = ("--config.data.eval=", "--config.data.holdout=0.2", f"--config.seed={seed}")
         others = [one for one in overrides if not one.startswith("--config.data.eval=")]
