@@ -1,5 +1,7 @@
 """Runs that are pruned by their own data, and what trains on from what is left."""
 
+import json
+
 import detection_runs
 import jax
 import numpy as np
@@ -56,3 +58,20 @@ def test_a_detector_trains_on_when_it_has_lost_a_third(tmp_path, monkeypatch):
     assert after.widths == tuple(round(0.67 * width) for width in before.widths)
     assert after.mlp_width == round(0.67 * before.mlp_width)
     assert after.width == before.width
+
+
+@pytest.mark.long
+def test_a_detector_that_has_lost_a_third_is_exported_in_int8(tmp_path):
+    """From the folder that `prune` leaves: narrower attention and convolutions, in int8 too."""
+    out = tmp_path / "pruned"
+    arguments = ("--keep=0.67", "--multiple=1", f"--to={out}")
+    assert main(["prune", str(detection_runs.finished()), *arguments]) == 0
+    for flags in ((), ("--quantize=weights",)):
+        given = [str(out), "--to=stablehlo", f"--out={tmp_path / 'exported'}", "--seed=1", *flags]
+        assert main(["export", *given]) == 0
+        record = json.loads((tmp_path / "exported" / "model.stablehlo.json").read_text())
+        found = record["certificate"]
+        assert found["pass"], found
+        assert found["compared"] > 0
+        assert ("int8" in found) == bool(flags)
+    assert found["int8"]["beside_float32"]["bytes"] < 1
