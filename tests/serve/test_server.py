@@ -1,6 +1,8 @@
 """Requests to a real server: answers are `predict`'s, whatever comes is answered, bounds hold."""
 
+import contextlib
 import dataclasses
+import gc
 import io
 import json
 import re
@@ -359,6 +361,41 @@ def test_a_client_that_leaves_is_not_computed_for(slow, rng):
     first.join()
     serving_runs.wait_until(lambda: parts.batcher.waiting == 0)
     assert gauge(port, 'vision_jax_requests_total{status="499"}') >= 1
+
+
+def test_clients_that_leave_leave_no_image_behind(server, rng):
+    """But the one that is being decoded, which has its seat until that ends."""
+    _, parts = server
+    decoding, free = threading.Event(), threading.Event()
+
+    def look(picture):
+        decoding.set()
+        free.wait(60)
+        return View(0, np.zeros((1, 1, 3), np.uint8), (9, 9))
+
+    def images():
+        return sum(type(one) is body.Upload for one in gc.get_objects())
+
+    servable = dataclasses.replace(parts.servable, look=look)
+    batcher = Batcher(lambda: Programs(servable, (1,), None), wait=0.0)
+    mine = dataclasses.replace(parts, servable=servable, batcher=batcher, threads=1)
+    data = photo(rng, 9, 9)
+    gc.collect()
+    before = images()
+    with serving_runs.running(mine) as port:
+        serving_runs.wait_until(lambda: batcher.ready)
+        try:
+            with contextlib.ExitStack() as clients:
+                for _ in range(4):
+                    client = clients.enter_context(socket.create_connection(("127.0.0.1", port)))
+                    client.sendall(HEAD % len(data) + data)
+                serving_runs.wait_until(lambda: images() == before + 4)
+                assert decoding.wait(60)
+            serving_runs.wait_until(lambda: images() == before + 1, seconds=10)
+            serving_runs.wait_until(lambda: gauge(port, "vision_jax_seats_taken") == 1, seconds=10)
+        finally:
+            free.set()
+        serving_runs.wait_until(lambda: gauge(port, "vision_jax_seats_taken") == 0)
 
 
 def test_a_mask_does_not_wait_behind_images_that_are_to_be_decoded(server, rng):

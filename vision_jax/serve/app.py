@@ -26,7 +26,7 @@ import numpy as np
 from vision_jax.serve import openapi, page
 from vision_jax.serve.answers import Asked, Describe, read_query
 from vision_jax.serve.batches import Batcher
-from vision_jax.serve.body import Limits, Refused, Room, Upload, linger, look_at, read_uploads
+from vision_jax.serve.body import Limits, Refused, Room, Seat, Upload, linger, look_at, read_uploads
 from vision_jax.serve.metrics import Metrics
 from vision_jax.serve.model import Servable, Size, View
 
@@ -115,7 +115,7 @@ def make_app(parts: Parts) -> "Starlette":
                 raise Refused(408, f"the body took longer than {limits.seconds:g} s") from None
             seat.take(len(uploads) - 1)
             left = limits.seconds - (time.monotonic() - begin)
-            records = await _unless_gone(request, answer_all(uploads, asked), left)
+            records = await _unless_gone(request, answer_all(uploads, asked, seat), left)
             response: Response = _json(records)
         except Refused as error:
             metrics.images.labels("refused").inc()
@@ -135,10 +135,10 @@ def make_app(parts: Parts) -> "Starlette":
         metrics.seconds.observe(time.monotonic() - begin)
         return response
 
-    async def answer_all(uploads: list[Upload], asked: Asked) -> list[dict[str, Any]]:
+    async def answer_all(uploads: list[Upload], asked: Asked, seat: Seat) -> list[dict[str, Any]]:
         """A record of each; where none could be read, the first one's error is raised."""
         found = await asyncio.gather(
-            *(answer(upload, asked) for upload in uploads), return_exceptions=True
+            *(answer(upload, asked, seat) for upload in uploads), return_exceptions=True
         )
         records: list[dict[str, Any]] = []
         for upload, one in zip(uploads, found, strict=True):
@@ -155,12 +155,12 @@ def make_app(parts: Parts) -> "Starlette":
         metrics.images.labels("refused").inc(len(refused))
         return records
 
-    def look(upload: Upload, future: Future, seen: list[Size]) -> None:
+    def look(held: list[Upload], future: Future, seen: list[Size]) -> None:
         """In a thread: decodes an image, notes its size, and puts its view into the queue."""
         if future.cancelled():
             return
         try:
-            view = look_at(upload, limits, parts.servable.look)
+            view = look_at(held.pop(), limits, parts.servable.look)
             seen.append(view.size)
             if predict_one is None:
                 batcher.submit(view, future)
@@ -179,14 +179,16 @@ def make_app(parts: Parts) -> "Starlette":
         some = [batcher.submit(View(0, window, window.shape[:2])) for window in windows]
         return np.stack([one.result()["scores"] for one in some])
 
-    async def answer(upload: Upload, asked: Asked) -> dict[str, Any]:
+    async def answer(upload: Upload, asked: Asked, seat: Seat) -> dict[str, Any]:
         future: Future[Any] = Future()
-        seen: list[Size] = []
-        looking = pool.submit(look, upload, future, seen)
+        held, seen = [upload], list[Size]()
+        looking = pool.submit(look, held, future, seen)
         try:
             found = await asyncio.wrap_future(future)
         finally:
-            looking.cancel()  # if the client has left
+            held.clear()  # if the client has left: the pool keeps what is cancelled for a while
+            if not looking.cancel() and not looking.done():
+                seat.works.append(asyncio.wrap_future(looking))
         (size,) = seen
         record = {"height": size[0], "width": size[1]}
         if kind == "pixels":  # counting and writing a mask takes its time
@@ -286,3 +288,4 @@ async def _unless_gone(request: "Request", work: Any, seconds: float) -> Any:
     finally:
         working.cancel()
         leaving.cancel()
+        await asyncio.wait({working, leaving})  # which doesn't wait for threads

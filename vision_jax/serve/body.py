@@ -88,11 +88,16 @@ class Room:
 
 
 class Seat:
-    """A request's part of a room; `leave` gives it back."""
+    """A request's part of a room; `leave` gives it back.
+
+    Attributes:
+      works: what holds the request's images, even when its client has left.
+    """
 
     def __init__(self, room: Room):
         self._room = room
         self._seats = self._bytes = 0
+        self.works: list[asyncio.Future[Any]] = []
 
     def take(self, seats: int) -> None:
         """Room for more images. Raises Refused where there is none."""
@@ -109,7 +114,11 @@ class Seat:
         self._bytes += count
 
     def leave(self) -> None:
-        """Gives all of it back."""
+        """Gives all of it back, once all works have ended."""
+        for work in self.works:
+            if not work.done():
+                work.add_done_callback(lambda _: self.leave())
+                return
         self._room.seats -= self._seats
         self._room.bytes -= self._bytes
         self._seats = self._bytes = 0
