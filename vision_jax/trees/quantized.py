@@ -164,7 +164,7 @@ def _integer_product(product: Product, x: Array, leaf: Int8) -> Array:
     whole, scale = round_inputs(x, leaf)
     total = product(whole.astype(jnp.int8), leaf.values)  # i32
     wide, step = total.astype(scale.dtype), _by_output(leaf.scale.astype(scale.dtype), x.ndim)
-    # One after the other: of a product of both scales onnxruntime 1.32 takes the first row's alone.
+    # One after the other: with a product of both onnxruntime 1.32 gets the bias after it wrong.
     wide = wide * scale * step if scale.ndim else wide * (scale * step)
     return wide.astype(x.dtype)
 
