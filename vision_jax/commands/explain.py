@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vision_jax.commands.source import RUN_FILE, is_run, load_source
+from vision_jax.commands.source import RUN_FILE, check_folder, is_run, load_source
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import expand
 from vision_jax.flags import make_parser, run
@@ -80,6 +80,8 @@ def _run(flags: argparse.Namespace) -> int:
 
     machine.keep_compiled()
     folder = expand(flags.source)
+    out = flags.out or (folder if is_run(folder) else Path()) / "explanations"
+    check_folder("--out", out)
     loaded = load_source(
         flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
     )
@@ -92,7 +94,6 @@ def _run(flags: argparse.Namespace) -> int:
     methods = report.choose_methods(
         subject, asked or ([] if flags.images else ["integrated_gradients"])
     )
-    out = flags.out or (folder if is_run(folder) else Path()) / "explanations"
     if flags.images:
         from vision_jax.commands.predict import image_files
         from vision_jax.tasks.images import source_of

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vision_jax.commands.source import is_run, load_source
+from vision_jax.commands.source import check_folder, check_keeps, is_run, load_source
 from vision_jax.errors import UserError
 from vision_jax.files import expand, read_json
 from vision_jax.flags import image_size, make_parser, run
@@ -86,11 +86,14 @@ def _run(flags: argparse.Namespace) -> int:
 
     folder = expand(flags.source)
     workdir = folder if is_run(folder) else None
+    report = _read_report(folder)
+    out = flags.out or (folder / "export" if workdir or report else Path("export"))
+    check_folder("--out", out)
+    if flags.to == "safetensors":
+        check_keeps("--out", out, folder)
     loaded = load_source(
         flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
     )
-    report = _read_report(folder)
-    out = flags.out or (folder / "export" if workdir or report else Path("export"))
     if flags.to == "safetensors":
         return _save(loaded, out)
     float32 = _before(report)

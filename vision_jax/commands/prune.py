@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from vision_jax.commands.source import RUN_FILE, check_keeps
 from vision_jax.errors import UserError
 from vision_jax.files import expand
 from vision_jax.flags import make_parser, run
 
-RUN_FILE = "config.json"
 MAGNITUDE, TAYLOR = "magnitude", "taylor"
 
 
@@ -60,6 +60,7 @@ def _run(flags: argparse.Namespace) -> int:
     from vision_jax.run import prune
     from vision_jax.trees import lora
 
+    check_keeps("--to", flags.to, expand(flags.source))
     loaded, run = _load(flags)
     variables = {**loaded.variables, "params": lora.merge(loaded.variables["params"])}
     if flags.score == MAGNITUDE:

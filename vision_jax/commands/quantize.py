@@ -16,6 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vision_jax import convert
+from vision_jax.commands.source import check_keeps
 from vision_jax.config import check_ranges, write_json
 from vision_jax.convert.quantized import write_quantized
 from vision_jax.errors import UserError
@@ -45,6 +46,8 @@ def run(config: ConfigDict, workdir: Path, checkpoint: str, out: Path | None) ->
         raise UserError(
             f"quantize is for classifiers, detectors and segmenters, and this is {config.task}"
         )
+    out = out or workdir / "quantized"
+    check_keeps("--out", out, workdir)
     restored = restore(config, workdir, checkpoint)
     prepared, (trained, frozen, model_state) = restored.run, restored.trained.arguments
     params = prepared.parameters.assemble({**trained, **frozen})
@@ -97,7 +100,6 @@ def run(config: ConfigDict, workdir: Path, checkpoint: str, out: Path | None) ->
     }
     if shares := _surviving(params, plain, quantized):
         report["adapters_survive"] = shares
-    out = out or workdir / "quantized"
     _write(prepared, out, quantized, model_state, report)
     for line in _lines(report):
         say(line)

@@ -1,4 +1,7 @@
-"""What commands call SOURCE: a run's folder, or weights as `predict --weights` takes them."""
+"""What commands call SOURCE: a run's folder, or weights as `predict --weights` takes them.
+
+And where they may write what they make of it.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +12,39 @@ if TYPE_CHECKING:
     from vision_jax.loaded import Loaded
 
 RUN_FILE = "config.json"
+OTHER = "name another folder"
 
 
 def is_run(folder: Path) -> bool:
     """Whether it is a run's folder."""
     return (folder / RUN_FILE).is_file()
+
+
+def check_folder(flag: str, out: Path) -> None:
+    """Raises UserError where a flag names no folder, but a file or what would lie below one."""
+    there = next((path for path in (out, *out.parents) if path.exists()), out)
+    if there.exists() and not there.is_dir():
+        raise UserError(f"{flag}: {there} is a file: name a folder")
+
+
+def check_keeps(flag: str, out: Path, source: Path | None = None) -> None:
+    """Refuses a folder where a model's files would replace a run's, or those they are made of.
+
+    Args:
+      flag: that names the folder.
+      out: the folder.
+      source: a folder or file that is only read; it need not be there.
+
+    Raises:
+      UserError: see above, or what `check_folder` says.
+    """
+    check_folder(flag, out)
+    if (out / "model.json").is_file() or (out / "checkpoints").is_dir():  # only runs have them
+        raise UserError(f"{flag}: {out} is a run's folder, whose model it would replace: {OTHER}")
+    if source is not None and source.exists():
+        home = source if source.is_dir() else source.parent
+        if home.resolve() == out.resolve():
+            raise UserError(f"{flag}: {out} holds {source}, which it would replace: {OTHER}")
 
 
 def load_source(
