@@ -3,16 +3,25 @@
 import json
 import re
 import tomllib
+import tracemalloc
 
+import numpy as np
+import pytest
 import runs
 import yaml
 
 from vision_jax.commands import serve
+from vision_jax.data.decode import TooManyPixelsError
+from vision_jax.data.segmentation_transforms import SegmentationPreprocessing
 from vision_jax.serve.body import Limits
+from vision_jax.serve.model import AT_ONCE, STRIP_BYTES, _look_at_all
+from vision_jax.tasks.segmentation.windows import predict_by_windows
 
 FOLDER = runs.ROOT / "deploy"
 LINES = (FOLDER / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
 MANIFEST = list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
+
+WINDOW, CLASSES = 512, 21  # of docs/serving.md's example
 
 
 def instructions(name):
@@ -99,12 +108,43 @@ def test_the_manifest_is_of_that_image():
 
 
 def test_the_manifest_has_memory_for_the_worst():
-    """Of images that are decoded at once (15 bytes a pixel), of bodies, and of the process."""
+    """Of images that are decoded at once, or seen by windows, of bodies, and of the process."""
     (container,) = MANIFEST[0]["spec"]["template"]["spec"]["containers"]
     flags = arguments_of(container["args"])
-    worst = flags.threads * flags.most_megapixels * 15 + Limits().held_bytes / 1e6 + 600
+    windows = STRIP_BYTES + 2 * AT_ONCE * WINDOW**2 * CLASSES * 4
+    thread = max(flags.most_megapixels * 15, flags.most_megapixels * 7 + windows / 1e6)
+    worst = flags.threads * thread + Limits().held_bytes / 1e6 + 600
     limit = container["resources"]["limits"]["memory"]
     assert worst < int(limit.removesuffix("Gi")) * 2**30 / 1e6
     cpus = container["resources"]["limits"]["cpu"]
     assert {"name": "NPROC", "value": cpus} in container["env"]
     assert flags.threads == int(cpus)
+
+
+@pytest.mark.parametrize(
+    ("classes", "columns"), [(CLASSES, STRIP_BYTES // (WINDOW * CLASSES * 4)), (150, 4 * WINDOW)]
+)
+def test_a_wider_image_than_is_counted_is_refused(classes, columns):
+    look = _look_at_all(SegmentationPreprocessing((8, 8), (0.5,), (0.5,)), WINDOW, classes)
+    assert look(np.zeros((1, columns, 1), np.uint8)).size == (1, columns)
+    with pytest.raises(TooManyPixelsError, match=f"has {columns + 1} columns: at most {columns} "):
+        look(np.zeros((1, columns + 1, 1), np.uint8))
+
+
+def test_a_thread_holds_by_windows_what_is_counted():
+    window, columns = 64, 700
+    image = np.zeros((150, columns, 3), np.uint8)
+
+    def scores_of(windows):
+        return iter(np.zeros((*windows.shape[:3], CLASSES), np.float32))
+
+    tracemalloc.start()
+    try:
+        predict_by_windows(
+            image, scores_of, window=window, stride=43, at_once=AT_ONCE, fill=[0, 0, 0]
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    counted = 4 * CLASSES * window * (columns + 2 * AT_ONCE * window) + image.size
+    assert 0.8 * counted < peak < 1.1 * counted

@@ -15,7 +15,7 @@ programs. A client that leaves takes its images out of the queue.
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -172,12 +172,12 @@ def make_app(parts: Parts) -> "Starlette":
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
 
-    def scores_of(windows: np.ndarray, future: Future) -> np.ndarray:
-        """In a thread: waits for the scores of an image's next windows."""
+    def scores_of(windows: np.ndarray, future: Future) -> Iterator[np.ndarray]:
+        """In a thread: waits for the scores of an image's next windows, one after the other."""
         if future.cancelled():
             raise Refused(GONE, "the client has left")
         some = [batcher.submit(View(0, window, window.shape[:2])) for window in windows]
-        return np.stack([one.result()["scores"] for one in some])
+        return (one.result()["scores"] for one in some)
 
     async def answer(upload: Upload, asked: Asked, seat: Seat) -> dict[str, Any]:
         future: Future[Any] = Future()

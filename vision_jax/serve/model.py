@@ -37,7 +37,7 @@ from vision_jax.tasks.segmentation.objective import PREDICTIONS as SEGMENTERS
 from vision_jax.trees import lora
 
 TILE = 256  # pixels a side of what is decided at once of a mask
-STRIP_BYTES = 2**29  # of the scores of a row of windows
+STRIP_BYTES = 200_000_000  # of the scores of a row of windows, or as many as `AT_ONCE` windows have
 AT_ONCE = 4  # windows of an image
 AS_THEY_ARE = ("original", "short")  # a segmenter's views whose size depends on the image's
 
@@ -191,11 +191,16 @@ def _look_at_pixels(
 def _look_at_all(
     own: SegmentationPreprocessing, window: int, classes: int
 ) -> Callable[[Picture], View]:
+    most = max(AT_ONCE * window, STRIP_BYTES // (window * classes * 4))
+
     def look(picture: Picture) -> View:
         size = size_of(picture)
         _check_sides(size)
-        if own.view == "original" and window * max(size[1], window) * classes * 4 > STRIP_BYTES:
-            raise TooManyPixelsError(f"the image has {size[1]} columns, too many for windows")
+        if own.view == "original" and size[1] > most:
+            raise TooManyPixelsError(
+                f"the image has {size[1]} columns: at most {most} by windows of {window} pixels "
+                f"and {classes} classes: shrink it"
+            )
         return View(0, to_channels(np.asarray(picture), len(own.mean)), size)
 
     return look

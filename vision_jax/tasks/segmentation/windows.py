@@ -5,12 +5,12 @@ scores are held than those of a strip of the image as high as a window, and of `
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-# (windows u8[n, h, w, C]) -> scores f[n, h, w, K]
-ScoresOf = Callable[[np.ndarray], np.ndarray]
+# (windows u8[n, h, w, C]) -> scores f[h, w, K] of each
+ScoresOf = Callable[[np.ndarray], Iterable[np.ndarray]]
 # of each of N lines the lines i[N] before and after it, and the share f32[N] of the latter
 Neighbors = tuple[np.ndarray, np.ndarray, np.ndarray]
 
