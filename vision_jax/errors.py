@@ -20,6 +20,10 @@ class UserError(ValueError):
         return printable(cut)
 
 
+class DivergedError(UserError):
+    """What a model computes in an evaluation is not finite."""
+
+
 def printable(text: str) -> str:
     r"""Text on one line, with what a terminal would obey or can't show spelled out.
 

@@ -26,8 +26,8 @@ def test_the_suggestion_is_where_the_loss_falls_fastest(rng):
 
 
 def test_losses_that_never_fall_are_refused():
-    with pytest.raises(UserError, match="does not fall at any rate"):
-        find_lr.suggest_rate(rates(), list(np.linspace(1, 2, 100)))
+    assert find_lr.suggest_rate(rates(), list(np.linspace(1, 2, 100))) is None
+    assert find_lr.suggest_rate(rates()[:1], [float("nan")]) is None
 
 
 def test_the_average_is_the_bias_corrected_one(rng):
@@ -45,4 +45,20 @@ def test_a_run_writes_what_it_found(tmp_path):
     record = json.loads((tmp_path / "find_lr.json").read_text())
     assert record["suggestion"] in record["rates"]
     assert 1e-4 < record["suggestion"] < 1
+    assert (tmp_path / "find_lr.png").stat().st_size > 5000
+
+
+@pytest.mark.long
+def test_without_a_suggestion_the_curve_is_there_to_look_at(tmp_path, monkeypatch):
+    """Free adversarial training makes several updates a step: the rates are those of the steps."""
+    monkeypatch.setattr(find_lr, "suggest_rate", lambda rates, losses: None)
+    config = runs.tiny_config(total_steps=100, recipes=("adversarial",), adversarial__method="free")
+    with pytest.raises(UserError, match="does not fall at any rate"):
+        find_lr.run(config, tmp_path)
+    record = json.loads((tmp_path / "find_lr.json").read_text())
+    assert record["suggestion"] is None
+    replays = config.adversarial.replays
+    updates = find_lr.UPDATES * replays
+    rise = replays * np.log(find_lr.HIGH / find_lr.LOW) / (updates - 1)
+    np.testing.assert_allclose(np.diff(np.log(record["rates"])), rise, rtol=1e-3)
     assert (tmp_path / "find_lr.png").stat().st_size > 5000

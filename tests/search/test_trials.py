@@ -245,6 +245,28 @@ def test_a_trial_that_is_not_finite_ends_alone(tmp_path):
     assert [row.state for row in rows] == ["not finite" if one else "finished" for one in wild]
 
 
+def test_a_trial_whose_logits_are_not_finite_ends_alone(tmp_path):
+    """Its update was finite, and its parameters are too: what they compute is not."""
+    config = runs.tiny_config(optim__name="sgd", optim__clip_norm=0, evaluate__every=1)
+    every = search(tmp_path, {"optim.lr": choice(1e-3, 1e18, 1e25, 1e36)}, config, trials=8)
+    drive.run(every)
+    found = every.journal.read()
+    rows = report.make_table(every, found)
+    assert {row.state for row in rows if row.values["optim.lr"] < 1} == {"finished"}
+    assert {row.state for row in rows if row.values["optim.lr"] > 1e30} == {"not finite"}
+    assert all(row.state == "not finite" for row in rows if row.trial in found.lost)
+
+
+def test_a_search_does_not_go_on_with_other_images(tmp_path):
+    every = search(tmp_path, {"optim.lr": log_uniform(1e-3, 1e-1)})
+    drive.keep_settings(every)
+    held = json.loads((tmp_path / "search.json").read_text())
+    held["sha256"]["data"] = "0" * 64
+    (tmp_path / "search.json").write_text(json.dumps(held))
+    with pytest.raises(UserError, match="sha256: data"):
+        drive.keep_settings(every)
+
+
 def test_the_folder_of_another_search_is_refused(whole, tmp_path):
     folder, _ = whole
     text = (folder / "whole/search.json").read_text()

@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vision_jax import sharding
-from vision_jax.config import check_ranges, write_json
+from vision_jax.config import check_ranges, fields, updates_a_step, write_json
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.logging import say, show_progress
@@ -45,8 +45,10 @@ def run(config: ConfigDict, workdir: Path) -> int:
     source = find_task(config.task).read_sources(config)[0]
     prepared = prepare(config, source.class_names)
 
+    updates = UPDATES * updates_a_step(fields(config))
+
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        share = jnp.minimum(jnp.asarray(step, jnp.float32) / (UPDATES - 1), 1)
+        share = jnp.minimum(jnp.asarray(step, jnp.float32) / (updates - 1), 1)
         return LOW * (HIGH / LOW) ** share
 
     trainable = prepared.parameters.abstract()[0]
@@ -60,24 +62,31 @@ def run(config: ConfigDict, workdir: Path) -> int:
         rising.stored,
     )
     data = rising.training_data(source, DamageLog())
+    rates: list[float] = []
     losses: list[float] = []
     with show_progress(UPDATES, what="updates") as (advance, _):
         for number in range(UPDATES):
             batch = place({**next(data), **(stored(number) if stored else {})})
             state, metrics = step(state, fixed, batch)
             advance()
+            rates.append(float(metrics["learning_rate"]))
             losses.append(float(metrics["loss"]))
             if not bool(metrics["finite"]) or has_diverged(losses):
                 break
-    rates = [float(schedule(number)) for number in range(len(losses))]
     found = suggest_rate(rates, losses)
     workdir.mkdir(parents=True, exist_ok=True)
     record = {"suggestion": found, "rates": rates, "losses": [_or_none(x) for x in losses]}
     write_json(record, workdir / "find_lr.json")
     _draw(rates, losses, found, workdir / "find_lr.png")
-    say(f"suggestion: --config.optim.lr={found:.2g} (now {config.optim.lr:g})")
+    if found is not None:
+        say(f"suggestion: --config.optim.lr={found:.2g} (now {config.optim.lr:g})")
     say(f"wrote {workdir / 'find_lr.json'}, rates and losses")
     say(f"wrote {workdir / 'find_lr.png'}, the same drawn")
+    if found is None:
+        raise UserError(
+            "find-lr: the loss does not fall at any rate: check the data and what trains "
+            "(config.trainable), or take a larger config.batch_size"
+        )
     return 0
 
 
@@ -105,13 +114,14 @@ def has_diverged(losses: Sequence[float]) -> bool:
     return bool(smooth[-1] > DIVERGED * smooth.min())
 
 
-def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
+def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     """The rate at which the averaged loss falls fastest by the logarithm of the rate.
 
-    Raises:
-      UserError: it falls nowhere.
+    None where it falls nowhere.
     """
     smooth = average([loss for loss in losses if math.isfinite(loss)])
+    if not len(smooth):
+        return None
     logs = np.log(rates[: len(smooth)])
     least = int(smooth.argmin())
     places = range(REACH, min(least, len(smooth) - 1 - REACH) + 1)
@@ -120,14 +130,11 @@ def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
         for n in places
     }
     if not slopes or min(slopes.values()) >= 0:
-        raise UserError(
-            "find-lr: the loss does not fall at any rate: check the data and what trains "
-            "(config.trainable), or take a larger config.batch_size"
-        )
+        return None
     return float(rates[min(slopes, key=lambda n: slopes[n])])
 
 
-def _draw(rates: Sequence[float], losses: Sequence[float], found: float, path: Path) -> None:
+def _draw(rates: Sequence[float], losses: Sequence[float], found: float | None, path: Path) -> None:
     from matplotlib.figure import Figure
 
     from vision_jax.figures import BLUE, ORANGE, save_figure
@@ -136,10 +143,11 @@ def _draw(rates: Sequence[float], losses: Sequence[float], found: float, path: P
     axes = figure.subplots()
     axes.plot(rates, losses, color=BLUE, alpha=0.3, linewidth=1)
     axes.plot(rates, average(losses), color=BLUE, linewidth=2, label="averaged")
-    axes.axvline(found, color=ORANGE, label=f"suggestion {found:.2g}")
+    if found is not None:
+        axes.axvline(found, color=ORANGE, label=f"suggestion {found:.2g}")
     axes.set_xscale("log")
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    axes.set_ylim(0, 1.1 * max(finite[: max(len(finite) // 2, 1)]))
+    if finite := [loss for loss in losses if math.isfinite(loss)]:
+        axes.set_ylim(0, 1.1 * max(finite[: max(len(finite) // 2, 1)]))
     axes.set_xlabel("learning rate")
     axes.set_ylabel("training loss")
     axes.spines[["top", "right"]].set_visible(False)

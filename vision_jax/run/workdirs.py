@@ -61,7 +61,7 @@ FREE_FIELDS = (
     "model.scan",
     "distill.cache",  # bit-identical with and without
 )
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
 # What versions before 0.2 left of a file when they were killed.
 _OLD_DRAFT = re.compile(r"(adapter_)?model\.safetensors[a-z0-9_]{8}")
 
@@ -113,7 +113,7 @@ def _lock(path: Path) -> tuple[int, str]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in NO_LOCKS:
                 return descriptor, _no_locks(path)
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):

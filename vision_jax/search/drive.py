@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from vision_jax import machine, sharding, steps
 from vision_jax.checkpoints import Checkpoints, last_complete_step, restore_newest, set_aside
 from vision_jax.config import fields, read_json, write_json
+from vision_jax.data.fingerprint import digest, take_fingerprint
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.logging import explain_write_errors
@@ -169,10 +170,10 @@ class Search:
     def _bytes(self) -> dict[Any, int]:
         return {}
 
-    def bytes_of(self, trial: int) -> int:
-        """Bytes of what trains in a trial: a function of its group and its rank."""
+    def bytes_of(self, trial: int, values: Values) -> int:
+        """Bytes of what trains in a trial with these values: of its group and its rank."""
         group = next(group for group in self.groups if trial in group.trials)
-        changed = {name: x for name, x in self.values[trial].items() if name == RANK}
+        changed = {name: x for name, x in values.items() if name == RANK}
         key = group.trials, *changed.values()
         if key not in self._bytes:
             run = self.prepare(trial_config(group.config, changed))
@@ -275,14 +276,20 @@ def keep_settings(search: Search) -> None:
         "config": search.config.to_dict(),
         "space": describe_space(search.space),
         "settings": asdict(search.settings),
+        "sha256": {
+            "data": digest(take_fingerprint(search.sources(search.config)[0])),
+            "weights": search.prepare(search.config).description.sha256,
+        },
     }
     path = search.out / SETTINGS_FILE
     with explain_write_errors(search.out):
         search.out.mkdir(parents=True, exist_ok=True)
+        if (search.out / "config.json").exists():
+            raise UserError(f"{search.out} holds a run: give the search another --workdir")
         if not path.exists():
-            if (search.out / "config.json").exists():
-                raise UserError(f"{search.out} holds a run: give the search another --workdir")
-            write_json(record, path)
+            with claimed(search.out, "settings", wait=True):
+                if not path.exists():
+                    write_json(record, path)
     held = read_json(path)
     for name, now in _json(record).items():
         if held.get(name) != now:
@@ -474,6 +481,9 @@ def _evaluate(
 ) -> None:
     places = [place for place, trial in enumerate(trials) if trial not in lost]
     results = programs.evaluate(unit.group)(state, frozen, numbers, places) if places else []
+    if new := [trials[place] for place, x in zip(places, results, strict=True) if x is None]:
+        lost.update(new)
+        search.journal.scores("lost", step, {trial: {} for trial in new})
     names = {*search.task.reported, search.metric}
     scores = {
         trials[place]: {
@@ -482,5 +492,6 @@ def _evaluate(
             if (value := result.summary.get(name)) is not None
         }
         for place, result in zip(places, results, strict=True)
+        if result is not None
     }
     search.journal.scores("evaluation", step, scores)

@@ -10,16 +10,16 @@ twice, after a kill, says the same twice.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vision_jax.logging import explain_write_errors
+from vision_jax.run.workdirs import NO_LOCKS
 
 
 @dataclass
@@ -74,9 +74,10 @@ class Journal:
     def _append(self, record: Mapping[str, Any]) -> None:
         line = f"\n{json.dumps(record, allow_nan=False)}\n".encode()
         with explain_write_errors(self.out), self.path.open("ab", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # on file systems of the network an append is no unit
+            _lock(file, wait=True)  # on file systems of the network an append is no unit
             file.seek(0, os.SEEK_END)
-            file.write(line)
+            while line:  # of a full disk a part may fit; the rest then raises
+                line = line[file.write(line) :]
             os.fsync(file.fileno())
 
     def read(self) -> Found:
@@ -108,16 +109,33 @@ def _add(found: Found, record: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def claimed(out: Path, name: str) -> Iterator[bool]:
-    """Whether this process works on NAME: no other one does as long as this lasts."""
+def claimed(out: Path, name: str, wait: bool = False) -> Iterator[bool]:
+    """Whether this process works on NAME: no other one does as long as this lasts.
+
+    Args:
+      out: the search's folder.
+      name: of what is claimed.
+      wait: until nobody else does; then it is True.
+    """
     folder = out / "locks"
     with explain_write_errors(out):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / name).open("ab")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield _lock(file, wait)
+
+
+def _lock(file: IO[bytes], wait: bool) -> bool:
+    """Whether the file is locked until it is closed; a system without locks has one process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True

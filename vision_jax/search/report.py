@@ -17,6 +17,7 @@ import jax
 
 from vision_jax import train
 from vision_jax.checkpoints import Checkpoints, last_complete_step, restore_newest
+from vision_jax.checksums import read_checksums
 from vision_jax.config import read_json, write_json
 from vision_jax.data.fingerprint import take_fingerprint
 from vision_jax.errors import UserError
@@ -78,7 +79,7 @@ def make_table(search: Search, found: Found) -> list[Row]:
                 step,
                 values[trial],
                 evaluations.get(step, {}),
-                search.bytes_of(trial),
+                search.bytes_of(trial, values[trial]),
             )
         )
     return rows
@@ -130,7 +131,7 @@ def finish_best(search: Search, found: Found, best: Row) -> int:
     """Makes the best trial an ordinary run, and finishes that; returns its exit code."""
     workdir = search.out / BEST
     config = trial_config(search.config, best.values)
-    if (workdir / "model.safetensors").is_file():
+    if "model.safetensors" in read_checksums(workdir):  # which a run writes last
         return 0
     if last_complete_step(workdir) is None:
         _write_workdir(search, found, best, workdir)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vision_jax.errors import UserError
-from vision_jax.search.space import Choice, Range, Uniform
+from vision_jax.search.space import MOST_TRIALS, Choice, Range, Uniform
 
 SCHEDULERS = ("none", "halving", "median", "population")
 FACTORS = (0.8, 1.25)  # by which a population's numbers are changed
@@ -63,7 +63,7 @@ class Schedule:
         """
         ranked = self.rank(curves, self.rungs[rung])
         if self.name == "halving":
-            ranked = ranked[: math.ceil(self.keep * len(ranked))]
+            ranked = ranked[: math.ceil(self.keep * len(ranked) - 1e-9)]
         elif self.name == "median":
             ranked = self._above_median(curves, ranked, self.rungs[rung])
         return sorted(ranked)
@@ -117,7 +117,7 @@ class Schedule:
         changed = {trial: dict(numbers[trial]) for trial in members}
         for best, worst in zip(ranked[:count], reversed(ranked), strict=False):
             sources[worst] = best
-            rng = np.random.default_rng([self.seed, 1, rung, worst])
+            rng = np.random.default_rng([self.seed, MOST_TRIALS + 1, rung, worst])
             changed[worst] = {
                 name: _perturbed(value, space[name], rng) for name, value in numbers[best].items()
             }

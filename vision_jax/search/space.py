@@ -10,7 +10,7 @@ A space file is Python:
         return {"optim.lr": log_uniform(1e-4, 1e-2), "lora.rank": choice(4, 8, 16)}
 
 A draw is a function of (seed, trial), so that more trials leave the first ones as they are. What is
-drawn from a range of floats is a number that float32 holds, since a step computes with such.
+drawn between two floats is a number that float32 holds, since a step computes with such.
 """
 
 import itertools
@@ -288,6 +288,6 @@ def describe_space(space: Mapping[str, Range]) -> dict[str, str]:
         if isinstance(one, Choice):
             return f"one of {', '.join(map(repr, one.values))}"
         assert isinstance(one, Uniform)
-        return f"{one.low:g} to {one.high:g}{', logarithmic' if one.log else ''}"
+        return f"{one.low!r} to {one.high!r}{', logarithmic' if one.log else ''}"
 
     return {name: words(one) for name, one in space.items()}

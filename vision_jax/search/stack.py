@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vision_jax import machine, steps
+from vision_jax.errors import DivergedError
 from vision_jax.run.prepare import Run
 from vision_jax.search import trial
 from vision_jax.search.trial import Values
@@ -112,6 +113,8 @@ class Stack:
     def make_evaluate(self, source: Any) -> Callable[..., list[Any]]:
         """A function (state, frozen, numbers, places) -> the Evaluation of each of these trials.
 
+        None stands for one whose model's numbers are not finite.
+
         A task whose evaluation takes the outputs of all trials at once gets them so, and the frozen
         trunk is shared here too; others evaluate one after another.
         """
@@ -131,10 +134,12 @@ class Stack:
             own = {"trainable": trained, "numbers": dict(numbers)}
             outputs = len(source) * len(run.description.class_names) * _count(trained)
             if together is not None and outputs <= MOST_LOGITS:
-                found = together(own, frozen, statistics)
-                return [found[place] for place in places]
+                return list(map(_unless_diverged, together(own, frozen, statistics, places)))
             rows = (_row((own, statistics), place) for place in places)
-            return [alone(own, frozen, statistics) for own, statistics in rows]
+            return [
+                _unless_diverged(partial(alone, own, frozen, statistics))
+                for own, statistics in rows
+            ]
 
         return evaluate
 
@@ -155,6 +160,13 @@ def begin(
         state, frozen, _ = run.make_arrays()
         rows[key] = trial.pad(state, stack.run.abstract_state)
     return stack.stack([rows[key] for key in keys]), frozen
+
+
+def _unless_diverged(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except DivergedError:
+        return None
 
 
 def _row(tree: Any, place: int) -> Any:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import Source
 from vision_jax.data.transforms import Preprocessing
-from vision_jax.errors import UserError, printable
+from vision_jax.errors import DivergedError, printable
 from vision_jax.evaluation import say_damaged
 from vision_jax.logging import say
 from vision_jax.objective import Apply, Batch
@@ -142,7 +142,7 @@ def check_finite(features: np.ndarray) -> None:
     """Raises UserError for features f[N, D] that are not finite."""
     bad = int(np.sum(~np.isfinite(features).all(1)))
     if bad:
-        raise UserError(
+        raise DivergedError(
             f"evaluation: the features are not finite for {bad} of {len(features)} images; the "
             "weights are damaged or training diverged"
         )

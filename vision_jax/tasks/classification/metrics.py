@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vision_jax.errors import UserError, utf8
+from vision_jax.errors import DivergedError, UserError, utf8
 from vision_jax.evaluation import distinct_names
 
 CALIBRATION_BINS = 15
@@ -102,7 +102,7 @@ def _score(
     top = logits.max(axis=1, keepdims=True)  # [n, 1]; NaN if any logit of the row is NaN
     damaged = int(np.sum(~np.isfinite(top)))
     if damaged:
-        raise UserError(
+        raise DivergedError(
             f"evaluation: the model's logits are not finite for {damaged} of {len(logits)} "
             "examples; its weights are damaged or its training diverged"
         )

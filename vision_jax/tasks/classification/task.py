@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,11 +241,12 @@ def make_evaluate_all(
     mesh: Mesh,
     source: Source,
     preprocessing: Preprocessing,
-) -> Callable[..., list[Evaluation]] | None:
+) -> Callable[..., list[Callable[[], Evaluation]]] | None:
     """`make_evaluate` of several models at once, as a search has them.
 
-    Outputs have an axis of models after their first, and the result is a list. None where
-    evaluation attacks, which it does model by model.
+    Outputs have an axis of models after their first. The function takes the places of those that
+    are asked for, too, and gives a list of what makes the Evaluation of each: it raises
+    DivergedError for itself alone. None where evaluation attacks, which it does model by model.
     """
     if "adversarial" in config.recipes and config.adversarial.watch:
         return None
@@ -260,21 +262,17 @@ def make_evaluate_all(
         batch_size=config.evaluate.batch_size,
     )
 
-    def evaluate(trainable, frozen, model_state) -> list[Evaluation]:
+    def evaluate(trainable, frozen, model_state, places: Sequence[int]):
         found, damage = run_over(source, trainable, frozen, model_state)
         labels, index = found["label"], found["index"]
-        every = [found["logits"][:, model] for model in range(found["logits"].shape[1])]
         attack = {"fgsm_top1": None, "pgd_top1": None, "attacked": 0}
-        return [
-            Evaluation(
-                logits,
-                labels,
-                index,
-                summarize(logits, labels, source.class_names) | attack,
-                damage.lines,
-            )
-            for logits in every
-        ]
+
+        def make(place: int) -> Evaluation:
+            logits = found["logits"][:, place]
+            summary = summarize(logits, labels, source.class_names) | attack
+            return Evaluation(logits, labels, index, summary, damage.lines)
+
+        return [partial(make, place) for place in places]
 
     return evaluate
 

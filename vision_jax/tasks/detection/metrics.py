@@ -16,7 +16,7 @@ import hotcoco
 import numpy as np
 
 from vision_jax.data.detection import DetectionSource, Ragged, StatedBoxes, as_stated
-from vision_jax.errors import UserError, utf8
+from vision_jax.errors import DivergedError, UserError, utf8
 from vision_jax.tasks import coco
 
 CONFIDENT = 0.3  # score from which a prediction counts as made, outside AP and AR
@@ -437,7 +437,7 @@ def _check(detections: Detections, source: DetectionSource) -> None:
             )
     finite = np.isfinite(detections.boxes_xyxy_px).all(axis=1) & np.isfinite(detections.score)
     if not finite.all():
-        raise UserError(
+        raise DivergedError(
             f"evaluation: {int(np.sum(~finite)):,} of {len(finite):,} predicted boxes or scores "
             "are not finite; the model's weights are damaged or its training diverged"
         )

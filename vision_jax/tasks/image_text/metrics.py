@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vision_jax.errors import UserError
+from vision_jax.errors import DivergedError
 from vision_jax.ops.contrastive import constant_loss
 from vision_jax.tasks.collapse import AGREE, RATE
 
@@ -38,7 +38,7 @@ def summarize(
     """
     bad = int(np.sum(~(np.isfinite(image).all(1) & np.isfinite(text).all(1))))
     if bad:
-        raise UserError(
+        raise DivergedError(
             f"evaluation: the features are not finite for {bad} of {len(image)} pairs; the "
             "weights are damaged or training diverged"
         )

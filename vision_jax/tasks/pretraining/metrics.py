@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from vision_jax.errors import UserError
+from vision_jax.errors import DivergedError
 
 CONSTANT = 0.02  # spread of predicted patches, as a share of the true ones', below which all agree
 
@@ -30,7 +30,7 @@ def summarize(
     """
     bad = int(np.sum(~np.isfinite(losses)))
     if bad:
-        raise UserError(
+        raise DivergedError(
             f"evaluation: the reconstruction is not finite for {bad} of {len(losses)} images; the "
             "weights are damaged or training diverged"
         )
