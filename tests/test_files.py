@@ -15,6 +15,7 @@ from vision_jax.errors import UserError
 from vision_jax.files import (
     MAX_DEPTH,
     open_regular,
+    own_draft_folder,
     parse_json,
     read_arrays,
     read_bytes,
@@ -195,3 +196,17 @@ def test_text_of_windows_editors(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         (tmp_path / "a").write_text("Kätzchen\n", encoding=encoding)
         assert read_text(tmp_path / "a") == "Kätzchen\n"
+
+
+def test_drafts_of_several_and_of_a_killed_one(tmp_path):
+    """Each has its own; what nobody holds any more goes."""
+    killed = tmp_path / ".model.abc.draft"
+    killed.mkdir()
+    (killed / "lock").touch()
+    with own_draft_folder(tmp_path / "model") as first:
+        assert not killed.exists()
+        (first / "model.onnx").write_text("first")
+        with own_draft_folder(tmp_path / "model") as second:
+            assert second != first
+        assert (first / "model.onnx").read_text() == "first"
+    assert not list(tmp_path.iterdir())

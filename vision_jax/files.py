@@ -14,8 +14,9 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -37,6 +38,7 @@ MAX_YAML_NODES = 100_000  # with everything that an alias repeats
 MAX_YAML_NUMBER = 64  # characters
 
 DRAFT = ".draft"  # after the name of a file or folder that is being written
+LOCK = "lock"  # in a draft that is one process's own
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -286,5 +288,27 @@ def draft_folder(path: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def own_draft_folder(path: Path) -> Iterator[Path]:
+    """As `draft_folder`, but one for each call: several processes may write to one place at once.
+
+    What a kill leaves, the next call for the same path removes: nobody holds its lock any more.
+    """
+    import fcntl  # not there on Windows
+
+    for left in path.parent.glob(f".{path.name}.*{DRAFT}"):
+        with suppress(OSError), (left / LOCK).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    folder = Path(mkdtemp(DRAFT, f".{path.name}.", path.parent))
+    try:
+        with (folder / f"{LOCK}{DRAFT}").open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            Path(file.name).rename(folder / LOCK)  # a lock that is there is held, or left over
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -117,8 +117,9 @@ def test_a_file_of_any_size_and_number(here, rng, tmp_path):
 
 
 def test_a_file_that_says_something_else_is_named_failed(here, monkeypatch, tmp_path):
-    """And what an earlier export left of that name goes."""
-    (tmp_path / "model.stablehlo").write_text("older")
+    """And what an earlier export left of that name stays, with its description."""
+    for name in ("model.stablehlo", "model.stablehlo.json", "model.stablehlo.failed"):
+        (tmp_path / name).write_text("older")
 
     def wrong(*arguments):
         first, *others = in_process(*arguments)
@@ -128,7 +129,15 @@ def test_a_file_that_says_something_else_is_named_failed(here, monkeypatch, tmp_
     monkeypatch.setattr(certificate, "run_files", wrong)
     path, record = files.export(make_sample("vit"), tmp_path, Request("stablehlo", count=2))
     assert path.name == "model.stablehlo.failed"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "model.stablehlo.json"]
+    assert path.read_bytes()[:5] != b"older"
+    there = {p.name: p for p in tmp_path.iterdir()}
+    assert there.keys() == {
+        *("model.stablehlo", "model.stablehlo.failed"),
+        *("model.stablehlo.json", "model.stablehlo.json.failed"),
+    }
+    for name in ("model.stablehlo", "model.stablehlo.json"):
+        assert there[name].read_text() == "older"
+    assert files.written(path, record) == [path, there["model.stablehlo.json.failed"]]
     assert not record["certificate"]["pass"]
     assert record["certificate"]["reasons"][0].startswith("logits: relative error ")
 

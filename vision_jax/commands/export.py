@@ -82,7 +82,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    from vision_jax.export.files import Request, export
+    from vision_jax.export.files import Request, export, written
 
     folder = expand(flags.source)
     workdir = folder if is_run(folder) else None
@@ -111,7 +111,9 @@ def _run(flags: argparse.Namespace) -> int:
         float32=float32,
     )
     path, record = export(loaded, out, request)
+    _, *others = written(path, record)
     print(f"wrote {path} ({record['bytes'] / 1e6:.1f} MB)")
+    print(f"wrote {', '.join(map(str, others))}")
     found = record["certificate"]
     if not found["pass"]:
         print(f"FAILED {path.name}: {'; '.join(found['reasons'])}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 OUT/model.stablehlo, model.onnx, model.tflite, model.xml with model.bin
 OUT/model.SUFFIX.json    inputs, outputs, class names, preprocessing, and the certificate
-OUT/model.SUFFIX.failed  in place of the file, where its certificate failed
+OUT/*.failed             both, where the certificate failed; what stood there stays
 """
 
 import hashlib
@@ -23,11 +23,12 @@ from vision_jax.errors import UserError, utf8
 from vision_jax.export import certificate, litert, onnx_file, stablehlo
 from vision_jax.export.certificate import Ran, RunFailedError
 from vision_jax.export.serving import Serving, serving_function
-from vision_jax.files import draft_folder, write_whole
+from vision_jax.files import own_draft_folder, write_whole
 from vision_jax.loaded import Loaded
 from vision_jax.trees import lora
 
 MOST_COMPARED = 2**21  # by OpenVINO, in about 8 ms
+FAILED = ".failed"  # after the names of files whose certificate failed
 SIZES = 3  # of the generated images; JAX compiles once for each
 # (the model, images at once or None, folder) -> (the file in it, what its description says)
 Write = Callable[[Serving, int | None, Path], tuple[Path, dict[str, Any]]]
@@ -179,7 +180,7 @@ def export(loaded: Loaded, out: Path, request: Request) -> tuple[Path, dict[str,
             "adding up steps, and a file of any size can't: give --image-size"
         )
     out.mkdir(parents=True, exist_ok=True)
-    with draft_folder(out / "model") as folder:
+    with own_draft_folder(out / "model") as folder:
         path, about = format_.write(serving, request.batch, folder)
         record = _describe(loaded, serving, request, path) | {"written": about}
         record["certificate"] = certify(loaded, serving, request, path, folder)
@@ -198,7 +199,9 @@ def _describe(loaded: Loaded, serving: Serving, request: Request, path: Path) ->
         "file": path.name,
         "format": request.format,
         "bytes": file_bytes(path),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": _sha256(path),
+        # OpenVINO's weights.
+        "beside": {file.name: _sha256(file) for file in _parts(path) if file != path},
         "kind": serving.kind,
         "inputs": {"images": f"u8[{', '.join(map(str, images.shape))}], RGB for 3 channels"},
         "outputs": dict(serving.outputs),
@@ -322,7 +325,15 @@ def _beside_float32(
 
 def file_bytes(path: Path) -> int:
     """Of a file, with its weights beside it."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
+    return sum(file.stat().st_size for file in _parts(path))
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}.*"))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write_baseline(serving: Serving, images: np.ndarray, folder: Path) -> Path:
@@ -336,13 +347,21 @@ def _write_baseline(serving: Serving, images: np.ndarray, folder: Path) -> Path:
 
 
 def _place(folder: Path, path: Path, out: Path, record: Mapping[str, Any]) -> Path:
-    """Moves the files where they belong; what stood there goes."""
-    passed = record["certificate"]["pass"]
-    for name in (path.name, f"{path.name}.failed"):
-        (out / name).unlink(missing_ok=True)
-    for file in sorted(folder.glob(f"{path.stem}.*")):
-        place = out / (file.name if passed or file != path else f"{file.name}.failed")
-        file.replace(place)
+    """Moves the files where they belong: what passed replaces what stood there, and what failed
+    lies beside it under names of its own.
+    """
     described = json.dumps(record, indent=1, ensure_ascii=False, default=list) + "\n"
-    write_whole(described.encode(), out / f"{path.name}.json")
-    return out / (path.name if passed else f"{path.name}.failed")
+    write_whole(described.encode(), folder / f"{path.name}.json")
+    passed = record["certificate"]["pass"]
+    for file in sorted(folder.glob(f"{path.stem}.*")):
+        failed = out / f"{file.name}{FAILED}"
+        failed.unlink(missing_ok=True)
+        file.replace(out / file.name if passed else failed)
+    return out / (path.name if passed else f"{path.name}{FAILED}")
+
+
+def written(path: Path, record: Mapping[str, Any]) -> list[Path]:
+    """All files of an export, of what `export` returned; the model comes first."""
+    mark = path.name.removeprefix(record["file"])  # of what failed
+    names = (record["file"], *record["beside"], f"{record['file']}.json")
+    return [path.with_name(f"{name}{mark}") for name in names]
