@@ -35,12 +35,13 @@ def image_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def run(command: Callable[[], int], too_large: str) -> int:
+def run(command: Callable[[], int], too_large: str, *, at_once: bool = True) -> int:
     """Runs a command; returns its exit code, 2 for bad input, 128 + n after signal n.
 
     Args:
       command: the whole of it; KeyboardInterrupt(n) says that signal n stopped it.
       too_large: for which memory is not enough, as the end of a sentence.
+      at_once: whether it writes all that it writes at its end.
     """
     try:
         return command()
@@ -49,6 +50,6 @@ def run(command: Callable[[], int], too_large: str) -> int:
     except MemoryError:
         print(f"error: not enough memory for {too_large}", file=sys.stderr)
     except KeyboardInterrupt as stop:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped; nothing was written" if at_once else "stopped", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return BAD_INPUT

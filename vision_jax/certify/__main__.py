@@ -26,7 +26,7 @@ CERTIFICATES = Path("docs/certificates")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 if a certificate fails, 2 for bad input."""
-    return run(lambda: _main(arguments), "such a model")
+    return run(lambda: _main(arguments), "such a model", at_once=False)
 
 
 def _main(arguments: Sequence[str] | None) -> int:

@@ -32,7 +32,7 @@ OF_RUN = "the run's"  # --dataset without a value
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 for bad input."""
-    return run(lambda: _run(_parse(arguments)), "such a model")
+    return run(lambda: _run(_parse(arguments)), "such a model", at_once=False)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -36,7 +36,7 @@ MOST_ROWS = 1024
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until it is stopped; returns the exit code: 0, 1 for a failure, 2 for bad input."""
-    return run(lambda: _run(_parse(arguments)), "such a model")
+    return run(lambda: _run(_parse(arguments)), "such a model", at_once=False)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

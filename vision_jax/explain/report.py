@@ -280,7 +280,7 @@ def explain_dataset(
         "damaged": [utf8(line) for line in damage.lines],
     }
     sections: dict[str, Sequence[Picture]] = {
-        f"Where it looks, the mean over the images of each class ({methods[0]})": [
+        f"Where it looks, the mean over the images it takes for each class ({methods[0]})": [
             Picture(
                 name, [f"{count} images", f"{middle:.0%} of the heat in the middle"], view, heat
             )
@@ -321,7 +321,7 @@ def _looked_at(
 
     Each image's heat counts alike.
     """
-    own = [one for one in found if one.label == label]
+    own = [one for one in found if one.predicted == label]  # whose maps are of this class
     if not own:
         return np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1)), 0, None
     heats = np.stack([np.maximum(one.maps[method], 0) for one in own])
