@@ -363,6 +363,25 @@ def test_a_client_that_leaves_is_not_computed_for(slow, rng):
     assert gauge(port, 'vision_jax_requests_total{status="499"}') >= 1
 
 
+def images():
+    """Uploads in memory."""
+    return sum(type(one) is body.Upload for one in gc.get_objects())
+
+
+def test_refused_images_go_at_once(server):
+    """And not when the collector runs, which may be after hundreds of large ones."""
+    gc.collect()
+    before = images()
+    gc.disable()
+    try:
+        for _ in range(3):
+            assert predict(server[0], b"nothing")[0] == 415
+            assert form(server[0], {"a.png": b"nothing", "b.png": b"\x93NUMPY"})[0] == 415
+        serving_runs.wait_until(lambda: images() == before, seconds=5)
+    finally:
+        gc.enable()
+
+
 def test_clients_that_leave_leave_no_image_behind(server, rng):
     """But the one that is being decoded, which has its seat until that ends."""
     _, parts = server
@@ -372,9 +391,6 @@ def test_clients_that_leave_leave_no_image_behind(server, rng):
         decoding.set()
         free.wait(60)
         return View(0, np.zeros((1, 1, 3), np.uint8), (9, 9))
-
-    def images():
-        return sum(type(one) is body.Upload for one in gc.get_objects())
 
     servable = dataclasses.replace(parts.servable, look=look)
     batcher = Batcher(lambda: Programs(servable, (1,), None), wait=0.0)

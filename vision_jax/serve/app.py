@@ -118,6 +118,7 @@ def make_app(parts: Parts) -> "Starlette":
             records = await _unless_gone(request, answer_all(uploads, asked, seat), left)
             response: Response = _json(records)
         except Refused as error:
+            error.let_go()
             metrics.images.labels("refused").inc()
             response = refuse(error)
             if seat is not None:
@@ -145,6 +146,7 @@ def make_app(parts: Parts) -> "Starlette":
             if isinstance(one, BaseException):
                 if not isinstance(one, Refused):
                     raise one
+                one.let_go()
                 records.append({"name": upload.name, "status": one.status, "error": str(one)})
             else:
                 records.append({"name": upload.name, **one})

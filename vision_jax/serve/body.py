@@ -44,6 +44,10 @@ class Refused(Exception):
         super().__init__(printable(utf8(message)))
         self.status, self.retry_after = status, retry_after
 
+    def let_go(self) -> None:
+        """Forgets where it came from: frames that hold the image, and this error in a circle."""
+        self.__traceback__ = self.__context__ = None
+
 
 @dataclass(frozen=True)
 class Limits:
