@@ -77,8 +77,9 @@ def test_a_run_is_explained_over_its_own_data(tmp_path, capsys):
     certain = [one["probability"] for one in wrong]
     assert certain == sorted(certain, reverse=True)
     text = (out / "explanations.html").read_text()
-    assert text.count("<figure>") == len(runs.CLASSES) + 3 * len(wrong)
-    assert "the mean over the images of each class" in text
+    taken = [one["count"] for one in record["per_class"].values()]  # images of these predictions
+    assert text.count("<figure>") == sum(count > 0 for count in taken) + 3 * len(wrong)
+    assert "the mean over the images it takes for each class" in text
     capsys.readouterr()
 
 
