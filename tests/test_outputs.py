@@ -1,13 +1,13 @@
 """Where commands may write: not over a run, nor over what they read, nor where a file stands."""
 
 import importlib
-import shutil
 
 import pytest
 import runs
 
 from vision_jax import main
 from vision_jax.commands.source import check_keeps
+from vision_jax.config import save_config
 from vision_jax.errors import UserError
 
 EMBEDDED = "embedded:vit_cifar10"
@@ -18,8 +18,8 @@ def run_folder(tmp_path_factory):
     """What marks a run, with contents that would be missed."""
     folder = tmp_path_factory.mktemp("outputs") / "run"
     (folder / "checkpoints").mkdir(parents=True)
-    for name in ("config.json", "model.json"):
-        shutil.copy(runs.finished() / name, folder)
+    save_config(runs.tiny_config(), folder / "config.json")
+    (folder / "model.json").write_text("{}")
     (folder / "model.safetensors").write_text("dear")
     return folder
 
@@ -41,14 +41,18 @@ def call(arguments):
     return importlib.import_module(f"vision_jax.commands.{name}").main(others)
 
 
+def files_of(folder):
+    return {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_runs_are_not_written_over(name, run_folder, capsys):
-    before = {path.name: path.stat() for path in run_folder.iterdir()}
+    before = files_of(run_folder)
     assert call(COMMANDS[name](run_folder, run_folder)) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
     assert f"{run_folder} is a run's folder, whose model it would replace" in shown
-    assert {path.name: path.stat() for path in run_folder.iterdir()} == before
+    assert files_of(run_folder) == before
 
 
 @pytest.mark.parametrize("name", ["export", "export onnx", "prune", "quantize", "explain"])
@@ -63,6 +67,11 @@ def test_a_file_is_no_folder(name, run_folder, tmp_path, capsys):
         shown = capsys.readouterr().err
         assert shown.count("\n") == 1
         assert f"{tmp_path / 'file'} is a file: name a folder" in shown
+
+
+def test_a_seed_is_no_negative_number(capsys):
+    assert call(["explain", EMBEDDED, "--images", "none.png", "--seed=-1"]) == 2
+    assert "--seed: '-1' is no whole number from 0" in capsys.readouterr().err
 
 
 def test_what_is_read_is_not_written_over(tmp_path):
