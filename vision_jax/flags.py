@@ -35,6 +35,13 @@ def image_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+def seed(text: str) -> int:
+    """From 0 up to 2**32 - 1; the type of a flag."""
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up to 2**32 - 1")
+    return int(text)
+
+
 def run(command: Callable[[], int], too_large: str, *, at_once: bool = True) -> int:
     """Runs a command; returns its exit code, 2 for bad input, 128 + n after signal n.
 

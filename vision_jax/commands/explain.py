@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from vision_jax.commands.source import RUN_FILE, check_folder, is_run, load_source
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import expand
-from vision_jax.flags import make_parser, run
+from vision_jax.flags import make_parser, run, seed
 
 if TYPE_CHECKING:
     from vision_jax.data.sources import Source
@@ -66,7 +66,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read pickles, by torch's weights-only reader"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("--seed", type=seed, default=0, help="of all that is drawn")
     flags = parser.parse_args(arguments)
     if flags.limit is not None and (flags.dataset is None or flags.limit < 1):
         raise UserError("--limit: give 1 or more, with --dataset")

@@ -16,6 +16,7 @@ own, on images that nobody has seen. docs/export.md says what each format can.
 import argparse
 import re
 import secrets
+import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -25,10 +26,11 @@ from typing import Any
 from vision_jax.commands.source import check_folder, check_keeps, is_run, load_source
 from vision_jax.errors import UserError
 from vision_jax.files import expand, read_json
-from vision_jax.flags import image_size, make_parser, run
+from vision_jax.flags import image_size, make_parser, run, seed
 
 TARGETS = ("stablehlo", "onnx", "tflite", "openvino", "safetensors")
 FAILED = 1  # exit code
+PATIENCE = 60  # seconds for a --python to start
 QUANTIZED_FILE = "quantization.json"
 WEIGHTS, DYNAMIC = "weights", "dynamic"
 
@@ -74,15 +76,43 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--python", default=sys.executable, metavar="PATH", help="whose packages run the file"
     )
-    parser.add_argument("--seed", type=int, help="of the generated images; drawn else")
+    parser.add_argument("--seed", type=seed, help="of the generated images; drawn else")
     flags = parser.parse_args(arguments)
     if flags.batch is not None and flags.batch < 1:
         raise UserError(f"--batch={flags.batch}: give 1 or more")
+    if flags.to == "safetensors":
+        names = (
+            "image_size",
+            "batch",
+            "images",
+            "quantize",
+            "import_certificate",
+            "python",
+            "seed",
+        )
+        if given := [name for name in names if getattr(flags, name) != parser.get_default(name)]:
+            flag = given[0].replace("_", "-")
+            raise UserError(f"--{flag}: --to=safetensors saves the weights alone: leave it out")
     return flags
 
 
+def _check_python(python: str) -> None:
+    """Raises UserError where it can't be run; whether it has the runtime, the certificate says."""
+    if python == sys.executable:
+        return
+    try:
+        done = subprocess.run([python, "-c", ""], capture_output=True, timeout=PATIENCE)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--python={python}: can't be run ({reason})") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"--python={python}: did nothing for {PATIENCE} s") from None
+    if done.returncode:
+        raise UserError(f"--python={python}: is no Python (exit code {done.returncode})")
+
+
 def _run(flags: argparse.Namespace) -> int:
-    from vision_jax.export.files import Request, export, written
+    from vision_jax.export.files import Request, check_pixels, export, written
 
     folder = expand(flags.source)
     workdir = folder if is_run(folder) else None
@@ -91,6 +121,9 @@ def _run(flags: argparse.Namespace) -> int:
     check_folder("--out", out)
     if flags.to == "safetensors":
         check_keeps("--out", out, folder)
+    else:
+        check_pixels(flags.image_size or (1, 1), flags.batch)
+        _check_python(flags.python)
     loaded = load_source(
         flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
     )

@@ -19,11 +19,13 @@ import jax
 import numpy as np
 
 import vision_jax
+from vision_jax.data.decode import MAX_PIXELS
 from vision_jax.errors import UserError, utf8
 from vision_jax.export import certificate, litert, onnx_file, stablehlo
 from vision_jax.export.certificate import Ran, RunFailedError
 from vision_jax.export.serving import Serving, serving_function
 from vision_jax.files import own_draft_folder, write_whole
+from vision_jax.limits import SIDE
 from vision_jax.loaded import Loaded
 from vision_jax.trees import lora
 
@@ -174,6 +176,7 @@ def export(loaded: Loaded, out: Path, request: Request) -> tuple[Path, dict[str,
         request = replace(request, batch=request.batch or 1)
     size = _image_size(loaded, request, format_)
     serving = serving_function(loaded, image_size=size, integers=format_.integers)
+    check_pixels(serving.image_size or loaded.preprocessing.image_size, request.batch)
     if serving.image_size is None and loaded.preprocessing.interpolation == "nearest":
         raise UserError(
             f"{loaded.origin}: its images are resized by the nearest pixel, which Pillow finds by "
@@ -185,6 +188,16 @@ def export(loaded: Loaded, out: Path, request: Request) -> tuple[Path, dict[str,
         record = _describe(loaded, serving, request, path) | {"written": about}
         record["certificate"] = certify(loaded, serving, request, path, folder)
         return _place(folder, path, out, record), record
+
+
+def check_pixels(image_size: tuple[int, int], batch: int | None) -> None:
+    """Raises UserError for images of more pixels, all at once, than any that this package reads."""
+    (height, width), count = image_size, batch or 1
+    if max(height, width) > SIDE or height * width * count > MAX_PIXELS:
+        raise UserError(
+            f"{count} x {height} x {width} pixels at once: a side has at most {SIDE:,}, and a "
+            f"batch {MAX_PIXELS:,} in all: lower --image-size or --batch"
+        )
 
 
 def _image_size(loaded: Loaded, request: Request, format_: Format) -> tuple[int, int] | None:
