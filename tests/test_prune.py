@@ -249,7 +249,19 @@ def test_command_says_what_it_needs(tmp_path, capsys):
     for arguments, reason in (
         ([source, "--keep=0.5", "--score=taylor", to], "needs a run's data"),
         ([source, "--keep=0.5", "--checkpoint=best", to], "is of the folder of a run"),
-        ([source, "--keep=2", to], "keep 2.0"),
+        ([source, "--keep=2", to], "--keep=2: give a share above 0 and below 1"),
+        ([source, "--keep=1", to], "--keep=1: give a share above 0 and below 1"),
+        ([source, "--keep=nan", to], "--keep=nan: give a share above 0 and below 1"),
+        ([source, "--keep=0.5", "--batches=0", to], "--batches=0: give 1 or more"),
+        ([source, "--keep=0.5", "--multiple=0", to], "--multiple=0: give 1 or more"),
+        (
+            [source, "--keep=0.5", "--what=mlp", "--multiple=999", to],
+            "--multiple=999 leaves nothing to cut",
+        ),
+        (
+            [source, "--keep=0.5", "--what=mlp,headz", to],
+            "mlp, heads, layers: did you mean `heads`",
+        ),
         ([source, to], "--keep"),
     ):
         assert main(arguments) == 2

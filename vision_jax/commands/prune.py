@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from vision_jax.commands.source import RUN_FILE, check_keeps
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, nearest
 from vision_jax.files import expand
 from vision_jax.flags import make_parser, run
 
@@ -52,14 +52,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read pickles, by torch's weights-only reader"
     )
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if not 0 < flags.keep < 1:
+        raise UserError(f"--keep={flags.keep:g}: give a share above 0 and below 1, such as 0.5")
+    for name in ("batches", "multiple"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name}={getattr(flags, name)}: give 1 or more")
+    return flags
 
 
 def _run(flags: argparse.Namespace) -> int:
     from vision_jax.logging import say
+    from vision_jax.models.widths import KINDS
     from vision_jax.run import prune
     from vision_jax.trees import lora
 
+    what, known = tuple(filter(None, flags.what.split(","))), (*KINDS, prune.LAYERS)
+    if unknown := next((kind for kind in what if kind not in known), None):
+        raise UserError(f"--what={unknown}: known are {', '.join(known)}{nearest(unknown, known)}")
     check_keeps("--to", flags.to, expand(flags.source))
     loaded, run = _load(flags)
     variables = {**loaded.variables, "params": lora.merge(loaded.variables["params"])}
@@ -73,7 +83,6 @@ def _run(flags: argparse.Namespace) -> int:
     else:
         scores = prune.taylor_of_run(run, variables, flags.batches)
     size = loaded.preprocessing.image_size
-    what = tuple(filter(None, flags.what.split(",")))
     pruned = prune.prune(
         loaded.model,
         variables,
@@ -83,6 +92,11 @@ def _run(flags: argparse.Namespace) -> int:
         what=what or prune.free_kinds(loaded.model, variables, size),
         multiple=flags.multiple,
     )
+    if not pruned.lines:
+        raise UserError(
+            f"--keep={flags.keep:g} with --multiple={flags.multiple} leaves nothing to cut: lower "
+            "--keep or --multiple, or name other kinds by --what"
+        )
     smaller = replace(loaded, model=pruned.model, variables=pruned.variables)
     before, after = (
         {

@@ -153,6 +153,7 @@ NOT_NEGATIVE = Check(lambda value: 0 <= value < math.inf, "at least 0, and finit
 ABOVE_0 = Check(lambda value: 0 < value < math.inf, "above 0, and finite")
 BELOW_1 = Check(lambda value: 0 <= value < 1, "at least 0 and below 1")
 UP_TO_1 = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
+INSIDE = Check(lambda value: 0 < value < 1, "above 0 and below 1")
 SHARE = Check(lambda value: 0 <= value <= 1, "between 0 and 1")
 AXIS = Check(lambda value: value == -1 or 1 <= value < MOST, "at least 1, or -1 for what is left")
 RULES = Check(_every(_is_regex), "a tuple of regular expressions")
@@ -470,7 +471,7 @@ FIELDS = (
     _field(
         "compress.keep",
         0.5,
-        UP_TO_1,
+        INSIDE,
         "share of each group of channels that stays",
         *SHRUNK,
     ),
