@@ -4,7 +4,9 @@ import json
 import statistics
 
 import pytest
+import runs
 
+from vision_jax.commands import search
 from vision_jax.errors import UserError
 from vision_jax.search import choice, uniform
 from vision_jax.search.journal import Journal, claimed
@@ -64,11 +66,35 @@ def test_a_population_copies_the_best_quarter_over_the_worst(rng):
         (("halving", 90, 0, 0.5), "--rungs is 0"),
         (("halving", 90, 2, 1.0), "--keep is 1"),
         (("halving", 8, 5, 0.5), "take fewer"),
+        (
+            ("halving", 90, 10**6, 0.5),
+            "--rungs is 1000000: it must be below config",
+        ),
+        (("median", 90, 90, 0.5), "--rungs is 90: it must be below"),
+        (("halving", 10**6, 10**5, 0.5), r"at steps (0, ){8}\.\.\.: take fewer"),
     ],
 )
 def test_numbers_that_make_no_schedule_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         make_schedule(*arguments, "highest", 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"rungs": 3},
+            "--rungs is of --scheduler=halving or median or population, and this",
+        ),
+        ({"keep": 0.5}, "--keep is of --scheduler=halving, and this is none"),
+        ({"keep": 0.5, "scheduler": "median"}, "--keep is of .* and this is median"),
+    ],
+)
+def test_flags_of_another_scheduler_are_refused(flags, message, tmp_path):
+    names = ("trials", "sampler", "scheduler", "rungs", "keep", "seed", "together", "plan")
+    given = dict.fromkeys(names) | flags
+    with pytest.raises(UserError, match=message):
+        search.run(runs.tiny_config(), tmp_path, "space.py", **given)
 
 
 def test_a_journal_cut_anywhere_has_all_lines_before_the_cut(tmp_path, rng):

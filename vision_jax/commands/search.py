@@ -7,7 +7,7 @@ WORKDIR/search.html    pictures and the table in one page
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vision_jax.logging import human_size, live_table, print_table, say
 from vision_jax.search import drive, report
 from vision_jax.search.drive import Search, Settings
 from vision_jax.search.journal import claimed
+from vision_jax.search.schedule import SCHEDULERS
 from vision_jax.search.space import SAMPLERS, describe_space, read_space
 from vision_jax.search.stack import Stack
 
@@ -47,6 +48,7 @@ def run(
     check_ranges(config)
     if not space:
         raise UserError("--space is missing: a file with get_space(); see docs/search.md")
+    _check_used(scheduler or Settings.scheduler, {"rungs": rungs, "keep": keep})
     given = {
         "trials": trials, "sampler": sampler, "scheduler": scheduler, "rungs": rungs, "keep": keep,
         "seed": seed, "together": together,
@@ -60,6 +62,16 @@ def run(
             say(line)
         return 0
     return _run(search)
+
+
+def _check_used(scheduler: str, given: Mapping[str, float | None]) -> None:
+    """Refuses flags that a scheduler would not look at."""
+    for name, users in (("rungs", SCHEDULERS[1:]), ("keep", ("halving",))):
+        if given[name] is not None and scheduler in SCHEDULERS and scheduler not in users:
+            raise UserError(
+                f"--{name} is of --scheduler={' or '.join(users)}, and this is {scheduler}: leave "
+                "it out, or name another scheduler"
+            )
 
 
 def _check(settings: Settings) -> None:

@@ -19,6 +19,7 @@ from vision_jax.search.space import MOST_TRIALS, Choice, Range, Uniform
 
 SCHEDULERS = ("none", "halving", "median", "population")
 FACTORS = (0.8, 1.25)  # by which a population's numbers are changed
+SHOWN = 8  # steps in a message
 SHARE_REPLACED = 0.25  # of a population, the worst, by as many of the best
 
 Curve = Mapping[int, float]  # the best metric by step
@@ -161,6 +162,8 @@ def make_schedule(
         raise UserError(f"--rungs is {rungs}: it must be at least 1")
     if not 0 < keep < 1:
         raise UserError(f"--keep is {keep:g}: it must be a share between 0 and 1, such as 0.5")
+    if name != "none" and rungs >= total:
+        raise UserError(f"--rungs is {rungs}: it must be below config.total_steps, {total}")
     if name == "none":
         steps = [total]
     elif name == "halving":
@@ -168,8 +171,9 @@ def make_schedule(
     else:
         steps = [round(total * part / (rungs + 1)) for part in range(1, rungs + 2)]
     if steps[0] < 1 or len(set(steps)) < len(steps):
+        more = ", ..." * (len(steps) > SHOWN)
         raise UserError(
             f"--rungs is {rungs}, and config.total_steps {total}: rungs would be at steps "
-            f"{', '.join(map(str, steps))}: take fewer"
+            f"{', '.join(map(str, steps[:SHOWN]))}{more}: take fewer"
         )
     return Schedule(name, tuple(steps), keep, best_is, seed)
