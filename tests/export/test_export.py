@@ -80,6 +80,30 @@ def test_the_graph_says_what_the_pipeline_says(name, rng):
         assert found["compared"] > 0
 
 
+def test_features_that_point_elsewhere_are_no_agreement(rng):
+    """The errors of int8 inputs have no bound of their own: features have no best class either."""
+    ours = [{"features": rng.normal(size=(1, 64))} for _ in range(4)]
+    near = [{"features": one["features"] + 0.02 * rng.normal(size=(1, 64))} for one in ours]
+    far = [{"features": rng.normal(size=(1, 64))} for _ in ours]
+    dead = [{"features": np.zeros((1, 64))} for _ in ours]
+    same = {"preprocessing": {"largest_difference_in_255ths": 0}}
+    found = certificate.compare("features", ours, near)
+    assert certificate.reasons(found | same, "int8") == []
+    assert "relative error" in certificate.reasons(found | same, "float32")[0]
+    for theirs in (far, dead):
+        found = certificate.compare("features", ours, theirs)
+        assert certificate.reasons(found | same, "int8") == ["agreement 0.0000, under 0.95"]
+    nothing = {"relative_error": {}, "agreement": 1.0, "compared": 0}
+    assert "nothing to compare" in certificate.reasons(nothing | same, "int8")[0]
+
+
+def test_the_model_before_is_none_of_the_current_folder(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert command._before(None) is None
+    assert command._before({"run": str(tmp_path)}) is None  # is there, and can't be read
+
+
 @pytest.mark.long
 def test_labels_of_a_padded_image(rng):
     """What lies beyond the image in the model's square is cut off, and not squeezed into it."""

@@ -141,7 +141,8 @@ def _export(
 ) -> bool:
     """Writes a file of each model and notes its size and CPU time; whether all are certified."""
     size = models[WHOLE].preprocessing.image_size
-    images = certificate.fresh_images(np.random.default_rng(0), TIMED, [size], 3)
+    channels = models[WHOLE].model.in_channels
+    images = certificate.fresh_images(np.random.default_rng(0), TIMED, [size], channels)
     paths, passed = [], True
     for name, loaded in models.items():
         float32 = models[RECOVERED] if name == QUANTIZED else None

@@ -160,24 +160,22 @@ def _run(flags: argparse.Namespace) -> int:
 def _int8_line(found: dict[str, Any]) -> str:
     """What int8 costs and saves, for the screen."""
     beside = found["beside_float32"]
-    agreement = beside["agreement"]
     rounded = ", inputs too" if found["rounds_inputs"] else ""
     return (
         f"int8: {found['kernels']} kernels{rounded}; beside the file in float32 "
-        f"{beside['bytes']:.3f} of the bytes, {beside['cpu_time']:.2f} of the CPU time"
-        + ("" if agreement is None else f", agreement {agreement:.4f}")
+        f"{beside['bytes']:.3f} of the bytes, {beside['cpu_time']:.2f} of the CPU time, agreement "
+        f"{beside['agreement']:.4f}"
     )
 
 
 def _line(found: dict[str, Any]) -> str:
     """The certificate for the screen."""
     errors = ", ".join(f"{name} {error:.1e}" for name, error in found["relative_error"].items())
-    agreement = found["agreement"]
     runtime = found["runtime"]
     parts = [
         f"certified by {runtime['runtime']} {runtime['version']} on {found['images']} images",
         f"relative error {errors}",
-        *([] if agreement is None else [f"agreement {agreement:.4f}"]),
+        f"agreement {found['agreement']:.4f}",
         f"preprocessing {found['preprocessing']['largest_difference_in_255ths']}/255",
         f"{found['cpu_ms_an_image']:g} CPU-ms an image, {found['cpu_time_beside_jax']:g} of JAX's",
     ]
@@ -198,8 +196,13 @@ def _before(report: dict[str, Any] | None) -> Any:
     """The model that was quantized, if its run is still there."""
     from vision_jax.loaded import load
 
-    run = Path(str((report or {}).get("run", "")))
-    return load(run) if is_run(run) else None
+    run = str((report or {}).get("run", ""))
+    if not run or not is_run(Path(run)):  # "" would be the current folder, whatever lies in it
+        return None
+    try:
+        return load(Path(run))
+    except UserError:  # it is another one by now, or damaged
+        return None
 
 
 def _quantized(loaded: Any, inputs: str) -> Any:

@@ -27,6 +27,7 @@ BAR = 1e-5  # relative error in float32
 PIXELS_APART = 1  # grey levels
 LEAST_SCORE = 0.02  # of the largest: boxes below are not compared
 OVERLAP = 0.99  # of the same box
+LEAST_COSINE = 0.98  # of an image's features in both
 LEAST_AGREEMENT = {"float32": 0.999, "int8": 0.95}
 SECONDS = 900  # that a runtime may take
 
@@ -198,8 +199,8 @@ def compare(kind: str, ours: Sequence[Arrays], theirs: Sequence[Arrays]) -> dict
     Returns:
       "relative_error": {output: the largest difference relative to the largest value}; of boxes, in
       shares of the longest coordinate; "agreement": the share of images, boxes or pixels of which
-      both say the same; "compared": how many. Where two answers of the model are as near to each
-      other as float32 rounds, either is right.
+      both say the same, or whose features point the same way; "compared": how many. Where two
+      answers of the model are as near to each other as float32 rounds, either is right.
     """
     if kind == "boxes":
         return _compare_boxes(ours, theirs)
@@ -210,7 +211,11 @@ def compare(kind: str, ours: Sequence[Arrays], theirs: Sequence[Arrays]) -> dict
     }
     found: dict[str, Any] = {"relative_error": errors}
     if kind == "features":
-        return found | {"agreement": None, "compared": len(ours)}
+        alike = [
+            _cosine(a["features"], b["features"]) >= LEAST_COSINE
+            for a, b in zip(ours, theirs, strict=True)
+        ]
+        return found | {"agreement": float(np.mean(alike)), "compared": len(alike)}
     same, count = 0, 0
     for a, b in zip(ours, theirs, strict=True):
         if kind == "classes":
@@ -226,6 +231,13 @@ def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     if ours.shape != theirs.shape or not np.isfinite(theirs).all():
         return float("inf")
     return float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-30))
+
+
+def _cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Of two arrays as vectors; NaN if one of them is 0 or not finite."""
+    a, b = (x.astype(np.float64).ravel() for x in (ours, theirs))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def _margin(logits: np.ndarray) -> np.ndarray:
@@ -292,7 +304,9 @@ def reasons(found: Mapping[str, Any], form: str) -> list[str]:
         if not error <= BAR:
             lines.append(f"{name}: relative error {error:.1e}, over {BAR:g}")
     agreement = found["agreement"]
-    if agreement is not None and agreement < LEAST_AGREEMENT[form]:
+    if form == "int8" and not found["compared"]:
+        lines.append("there was nothing to compare: the model finds nothing in the images")
+    if agreement < LEAST_AGREEMENT[form]:
         lines.append(f"agreement {agreement:.4f}, under {LEAST_AGREEMENT[form]}")
     levels = found["preprocessing"]["largest_difference_in_255ths"]
     if levels > PIXELS_APART:

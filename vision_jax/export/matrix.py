@@ -193,8 +193,7 @@ def _fails(one: Mapping[str, Any]) -> bool:
         return False
     if "error" not in one:
         return one[LEVELS] > certificate.PIXELS_APART
-    agreement = 1.0 if one["agreement"] is None else one["agreement"]
-    good = one["error"] <= certificate.BAR and agreement >= 0.999 and one["compared"]
+    good = one["error"] <= certificate.BAR and one["agreement"] >= 0.999 and one["compared"]
     return not good
 
 
