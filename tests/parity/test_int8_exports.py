@@ -89,9 +89,14 @@ def test_a_quantized_model_in_a_format(format_, inputs, name, rng, tmp_path):
         found = certificate.compare(serving.kind, ours, ran.outputs)
         assert max(found["relative_error"].values()) < 1e-5, found
         assert found["agreement"] > 0.999
-    elif serving.kind == "classes":
+    elif serving.kind == "boxes":  # which lie beside each other, and a rounding may decide
+        found = certificate.compare(serving.kind, ours, ran.outputs)
+        assert found["compared"] >= 30
+        assert found["agreement"] > 0.5, found
+    else:
+        values = {"classes": "logits", "pixels": "scores"}[serving.kind]
         for a, b in zip(ours, ran.outputs, strict=True):
-            assert np.linalg.norm(a["logits"] - b["logits"]) < 0.15 * np.linalg.norm(a["logits"])
+            assert np.linalg.norm(a[values] - b[values]) < 0.15 * np.linalg.norm(a[values])
 
 
 def far_from_halves(x):
