@@ -211,7 +211,12 @@ NONE = {"largest_difference_in_255ths": 0, "share_that_differs": 0.0}
 
 
 def test_what_makes_a_certificate_fail():
-    good = {"relative_error": {"logits": 1e-6}, "agreement": 1.0, "preprocessing": NONE}
+    good = {
+        "relative_error": {"logits": 1e-6},
+        "agreement": 1.0,
+        "compared": 4,
+        "preprocessing": NONE,
+    }
     assert certificate.reasons(good, "float32") == []
     levels = {**NONE, "largest_difference_in_255ths": 2}
     for bad in (
