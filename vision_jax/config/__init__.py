@@ -1,4 +1,4 @@
-"""Experiments as files: what fields there are (fields.py) and how a config is read (load.py)."""
+"""Experiments as files: what fields there are (fields) and how a config is read (load.py)."""
 
 from vision_jax.config.composites import learn_composites
 from vision_jax.config.fields import FEATURES, FIELDS, RECIPES, TASKS, Check, Field, fields_of

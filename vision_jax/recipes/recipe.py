@@ -9,7 +9,7 @@
     transform    the objective: Objective -> Objective
     step         how the compiled step differs
 
-Recipes are applied in the order of config.recipes; config/fields.py has the list of them.
+Recipes are applied in the order of config.recipes; config/fields/field.py has the list of them.
 """
 
 import importlib

@@ -2,7 +2,7 @@
 
 A task is a folder with the same file names as the others: task.py (this protocol: data, loss,
 evaluation, results), objective.py, metrics.py and, where it has its own, figures.py and
-robustness.py. config/fields.py has the list of them.
+robustness.py. config/fields/field.py has the list of them.
 """
 
 import importlib

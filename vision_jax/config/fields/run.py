@@ -1,0 +1,54 @@
+"""The run: its task, seed, length and recipes."""
+
+from vision_jax.config.fields.field import (
+    AXIS,
+    CLASSIFICATION,
+    COUNT,
+    PAIRS,
+    RECIPE_NAMES,
+    RULES,
+    SEED,
+    TASKS,
+    any_of,
+    field,
+)
+
+FIELDS = (
+    field("task", CLASSIFICATION, any_of(TASKS), "the task"),
+    field("seed", 0, SEED, "of initialization, data order, augmentation, dropout and attacks"),
+    field(
+        "batch_size", 64, COUNT, "images per update, over all devices", detection=8, segmentation=8
+    ),
+    field("total_steps", 1_000, COUNT, "updates of training", detection=10_000),
+    field(
+        "checkpoint_every",
+        100,
+        COUNT,
+        "updates between checkpoints; evaluations and the end are checkpointed too",
+        detection=500,
+    ),
+    field("log_every", 10, COUNT, "updates between lines in metrics.jsonl"),
+    field(
+        "mesh.data", -1, AXIS, "devices that split the batch alone; -1 takes all that fsdp leaves"
+    ),
+    field("mesh.fsdp", 1, AXIS, "devices that split the batch and the parameters (fully sharded)"),
+    field(
+        "sharding_rules",
+        (),
+        PAIRS,
+        "pairs (path regex, mesh axes), tried before the default; docs/training.md",
+    ),
+    field(
+        "trainable",
+        (".*",),
+        RULES,
+        "parameters that train besides adapters: regexes over whole paths",
+        pretraining=("(?!(decoder/)?pos_embed$).*",),
+    ),
+    field(
+        "recipes",
+        (),
+        RECIPE_NAMES,
+        "the recipes that are on; each has the section of its name",
+    ),
+)
