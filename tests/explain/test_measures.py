@@ -8,7 +8,7 @@ from scipy import ndimage, stats
 
 from vision_jax.attacks.examples import keys_of
 from vision_jax.explain import measures
-from vision_jax.explain.classifier import survivors
+from vision_jax.explain.explainer import survivors
 
 WEIGHTS = np.random.default_rng(8).random((6, 9, 3)).astype(np.float32)
 WEIGHTS /= WEIGHTS.sum()

@@ -23,7 +23,6 @@ from vision_jax.attacks.examples import keys_of
 from vision_jax.certify.random_weights import randomize, randomize_statistics, sample_images
 from vision_jax.certify.references import make_reference
 from vision_jax.explain import measures
-from vision_jax.explain.activations import grad_cam, grad_cam_plus_plus, layer_cam
 from vision_jax.explain.attention import attention_relevance, attention_rollout
 from vision_jax.explain.forward import Forward, class_logit, class_probability
 from vision_jax.explain.gradients import integrated_gradients, noise_of, saliency, smooth_grad
@@ -284,15 +283,14 @@ def to_map(case, grid):
 
 
 @pytest.mark.parametrize(
-    ("method", "theirs"),
+    ("name", "theirs"),
     [
-        (grad_cam, pytorch_grad_cam.GradCAM),
-        (grad_cam_plus_plus, pytorch_grad_cam.GradCAMPlusPlus),
-        (layer_cam, pytorch_grad_cam.LayerCAM),
+        ("grad_cam", pytorch_grad_cam.GradCAM),
+        ("grad_cam_plus_plus", pytorch_grad_cam.GradCAMPlusPlus),
+        ("layer_cam", pytorch_grad_cam.LayerCAM),
     ],
-    ids=["grad_cam", "grad_cam_plus_plus", "layer_cam"],
 )
-def test_cams_equal_pytorch_grad_cams(pair, method, theirs):
+def test_cams_equal_pytorch_grad_cams(pair, name, theirs):
     layer = pair.theirs.module.get_submodule(pair.case.layer)
     cam = theirs(
         pair.theirs, [layer], reshape_transform=to_map(pair.case, pair.forward.grid or (4, 6))
@@ -302,7 +300,8 @@ def test_cams_equal_pytorch_grad_cams(pair, method, theirs):
     cam.get_cam_image = lambda *given, **named: raw.append(of_image(*given, **named)) or raw[0]
     cam(pair.pixels.requires_grad_(), [ClassifierOutputTarget(label) for label in pair.labels])
     cam.activations_and_grads.release()
-    assert_equal(pair.ours(method), np.maximum(raw[0], 0), scale=raw[0])
+    ours = pair.ours(METHODS[name].function)
+    assert_equal(ours, np.maximum(raw[0], 0), scale=raw[0])
 
 
 @pytest.mark.parametrize("name", ["resnet", "regnet", "convnext"])
@@ -312,7 +311,8 @@ def test_grad_cam_equals_captums(name, tmp_path, rng):
     theirs = captum.attr.LayerGradCam(pair.theirs, layer).attribute(
         pair.pixels.requires_grad_(), target=pair.classes
     )
-    assert_equal(pair.ours(grad_cam), torch.relu(theirs)[:, 0], scale=theirs.detach().numpy())
+    ours = pair.ours(METHODS["grad_cam"].function)
+    assert_equal(ours, torch.relu(theirs)[:, 0], scale=theirs.detach().numpy())
 
 
 def attentions_of(pair):

@@ -24,7 +24,7 @@ from vision_jax.flags import make_parser, run, seed
 
 if TYPE_CHECKING:
     from vision_jax.data.sources import Source
-    from vision_jax.explain.report import Subject
+    from vision_jax.explain.classes import Subject
 
 LIMIT = 200  # images of a data set
 OF_RUN = "the run's"  # --dataset without a value
@@ -85,13 +85,13 @@ def _run(flags: argparse.Namespace) -> int:
     loaded = load_source(
         flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
     )
-    from vision_jax.explain import report
+    from vision_jax.explain import classes
 
-    subject = report.Subject(
+    subject = classes.Subject(
         loaded.model, loaded.variables, loaded.class_names, loaded.preprocessing, loaded.origin
     )
     asked = [name for name in flags.methods.split(",") if name]
-    methods = report.choose_methods(
+    methods = classes.choose_methods(
         subject, asked or ([] if flags.images else ["integrated_gradients"])
     )
     if flags.images:
@@ -101,11 +101,11 @@ def _run(flags: argparse.Namespace) -> int:
         source = source_of(image_files(flags.images, "explain"))
         label = _label(subject, flags.label)
         out.mkdir(parents=True, exist_ok=True)
-        report.explain_images(subject, source, methods, out, label=label, seed=flags.seed)
+        classes.explain_images(subject, source, methods, out, label=label, seed=flags.seed)
         return 0
     source = _dataset(flags, folder, subject)
     out.mkdir(parents=True, exist_ok=True)
-    report.explain_dataset(subject, source, methods, out, seed=flags.seed)
+    classes.explain_dataset(subject, source, methods, out, seed=flags.seed)
     return 0
 
 

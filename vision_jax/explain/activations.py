@@ -1,7 +1,7 @@
 """Explanations by a map inside of the model and the score's gradient there (CAM and its heirs).
 
 The map is at a tap: the last stage of a convolutional network, the tokens that a transformer's last
-block attends to. Results are of the map's size, f[B, h, w], and not negative.
+block attends to. The methods differ in how they weigh it.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,44 @@ from vision_jax.explain.forward import Forward, Target, Variables, tapped_and_gr
 # Of the sums that Grad-CAM++ divides by, as pytorch-grad-cam 1.5.7 has it.
 EPSILON = 1e-6
 
+# (activation f[B, h, w, D], the score's gradient f[B, h, w, D]) -> weights of the activation.
+Weigh = Callable[[jax.Array, jax.Array], jax.Array]
 
-def grad_cam(
+
+def mean_gradient(activation: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Grad-CAM: a channel's mean gradient (Selvaraju et al. 2016, arXiv:1610.02391)."""
+    del activation
+    return gradient.mean((1, 2), keepdims=True)  # [B, 1, 1, D]
+
+
+def gain_of_cells(activation: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Grad-CAM++: what each cell of a channel does alone.
+
+    Chattopadhay et al. 2017, arXiv:1710.11063, equations 10 and 19, where the score is the logit.
+    """
+    second, third = gradient**2, gradient**3
+    share = second / (2 * second + activation.sum((1, 2), keepdims=True) * third + EPSILON)
+    share = jnp.where(gradient != 0, share, 0)
+    return (jax.nn.relu(gradient) * share).sum((1, 2), keepdims=True)  # [B, 1, 1, D]
+
+
+def positive_gradient(activation: jax.Array, gradient: jax.Array) -> jax.Array:
+    """LayerCAM: each cell's own gradient (Jiang et al. 2021, doi:10.1109/TIP.2021.3089943)."""
+    del activation
+    return jax.nn.relu(gradient)
+
+
+def cam(
     forward: Forward,
     variables: Variables,
     images: jax.Array,
     target: Target,
     keys: jax.Array | None = None,
     *,
+    weigh: Weigh = mean_gradient,
     layer: str = "",
 ) -> jax.Array:
-    """Channels weighed by their mean gradient (Selvaraju et al. 2016, arXiv:1610.02391).
+    """The positive part of the sum over channels of weights · activations.
 
     Args:
       forward: the model.
@@ -33,73 +60,13 @@ def grad_cam(
       images: f[B, H, W, C] in [0, 1].
       target: what of the outputs is explained.
       keys: not used: nothing is drawn.
+      weigh: `mean_gradient`, `gain_of_cells` or `positive_gradient`.
       layer: a tap; Forward.map_tap's if "".
 
     Returns:
-      f[B, h, w], at least 0.
+      f[B, h, w], of the map's size, at least 0.
     """
     del keys
-
-    def weigh(activation, gradient):
-        return gradient.mean((1, 2), keepdims=True)  # [B, 1, 1, D]
-
-    return _cam(forward, variables, images, target, layer, weigh)
-
-
-def grad_cam_plus_plus(
-    forward: Forward,
-    variables: Variables,
-    images: jax.Array,
-    target: Target,
-    keys: jax.Array | None = None,
-    *,
-    layer: str = "",
-) -> jax.Array:
-    """Channels weighed by what each cell of theirs does alone (Chattopadhay et al. 2017,
-    arXiv:1710.11063, equations 10 and 19, where the score is the logit).
-
-    Arguments and result: see `grad_cam`.
-    """
-    del keys
-
-    def weigh(activation, gradient):
-        second, third = gradient**2, gradient**3
-        share = second / (2 * second + activation.sum((1, 2), keepdims=True) * third + EPSILON)
-        share = jnp.where(gradient != 0, share, 0)
-        return (jax.nn.relu(gradient) * share).sum((1, 2), keepdims=True)  # [B, 1, 1, D]
-
-    return _cam(forward, variables, images, target, layer, weigh)
-
-
-def layer_cam(
-    forward: Forward,
-    variables: Variables,
-    images: jax.Array,
-    target: Target,
-    keys: jax.Array | None = None,
-    *,
-    layer: str = "",
-) -> jax.Array:
-    """Each cell weighed by its own positive gradient (Jiang et al. 2021,
-    doi:10.1109/TIP.2021.3089943).
-
-    Arguments and result: see `grad_cam`.
-    """
-    del keys
-    return _cam(
-        forward, variables, images, target, layer, lambda _, gradient: jax.nn.relu(gradient)
-    )
-
-
-def _cam(
-    forward: Forward,
-    variables: Variables,
-    images: jax.Array,
-    target: Target,
-    layer: str,
-    weigh: Callable[[jax.Array, jax.Array], jax.Array],
-) -> jax.Array:
-    """relu of the sum over channels of weights · activations, f[B, h, w]."""
     layer = layer or forward.map_tap(variables, images)
     found, gradients = tapped_and_gradients(forward, variables, images, target, [layer])
     activation, gradient = (

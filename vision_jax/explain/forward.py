@@ -8,7 +8,7 @@ classes.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +108,24 @@ class Forward:
         return x[:, self.num_prefix :].reshape(x.shape[0], rows, columns, -1)
 
 
+class Targets(NamedTuple):
+    """What is explained of each image, and how a map of it is measured.
+
+    Attributes:
+      score: whose gradient is taken, and what an ablation loses: a logit.
+      probability: in [0, 1]: what insertion, deletion and ROAD are curves of, and what a method
+        explains that needs scores of at least 0.
+    """
+
+    score: Target
+    probability: Target
+
+
+def class_targets(labels: jax.Array) -> Targets:
+    """Of a class each: labels i32[B]."""
+    return Targets(class_logit(labels), class_probability(labels))
+
+
 def class_logit(labels: jax.Array) -> Target:
     """The logit of a class each: labels i32[B]."""
     return Partial(_logit, labels)
@@ -155,13 +173,20 @@ def _probability(labels: jax.Array, outputs: Outputs) -> jax.Array:
     return jnp.take_along_axis(probabilities, labels[:, None], axis=-1)[:, 0]
 
 
+def score_of(
+    forward: Forward, variables: Variables, images: jax.Array, target: Target
+) -> jax.Array:
+    """The scores f[B] of images f[B, H, W, C]."""
+    return target(forward(variables, images)[0])
+
+
 def score_and_gradient(
     forward: Forward, variables: Variables, images: jax.Array, target: Target
 ) -> tuple[jax.Array, jax.Array]:
     """(scores f[B], the gradient of each with respect to its image f[B, H, W, C])."""
 
     def total(images):
-        scores = target(forward(variables, images)[0])
+        scores = score_of(forward, variables, images, target)
         return scores.sum(), scores
 
     gradient, scores = jax.grad(total, has_aux=True)(images)

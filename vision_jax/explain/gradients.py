@@ -1,5 +1,7 @@
 """Explanations by the gradient of the score with respect to the image."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,13 +57,11 @@ def smooth_grad(
     """
     _at_least_one("samples", samples)
 
-    def body(total, sample):
-        drawn = noise_of(keys, sample, images)
-        gradient = score_and_gradient(forward, variables, images + noise * drawn, target)[1]
-        return total + gradient, None
+    def noisy(sample):
+        return images + noise * noise_of(keys, sample, images)
 
-    total, _ = jax.lax.scan(body, jnp.zeros_like(images), jnp.arange(samples))
-    return total / samples
+    weights = np.full(samples, 1 / samples)
+    return _sum_of_gradients(forward, variables, images, target, noisy, np.arange(samples), weights)
 
 
 def noise_of(keys: jax.Array, sample: ArrayLike, images: jax.Array) -> jax.Array:
@@ -105,16 +105,11 @@ def integrated_gradients(
     places, weights = gauss_legendre(nodes)
     way = images - jnp.broadcast_to(jnp.asarray(baseline, images.dtype), images.shape)
 
-    def body(total, node):
-        place, weight = node
-        # From the image back: the last node is near the image, to the last bit.
-        point = images - (1 - place) * way
-        gradient = score_and_gradient(forward, variables, point, target)[1]
-        return total + weight * gradient, None
+    def on_the_way(rest):  # from the image back: the last node is near it, to the last bit
+        return images - rest * way
 
-    steps = (jnp.asarray(places, images.dtype), jnp.asarray(weights, images.dtype))
-    total, _ = jax.lax.scan(body, jnp.zeros_like(images), steps)
-    return way * total
+    rest = np.asarray(1 - places, images.dtype)
+    return way * _sum_of_gradients(forward, variables, images, target, on_the_way, rest, weights)
 
 
 def gauss_legendre(nodes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,6 +122,29 @@ def gauss_legendre(nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """
     places, weights = np.polynomial.legendre.leggauss(nodes)
     return (1 + places) / 2, weights / 2
+
+
+def _sum_of_gradients(
+    forward: Forward,
+    variables: Variables,
+    images: jax.Array,
+    target: Target,
+    point_of: Callable[[jax.Array], jax.Array],
+    steps: np.ndarray,
+    weights: np.ndarray,
+) -> jax.Array:
+    """f[B, H, W, C]: Σ weight · gradient at point_of(step), one after another.
+
+    The memory is that of one gradient, however many there are.
+    """
+
+    def body(total, step):
+        place, weight = step
+        gradient = score_and_gradient(forward, variables, point_of(place), target)[1]
+        return total + weight * gradient, None
+
+    given = (jnp.asarray(steps), jnp.asarray(weights, images.dtype))
+    return jax.lax.scan(body, jnp.zeros_like(images), given)[0]
 
 
 def _at_least_one(name: str, value: int) -> None:

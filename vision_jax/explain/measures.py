@@ -4,12 +4,15 @@ All are pure functions of arrays. A map f[B, h, w] is enlarged to the image bili
 values are the most relevant.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.sparse.linalg import cg
 
-from vision_jax.explain.forward import Forward, Target, Variables
+from vision_jax.explain.forward import Forward, Target, Variables, score_of
 from vision_jax.ops.resize import resize_bilinear
 
 SURVIVES = 0.5  # rank correlation from which on a map does not depend on the weights
@@ -84,11 +87,10 @@ def insertion(
     pixels = images.shape[1] * images.shape[2]
     counts = np.round(np.arange(steps + 1) * pixels / steps).astype(np.int32)
 
-    def body(_, count):
-        seen = jnp.where((order < count)[..., None], images, base)
-        return None, target(forward(variables, seen)[0])
+    def seen(count):
+        return jnp.where((order < count)[..., None], images, base)
 
-    return jax.lax.scan(body, None, jnp.asarray(counts))[1].T
+    return _scores(forward, variables, target, seen, counts).T
 
 
 def deletion(
@@ -153,23 +155,41 @@ def road(
       noise: its standard deviation, in units of the image.
     """
     pixels = images.shape[1] * images.shape[2]
-    counts = jnp.asarray(np.round(np.asarray(shares) * pixels).astype(np.int32))
+    counts = np.round(np.asarray(shares) * pixels).astype(np.int32)
+    steps = (np.arange(len(shares)), counts)
+
+    def seen_without(missing, index):
+        filled = impute(images, missing)
+        draw = jax.vmap(lambda key, x: jax.random.normal(key, x.shape, x.dtype))
+        drawn = draw(jax.vmap(jax.random.fold_in, (0, None))(keys, index), images)
+        return filled + jnp.where(missing[..., None], noise * drawn, 0)
+
+    def without_least(step):
+        index, count = step
+        return seen_without(order >= pixels - count, index)
+
+    def without_most(step):
+        index, count = step
+        return seen_without(order < count, index)
+
+    given = (forward, variables, target)
+    least, most = (_scores(*given, seen, steps) for seen in (without_least, without_most))
+    return (least - most).mean(0) / 2
+
+
+def _scores(
+    forward: Forward,
+    variables: Variables,
+    target: Target,
+    images_of: Callable[[Any], jax.Array],
+    steps: Any,
+) -> jax.Array:
+    """f[n, B]: the scores of the images that are made of each step, one after another."""
 
     def body(_, step):
-        index, count = step
+        return None, score_of(forward, variables, images_of(step), target)
 
-        def score_without(missing):
-            filled = impute(images, missing)
-            draw = jax.vmap(lambda key, x: jax.random.normal(key, x.shape, x.dtype))
-            drawn = draw(jax.vmap(jax.random.fold_in, (0, None))(keys, index), images)
-            seen = filled + jnp.where(missing[..., None], noise * drawn, 0)
-            return target(forward(variables, seen)[0])
-
-        least = score_without(order >= pixels - count)
-        most = score_without(order < count)
-        return None, (least - most) / 2
-
-    return jax.lax.scan(body, None, (jnp.arange(len(shares)), counts))[1].mean(0)
+    return jax.lax.scan(body, None, jax.tree.map(jnp.asarray, steps))[1]
 
 
 # Of a pixel's neighbors (rows down, columns right): beside it and across its corners.

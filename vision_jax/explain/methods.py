@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ class Method:
     Attributes:
       function: (forward, variables, images, target, keys, **options) -> attributions.
       to_map: attributions -> relevance f[B, h, w] of the pixels or of the cells of a map.
-      of_probability: it explains the probability of a class and not the logit.
+      of_probability: it explains a probability, Targets.probability, and not the score.
       takes_baseline: it has the option `baseline`.
     """
 
@@ -47,9 +48,9 @@ METHODS: Mapping[str, Method] = {
     "saliency": Method(gradients.saliency, largest),
     "smooth_grad": Method(gradients.smooth_grad, largest),
     "integrated_gradients": Method(gradients.integrated_gradients, total, takes_baseline=True),
-    "grad_cam": Method(activations.grad_cam),
-    "grad_cam_plus_plus": Method(activations.grad_cam_plus_plus),
-    "layer_cam": Method(activations.layer_cam),
+    "grad_cam": Method(partial(activations.cam, weigh=activations.mean_gradient)),
+    "grad_cam_plus_plus": Method(partial(activations.cam, weigh=activations.gain_of_cells)),
+    "layer_cam": Method(partial(activations.cam, weigh=activations.positive_gradient)),
     "attention_rollout": Method(attention.attention_rollout),
     "attention_relevance": Method(attention.attention_relevance),
     "occlusion": Method(perturbations.occlusion, takes_baseline=True),

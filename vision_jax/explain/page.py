@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing beside it: images, the maps over them, and their figures."""
+"""HTML files: images, the maps over them, and their figures. A page holds its own pictures."""
 
 import base64
 import html
@@ -13,6 +13,9 @@ from PIL import Image
 from vision_jax.errors import printable
 
 SIDE = 192  # of a picture on the page, in CSS pixels
+LARGEST = 2 * SIDE  # of a picture's pixels, for screens with two of them a CSS pixel
+THUMBNAIL = 64
+QUALITY = 85  # of WebP, of 100
 
 _STYLE = """
 :root { --heat: 0.6; }
@@ -24,18 +27,21 @@ figure { margin: 0; width: SIDEpx; } figcaption { font-size: .82em; }
 .stack { position: relative; width: SIDEpx; }
 .stack img { width: SIDEpx; image-rendering: auto; display: block; }
 .stack img.small { image-rendering: pixelated; }
-.stack img.heat { position: absolute; left: 0; top: 0; opacity: var(--heat); }
+.stack img.heat { height: 100%; position: absolute; left: 0; top: 0; opacity: var(--heat); }
 table { border-collapse: collapse; } td, th { padding: .15em .8em; text-align: right; }
 td:first-child, th:first-child { text-align: left; }
+.thumbnail { max-width: 64px; max-height: 64px; }
 .flag { color: #b00020; }
 .tools { position: sticky; top: 0; background: #fffd; padding: .4em 0; }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #181818; } .tools { background: #181818dd; }
   .flag { color: #ff8080; } }
 """.replace("SIDE", str(SIDE))
-_SLIDER = (
-    '<label>maps over the images <input type="range" min="0" max="1" step="0.05" value="0.6" '
-    "oninput=\"document.documentElement.style.setProperty('--heat', this.value)\"></label>"
+_TOOLS = (
+    '<div class="tools"><label>maps over the images <input type="range" min="0" max="1" '
+    'step="0.05" value="0.6" '
+    "oninput=\"document.documentElement.style.setProperty('--heat', this.value)\"></label> "
+    "{links}</div>"
 )
 
 
@@ -56,29 +62,99 @@ class Picture:
     heat: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Section:
+    """A row of pictures under a heading.
+
+    Attributes:
+      anchor: where a link to it leads on its page.
+      heading: above it.
+      html: all of it.
+      thumbnail: its first picture, small, as HTML.
+    """
+
+    anchor: str
+    heading: str
+    html: str
+    thumbnail: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A page of sections: its file, and what leads to it from the first page."""
+
+    name: str
+    html: str
+
+
+def make_section(number: int, heading: str, pictures: Sequence[Picture]) -> Section:
+    """A row of pictures; its anchor is of its number."""
+    anchor = f"row-{number}"
+    row = "\n".join(_figure(picture) for picture in pictures)
+    return Section(
+        anchor,
+        heading,
+        f'<h2 id="{anchor}">{_text(heading)}</h2><div class="row">\n{row}\n</div>',
+        f'<img class="thumbnail" alt="" src="{_data(pictures[0].image, THUMBNAIL)}">',
+    )
+
+
+def make_part(name: str, sections: Sequence[Section], shown: int) -> Part:
+    """What the first page has of a page: a link, and the first images that are on it."""
+    first, last = sections[0].heading, sections[-1].heading
+    thumbnails = "".join(
+        f'<a href="{name}#{one.anchor}" title="{_text(one.heading)}">{one.thumbnail}</a>'
+        for one in sections[:shown]
+    )
+    return Part(
+        name,
+        f'<h2><a href="{name}">{_text(first)} to {_text(last)}</a></h2>'
+        f'<div class="row">{thumbnails}</div>',
+    )
+
+
 def write_page(
     title: str,
     notes: Sequence[str],
     table: tuple[Sequence[str], Sequence[Sequence[str]]],
-    sections: Mapping[str, Sequence[Picture]],
+    sections: Sequence[Section],
+    parts: Sequence[Part],
 ) -> str:
-    """The page: notes, a table (its head, its rows), and a row of pictures under each heading."""
+    """The first page: notes, a table (its head, its rows), and the sections, or what leads there.
+
+    Args:
+      title: of the page.
+      notes: paragraphs.
+      table: of text.
+      sections: that are on this page.
+      parts: the pages that the others are on.
+    """
     head, rows = table
-    parts = [
+    above = [
+        *(f"<p>{_text(note)}</p>" for note in notes),
+        "<table><tr>" + "".join(f"<th>{_text(name)}</th>" for name in head) + "</tr>",
+        *("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows),
+        "</table>",
+        *([_TOOLS.format(links="")] if sections else []),
+    ]
+    return _html(title, [*above, *(one.html for one in sections), *(one.html for one in parts)])
+
+
+def write_part(title: str, sections: Sequence[Section], links: Mapping[str, str]) -> str:
+    """A page of sections, with links (what they say: the file) to others."""
+    shown = " · ".join(f'<a href="{file}">{_text(name)}</a>' for name, file in links.items())
+    return _html(title, [_TOOLS.format(links=shown), *(one.html for one in sections)])
+
+
+def _html(title: str, body: Sequence[str]) -> str:
+    return "\n".join([
         "<!doctype html>",
         f'<html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<style>{_STYLE}</style><h1>{_text(title)}</h1>",
-        *(f"<p>{_text(note)}</p>" for note in notes),
-        "<table><tr>" + "".join(f"<th>{_text(name)}</th>" for name in head) + "</tr>",
-        *("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows),
-        f'</table><div class="tools">{_SLIDER}</div>',
-    ]
-    for heading, pictures in sections.items():
-        parts.append(f'<h2>{_text(heading)}</h2><div class="row">')
-        parts += [_figure(picture) for picture in pictures]
-        parts.append("</div>")
-    return "\n".join([*parts, "</html>\n"])
+        *body,
+        "</html>\n",
+    ])  # fmt: skip
 
 
 def overlay(image: np.ndarray, heat: np.ndarray, strength: float = 0.6) -> np.ndarray:
@@ -123,11 +199,17 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def _data(pixels: np.ndarray) -> str:
-    """A PNG as an address that holds it."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+def _data(pixels: np.ndarray, largest: int = LARGEST) -> str:
+    """A picture as an address that holds it: no side is longer than `largest` pixels.
+
+    Photos and their maps are WebP, which shows no loss here and is a tenth as large as PNG; the
+    pixels of small pictures are to be seen as they are.
+    """
+    picture, file = Image.fromarray(pixels), io.BytesIO()
+    picture.thumbnail((largest, largest))
+    small = min(pixels.shape[:2]) < SIDE // 2
+    picture.save(file, format="WEBP", lossless=small, quality=QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _text(text: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from vision_jax.errors import UserError
-from vision_jax.explain.forward import Forward, Target, Variables
+from vision_jax.explain.forward import Forward, Target, Variables, score_of
 from vision_jax.ops.resize import resize_bilinear
 
 CELLS = 8  # along the shorter side of an image, where nothing else is asked for
@@ -63,17 +63,12 @@ def occlusion(
 
     def covered(start):
         top, left = start
-        return (
+        inside = (
             (rows >= top) & (rows < top + window) & (columns >= left) & (columns < left + window)
         )  # [H, W]
+        return jnp.broadcast_to(inside[None], images.shape[:3])
 
-    def body(total, start):
-        inside = jnp.broadcast_to(covered(start)[None], images.shape[:3])
-        return total + _loss(forward, variables, images, target, inside, baseline, whole), None
-
-    whole = target(forward(variables, images)[0])  # [B]
-    empty = jnp.zeros(images.shape[:3], whole.dtype)
-    total, _ = jax.lax.scan(body, empty, jnp.asarray(starts))
+    total = _sum_of_losses(forward, variables, images, target, covered, starts, baseline)
     counts = np.zeros((height, width))
     for top, left in starts:
         counts[top : top + window, left : left + window] += 1
@@ -133,14 +128,10 @@ def ablate_segments(
     Returns:
       f[B, H, W]: of each pixel what its segment is worth.
     """
-    whole = target(forward(variables, images)[0])  # [B]
-
-    def body(total, segment):
-        inside = segments == segment
-        return total + _loss(forward, variables, images, target, inside, baseline, whole), None
-
-    empty = jnp.zeros(images.shape[:3], whole.dtype)
-    return jax.lax.scan(body, empty, jnp.arange(count))[0]
+    steps = np.arange(count)
+    return _sum_of_losses(
+        forward, variables, images, target, lambda number: segments == number, steps, baseline
+    )
 
 
 def grid_segments(size: tuple[int, int], cells: int) -> np.ndarray:
@@ -190,10 +181,10 @@ def rise(
     def body(total, index):
         mask = coarse_masks(keys, index, images, cells, keep)  # [B, H, W]
         seen = base + (images - base) * mask[..., None]
-        scores = target(forward(variables, seen)[0])
+        scores = score_of(forward, variables, seen, target)
         return total + scores[:, None, None] * mask.astype(scores.dtype), None
 
-    dtype = jax.eval_shape(lambda x: target(forward(variables, x)[0]), images).dtype
+    dtype = jax.eval_shape(lambda x: score_of(forward, variables, x, target), images).dtype
     total, _ = jax.lax.scan(body, jnp.zeros(images.shape[:3], dtype), jnp.arange(masks))
     return total / (masks * keep)
 
@@ -216,17 +207,30 @@ def coarse_masks(
     return jax.vmap(draw)(keys)
 
 
-def _loss(
+def _sum_of_losses(
     forward: Forward,
     variables: Variables,
     images: jax.Array,
-    target: Callable[..., jax.Array],
-    inside: jax.Array,
+    target: Target,
+    inside_of: Callable[[jax.Array], jax.Array],
+    steps: np.ndarray,
     baseline: ArrayLike,
-    whole: jax.Array,
 ) -> jax.Array:
-    """f[B, H, W]: what the score loses without the pixels inside bool[B, H, W], there alone."""
+    """f[B, H, W]: the sum of what the score loses without the pixels inside, there alone.
+
+    Args:
+      forward, variables, images, target, baseline: see `occlusion`.
+      inside_of: a step -> bool[B, H, W].
+      steps: one after another.
+    """
     base = jnp.broadcast_to(jnp.asarray(baseline, images.dtype), images.shape)
-    without = jnp.where(inside[..., None], base, images)
-    lost = whole - target(forward(variables, without)[0])  # [B]
-    return jnp.where(inside, lost[:, None, None], 0)
+    whole = score_of(forward, variables, images, target)  # [B]
+
+    def body(total, step):
+        inside = inside_of(step)
+        without = jnp.where(inside[..., None], base, images)
+        lost = whole - score_of(forward, variables, without, target)  # [B]
+        return total + jnp.where(inside, lost[:, None, None], 0), None
+
+    empty = jnp.zeros(images.shape[:3], whole.dtype)
+    return jax.lax.scan(body, empty, jnp.asarray(steps))[0]
