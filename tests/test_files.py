@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import stat
+import sys
 import time
 import zipfile
 
@@ -210,3 +211,17 @@ def test_drafts_of_several_and_of_a_killed_one(tmp_path):
             assert second != first
         assert (first / "model.onnx").read_text() == "first"
     assert not list(tmp_path.iterdir())
+
+
+def test_drafts_where_there_are_no_locks(tmp_path, monkeypatch):
+    """As on Windows: each has its own all the same, and nobody's is removed."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # its import fails
+    left = tmp_path / ".model.abc.draft"
+    left.mkdir()
+    (left / "lock").touch()
+    with own_draft_folder(tmp_path / "model") as first:
+        with own_draft_folder(tmp_path / "model") as second:
+            assert second != first
+        assert first.is_dir()
+        assert not second.exists()
+    assert list(tmp_path.iterdir()) == [left]

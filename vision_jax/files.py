@@ -7,6 +7,7 @@ all.
 """
 
 import codecs
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import yaml
@@ -39,6 +40,7 @@ MAX_YAML_NUMBER = 64  # characters
 
 DRAFT = ".draft"  # after the name of a file or folder that is being written
 LOCK = "lock"  # in a draft that is one process's own
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -267,6 +269,32 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def lock_file(file: int | IO[bytes], *, wait: bool = False) -> bool | None:
+    """Locks a file that was opened to write until it is closed, or its process ends.
+
+    Args:
+      file: or its descriptor.
+      wait: until nobody else holds it.
+
+    Returns:
+      Whether it is locked now: False if another process holds it. None where there are no locks:
+      on Windows, and on some file systems.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
 def write_whole(content: bytes, path: Path) -> None:
     """Writes a file, whole or not at all. What a kill leaves, the next call writes over."""
     draft = path.with_name(path.name + DRAFT)
@@ -297,18 +325,17 @@ def own_draft_folder(path: Path) -> Iterator[Path]:
     """As `draft_folder`, but one for each call: several processes may write to one place at once.
 
     What a kill leaves, the next call for the same path removes: nobody holds its lock any more.
+    Where there are no locks it stays.
     """
-    import fcntl  # not there on Windows
-
     for left in path.parent.glob(f".{path.name}.*{DRAFT}"):
         with suppress(OSError), (left / LOCK).open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
+            if lock_file(file):
+                shutil.rmtree(left)
     folder = Path(mkdtemp(DRAFT, f".{path.name}.", path.parent))
     try:
         with (folder / f"{LOCK}{DRAFT}").open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            Path(file.name).rename(folder / LOCK)  # a lock that is there is held, or left over
+            if lock_file(file):
+                Path(file.name).rename(folder / LOCK)  # one that is there is held, or left over
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,6 @@
 checkpoints.py has the rest.
 """
 
-import errno
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ from vision_jax.config import differences, fields, load_config, save_config, upd
 from vision_jax.convert import peft
 from vision_jax.data.fingerprint import Fingerprint, write_fingerprint
 from vision_jax.errors import UserError
-from vision_jax.files import DRAFT
+from vision_jax.files import DRAFT, lock_file
 from vision_jax.logging import explain_write_errors
 from vision_jax.run.description import Description, save_description
 from vision_jax.run.prepare import make_schedule
@@ -61,7 +60,6 @@ FREE_FIELDS = (
     "model.scan",
     "distill.cache",  # bit-identical with and without
 )
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
 # What versions before 0.2 left of a file when they were killed.
 _OLD_DRAFT = re.compile(r"(adapter_)?model\.safetensors[a-z0-9_]{8}")
 
@@ -104,24 +102,17 @@ def locked(workdir: Path) -> Iterator[Lock]:
 
 def _lock(path: Path) -> tuple[int, str]:
     """(descriptor of the locked file, a note)."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644), _no_locks(path)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                return descriptor, _no_locks(path)
+        held = lock_file(descriptor)
+        if held is None:
+            return descriptor, _no_locks(path)
+        if not held:
             os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
             raise UserError(
                 f"{path.parent} is in use: another run trains in it. Wait until that one ends, "
                 "stop it, or give this one another --workdir"
-            ) from error
+            )
         if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             return descriptor, ""
         os.close(descriptor)  # its owner has just removed it, see `_undo`

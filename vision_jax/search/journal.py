@@ -16,10 +16,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from vision_jax.files import lock_file
 from vision_jax.logging import explain_write_errors
-from vision_jax.run.workdirs import NO_LOCKS
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Journal:
     def _append(self, record: Mapping[str, Any]) -> None:
         line = f"\n{json.dumps(record, allow_nan=False)}\n".encode()
         with explain_write_errors(self.out), self.path.open("ab", buffering=0) as file:
-            _lock(file, wait=True)  # on file systems of the network an append is no unit
+            lock_file(file, wait=True)  # on file systems of the network an append is no unit
             file.seek(0, os.SEEK_END)
             while line:  # of a full disk a part may fit; the rest then raises
                 line = line[file.write(line) :]
@@ -122,20 +122,4 @@ def claimed(out: Path, name: str, wait: bool = False) -> Iterator[bool]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / name).open("ab")
     with file:
-        yield _lock(file, wait)
-
-
-def _lock(file: IO[bytes], wait: bool) -> bool:
-    """Whether the file is locked until it is closed; a system without locks has one process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
+        yield lock_file(file, wait=wait) is not False  # a system without locks has one process
