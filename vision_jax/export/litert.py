@@ -5,6 +5,9 @@ file is for images of one size, as many at once as it was written for, and loops
 """
 
 import importlib.metadata
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -27,8 +30,9 @@ def write(serving: Serving, batch: int) -> tuple[bytes, dict[str, Any]]:
     Raises:
       UserError: an operation that LiteRT has not, or int8 that it can't multiply by.
     """
-    from litert_converter import converter_api_ext as converter
-    from litert_converter.mlir import ir, passmanager
+    with _quiet():
+        from litert_converter import converter_api_ext as converter
+        from litert_converter.mlir import ir, passmanager
 
     names = list(serving.outputs)
 
@@ -57,3 +61,18 @@ def write(serving: Serving, batch: int) -> tuple[bytes, dict[str, Any]]:
         content, left = store_int8(content, serving.int8)
         about["not_in_int8"] = sorted(left)
     return content, about
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what TensorFlow's core, which is in the converter, says of oneDNN on stderr."""
+    name = "TF_ENABLE_ONEDNN_OPTS"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
