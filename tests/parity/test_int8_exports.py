@@ -119,6 +119,7 @@ def test_integers_multiply_as_the_model_has_them(rng, tmp_path):
 
     dense = jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)
     window = jnp.asarray(rng.normal(size=(3, 3, 3, 5)), jnp.float32)
+    scale = jnp.asarray(rng.uniform(0.5, 2, (1, 1, 1, 7)), jnp.float32)
     while True:
         images = rng.integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
         images[0, 1] = 0
@@ -131,10 +132,11 @@ def test_integers_multiply_as_the_model_has_them(rng, tmp_path):
             x = images.astype(jnp.float32) * 0.0617
             return {
                 "dense": dot(x, make(dense)),
+                "scaled": dot(x, make(dense)) * scale * scale,
                 "window": convolve(x, make(window), (2, 1), ((1, 0), (1, 1))),
             }
 
-        names = {"dense": "", "window": ""}
+        names = {"dense": "", "scaled": "", "window": ""}
         serving = Serving(function, None, names, None, 3, (), "features")
         content, _ = onnx_file.write(serving, None)
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

@@ -1,10 +1,12 @@
 """JAX's primitives at their edges, as onnxruntime and OpenVINO compute what is written for them."""
 
+import collections
 import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from jax import lax
@@ -14,11 +16,19 @@ from vision_jax.errors import UserError
 from vision_jax.export import certificate, onnx_file, onnx_graph
 from vision_jax.export.files import FORMATS
 from vision_jax.export.serving import Serving
+from vision_jax.models import tangents
+from vision_jax.models.attention import softmax
 
 
 def serve(function, images, size):
     return Serving(function, None, dict.fromkeys(function(images), ""), size,
                    images.shape[-1], (), "features")  # fmt: skip
+
+
+def kinds(function, images):
+    """How many nodes of each kind the file has."""
+    content, _ = onnx_file.write(serve(function, images, None), None)
+    return collections.Counter(node.op_type for node in onnx.load_from_string(content).graph.node)
 
 
 def run_onnxruntime(function, images, size, folder):
@@ -228,6 +238,121 @@ def test_products(check, images, rng):
         }  # fmt: skip
 
     check(function, images, 2e-5)
+
+
+# Whole functions: one node each, of numbers that a model's would hardly be ------------------------
+
+runtimes = pytest.mark.parametrize("check", [run_onnxruntime, run_openvino], indirect=True)
+
+
+def sized(function, sizes):
+    """The function's outputs for numbers of each size, which are powers of two.
+
+    Of others XLA's CPU fuses the product with what is subtracted later.
+    """
+
+    def each(images):
+        return {
+            f"{name} {size:g}": value
+            for size in sizes
+            for name, value in function(numbers(images)[1] * size, images).items()
+        }
+
+    return each
+
+
+@runtimes
+@pytest.mark.parametrize("epsilon", [1e-12, 1e-6, 1e-3])
+def test_layer_norms(check, rng, epsilon):
+    """Rows without variance, and rows whose variance is below epsilon or far above."""
+    images = rng.integers(0, 256, (2, 6, 5, 32), dtype=np.uint8)
+    images[0, 1] = images[0, 1, :, :1]
+    images[1, 2] = 128
+    scale, bias = (jnp.asarray(rng.normal(size=32), jnp.float32) for _ in range(2))
+
+    def function(x, images):
+        return {"norm": tangents.layer_norm(x, scale, bias, epsilon)}
+
+    every = sized(function, [2.0**-30, 2.0**-10, 1.0, 2.0**20, 2.0**50])
+    assert kinds(every, images)["LayerNormalization"] == 5
+    check(every, images, 2e-6)
+
+
+@runtimes
+def test_layer_norms_whose_mean_is_large(check, rng):
+    """As far as float32 has the numbers apart: the mean is a hundred times their spread."""
+    images = rng.integers(0, 256, (2, 6, 5, 32), dtype=np.uint8)
+    scale, bias = jnp.ones(32), jnp.zeros(32)
+
+    def function(images):
+        return {"norm": tangents.layer_norm(numbers(images)[1] + 4e3, scale, bias, 1e-6)}
+
+    check(function, images, 3e-5)
+
+
+@runtimes
+def test_gelus(check, images):
+    """Beyond where erf and tanh are 1, and where a cube is infinite."""
+
+    def function(x, images):
+        largest = jnp.maximum(1, abs(x).max())
+        return {
+            "exact": tangents.gelu(x) / largest, "tanh": tangents.gelu_tanh(x) / largest,
+            "alone": tangents.gelu(x[0, 0, 0, 0]) / largest,
+        }  # fmt: skip
+
+    every = sized(function, [2.0**-100, 2.0**-10, 2.0**-4, 1.0, 2.0**13, 2.0**100])
+    assert kinds(every, images)["Gelu"] == 18
+    check(every, images, 1e-6)
+
+
+@runtimes
+def test_softmaxes(check, images):
+    """With what is masked, by -inf and by the least number, and rows of equal numbers."""
+    images[0, 1] = 9
+    last = jnp.arange(3).reshape(1, 1, 1, 3) == 2
+
+    def function(x, images):
+        some, least = images > 99, jnp.finfo(jnp.float32).min
+        return {
+            "all": softmax(x), "masked": softmax(jnp.where(some | last, x, -jnp.inf)),
+            "least": softmax(jnp.where(some, x, least)), "one": softmax(x[..., :1]),
+        }  # fmt: skip
+
+    every = sized(function, [2.0**-10, 1.0, 2.0**13, 2.0**100])
+    assert kinds(every, images)["Softmax"] == 16
+    check(every, images, 1e-6)
+
+
+def test_whole_functions_of_other_numbers_are_what_is_inside(images):
+    """float64 and what is known have no node of their own; nor has a function of the same name."""
+
+    def gelu(x):
+        return x + 1
+
+    def function(images):
+        x = numbers(images)[1]
+        return {
+            "known": x + tangents.gelu(jnp.arange(3.0).reshape(1, 1, 1, 3)),
+            "other": jax.jit(gelu)(x),
+        }
+
+    assert not {"Gelu", "Erf"} & kinds(function, images).keys()
+    with jax.enable_x64(True):
+        wide = kinds(lambda x: {"wide": tangents.gelu(x.astype(jnp.float64))}, images)
+    assert wide["Erf"] == 1
+    assert not wide["Gelu"]
+
+
+def test_what_no_output_needs_is_left_out(images):
+    def function(images):
+        x = numbers(images)[1]
+        jnp.sin(x) @ jnp.ones((3, 2))
+        return {"mean": x.mean(-1, keepdims=True)}
+
+    found = kinds(function, images)
+    assert not {"Sin", "MatMul", "Reshape"} & found.keys()
+    assert found["ReduceSum"] == 1
 
 
 def test_what_cannot_be_written_is_named(images):

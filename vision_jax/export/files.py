@@ -8,7 +8,6 @@ OUT/*.failed             both, where the certificate failed; what stood there st
 import hashlib
 import importlib.metadata
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ import numpy as np
 import vision_jax
 from vision_jax.data.decode import MAX_PIXELS
 from vision_jax.errors import UserError, utf8
-from vision_jax.export import certificate, litert, onnx_file, stablehlo
+from vision_jax.export import certificate, litert, onnx_file, openvino_file, stablehlo
 from vision_jax.export.certificate import Ran, RunFailedError
 from vision_jax.export.serving import Serving, serving_function
 from vision_jax.files import own_draft_folder, write_whole
@@ -29,7 +28,6 @@ from vision_jax.limits import SIDE
 from vision_jax.loaded import Loaded
 from vision_jax.trees import lora
 
-MOST_COMPARED = 2**21  # by OpenVINO, in about 8 ms
 FAILED = ".failed"  # after the names of files whose certificate failed
 SIZES = 3  # of the generated images; JAX compiles once for each
 # (the model, images at once or None, folder) -> (the file in it, what its description says)
@@ -85,42 +83,8 @@ def _write_onnx(serving: Serving, batch: int | None, folder: Path) -> tuple[Path
 
 
 def _write_openvino(serving: Serving, batch: int | None, folder: Path) -> tuple[Path, Any]:
-    """By way of ONNX, of a fixed size: OpenVINO computes float64 in float32."""
     check_installed(("onnx", "openvino"), "openvino")
-    import openvino
-
-    content, about = onnx_file.write(serving, batch or 1)
-    between = folder / "between.onnx"
-    between.write_bytes(content)
-    model = openvino.Core().read_model(between)
-    _keep_order_of_ties(model)
-    path = folder / "model.xml"
-    if serving.int8 and not serving.rounds_inputs:  # which OpenVINO does where weights are int8
-        model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
-    openvino.save_model(model, path, compress_to_fp16=False)
-    between.unlink()
-    return path, about | {"openvino": importlib.metadata.version("openvino")}
-
-
-def _keep_order_of_ties(model: Any) -> None:
-    """Of equal values the first comes first, as ONNX has it and OpenVINO's reader forgets.
-
-    Where that takes no time: it sorts by comparing each value with all that are kept.
-    """
-    from openvino import opset13
-
-    for node in model.get_ops():
-        if node.get_type_name() != "TopK":
-            continue
-        told = node.get_attributes()
-        kept = node.get_output_shape(0)[told["axis"]]
-        if math.prod(node.get_input_shape(0)) * kept <= MOST_COMPARED:
-            stable = opset13.topk(
-                *(value.get_source_output() for value in node.inputs()),
-                told["axis"], told["mode"], "value", told["index_element_type"], stable=True,
-            )  # fmt: skip
-            for old, new in zip(node.outputs(), stable.outputs(), strict=True):
-                old.replace(new)
+    return openvino_file.write(serving, batch or 1, folder)
 
 
 FORMATS: dict[str, Format] = {

@@ -2,7 +2,7 @@
 
 Written here and not by a package: jax2onnx 0.17.1 cannot write these graphs (a ViT's is refused by
 onnxruntime, a max-pooling with arguments by place ends in a TypeError), and what it writes wrongly
-without a word is told at the functions of onnx_operators.py.
+without a word is told at the functions of onnx_elements.py, onnx_shapes.py and onnx_products.py.
 """
 
 import importlib.metadata
@@ -28,8 +28,10 @@ def write(serving: Serving, batch: int | None) -> tuple[bytes, dict[str, Any]]:
     import onnx
     from onnx import helper
 
+    from vision_jax.export.onnx_elements import ELEMENTS
     from vision_jax.export.onnx_graph import DTYPES, OPSET, Graph
-    from vision_jax.export.onnx_operators import OPERATORS
+    from vision_jax.export.onnx_products import PRODUCTS
+    from vision_jax.export.onnx_shapes import SHAPES
 
     images = serving.images_spec(batch)
     names = list(serving.outputs)
@@ -40,14 +42,15 @@ def write(serving: Serving, batch: int | None) -> tuple[bytes, dict[str, Any]]:
 
     with platform.traced_for(platform.NO_LOOPS):
         program = jax.jit(listed).trace(images).jaxpr
-    graph = Graph(OPERATORS, "images", images.shape)
+    graph = Graph({**ELEMENTS, **SHAPES, **PRODUCTS}, "images", images.shape)
     found = graph.walk(program, ["images"])
-    outputs = []
-    for name, value, aval in zip(names, found, program.out_avals, strict=True):
-        graph.nodes.append(helper.make_node("Identity", [graph.name(value)], [name]))
-        outputs.append(_info(helper, name, DTYPES[aval.dtype.name], aval.shape))
+    nodes, stored = graph.finish(dict(zip(names, found, strict=True)))
+    outputs = [
+        _info(helper, name, DTYPES[aval.dtype.name], aval.shape)
+        for name, aval in zip(names, program.out_avals, strict=True)
+    ]
     taken = _info(helper, "images", DTYPES["uint8"], images.shape)
-    made = helper.make_graph(graph.nodes, "model", [taken], outputs, graph.stored)
+    made = helper.make_graph(nodes, "model", [taken], outputs, stored)
     model = helper.make_model(
         made,
         opset_imports=[helper.make_opsetid("", OPSET)],

@@ -1,18 +1,19 @@
 """A traced JAX program as a graph of ONNX: values, sizes that are open, and the walk over both.
 
 What depends on parameters alone is computed here and stored; what depends on the images becomes
-nodes, by onnx_operators.py.
+nodes, by onnx_elements.py, onnx_shapes.py and onnx_products.py.
 """
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.extend import core
 from onnx import TensorProto, helper, numpy_helper
 
+from vision_jax import platform
 from vision_jax.errors import UserError
 
 OPSET = 20
@@ -32,12 +33,20 @@ Value = str | np.ndarray  # of a graph: a name, or an array that is known
 Operator = Callable[["Graph", Mapping[str, Any], Sequence[Value], Any], Any]
 
 
+class Made(NamedTuple):
+    """How a value was made: of what kind of node, by which values and attributes."""
+
+    kind: str
+    inputs: Sequence[Value]
+    attributes: Mapping[str, Any]
+
+
 class Graph:
     """Nodes in the making.
 
     Args:
-      operators: by primitive: (graph, the primitive's parameters, values, equation) -> a value, or
-        a list of them.
+      operators: by primitive, or by name of a whole function (see platform.whole): (graph, the
+        primitive's parameters, values, equation) -> a value, or a list of them.
       images: name of the input.
       image_dims: the symbolic dimensions of the images, by place.
     """
@@ -45,6 +54,8 @@ class Graph:
     def __init__(self, operators: Mapping[str, Operator], images: str, image_dims: Sequence[Any]):
         self.operators, self.images = operators, images
         self.nodes: list[Any] = []
+        self.made: dict[str, Made] = {}
+        self.sums: set[str] = set()  # of products of integers, which float32 holds
         self.stored: list[Any] = []
         self._names: dict[Any, str] = {}
         self._places = {str(dim): at for at, dim in enumerate(image_dims) if type(dim) is not int}
@@ -54,6 +65,7 @@ class Graph:
         names = [f"{kind}_{len(self.nodes)}_{index}" for index in range(outputs)]
         given = [self.name(value) for value in inputs]
         self.nodes.append(helper.make_node(kind, given, names, **attributes))
+        self.made.update(dict.fromkeys(names, Made(kind, inputs, attributes)))
         return names[0] if outputs == 1 else names
 
     def name(self, value: Value) -> str:
@@ -65,6 +77,26 @@ class Graph:
             self._names[key] = f"stored_{len(self.stored)}"
             self.stored.append(numpy_helper.from_array(value, self._names[key]))
         return self._names[key]
+
+    def finish(self, outputs: Mapping[str, Value]) -> tuple[list[Any], list[Any]]:
+        """The nodes and the stored arrays that outputs need, which get these names."""
+        for name, value in outputs.items():
+            self.nodes.append(helper.make_node("Identity", [self.name(value)], [name]))
+        needed, nodes = set(outputs), []
+        for node in reversed(self.nodes):
+            if not needed.isdisjoint(node.output):
+                needed.update(node.input)
+                nodes.append(node)
+        return nodes[::-1], [array for array in self.stored if array.name in needed]
+
+    def made_by(self, kind: str, value: Value) -> Made | None:
+        """How the value was made, if by a node of this kind."""
+        made = self.made.get(value) if isinstance(value, str) else None
+        return made if made is not None and made.kind == kind else None
+
+    def is_sum(self, value: Value) -> bool:
+        """Whether it is an int32 in JAX that float32 holds here."""
+        return isinstance(value, str) and value in self.sums
 
     def cast(self, value: Value, dtype: Any) -> Value:
         """As another type; a kernel in int8 is stored as it is."""
@@ -148,7 +180,10 @@ class Graph:
         name, params = equation.primitive.name, equation.params
         inner = next((params[key] for key in INNER if key in params), None)
         if inner is not None and name not in ("scan", "while"):
-            return self.walk(inner, values)
+            whole = self.operators.get(params.get("name", "")) if _is_whole(equation) else None
+            if whole is None or not any(isinstance(value, str) for value in values):
+                return self.walk(inner, values)
+            return [whole(self, params, values, equation)]
         if (folded := _fold(equation, values)) is not None:
             return folded
         if name not in self.operators:
@@ -157,6 +192,12 @@ class Graph:
             )
         found = self.operators[name](self, params, values, equation)
         return found if isinstance(found, list) else [found]
+
+
+def _is_whole(equation: Any) -> bool:
+    """Whether it calls a function that may be one operation here: see platform.whole."""
+    float32 = equation.outvars[0].aval.dtype == np.float32
+    return float32 and str(equation.params.get("name", "")).startswith(platform.WHOLE)
 
 
 def _fold(equation: Any, values: Sequence[Value]) -> Sequence[Value] | None:

@@ -53,10 +53,16 @@ def attend(
     logits = jnp.einsum("bknd,bkmd->bknm", q * scale, k, preferred_element_type=softmax_dtype)
     if bias is not None:
         logits = logits + bias.astype(softmax_dtype)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    weights = softmax(logits).astype(v.dtype)
     if tap is not None:
         weights = tap(weights)
     return jnp.einsum("bknm,bkmd->bknd", weights, v).transpose(0, 2, 1, 3)  # [B, N, K, d]
+
+
+@platforms.whole
+def softmax(logits: jax.Array) -> jax.Array:
+    """Of f[..., M], over the last axis."""
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:

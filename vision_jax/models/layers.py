@@ -22,7 +22,7 @@ Initializer = Callable[..., Any]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": tangents.gelu,
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu_tanh": tangents.gelu_tanh,
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "silu": nn.silu,
     "relu": nn.relu,

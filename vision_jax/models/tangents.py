@@ -32,17 +32,25 @@ def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Statistic
     return norm(epsilon, x, scale, bias)
 
 
+@platform.whole
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """f[..., D] normalized over its last axis, · scale[D] + bias[D], in f32 (or better)."""
     norm = _layer_norm if platform.current() == "cpu" else _plain_layer_norm
     return norm(epsilon, x, scale, bias)
 
 
+@platform.whole
 def gelu(x: Array) -> Array:
     """x · Φ(x) of f[...], Φ that of the normal distribution (https://arxiv.org/abs/1606.08415)."""
     if platform.current() in ("gpu", "tpu"):
         return nn.gelu(x, approximate=False)
     return _gelu(x)
+
+
+@platform.whole
+def gelu_tanh(x: Array) -> Array:
+    """GELU of f[...] with tanh in place of Φ, as the same paper approximates it."""
+    return nn.gelu(x, approximate=True)
 
 
 def max_pool(x: Array, size: int, strides: int) -> Array:

@@ -135,7 +135,7 @@ def round_inputs(x: Array, leaf: "Int8 | FakeQuantized") -> tuple[Array, Array]:
     fixed = getattr(leaf, "input_scale", None)
     if fixed is not None:
         scale = fixed.astype(wide.dtype)
-        return jnp.clip(jnp.round(wide / scale), -LEVELS, LEVELS), scale
+        return jnp.round(jnp.clip(wide / scale, -LEVELS, LEVELS)), scale
     axes = -1 if leaf.ndim == 2 else tuple(range(1, x.ndim))
     least = jnp.finfo(wide.dtype).tiny * LEVELS  # where all is zero
     scale = jnp.maximum(jnp.abs(wide).max(axes, keepdims=True), least) / LEVELS
@@ -164,8 +164,9 @@ def _integer_product(product: Product, x: Array, leaf: Int8) -> Array:
     whole, scale = round_inputs(x, leaf)
     total = product(whole.astype(jnp.int8), leaf.values)  # i32
     wide, step = total.astype(scale.dtype), _by_output(leaf.scale.astype(scale.dtype), x.ndim)
-    # One after the other: with a product of both onnxruntime 1.32 gets the bias after it wrong.
-    wide = wide * scale * step if scale.ndim else wide * (scale * step)
+    # One after the other: with a product of both onnxruntime 1.32 gets the bias after it wrong. The
+    # outputs' first: a file's product has them inside.
+    wide = wide * step * scale if scale.ndim else wide * (scale * step)
     return wide.astype(x.dtype)
 
 
