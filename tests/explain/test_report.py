@@ -158,7 +158,7 @@ def test_large_pictures_are_shrunk_and_small_ones_are_not(rng):
     import io
 
     def shown(pixels):
-        address = page.make_section(1, "x", [page.Picture("image", [], pixels)]).html
+        address = page.make_section(1, "x", {"": [page.Picture("image", [], pixels)]}).html
         held = re.findall(r'src="data:image/webp;base64,([^"]+)"', address)[0]
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(held))))
 

@@ -4,18 +4,21 @@
     vision_jax explain embedded:vit_cifar10 --images photos --methods grad_cam,rise --class=ship
     vision_jax explain runs/vit_lora --dataset
     vision_jax explain embedded:vit_cifar10 --dataset=path/to/class_folders --limit=100
+    vision_jax explain runs/vit_lora --images cat.jpg --prototypes=5
 
 SOURCE is a run's folder, or weights as `predict --weights` takes them. Written are a picture of
 each image, OUT/explanations.json with all figures, and OUT/explanations.html, a page by itself to
 compare the methods on. With --dataset the page has what the model looks at in each class, and its
-most confident errors. docs/explanations.md says what the methods and the figures are.
+most confident errors. With --prototypes it has the training images that the model finds most like
+an image. docs/explanations.md says what the methods and the figures are.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vision_jax.commands.source import RUN_FILE, check_folder, is_run, load_source
 from vision_jax.errors import UserError, nearest
@@ -60,6 +63,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, metavar="N", help=f"of --dataset; {LIMIT} by default")
     parser.add_argument(
+        "--prototypes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="show the N nearest training images of each, and the nearest of N classes",
+    )
+    parser.add_argument(
+        "--train",
+        metavar="DATA",
+        help="the training images, as config.data.train takes them; a run's own by default",
+    )
+    parser.add_argument(
         "--out", type=expand, metavar="DIR", help="where; RUN/explanations, or ./explanations"
     )
     parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run; its end else")
@@ -70,6 +85,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.limit is not None and (flags.dataset is None or flags.limit < 1):
         raise UserError("--limit: give 1 or more, with --dataset")
+    if flags.prototypes < 0 or (flags.train is not None and not flags.prototypes):
+        raise UserError("--prototypes: give 1 or more; --train goes with it")
     if flags.label is not None and flags.dataset is not None:
         raise UserError("--class goes with --images: of a data set each image has its own class")
     return flags
@@ -85,7 +102,7 @@ def _run(flags: argparse.Namespace) -> int:
     loaded = load_source(
         flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
     )
-    from vision_jax.explain import classes
+    from vision_jax.explain import classes, prototypes
 
     subject = classes.Subject(
         loaded.model, loaded.variables, loaded.class_names, loaded.preprocessing, loaded.origin
@@ -99,13 +116,20 @@ def _run(flags: argparse.Namespace) -> int:
         from vision_jax.tasks.images import source_of
 
         source = source_of(image_files(flags.images, "explain"))
-        label = _label(subject, flags.label)
-        out.mkdir(parents=True, exist_ok=True)
-        classes.explain_images(subject, source, methods, out, label=label, seed=flags.seed)
-        return 0
-    source = _dataset(flags, folder, subject)
+        explain: Any = partial(classes.explain_images, label=_label(subject, flags.label))
+    else:
+        source, explain = _dataset(flags, folder, subject), classes.explain_dataset
+    train = _training_images(flags, folder, subject) if flags.prototypes else None
     out.mkdir(parents=True, exist_ok=True)
-    classes.explain_dataset(subject, source, methods, out, seed=flags.seed)
+    near = train and prototypes.make_prototypes(
+        subject.model,
+        subject.variables,
+        train,
+        subject.preprocessing,
+        folder if is_run(folder) else out,
+        count=flags.prototypes,
+    )
+    explain(subject, source, methods, out, seed=flags.seed, prototypes=near)
     return 0
 
 
@@ -132,6 +156,20 @@ def _dataset(flags: argparse.Namespace, folder: Path, subject: "Subject") -> "So
     else:
         raise UserError(f"--dataset=DATA: {flags.source} is no run's folder, name the data")
     return subset(source, min(flags.limit or LIMIT, len(source)), flags.seed)
+
+
+def _training_images(flags: argparse.Namespace, folder: Path, subject: "Subject") -> "Source":
+    """What the model was trained on."""
+    from vision_jax.config import load_config
+    from vision_jax.data.sources import read_source
+    from vision_jax.tasks.api import find_task
+
+    if flags.train is not None:
+        return read_source(flags.train, class_names=subject.class_names)
+    if not is_run(folder):
+        raise UserError(f"--train=DATA: {flags.source} is no run's folder, name the training data")
+    config = load_config(str(folder / RUN_FILE), {})
+    return find_task(config.task).read_sources(config)[0]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from vision_jax.explain import explainer, page
 from vision_jax.explain.explainer import Figures, Maps, Means
 from vision_jax.explain.forward import Forward, class_targets
 from vision_jax.explain.page import Picture
+from vision_jax.explain.prototypes import Neighbor, Prototypes
 from vision_jax.explain.report import Report, open_report, pictures_of, write_picture
 from vision_jax.logging import say, show_progress
 from vision_jax.models import families
@@ -178,6 +179,7 @@ def explain_images(
     *,
     label: int | None,
     seed: int,
+    prototypes: Prototypes | None = None,
 ) -> None:
     """Writes a row of pictures for each image, and a report of them.
 
@@ -188,11 +190,13 @@ def explain_images(
       out: the folder, which is there.
       label: the class to explain; None for the most probable one of each image.
       seed: of what is drawn.
+      prototypes: the training images, to show the nearest of each image.
 
     Raises:
       UserError: none of the images can be read.
     """
     names = subject.class_names
+    near = Near(prototypes, names)
     wanted = None if label is None else np.full(len(source), label)
     with open_report(out, f"What {subject.origin} looks at") as report:
 
@@ -201,9 +205,10 @@ def explain_images(
             path = out / file_name(one.row, Path(name).stem)
             write_picture(one.view, one.maps, path)
             own = {"file": utf8(name), "picture": path.name}
-            report.add_record({**own, **_record_of(one, names)})
+            found, rows = near.find(name, one.view)
+            report.add_record({**own, **_record_of(one, names), **found})
             heading = f"{one.row + 1}. {Path(name).name}: {_classes(one, names)}"
-            report.add_section(heading, pictures_of(one.view, one.maps, one.figures))
+            report.add_section(heading, {"": pictures_of(one.view, one.maps, one.figures), **rows})
 
         means, damage = explain_all(make_run(subject, methods, seed), source, wanted, take)
         record = {
@@ -211,7 +216,9 @@ def explain_images(
             "class_names": [utf8(name) for name in names],
             "seed": seed,
             "damaged": [utf8(line) for line in damage.lines],
+            **near.record(),
         }
+        near.warn()
         report.finish("images", record, means.figures())
     say(f"wrote {means.count} pictures into {out}: the image, then each method's map")
 
@@ -274,7 +281,13 @@ class Looked:
 
 
 def explain_dataset(
-    subject: Subject, source: Source, methods: Sequence[str], out: Path, *, seed: int
+    subject: Subject,
+    source: Source,
+    methods: Sequence[str],
+    out: Path,
+    *,
+    seed: int,
+    prototypes: Prototypes | None = None,
 ) -> None:
     """Writes what the model looks at in each class, and its most confident errors explained.
 
@@ -284,6 +297,7 @@ def explain_dataset(
       UserError: none of the images can be read.
     """
     names, method = subject.class_names, methods[0]
+    near = Near(prototypes, names)
     looked: dict[int, Looked] = {}
     wrong: list[Explained] = []  # the most confident first
 
@@ -304,16 +318,20 @@ def explain_dataset(
         for one, as_true in zip(wrong, true_class, strict=True):
             name = source.example_name(one.row)
             own = {"image": utf8(name), "class": utf8(names[one.label])}
-            report.add_record({**own, **_record_of(one, names)})
+            found, rows = near.find(name, one.view)
+            report.add_record({**own, **_record_of(one, names), **found})
             image = page.to_rgb(one.view)
             report.add_section(
                 f"{name}: {names[one.predicted]} by {one.probabilities.max():.3f}, but it is "
                 f"{names[one.label]}",
-                [
-                    Picture("image", [], image),
-                    Picture(f"for {names[one.predicted]}", [method], image, one.maps[method]),
-                    Picture(f"for {names[one.label]}", [method], image, as_true.maps[method]),
-                ],
+                {
+                    "": [
+                        Picture("image", [], image),
+                        Picture(f"for {names[one.predicted]}", [method], image, one.maps[method]),
+                        Picture(f"for {names[one.label]}", [method], image, as_true.maps[method]),
+                    ],
+                    **rows,
+                },
             )
         record = {
             "model": subject.origin,
@@ -329,7 +347,9 @@ def explain_dataset(
                 for label, name in enumerate(names)
             },
             "damaged": [utf8(line) for line in damage.lines],
+            **near.record(),
         }
+        near.warn()
         report.finish("confident_errors", record, means.figures())
 
 
@@ -353,7 +373,7 @@ def _add_classes(
         )
         for label in sorted(most)
     ]
-    report.add_section(heading, pictures)
+    report.add_section(heading, {"": pictures})
 
 
 def _explained_as(run: Run, source: Source, wrong: Sequence[Explained]) -> list[Explained]:
@@ -363,3 +383,72 @@ def _explained_as(run: Run, source: Source, wrong: Sequence[Explained]) -> list[
     rows = np.array([one.row for one in wrong])
     part = replace(source, labels=source.labels[rows], rows=source.rows[rows])
     return list(run(part, DamageLog(), np.array([one.label for one in wrong])))
+
+
+# Prototypes -------------------------------------------------------------------------------------
+
+
+class Near:
+    """The training images nearest to those that are explained, for the JSON and the pages."""
+
+    def __init__(self, prototypes: Prototypes | None, class_names: Sequence[str]) -> None:
+        self._prototypes, self._names = prototypes, class_names
+        self._asked = 0
+        self._same: list[tuple[str, str]] = []  # images that are training images
+
+    def find(self, name: str, view: np.ndarray) -> tuple[dict[str, Any], dict[str, list[Picture]]]:
+        """(what the JSON has, rows of pictures) of the image u8[H, W, C]; both may be empty."""
+        if self._prototypes is None:
+            return {}, {}
+        self._asked += 1
+        prototypes, found = self._prototypes, self._prototypes.find(view)
+        if found.same is not None:
+            self._same.append((name, prototypes.source.example_name(found.same)))
+        rows = {"Nearest training images": found.nearest, "Nearest of a class": found.of_classes}
+        record = {
+            "nearest": [self._record(one) for one in found.nearest],
+            "nearest_of_classes": [self._record(one) for one in found.of_classes],
+            "is_training_image": found.same is not None,
+        }
+        pictures = {
+            title: [self._picture(one, one.row == found.same) for one in own]
+            for title, own in rows.items()
+        }
+        return {"prototypes": record}, pictures
+
+    def record(self) -> dict[str, Any]:
+        """What the JSON has of all."""
+        if self._prototypes is None:
+            return {}
+        source = self._prototypes.source
+        record = {
+            "data": source.name,
+            "count": len(source),
+            "distance": "1 - cosine of the features that the head is given",
+            "training_images": [utf8(name) for name, _ in self._same],
+        }
+        return {"prototypes": record}
+
+    def warn(self) -> None:
+        """Says which images the model was trained on."""
+        if self._same:
+            name, trained = self._same[0]
+            say(
+                f"warning: {len(self._same)} of {self._asked} images are training images, the same "
+                f"pixels, first {name}: {trained}. What the model says of them is no evidence"
+            )
+
+    def _record(self, one: Neighbor) -> dict[str, Any]:
+        assert self._prototypes is not None
+        return {
+            "image": utf8(self._prototypes.source.example_name(one.row)),
+            "class": utf8(self._names[one.label]),
+            "distance": one.distance,
+        }
+
+    def _picture(self, one: Neighbor, same: bool) -> Picture:
+        assert self._prototypes is not None
+        name = Path(self._prototypes.source.example_name(one.row)).name
+        lines = [f"distance {one.distance:.4f}", name]
+        lines += ["THE SAME IMAGE: the model was trained on it"] if same else []
+        return Picture(self._names[one.label], lines, page.to_rgb(self._prototypes.view(one.row)))

@@ -22,6 +22,7 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5em auto; max-width: 90em; padding: 0 1em;
        color: #222; background: #fff; }
 h1 { font-size: 1.4em; } h2 { font-size: 1.05em; margin: 1.6em 0 .4em; }
+h3 { font-size: .9em; margin: 1em 0 .3em; font-weight: 600; }
 .row { display: flex; flex-wrap: wrap; gap: 1em; }
 figure { margin: 0; width: SIDEpx; } figcaption { font-size: .82em; }
 .stack { position: relative; width: SIDEpx; }
@@ -64,7 +65,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A row of pictures under a heading.
+    """Rows of pictures under a heading.
 
     Attributes:
       anchor: where a link to it leads on its page.
@@ -87,15 +88,19 @@ class Part:
     html: str
 
 
-def make_section(number: int, heading: str, pictures: Sequence[Picture]) -> Section:
-    """A row of pictures; its anchor is of its number."""
+def make_section(number: int, heading: str, rows: Mapping[str, Sequence[Picture]]) -> Section:
+    """Rows of pictures by what they are, "" for nothing to say; its anchor is of its number."""
     anchor = f"row-{number}"
-    row = "\n".join(_figure(picture) for picture in pictures)
+    parts = [f'<h2 id="{anchor}">{_text(heading)}</h2>']
+    for title, pictures in rows.items():
+        parts += [f"<h3>{_text(title)}</h3>"] if title else []
+        parts += ['<div class="row">', *(_figure(picture) for picture in pictures), "</div>"]
+    thumbnail = _data(next(iter(rows.values()))[0].image, THUMBNAIL)
     return Section(
         anchor,
         heading,
-        f'<h2 id="{anchor}">{_text(heading)}</h2><div class="row">\n{row}\n</div>',
-        f'<img class="thumbnail" alt="" src="{_data(pictures[0].image, THUMBNAIL)}">',
+        "\n".join(parts),
+        f'<img class="thumbnail" alt="" src="{thumbnail}">',
     )
 
 

@@ -50,12 +50,12 @@ class Report:
         self._draft.write((",\n" if self._records else "") + json.dumps(record))
         self._records += 1
 
-    def add_section(self, heading: str, pictures: Sequence[Picture]) -> None:
-        """A row of pictures of the pages."""
+    def add_section(self, heading: str, rows: Mapping[str, Sequence[Picture]]) -> None:
+        """Rows of pictures by what they are, "" for nothing to say, on the pages."""
         if len(self._sections) == PER_PAGE:
             self._write_part(last=False)
         number = len(self._parts) * PER_PAGE + len(self._sections) + 1
-        self._sections.append(page.make_section(number, heading, pictures))
+        self._sections.append(page.make_section(number, heading, rows))
 
     def finish(self, listed: str, record: Mapping[str, Any], figures: Figures) -> None:
         """Says the figures, and writes what needs them.

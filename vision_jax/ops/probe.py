@@ -37,7 +37,7 @@ def knn_predict(
       {k: i[N]}.
     """
     most = min(max(neighbors), len(train_features))
-    train, labels = jnp.asarray(_unit(train_features)), jnp.asarray(train_labels)
+    train, labels = jnp.asarray(unit(train_features)), jnp.asarray(train_labels)
 
     @jax.jit
     def predict(chunk):
@@ -47,7 +47,7 @@ def knn_predict(
         votes = jax.nn.one_hot(labels[nearest], num_classes) * weights[..., None]
         return [votes[:, :k].sum(1).argmax(-1) for k in neighbors]  # [n] each
 
-    normalized = _unit(features)
+    normalized = unit(features)
     parts = [
         jax.device_get(predict(normalized[i : i + CHUNK])) for i in range(0, len(features), CHUNK)
     ]
@@ -94,7 +94,8 @@ def few_shot_predict(
     return (standardized @ kernel[:-1] + kernel[-1]).argmax(-1)
 
 
-def _unit(features: np.ndarray) -> np.ndarray:
+def unit(features: np.ndarray) -> np.ndarray:
+    """Features f[N, D] of length 1 each, whose products are cosines; zeros stay."""
     norm = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.maximum(norm, np.finfo(features.dtype).tiny)
 

@@ -1,0 +1,234 @@
+"""Prototypes: the training images that a model finds most like an image, over all and by class.
+
+    training images --model without its head--> features, a file --cosine--> the nearest of an image
+
+The features are computed once: their file has the hash of weights, data and preprocessing in its
+name. It is read through the system's cache of files and not held, so that memory grows by 4 bytes a
+training image.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from vision_jax.data.fingerprint import digest, take_fingerprint
+from vision_jax.data.pipeline import DamageLog, make_eval_batches
+from vision_jax.data.sources import Source
+from vision_jax.data.transforms import Preprocessing
+from vision_jax.errors import UserError
+from vision_jax.evaluation import say_damaged
+from vision_jax.files import draft_folder
+from vision_jax.logging import say, show_progress
+from vision_jax.models import families
+from vision_jax.ops.images import to_float
+from vision_jax.ops.probe import unit
+from vision_jax.tasks.images import read_views
+
+BATCH = 64  # training images at once
+THREADS = 2
+CHUNK = 2**16  # training images that are compared at once
+NAME = "features-{}.npy"
+SAME = 1e-5  # a distance that rounding explains: it is worth a look whether the images are the same
+
+FeaturesOf = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A training image near another.
+
+    Attributes:
+      row: in the training source.
+      label: its class.
+      distance: 1 - cosine of the features, from 0 to 2.
+    """
+
+    row: int
+    label: int
+    distance: float
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """Those of one image.
+
+    Attributes:
+      nearest: of all training images, the nearest first.
+      of_classes: of each class the nearest one, the nearest class first.
+      same: the row of a training image that the model sees the very same pixels of; None if there
+        is none.
+    """
+
+    nearest: tuple[Neighbor, ...]
+    of_classes: tuple[Neighbor, ...]
+    same: int | None
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Training images and their features.
+
+    Attributes:
+      source: the training images.
+      preprocessing: of the model.
+      features: f32[M, D], of length 1 each, NaN where an image can't be read.
+      features_of: views u8[B, H, W, C] -> f32[B, D] of length 1.
+      count: neighbors of each image, and classes that have their nearest shown.
+    """
+
+    source: Source
+    preprocessing: Preprocessing
+    features: np.ndarray
+    features_of: FeaturesOf
+    count: int
+
+    def find(self, view: np.ndarray) -> Neighbors:
+        """The neighbors of an image u8[H, W, C], as the model sees it."""
+        wanted = self.features_of(view[None])[0]
+        rows, distances, of_classes = nearest(
+            self.features, self.source.labels, wanted, count=self.count
+        )
+
+        def neighbor(row: int) -> Neighbor:
+            return Neighbor(row, int(self.source.labels[row]), float(distances[row]))
+
+        found = tuple(map(neighbor, rows.tolist()))
+        by_class = tuple(map(neighbor, of_classes[: self.count].tolist()))
+        suspects = [one.row for one in found if one.distance <= SAME]
+        same = next((row for row in suspects if np.array_equal(self.view(row), view)), None)
+        return Neighbors(found, by_class, same)
+
+    def view(self, row: int) -> np.ndarray:
+        """A training image u8[H, W, C], as the model sees it."""
+        return read_views(self.source, np.array([row]), self.preprocessing)[0]
+
+
+def nearest(
+    features: np.ndarray, labels: np.ndarray, wanted: np.ndarray, *, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows that are nearest by the cosine.
+
+    Args:
+      features: f32[M, D], of length 1; rows that are not finite are nobody's neighbors.
+      labels: i[M].
+      wanted: f32[D], of length 1.
+      count: of neighbors.
+
+    Returns:
+      (rows i[count] or as many as there are, distances f32[M], the nearest row of each class that
+      has any), the nearest first, of equals the first.
+    """
+    parts = [features[i : i + CHUNK] @ wanted for i in range(0, len(features), CHUNK)]
+    distances = np.maximum(1 - np.concatenate(parts), 0)
+    order = np.argsort(distances, kind="stable")  # NaN is last
+    order = order[: int(np.isfinite(distances).sum())]
+    _, first = np.unique(labels[order], return_index=True)
+    return order[:count], distances, order[np.sort(first)]
+
+
+def make_prototypes(
+    model: Any,
+    variables: Mapping[str, Any],
+    source: Source,
+    preprocessing: Preprocessing,
+    folder: Path,
+    *,
+    count: int,
+) -> Prototypes:
+    """Reads the training images' features from `folder`, or computes them and writes them there.
+
+    Args:
+      model: a classifier's flax module.
+      variables: its arrays.
+      source: the training images.
+      preprocessing: of the model.
+      folder: which is there.
+      count: neighbors of each image.
+
+    Raises:
+      UserError: none of the images can be read; features that are not finite.
+    """
+    features_of = make_features(model, variables)
+    said = (hash_of(variables), repr(model), digest(take_fingerprint(source)), repr(preprocessing))
+    path = folder / NAME.format(hashlib.sha256("".join(said).encode()).hexdigest()[:16])
+    if not path.is_file():
+        _write_features(features_of, source, preprocessing, path)
+        say(f"wrote {path}, the features of {len(source):,} training images, for the next time")
+    try:
+        features = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}): remove it") from error
+    if features.ndim != 2 or len(features) != len(source):
+        raise UserError(f"{path}: damaged, not of {len(source)} images: remove it")
+    return Prototypes(source, preprocessing, features, features_of, count)
+
+
+def make_features(model: Any, variables: Mapping[str, Any]) -> FeaturesOf:
+    """A function views u8[B, H, W, C] -> what the head is given, f32[B, D] of length 1."""
+    apply = families.make_apply(model.clone(num_classes=0))
+    given = jax.tree.map(jnp.asarray, dict(variables))
+
+    @jax.jit
+    def compute(variables: Mapping[str, Any], views: jax.Array) -> jax.Array:
+        outputs, _ = apply(
+            variables["params"],
+            variables.get("batch_stats", {}),
+            to_float(views),
+            train=False,
+            keys={},
+        )
+        return outputs["logits"].astype(jnp.float32)
+
+    return lambda views: unit(np.asarray(compute(given, jnp.asarray(views))))
+
+
+def hash_of(variables: Mapping[str, Any]) -> str:
+    """sha256 of all arrays with their paths, 64 hexadecimal digits."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables)):
+        array = np.asarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def _write_features(
+    features_of: FeaturesOf, source: Source, preprocessing: Preprocessing, path: Path
+) -> None:
+    damage = DamageLog()
+    size = min(BATCH, len(source))
+    batches = make_eval_batches(
+        source,
+        batch_size=size,
+        preprocessing=preprocessing,
+        num_threads=THREADS,
+        damage_log=damage,
+    )
+    features = None
+    with draft_folder(path) as folder:
+        with show_progress(-(-len(source) // size)) as (advance, _):
+            for batch in batches:
+                mask, found = batch["mask"], features_of(batch["image"])
+                if not np.isfinite(found[mask]).all():
+                    raise UserError(
+                        "the features of the training images are not finite: the weights are "
+                        "damaged or training diverged"
+                    )
+                if features is None:
+                    shape = (len(source), found.shape[1])
+                    features = open_memmap(folder / path.name, "w+", np.float32, shape)
+                    features[:] = np.nan
+                features[batch["index"][mask]] = found[mask]
+                advance()
+        if features is None or damage.count == len(source):
+            raise UserError(f"{source.name}: none of the training images could be read")
+        features.flush()
+        (folder / path.name).replace(path)
+    say_damaged(damage.lines)
