@@ -12,7 +12,11 @@ REPOSITORY = "somebody/tiny-vit"
 
 def serve(folder: Path) -> ThreadingHTTPServer:
     """A server on a free loopback port; the caller runs and stops it."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -35,10 +39,13 @@ def serve(folder: Path) -> ThreadingHTTPServer:
                     for file, body in files.items()
                 ]
                 self.reply(200, json.dumps(tree).encode(), with_body, {})
-            elif path.startswith(resolve) and name in files:
-                etag = hashlib.sha256(files[name]).hexdigest()
+            elif (
+                path.startswith(resolve)
+                and (file := path.removeprefix(resolve).partition("/")[2]) in files
+            ):
+                etag = hashlib.sha256(files[file]).hexdigest()
                 headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
-                self.reply(200, files[name], with_body, headers)
+                self.reply(200, files[file], with_body, headers)
             else:
                 code = {} if path.startswith(api) else {"X-Error-Code": "RepoNotFound"}
                 self.reply(404, b"{}", with_body, code)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -262,7 +263,10 @@ def test_the_hub_then_its_cache_when_the_hub_is_gone(tmp_path):
     path = GOLDEN / "transformers_clip" / "model.safetensors"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     spec, unknown = f"hf://{REPOSITORY}", "hf://nobody/nothing"
-    server = serve(path.parent)
+    repository = tmp_path / "repository"
+    shutil.copytree(path.parent, repository)
+    shutil.copytree(path.parent, repository / "part")  # as a pipeline has its models
+    server = serve(repository)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     places = {
@@ -277,6 +281,9 @@ def test_the_hub_then_its_cache_when_the_hub_is_gone(tmp_path):
             pinned = f"{spec}@{COMMIT}"
             assert ask(pinned) == f"{digest} clip_vision_model {pinned}"
             assert ask_offline(spec) == f"{digest} clip_vision_model {spec}"
+            assert ask_offline(f"{spec}/part").startswith("UserError: ")
+            assert ask(f"{spec}/part") == f"{digest} clip_vision_model {spec}/part"
+            assert ask_offline(f"{spec}/part") == f"{digest} clip_vision_model {spec}/part"
         finally:
             server.shutdown()
             server.server_close()

@@ -111,6 +111,7 @@ def test_the_zoos_names_are_unique_and_say_their_source():
     names = [entry.name for entry in ZOO]
     assert len(names) == len(set(names)) >= 120
     sources = {"timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet"}
+    sources |= {"diffusers", "dit"}
     assert {entry.source for entry in ZOO} == sources
     assert {table.family for table in TABLES} == set(FAMILIES)
     kinds = [(table.source, table.family, table.kind) for table in TABLES]
@@ -175,6 +176,9 @@ READ_BACK = (
     *("torchvision: fcos_resnet50_fpn", "smp: unet_resnet18", "smp: unet_resnet50"),
     *("transformers: upernet_resnet18", "transformers: upernet_convnext_tiny"),
     "transformers: upernet_swin_tiny_patch4_window7_224",
+    *("diffusers: autoencoder_kl_sd", "diffusers: autoencoder_kl_sd3"),
+    *("diffusers: autoencoder_tiny_sd", "dit: dit_s_2", "diffusers: dit_s_4", "dit: sit_b_8"),
+    "dit: jit_b_16",
 )
 TOLD = {  # what the naming computes by, where the variant's own arguments differ
     "efficientnet_pytorch: efficientnet_b0": {"same_padding": True, "batch_norm_eps": 1e-3},
@@ -182,6 +186,11 @@ TOLD = {  # what the naming computes by, where the variant's own arguments diffe
     "transformers: swin_tiny_patch4_window7_224": {"library": "transformers"},
     "transformers: swinv2_tiny_window8_256": {"library": "transformers"},
     "transformers: rf_detr_nano": {"image_size": (384, 384)},
+    "diffusers: dit_s_4": {"time_shift": 1, "mlp_norm_eps": 1e-5},
+    **{
+        f"diffusers: autoencoder_{name}": {"num_classes": 0}
+        for name in ("kl_sd", "kl_sd3", "tiny_sd")
+    },
 }
 QUICKLY = tuple(name for name in READ_BACK if "mobilenet" in name)
 
@@ -206,7 +215,8 @@ def test_each_naming_is_read_as_it_is_written(naming):
 def shapes_in(family, arguments):
     """The model's arrays by path, without numbers."""
     model = build_model(family, **arguments)
-    images = jnp.zeros((1, *(arguments.get("image_size") or (64, 64)), 3))
+    channels = arguments.get("in_channels", 3)
+    images = jnp.zeros((1, *(arguments.get("image_size") or (64, 64)), channels))
     like = jax.eval_shape(model.init, jax.random.key(0), images)
     flat = {path: leaf for tree in like.values() for path, leaf in flatten(tree).items()}
     return Tensors({path: Tensor(leaf.shape, leaf.dtype, dict) for path, leaf in flat.items()})

@@ -18,7 +18,13 @@ import numpy as np
 import pytest
 
 from vision_jax.errors import UserError
-from vision_jax.models.families import FAMILIES, build_model, find_variant, unrolled
+from vision_jax.models.families import (
+    FAMILIES,
+    GENERATION,
+    build_model,
+    find_variant,
+    unrolled,
+)
 from vision_jax.models.taps import apply_with_taps, tap_shapes
 from vision_jax.trees import lora
 from vision_jax.trees.paths import flatten
@@ -72,6 +78,32 @@ CASES = {
             "norm after pool": {"norm_after_pool": True, "pool": "avg"},
         },
         without_gradient=r".*/k_norm/bias",  # the same for all keys: softmax doesn't see it
+    ),
+    "autoencoder_kl": Case(
+        {"widths": (8, 12), "depth": 1, "groups": 4, "latent_channels": 3},
+        features=("encoder_0", "encoder_1", "encoder_middle", "decoder_middle", "decoder_0",
+                  "decoder_1"),
+        layers={"encoder/stage_1/block_0/shortcut/kernel": 2, "encoder/middle/attn/qkv/bias": 3,
+                "quant_conv/kernel": 3, "post_quant_conv/bias": 4, "decoder/middle/norm/scale": 4,
+                "decoder/stage_0/block_1/norm1/scale": 5, "decoder/norm/bias": 7},
+        size=(16, 24),
+        forms={
+            "SD 3": {"quant_conv": False, "post_quant_conv": False, "scaling_factor": 1.5,
+                     "shift_factor": 0.06, "mid_attention": False},
+            "one stage": {"widths": (8,)},
+        },
+        form_features={
+            "one stage": ("encoder_0", "encoder_middle", "decoder_middle", "decoder_0"),
+        },
+    ),
+    "autoencoder_tiny": Case(
+        {"encoder_width": 8, "decoder_width": 6, "encoder_depths": (1, 2), "decoder_depths": (2, 1),
+         "latent_channels": 3},
+        features=("encoder_0", "encoder_1", "decoder_0", "decoder_1"),
+        layers={"encoder/stage_1/downsample/kernel": 2, "encoder/conv_out/bias": 3,
+                "decoder/conv_in/kernel": 3, "decoder/stage_0/upsample/kernel": 4,
+                "decoder/stage_1/block_0/conv3/bias": 5},
+        size=(16, 24),
     ),
     "beit": Case(
         {"num_classes": 3, "image_size": (17, 25), "patch_size": 8, "width": 16, "depth": 2,
@@ -128,6 +160,18 @@ CASES = {
         },
         # What decoder_0 attends to is zero, and softmax doesn't see the bias of the keys.
         without_gradient=r"decoder_0/self_attn/|.*attn/k/bias",
+    ),
+    "dit": Case(
+        {"num_classes": 3, "image_size": (12, 8), "patch_size": 4, "width": 16, "depth": 2,
+         "num_heads": 2, "mlp_width": 24, "in_channels": 3},
+        features=("condition", "embed", "block_0", "block_1"),
+        layers={"time_embed/fc1/kernel": 0, "class_embed": 0, "block_1/ada/kernel": 2,
+                "head_ada/bias": 3},
+        size=(12, 8),
+        forms={
+            "of latents": {"in_channels": 4, "learned_variance": True, "predicts": "noise",
+                           "time_shift": 1, "mlp_norm_eps": 1e-5},
+        },
     ),
     "efficientnet": Case(
         {"num_classes": 3, "depths": (1, 2), "widths": (8, 12), "kernels": (3, 5),
@@ -514,8 +558,9 @@ def outputs_of(result):
 
 
 def main_of(outputs):
-    """The logits, or the features of images where texts are what they are compared with."""
-    return outputs["logits" if "logits" in outputs else "image"]
+    """The logits, features of images where texts are compared with them, or what is made."""
+    names = ("logits", "image", "reconstruction", "prediction")
+    return next(outputs[name] for name in names if name in outputs)
 
 
 def test_every_family_is_here():
@@ -583,6 +628,12 @@ COUNTS = {
     "l/16": 304_326_632,
     "h/14": 632_045_800,
     "g/14": 1_012_611_432,
+    "autoencoder_kl_sd": 83_653_863,
+    "autoencoder_kl_sdxl": 83_653_863,
+    "autoencoder_kl_sd3": 83_819_683,
+    "autoencoder_kl_flux": 83_819_683,
+    "autoencoder_tiny_sd": 2_445_063,
+    "autoencoder_tiny_sd3": 2_458_899,
     "beit_base_patch16_224": 86_530_984,
     "beit_base_patch16_384": 86_744_104,
     "beit_large_patch16_224": 304_430_568,
@@ -657,6 +708,9 @@ COUNTS = {
     "mae_vit_base_patch16": 111_907_840,
     "mae_vit_large_patch16": 329_541_888,
     "dino_vits16": 43_952_640,
+    # The original's count, with 1000 classes and the positions.
+    "dit_s_2": 32_963_360 - 256 * 384 - 909 * 384,
+    "dit_xl_2": 675_129_632 - 256 * 1152 - 909 * 1152,
     "simclr_vits16": 22_716_416,
     "siglip_base_patch16_224": 203_155_970,
     "deeplabv3_resnet50": 39_656_859,
@@ -736,6 +790,9 @@ def test_layers_cover_every_parameter_in_order(family, form):
         "dino": "dino_head",
         "simclr": "contrastive_head",
         "siglip": "text/head",
+        "autoencoder_kl": "decoder/conv_out",
+        "autoencoder_tiny": "decoder/conv_out",
+        "dit": "head",
     }
     head = known.get(family, head)
     heads = [layer for path, layer in layers.items() if re.match(rf"(head_\d/)?{head}/", path)]
@@ -766,8 +823,9 @@ def test_features_and_strides(family, form, whole):
         arguments["image_size"] = size
     model = build(family, form, **arguments)
     images = jnp.zeros((2, *size, model.in_channels))
-    if family in ("nanodet", "yolox") and not whole:
-        with pytest.raises(UserError, match=r"70 x 50 pixels: .* takes multiples of 32"):
+    if family in ("dit", "nanodet", "yolox") and not whole:
+        message = rf"70 x 50 pixels: .* takes multiples of {4 if family == 'dit' else 32}"
+        with pytest.raises(UserError, match=message):
             abstract(model, size)
         return
     result, features = jax.eval_shape(
@@ -787,6 +845,8 @@ def test_features_and_strides(family, form, whole):
         classes = model.projection
     elif family == "siglip":
         classes = features["pooled"].shape[-1]
+    elif FAMILIES[family].task == GENERATION:
+        classes = model.in_channels
     assert main_of(outputs).shape[-1] == classes
     for name, stride in model.pyramid:
         if whole or family == "rf_detr":

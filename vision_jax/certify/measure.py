@@ -17,6 +17,7 @@ import numpy as np
 import vision_jax
 from vision_jax import convert
 from vision_jax.certify import preprocessing, random_weights, references
+from vision_jax.certify.conditions import sample_conditions
 from vision_jax.certify.references import Reference
 from vision_jax.certify.texts import sample_tokens
 from vision_jax.convert.detectors import is_detector
@@ -24,12 +25,15 @@ from vision_jax.convert.read import Weights
 from vision_jax.convert.table import Entry, Table
 from vision_jax.convert.tables import find_table, table_for_export
 from vision_jax.errors import UserError
-from vision_jax.models.families import build_model
+from vision_jax.models.families import FAMILIES, GENERATION, build_model
 from vision_jax.trees import paths
 
 BARS = {"float32": 1e-5, "float64": 1e-12}
 LIBRARIES = ("torch", "timm", "torchvision", "transformers", "jax", "flax", "numpy", "pillow")
-BESIDE = {"yolox": ("pixeltable-yolox",)}  # libraries of one source alone
+BESIDE = {
+    "yolox": ("pixeltable-yolox",),
+    "diffusers": ("diffusers",),
+}  # libraries of one source alone
 APART = 2e-6  # of the largest score: what keeps two proposals in their order in float32
 PIXELS_APART = 1  # of 255: RF-DETR's processor computes in floats
 
@@ -70,7 +74,7 @@ def certify(entry: Entry, weights: str | None = None, *, seed: int = 0) -> dict[
         "image_size": entry.image_size,
     }
     # One long chain of shapes that do not recur in other models.
-    whole = entry.source in BESIDE or is_detector(entry.build)
+    whole = entry.source == "yolox" or is_detector(entry.build)
     measured = certify_reference(reference, size, seed=seed, of_entry=entry, whole=whole)
     full_size = _full_size(entry, measured["family"], measured.pop("arguments"))
     return certificate | measured | full_size
@@ -79,7 +83,7 @@ def certify(entry: Entry, weights: str | None = None, *, seed: int = 0) -> dict[
 def channels_of(entry: Entry) -> int:
     """Channels of the images that the reference takes."""
     given = dict(entry.arguments)
-    return int(given.get("in_chans", given.get("num_channels", 3)))
+    return int(given.get("in_chans", given.get("num_channels", given.get("in_channels", 3))))
 
 
 @dataclass(frozen=True)
@@ -207,9 +211,13 @@ def _compare(
             for name in theirs:
                 error = relative_error(ours[name], theirs[name])
                 errors[dtype][name] = max(error, errors[dtype].get(name, 0.0))
-            if imported.family != "mae":
+            if _has_classes(imported.family):
                 agreement = min(agreement, _agreement(ours["logits"], theirs["logits"]))
-    return errors, None if imported.family == "mae" else agreement
+    return errors, agreement if _has_classes(imported.family) else None
+
+
+def _has_classes(family: str) -> bool:
+    return family != "mae" and FAMILIES[family].task != GENERATION
 
 
 def _agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -250,10 +258,17 @@ def _rebuild(
             imported.exporting, imported.family, imported.arguments, imported.flat, record, folder
         )
         normalized = _normalized(images, imported.arguments, "float32")
-        logits = again.outputs(normalized)["logits"]
-        return True, relative_error(logits, reference.outputs(normalized)["logits"])
+        back, first = (_main(made.outputs(normalized)) for made in (again, reference))
+        return True, relative_error(back, first)
     except (RuntimeError, UserError, TypeError, ValueError) as error:
         return str(error).splitlines()[0], None
+
+
+def _main(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The output that all the rest is for."""
+    return next(
+        outputs[name] for name in ("logits", "reconstruction", "prediction") if name in outputs
+    )
 
 
 def _reasons(measured: Mapping[str, Any]) -> list[str]:
@@ -390,6 +405,8 @@ def _outputs(
             given.append(_first_patches(model.grid, len(images)))
         if imported.family == "siglip":
             given.append(_texts(imported.arguments, len(images)))
+        if imported.family == "dit":
+            given += _conditions(imported.arguments, len(images), dtype)
         apply = partial(model.apply, return_features=True)
         result, features = (jax.jit(apply) if whole else apply)(variables, *given)
         if imported.family == "siglip":
@@ -416,6 +433,12 @@ def _texts(arguments: Mapping[str, Any], count: int) -> jax.Array:
     """i32[B, L]: those that the reference is given."""
     length, vocab_size = arguments["text_length"], arguments["vocab_size"]
     return jnp.asarray(sample_tokens(count, length, vocab_size), jnp.int32)
+
+
+def _conditions(arguments: Mapping[str, Any], count: int, dtype: str) -> list[jax.Array]:
+    """(times, classes) that the reference is given."""
+    time, labels = sample_conditions(count, arguments["num_classes"], arguments["predicts"])
+    return [jnp.asarray(time, dtype), jnp.asarray(labels, jnp.int32)]
 
 
 def _full_size(entry: Entry, family: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

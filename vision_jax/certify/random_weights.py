@@ -1,5 +1,6 @@
 """Random weights and images under which no error of an imported model hides."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
         elif parameter.ndim >= 2 and (
             "bbox_embed" in name  # heads, as RF-DETR calls them
             or "class_embed" in name
+            or re.search(r"\b(t|x|timestep)_embedder\.", name)  # kernels of a DiT's embeddings
             or ("emb" not in name and "token" not in name)
         ):
             value *= max(parameter[0].numel(), 1) ** -0.5

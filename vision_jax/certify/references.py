@@ -20,10 +20,12 @@ from timm.models import save_for_hf
 from vision_jax.certify import (
     reference_deeplab,
     reference_dense,
+    reference_diffusers,
     reference_eomt,
     reference_faster_rcnn,
 )
 from vision_jax.certify.reference_detr import DETR
+from vision_jax.certify.reference_dit import DiT
 from vision_jax.certify.reference_nanodet import NanoDet
 from vision_jax.certify.texts import sample_tokens
 from vision_jax.convert.detectors import DENSE, is_detector
@@ -36,6 +38,8 @@ from vision_jax.convert.tables import find_table, infer_arguments
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES
 
+GENERATORS = ("diffusers", "dit")  # sources of models that make images
+
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
@@ -45,7 +49,8 @@ class Reference:
     """A PyTorch model.
 
     Attributes:
-      source: "timm", "torchvision", "transformers", "npz", "detr", "yolox" or "nanodet".
+      source: "timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet", "dit"
+        or "diffusers".
       module: the model, in evaluation mode.
       build: what the source calls it.
       arguments: what it was built with.
@@ -67,12 +72,14 @@ class Reference:
             self.module.save_pretrained(folder)
             if isinstance(self.module, transformers.ViTMAEForPreTraining):
                 _rename(folder / "model.safetensors", "decoder_encoder.layer.", "decoder_layers.")
+        elif self.source == "diffusers":
+            self.module.save_pretrained(folder)
         elif self.source == "npz":
             return str(_save_npz(self.module, folder))
         else:
             tensors = {k: v.numpy() for k, v in self.module.state_dict().items()}
             write_safetensors(folder / "model.safetensors", tensors)
-            if self.source in ("detr", "yolox", "nanodet"):  # what they say is in no tensor
+            if self.source in ("detr", "yolox", "nanodet", "dit"):  # what they say is in no tensor
                 (folder / CONFIG_FILE).write_text(json.dumps(self.arguments))
             if is_detector(self.build):  # nor is the number of proposals
                 config = {"library": "torchvision", "model": self.build, "kwargs": self.arguments}
@@ -127,7 +134,10 @@ class Reference:
             tokens = sample_tokens(len(images), length, vocab_size)
             given = (torch.from_numpy(tokens), pixels)
         with torch.no_grad():
-            output = module(*given, **keywords)
+            if self.source in GENERATORS:
+                output = reference_diffusers.outputs(module, pixels)
+            else:
+                output = module(*given, **keywords)
         for hook in hooks:
             hook.remove()
         if hasattr(output, "logits_per_image"):
@@ -186,10 +196,11 @@ def make_reference(source: str, build: str, arguments: Mapping[str, Any]) -> Ref
 
     Args:
       source: "timm", "torchvision", "transformers", "npz" for a timm model whose weights travel in
-        big_vision's files, "detr" for the original DETR, "yolox" for pixeltable-yolox's, or
-        "nanodet".
+        big_vision's files, "detr" for the original DETR, "yolox" for pixeltable-yolox's,
+        "nanodet", "dit", or "diffusers".
       build: an architecture of timm's, a builder of torchvision's or the path of a class of its
-        own ("torchvision.models...", also among the arguments), a class of transformers'.
+        own ("torchvision.models...", also among the arguments), a class of transformers' or of
+        diffusers'.
       arguments: keywords of the builder; for transformers of the config.
     """
     arguments = dict(arguments)
@@ -220,6 +231,10 @@ def make_reference(source: str, build: str, arguments: Mapping[str, Any]) -> Ref
         from vision_jax.certify import reference_yolox  # the package is installed by hand
 
         module = reference_yolox.Yolox(**arguments) if arguments else reference_yolox.named(build)
+    elif source == "dit":
+        module = DiT(**arguments)
+    elif source == "diffusers":
+        module = reference_diffusers.build(build, arguments)
     else:
         model_class = getattr(transformers, build)
         config = model_class.config_class(**arguments)
@@ -257,6 +272,8 @@ def rebuild(
         reference = make_reference("npz", config["architecture"], given)
         load_npz(reference.module, folder / NPZ_FILE)
         return reference
+    if table.source == "diffusers":
+        return Reference("diffusers", *reference_diffusers.load(folder), {})
     config = read_config(folder)
     if table.source == "transformers":
         model_class = getattr(transformers, config["architectures"][0])
@@ -276,6 +293,8 @@ def rebuild(
         reference = make_reference("torchvision", config["model"], config["kwargs"])
     elif table.source == "detr":
         reference = make_reference("detr", "DETR", table.config(arguments))
+    elif table.source == "dit":
+        reference = make_reference("dit", "DiT", _original(arguments))
     elif table.source == "nanodet":
         reference = make_reference("nanodet", "nanodet_g", table.config(arguments))
     elif table.source == "yolox":
@@ -286,6 +305,22 @@ def rebuild(
         reference = make_reference("timm", config["architecture"], given)
     reference.module.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     return reference
+
+
+def _original(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A DiT's arguments by their original names."""
+    return {
+        "input_size": arguments["image_size"][0],
+        "patch_size": arguments["patch_size"],
+        "in_channels": arguments["in_channels"],
+        "hidden_size": arguments["width"],
+        "depth": arguments["depth"],
+        "num_heads": arguments["num_heads"],
+        "mlp_ratio": arguments["mlp_width"] / arguments["width"],
+        "num_classes": arguments["num_classes"],
+        "learn_sigma": arguments["learned_variance"],
+        "predicts": arguments["predicts"],
+    }
 
 
 def load_weights(reference: Reference, path: Path) -> None:
@@ -386,6 +421,8 @@ def full_arguments(entry: Entry) -> tuple[str, dict[str, Any]]:
         reference = build_reference(entry, reduced=False)
     shapes = {name: tuple(value.shape) for name, value in reference.module.state_dict().items()}
     config = {"architecture": entry.build, "model_args": dict(entry.arguments)}
+    if entry.source == "diffusers":
+        config = dict(cast(Any, reference.module).config)
     pool = getattr(reference.module, "global_pool", None)
     if isinstance(pool, str):
         config["global_pool"] = pool

@@ -28,7 +28,10 @@ from vision_jax.errors import UserError
 from vision_jax.files import draft_folder
 from vision_jax.flags import make_parser, run
 
-TARGETS = ("timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet", "smp")
+TARGETS = (
+    *("timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet", "smp"),
+    *("diffusers", "dit"),
+)
 TAKEN_SIZE = (224, 224)  # pixels, to build a model whose parameters don't depend on it
 
 
@@ -71,7 +74,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--to",
         choices=TARGETS,
-        help="whose naming and config; by default timm's, and transformers' for what timm hasn't",
+        help="whose naming and config; by default timm's, transformers' for what timm hasn't, and "
+        "a generator's own",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="recognize and check everything, write nothing"
@@ -182,6 +186,7 @@ def _from_weights(weights: Any) -> Model:
     from vision_jax import convert
     from vision_jax.convert.load import import_lazily, table_of
     from vision_jax.convert.package import preprocessing_of
+    from vision_jax.models.families import FAMILIES, GENERATION
 
     family, arguments = convert.recognize(weights)
     table = table_of(weights)
@@ -193,6 +198,7 @@ def _from_weights(weights: Any) -> Model:
         any(re.fullmatch(rule, name) for rule in table.dropped) for name in weights.tensors
     )
     consumed = len(weights.tensors) - left_out
+    generates = FAMILIES[family].task == GENERATION
     ours = "vision_jax" in weights.metadata and not table.holds(arguments)
     whose = "vision_jax's own" if ours else f"{table.source}"
     dropped = f", {left_out} of no use here left out" if left_out else ""
@@ -201,7 +207,7 @@ def _from_weights(weights: Any) -> Model:
         family,
         arguments,
         _class_names(weights, arguments["num_classes"]),
-        preprocessing_of(arguments, weights.preprocessing),
+        None if generates else preprocessing_of(arguments, weights.preprocessing),
         f"{weights.origin}: {whose} {family} ({'no library has it' if ours else table.kind}; "
         f"{_differing(family, arguments)}): {consumed} tensors consumed{dropped}, "
         f"{len(params)} parameters filled",
@@ -211,8 +217,11 @@ def _from_weights(weights: Any) -> Model:
 
 def _remarks(weights: Any) -> list[str]:
     from vision_jax import convert
+    from vision_jax.convert.load import table_of
 
     remarks = []
+    if license := table_of(weights).license:
+        remarks.append(f"licence of the published weights of this kind: {license}")
     if assumed := convert.assumptions(weights):
         remarks.append(f"assumed, since no config came with it: {', '.join(assumed)}")
     if ignored := convert.unknown_fields(weights):

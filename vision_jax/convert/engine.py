@@ -226,6 +226,8 @@ def import_tensors(
             continue
         try:
             arrays = rule.layout.to_tree([tensors[name] for name in rule.names])
+        except UserError:  # what a layout says of the numbers
+            raise
         except (ValueError, IndexError):  # too few axes, or parts that do not fit each other
             shapes = ", ".join(f"{name} {tensors[name].shape}" for name in rule.names)
             misfits.append(f"{shapes} for {rule.paths[0]} {_shape(target, rule.paths[0])}")

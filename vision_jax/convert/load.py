@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vision_jax.convert import engine
@@ -13,11 +15,12 @@ from vision_jax.convert.fields import check_values
 from vision_jax.convert.files import Tensors, held
 from vision_jax.convert.files import write_safetensors as write_safetensors
 from vision_jax.convert.processors import shown
-from vision_jax.convert.read import Weights, timm_cfg
+from vision_jax.convert.read import Weights, read_weights, timm_cfg
 from vision_jax.convert.table import Table
 from vision_jax.convert.tables import find_table, infer_arguments, naming_for_export, shapes_of
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, build_model, check_arguments
+from vision_jax.trees import paths
 
 
 def recognize(weights: Weights) -> tuple[str, dict[str, Any]]:
@@ -160,6 +163,41 @@ def import_weights(
         )
     except UserError as error:
         raise UserError(f"{weights.origin} ({table.source}): {error}") from None
+
+
+def load_model(
+    spec: str, *, allow_pickle: bool = False, family: str = "", **arguments: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model and its variables, from wherever its weights are: generators, and what trains none.
+
+    `vision_jax.load` gives classifiers, detectors and segmenters, with preprocessing and classes.
+
+    Args:
+      spec: as `read_weights` takes it.
+      allow_pickle: read pickled files too.
+      family: what to take the weights for, where they could be more than one.
+      **arguments: of the model, instead of the weights' own: dtype, image_size, ...
+
+    Returns:
+      (flax module, {"params": nested dicts of arrays}, with BatchNorm "batch_stats" too)
+
+    Raises:
+      UserError: no such weights, no known architecture, or arguments that don't fit them.
+    """
+    weights = read_weights(spec, allow_pickle=allow_pickle, family=family)
+    name, own = recognize(weights)
+    model = build_model(name, **{**own, **arguments})
+    size = getattr(model, "image_size", (8 * getattr(model, "size_divisor", 8),) * 2)
+    images = jnp.zeros((1, *size, model.in_channels))
+    like = jax.eval_shape(model.init, jax.random.key(0), images)
+    target = {path: leaf for tree in like.values() for path, leaf in paths.flatten(tree).items()}
+    flat = import_weights(
+        weights, target, arguments_of(model), place=lambda path, array: jnp.asarray(array)
+    )
+    return model, {
+        collection: paths.unflatten(tree, {path: flat[path] for path in paths.flatten(tree)})
+        for collection, tree in like.items()
+    }
 
 
 def import_lazily(

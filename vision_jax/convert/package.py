@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vision_jax.convert import diffusers
 from vision_jax.convert.engine import Rule
 from vision_jax.convert.files import Tensors, held, write_safetensors, write_shards
 from vision_jax.convert.load import export_weights
@@ -41,7 +42,8 @@ def write_package(
     options of its main.py, for YOLOX the arguments of pixeltable-yolox's YoloxConfig, for NanoDet
     what differs of the original's config nanodet-g; their
     `load_state_dict` takes the file's tensors. `smp.from_pretrained(FOLDER)` loads a U-Net of
-    segmentation_models_pytorch, whose config.json is written where smp names the encoder.
+    segmentation_models_pytorch, whose config.json is written where smp names the encoder, and
+    `AutoencoderKL.from_pretrained(FOLDER)` and its like what is diffusers'.
 
     Args:
       folder: made if it is not there.
@@ -49,7 +51,8 @@ def write_package(
         are read and written one at a time.
       family: of the model.
       arguments: all of the model's.
-      to: "timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet" or "smp".
+      to: "timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet", "smp", "dit" or
+        "diffusers".
       class_names: by label.
       preprocessing: image_size (height, width), mean, std, crop_pct, crop_mode, interpolation; or
         a detector's short, longest, mean, std, interpolation.
@@ -85,7 +88,9 @@ def write_package(
             files[PREPROCESSOR_FILE] = _torchvision_transform(preprocessing)
     elif to == "smp" and (config := table.config(arguments)):
         files[CONFIG_FILE] = config  # which takes no class names
-    elif to in ("detr", "yolox", "nanodet"):
+    elif to == diffusers.SOURCE:
+        files[CONFIG_FILE] = dict(table.config(arguments))
+    elif to in ("detr", "yolox", "nanodet", "dit"):
         files[CONFIG_FILE] = _own_config(table, arguments, class_names)
     elif to == "transformers":
         files[CONFIG_FILE] = _transformers_config(table, arguments, class_names)
@@ -107,7 +112,8 @@ def write_package(
                     tensors = Tensors({name: held(array) for name, array in tensors.items()})
                 write_shards(made, tensors, header, shard_bytes or 0)
             else:
-                write_safetensors(made / WEIGHTS_FILE, tensors, header)
+                name = diffusers.WEIGHTS_FILE if to == diffusers.SOURCE else WEIGHTS_FILE
+                write_safetensors(made / name, tensors, header)
             for name, text in texts.items():
                 (made / name).write_text(text)
             written = sorted(made.iterdir(), key=lambda path: (path.name in texts, path.name))

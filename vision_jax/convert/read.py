@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 import numpy as np
 
 from vision_jax.checksums import DamagedFileError, verify_checksums
-from vision_jax.convert import detectors
+from vision_jax.convert import detectors, diffusers
 from vision_jax.convert.files import (
     INDEX_FILE,
     QUANTIZED_KEY,
@@ -49,6 +49,11 @@ from vision_jax.trees.paths import select
 WEIGHTS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+# By the library that calls them so: the file, its index where it is in shards, a pickle.
+WEIGHT_FILES = (
+    (WEIGHTS_FILE, INDEX_FILE, PICKLE_FILE),
+    (diffusers.WEIGHTS_FILE, diffusers.INDEX_FILE, diffusers.PICKLE_FILE),
+)
 RUN_FILE = "model.json"  # only in the folder of a run of ours
 PROCESSOR_FILE = "processor_config.json"  # its image_processor goes before the other file
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
@@ -113,7 +118,7 @@ def read_weights(
         a path of a `.safetensors`, `.npz`, `.onnx`, `.pth`, `.pt`, `.bin` or `.ckpt` file, or of
         the `.json` file of a TensorFlow.js graph model;
         a path of a folder in Hugging Face's layout, or of a finished run;
-        `hf://OWNER/NAME[@REVISION]`;
+        `hf://OWNER/NAME[/FOLDER][@REVISION]`, the folder being that of a part of a pipeline;
         `timm://NAME[.TAG]`, timm's published weights of an architecture;
         `torchvision://BUILDER[@WEIGHTS]`, torchvision's, by default those it recommends.
       allow_pickle: read pickled files too, with torch's weights-only reader. The files that timm
@@ -201,12 +206,19 @@ def _read_folder(
                 f"{folder} --checkpoint=last`"
             ) from error
     config = {} if is_run else dict(default or {}) | _read_config(folder)
-    if (folder / WEIGHTS_FILE).is_file():
-        return _assemble([folder / WEIGHTS_FILE], allow_pickle, origin, config)
-    if (folder / INDEX_FILE).is_file():
-        return _assemble(_shards(folder), allow_pickle, origin, config)
-    if (folder / PICKLE_FILE).is_file():
-        return _assemble([folder / PICKLE_FILE], allow_pickle, origin, config)
+    for whole, index, pickled in WEIGHT_FILES:
+        if (folder / whole).is_file():
+            return _assemble([folder / whole], allow_pickle, origin, config)
+        if (folder / index).is_file():
+            return _assemble(_shards(folder / index), allow_pickle, origin, config)
+        if (folder / pickled).is_file():
+            return _assemble([folder / pickled], allow_pickle, origin, config)
+    if (folder / diffusers.PIPELINE_FILE).is_file():
+        parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+        raise UserError(
+            f"{origin}: a pipeline of diffusers, and its models are in folders inside: name one, "
+            f"such as {origin}/{next(iter(parts), 'vae')}"
+        )
     if is_run:
         raise UserError(
             f"{origin}: this run has not written its model yet: let it end, or write what its last "
@@ -218,15 +230,15 @@ def _read_folder(
     )
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = _read_json(folder / INDEX_FILE)
-    weight_map = index.get("weight_map")
+def _shards(index_file: Path) -> list[Path]:
+    folder = index_file.parent
+    weight_map = _read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX_FILE}: no weight_map in it; download the file again")
+        raise UserError(f"{index_file}: no weight_map in it; download the file again")
     paths = []
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{folder / INDEX_FILE}: shard {name!r} is no .safetensors file beside")
+            raise UserError(f"{index_file}: shard {name!r} is no .safetensors file beside")
         if not os.path.isfile(folder / name):  # Path's raises at a name that is too long
             raise UserError(f"{folder / name}: shard is missing; download the model again")
         paths.append(folder / name)
@@ -368,26 +380,31 @@ def _download(spec: str, allow_pickle: bool, file: str | None = None) -> Path:
 
     `file` is one that has a name of its own, and is then the only one.
     """
-    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", spec)
+    match = re.fullmatch(r"hf://(\w[\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)(?:@([\w./-]+))?", spec)
     if not match:
-        raise UserError(f"{spec}: write hf://owner/name or hf://owner/name@revision")
+        raise UserError(
+            f"{spec}: write hf://owner/name, hf://owner/name@revision or hf://owner/name/folder"
+        )
     import huggingface_hub
     from huggingface_hub import errors
 
-    repository, revision = match.groups()
-    configs = [CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE]
-    patterns = [*configs, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors"]
-    if allow_pickle:
-        patterns.append(PICKLE_FILE)
+    repository, inside, revision = match.groups()
+    inside = inside.removeprefix("/")
+    patterns = [CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE, diffusers.PIPELINE_FILE]
+    for whole, index, pickled in WEIGHT_FILES:
+        shards = whole.replace(".safetensors", "-*.safetensors")
+        patterns += [whole, index, shards, *([pickled] if allow_pickle else [])]
     if file is not None:
         patterns = [file]
+    if inside:
+        patterns = [f"{inside}/{pattern}" for pattern in patterns]
     fetch = partial(
         huggingface_hub.snapshot_download, repository, revision=revision, allow_patterns=patterns
     )
     refused = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
     reason = "this machine is offline"
     try:  # itself falls back on the cache when the hub can't be reached
-        return Path(fetch())
+        return Path(fetch()) / inside
     except refused as error:
         raise UserError(
             f"{spec}: the hub has no such model or revision, or it is private ("
@@ -396,7 +413,7 @@ def _download(spec: str, allow_pickle: bool, file: str | None = None) -> Path:
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     try:
-        return Path(fetch(local_files_only=True))
+        return Path(fetch(local_files_only=True)) / inside
     except (errors.LocalEntryNotFoundError, OSError, ValueError):
         raise UserError(
             f"{spec}: not in the cache and not to be had from the hub ({reason}); connect once, or "
@@ -410,7 +427,8 @@ def _read_config(folder: Path, beside: Path | None = None) -> dict[str, Any]:
     A lone weight file takes them only if it has the name it would have in such a folder: other
     files beside it may well be another model's.
     """
-    if beside is not None and beside.name not in (WEIGHTS_FILE, PICKLE_FILE):
+    usual = {name for names in WEIGHT_FILES for name in names}
+    if beside is not None and beside.name not in usual:
         return {}
     found: dict[str, Any] = {}
     for key, name in (("config", CONFIG_FILE), ("preprocessor", PREPROCESSOR_FILE)):

@@ -70,8 +70,8 @@ class Table:
     """How one kind of file names one architecture. `{p}` stands for the prefix of the file at hand.
 
     Attributes:
-      source: "timm", "torchvision", "transformers", "npz", or "detr", "yolox" and "nanodet", their
-        original repositories; "onnx" and "tfjs", whose tensors have numbers.
+      source: "timm", "torchvision", "transformers", "npz", or "detr", "yolox", "nanodet" and "dit",
+        their original repositories; "diffusers"; "onnx" and "tfjs", whose tensors have numbers.
       family: the architecture's key in models.families.FAMILIES.
       kind: tells the tables of one source and family from each other.
       anchors: tensors that every such file has, and by which it is recognized.
@@ -97,6 +97,8 @@ class Table:
       class_names: in the order of labels, of a kind of file that never says them.
       file_names: how timm's architectures of the family begin the names of files, which then say
         what no config does.
+      license: of the published weights, where all of such files share it or it narrows their use;
+        the converter says it.
     """
 
     source: str
@@ -117,6 +119,7 @@ class Table:
     by_name: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     file_names: str = ""
+    license: str = ""
 
     def with_prefix(self, prefix: str) -> "Table":
         """The table with `{p}` filled in."""

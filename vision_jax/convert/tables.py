@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from vision_jax.convert import (
+    autoencoder_kl,
+    autoencoder_tiny,
     beit,
     convnext,
     deeplab,
     detr,
     dino,
+    dit,
     efficientnet,
     eomt,
     faster_rcnn,
@@ -65,6 +68,9 @@ TABLES: tuple[Table, ...] = (
     *dino.TABLES,
     *simclr.TABLES,
     *siglip.TABLES,
+    *autoencoder_kl.TABLES,
+    *autoencoder_tiny.TABLES,
+    *dit.TABLES,
 )
 ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
     (module.TABLES[0].family, module.ZOO)
@@ -93,6 +99,9 @@ ZOOS: tuple[tuple[str, tuple[Entry, ...]], ...] = tuple(
         dino,
         simclr,
         siglip,
+        autoencoder_kl,
+        autoencoder_tiny,
+        dit,
     )
 )
 ZOO: tuple[Entry, ...] = tuple(entry for _, entries in ZOOS for entry in entries)

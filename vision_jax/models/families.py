@@ -11,11 +11,14 @@ import jax.numpy as jnp
 from vision_jax import limits
 from vision_jax.errors import UserError, nearest
 from vision_jax.models import (
+    autoencoder_kl,
+    autoencoder_tiny,
     beit,
     convnext,
     deeplab,
     detr,
     dino,
+    dit,
     efficientnet,
     eomt,
     faster_rcnn,
@@ -42,6 +45,8 @@ from vision_jax.models.layers import KERNEL_INPUT
 from vision_jax.models.layers import RUN_ARGUMENTS as RUN_ARGUMENTS
 from vision_jax.trees import paths
 
+GENERATION = "generation"  # what models are for that make images
+
 
 @dataclass(frozen=True)
 class Family:
@@ -59,7 +64,8 @@ class Family:
         makes first; a box and classes of each anchor, of each point, which also says how central it
         is, or of each cell of its maps, whose box may be distributions of its sides (see
         tasks.detection.objective.PREDICTIONS); the pixels of patches; a likeness to prototypes;
-        vectors that are compared with each other; which images and texts belong together.
+        vectors that are compared with each other; which images and texts belong together;
+        images, out of noise or of latents.
         Of pixels they are logits f[B, h, w, K] at the model's own stride, or a set of masks, each
         with a class.
       pixel_mask: whether it takes padded images, f32[B, H, W, C], and beside them which pixels are
@@ -89,6 +95,7 @@ class Family:
         "projections",
         "pairs",
         "mask_set",
+        "images",
     ] = "classes"
     pixel_mask: bool = False
     backbone: str = ""
@@ -113,6 +120,12 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "autoencoder_kl": Family(
+        autoencoder_kl.AutoencoderKl, autoencoder_kl.variant, GENERATION, "images"
+    ),
+    "autoencoder_tiny": Family(
+        autoencoder_tiny.AutoencoderTiny, autoencoder_tiny.variant, GENERATION, "images"
+    ),
     "vit": Family(vit.ViT, vit.variant),
     "beit": Family(beit.Beit, beit.variant),
     "convnext": Family(convnext.ConvNeXt, convnext.variant),
@@ -121,6 +134,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "detr": Family(detr.Detr, detr.variant, "detection", "softmax_set", True, "backbone/"),
     "dino": Family(dino.Dino, dino.variant, "self_distillation", "prototypes", wraps="vit"),
+    "dit": Family(dit.Dit, dit.variant, GENERATION, "images"),
     "efficientnet": Family(efficientnet.EfficientNet, efficientnet.variant),
     "eomt": Family(
         eomt.Eomt,
