@@ -19,7 +19,7 @@ from vision_jax.models.families import FAMILIES, build_model
 from vision_jax.trees.paths import flatten
 
 SMALL = {
-    "autoencoder_kl": {"widths": (8, 8), "depth": 1, "groups": 4, "shift_factor": 0.1},
+    "autoencoder_kl": {"widths": (8, 8), "stage_depth": 1, "groups": 4, "shift_factor": 0.1},
     "autoencoder_tiny": {"encoder_width": 6, "decoder_width": 8, "encoder_depths": (1, 2),
                          "decoder_depths": (2, 1)},
     "dit": {"num_classes": 400, "image_size": (4, 4), "patch_size": 2, "width": 16, "depth": 2,

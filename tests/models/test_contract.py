@@ -80,7 +80,7 @@ CASES = {
         without_gradient=r".*/k_norm/bias",  # the same for all keys: softmax doesn't see it
     ),
     "autoencoder_kl": Case(
-        {"widths": (8, 12), "depth": 1, "groups": 4, "latent_channels": 3},
+        {"widths": (8, 12), "stage_depth": 1, "groups": 4, "latent_channels": 3},
         features=("encoder_0", "encoder_1", "encoder_middle", "decoder_middle", "decoder_0",
                   "decoder_1"),
         layers={"encoder/stage_1/block_0/shortcut/kernel": 2, "encoder/middle/attn/qkv/bias": 3,

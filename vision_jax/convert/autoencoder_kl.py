@@ -54,7 +54,7 @@ def _half(arguments: Arguments, part: str) -> list[Rule]:
     before = widths[0]
     for stage, width in enumerate(widths):
         name, path = f"{part}.{stages}.{stage}", f"{part}/stage_{stage}"
-        for block in range(arguments["depth"] + (not encodes)):
+        for block in range(arguments["stage_depth"] + (not encodes)):
             rules += _block(f"{name}.resnets.{block}", f"{path}/block_{block}", before != width)
             before = width
         if stage < len(widths) - 1:
@@ -101,7 +101,7 @@ def _arguments(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
     return {
         "num_classes": 0,
         "widths": widths,
-        "depth": count(shapes, "encoder.down_blocks.0.resnets.{i}.conv1.weight"),
+        "stage_depth": count(shapes, "encoder.down_blocks.0.resnets.{i}.conv1.weight"),
         "latent_channels": shapes["decoder.conv_in.weight"][1],
         "in_channels": channels,
         "groups": groups,
@@ -122,7 +122,7 @@ def _config(arguments: Arguments) -> dict[str, Any]:
         "down_block_types": [_DOWN] * stages,
         "up_block_types": [_UP] * stages,
         "block_out_channels": list(arguments["widths"]),
-        "layers_per_block": arguments["depth"],
+        "layers_per_block": arguments["stage_depth"],
         "act_fn": "silu",
         "latent_channels": arguments["latent_channels"],
         "norm_num_groups": arguments["groups"],

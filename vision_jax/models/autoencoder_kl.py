@@ -180,7 +180,7 @@ class AutoencoderKl(nn.Module):
       num_classes: 0; there are none.
       widths: channels of the stages, each on half of the grid of the one before; multiples of
         `groups`.
-      depth: blocks of a stage of the encoder; the decoder's have one more.
+      stage_depth: blocks of a stage of the encoder; the decoder's have one more.
       latent_channels: Z.
       in_channels: of the images.
       groups: of each GroupNorm.
@@ -194,7 +194,7 @@ class AutoencoderKl(nn.Module):
 
     num_classes: int = 0
     widths: tuple[int, ...] = (128, 256, 512, 512)
-    depth: int = 2
+    stage_depth: int = 2
     latent_channels: int = 4
     in_channels: int = 3
     groups: int = 32
@@ -236,8 +236,8 @@ class AutoencoderKl(nn.Module):
 
     def setup(self):
         shared = (self.groups, self.mid_attention, self.dtype)
-        self.encoder = Encoder(self.widths, self.depth, 2 * self.latent_channels, *shared)
-        self.decoder = Decoder(self.widths, self.depth, self.in_channels, *shared)
+        self.encoder = Encoder(self.widths, self.stage_depth, 2 * self.latent_channels, *shared)
+        self.decoder = Decoder(self.widths, self.stage_depth, self.in_channels, *shared)
         wider = wide(self.dtype)
         # A submodule has the name of its attribute, and an argument of the model has these.
         if self.quant_conv:
