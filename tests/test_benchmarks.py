@@ -40,6 +40,12 @@ BENCHMARKS = {
     "search": ("--parts", "flops", "best", "--trials=2", "--seeds=1", *SHORT, *FEW_IMAGES),
     "serving": ("--requests=20", "--clients=4", "--rounds=1", "--photos=4"),
     "startup": ("--configs", "configs/vit_lora.py", "--rounds=1"),
+    "token_merging": (
+        "--weights=embedded:vit_cifar10",
+        "--merge=0,4",
+        "--rounds=1",
+        "--files=onnx",
+    ),
     "training": ("--small", "--jobs", "LoRA", "MAE", *BRIEF),
     "transfer": ("--seeds=1", "--recipes", "LoRA, pretrained", *SHORT, *FEW_IMAGES),
 }

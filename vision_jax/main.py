@@ -160,7 +160,7 @@ COMPUTING = ("train", "probe", "cache-teacher", "search", "find-lr", "compress",
 # Fields that a finished run keeps: what it is and was trained with.
 KEPT = re.compile(
     r"task|total_steps|batch_size|(checkpoint|log)_every|trainable|recipes|evaluate\.(every|stop_after|warn_after)"
-    r"|(mask|quantize|lora|distill|optim|augment|loss)\..*|model\.(?!dtype$|scan$).*"
+    r"|(mask|quantize|lora|distill|optim|augment|loss)\..*|model\.(?!dtype$|scan$|merge$).*"
     r"|data\.(subset|short|longest|shorts|crop.*|interpolation|flip|brightness|contrast|saturation"
     r"|max_damaged)"
 )

@@ -119,7 +119,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    from vision_jax.convert.package import crop_note
+    from vision_jax.convert.package import crop_note, merging_note
     from vision_jax.convert.tables import own_naming, table_for_export
 
     if flags.out is not None:
@@ -138,8 +138,9 @@ def _run(flags: argparse.Namespace) -> int:
     limit = None if flags.shard_gb is None else int(flags.shard_gb * 1e9)
     for path in write_model(model, flags.out, to, limit):
         print(f"wrote {path} ({_size(path.stat().st_size)})")
-    if note := crop_note(model.preprocessing, to):
-        print(note)
+    for note in (crop_note(model.preprocessing, to), merging_note(model.arguments, to)):
+        if note:
+            print(note)
     return 0
 
 

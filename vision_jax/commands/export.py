@@ -65,6 +65,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "the range of each; `vision_jax quantize` measures what a run's can bear, and calibrates",
     )
     parser.add_argument(
+        "--merge",
+        type=float,
+        metavar="R",
+        help="of a ViT: patch tokens that merge in each block, or below 1 the share of them; the "
+        "model's own else",
+    )
+    parser.add_argument(
         "--allow-pickle", action="store_true", help="read pickles, by torch's weights-only reader"
     )
     parser.add_argument(
@@ -127,6 +134,8 @@ def _run(flags: argparse.Namespace) -> int:
     loaded = load_source(
         flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
     )
+    if flags.merge is not None:
+        loaded = _merging(loaded, flags.merge)
     if flags.to == "safetensors":
         return _save(loaded, out)
     float32 = _before(report)
@@ -203,6 +212,21 @@ def _before(report: dict[str, Any] | None) -> Any:
         return load(Path(run))
     except UserError:  # it is another one by now, or damaged
         return None
+
+
+def _merging(loaded: Any, merge: float) -> Any:
+    """The model, merging so many tokens."""
+    from dataclasses import replace
+
+    from vision_jax.models.families import family_of
+    from vision_jax.models.merging import merge_counts
+
+    if not hasattr(loaded.model, "merge"):
+        raise UserError(
+            f"--merge: a {family_of(loaded.model)} has no tokens that merge: leave it out"
+        )
+    merge_counts(merge, 1, 1)
+    return replace(loaded, model=loaded.model.clone(merge=merge))
 
 
 def _quantized(loaded: Any, inputs: str) -> Any:

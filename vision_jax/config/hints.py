@@ -45,6 +45,7 @@ WORDS = {
     "model.dtype": "precision amp fp16 bf16 mixed_precision half compute_dtype",
     "model.drop_path": "drop_path_rate stochastic_depth",
     "model.dropout": "drop drop_rate dropout_rate",
+    "model.merge": "tome token_merging merge_tokens tokens_r",
     "model.remat": "gradient_checkpointing grad_checkpointing checkpointing",
     "model.freeze_norm": "freeze_bn frozen_bn",
     "trainable": "freeze unfreeze frozen freeze_layers",

@@ -236,6 +236,17 @@ def crop_note(preprocessing: Mapping[str, Any] | None, to: str) -> str:
     )
 
 
+def merging_note(arguments: Arguments, to: str) -> str:
+    """What to tell a person where `to` computes with all tokens, and the model merges some."""
+    merge = arguments.get("merge", 0)
+    if not merge:
+        return ""
+    return (
+        f"note: {to} merges no tokens: there the weights compute with all of them, and here "
+        f"{merge:g} {'of' if merge < 1 else 'patches'} merge in each block"
+    )
+
+
 def preprocessing_of(arguments: Arguments, own: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Complete preprocessing of imported weights: what they say, and timm's defaults elsewhere."""
     own = own or {}

@@ -12,7 +12,7 @@ from vision_jax.attacks.examples import keys_of
 from vision_jax.errors import UserError
 from vision_jax.explain import gradients, measures
 from vision_jax.explain.forward import Forward, Target, Targets, Variables, score_of
-from vision_jax.explain.methods import METHODS, find_method, make_explain
+from vision_jax.explain.methods import METHODS, OF_MAPS, find_method, make_explain
 
 # f[B] of each map, beside the curves; of integrated gradients "completeness", too.
 FIGURES = ("insertion", "deletion", "road", "rank_correlation")
@@ -29,21 +29,28 @@ def choose_methods(
     """The methods asked for, or all that the model can be explained by.
 
     Raises:
-      UserError: no such method, or one that needs attention which the model has not.
+      UserError: no such method, or one that needs attention or a map which the model has not.
     """
     images = jax.ShapeDtypeStruct((1, *size, forward.model.in_channels), jnp.float32)
-    of_attention = [name for name in METHODS if name.startswith("attention")]
+
+    def check(name: str) -> None:
+        if name.startswith("attention"):
+            forward.attention_taps(variables, images)
+        elif name in OF_MAPS:
+            forward.check_tokens()
+
     for name in asked:
         find_method(name)
-        if name in of_attention:
-            forward.attention_taps(variables, images)
-    if asked:
-        return list(dict.fromkeys(asked))
+        check(name)
+    return list(dict.fromkeys(asked)) or [name for name in METHODS if _fits(check, name)]
+
+
+def _fits(check: Callable[[str], None], name: str) -> bool:
     try:
-        forward.attention_taps(variables, images)
+        check(name)
     except UserError:
-        return [name for name in METHODS if name not in of_attention]
-    return list(METHODS)
+        return False
+    return True
 
 
 def make_explainer(

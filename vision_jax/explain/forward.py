@@ -67,6 +67,7 @@ class Forward:
         Raises:
           UserError: a model whose tokens don't all see each other, or without attention.
         """
+        self.check_tokens()
         shapes = self.taps(variables, images)
         tokens = self.num_prefix + self.grid[0] * self.grid[1] if self.grid else 0
         names = [
@@ -80,6 +81,14 @@ class Forward:
                 "other: take grad_cam, layer_cam or integrated_gradients"
             )
         return names
+
+    def check_tokens(self) -> None:
+        """Raises UserError where tokens are no grid of patches, because some have merged."""
+        if merge := getattr(self.model, "merge", 0):
+            raise UserError(
+                f"tokens merge (model.merge {merge:g}), and are no grid then: take gradients "
+                "of the image or perturbations (integrated_gradients, rise ...)"
+            )
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -99,6 +108,7 @@ class Forward:
         """
         if x.ndim == 4:
             return x
+        self.check_tokens()
         rows, columns = self.grid or (0, 0)
         if x.shape[1] != self.num_prefix + rows * columns:
             raise UserError(

@@ -58,6 +58,8 @@ METHODS: Mapping[str, Method] = {
     "rise": Method(perturbations.rise, of_probability=True, takes_baseline=True),
 }
 
+OF_MAPS = ("grad_cam", "grad_cam_plus_plus", "layer_cam")  # of features that lie as the image does
+
 
 def find_method(name: str) -> Method:
     """A method of the list.

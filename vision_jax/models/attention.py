@@ -65,16 +65,17 @@ def softmax(logits: jax.Array) -> jax.Array:
     return jax.nn.softmax(logits, axis=-1)
 
 
-def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
-    """softmax(q·kᵀ / √d), which `attend` never forms where it is fused.
+def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """softmax(q·kᵀ / √d + bias), which `attend` never forms where it is fused.
 
     Args:
       q: f[B, N, K, d].
       k: f[B, M, K, d].
+      bias: as of `attend`, with four axes.
 
     Returns:
       f[B, K, N, M], at least f32; rows sum to 1.
     """
     wide = np.promote_types(q.dtype, np.float32)
     logits = jnp.einsum("bnkd,bmkd->bknm", q * q.shape[-1] ** -0.5, k, preferred_element_type=wide)
-    return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)

@@ -103,6 +103,7 @@ class Dino(ViT):
     head_depth: int = 3
     bottleneck: int = 256
 
+    takes_merged: ClassVar[bool] = False
     left_out: ClassVar[tuple[str, ...]] = vit.HEADS  # of a ViT's parameters, those it has not
     # How the paths of what no ViT has begin.
     added: ClassVar[tuple[str, ...]] = (

@@ -130,6 +130,7 @@ class Eomt(ViT):
     upscale_blocks: int = 2
     mask_annealing: tuple[tuple[int, int], ...] = ()
 
+    takes_merged: ClassVar[bool] = False
     left_out: ClassVar[tuple[str, ...]] = vit.HEADS  # of a ViT's parameters, those it has not
     # How the paths of what no ViT has begin.
     added: ClassVar[tuple[str, ...]] = (
@@ -162,7 +163,7 @@ class Eomt(ViT):
         x = self._embed(images, train)
         features = {"embed": x}
         first = self.depth - self.num_blocks
-        x, outputs = self._blocks(x, train, stop=first)
+        x, outputs, _ = self._blocks(x, train, stop=first)
         features.update({f"block_{index}": output for index, output in enumerate(outputs)})
         shape = (self.num_queries, self.width)
         queries = self.param("query_embed", nn.initializers.normal(1.0), shape)
@@ -188,7 +189,7 @@ class Eomt(ViT):
             else:
                 bias = self._bias_at_inference(x, share, bias)
             place = first + index
-            x, (features[f"block_{place}"],) = self._blocks(x, train, place, place + 1, bias)
+            x, (features[f"block_{place}"],), _ = self._blocks(x, train, place, place + 1, bias)
         features["normed"] = x = norm(x)
         found.append(predict(x))
         logits, masks = (jnp.stack(part) for part in zip(*found, strict=True))

@@ -422,9 +422,9 @@ def apply_with_features(
     )
     (outputs, features), changed = result if collections else (result, {})
     kept = {name: tree for name, tree in changed.items() if name in mutable}
-    for block, pair in _queries_and_keys(changed):
+    for block, given in _queries_and_keys(changed):
         if block + ATTENTION in sown:
-            features[block + ATTENTION] = attention_weights(*pair)
+            features[block + ATTENTION] = attention_weights(*given)
     for name in names:
         if name not in features:
             known = feature_names(model, variables, *inputs)
@@ -460,8 +460,8 @@ def feature_names(model: Any, variables: Mapping[str, Any], *inputs: Any) -> tup
     return tuple(names)
 
 
-def _queries_and_keys(changed: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """(block, its (queries, keys) f[B, N, K, d]) of a ViT's collection "intermediates"."""
+def _queries_and_keys(changed: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(block, its (queries, keys f[B, N, K, d], bias or None)) of a ViT's "intermediates"."""
     for block, tree in changed.get("intermediates", {}).items():
         if "query_key" in tree.get("attn", {}):
             yield block, tree["attn"]["query_key"][0]

@@ -115,6 +115,7 @@ class Mae(ViT):
     decoder_num_heads: int = 16
     decoder_mlp_width: int = 2048
 
+    takes_merged: ClassVar[bool] = False
     # Of a ViT's parameters, those that it has not: weights may have them all the same.
     left_out: ClassVar[tuple[str, ...]] = vit.HEADS
     added: ClassVar[tuple[str, ...]] = (DECODER,)  # how the paths of what no ViT has begin
@@ -151,7 +152,7 @@ class Mae(ViT):
             )
             x = jnp.concatenate([x[:, : self.num_prefix], seen], axis=1)  # [B, P + n, D]
         features = {"embed": x}
-        x, outputs = self._blocks(x, train)
+        x, outputs, _ = self._blocks(x, train)
         features.update({f"block_{index}": output for index, output in enumerate(outputs)})
         x = layer_norm("norm", self.layer_norm_eps, self.dtype)(x)
         features["encoded"] = x

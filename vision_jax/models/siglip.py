@@ -110,9 +110,9 @@ class Siglip(ViT):
                 )
             x = self._embed(images, train)
             features["embed"] = x
-            x, outputs = self._blocks(x, train)
+            x, outputs, sizes = self._blocks(x, train)
             features.update({f"block_{index}": output for index, output in enumerate(outputs)})
-            pooled = self._pool(x)
+            pooled = self._pool(x, sizes)
             if pooled.ndim == 3:  # of a class and a distillation token
                 pooled = pooled.mean(1)
             features["pooled"] = pooled

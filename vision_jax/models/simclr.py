@@ -65,6 +65,7 @@ class SimClr(ViT):
     head_depth: int = 2
     projection: int = 128
 
+    takes_merged: ClassVar[bool] = False
     left_out: ClassVar[tuple[str, ...]] = vit.HEADS  # of a ViT's parameters, those it has not
     added: ClassVar[tuple[str, ...]] = (f"{HEAD}/",)  # how the paths of what no ViT has begin
 

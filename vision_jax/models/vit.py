@@ -33,6 +33,13 @@ from vision_jax.models.layers import (
     layer_norm,
     normalize,
 )
+from vision_jax.models.merging import (
+    mean_over_patches,
+    merge_counts,
+    merge_tokens,
+    ones,
+    size_bias,
+)
 from vision_jax.models.taps import ATTENTION, NORMED, make_tap, tap
 from vision_jax.ops.position_embedding import interpolate_positions
 from vision_jax.ops.traced import is_on
@@ -213,7 +220,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, bias=None):
-        """`bias`: added to the logits of x[B, N, D], f[B, 1, N, N]."""
+        """(f[B, N, D], keys f[B, N, K, d]) of x[B, N, D].
+
+        `bias`: added to the logits, f[B, 1, N, N], of which any may be 1.
+        """
         batch, tokens, width = x.shape
         inner = self.num_heads * self.head_size if self.head_size else width
         qkv = Dense(3 * inner, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
@@ -224,10 +234,10 @@ class Attention(nn.Module):
             q = layer_norm("q_norm", self.layer_norm_eps, self.dtype)(q)
             k = layer_norm("k_norm", self.layer_norm_eps, self.dtype)(k)
         # Nothing unless the collection is asked for; see families.apply_with_features.
-        self.sow("intermediates", "query_key", (q, k))
+        self.sow("intermediates", "query_key", (q, k, bias))
         x = attend(q, k, v, bias=bias, tap=make_tap(self, ATTENTION))
         x = x.reshape(batch, tokens, inner)
-        return Dense(width, dtype=self.dtype, name="proj")(x)
+        return Dense(width, dtype=self.dtype, name="proj")(x), k
 
 
 class Mlp(nn.Module):
@@ -256,7 +266,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + ls1·attn(norm1(x)), then x + ls2·mlp(norm2(x))."""
+    """x + ls1·attn(norm1(x)), then x + ls2·mlp(norm2(x)).
+
+    With `sizes` f[B, N], the patches that each token stands for, `merge` tokens behind `num_prefix`
+    merge in between, and the result is (x, sizes).
+    """
 
     num_heads: int
     mlp_width: int
@@ -269,9 +283,11 @@ class Block(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     head_size: int | None = None
+    merge: int = 0
+    num_prefix: int = 0
 
     @nn.compact
-    def __call__(self, x, rate, train: bool, bias=None):
+    def __call__(self, x, rate, train: bool, bias=None, sizes=None):
         def branch(index, x):
             if self.layer_scale is not None:
                 init = nn.initializers.constant(self.layer_scale)
@@ -286,11 +302,15 @@ class Block(nn.Module):
         norm = (self.layer_norm_eps, self.dtype)
         y = tap(self, NORMED, layer_norm("norm1", *norm)(x))
         heads = (self.num_heads, self.qkv_bias, self.qk_norm, *norm, self.head_size)
-        y = Attention(*heads, name="attn")(y, bias)
+        bias = bias if sizes is None else size_bias(sizes)
+        y, keys = Attention(*heads, name="attn")(y, bias)
         x = x + branch(1, y)
+        if sizes is not None:
+            x, sizes = merge_tokens(x, sizes, keys, self.merge, self.num_prefix)
         y = layer_norm("norm2", *norm)(x)
         y = Mlp(self.mlp_width, self.activation, self.gated_mlp, self.dtype, name="mlp")(y)
-        return x + branch(2, y)
+        x = x + branch(2, y)
+        return x if sizes is None else (x, sizes)
 
 
 class AttentionPool(nn.Module):
@@ -308,7 +328,7 @@ class AttentionPool(nn.Module):
     head_size: int | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, bias=None):
         batch, tokens, width = x.shape
         heads = (self.num_heads, self.head_size or width // self.num_heads)
         inner = heads[0] * heads[1]
@@ -317,7 +337,7 @@ class AttentionPool(nn.Module):
         q = Dense(inner, dtype=self.dtype, name="q")(latent).reshape(batch, 1, *heads)
         kv = Dense(2 * inner, dtype=self.dtype, name="kv")(x)
         kv = kv.reshape(batch, tokens, 2, *heads)  # [B, N, 2, K, d]
-        x = attend(q, kv[:, :, 0], kv[:, :, 1], tap=make_tap(self, ATTENTION))
+        x = attend(q, kv[:, :, 0], kv[:, :, 1], bias=bias, tap=make_tap(self, ATTENTION))
         x = x.reshape(batch, 1, inner)
         x = Dense(width, dtype=self.dtype, name="proj")(x)
         y = layer_norm("norm", self.layer_norm_eps, self.dtype)(x)
@@ -346,6 +366,8 @@ class ViT(nn.Module):
       pre_norm: a norm between the embeddings and the first block (CLIP).
       gated_mlp: SwiGLU when `activation` is "silu".
       dropout, drop_path: rates in training; drop_path grows linearly with depth up to its value.
+      merge: patch tokens that merge in each block (merging.py), a whole number of them, or below 1
+        the share of those that are left; 0: none.
       mean, std: per-channel normalization of the images in [0, 1].
       dtype: compute dtype; parameters stay float32. The head computes in float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
@@ -379,6 +401,7 @@ class ViT(nn.Module):
     layer_norm_eps: float = 1e-6
     dropout: float = 0.0
     drop_path: float = 0.0
+    merge: float = 0.0
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     dtype: Any = jnp.float32
@@ -387,6 +410,7 @@ class ViT(nn.Module):
 
     stem: ClassVar[str] = "patch_embed/kernel"
     pyramid: ClassVar[tuple[tuple[str, int], ...]] = ()
+    takes_merged: ClassVar[bool] = True  # whether it does without a token for each patch
 
     @property
     def size_divisor(self) -> int:
@@ -429,7 +453,8 @@ class ViT(nn.Module):
           images: f32[B, H, W, in_channels] in [0, 1].
           train: dropout and drop_path act, with keys from the "dropout" collection.
           return_features: also return a dict of named intermediates, tokens f[B, N, D]: "embed",
-            "block_0" ... and "pooled"; of two heads, the logits of each, "head" and "head_dist".
+            "block_0" ... (N falls where tokens merge) and "pooled"; of two heads, the logits of
+            each, "head" and "head_dist".
 
         Returns:
           logits f32[B, num_classes], or (logits, features).
@@ -440,10 +465,10 @@ class ViT(nn.Module):
         x = self._embed(images, train)
         features["embed"] = x
 
-        x, outputs = self._blocks(x, train)
+        x, outputs, sizes = self._blocks(x, train)
         features.update({f"block_{index}": output for index, output in enumerate(outputs)})
 
-        pooled = self._pool(x)  # [B, D]
+        pooled = self._pool(x, sizes)  # [B, D]
         features["pooled"] = pooled
         logits, heads = self._head(pooled) if self.num_classes else (pooled, {})
         features.update(heads)
@@ -493,15 +518,16 @@ class ViT(nn.Module):
         """{name: tokens f[B, P + N, D]}: "embed", "block_0" ... and "normed", all of these."""
         x = self._embed(images, train, hide)
         features = {"embed": x}
-        x, outputs = self._blocks(x, train)
+        x, outputs, _ = self._blocks(x, train)
         features.update({f"block_{index}": output for index, output in enumerate(outputs)})
         features["normed"] = layer_norm("norm", self.layer_norm_eps, self.dtype)(x)
         return features
 
     def _blocks(self, x, train, start=0, stop=None, bias=None):
-        """(x, outputs of each) of the blocks from `start` to `stop`, all by default.
+        """(x, outputs of each, sizes) of the blocks from `start` to `stop`, all by default.
 
-        `bias`: added to the logits of their attention, f[B, 1, N, N].
+        `bias`: added to the logits of their attention, f[B, 1, N, N]. The sizes f[B, N] are the
+        patches that each token of x stands for, None where none merge.
         """
         arguments = {
             "num_heads": self.num_heads,
@@ -518,15 +544,37 @@ class ViT(nn.Module):
         }
         last = max(self.depth - 1, 1)
         rates = {i: self.drop_path * i / last for i in range(self.depth)[start:stop]}
-        if self.scan and bias is None and rates and not self.is_initializing():
-            return self._scanned_blocks(arguments, x, train, rates)
+        counts, sizes = self._merge_counts(), None
+        if any(counts) and not self.is_initializing():
+            arguments["num_prefix"], sizes = self.num_prefix, ones(x)
+        elif self.scan and bias is None and rates and not self.is_initializing():
+            return *self._scanned_blocks(arguments, x, train, rates), None
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         outputs = []
         for index, rate in rates.items():
             share = rate if index and is_on(rate) else None
-            x = block(**arguments, name=f"block_{index}")(x, share, train, bias)
+            layer = block(**arguments, merge=counts[index], name=f"block_{index}")
+            if sizes is None:
+                x = layer(x, share, train, bias)
+            else:
+                x, sizes = layer(x, share, train, None, sizes)
             outputs.append(x)
-        return x, outputs
+        return x, outputs, sizes
+
+    def _merge_counts(self) -> tuple[int, ...]:
+        """Of each block, how many tokens merge in it."""
+        counts = merge_counts(self.merge, self.depth, self.grid[0] * self.grid[1])
+        if any(counts) and not self.takes_merged:
+            raise UserError(
+                f"merge {self.merge}: a {type(self).__name__} needs a token for each patch; set "
+                "config.model.merge=0"
+            )
+        if any(counts) and self.scan:
+            raise UserError(
+                "model.scan: where tokens merge, each block has fewer than the one before; set "
+                "model.scan=False"
+            )
+        return counts
 
     def _scanned_blocks(self, arguments, x, train, rates):
         # The parameters are stacked at apply time, so the tree has the same names either way.
@@ -558,17 +606,21 @@ class ViT(nn.Module):
         x, outputs = jax.lax.scan(body, x, layers)
         return x, list(outputs)
 
-    def _pool(self, x):
+    def _pool(self, x, sizes=None):
+        """f[B, D], or f[B, 2, D] for two heads, of tokens that stand for so many patches."""
+        own = None if sizes is None else sizes[:, self.num_prefix :]
         norm = (self.layer_norm_eps, self.dtype)
         if not self.norm_after_pool:
             x = layer_norm("norm", *norm)(x)
         if self.pool == "map":
-            sizes = (self.num_heads, self.mlp_width, self.activation, *norm, self.head_size)
-            x = AttentionPool(*sizes, name="attn_pool")(x[:, self.num_prefix :])
+            arguments = (self.num_heads, self.mlp_width, self.activation, *norm, self.head_size)
+            bias = None if own is None else size_bias(own)
+            x = AttentionPool(*arguments, name="attn_pool")(x[:, self.num_prefix :], bias)
         elif self.pool == "avg":
-            x = x[:, self.num_prefix :].mean(axis=1)
+            x = mean_over_patches(x[:, self.num_prefix :], own)
         elif self.pool == "token_avg":
-            x = jnp.concatenate([x[:, 0], x[:, self.num_prefix :].mean(axis=1)], axis=-1)
+            mean = mean_over_patches(x[:, self.num_prefix :], own)
+            x = jnp.concatenate([x[:, 0], mean], axis=-1)
         elif self.pool == "token" and self.distillation_token:
             x = x[:, :2]  # [B, 2, D]: a head for each
         elif self.pool == "token":

@@ -175,6 +175,7 @@ def describe(
         arguments |= shrinking.after
     if "image_size" in known.arguments:
         arguments["image_size"] = preprocessing.image_size
+    arguments |= _merging(model.merge, family)
     head_of = arguments.get("num_classes")
     arguments["num_classes"] = 0 if headless else len(class_names)
     arguments = {name: value for name, value in arguments.items() if name not in RUN_ARGUMENTS}
@@ -194,6 +195,23 @@ def describe(
         weights.sha256 if weights is not None else "",
         assumed=convert.assumptions(weights) if weights is not None and not model.variant else (),
     )
+
+
+def _merging(merge: float, family: str) -> dict[str, float]:
+    """The argument that config.model.merge is; {}: the weights' own."""
+    if merge == -1:
+        return {}
+    if "merge" in FAMILIES[family].arguments:
+        return {"merge": float(merge)}
+    if merge:
+        raise UserError(f"config.model.merge: {family} has no tokens that merge: leave it out")
+    return {}
+
+
+def with_merging(config: ConfigDict, description: Description) -> Description:
+    """The description of a finished run, whose model merges as many tokens as the config says."""
+    merging = _merging(config.model.merge, description.family)
+    return dataclasses.replace(description, arguments={**description.arguments, **merging})
 
 
 def build_model(config: ConfigDict, description: Description) -> Any:

@@ -214,8 +214,9 @@ def find_groups(
 ) -> list[Group]:
     """The groups of a model's channels, of parameters and statistics by path."""
     flats = {name: paths.flatten(tree) for name, tree in variables.items()}
-    if getattr(model, "scan", False):
-        model = model.clone(scan=False)  # a loop over stacked blocks, with the same parameters
+    # Neither a loop over stacked blocks nor merging of tokens changes what the parameters are.
+    off = {name: 0 for name in ("scan", "merge") if getattr(model, name, 0)}
+    model = model.clone(**off)
 
     def outputs(arrays: Flat, images: jax.Array) -> Any:
         trees = {name: paths.nest({p: arrays[p] for p in flat}) for name, flat in flats.items()}

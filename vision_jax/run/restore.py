@@ -12,7 +12,7 @@ from vision_jax import steps
 from vision_jax.checkpoints import best_step, restore_frozen, restore_newest, restore_state
 from vision_jax.errors import UserError
 from vision_jax.run import workdirs
-from vision_jax.run.description import load_description
+from vision_jax.run.description import load_description, with_merging
 from vision_jax.run.parameters import Flat
 from vision_jax.run.prepare import Run, prepare
 from vision_jax.tasks.api import Trained
@@ -67,7 +67,7 @@ def read_run(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Restor
     """
     run = prepare(
         config,
-        description=load_description(workdir / "model.json"),
+        description=with_merging(config, load_description(workdir / "model.json")),
         adapter=workdirs.kept_adapter(config, workdir),
         training=False,
     )

@@ -153,6 +153,10 @@ UP_TO_1 = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
 INSIDE = Check(lambda value: 0 < value < 1, "above 0 and below 1")
 SHARE = Check(lambda value: 0 <= value <= 1, "between 0 and 1")
 AXIS = Check(lambda value: value == -1 or 1 <= value < MOST, "at least 1, or -1 for what is left")
+MERGED = Check(
+    lambda value: value == -1 or 0 <= value < 1 or (value < MOST and value == int(value) > 0),
+    "a whole number, a share below 1, 0, or -1 for the weights' own",
+)
 RULES = Check(every(_is_regex), "a tuple of regular expressions")
 PAIRS = Check(every(_is_pair), "a tuple of pairs, each with a name first")
 TEMPLATES = Check(

@@ -5,6 +5,7 @@ from vision_jax.config.fields.field import (
     BELOW_1,
     CHANNELS,
     FROM_0,
+    MERGED,
     PAIRS,
     ROWS,
     RULES,
@@ -95,6 +96,13 @@ FIELDS = (
         0.0,
         BELOW_1,
         "probability of stochastic depth in the last block; it grows linearly up to it",
+    ),
+    field(
+        "model.merge",
+        -1.0,
+        MERGED,
+        "of a ViT, tokens that merge in each block, or below 1 the share of them; 0 none, -1 the "
+        "weights' own; docs/compression.md",
     ),
     field(
         "model.freeze_norm",

@@ -413,6 +413,11 @@ def _on_grid(features: Array, layout: Layout) -> Array:
     if features.ndim != 3 or layout.grid is None:
         return features
     rows, columns = layout.grid
+    if features.shape[1] != layout.num_prefix + rows * columns:
+        raise UserError(
+            f"config.distill.features: {features.shape[1]} tokens, some of which have merged, are "
+            f"no grid of {rows} x {columns}: take a layer in front of that, or relational_distance"
+        )
     return features[:, layout.num_prefix :].reshape(len(features), rows, columns, -1)
 
 
