@@ -66,9 +66,15 @@ def random_model() -> vision_jax.Loaded:
         shapes,
     )
     names = tuple(map(str, range(CLASSES)))
-    return vision_jax.Loaded(
-        model, variables, names, Preprocessing(image_size=model.image_size), VARIANT
+    preprocessing = Preprocessing(
+        image_size=model.image_size,
+        mean=model.mean,
+        std=model.std,
+        crop_pct=1.0,
+        interpolation="bilinear",
+        crop_mode="center",
     )
+    return vision_jax.Loaded(model, variables, names, preprocessing, VARIANT)
 
 
 def merging(loaded: vision_jax.Loaded, merge: float) -> vision_jax.Loaded:

@@ -17,6 +17,7 @@ Other recipes are overrides of this one:
     linear probe       --config.recipes="()" --config.optim.lr=5e-2
     full fine-tuning   --config.recipes="()" --config.trainable=".*" --config.optim.lr=3e-4
     DoRA               --config.lora.dora=True
+    token merging      --config.model.merge=4 (docs/compression.md)
 """
 
 from ml_collections import ConfigDict

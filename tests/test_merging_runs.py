@@ -11,9 +11,9 @@ import runs
 from vision_jax import convert, main, train
 from vision_jax.config import load_config
 from vision_jax.errors import UserError
-from vision_jax.explain.methods import OF_MAPS
 from vision_jax.explain.explainer import choose_methods
 from vision_jax.explain.forward import Forward
+from vision_jax.explain.methods import OF_MAPS
 from vision_jax.loaded import load
 from vision_jax.run.description import describe, read_weights
 from vision_jax.trees import paths

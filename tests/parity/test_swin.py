@@ -238,6 +238,29 @@ def test_a_model_goes_to_the_libraries_whose_windows_it_has(name, others, tmp_pa
         assert relative_error(logits, theirs) <= LIMITS["float32"], to
 
 
+def test_fewer_heads_of_their_size_go_to_timm_and_come_back(tmp_path):
+    # A head_dim of timm's own, as of a model that has lost heads; each stage has another width.
+    reference, size = timm_reference(V1, (64, 96), window_size=4, head_dim=8)
+    randomize(reference.module, 5)
+    weights = convert.read_weights(reference.save(tmp_path))
+    model, like, flat, arguments = load(weights, size)
+    assert arguments["head_size"] == 8
+    images = np.random.default_rng(2).random((2, *size, 3))
+    theirs = reference.outputs(normalized(images, arguments))["logits"]
+    ours = outputs(model, like, flat, images)["logits"]
+    assert relative_error(np.asarray(ours), theirs) <= LIMITS["float32"]
+    again = rebuild(table_for_export("timm", "swin", arguments), arguments, flat, tmp_path)
+    found = again.outputs(normalized(images, arguments))["logits"]
+    assert relative_error(found, theirs) <= LIMITS["float32"]
+    for to in ("torchvision", "transformers"):
+        with pytest.raises(
+            UserError, match=f"{to} has no swin .* head_size of 8: it can go to timm"
+        ):
+            table_for_export(to, "swin", arguments)
+    with pytest.raises(UserError, match="nor has any other library"):
+        table_for_export("timm", "swin", {**arguments, "version": 2})
+
+
 def meta(name, **arguments):
     with torch.device("meta"):
         module = timm.create_model(name, **arguments)

@@ -373,3 +373,30 @@ def test_what_no_model_of_a_library_is_stays_out_of_its_files():
     assert goes(pool="avg", norm_after_pool=True) == {"timm"}
     assert goes(image_size=(224, 192)) == {"timm", "transformers"}
     assert goes(image_size=(230, 230)) == {"timm", "transformers"}
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 5])
+@pytest.mark.parametrize("name", ["transformers vit", "transformers deit", "transformers dinov2"])
+def test_fewer_heads_of_their_size_go_to_transformers_and_come_back(name, num_heads, rng, tmp_path):
+    reference, size = made(name)
+    (tmp_path / "from").mkdir()
+    weights = convert.read_weights(reference.save(tmp_path / "from"))
+    arguments = convert.recognize(weights)[1] | {"num_heads": num_heads, "head_size": 16}
+    model, like = target(arguments)
+    flat = {p: rng.normal(size=x.shape) / 8 for p, x in flatten(like).items()}
+    flat = {path: x.astype(np.float32) for path, x in flat.items()}
+    images = normalized(rng.random((2, *size, 3)), arguments)
+    table = table_for_export("transformers", "vit", arguments)
+    again = rebuild(table, "vit", arguments, flat, None, tmp_path / "back")
+    theirs = again.outputs(images)["logits"]
+    seen = images * arguments["std"] + arguments["mean"]
+    ours = logits(model, flat, seen.astype(np.float32))
+    assert relative_error(ours, theirs) <= 1e-5
+
+    # Of what transformers saves itself, without our header.
+    again.module.save_pretrained(tmp_path / "saved")
+    read = convert.recognize(convert.read_weights(str(tmp_path / "saved")))[1]
+    assert (read["num_heads"], read["head_size"]) == (num_heads, 16)
+    for other in ("timm", "torchvision"):
+        with pytest.raises(UserError, match=rf"{other} has no vit .*head_size of 16: it can go to"):
+            table_for_export(other, "vit", arguments)

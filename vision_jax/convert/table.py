@@ -84,6 +84,7 @@ class Table:
       dropped: regular expressions of tensors that such files carry and the model has no use for.
       recognizes: (shapes without prefix) -> bool, where the anchors alone don't tell.
       holds: arguments -> whether this naming has a place for all of such a model; for exports.
+      pruned: arguments of pruned models (models.widths.PRUNED) that `config` has a word for.
       config: arguments -> what config.json must say beside classes and preprocessing so that the
         source builds this very model: for timm {"architecture", "model_args"}, for torchvision
         {"model", "kwargs"} (a builder of torchvision.models and its arguments), for transformers
@@ -111,6 +112,7 @@ class Table:
     dropped: tuple[str, ...] = ()
     recognizes: Callable[[Shapes], bool] = lambda shapes: True
     holds: Callable[[Arguments], bool] = lambda arguments: True
+    pruned: tuple[str, ...] = ()
     config: Callable[[Arguments], dict[str, Any]] = _nothing
     modules: Callable[[Arguments], dict[str, str]] = _nothing
     adapt: Callable[[str, np.ndarray, Arguments, Arguments], np.ndarray] = _unchanged

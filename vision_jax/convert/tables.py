@@ -218,29 +218,33 @@ def table_for_export(to: str, family: str, arguments: Arguments) -> Table:
     Raises:
       UserError: no such naming, or it has no place for this model.
     """
-    if pruned := [name for name in PRUNED if arguments.get(name)]:
-        raise UserError(
-            f"{to} has no {family} that is pruned like this one, with a {pruned[0]} of "
-            f"{arguments[pruned[0]]}, and nor has any other library: keep its file, which "
-            "config.model.weights and vision_jax.load read"
-        )
-    for table in TABLES:
-        if (table.source, table.family) == (to, family) and table.holds(arguments):
+    able = [table for table in TABLES if table.family == family and _holds(table, arguments)]
+    for table in able:
+        if table.source == to:
             bare = not arguments["num_classes"] and "" in table.prefixes
             return table.with_prefix("" if bare else table.prefixes[0])
-    able = sorted({t.source for t in TABLES if t.family == family and t.holds(arguments)})
+    pruned = [f"{name} of {arguments[name]}" for name in PRUNED if arguments.get(name)]
+    what = f"is pruned like this one, with a {pruned[0]}" if pruned else "is such a model"
+    others = ", ".join(sorted({table.source for table in able}))
     raise UserError(
-        f"{to} has no {family} that is such a model: it can go to {', '.join(able)}"
+        f"{to} has no {family} that {what}: it can go to {others}"
         if able
-        else f"{to} has no {family} that is such a model, and nor has any other library: keep its"
-        " file, which config.model.weights and vision_jax.load read"
+        else f"{to} has no {family} that {what}, and nor has any other library: keep its file, "
+        "which config.model.weights and vision_jax.load read"
     )
+
+
+def _holds(table: Table, arguments: Arguments) -> bool:
+    """Whether the naming has a place for all of such a model, whole or pruned."""
+    pruned = {name for name in PRUNED if arguments.get(name)}
+    return pruned <= set(table.pruned) and table.holds(arguments)
 
 
 def is_held(to: str, family: str, arguments: Arguments) -> bool:
     """Whether the library `to` has such a model."""
     return any(
-        (table.source, table.family) == (to, family) and table.holds(arguments) for table in TABLES
+        (table.source, table.family) == (to, family) and _holds(table, arguments)
+        for table in TABLES
     )
 
 

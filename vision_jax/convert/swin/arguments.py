@@ -21,7 +21,7 @@ from vision_jax.models.swin import VARIANTS
 
 _TIMM_SEEN = (  # read, or in the tensors' shapes and names
     *("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias"),
-    *("act_layer", "pretrained_window_sizes"),
+    *("act_layer", "pretrained_window_sizes", "head_dim"),
 )
 
 
@@ -70,6 +70,9 @@ def infer_arguments(
         "pretrained_windows": said.get("pretrained_windows", ()),
     }
     found |= {name: said[name] for name in ("activation", "layer_norm_eps") if name in said}
+    inner = _shape(ours, "stage_0/block_0/attn/qkv/kernel", 2)[1] // 3
+    if inner != width and found["num_heads"][0]:  # pruned: of fewer heads than share the width
+        found["head_size"] = inner // found["num_heads"][0]
     sides = [_window(names, shapes, s) for s in range(stages)]
     image_size, windows = _sizes(said, sides, found)
     return {**found, "image_size": image_size, "windows": windows}

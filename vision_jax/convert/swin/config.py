@@ -57,6 +57,8 @@ def holds(library: str, arguments: Arguments) -> bool:
     if library == "transformers":
         return len(set(a["windows"])) == 1 and a["windows"][0][0] == a["windows"][0][1]
     plain = a["layer_norm_eps"] == EPSILON
+    if a.get("head_size") and a["version"] == 2:  # which has no word for it anywhere
+        return False
     if library == "timm":
         return plain and (a["version"] == 2 or a["activation"] == "gelu")
     fixed = a["activation"] == "gelu" and a["qkv_bias"] and not a["pretrained_windows"]
@@ -91,7 +93,7 @@ def _named(arguments: Arguments) -> str | None:
 
 def timm_config(arguments: Arguments) -> dict[str, Any]:
     a = arguments
-    name = _named(a)
+    name = None if a.get("head_size") else _named(a)
     if name is not None:
         own = VARIANTS[name]["image_size"] == a["image_size"]
         size = {} if own else {"img_size": list(a["image_size"])}
@@ -107,6 +109,8 @@ def timm_config(arguments: Arguments) -> dict[str, Any]:
         "qkv_bias": a["qkv_bias"],
     }
     if a["version"] == 1:
+        if a.get("head_size"):
+            given["head_dim"] = a["head_size"]
         return {"architecture": "swin_tiny_patch4_window7_224", "model_args": given}
     given |= {
         "act_layer": a["activation"],

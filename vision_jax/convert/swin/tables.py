@@ -91,6 +91,7 @@ TABLES = (
         _BLOCK,
         file_names=_NAMES,
         holds=partial(holds, "timm"),
+        pruned=("head_size",),
         config=timm_config,
     ),
     _table(

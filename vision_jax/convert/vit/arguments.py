@@ -177,6 +177,8 @@ def from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str
     registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
     prefix = int(class_token) + int("dist_token" in shapes) + registers
     image_size, position_prefix = _positions(shapes["pos_embed"][1], patch_height, prefix, said)
+    num_heads = said["num_heads"] if "num_heads" in said else _heads(width)
+    head_size = _head_size(shapes, width, num_heads)
     return {
         "num_classes": head[1],
         "image_size": image_size,
@@ -184,8 +186,9 @@ def from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str
         "in_channels": channels,
         "width": width,
         "depth": depth,
-        "num_heads": said["num_heads"] if "num_heads" in said else _heads(width),
+        "num_heads": num_heads,
         "mlp_width": mlp_width,
+        **({"head_size": head_size} if head_size else {}),
         "pool": pool,
         "norm_after_pool": said.get("norm_after_pool", False),
         "class_token": class_token,
@@ -202,6 +205,20 @@ def from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str
         "head_bias": "head/bias" in shapes or "head/kernel" not in shapes,
         "layer_norm_eps": said.get("layer_norm_eps", 1e-6),
     }
+
+
+def _head_size(shapes: Shapes, width: int, num_heads: int) -> int | None:
+    """Channels of a head of a pruned model; None: the width's share, as in all others.
+
+    Raises:
+      UserError: as many heads can't share the channels.
+    """
+    inner = shapes.get("block_0/attn/qkv/kernel", (width, 3 * width))[1] // 3
+    if inner == width:
+        return None
+    if not isinstance(num_heads, int) or num_heads < 1 or inner % num_heads:
+        raise UserError(f"{num_heads!r} heads can't share {inner} channels of q, k and v")
+    return inner // num_heads
 
 
 def _heads(width: int) -> int:

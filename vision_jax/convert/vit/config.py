@@ -245,6 +245,8 @@ def transformers_config(kind: str, a: Arguments) -> dict[str, Any]:
         config["intermediate_size"] = a["mlp_width"]
     if model_type in ("vit", "deit") or model_type.startswith("dinov2"):
         config["qkv_bias"] = a["qkv_bias"]
+    if a.get("head_size"):
+        config["head_dim"] = a["head_size"]  # which no other type has
     if kind == "clip" and a["num_classes"]:
         config["projection_dim"] = a["num_classes"]
     if kind == "siglip_classifier":
@@ -260,7 +262,7 @@ def transformers_config(kind: str, a: Arguments) -> dict[str, Any]:
 _OF_ALL = "hidden_size num_hidden_layers num_attention_heads image_size patch_size num_channels"
 _BLOCKS = Fields(
     used="hidden_act layer_norm_eps",
-    seen=f"{_OF_ALL} intermediate_size qkv_bias",
+    seen=f"{_OF_ALL} intermediate_size qkv_bias head_dim",
     # Dropout, the pooler that is no part of the features, and the heads of pretraining.
     free="hidden_dropout_prob attention_probs_dropout_prob initializer_range encoder_stride "
     "pooler_output_size pooler_act decoder_num_attention_heads decoder_hidden_size "
@@ -282,7 +284,7 @@ def fields(kind: str) -> Fields:
         return Fields(
             types=("dinov2_with_registers" if "registers" in kind else "dinov2",),
             used="hidden_act layer_norm_eps",
-            seen=f"{_OF_ALL} mlp_ratio use_swiglu_ffn num_register_tokens qkv_bias",
+            seen=f"{_OF_ALL} mlp_ratio use_swiglu_ffn num_register_tokens qkv_bias head_dim",
             free="hidden_dropout_prob attention_probs_dropout_prob initializer_range "
             "layerscale_value drop_path_rate apply_layernorm reshape_hidden_states use_mask_token "
             "stage_names out_features out_indices interpolate_antialias interpolate_offset",

@@ -108,6 +108,7 @@ def _bert_tables(
             written=not memory,
             prefixes=(prefix, ""),
             # ViTModel saves a pooler over its features, which is no part of them.
+            pruned=("head_size",),
             dropped=(
                 r"{p}embeddings\.(mask_token|position_ids)",
                 r"{p}pooler\.dense\.(weight|bias)",
