@@ -29,6 +29,7 @@ COMMANDS = {
     "export itself": lambda run, out: ["export", run, "--to=safetensors", f"--out={out}"],
     "prune": lambda run, out: ["prune", EMBEDDED, "--keep=0.5", f"--to={out}"],
     "prune itself": lambda run, out: ["prune", run, "--keep=0.5", f"--to={out}"],
+    "factorize": lambda run, out: ["factorize", EMBEDDED, "--keep=0.5", f"--to={out}"],
     "quantize": lambda run, out: ["quantize", f"--workdir={run}", f"--out={out}"],
 }
 
@@ -55,7 +56,9 @@ def test_runs_are_not_written_over(name, run_folder, capsys):
     assert files_of(run_folder) == before
 
 
-@pytest.mark.parametrize("name", ["export", "export onnx", "prune", "quantize", "explain"])
+@pytest.mark.parametrize(
+    "name", ["export", "export onnx", "prune", "factorize", "quantize", "explain"]
+)
 def test_a_file_is_no_folder(name, run_folder, tmp_path, capsys):
     others = {
         "export onnx": lambda run, out: ["export", EMBEDDED, "--to=onnx", f"--out={out}"],

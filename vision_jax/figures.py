@@ -222,6 +222,31 @@ def draw_errors(kernels: Mapping[str, tuple[float, str]], path: str | Path) -> P
     return save_figure(figure, path)
 
 
+def draw_ranks(kernels: Mapping[str, tuple[float, float, int]], path: str | Path) -> Path:
+    """What each kernel costs before and after it was factored, as bars, as a PNG.
+
+    Args:
+      kernels: by path, in the order of the model: multiplications before and after, and the rank of
+        its factors, 0 of one that stays whole.
+      path: of the file.
+    """
+    shown = dict(sorted(kernels.items(), key=lambda item: -item[1][0])[:MOST_NAMES])
+    order = [name for name in kernels if name in shown][::-1]
+    figure = Figure(figsize=(9, 0.8 + 0.2 * len(order)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    places = range(len(order))
+    axes.barh(places, [kernels[name][0] for name in order], color="#d5dde6", label="before")
+    after = axes.barh(places, [kernels[name][1] for name in order], color=BLUE, label="after")
+    ranks = [f" rank {rank}" if (rank := kernels[name][2]) else " whole" for name in order]
+    axes.bar_label(after, ranks, fontsize=7, color=INK)
+    axes.set_yticks(places, order, fontsize=7)
+    axes.legend(frameon=False, loc="lower right")
+    axes.set_title("Multiplications of each kernel, of one image", loc="left")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, path)
+
+
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes a PNG on white."""
     path = Path(path)

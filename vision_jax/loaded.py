@@ -52,6 +52,8 @@ from vision_jax.tasks.detection.objective import PREDICTIONS, pixel_mask
 from vision_jax.tasks.segmentation.objective import PREDICTIONS as SEGMENTERS
 from vision_jax.tasks.segmentation.objective import unpad_scores
 from vision_jax.trees import lora, paths
+from vision_jax.trees.factored import factorize
+from vision_jax.trees.quantize import is_quantized
 
 Variables = Mapping[
     str, Any
@@ -284,12 +286,14 @@ def load(
     """
     spec = _spec(weights)
     if (quantized := read_quantized(spec)) is not None:
-        if (num_classes, class_names, image_size) != (None, None, None):
+        others = (num_classes, class_names, image_size) != (None, None, None)
+        if others and is_quantized(quantized.described):
             raise UserError(
                 f"{quantized.origin} is quantized for its classes and size: load the float weights "
                 "for others"
             )
-        return _load_quantized(quantized, dtype)
+        if not others:
+            return _load_quantized(quantized, dtype)
     read = convert.read_weights(spec, allow_pickle=allow_pickle)
     family, arguments = convert.recognize(read)
     if FAMILIES[family].task == families.GENERATION:
@@ -325,6 +329,7 @@ def load(
     params, statistics = fill_parameters(
         model, size, shapes, imported, new, jax.random.key(0) if key is None else key
     )
+    params = factorize(params, convert.ranks_of(read))
     variables = {"params": params, **({"batch_stats": statistics} if statistics else {})}
     if model.dtype == jnp.float64:
         variables = jax.tree.map(_widen, variables)

@@ -89,7 +89,7 @@ COMMANDS: Mapping[str, Command] = {
         ("config", "workdir", "checkpoint", "out"),
     ),
     "compress": Command(
-        "make a finished run smaller: prune, distill, train for int8, export; with a table",
+        "make a finished run smaller: prune or factorize, distill, train for int8, export",
         "vision_jax.commands.compress:run",
         ("config", "workdir"),
     ),
@@ -137,6 +137,10 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "prune": Command(
         "cut channels, heads and layers out of a trained model", "vision_jax.commands.prune"
+    ),
+    "factorize": Command(
+        "make two narrow products of each layer of a trained model, where little is lost",
+        "vision_jax.commands.factorize",
     ),
     "certify": Command(
         "compare an imported model with its source, number by number", "vision_jax.certify"

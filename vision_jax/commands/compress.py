@@ -1,6 +1,7 @@
 """compress: a finished run made smaller: pruned, taught by itself, trained for int8, exported.
 
-WORKDIR/pruned/           fewer hidden units and heads, as `vision_jax prune` leaves them
+WORKDIR/pruned/           fewer hidden units and heads, as `vision_jax prune` leaves them; or
+WORKDIR/factored/         narrow products, as `vision_jax factorize` leaves them
 WORKDIR/recovered/        a run that learns from the whole model what was lost
 WORKDIR/int8/             a run that goes on with kernels and inputs rounded to int8
 WORKDIR/quantized/        what that leaves in int8, as `vision_jax quantize` writes it
@@ -17,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vision_jax import sharding, train
+from vision_jax.commands import factorize as factorize_command
 from vision_jax.commands import prune as prune_command
 from vision_jax.commands import quantize as quantize_command
 from vision_jax.config import check_ranges, write_json
@@ -28,7 +30,7 @@ from vision_jax.loaded import Loaded, load, trained_of
 from vision_jax.logging import human_size, print_table, say
 from vision_jax.run import prune
 from vision_jax.tasks.api import find_task
-from vision_jax.trees import lora
+from vision_jax.trees import factored
 
 WHOLE, RECOVERED, QUANTIZED = "whole", "recovered", "quantized"
 TIMED = 4  # generated images that files are run on
@@ -46,16 +48,22 @@ def run(config: ConfigDict, workdir: Path) -> int:
     """
     check_ranges(config)
     source = _source(config)
-    kinds = ",".join(config.compress.what)
-    asked = (
-        f"--keep={config.compress.keep}",
-        f"--what={kinds}",
-        f"--score={config.compress.score}",
+    smaller, make, asked = (
+        workdir / "pruned",
+        prune_command.main,
+        [f"--keep={config.compress.keep}"],
     )
-    if code := prune_command.main([str(source), *asked, f"--to={workdir / 'pruned'}"]):
+    if config.compress.by == "factorize":
+        smaller, make = workdir / "factored", factorize_command.main
+    else:
+        asked += [
+            f"--what={','.join(config.compress.what)}",
+            f"--score={config.compress.score}",
+        ]
+    if code := make([str(source), *asked, f"--to={smaller}"]):
         return code
     last = workdir / RECOVERED
-    stage = _recovery(config, workdir / "pruned" / "model.safetensors")
+    stage = _recovery(config, smaller / "model.safetensors")
     if code := train.run(stage, last):
         return code
     if config.compress.int8_steps:
@@ -127,7 +135,7 @@ def _measure(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
     source = task.read_eval_source(config, loaded.class_names)
     evaluate = task.make_evaluate(config, outputs_fn, mesh, source, loaded.preprocessing)
     summary = evaluate(*trained.arguments).summary
-    plain = {**loaded.variables, "params": jax.jit(lora.merge)(loaded.variables["params"])}
+    plain = {**loaded.variables, "params": jax.jit(factored.merge)(loaded.variables["params"])}
     return {
         "parameters": prune.count(plain),
         "macs": prune.macs(loaded.model, plain, loaded.preprocessing.image_size),

@@ -239,7 +239,7 @@ def _quantized(loaded: Any, inputs: str) -> Any:
     from vision_jax.trees import quantize
 
     params = loaded.variables["params"]
-    if quantize.describe(params):
+    if quantize.is_quantized(quantize.describe(params)):
         raise UserError(f"--quantize: {loaded.origin} is quantized already: leave it out")
     keep = (*HEADS, re.escape(getattr(loaded.model, "stem", "")))
     chosen = quantize.choose(params, [".*kernel"], keep, field="--quantize")

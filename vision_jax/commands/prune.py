@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from vision_jax.commands.source import RUN_FILE, check_keeps
+from vision_jax.commands.source import check_keeps, load_with_run
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import expand
 from vision_jax.flags import make_parser, run
@@ -71,7 +71,9 @@ def _run(flags: argparse.Namespace) -> int:
     if unknown := next((kind for kind in what if kind not in known), None):
         raise UserError(f"--what={unknown}: known are {', '.join(known)}{nearest(unknown, known)}")
     check_keeps("--to", flags.to, expand(flags.source))
-    loaded, run = _load(flags)
+    loaded, run = load_with_run(
+        flags.source, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
+    )
     variables = {**loaded.variables, "params": lora.merge(loaded.variables["params"])}
     if flags.score == MAGNITUDE:
         scores = prune.magnitude(variables["params"])
@@ -113,22 +115,6 @@ def _run(flags: argparse.Namespace) -> int:
         say("norms over what went change the outputs a little even where it was zero")
     _write(flags, smaller, {"before": before, "after": after, "cut": list(pruned.lines)})
     return 0
-
-
-def _load(flags: argparse.Namespace) -> tuple[Any, Any]:
-    """(the model, its run if it is one's)."""
-    from vision_jax.config import load_config
-    from vision_jax.loaded import load, loaded_of
-    from vision_jax.run.restore import restore
-
-    folder = expand(flags.source)
-    if not (folder / RUN_FILE).is_file():
-        if flags.checkpoint:
-            raise UserError(f"--checkpoint is of the folder of a run, and {flags.source} is none")
-        return load(flags.source, allow_pickle=flags.allow_pickle), None
-    config = load_config(str(folder / RUN_FILE), {})
-    restored = restore(config, folder, flags.checkpoint or "last")
-    return loaded_of(restored.trained, str(folder)), restored.run
 
 
 def _write(flags: argparse.Namespace, smaller: Any, report: dict[str, Any]) -> None:

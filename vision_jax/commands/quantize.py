@@ -21,11 +21,10 @@ from vision_jax.config import check_ranges, write_json
 from vision_jax.convert.quantized import write_quantized
 from vision_jax.errors import UserError
 from vision_jax.logging import human_size, print_table, say
-from vision_jax.models.families import make_apply
 from vision_jax.run import calibrate
 from vision_jax.run.prepare import Run
 from vision_jax.run.restore import restore
-from vision_jax.trees import lora, paths, quantize
+from vision_jax.trees import factored, lora, paths, quantize
 from vision_jax.trees.leaf import leaves
 
 COLUMNS = ("kernel", "shape", "error alone", "")
@@ -52,7 +51,7 @@ def run(config: ConfigDict, workdir: Path, checkpoint: str, out: Path | None) ->
     prepared, (trained, frozen, model_state) = restored.run, restored.trained.arguments
     params = prepared.parameters.assemble({**trained, **frozen})
     _check_adapters(config, params)
-    plain = jax.jit(lora.merge)(params)
+    plain = jax.jit(factored.merge)(params)
 
     candidates = quantize.choose(plain, config.ptq.rules, field="config.ptq.rules")
     keep = (*config.ptq.keep, re.escape(getattr(prepared.model, "stem", "")))
@@ -87,7 +86,11 @@ def run(config: ConfigDict, workdir: Path, checkpoint: str, out: Path | None) ->
         "error": error(chosen, mild),
         "error_without_exceptions": error(candidates),
         "bytes": {"float": _bytes(plain), "quantized": _bytes(quantized)},
-        "evaluation": _evaluate(prepared, plain, everything, quantized, model_state),
+        "evaluation": calibrate.evaluate_each(
+            prepared,
+            {"float": plain, "quantized": quantized, "without_exceptions": everything},
+            model_state,
+        ),
         "kernels": [
             {
                 "path": path,
@@ -164,48 +167,13 @@ def _quantize(
     return quantize.quantize_static(plain, chosen, calibrate.scales_of(found))
 
 
-def _evaluate(
-    prepared: Run, plain: Any, everything: Any, quantized: Any, model_state: Any
-) -> dict[str, Any]:
-    """The task's numbers before, after, and without any exception."""
-    task, config = prepared.task, prepared.config
-    source = task.read_eval_source(config, prepared.description.class_names)
-    outputs_fn = task.make_outputs(
-        config,
-        prepared.model,
-        prepared.student.predicts,
-        make_apply(prepared.model),
-        lambda params: params,
-    )
-    evaluate = task.make_evaluate(
-        config, outputs_fn, prepared.mesh, source, prepared.description.preprocessing
-    )
-    results: dict[str, Any] = {
-        name: evaluate(params, {}, model_state)
-        for name, params in (
-            ("float", plain),
-            ("quantized", quantized),
-            ("without_exceptions", everything),
-        )
-    }
-    found: dict[str, Any] = {
-        name: {key: x for key in task.reported if (x := result.summary.get(key)) is not None}
-        for name, result in results.items()
-    }
-    if task.labels_images:
-        first = results["float"].logits.argmax(-1)
-        for name, result in results.items():
-            found[name]["agreement"] = float((result.logits.argmax(-1) == first).mean())
-    return found
-
-
 def _surviving(params: Any, plain: Any, quantized: Any) -> dict[str, float]:
     """Of each adapted kernel that is quantized, the share of its update that is left."""
     base, adapters = lora.detach(params)
     return {
         path: share
         for path, share in quantize.surviving_share(
-            lora.merge(base), plain, lora.merge(quantized)
+            lora.merge(base), lora.merge(plain), lora.merge(quantized)
         ).items()
         if path in adapters
     }

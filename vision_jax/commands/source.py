@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vision_jax.errors import UserError
+from vision_jax.files import expand
 
 if TYPE_CHECKING:
     from vision_jax.loaded import Loaded
+    from vision_jax.run.prepare import Run
 
 RUN_FILE = "config.json"
 OTHER = "name another folder"
@@ -75,3 +77,29 @@ def load_source(
 
     config = load_config(str(folder / RUN_FILE), {})
     return loaded_of(restore(config, folder, checkpoint).trained, f"{folder}")
+
+
+def load_with_run(
+    source: str, *, checkpoint: str | None, allow_pickle: bool
+) -> tuple["Loaded", "Run | None"]:
+    """(the model, adapters still on its tree; its run, if it is one's).
+
+    Args:
+      source: a run's folder, or weights.
+      checkpoint: "last" or "best" of a run; None is the last.
+      allow_pickle: weights may be pickles.
+
+    Raises:
+      UserError: no such run or weights; a checkpoint of what is no run.
+    """
+    from vision_jax.config import load_config
+    from vision_jax.loaded import load, loaded_of
+    from vision_jax.run.restore import restore
+
+    folder = expand(source)
+    if not is_run(folder):
+        if checkpoint:
+            raise UserError(f"--checkpoint is of the folder of a run, and {source} is none")
+        return load(source, allow_pickle=allow_pickle), None
+    restored = restore(load_config(str(folder / RUN_FILE), {}), folder, checkpoint or "last")
+    return loaded_of(restored.trained, str(folder)), restored.run

@@ -308,6 +308,12 @@ def arguments_of(model: Any) -> dict[str, Any]:
     }
 
 
+def ranks_of(weights: Weights) -> dict[str, int]:
+    """The rank of each kernel that the weights had as two factors, by path; {} of all others."""
+    ranks = weights.metadata.get("vision_jax", {}).get("ranks")
+    return dict(ranks) if isinstance(ranks, dict) else {}
+
+
 def class_names_of(weights: Weights) -> list[str] | None:
     """Names of the classes: our header's, the source's config's, or those of all such files.
 

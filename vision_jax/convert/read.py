@@ -272,12 +272,11 @@ def _assemble(
             paths = [*paths, *shards]
         else:
             part, metadata = open_safetensors(path)
-            header.update(metadata)
             if QUANTIZED_KEY in metadata:
-                raise UserError(
-                    f"{path} is a quantized model, which vision_jax.load, predict and export take: "
-                    "for anything else take the float weights that it was made of"
-                )
+                from vision_jax.convert import quantized  # it needs the tables, which need this
+
+                part, metadata = quantized.multiplied_out(path, part, metadata[QUANTIZED_KEY])
+            header.update(metadata)
         if repeated := sorted(set(part) & set(tensors)):
             raise UserError(f"{path}: tensor {repeated[0]} is in another shard too")
         tensors = Tensors({**tensors.entries, **part.entries})

@@ -26,7 +26,7 @@ from vision_jax.export.serving import Serving, serving_function
 from vision_jax.files import own_draft_folder, write_whole
 from vision_jax.limits import SIDE
 from vision_jax.loaded import Loaded
-from vision_jax.trees import lora
+from vision_jax.trees import factored
 
 FAILED = ".failed"  # after the names of files whose certificate failed
 SIZES = 3  # of the generated images; JAX compiles once for each
@@ -276,7 +276,7 @@ def _views_alone(serving: Serving, request: Request, folder: Path) -> Path:
 def _write_float32(loaded: Loaded, serving: Serving, request: Request, folder: Path) -> Path:
     """The same of the model before it was quantized, or else of its kernels in float."""
     plain = request.float32 or replace(
-        loaded, variables={**loaded.variables, "params": lora.merge(loaded.variables["params"])}
+        loaded, variables={**loaded.variables, "params": factored.merge(loaded.variables["params"])}
     )
     whole = serving_function(certificate.as_float32(plain), image_size=serving.image_size)
     (folder / "float32").mkdir()

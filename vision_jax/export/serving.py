@@ -19,7 +19,7 @@ from vision_jax.loaded import Loaded
 from vision_jax.ops.detection_outputs import POSTPROCESS
 from vision_jax.tasks.segmentation.objective import PREDICTIONS as SEGMENTERS
 from vision_jax.tasks.segmentation.objective import unpad_scores
-from vision_jax.trees import lora, quantize
+from vision_jax.trees import factored, quantize
 
 CLASSES = {
     "logits": "f32[B, K]",
@@ -116,7 +116,7 @@ def serving_function(
             image_size = own.image_size
     given = loaded.variables if variables is None else variables
     int8, statistics = quantize.int8_kernels(given["params"]), given.get("batch_stats", {})
-    params = (quantize.merge_but_int8 if integers else lora.merge)(given["params"])
+    params = (quantize.merge_but_int8 if integers else factored.merge)(given["params"])
     run = {name: False for name in ("scan", "remat") if hasattr(loaded.model, name)}
     loaded = replace(loaded, model=loaded.model.clone(dtype=jnp.float32, **run))
     kind, outputs, answer = _answers(loaded)

@@ -1,6 +1,7 @@
-"""What quantization does to a run's model, measured on its own images.
+"""What quantization, or any other change of kernels, does to a run's model, on its own images.
 
     ranges of the layers' inputs -> the error of each layer alone -> which stay in float
+    evaluate_each(run, trees, ...)    the task's numbers before and after
 
 Errors are of the model's outputs, logits and boxes: the square root of the squared differences over
 the squares, of the output that suffers most. One compiled program measures them all: each kernel is
@@ -46,7 +47,7 @@ def read_batches(run: Run, count: int) -> list[Batch]:
     return [place(batch) for batch in batches]
 
 
-def _through_task(run: Run, call: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+def through_task(run: Run, call: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
     """(params, model_state, batch) -> what `call` gives beside the outputs.
 
     `call(params, model_state, *inputs) -> (outputs, aside)` stands for the model where the task's
@@ -96,7 +97,7 @@ def input_ranges(
         outputs, seen = families.apply_with_inputs(model, variables, *inputs)
         return families.as_outputs(outputs), seen
 
-    inputs_of = _through_task(run, call)
+    inputs_of = through_task(run, call)
 
     @jax.jit
     def largest_of(params, model_state, batch):
@@ -153,7 +154,7 @@ def make_error(
         outputs, _ = apply(params, model_state, *inputs, train=False, keys={})
         return outputs, _compared(outputs)
 
-    outputs_of = _through_task(run, call)
+    outputs_of = through_task(run, call)
     references = [jax.jit(outputs_of)(plain, model_state, batch) for batch in batches]
 
     @jax.jit
@@ -206,6 +207,37 @@ def choose_exceptions(
         else:
             fewest = middle + 1
     return tuple(order[:enough])
+
+
+def evaluate_each(run: Run, trees: Mapping[str, Any], model_state: Any) -> dict[str, Any]:
+    """The task's numbers on the evaluation data for each tree of parameters, by their names.
+
+    Of a classifier's each has also the share of images that it names as the first tree does.
+    """
+    task, config = run.task, run.config
+    source = task.read_eval_source(config, run.description.class_names)
+    outputs_fn = task.make_outputs(
+        config,
+        run.model,
+        run.student.predicts,
+        families.make_apply(run.model),
+        lambda params: params,
+    )
+    evaluate = task.make_evaluate(
+        config, outputs_fn, run.mesh, source, run.description.preprocessing
+    )
+    results: dict[str, Any] = {
+        name: evaluate(params, {}, model_state) for name, params in trees.items()
+    }
+    found: dict[str, Any] = {
+        name: {key: x for key in task.reported if (x := result.summary.get(key)) is not None}
+        for name, result in results.items()
+    }
+    if task.labels_images:
+        first = next(iter(results.values())).logits.argmax(-1)
+        for name, result in results.items():
+            found[name]["agreement"] = float((result.logits.argmax(-1) == first).mean())
+    return found
 
 
 def scales_of(found: Mapping[str, float]) -> dict[str, jax.Array]:

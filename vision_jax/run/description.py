@@ -38,6 +38,7 @@ class Description:
       sha256: of the weights' file or files, "" without.
       teachers: (origin, sha256) of each teacher.
       projections: shapes of the arrays that train beside the model's own, by path.
+      ranks: of the kernels that are two factors (trees/factored.py), by path.
       started_from: the run and its step that this one began with (--from), "" without.
       assumed: of weights that no config came with, what their tensors don't show.
     """
@@ -51,6 +52,7 @@ class Description:
     sha256: str
     teachers: tuple[tuple[str, str], ...] = ()
     projections: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
     started_from: str = ""
     assumed: tuple[str, ...] = ()
 
@@ -193,6 +195,7 @@ def describe(
         class_names,
         weights.origin if weights is not None else "",
         weights.sha256 if weights is not None else "",
+        ranks=_ranks(weights, family, shrinking is not None) if old is None else old.ranks,
         assumed=convert.assumptions(weights) if weights is not None and not model.variant else (),
     )
 
@@ -212,6 +215,13 @@ def with_merging(config: ConfigDict, description: Description) -> Description:
     """The description of a finished run, whose model merges as many tokens as the config says."""
     merging = _merging(config.model.merge, description.family)
     return dataclasses.replace(description, arguments={**description.arguments, **merging})
+
+
+def _ranks(weights: convert.Weights | None, family: str, partly: bool) -> dict[str, int]:
+    """Of the weights' factored kernels, where the model has all of them: not as its backbone."""
+    if weights is None or partly or convert.recognize(weights)[0] != family:
+        return {}
+    return convert.ranks_of(weights)
 
 
 def build_model(config: ConfigDict, description: Description) -> Any:
@@ -261,6 +271,8 @@ def load_description(path: Path) -> Description:
             raise TypeError("`class_names` is no list of texts")
         if not all(type(side) is int and side > 0 for pair in shapes.values() for side in pair):
             raise TypeError("`projections` is no map to shapes")
+        if not all(type(rank) is int and rank > 0 for rank in description.ranks.values()):
+            raise TypeError("`ranks` is no map to ranks")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged, or of another version: {error}") from error
     return description

@@ -31,6 +31,7 @@ from vision_jax.recipes.recipe import Recipe, Student, make_recipes
 from vision_jax.run.description import Description, build_model, describe, read_weights
 from vision_jax.run.parameters import Flat, Parameters, make_parameters, plan_parameters
 from vision_jax.tasks.api import Task, Trained, find_task
+from vision_jax.trees import factored
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Run:
 
     def attach(self, params: Any, key: jax.Array) -> Any:
         """The model's tree with the recipes' structured leaves."""
-        return _attach(self.recipes, self.model, params, key)
+        return _attach(self.recipes, self.model, self.description.ranks, params, key)
 
     @property
     def adapter(self) -> Path | None:
@@ -290,7 +291,7 @@ def prepare(
         model,
         student.image_size,
         mesh,
-        attach=partial(_attach, recipes, model),
+        attach=partial(_attach, recipes, model, description.ranks),
         rules=config.trainable,
         sharding_rules=config.sharding_rules,
         projections=description.projections,
@@ -342,7 +343,10 @@ def _with_recipes(
     )
 
 
-def _attach(recipes: tuple[Recipe, ...], model: Any, params: Any, key: jax.Array) -> Any:
+def _attach(
+    recipes: tuple[Recipe, ...], model: Any, ranks: Mapping[str, int], params: Any, key: jax.Array
+) -> Any:
+    params = factored.factorize(params, ranks)
     for recipe in recipes:
         params = recipe.attach(params, model, key)
     return params

@@ -8,12 +8,13 @@ import jax
 
 from vision_jax import convert, sharding, steps
 from vision_jax.convert import peft
+from vision_jax.convert.quantized import write_quantized
 from vision_jax.logging import RunLog, read_metrics
 from vision_jax.run import workdirs
 from vision_jax.run.parameters import Flat
 from vision_jax.run.prepare import Run
 from vision_jax.tasks.api import Evaluation
-from vision_jax.trees import lora, paths
+from vision_jax.trees import factored, lora, paths
 
 
 def write_results(
@@ -70,20 +71,32 @@ def _write_adapter(run: Run, workdir: Path, log: RunLog, params: Any) -> None:
 
 
 def _write_model(run: Run, workdir: Path, log: RunLog, params: Any, statistics: Any) -> None:
+    merged, path = factored.merge(params), workdir / "model.safetensors"
+    if factored.ranks_of(merged):
+        write_quantized(
+            path,
+            {"params": jax.device_get(merged), "batch_stats": statistics},
+            family=run.description.family,
+            arguments=convert.arguments_of(run.model),
+            preprocessing=dataclasses.asdict(run.description.preprocessing),
+            class_names=run.description.class_names,
+        )
+        log.wrote(path, "the merged model with its factors, which `convert` multiplies out")
+        return
     naming = convert.own_naming(run.description.family)
     tensors, metadata = convert.export_weights(
-        {**paths.flatten(lora.merge(params)), **paths.flatten(statistics)},
+        {**paths.flatten(merged), **paths.flatten(statistics)},
         run.description.family,
         convert.arguments_of(run.model),
         to=naming,
         class_names=run.description.class_names,
         preprocessing=dataclasses.asdict(run.description.preprocessing),
     )
-    convert.write_safetensors(workdir / "model.safetensors", tensors, metadata)
+    convert.write_safetensors(path, tensors, metadata)
     held = convert.is_held(naming, run.description.family, convert.arguments_of(run.model))
     whose = (
         f"{naming}'s naming"
         if held
         else "names of its own, which vision_jax.load and config.model.weights read"
     )
-    log.wrote(workdir / "model.safetensors", f"the merged model, in {whose}")
+    log.wrote(path, f"the merged model, in {whose}")

@@ -34,7 +34,7 @@ from vision_jax.ops.resize import bilinear_weights
 from vision_jax.tasks.detection.objective import pixel_mask
 from vision_jax.tasks.segmentation.inference import PredictOne, make_predict_one
 from vision_jax.tasks.segmentation.objective import PREDICTIONS as SEGMENTERS
-from vision_jax.trees import lora
+from vision_jax.trees import factored
 
 TILE = 256  # pixels a side of what is decided at once of a mask
 STRIP_BYTES = 200_000_000  # of the scores of a row of windows, or as many as `AT_ONCE` windows have
@@ -106,7 +106,7 @@ def make_servable(
     Raises:
       UserError: sizes or windows for a model that takes images of any size without.
     """
-    params = lora.merge(loaded.variables["params"])
+    params = factored.merge(loaded.variables["params"])
     variables = jax.device_put({**loaded.variables, "params": params})
     run = {name: False for name in ("scan", "remat") if hasattr(loaded.model, name)}
     loaded = replace(loaded, model=loaded.model.clone(**run))

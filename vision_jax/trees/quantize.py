@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from vision_jax.errors import UserError
-from vision_jax.trees import paths
+from vision_jax.trees import factored, paths
+from vision_jax.trees.factored import Factored, factor_paths
 from vision_jax.trees.leaf import Kernel, Leaf, Params, leaves, map_leaves, merge_leaf, multiply
 from vision_jax.trees.masked import MaskedKernel
 from vision_jax.trees.products import Product
@@ -48,6 +49,7 @@ FORMS: Mapping[str, Callable[..., Leaf]] = {
     "nf4": to_nf4,
     "fake_int8": FakeQuantized,
 }
+FACTORED = "factored"  # the form of two factors, of which each may have one of these
 
 
 def choose(
@@ -79,6 +81,8 @@ def choose(
 def quantize(params: Params, chosen: Collection[str], make: Make) -> Params:
     """The tree with make(kernel) in place of the chosen kernels; zeros of a mask stay.
 
+    Of a factored kernel both factors are changed.
+
     Raises:
       UserError: one that has another structured leaf already.
     """
@@ -86,6 +90,8 @@ def quantize(params: Params, chosen: Collection[str], make: Make) -> Params:
     def change(path: str, leaf: Any) -> Any:
         if path not in chosen:
             return leaf
+        if isinstance(leaf, Factored):
+            return Factored(change(path, leaf.u), change(path, leaf.v))
         if isinstance(leaf, Leaf) and not isinstance(leaf, MaskedKernel):
             raise UserError(f"{path} is no plain kernel: merge it first")
         return make(leaf)
@@ -166,21 +172,33 @@ class Integers(NamedTuple):
 
 
 def int8_kernels(params: Params) -> dict[str, Integers]:
-    """The kernels that are held in int8, by path."""
-    return {
-        path: Integers(
-            leaf.values,
-            leaf.scale,
-            "dynamic" if leaf.dynamic else "float" if leaf.input_scale is None else "static",
-        )
-        for path, leaf in leaves(params).items()
-        if isinstance(leaf, Int8)
-    }
+    """The kernels, and factors of kernels, that are held in int8, by path."""
+    found: dict[str, Integers] = {}
+
+    def find(path: str, leaf: Any) -> None:
+        if isinstance(leaf, Factored):
+            for inner, factor in zip(factor_paths(path), (leaf.u, leaf.v), strict=True):
+                find(inner, factor)
+        elif isinstance(leaf, Int8):
+            static = leaf.input_scale is not None
+            inputs = "dynamic" if leaf.dynamic else "static" if static else "float"
+            found[path] = Integers(leaf.values, leaf.scale, inputs)
+
+    map_leaves(find, params)
+    return found
 
 
 def merge_but_int8(params: Params) -> Params:
-    """The tree with the plain kernel of each structured leaf, but for those in int8."""
-    return map_leaves(lambda _, leaf: leaf if isinstance(leaf, Int8) else merge_leaf(leaf), params)
+    """`factored.merge`, but what is in int8 stays."""
+
+    def plain(leaf: Any) -> Any:
+        if isinstance(leaf, Int8):
+            return leaf
+        if isinstance(leaf, Factored):
+            return Factored(plain(leaf.u), plain(leaf.v))
+        return factored.merge(leaf)
+
+    return map_leaves(lambda _, leaf: plain(leaf), params)
 
 
 def quantize_static(
@@ -188,11 +206,15 @@ def quantize_static(
 ) -> Params:
     """The tree with the chosen kernels in int8, and their inputs by calibrated scales f[].
 
-    A kernel whose inputs nobody saw multiplies in float.
+    A kernel whose inputs nobody saw multiplies in float: the second one of two factors.
     """
 
     def change(path: str, leaf: Any) -> Any:
-        return to_int8(leaf, input_scale=input_scales.get(path)) if path in chosen else leaf
+        if path not in chosen:
+            return leaf
+        if isinstance(leaf, Factored):
+            return Factored(change(path, leaf.u), to_int8(leaf.v))
+        return to_int8(leaf, input_scale=input_scales.get(path))
 
     return map_leaves(change, params)
 
@@ -201,21 +223,32 @@ def quantize_static(
 
 
 def describe(params: Params) -> dict[str, dict[str, Any]]:
-    """How each quantized kernel was made, by its path, for `like`: plain values for JSON.
+    """How each quantized or factored kernel was made, by path, for `like`: plain values for JSON.
 
     Examples:
       >>> describe({"fc": {"kernel": to_int8(jnp.ones((4, 2)))}})
       {'fc/kernel': {'form': 'int8', 'dynamic': False, 'static': False}}
     """
-    found: dict[str, dict[str, Any]] = {}
-    for path, leaf in leaves(params).items():
-        if isinstance(leaf, Int8):
-            static = leaf.input_scale is not None
-            found[path] = {"form": "int8", "dynamic": leaf.dynamic, "static": static}
-        elif isinstance(leaf, NF4):
-            double = leaf.absmax_scale is not None
-            found[path] = {"form": "nf4", "block_size": leaf.block_size, "double": double}
-    return found
+    told = {path: _told(leaf) for path, leaf in leaves(params).items()}
+    return {path: one for path, one in told.items() if one}
+
+
+def is_quantized(described: Mapping[str, Any]) -> bool:
+    """Whether any kernel that `describe` told of is in few bits, and not in float factors alone."""
+    return any(told["form"] != FACTORED or told["u"] or told["v"] for told in described.values())
+
+
+def _told(leaf: Any) -> dict[str, Any]:
+    """What `like` must know of a leaf; {} of a plain array."""
+    if isinstance(leaf, Int8):
+        static = leaf.input_scale is not None
+        return {"form": "int8", "dynamic": leaf.dynamic, "static": static}
+    if isinstance(leaf, NF4):
+        double = leaf.absmax_scale is not None
+        return {"form": "nf4", "block_size": leaf.block_size, "double": double}
+    if isinstance(leaf, Factored):
+        return {"form": FACTORED, "rank": leaf.rank, "u": _told(leaf.u), "v": _told(leaf.v)}
+    return {}
 
 
 def like(params: Params, described: Mapping[str, Any]) -> Params:
@@ -228,25 +261,48 @@ def like(params: Params, described: Mapping[str, Any]) -> Params:
     for path, told in described.items():
         if path not in kernels or kernels[path].ndim not in (2, 4):
             raise UserError(f"{path} is described as quantized, and the model has no such kernel")
-        if not _is_description(told):
+        if not _is_description(told, kernels[path].shape):
             raise UserError(f"{path}: it cannot be quantized as {str(told)[:80]!r}")
-
-    def make(path: str, leaf: Any) -> Any:
-        if path not in described:
-            return leaf
-        settings = {**described[path]}
-        form = settings.pop("form")
-        inputs = {}
-        if settings.pop("static", False):
-            inputs["input_scale"] = jax.ShapeDtypeStruct((), leaf.dtype)
-        return jax.eval_shape(partial(FORMS[form], **settings), leaf, **inputs)
-
-    return map_leaves(make, params)
+    return map_leaves(
+        lambda path, leaf: _made(leaf, described[path]) if path in described else leaf, params
+    )
 
 
-def _is_description(told: Any) -> bool:
+def _made(leaf: Any, told: Mapping[str, Any]) -> Any:
+    """The abstract leaf that is told of, of an abstract kernel."""
+    if not told:
+        return leaf
+    settings = {**told}
+    form = settings.pop("form")
+    if form == FACTORED:
+        u, v = _factors(leaf.shape, told["rank"])
+        pairs = ((u, told["u"]), (v, told["v"]))
+        return Factored(*(_made(jax.ShapeDtypeStruct(at, leaf.dtype), how) for at, how in pairs))
+    inputs = {}
+    if settings.pop("static", False):
+        inputs["input_scale"] = jax.ShapeDtypeStruct((), leaf.dtype)
+    return jax.eval_shape(partial(FORMS[form], **settings), leaf, **inputs)
+
+
+def _factors(shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of U and V."""
+    return (*shape[:-1], rank), (rank, shape[-1])
+
+
+def _is_description(told: Any, shape: tuple[int, ...]) -> bool:
     if not isinstance(told, Mapping):
         return False
+    if told.get("form") == FACTORED:
+        return (
+            told.keys() == {"form", "rank", "u", "v"}
+            and type(told["rank"]) is int
+            and 0 < told["rank"] <= min(math.prod(shape[:-1]), shape[-1])
+            and all(
+                told[name] == {}
+                or (_is_description(told[name], part) and told[name]["form"] != FACTORED)
+                for name, part in zip("uv", _factors(shape, told["rank"]), strict=True)
+            )
+        )
     if told.get("form") == "int8":
         return told.keys() == {"form", "dynamic", "static"} and all(
             isinstance(told[name], bool) for name in ("dynamic", "static")

@@ -132,25 +132,32 @@ FIELDS = (
     ),
     # `vision_jax compress`: the one teacher pruned, taught by itself, trained for int8, exported.
     field(
+        "compress.by",
+        "prune",
+        one_of("prune", "factorize"),
+        "fewer channels and heads, or two narrow products of each layer",
+        *SHRUNK,
+    ),
+    field(
         "compress.keep",
         0.5,
         INSIDE,
-        "share of each group of channels that stays",
+        "share of each group of channels that stays; of factorize, of the products of all layers",
         *SHRUNK,
     ),
     field(
         "compress.what",
         (),
         WORDS,
-        "kinds of channels to cut, of channels, inner, mlp, heads and layers; empty: all that are "
-        "free where they are zero",
+        "of prune: kinds of channels to cut, of channels, inner, mlp, heads and layers; empty: all "
+        "that are free where they are zero",
         *SHRUNK,
     ),
     field(
         "compress.score",
         "taylor",
         one_of("magnitude", "taylor"),
-        "what stays: the largest weights, or what the loss needs",
+        "of prune: what stays, the largest weights or what the loss needs",
         *SHRUNK,
     ),
     field(
