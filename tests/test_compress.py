@@ -30,10 +30,11 @@ def make_config(**fields):
 
 
 @pytest.mark.long
-def test_a_run_through_all_stages(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("by", ["prune", "factorize"])
+def test_a_run_through_all_stages(by, tmp_path, monkeypatch, capsys):
     """And again, which goes on where it was: nothing is trained twice."""
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
-    config = make_config()
+    config = make_config(compress__by=by, compress__keep=0.7 if by == "factorize" else 0.5)
     assert compress.run(config, tmp_path) == 0
     found = json.loads((tmp_path / "compression.json").read_text())
     whole, recovered, quantized = (found[name] for name in ("whole", "recovered", "quantized"))
@@ -49,11 +50,20 @@ def test_a_run_through_all_stages(tmp_path, monkeypatch, capsys):
     assert whole["files"]["stablehlo"]["faster"] == 1
 
     # The head came along, and what trained for int8 lies on its levels.
-    pruned, last = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "int8"))
-    assert pruned["head.weight"].any()
-    kernel = last["blocks.0.mlp.fc1.weight"]
-    levels = kernel / np.abs(kernel).max(1, keepdims=True) * 127
-    np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)
+    first = "pruned" if by == "prune" else "factored"
+    smaller, last = (load_file(tmp_path / name / "model.safetensors") for name in (first, "int8"))
+    head = "head.weight" if by == "prune" else "head/kernel"
+    assert smaller[head].any()
+    names = {
+        "blocks.0.mlp.fc1.weight": 1,
+        "block_0/mlp/fc1/kernel/u": 0,
+        "block_0/mlp/fc1/kernel/v": 0,
+    }
+    found = [name for name in names if name in last]
+    assert len(found) == (1 if by == "prune" else 2)
+    for name in found:
+        levels = last[name] / np.abs(last[name]).max(names[name], keepdims=True) * 127
+        np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)
     assert vision_jax.load(tmp_path / "quantized").class_names == runs.CLASSES
 
     before = (tmp_path / "recovered" / "metrics.jsonl").read_text()
