@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from vision_jax import cost
 from vision_jax.trees.leaf import convolve, dot, merge_leaf
 from vision_jax.trees.low_rank import LowRank
 
@@ -115,6 +116,53 @@ def gradients(rng, product, x, leaf, plain_x=None):
     return jax.jit(
         lambda: (pull(product, x), pull(lambda x, leaf: product(x, merge_leaf(leaf)), plain_x))
     )()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_many_adapters_of_one_kernel_are_each_as_alone(form, rng):
+    with jax.enable_x64(True):
+        product, x, leaf = make_case(rng, form, jnp.float64)
+        own = [make_case(rng, form, jnp.float64)[2] for _ in range(3)]
+        trained = [(one.a, one.b, one.magnitude) for one in own]
+        dy = jnp.asarray(rng.normal(size=product(x, leaf.base).shape))
+
+        def loss(trained, base, x):
+            a, b, magnitude = trained
+            changed = dataclasses.replace(leaf, base=base, a=a, b=b, magnitude=magnitude)
+            return jnp.sum(dy * jnp.sin(product(x, changed)))
+
+        alone = jax.jit(jax.value_and_grad(loss))
+        stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *trained)
+        # What is shared, and where inputs or frozen kernels differ so that nothing is.
+        inputs = jnp.asarray(rng.normal(size=(3, *x.shape)))
+        kernels = jnp.stack([one.base for one in own])
+        for base, all_x, axes in ((leaf.base, x, (0, None, None)), (kernels, inputs, (0, 0, 0))):
+            every = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=axes))(stacked, base, all_x)
+            for place, mine in enumerate(trained):
+                shared = axes[1] is None
+                expected = alone(
+                    mine, base if shared else base[place], all_x if shared else all_x[place]
+                )
+                row = jax.tree.map(lambda array, at=place: array[at], every)
+                for got, wanted in zip(*map(jax.tree.leaves, (row, expected)), strict=True):
+                    assert_close(got, wanted, 1e-12)
+
+
+def test_the_product_that_adapters_share_is_computed_once(rng):
+    """In the compiled program: T trials cost the frozen product once, and T skinny ones."""
+    product, x, leaf = make_case(rng, "dense", jnp.float32)
+
+    def flops(trials):
+        def loss(a, b):
+            return jnp.sum(jnp.sin(product(x, dataclasses.replace(leaf, a=a, b=b))))
+
+        factors = (jnp.ones((trials, *leaf.a.shape)), jnp.ones((trials, *leaf.b.shape)))
+        return cost.count(jax.jit(jax.vmap(jax.grad(loss, (0, 1)))).lower(*factors).compile()).flops
+
+    rows, (inputs, outputs), rank = 21, leaf.shape, 4
+    skinny = 2 * rows * rank * (inputs + outputs)  # x A B; x A again and dy Bᵀ; and dA and dB
+    assert flops(9) - flops(1) <= 8 * 3 * skinny
+    assert flops(1) >= 2 * rows * inputs * outputs
 
 
 def test_no_gradient_of_the_frozen_kernel_is_computed():

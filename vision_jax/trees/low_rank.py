@@ -7,6 +7,9 @@ Backward, dx goes through the merged kernel and the factors get
 
 so the dense gradient xᵀ dy of the frozen W is never formed. (LoRA: Hu et al. 2021,
 https://arxiv.org/abs/2106.09685; DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353.)
+
+Many adapters of one W side by side (vmap, see search/) that meet one x multiply it by W once, and
+by the factors of each.
 """
 
 from collections.abc import Mapping
@@ -157,10 +160,30 @@ def _low_rank_product(product: Product, x: Array, leaf: LowRank) -> Array:
 
 def _low_rank_forward(product: Product, x: Array, leaf: LowRank) -> tuple[Array, Any]:
     if leaf.magnitude is None:
-        return product(x, leaf.merge()), (x, leaf, None)
-    kernel = _updated(leaf)
-    direction = product(x, kernel)  # kept: the magnitude's gradient needs it
-    return _scale_outputs(direction, leaf.magnitude / output_norm(kernel)), (x, leaf, direction)
+        return _times_updated(product, x, leaf), (x, leaf, None)
+    direction = _times_updated(product, x, leaf)  # kept: the magnitude's gradient needs it
+    gain = leaf.magnitude / output_norm(_updated(leaf))
+    return _scale_outputs(direction, gain), (x, leaf, direction)
+
+
+def _times_updated(product: Product, x: Array, leaf: LowRank) -> Array:
+    """x by W + s·A·B: by the sum, but where several A and B share W and x, by each alone."""
+
+    def by_sum(x: Array, leaf: LowRank) -> Array:
+        return product(x, _updated(leaf))
+
+    times = jax.custom_batching.custom_vmap(by_sum)
+
+    @times.def_vmap
+    def times_all(axis_size: int, batched: Any, x: Array, leaf: LowRank) -> tuple[Array, bool]:
+        del axis_size
+        axes = jax.tree.map(lambda own: 0 if own else None, batched)
+        if any(jax.tree.leaves((batched[0], batched[1].base))):
+            return jax.vmap(by_sum, in_axes=axes)(x, leaf), True
+        update = jax.vmap(partial(_factored_update, product, x), in_axes=(axes[1],))(leaf)
+        return multiply(product, x, leaf.base, None)[None] + update, True
+
+    return times(x, leaf)
 
 
 def _low_rank_backward(product: Product, residuals: Any, dy: Array) -> tuple[Array, LowRank]:
