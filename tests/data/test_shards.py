@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vision_jax.data import parquet, pipeline, tar_shards
+from vision_jax.data import order, parquet, tar_shards
 from vision_jax.data.decode import DamagedImageError
 from vision_jax.data.fingerprint import describe_changes, take_fingerprint
-from vision_jax.data.pipeline import BlockOrder, make_eval_batches, make_train_iterator
+from vision_jax.data.order import BlockOrder
+from vision_jax.data.pipeline import make_eval_batches, make_train_iterator
 from vision_jax.data.sources import leave_out, read_source, read_unlabelled
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError
@@ -398,7 +399,7 @@ def test_blocks_are_read_once_an_epoch():
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_a_run_goes_on_bit_identically(tmp_path, kind, monkeypatch):
     """At any batch, over the end of an epoch, with any number of threads and processes."""
-    monkeypatch.setattr(pipeline, "WINDOW_BYTES", 1000)
+    monkeypatch.setattr(order, "WINDOW_BYTES", 1000)
     if kind == "tar":
         spec = write_tars(tmp_path, shards=2, each=11)
     else:

@@ -60,6 +60,8 @@ WORDS = {
     "data.train": "data.root data.path data.dir dataset data_path data_dir data_root train_data "
     "train_dir train_path",
     "data.eval": "val val_data val_dir val_path validation eval_data test eval_dir",
+    "data.balance": "sampler weighted_sampler weighted_random_sampler class_balanced "
+    "balanced_sampling oversample",
     "data.holdout": "val_split validation_split test_size val_fraction",
     "data.threads": "num_threads",
     "data.workers": "num_workers dataloader_num_workers",

@@ -2,7 +2,7 @@
 
 The column is a struct of `bytes` and `path`, or binary. Rows are read by row groups, which hold a
 hundred images or a thousand: those in use are kept, within a bound, and training shuffles so that
-each is read once an epoch (`BlockOrder` of pipeline.py).
+each is read once an epoch (`BlockOrder` of order.py).
 """
 
 import itertools

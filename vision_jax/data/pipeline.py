@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from vision_jax.data.decode import DamagedImageError, Picture
+from vision_jax.data.order import shuffled
 from vision_jax.data.sources import Source
 from vision_jax.data.transforms import (
     Preprocessing,
@@ -33,7 +34,6 @@ from vision_jax.errors import UserError, printable
 
 CROPS = ("random_resized", "pad", "none")
 EXAMPLES_AT_ONCE = 8  # in evaluation
-WINDOW_BYTES = 256 * 2**20  # of examples that are read by blocks; parquet.py keeps two windows
 MAX_DRAWS = 20  # images tried for one place in a batch; all damaged means that nearly all are
 
 
@@ -226,6 +226,7 @@ def make_train_iterator(
     process_count: int = 1,
     first_batch: int = 0,
     max_damaged: float,
+    balance: float = 0.0,
     damage_log: DamageLog | None = None,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of `batch_size` rows (this process's share of the global batch).
@@ -243,6 +244,7 @@ def make_train_iterator(
         made n steps goes on at n, with any number of threads, workers and processes.
       max_damaged: the share of the data set, in [0, 1], that may be damaged: such images are
         skipped; with more of them the iterator raises UserError.
+      balance: 0 for each image once an epoch; see order.BalancedOrder.
       damage_log: filled with what was skipped, if the caller wants to report it.
 
     Returns grain's iterator.
@@ -251,59 +253,13 @@ def make_train_iterator(
         raise UserError(f"data crop {crop!r}: use one of {', '.join(CROPS)}")
     load = _LoadForTraining(source, preprocessing, crop, crop_scale, crop_ratio, flip)
     batches = (
-        _shuffle(source, seed)  # each epoch in another order
+        shuffled(source, seed, balance)  # each epoch in another order
         .random_map(load)  # before the slice, so that its draws don't depend on process_count
         .slice(slice(process_index, None, process_count))
         .batch(batch_size, drop_remainder=True, batch_fn=collate)
     )
     count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
     return iterate(batches, count, num_threads, num_workers, first_batch)
-
-
-def _shuffle(source: Source, seed: int) -> grain.MapDataset:
-    """Endless rows of the source, each once an epoch."""
-    rows, blocks = grain.MapDataset.range(len(source)).seed(seed), source.blocks()
-    if blocks is None:
-        return rows.shuffle().repeat()
-    return rows.repeat().map_with_index(BlockOrder(*blocks, seed))
-
-
-class BlockOrder:
-    """The order of examples that are read by blocks, so that each block is read once an epoch.
-
-    Blocks come in random order, in windows of `WINDOW_BYTES` or one block; the examples of a window
-    come in random order. What fits one window is shuffled as a whole.
-
-    Args:
-      block: i64[N], the block of each example.
-      sizes: i64[B], bytes.
-      seed: 0 ≤ seed < 2³².
-    """
-
-    def __init__(self, block: np.ndarray, sizes: np.ndarray, seed: int):
-        self.block, self.sizes, self.seed = block, sizes, seed
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def __call__(self, index: int, row: int) -> int:
-        del row
-        epoch, place = divmod(index, len(self.block))
-        order = self._epochs.get(epoch)
-        if order is None:
-            order = self.order(epoch)
-            self._epochs = {epoch: order, **dict(list(self._epochs.items())[:1])}  # threads overlap
-        return int(order[place])
-
-    def order(self, epoch: int) -> np.ndarray:
-        """i64[N], a function of seed and epoch."""
-        rng = np.random.default_rng((self.seed, epoch))
-        used = np.unique(self.block)
-        shuffled = rng.permutation(used)
-        window = np.zeros(len(self.sizes), np.int64)
-        window[shuffled] = np.cumsum(self.sizes[shuffled]) // WINDOW_BYTES
-        return np.lexsort((rng.random(len(self.block)), window[self.block]))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_epochs": {}}
 
 
 def iterate(

@@ -55,6 +55,7 @@ def make_training_batches(
     preprocessing: Preprocessing,
     damage: DamageLog,
     first_batch: int,
+    balance: float = 0.0,
 ) -> grain.DatasetIterator:
     """Endless batches of this process, from `first_batch` on."""
     return make_train_iterator(
@@ -63,6 +64,7 @@ def make_training_batches(
         crop=config.data.crop,
         crop_scale=config.data.crop_scale,
         flip=config.data.flip,
+        balance=balance,
         **stream_arguments(config, damage, first_batch),
     )
 

@@ -102,6 +102,14 @@ FIELDS = (
         "number of training images, the classes in equal parts; 0 takes all",
     ),
     field(
+        "data.balance",
+        0.0,
+        SHARE,
+        "how far rare classes are drawn more often: 0 each image once an epoch, 1 each class "
+        "equally often, 0.5 by the square root of its size",
+        CLASSIFICATION,
+    ),
+    field(
         "data.exclude",
         "",
         ANY,

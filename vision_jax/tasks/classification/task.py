@@ -103,7 +103,9 @@ def training_data(
             f"config.augment.policy: {config.augment.policy} changes colors, and the model takes "
             f"{channels} channels: set it to none"
         )
-    return images.make_training_batches(config, source, preprocessing, damage, first_batch)
+    return images.make_training_batches(
+        config, source, preprocessing, damage, first_batch, config.data.balance
+    )
 
 
 # Loss and evaluation ----------------------------------------------------------------------------
