@@ -28,6 +28,12 @@ MOST_TIMES = 4  # that a run gives memory back for it
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _MOST = 2**31 - 1
+# Of a container, versions 2 and 1: its bound of memory, its use, and what of that are files that
+# the system drops when it needs the place.
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.", "max", "current", "inactive_file"),
+    ("/sys/fs/cgroup/memory/memory.", "limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+)
 _KEPT: set[int] = set()  # the process that keeps its memory: its allocator can't be asked
 
 
@@ -192,6 +198,21 @@ def _resident_bytes() -> int:
     except OSError:
         return 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_bytes() -> int | None:
+    """Memory that this process may still take, by the system and its container's bound (Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    except OSError:
+        free = []
+    for path, limit, used, reclaimed in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no bound
+            bound, held = (int(Path(path + name).read_text()) for name in (limit, used))
+            lines = Path(path + "stat").read_text().splitlines()
+            free.append(bound - held + int(dict(line.split() for line in lines)[reclaimed]))
+    return max(0, min(free)) if free else None
 
 
 def _glibc() -> ctypes.CDLL | None:

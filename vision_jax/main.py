@@ -211,7 +211,10 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         {"help": "a file with get_space(), the ranges of fields; docs/search.md"},
     ),
     "trials": (("search",), {"type": int, "help": "how many; 32 by default"}),
-    "sampler": (("search",), {"help": "random (the default), sobol or grid"}),
+    "sampler": (
+        ("search",),
+        {"help": "random (the default), sobol, grid, optuna:tpe, optuna:gp or optuna:cmaes"},
+    ),
     "scheduler": (
         ("search",),
         {"help": "which trials go on: none (all, the default), halving, median or population"},
@@ -227,7 +230,10 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
     "seed": (("search",), {"type": int, "help": "of the draws; 0 by default"}),
     "together": (
         ("search",),
-        {"type": int, "help": "most trials side by side in one program; 16 by default"},
+        {
+            "type": int,
+            "help": "most trials side by side in one program; 16, or what memory takes, by default",
+        },
     ),
     "plan": (
         ("search",),

@@ -1,9 +1,10 @@
 """A program that runs one search again and again, killed at random moments, and by two processes.
 
-    python tests/search/kills.py FOLDER SEED OVERRIDES    # prints the exit codes in JSON
+    python tests/search/kills.py FOLDER SEED OVERRIDES KILLS FLAGS   # prints exit codes in JSON
 
-FOLDER has space.py. Each command runs in a child of its own, forked before JAX has started any
-thread, so that its death is real and the imports are paid once.
+FOLDER has space.py; OVERRIDES are fields in JSON, FLAGS those of the search. Each command runs in a
+child of its own, forked before JAX has started any thread, so that its death is real and the
+imports are paid once.
 """
 
 import json
@@ -23,8 +24,6 @@ import runs
 from vision_jax import figures, main
 from vision_jax.tasks.classification import figures as predictions
 
-KILLS = 20
-
 
 def start(folder: Path, out: str) -> int:
     """Forks a child that searches; returns its number."""
@@ -33,12 +32,12 @@ def start(folder: Path, out: str) -> int:
         return child
     with open(os.devnull, "w") as silence:
         os.dup2(silence.fileno(), 1)
-        fields = json.loads(sys.argv[3])
+        fields, flags = json.loads(sys.argv[3]), sys.argv[5:]
         sys.argv = [
             *("main", "search", f"--config={runs.ROOT / 'configs/vit_lora.py'}"),
             *(f"--config.{name}={value}" for name, value in fields.items()),
             *(f"--space={folder / 'space.py'}", f"--workdir={folder / out}", "--trials=6"),
-            *("--together=2", "--scheduler=halving", "--keep=0.5", "--rungs=1"),
+            *("--together=2", *flags),
         ]
         main.command()
     sys.exit()
@@ -77,7 +76,7 @@ if __name__ == "__main__":
     usual = time.monotonic() - clock
     # Each goes on from where the last one was killed, until one ends: then another search begins.
     kills = ended = 0
-    while kills < KILLS:
+    while kills < int(sys.argv[4]):
         code = kill(folder, f"killed{ended}", usual * rng.uniform(0.1, 0.9))
         kills += code == 128 + signal.SIGKILL
         ended += code == 0

@@ -6,7 +6,7 @@ import runs
 from vision_jax.commands import search as command
 from vision_jax.logging import live_table
 from vision_jax.search import drive, uniform
-from vision_jax.search.drive import Search, Settings
+from vision_jax.search.search import Search, Settings
 from vision_jax.search.space import check_space
 
 

@@ -8,7 +8,7 @@ import pytest
 import runs
 
 from vision_jax.errors import UserError
-from vision_jax.search import choice, log_uniform, uniform
+from vision_jax.search import choice, log_uniform, uniform, when
 from vision_jax.search.space import check_space, draw_trials, read_space
 
 CONFIG = runs.load_config(str(runs.ROOT / "configs/vit_lora.py"), {})
@@ -65,6 +65,23 @@ def test_grid_has_every_combination():
         draw_trials(space(), 1, "grid")
 
 
+def test_what_is_there_where_another_field_has_some_value(rng):
+    """Elsewhere it is the config's own; a grid has such points once."""
+    given = {
+        "optim.name": choice("adamw", "sgd", "lion"),
+        "optim.momentum": when("optim.name", "sgd", uniform(0.5, 0.8)),
+        "optim.b2": when("optim.name", ("adamw", "lion"), choice(0.95, 0.99)),
+    }
+    space = check_space(given, CONFIG)
+    for sampler in ("random", "sobol", "grid"):
+        for own in draw_trials(space, 64, sampler, int(rng.integers(2**32))):
+            sgd = own["optim.name"] == "sgd"
+            assert sgd == (own["optim.momentum"] != CONFIG.optim.momentum), own
+            assert 0.5 <= own["optim.momentum"] <= 0.8 or not sgd
+            assert own["optim.b2"] in ((CONFIG.optim.b2,) if sgd else (0.95, 0.99))
+    assert len(draw_trials(space, 24, "grid")) == 4 + 2 * 2  # sgd has four rates, others two b2
+
+
 BAD = {
     "name": ({"optim.learning_rate": uniform(0, 1)}, "did you mean `optim.lr`"),
     "end": ({"optim.b1": uniform(0.9, 1.5)}, "optim.b1 is 1.5: it must be at least 0 and below 1"),
@@ -72,6 +89,14 @@ BAD = {
     "choice": ({"optim.name": choice("adamw", "adam")}, "optim.name is 'adam': it must be"),
     "relation": ({"optim.warmup_steps": uniform(0, 500)}, "the run has 200 updates"),
     "kept": ({"total_steps": choice(10, 20)}, "total_steps is the same for all trials"),
+    "when": ({"optim.momentum": when("optim.name", "sgd", uniform(0.5, 0.8))}, "before it"),
+    "none": (
+        {
+            "optim.name": choice("adamw", "lion"),
+            "optim.momentum": when("optim.name", "sgd", uniform(0.5, 0.8)),
+        },
+        "is 'sgd', which is none of its choices",
+    ),
     "plain": ({"optim.lr": 1e-3}, r"write choice\(...\)"),
     "empty": ({}, "must return a dict of 1 to"),
 }

@@ -14,7 +14,7 @@ from vision_jax.errors import UserError
 from vision_jax.logging import read_metrics
 from vision_jax.run.restore import restore
 from vision_jax.search import choice, drive, log_uniform, report, uniform
-from vision_jax.search.drive import Search, Settings
+from vision_jax.search.search import Search, Settings
 from vision_jax.search.space import check_space
 from vision_jax.search.stack import Stack, begin
 from vision_jax.search.trial import cut, make_groups, pad, trial_config
@@ -149,18 +149,25 @@ SPACE = {
 }
 
 
+HALVING = ("--scheduler=halving", "--keep=0.5", "--rungs=1")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, request):
     """A search by halving of two programs, in units of at most two trials, and its best run."""
-    folder = tmp_path_factory.mktemp("search")
+    return killed_searches(tmp_path_factory.mktemp("search"), request, 20, *HALVING)
+
+
+def killed_searches(folder, request, kills, *flags):
+    """(the folder, exit codes) of a search, whole, killed and by two processes."""
     (folder / "space.py").write_text(
         "from vision_jax.search import choice, log_uniform\n\n"
         "def get_space():\n    return {'optim.lr': log_uniform(1e-3, 1e-1), "
         "'lora.rank': choice(1, 2), 'optim.name': choice('adamw', 'lion')}\n"
     )
     fields = runs.overrides(batch_size=8, total_steps=8, evaluate__every=4, checkpoint_every=3)
-    arguments = (str(folder), str(request.config.option.seed), json.dumps(fields))
-    with runs.python(str(runs.ROOT / "tests/search/kills.py"), *arguments) as child:
+    arguments = (str(folder), str(request.config.option.seed), json.dumps(fields), str(kills))
+    with runs.python(str(runs.ROOT / "tests/search/kills.py"), *arguments, *flags) as child:
         output, errors = child.communicate(timeout=1500)
     assert child.returncode == 0, errors
     return folder, json.loads(output)
@@ -208,6 +215,17 @@ def test_two_processes_share_a_search(whole):
     done = [json.loads(line) for line in journal if '"done"' in line]
     units = [(record["unit"], record["rung"]) for record in done]
     assert len(units) == len(set(units))  # nothing was done twice
+
+
+def test_a_sampler_that_learns_draws_the_same_after_kills(tmp_path, request):
+    """Optuna's TPE in three batches of two trials, beyond what it draws at random first."""
+    pytest.importorskip("optuna")
+    folder, outcomes = killed_searches(tmp_path, request, 8, "--sampler=optuna:tpe")
+    assert [outcomes[name] for name in ("whole", "last", "two")] == [0, 0, [0, 0]]
+    assert outcomes["kills"] == 8
+    for number in range(outcomes["searches"]):
+        same_results(folder / f"killed{number}", folder / "whole")
+    same_results(folder / "two", folder / "whole")
 
 
 def same_results(one, other):

@@ -17,12 +17,11 @@ from vision_jax import cost
 from vision_jax.config import check_ranges, fields
 from vision_jax.errors import UserError
 from vision_jax.logging import human_size, live_table, print_table, say
-from vision_jax.search import drive, report
-from vision_jax.search.drive import Search, Settings
-from vision_jax.search.journal import claimed
+from vision_jax.search import drive, learned, memory, report
+from vision_jax.search.journal import Found, claimed
 from vision_jax.search.schedule import SCHEDULERS
+from vision_jax.search.search import Search, Settings
 from vision_jax.search.space import SAMPLERS, describe_space, read_space
-from vision_jax.search.stack import Stack
 
 SHOWN = 10  # trials in the table on the screen
 
@@ -58,10 +57,14 @@ def run(
     search = Search(config, read_space(space, config), settings, workdir)
     _ = search.schedule, search.values  # refused before anything is read
     if plan:
+        search.draw(Found())
+        if together is None:
+            search = search.with_together(memory.fitting(search, memory.room()))
+            search.draw(Found())
         for line in plan_lines(search):
             say(line)
         return 0
-    return _run(search)
+    return _run(drive.settle(search) if together is None else search)
 
 
 def _check_used(scheduler: str, given: Mapping[str, float | None]) -> None:
@@ -75,9 +78,14 @@ def _check_used(scheduler: str, given: Mapping[str, float | None]) -> None:
 
 
 def _check(settings: Settings) -> None:
-    if settings.sampler not in SAMPLERS:
+    if settings.sampler not in (samplers := (*SAMPLERS, *learned.SAMPLERS)):
         raise UserError(
-            f"--sampler is {settings.sampler!r}: it must be one of {', '.join(SAMPLERS)}"
+            f"--sampler is {settings.sampler!r}: it must be one of {', '.join(samplers)}"
+        )
+    if settings.sampler in learned.SAMPLERS and settings.scheduler != "none":
+        raise UserError(
+            f"--scheduler={settings.scheduler} compares trials that are drawn beforehand, and "
+            f"--sampler={settings.sampler} draws them by what earlier ones came to: leave one out"
         )
     if settings.together < 1:
         raise UserError(f"--together is {settings.together}: it must be at least 1")
@@ -87,6 +95,7 @@ def _check(settings: Settings) -> None:
 
 def _run(search: Search) -> int:
     drive.keep_settings(search)
+    drive.draw(search)
     for name, words in describe_space(search.space).items():
         say(f"{name}: {words}")
     for line in _group_lines(search):
@@ -182,13 +191,22 @@ def _group_lines(search: Search) -> list[str]:
     return lines
 
 
+def _of_room(taken: int) -> str:
+    """How that compares with what a step may take on this machine."""
+    room = memory.room()
+    if room is None:
+        return ""
+    more = ": more than there is room for, so take a smaller --together" * (taken > room)
+    return f" of {human_size(room)} there is room for{more}"
+
+
 def plan_lines(search: Search) -> list[str]:
     """What the search would cost, known before anything runs: each program is compiled."""
     lines = [f"{name}: {words}" for name, words in describe_space(search.space).items()]
     lines += _group_lines(search)
     whole = alone = 0.0
     for number, group in enumerate(search.groups):
-        stack = Stack(search.prepare(group.config), group.numbers)
+        stack = search.stack(group)
         run = stack.run
         frozen = run.parameters.abstract()[1] | run.abstract_beside()
         single = run.make_train_step().lower(run.abstract_state, frozen, run.abstract_batch())
@@ -197,17 +215,20 @@ def plan_lines(search: Search) -> list[str]:
         counted = {}
         for count in set(chunks):
             compiled = stack.lower(count).compile()
-            memory = compiled.memory_analysis()
-            size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+            taken = memory.step_bytes(compiled)
             counted[count] = cost.count(compiled).flops
             lines.append(
                 f"program {number}: a step of {count} trials {counted[count] / 1e9:,.2f} GFLOP, of "
                 f"{count} runs {count * one / 1e9:,.2f} ({counted[count] / (count * one):.2f}); "
-                f"memory of a device {human_size(size)}"
+                f"memory of a device {human_size(taken)}{_of_room(taken)}"
             )
         whole += sum(counted[count] for count in chunks)
         alone += sum(chunks) * one
     steps = search.config.total_steps
+    drawn, trials = len(search.values), search.settings.trials
+    if search.settings.sampler in learned.SAMPLERS and drawn < trials:
+        whole, alone = whole * trials / drawn, alone * trials / drawn
+        lines.append(f"the first {drawn} of {trials} trials; the others count as much each")
     lines.append(
         f"all trials up to step {steps}: {whole * steps / 1e12:,.2f} TFLOP, as runs "
         f"{alone * steps / 1e12:,.2f} ({whole / alone:.2f}), without evaluations"

@@ -14,227 +14,35 @@ own, its figures are of many trials, and its result is a workdir with which trai
     WORKDIR/units/UNIT/RUNG/checkpoints     the state of the unit's trials
 """
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from vision_jax import machine, sharding, steps
 from vision_jax.checkpoints import Checkpoints, last_complete_step, restore_newest, set_aside
-from vision_jax.config import fields, read_json, write_json
+from vision_jax.config import read_json, write_json
 from vision_jax.data.fingerprint import digest, take_fingerprint
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
-from vision_jax.logging import explain_write_errors
-from vision_jax.run.prepare import Run, prepare
-from vision_jax.search.journal import Found, Journal, claimed
-from vision_jax.search.schedule import Curve, Schedule, make_schedule
-from vision_jax.search.space import Range, describe_space, draw_trials
-from vision_jax.search.stack import Stack, begin
-from vision_jax.search.trial import (
-    RANK,
-    Group,
-    Values,
-    make_groups,
-    trained_bytes,
-    trial_config,
-)
-from vision_jax.tasks.api import Task, find_task
+from vision_jax.logging import explain_write_errors, say
+from vision_jax.search import memory
+from vision_jax.search.journal import Found, claimed
+from vision_jax.search.search import Search, Unit
+from vision_jax.search.space import describe_space
+from vision_jax.search.stack import begin, is_out_of_memory
+from vision_jax.search.trial import RANK, Group, Values, trial_config
 
 SETTINGS_FILE = "search.json"
 SECONDS_BETWEEN_LOOKS = 0.5  # at what other processes have done
-Watch = Callable[["Search"], None]  # called whenever there are new figures
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a search does, beside its config and space.
-
-    Attributes:
-      trials: how many, at most.
-      sampler: one of space.SAMPLERS.
-      scheduler: one of schedule.SCHEDULERS.
-      rungs, keep: see schedule.make_schedule.
-      seed: of the draws.
-      together: the most trials of one program.
-    """
-
-    trials: int = 32
-    sampler: str = "random"
-    scheduler: str = "none"
-    rungs: int = 2
-    keep: float = 1 / 3
-    seed: int = 0
-    together: int = 16
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Trials whose states lie in one checkpoint.
-
-    Attributes:
-      name: of its folder and its lock.
-      group: the trials that share its program.
-      members: its trials.
-    """
-
-    name: str
-    group: Group
-    members: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search, made of its inputs alone.
-
-    Attributes:
-      config: what the trials change.
-      space: the ranges.
-      settings: see there.
-      out: its folder.
-    """
-
-    config: ConfigDict
-    space: Mapping[str, Range]
-    settings: Settings
-    out: Path
-
-    @cached_property
-    def task(self) -> Task:
-        """Of all trials."""
-        return find_task(self.config.task)
-
-    @cached_property
-    def metric(self) -> str:
-        """By which trials are compared."""
-        return self.task.best_metric(self.config)
-
-    @cached_property
-    def values(self) -> list[dict[str, Any]]:
-        """Of each trial, by field, as drawn."""
-        settings = self.settings
-        return draw_trials(self.space, settings.trials, settings.sampler, settings.seed)
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        """When trials are compared."""
-        own = self.settings
-        return make_schedule(
-            own.scheduler, self.config.total_steps, own.rungs, own.keep, self.task.best_is, own.seed
-        )
-
-    @cached_property
-    def groups(self) -> list[Group]:
-        """The trials that share a program."""
-        return make_groups(self.config, self.values, self.prepare)
-
-    @cached_property
-    def units(self) -> list[Unit]:
-        """The trials whose states lie together."""
-        most = self.settings.together
-        return [
-            Unit(f"{number}_{start // most}", group, group.trials[start : start + most])
-            for number, group in enumerate(self.groups)
-            for start in range(0, len(group.trials), most)
-        ]
-
-    @cached_property
-    def journal(self) -> Journal:
-        """What has been done."""
-        return Journal(self.out)
-
-    @cached_property
-    def _sources(self) -> dict[str, tuple[Any, Any]]:
-        return {}
-
-    def sources(self, config: ConfigDict) -> tuple[Any, Any]:
-        """The training and evaluation data of a config, read once."""
-        key = repr([(n, x) for n, x in fields(config).items() if n.startswith(("data.", "seed"))])
-        if key not in self._sources:
-            self._sources[key] = self.task.read_sources(config)
-        return self._sources[key]
-
-    def prepare(self, config: ConfigDict) -> Run:
-        """A run of a trial's or a group's config."""
-        return prepare(config, self.sources(config)[0].class_names)
-
-    @cached_property
-    def _bytes(self) -> dict[Any, int]:
-        return {}
-
-    def bytes_of(self, trial: int, values: Values) -> int:
-        """Bytes of what trains in a trial with these values: of its group and its rank."""
-        group = next(group for group in self.groups if trial in group.trials)
-        changed = {name: x for name, x in values.items() if name == RANK}
-        key = group.trials, *changed.values()
-        if key not in self._bytes:
-            run = self.prepare(trial_config(group.config, changed))
-            self._bytes[key] = trained_bytes(run)
-        return self._bytes[key]
-
-    # What the journal says --------------------------------------------------------------------
-
-    def curves(self, found: Found) -> dict[int, Curve]:
-        """The metric by step of each trial."""
-        return {
-            trial: {
-                step: values[self.metric]
-                for step, values in sorted(found.evaluations.get(trial, {}).items())
-                if values.get(self.metric) is not None
-            }
-            for trial in range(len(self.values))
-        }
-
-    def survivors(self, found: Found, rung: int) -> set[int]:
-        """The trials that run up to a rung."""
-        if rung == 0 or self.schedule.name == "population":
-            return set(range(len(self.values)))
-        return set(self.schedule.survivors(self.curves(found), rung - 1))
-
-    def numbers_at(
-        self, found: Found, unit: Unit, rung: int
-    ) -> tuple[dict[int, int], dict[int, dict[str, Any]]]:
-        """What a unit's trials begin a rung with.
-
-        Returns:
-          (whose state of the rung before each takes, its values up to this rung)
-        """
-        sources = {trial: trial for trial in unit.members}
-        values = {trial: dict(self.values[trial]) for trial in unit.members}
-        if self.schedule.name != "population":
-            return sources, values
-        curves = self.curves(found)
-        for earlier in range(rung):
-            numbers = {t: {n: values[t][n] for n in unit.group.numbers} for t in unit.members}
-            sources, changed = self.schedule.exploit(
-                curves, earlier, unit.members, numbers, self.space
-            )
-            values = {trial: {**values[trial], **changed[trial]} for trial in unit.members}
-        return sources, values
-
-    def final_values(self, found: Found) -> dict[int, dict[str, Any]]:
-        """The values that each trial ended with."""
-        last = len(self.schedule.rungs) - 1
-        return {
-            trial: values
-            for unit in self.units
-            for trial, values in self.numbers_at(found, unit, last)[1].items()
-        }
-
-    def folder(self, unit: Unit, rung: int) -> Path:
-        """Where a unit's checkpoints of a rung lie."""
-        return self.out / "units" / unit.name / str(rung)
-
-
-# Running ------------------------------------------------------------------------------------------
+Watch = Callable[[Search], None]  # called whenever there are new figures
 
 
 def run(search: Search, watch: Watch = lambda search: None) -> None:
@@ -245,14 +53,41 @@ def run(search: Search, watch: Watch = lambda search: None) -> None:
     """
     keep_settings(search)
     programs = _Programs(search)
-    for rung in range(len(search.schedule.rungs)):
-        while left := _left(search, rung):
-            for unit in left:
-                with claimed(search.out, unit.name) as ours:
-                    if ours and unit in _left(search, rung):
-                        _run_unit(search, programs, unit, rung, watch)
-            if _left(search, rung):
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+    draw(search)
+    while True:
+        for rung in range(len(search.schedule.rungs)):
+            while left := _left(search, rung):
+                for unit in left:
+                    with claimed(search.out, unit.name) as ours:
+                        if ours and unit in _left(search, rung):
+                            _run_unit(search, programs, unit, rung, watch)
+                if _left(search, rung):
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+        if not draw(search):
+            return
+
+
+def draw(search: Search) -> bool:
+    """Draws what a sampler that learns can draw by now; whether there are new trials.
+
+    Raises:
+      UserError: it draws others than it has drawn, so that it is another version.
+    """
+    with claimed(search.out, "draw", wait=True):
+        found = search.journal.read()
+        if not search.draw(found):
+            return False
+        drawn = dict(enumerate(search.values))
+        for trial, values in found.drawn.items():
+            if trial in drawn and (now := json.loads(json.dumps(drawn[trial]))) != values:
+                raise UserError(
+                    f"{search.out}: trial {trial} was drawn by another version of "
+                    f"{search.settings.sampler} ({_differing(values, now)}): go on with that "
+                    "version, or give the search another --workdir"
+                )
+        if new := {trial: own for trial, own in drawn.items() if trial not in found.drawn}:
+            search.journal.drawn(new)
+    return True
 
 
 def _left(search: Search, rung: int) -> list[Unit]:
@@ -264,6 +99,33 @@ def _left(search: Search, rung: int) -> list[Unit]:
         for unit in search.units
         if (unit.name, rung) not in found.done and alive & set(unit.members)
     ]
+
+
+def settle(search: Search) -> Search:
+    """The search with as many trials side by side as the device has room for.
+
+    How many that is stands in the folder from then on: what is free later changes nothing.
+
+    Raises:
+      UserError: see keep_settings.
+    """
+    _refuse_run(search.out)
+    with claimed(search.out, "together", wait=True):
+        path = search.out / SETTINGS_FILE
+        if path.exists():
+            held = read_json(path).get("settings", {}).get("together")
+            count = held if isinstance(held, int) and held > 0 else search.settings.together
+        else:
+            search.draw(Found())
+            count = memory.fitting(search, memory.room())
+        search = search.with_together(count)
+        keep_settings(search)
+    return search
+
+
+def _refuse_run(out: Path) -> None:
+    if (out / "config.json").exists():
+        raise UserError(f"{out} holds a run: give the search another --workdir")
 
 
 def keep_settings(search: Search) -> None:
@@ -282,10 +144,9 @@ def keep_settings(search: Search) -> None:
         },
     }
     path = search.out / SETTINGS_FILE
+    _refuse_run(search.out)
     with explain_write_errors(search.out):
         search.out.mkdir(parents=True, exist_ok=True)
-        if (search.out / "config.json").exists():
-            raise UserError(f"{search.out} holds a run: give the search another --workdir")
         if not path.exists():
             with claimed(search.out, "settings", wait=True):
                 if not path.exists():
@@ -319,21 +180,14 @@ class _Programs:
 
     def __init__(self, search: Search):
         self._search = search
-        self._stacks: dict[tuple[int, ...], Stack] = {}
         self._frozen: tuple[Any, Any] = (None, None)
         self._evaluate: dict[Any, Any] = {}
         self._steps: dict[Any, Any] = {}
-
-    def stack(self, group: Group) -> Stack:
-        """The program of a group."""
-        if group.trials not in self._stacks:
-            run = self._search.prepare(group.config)
-            self._stacks[group.trials] = Stack(run, group.numbers)
-        return self._stacks[group.trials]
+        self._most: dict[int, int] = {}
 
     def begin(self, unit: Unit, trials: Sequence[int]) -> tuple[steps.TrainState, Any]:
         """(the first state of these trials, frozen arrays with those of recipes)."""
-        stack, values = self.stack(unit.group), self._search.values
+        stack, values = self._search.stack(unit.group), self._search.values
         ranks = [values[t].get(RANK) if RANK in stack.names else None for t in trials]
         runs = {
             rank: stack.run
@@ -345,33 +199,60 @@ class _Programs:
 
     def frozen(self, unit: Unit) -> Any:
         """The frozen arrays of a group."""
-        if self._frozen[0] != unit.group.trials:
+        if self._frozen[0] != unit.group.trials[0]:
             _, frozen = self.begin(unit, unit.members[:1])
-            self._frozen = (unit.group.trials, frozen)
+            self._frozen = (unit.group.trials[0], frozen)
         return self._frozen[1]
 
     def evaluate(self, group: Group) -> Any:
         """See Stack.make_evaluate."""
-        if group.trials not in self._evaluate:
+        if group.trials[0] not in self._evaluate:
             source = self._search.sources(group.config)[1]
-            self._evaluate[group.trials] = self.stack(group).make_evaluate(source)
-        return self._evaluate[group.trials]
+            self._evaluate[group.trials[0]] = self._search.stack(group).make_evaluate(source)
+        return self._evaluate[group.trials[0]]
 
     def step(self, group: Group) -> Any:
         """The compiled step of a group."""
-        if group.trials not in self._steps:
-            self._steps[group.trials] = machine.compile_apart(self.stack(group).step)
-        return self._steps[group.trials]
+        if group.trials[0] not in self._steps:
+            stack, most = self._search.stack(group), self._most.get(group.trials[0])
+            self._steps[group.trials[0]] = machine.compile_apart(
+                stack.step if most is None else stack.step_by(most)
+            )
+        return self._steps[group.trials[0]]
+
+    def halve(self, unit: Unit) -> int | None:
+        """Makes a group's step take half as many trials at once; how many, or None below one."""
+        first = unit.group.trials[0]
+        most = self._most.get(first, len(unit.members)) // 2
+        if not most:
+            return None
+        self._most[first] = most
+        self._steps.pop(first, None)
+        return most
 
 
 def _run_unit(search: Search, programs: _Programs, unit: Unit, rung: int, watch: Watch) -> None:
-    """Takes a unit's surviving trials from one rung to the next."""
+    """Takes a unit's surviving trials from one rung to the next.
+
+    Where the device has not the memory, they go on from the last checkpoint in halves.
+    """
+    while True:
+        try:
+            return _try_unit(search, programs, unit, rung, watch)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error) or (most := programs.halve(unit)) is None:
+                raise
+        machine.give_back_memory()  # here the arrays of the failed try are gone
+        say(f"the device's memory is full: trials of unit {unit.name} go on {most} at a time")
+
+
+def _try_unit(search: Search, programs: _Programs, unit: Unit, rung: int, watch: Watch) -> None:
     clock = time.process_time()
     found = search.journal.read()
     alive = search.survivors(found, rung)
     trials = [trial for trial in unit.members if trial in alive]
     sources, values = search.numbers_at(found, unit, rung)
-    stack, folder = programs.stack(unit.group), search.folder(unit, rung)
+    stack, folder = search.stack(unit.group), search.folder(unit, rung)
     frozen = programs.frozen(unit)
     first = search.schedule.rungs[rung - 1] if rung else 0
     if last_complete_step(folder) is not None:
@@ -413,7 +294,7 @@ def _train(
     watch: Watch,
 ) -> None:
     """The steps up to a rung, their figures in the journal, and the state there."""
-    stack, journal, end = programs.stack(unit.group), search.journal, search.schedule.rungs[rung]
+    stack, journal, end = search.stack(unit.group), search.journal, search.schedule.rungs[rung]
     config, run = stack.run.config, stack.run
     source = search.sources(config)[0]
     every = config.evaluate.every or -(-len(source) // config.batch_size)

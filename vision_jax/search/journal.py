@@ -32,6 +32,7 @@ class Found:
       lost: {trial: the step whose loss or gradient was not finite}.
       done: (unit, rung) of what has been done.
       seconds: {trial: CPU time of its share}; not the same of every start.
+      drawn: {trial: its values by field}, of a sampler that learns.
     """
 
     evaluations: dict[int, dict[int, dict[str, float]]] = field(
@@ -43,6 +44,7 @@ class Found:
     lost: dict[int, int] = field(default_factory=dict)
     done: set[tuple[str, int]] = field(default_factory=set)
     seconds: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    drawn: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Journal:
         self._append(
             {"event": "done", "unit": unit, "rung": rung, "members": trials, "cpu_seconds": seconds}
         )
+
+    def drawn(self, values: Mapping[int, Mapping[str, Any]]) -> None:
+        """Adds the values of trials that a sampler that learns has drawn."""
+        self._append({"event": "drawn", "trials": {str(t): dict(own) for t, own in values.items()}})
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = f"\n{json.dumps(record, allow_nan=False)}\n".encode()
@@ -103,6 +109,8 @@ def _add(found: Found, record: dict[str, Any]) -> None:
     for trial, values in record.get("trials", {}).items():
         if event == "lost":
             found.lost[int(trial)] = min(step, found.lost.get(int(trial), step))
+        elif event == "drawn":
+            found.drawn[int(trial)] = values
         elif event in ("evaluation", "training"):
             into = found.evaluations if event == "evaluation" else found.training
             into[int(trial)][step] = values

@@ -24,10 +24,10 @@ from vision_jax.errors import UserError
 from vision_jax.files import write_whole
 from vision_jax.logging import open_log
 from vision_jax.run import workdirs
-from vision_jax.search.drive import SETTINGS_FILE, Search, Unit
+from vision_jax.search.drive import SETTINGS_FILE
 from vision_jax.search.journal import Found
+from vision_jax.search.search import Search
 from vision_jax.search.space import describe_space
-from vision_jax.search.stack import Stack
 from vision_jax.search.trial import cut, trial_config
 
 TABLE_FILE, BEST = "trials.csv", "best"
@@ -168,13 +168,9 @@ def read_state(search: Search, found: Found, trial: int, prepared: Any) -> Any:
     rung = max(rung for name, rung in found.done if name == unit.name)
     alive = search.survivors(found, rung)
     rows = [member for member in unit.members if member in alive]
-    stack = _stack(search, unit)
+    stack = search.stack(unit.group)
     _, state, _ = restore_newest(search.folder(unit, rung), stack.abstract(len(rows)))
     return cut(stack.row(state, rows.index(trial)), prepared.abstract_state)
-
-
-def _stack(search: Search, unit: Unit) -> Stack:
-    return Stack(search.prepare(unit.group.config), unit.group.numbers)
 
 
 def _history(found: Found, trial: int) -> dict[int, dict[str, float]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vision_jax.errors import UserError
-from vision_jax.search.space import MOST_TRIALS, Choice, Range, Uniform
+from vision_jax.search.space import MOST_TRIALS, Range, Uniform
 
 SCHEDULERS = ("none", "halving", "median", "population")
 FACTORS = (0.8, 1.25)  # by which a population's numbers are changed
@@ -97,8 +97,9 @@ class Schedule:
         """What a population does at a rung (Jaderberg et al. 2017, arXiv:1711.09846).
 
         The worst quarter takes the states and numbers of the best quarter, pair by pair, and
-        changes the numbers: each is multiplied by 0.8 or 1.25 within its range. Whole numbers and
-        those of a choice are taken over. A trial without a figure there is among the worst.
+        changes the numbers: each is multiplied by 0.8 or 1.25 within its range. Whole numbers,
+        those of a choice and of a `when` are taken over. A trial without a figure there is among
+        the worst.
 
         Args:
           curves, rung: as above.
@@ -127,10 +128,9 @@ class Schedule:
 
 def _perturbed(value: Any, of: Range, rng: np.random.Generator) -> Any:
     factor = FACTORS[int(rng.integers(2))]
-    if isinstance(of, Choice) or not isinstance(value, float):
+    if not isinstance(of, Uniform) or not isinstance(value, float):
         return value
-    assert isinstance(of, Uniform)
-    return min(max(float(np.float32(value * factor)), of.low), of.high)
+    return of.held(value * factor)
 
 
 def make_schedule(

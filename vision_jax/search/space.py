@@ -17,9 +17,9 @@ import itertools
 import math
 import runpy
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -36,16 +36,6 @@ KEPT = (
     "task", "total_steps", "log_every", "checkpoint_every", "mesh.", "sharding_rules", "evaluate.",
     "robustness.", "ptq.", "probe.", "data.threads", "data.workers", "data.eval", "data.holdout",
 )  # fmt: skip
-
-
-class Range(Protocol):
-    """What a field may be."""
-
-    def at(self, share: float) -> Any:
-        """The value at a share in [0, 1) of the range."""
-
-    def ends(self) -> Sequence[Any]:
-        """The values that must be in the field's own range, so that all are."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +56,11 @@ class Uniform:
         if isinstance(self.low, int):  # each whole number has an equal part of the range
             found = round(_between(self.low - 0.5, self.high + 0.5, share, self.log))
             return int(min(max(found, self.low), self.high))
-        number = float(np.float32(_between(self.low, self.high, share, self.log)))
-        return min(max(number, self.low), self.high)
+        return self.held(_between(self.low, self.high, share, self.log))
+
+    def held(self, number: float) -> float:
+        """The number as float32 holds it, within the range."""
+        return min(max(float(np.float32(number)), self.low), self.high)
 
     def ends(self) -> Sequence[float]:
         """Both."""
@@ -87,6 +80,31 @@ class Choice:
     def ends(self) -> Sequence[Any]:
         """All."""
         return self.values
+
+
+@dataclass(frozen=True)
+class When:
+    """What a field may be where another one has some values; elsewhere it stays as it is.
+
+    Attributes:
+      field: the other one, a choice that stands before this one in the space.
+      values: of it.
+      one: the range there.
+      otherwise: the config's own value.
+    """
+
+    field: str
+    values: tuple[Any, ...]
+    one: Uniform | Choice
+    otherwise: Any = None
+
+
+Range = Uniform | Choice | When
+
+
+def ends(one: Range) -> Sequence[Any]:
+    """The values of a range that must be in the field's own, so that all are."""
+    return one.one.ends() if isinstance(one, When) else one.ends()
 
 
 def _between(low: float, high: float, share: float, log: bool) -> float:
@@ -147,6 +165,25 @@ def choice(*values: Any) -> Choice:
     return Choice(values)
 
 
+def when(field: str, values: Any, one: Uniform | Choice) -> When:
+    """A range that is drawn from where another field has this value, or one of these.
+
+    Args:
+      field: the other one, a `choice` that stands before in the space.
+      values: one, or a tuple of them.
+      one: the range.
+
+    Examples:
+      >>> momentum = when("optim.name", "sgd", uniform(0.8, 0.99))
+
+    Raises:
+      UserError: no range.
+    """
+    if not isinstance(one, Uniform | Choice):
+        raise UserError(f"when({field!r}, {values!r}, {one!r}): it takes a range at the end")
+    return When(field, values if isinstance(values, tuple) else (values,), one)
+
+
 # Space files ------------------------------------------------------------------------------------
 
 
@@ -201,23 +238,45 @@ def check_space(space: Any, config: ConfigDict, path: str = "space") -> dict[str
                 f"--config.{name}=VALUE"
             )
             continue
-        if not isinstance(given, Uniform | Choice):
+        if not isinstance(given, Range):
             problems.append(
                 f"--space: {path}: {name} is {given!r}: write choice(...), uniform(low, high) or "
                 "log_uniform(low, high)"
             )
             continue
+        there = values
+        if isinstance(given, When):
+            other = space.get(given.field)
+            if not isinstance(other, Choice) or given.field not in found:
+                problems.append(
+                    f"--space: {path}: {name} is there when {given.field} has some value: that "
+                    "must be a choice(...) before it"
+                )
+                continue
+            if missing := [value for value in given.values if value not in other.values]:
+                problems.append(
+                    f"--space: {path}: {name} is there when {given.field} is {missing[0]!r}, "
+                    f"which is none of its choices"
+                )
+                continue
+            there = {**values, given.field: given.values[0]}
+        inner = given.one if isinstance(given, When) else given
         try:
-            ends = [cast(table[name], value) for value in given.ends()]
+            ends = [cast(table[name], value) for value in inner.ends()]
         except UserError as error:
             problems.append(f"--space: {path}: {error}")
             continue
-        wrong = [text for end in ends for text in check_values({**values, name: end})]
+        wrong = [text for end in ends for text in check_values({**there, name: end})]
         problems += [f"--space: {path}: {text}" for text in dict.fromkeys(wrong)]
-        found[name] = (
+        whole = (
             Choice(tuple(ends))
-            if isinstance(given, Choice)
-            else Uniform(ends[0], ends[1], given.log)
+            if isinstance(inner, Choice)
+            else Uniform(ends[0], ends[1], inner.log)
+        )
+        found[name] = (
+            When(given.field, given.values, whole, values[name])
+            if isinstance(given, When)
+            else whole
         )
     if problems:
         raise UserErrors(problems)
@@ -255,39 +314,67 @@ def draw_trials(
         shares = np.stack(
             [np.random.default_rng([seed, trial]).random(len(space)) for trial in range(count)]
         )
-    return [
-        {name: one.at(float(share)) for (name, one), share in zip(space.items(), row, strict=True)}
-        for row in shares
-    ]
+    return [_at(space, list(map(float, row))) for row in shares]
+
+
+def _at(space: Mapping[str, Range], shares: Sequence[float]) -> dict[str, Any]:
+    """The values at shares in [0, 1), one for each field."""
+    own = dict(zip(space, shares, strict=True))
+    return draw(space, lambda name, one: one.at(own[name]))
+
+
+def draw(
+    space: Mapping[str, Range], pick: Callable[[str, Uniform | Choice], Any]
+) -> dict[str, Any]:
+    """The values of a trial, by field, each as `pick(field, its range)` has it."""
+    values: dict[str, Any] = {}
+    for name, one in space.items():
+        if not isinstance(one, When):
+            values[name] = pick(name, one)
+        elif values[one.field] in one.values:
+            values[name] = pick(name, one.one)
+        else:
+            values[name] = one.otherwise
+    return values
 
 
 def _grid(space: Mapping[str, Range], count: int) -> list[dict[str, Any]]:
-    ranges = [one for one in space.values() if isinstance(one, Uniform)]
-    choices = math.prod(len(one.ends()) for one in space.values() if isinstance(one, Choice))
+    inner = [one.one if isinstance(one, When) else one for one in space.values()]
+    ranges = [one for one in inner if isinstance(one, Uniform)]
+    choices = math.prod(len(one.ends()) for one in inner if isinstance(one, Choice))
     points = 1
     while ranges and choices * (points + 1) ** len(ranges) <= count:
         points += 1
     if choices * points ** len(ranges) > count:
         raise UserError(f"--trials is {count}, and the grid has {choices} points: give as many")
 
-    def points_of(one: Range) -> Sequence[Any]:
+    def points_of(one: Uniform | Choice) -> Sequence[Any]:
         if isinstance(one, Choice):
             return one.values
-        assert isinstance(one, Uniform)
         shares = np.linspace(0, 1, points) if points > 1 else [0.5]
         return list(dict.fromkeys(one.at(float(share)) for share in shares))
 
-    grid = itertools.product(*(points_of(one) for one in space.values()))
-    return [dict(zip(space, values, strict=True)) for values in grid]
+    drawn: list[dict[str, Any]] = []
+    for point in itertools.product(*map(points_of, inner)):
+        own = dict(zip(space, point, strict=True))
+        if (values := _of(space, own)) not in drawn:  # some differ in what is not there alone
+            drawn.append(values)
+    return drawn
+
+
+def _of(space: Mapping[str, Range], own: Mapping[str, Any]) -> dict[str, Any]:
+    return draw(space, lambda name, one: own[name])
 
 
 def describe_space(space: Mapping[str, Range]) -> dict[str, str]:
     """Each field's range in words, for people and to compare."""
 
     def words(one: Range) -> str:
+        if isinstance(one, When):
+            there = " or ".join(map(repr, one.values))
+            return f"{words(one.one)}, where {one.field} is {there}"
         if isinstance(one, Choice):
             return f"one of {', '.join(map(repr, one.values))}"
-        assert isinstance(one, Uniform)
         return f"{one.low!r} to {one.high!r}{', logarithmic' if one.log else ''}"
 
     return {name: words(one) for name, one in space.items()}

@@ -81,7 +81,7 @@ class Stack:
         """The state of some of the trials, by their places; a place may occur several times."""
 
         def pick(state: steps.TrainState, rows: jax.Array) -> steps.TrainState:
-            parts = {n: getattr(state, n) for n in vars(state) if n != "step"}
+            parts = _parts(state)
             picked = {n: jax.tree.map(lambda x: x[rows], own) for n, own in parts.items()}
             return steps.TrainState(step=state.step, **picked)
 
@@ -90,7 +90,7 @@ class Stack:
 
     def row(self, state: steps.TrainState, place: int) -> steps.TrainState:
         """One trial's state, with the shapes of the group."""
-        parts = {n: getattr(state, n) for n in vars(state) if n != "step"}
+        parts = _parts(state)
         return steps.TrainState(step=state.step, **_row(parts, place))
 
     # Programs -------------------------------------------------------------------------------------
@@ -102,6 +102,23 @@ class Stack:
             partial(trial.step, self.run), in_axes=(AXES, None, None, 0), out_axes=(AXES, 0)
         )
         return machine.jit(every, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def step_by(self, most: int) -> Any:
+        """The same with at most so many trials at once, one part after the other."""
+
+        def by_parts(
+            state: steps.TrainState, frozen: Flat, batch: Flat, numbers: Flat
+        ) -> tuple[steps.TrainState, Flat]:
+            def one(own: tuple[Any, Flat]) -> tuple[Any, jax.Array, Flat]:
+                parts, numbers = own
+                state_of_one = steps.TrainState(step=state.step, **parts)
+                new, metrics = trial.step(self.run, state_of_one, frozen, batch, numbers)
+                return _parts(new), new.step, metrics
+
+            parts, step, metrics = jax.lax.map(one, (_parts(state), numbers), batch_size=most)
+            return steps.TrainState(step=step[0], **parts), metrics
+
+        return machine.jit(by_parts, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def lower(self, count: int) -> Any:
         """The step of so many trials, lowered from shapes."""
@@ -134,7 +151,13 @@ class Stack:
             own = {"trainable": trained, "numbers": dict(numbers)}
             outputs = len(source) * len(run.description.class_names) * _count(trained)
             if together is not None and outputs <= MOST_LOGITS:
-                return list(map(_unless_diverged, together(own, frozen, statistics, places)))
+                try:
+                    every = together(own, frozen, statistics, places)
+                except jax.errors.JaxRuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                else:
+                    return list(map(_unless_diverged, every))
             rows = (_row((own, statistics), place) for place in places)
             return [
                 _unless_diverged(partial(alone, own, frozen, statistics))
@@ -160,6 +183,16 @@ def begin(
         state, frozen, _ = run.make_arrays()
         rows[key] = trial.pad(state, stack.run.abstract_state)
     return stack.stack([rows[key] for key in keys]), frozen
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had not the memory for a program."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _parts(state: steps.TrainState) -> dict[str, Any]:
+    """All of a state that trials have of their own."""
+    return {name: part for name, part in vars(state).items() if name != "step"}
 
 
 def _unless_diverged(make: Callable[[], Any]) -> Any:

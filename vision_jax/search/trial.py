@@ -16,7 +16,7 @@ leaves is the group's; a trial's own enters as a factor of B.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,6 +64,8 @@ def make_groups(
     config: ConfigDict,
     trials: Sequence[Values],
     prepare: Callable[[ConfigDict], Run],
+    most_rank: int | None = None,
+    known: MutableMapping[Any, set[str]] | None = None,
 ) -> list[Group]:
     """The groups of the trials, in the order of their first ones.
 
@@ -71,17 +73,22 @@ def make_groups(
       config: what trials change.
       trials: the values of each, by field.
       prepare: run.prepare.prepare of this search's classes.
+      most_rank: the largest rank of adapters there may be; None for that of these trials.
+      known: what tracing has found before, by what was traced; added to.
 
     Raises:
       UserError: a trial that cannot be trained, with the reason.
     """
-    groups = []
+    groups, known = [], {} if known is None else known
     for candidates, members in _split(trials, range(len(trials)), _candidates(config, trials)):
-        shared = _shared_config(config, trials, members)
-        needed = _needed(prepare(shared), candidates)
-        rest = tuple(name for name in candidates if name not in needed)
+        shared = _shared_config(config, trials, members, most_rank if RANK in candidates else None)
+        key = candidates, repr(fields(shared))
+        if key not in known:
+            known[key] = _needed(prepare(shared), candidates)
+        rest = tuple(name for name in candidates if name not in known[key])
         for numbers, part in _split(trials, members, rest):
-            groups.append(Group(_shared_config(config, trials, part), numbers, tuple(part)))
+            own = _shared_config(config, trials, part, most_rank if RANK in numbers else None)
+            groups.append(Group(own, numbers, tuple(part)))
     return sorted(groups, key=lambda group: group.trials)
 
 
@@ -113,12 +120,12 @@ def _split(
 
 
 def _shared_config(
-    config: ConfigDict, trials: Sequence[Values], members: Sequence[int]
+    config: ConfigDict, trials: Sequence[Values], members: Sequence[int], most_rank: int | None
 ) -> ConfigDict:
     """The first one's, with the largest rank of all."""
     values = dict(trials[members[0]])
     if RANK in values:
-        values[RANK] = max(trials[trial][RANK] for trial in members)
+        values[RANK] = most_rank or max(trials[trial][RANK] for trial in members)
     return trial_config(config, values)
 
 
