@@ -67,9 +67,16 @@ def train_once(
         run = restored.run
         tested = run.task.read_eval_source(config, run.description.class_names)
         result = run.make_evaluate(tested)(*restored.trained.arguments)
-    by_class = [result.summary["per_class"][name] for name in source.class_names]
-    rarest = np.argsort(counts)[:RAREST]
-    return statistics.mean(by_class), statistics.mean(by_class[n] for n in rarest)
+    by_class = {
+        label: accuracy  # None of a class without test images
+        for label, name in enumerate(source.class_names)
+        if (accuracy := result.summary["per_class"][name]) is not None
+    }
+    rarest = [int(label) for label in np.argsort(counts) if label in by_class][:RAREST]
+    return (
+        statistics.mean(by_class.values()),
+        statistics.mean(by_class[label] for label in rarest),
+    )
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ BENCHMARKS = {
     "distillation": ("--seeds=1", "--rows", "alone", "--teacher=none", *SHORT, *FEW_IMAGES),
     "explanations": ("--small", *BRIEF),
     "gpu": ("--small", "--jobs", "LoRA", "--switched", "none", *BRIEF),
+    "imbalance": ("--seeds=1", "--most=3", "--ratio=2", *SHORT, *FEW_IMAGES),
     "import_weights": ("--depth=1", "--repeats=1"),
     "input": ("--small", *BRIEF),
     "listing": ("--files=20", "--classes=2", "--boxes=20", "--repeats=1"),
