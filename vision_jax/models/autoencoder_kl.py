@@ -113,7 +113,7 @@ class Middle(nn.Module):
         if self.attention:
             y = GroupNorm(self.groups, EPSILON, self.dtype, name="norm")(x)
             y = y.reshape(batch, height * width, channels)
-            y = Attention(1, True, False, EPSILON, self.dtype, name="attn")(y)
+            y, _ = Attention(1, True, False, EPSILON, self.dtype, name="attn")(y)
             x = x + y.reshape(x.shape)
         return Block(channels, self.groups, self.dtype, name="block_1")(x)
 

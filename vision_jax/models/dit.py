@@ -87,7 +87,8 @@ class Block(nn.Module):
         numbers = Dense(6 * width, dtype=self.dtype, kernel_init=_ZEROS, name="ada")(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(numbers[:, None], 6, axis=-1)
         y = tap(self, NORMED, modulated(x, shift1, scale1, 1e-6))
-        x = x + gate1 * Attention(self.num_heads, True, False, 1e-6, self.dtype, name="attn")(y)
+        y, _ = Attention(self.num_heads, True, False, 1e-6, self.dtype, name="attn")(y)
+        x = x + gate1 * y
         y = modulated(x, shift2, scale2, self.mlp_norm_eps)
         return x + gate2 * Mlp(self.mlp_width, "gelu_tanh", False, self.dtype, name="mlp")(y)
 
