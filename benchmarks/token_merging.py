@@ -42,12 +42,13 @@ def main() -> int:
     )
     parser.add_argument("--merge", default="0,8,13,16", help="tokens a block, or shares of them")
     parser.add_argument("--batch", type=int, default=8, help="images at once in JAX")
-    parser.add_argument("--rounds", type=int, default=5, help="of JAX")
+    parser.add_argument("--rounds", type=int, default=5, help="of JAX; 0 leaves it out")
     parser.add_argument("--files", default="onnx,tflite", help="formats, each of one image at once")
     flags = parser.parse_args()
     loaded = vision_jax.load(flags.weights) if flags.weights else random_model()
     forms = {merge: merging(loaded, float(merge)) for merge in flags.merge.split(",")}
-    measure_jax(forms, flags.batch, flags.rounds)
+    if flags.rounds:
+        measure_jax(forms, flags.batch, flags.rounds)
     for format_ in filter(None, flags.files.split(",")):
         measure_files(format_, forms)
     return 0

@@ -32,9 +32,10 @@ def running(parts):
     """The port of an application that runs in a thread."""
     import uvicorn
 
-    from vision_jax.serve.app import make_app
+    from vision_jax.serve.app import make_app, make_protocol
 
-    config = uvicorn.Config(make_app(parts), log_level="critical", ws="none", lifespan="on")
+    given = {"log_level": "critical", "ws": "none", "lifespan": "on"}
+    config = uvicorn.Config(make_app(parts), http=make_protocol(), **given)
     server = uvicorn.Server(config)
     listening = serve._listen("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))

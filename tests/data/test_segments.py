@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vision_jax.data.fingerprint import describe_changes, take_fingerprint
 from vision_jax.data.masks import IGNORED
 from vision_jax.data.segmentation import read_segmentation_source
 from vision_jax.data.segmentation_pipeline import make_segmentation_train_iterator, pad_segments
@@ -300,6 +301,21 @@ def test_cityscapes_tells_things_apart(tmp_path, rng):
     covered = found.pixels().sum(0)
     np.testing.assert_array_equal(covered, ~np.isin(numbers, (0, 4, CARAVAN, 29_003)))
     assert whole.segment_counts(0).tolist() == [1, *[0] * 10, 1, 0, 2, *[0] * 5]
+
+
+def test_edits_of_things_alone_are_another_data_set(tmp_path):
+    numbers = np.full(SIZE, 24_000)
+    found = {}
+    for name, last in (("first", 24_000), ("again", 24_000), ("edited", 24_001)):
+        numbers[-1] = last
+        spec = cityscapes(tmp_path, numbers)
+        for targets in ("semantic", "instance"):
+            source = read_segmentation_source(spec, targets=targets)
+            found[name, targets] = take_fingerprint(source)
+    assert found["first", "instance"] == found["again", "instance"]
+    changes = describe_changes(found["first", "instance"], found["edited", "instance"])
+    assert changes.startswith("1 annotated otherwise ('")
+    assert describe_changes(found["first", "semantic"], found["edited", "semantic"]) == ""
 
 
 def test_cityscapes_that_are_none(tmp_path):

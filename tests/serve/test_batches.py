@@ -59,7 +59,9 @@ def test_what_nobody_waits_for_is_not_computed():
     batcher.submit(view(0))
     serving_runs.wait_until(lambda: batcher.waiting == 0)
     some = [batcher.submit(view(number)) for number in (1, 2, 3)]
+    assert batcher.waiting == 3
     assert some[1].cancel()
+    assert (batcher.waiting, dropped) == (2, [1])  # while another batch is computed
     slow.go.set()
     assert [int(some[place].result(60)["number"]) for place in (0, 2)] == [1, 3]
     batcher.close()

@@ -93,7 +93,7 @@ def test_an_image_of_a_size_that_was_not_compiled():
     loaded = make_sample("unet")
     own = dataclasses.replace(loaded.preprocessing, view="original")
     servable = make_servable(dataclasses.replace(loaded, preprocessing=own), [(64, 96), (32, 32)])
-    assert servable.canvases == ((64, 96), (32, 32))
+    assert servable.canvases == servable.only == ((64, 96), (32, 32))
     with pytest.raises(DamagedImageError, match=r"--image-size=48,64") as told:
         servable.look(np.zeros((48, 64, 3), np.uint8))
     assert "64 x 96, 32 x 32" in str(told.value)

@@ -1,5 +1,6 @@
 """Requests to a real server: answers are `predict`'s, whatever comes is answered, bounds hold."""
 
+import asyncio
 import contextlib
 import dataclasses
 import gc
@@ -128,7 +129,7 @@ def test_what_compiles_late_is_counted(server):
         (b'{"url": "http://127.0.0.1/a.png"}', "application/json", 415, "no address is ever"),
         (b"image=http://127.0.0.1/", "application/x-www-form-urlencoded", 415, "no address is"),
         (b"http://127.0.0.1:9/a.png", "image/png", 415, "not a readable image"),
-        (bomb(), "image/png", 413, "1600000000 pixels"),
+        (bomb(), "image/png", 413, "image: 1600000000 pixels, over the limit of 500000: shrink"),
         (bomb(1000, 501), "image/png", 413, "501 × 1000 pixels, over the limit of 500000"),
         (bytes(1_000_001), "image/png", 413, "more than 1000000 bytes"),
         (b"nothing", "multipart/form-data", 400, "a damaged form: Missing boundary"),
@@ -464,6 +465,25 @@ def test_before_it_is_ready_it_lives_and_is_not_healthy(server, rng):
         assert predict(port, photo(rng, 9, 9))[0] == 503
         go.set()
         serving_runs.wait_until(lambda: ask(port, "GET", "/health")[0] == 200)
+
+
+def test_what_is_no_http_is_answered_in_json_too(server):
+    for line in (b"\x16\x03\x01\r\n\r\n", b"nonsense\r\n\r\n"):
+        head, _, body = raw(server[0], line).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert b"application/json" in head
+        assert json.loads(body)["error"].startswith("Invalid HTTP")
+
+
+def test_the_start_says_which_sizes_are_answered(server, capsys):
+    _, parts = server
+    for only in ((), ((64, 96), (32, 32))):
+        servable = dataclasses.replace(parts.servable, only=only)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            asyncio.run(command._tell(dataclasses.replace(parts, servable=servable), listening))
+        shown = capsys.readouterr().out
+        assert ("answers images of 64 x 96, 32 x 32 pixels" in shown) == bool(only)
+        assert "--image-size=H,W" in shown or not only
 
 
 def test_compiling_ends_between_programs(server):

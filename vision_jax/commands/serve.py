@@ -239,10 +239,11 @@ async def _serve(
 ) -> int:
     import uvicorn
 
-    from vision_jax.serve.app import make_app
+    from vision_jax.serve.app import make_app, make_protocol
 
     config = uvicorn.Config(
         make_app(parts),
+        http=make_protocol(),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -269,6 +270,13 @@ async def _tell(parts: Any, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"{parts.title}: compiling; {address}/health says when it is ready", flush=True)
+    if only := parts.servable.only:
+        sizes = ", ".join(f"{height} x {width}" for height, width in only)
+        print(
+            f"answers images of {sizes} pixels (height x width) as they are: --image-size=H,W is "
+            "for others",
+            flush=True,
+        )
     while not parts.batcher.ready:
         await asyncio.sleep(0.1)
     count = parts.metrics.compilations._value.get()

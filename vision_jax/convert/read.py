@@ -57,7 +57,7 @@ WEIGHT_FILES = (
 RUN_FILE = "model.json"  # only in the folder of a run of ours
 PROCESSOR_FILE = "processor_config.json"  # its image_processor goes before the other file
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
-ALLOW_PICKLE = "--config.model.allow_pickle=True"
+ALLOW_PICKLE = "--config.model.allow_pickle=True, or --allow-pickle where a command has no config"
 STANDARD: dict[str, Any] = {  # stands in for what a config leaves out, to check the rest
     "image_size": (1, 1),
     "mean": (0.5,),
@@ -225,8 +225,8 @@ def _read_folder(
             f"checkpoint holds with `python -m vision_jax.convert {folder} --out=DIR`"
         )
     raise UserError(
-        f"{origin}: the folder has no {WEIGHTS_FILE}, {INDEX_FILE} or {PICKLE_FILE} (which needs "
-        f"{ALLOW_PICKLE}); name the weight file itself if it is called otherwise"
+        f"{origin}: the folder has no {WEIGHTS_FILE}, {INDEX_FILE} or {PICKLE_FILE} (for "
+        f"which set {ALLOW_PICKLE}); name the weight file itself if it is called otherwise"
     )
 
 
@@ -259,8 +259,7 @@ def _assemble(
             if not allow_pickle:
                 raise UserError(
                     f"{path} is a pickle, which can run code when it is read: take a .safetensors "
-                    f"file, or set {ALLOW_PICKLE} if you trust where it came from (--allow-pickle "
-                    "for the converter)"
+                    f"file, or, if you trust where it came from, set {ALLOW_PICKLE}"
                 )
             part = open_pickle(path)
         elif path.suffix == ".npz":

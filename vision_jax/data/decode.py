@@ -162,6 +162,11 @@ def open_picture(
                 yield image
     except DamagedImageError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own bound, above ours
+        (count,) = re.findall(r"size \((\d+) pixels", str(error)) or ["too many"]
+        raise TooManyPixelsError(
+            f"{name}: {count} pixels, over the limit of {max_pixels}: shrink it"
+        ) from None
     except Exception as error:  # Pillow's parsers raise nearly every type on damaged files
         raise _unreadable(name, error) from error
 

@@ -254,6 +254,23 @@ def make_app(parts: Parts) -> "Starlette":
     )
 
 
+def make_protocol() -> Any:
+    """uvicorn's protocol, by which its own refusals, of what is no HTTP, are JSON as ours are."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]  # one of two classes
+        def send_400_response(self, msg: str) -> None:
+            body = json.dumps({"error": msg})
+            head = (
+                "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write((head + body).encode())
+            self.transport.close()
+
+    return Protocol
+
+
 def _json(records: list[dict[str, Any]]) -> "Response":
     from starlette.responses import Response
 

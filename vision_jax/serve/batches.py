@@ -18,7 +18,7 @@ from vision_jax.serve.model import Found, Programs, View
 SMOOTHING = 0.1  # of the mean time of an image
 
 
-@dataclass
+@dataclass(eq=False)  # arrays have no one answer to ==
 class Waiting:
     """An image in the queue."""
 
@@ -99,7 +99,16 @@ class Batcher:
                 raise _stopped()
             self._queues.setdefault(view.canvas, deque()).append(one)
             self._changed.notify()
+        one.future.add_done_callback(lambda future: self._drop(one) if future.cancelled() else None)
         return one.future
+
+    def _drop(self, one: Waiting) -> None:
+        """At once, with its pixels, and not when the batch that is computed has ended."""
+        with self._changed:
+            queue = self._queues.get(one.view.canvas, ())
+            if one in queue:
+                self._queues[one.view.canvas].remove(one)
+        self._on_dropped(1)
 
     def check(self) -> None:
         """For what compiles, between programs. Raises CancelledError after `close`."""
@@ -143,7 +152,6 @@ class Batcher:
         most = rows[-1]
         with self._changed:
             while True:
-                self._drop_cancelled()
                 first = min(
                     (queue for queue in self._queues.values() if queue),
                     key=lambda queue: queue[0].since,
@@ -159,17 +167,8 @@ class Batcher:
                     return [first.popleft() for _ in range(take(len(first), rows))]
                 self._changed.wait(left)
 
-    def _drop_cancelled(self) -> None:
-        for canvas, queue in self._queues.items():
-            kept = deque(one for one in queue if not one.future.cancelled())
-            if len(kept) < len(queue):
-                self._on_dropped(len(queue) - len(kept))
-                self._queues[canvas] = kept
-
     def _answer(self, programs: Programs, batch: Sequence[Waiting]) -> None:
         wanted = [one for one in batch if one.future.set_running_or_notify_cancel()]
-        if len(wanted) < len(batch):
-            self._on_dropped(len(batch) - len(wanted))
         if not wanted:
             return
         begin = time.monotonic()

@@ -74,6 +74,8 @@ class Servable:
       variables: of the model, on the device.
       by_windows: of a segmenter that sees images in windows, (view, scores_of) -> labels u8[H, W];
         outputs are of windows then, {"scores": f[B, h, w, K]}, and a view is the whole image.
+      only: (height, width) of the images that it was compiled for, of a segmenter that sees them as
+        they are; () where images of any size are answered.
       make_read: {name: shape} of the outputs of one image -> a function (these outputs, size of the
         image that came) -> Found. It compiles when it is made, and not later.
     """
@@ -87,6 +89,7 @@ class Servable:
     variables: Any
     make_read: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Callable[[Found, Size], Found]]
     by_windows: PredictOne | None = None
+    only: tuple[Size, ...] = ()
 
 
 def make_servable(
@@ -122,6 +125,7 @@ def make_servable(
         what = "--image-size beside --window" if image_sizes else f"a stride of {stride}"
         raise UserError(f"{what}: windows of {window} pixels are for images of any size, all of it")
     by_windows: PredictOne | None = None
+    only: tuple[Size, ...] = ()
     if isinstance(own, DetectionPreprocessing):
         canvases, look = own.buckets, _look_for_boxes(own)
     elif isinstance(own, SegmentationPreprocessing) and (window or view == "windows"):
@@ -130,7 +134,9 @@ def make_servable(
         stride = stride or -(-window * 2 // 3)
         by_windows = make_predict_one(own, window=window, stride=stride, at_once=AT_ONCE)
     elif isinstance(own, SegmentationPreprocessing):
-        canvases = _sizes_seen(own, image_sizes) if view in AS_THEY_ARE else (own.image_size,)
+        if view in AS_THEY_ARE:
+            only = tuple(image_sizes) or (own.image_size,)
+        canvases = _sizes_seen(own, only) if only else (own.image_size,)
         look = _look_at_pixels(own, canvases)
     else:
         canvases, look = (
@@ -148,6 +154,7 @@ def make_servable(
         variables,
         make_read,
         by_windows,
+        only,
     )
 
 
@@ -217,7 +224,7 @@ def _check_sides(size: Size) -> None:
 def _sizes_seen(own: SegmentationPreprocessing, given: Sequence[Size]) -> tuple[Size, ...]:
     """Sizes of the views of images of the sizes given."""
     seen = []
-    for height, width in given or [own.image_size]:
+    for height, width in given:
         line = np.zeros((height, width, len(own.mean)), np.uint8)
         seen.append(segmentation_eval_transform(line, own).shape[:2])
     return tuple(dict.fromkeys(seen))

@@ -121,6 +121,11 @@ class InstanceIds:
         crowd = (number >= FIRST_THING) & (known < OF_A_CLASS)
         return segments_of_map(value, known.tolist(), label.tolist(), crowd.tolist())
 
+    def stamp(self, row: int) -> int:
+        """The file's size in bytes, -1 without one: what tells an edit of things alone."""
+        path = self.folder / (self.stems[row] + INSTANCES)
+        return path.stat().st_size if path.is_file() else -1
+
     def segment_labels(self, row: int) -> np.ndarray:
         """u8[S] by *_polygons.json: what others hide is counted too.
 
