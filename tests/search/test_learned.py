@@ -121,6 +121,24 @@ def test_a_batch_has_units_of_its_own_and_programs_stay(monkeypatch):
     assert configs[0].lora.rank == 5  # whatever was drawn, so that shapes stay
 
 
+def test_a_program_has_room_for_a_rank_that_is_the_config_s_own():
+    """Which a trial has where the range of the rank is not there."""
+    pytest.importorskip("optuna")
+    own = runs.tiny_config(lora__rank=6)
+    space = check_space(
+        {
+            "optim.name": choice("adamw", "sgd"),
+            "lora.rank": when("optim.name", "sgd", choice(1, 2)),
+        },
+        own,
+    )
+    search = Search(own, space, Settings(trials=12, sampler="optuna:tpe", together=12), None)
+    search.draw(Found())
+    assert {values["lora.rank"] for values in search.values} == {1, 2, 6}
+    for group in search.groups:
+        assert group.config.lora.rank == 6
+
+
 def test_what_does_not_go_together_is_refused(tmp_path, monkeypatch):
     given = dict.fromkeys(
         ("trials", "sampler", "scheduler", "rungs", "keep", "seed", "together", "plan")

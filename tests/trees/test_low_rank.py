@@ -148,6 +148,21 @@ def test_many_adapters_of_one_kernel_are_each_as_alone(form, rng):
                     assert_close(got, wanted, 1e-12)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_are_those_of_the_merged_kernel(form, rng):
+    """Of gradient penalties, backward twice, and of Hessian products, forward over backward."""
+    with jax.enable_x64(True):
+        product, x, leaf = make_case(rng, form, jnp.float64)
+        kernel, along = merge_leaf(leaf), jnp.asarray(rng.normal(size=x.shape))
+        found = []
+        for own in (leaf, kernel):
+            slope = jax.grad(lambda x, own=own: jnp.sum(jnp.sin(product(x, own))))
+            penalty = jax.grad(lambda x, slope=slope: jnp.sum(slope(x) ** 2))
+            found.append((penalty(x), jax.jvp(slope, (x,), (along,))[1]))
+        for got, wanted in zip(*found, strict=True):
+            assert_close(got, wanted, 1e-12)
+
+
 def test_the_product_that_adapters_share_is_computed_once(rng):
     """In the compiled program: T trials cost the frozen product once, and T skinny ones."""
     product, x, leaf = make_case(rng, "dense", jnp.float32)

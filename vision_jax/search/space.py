@@ -103,8 +103,8 @@ Range = Uniform | Choice | When
 
 
 def ends(one: Range) -> Sequence[Any]:
-    """The values of a range that must be in the field's own, so that all are."""
-    return one.one.ends() if isinstance(one, When) else one.ends()
+    """The smallest and largest values of a field, or all of a choice."""
+    return (*one.one.ends(), one.otherwise) if isinstance(one, When) else one.ends()
 
 
 def _between(low: float, high: float, share: float, log: bool) -> float:

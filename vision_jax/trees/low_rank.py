@@ -172,9 +172,9 @@ def _times_updated(product: Product, x: Array, leaf: LowRank) -> Array:
     def by_sum(x: Array, leaf: LowRank) -> Array:
         return product(x, _updated(leaf))
 
-    times = jax.custom_batching.custom_vmap(by_sum)
+    batched_times = jax.custom_batching.custom_vmap(by_sum)
 
-    @times.def_vmap
+    @batched_times.def_vmap
     def times_all(axis_size: int, batched: Any, x: Array, leaf: LowRank) -> tuple[Array, bool]:
         del axis_size
         axes = jax.tree.map(lambda own: 0 if own else None, batched)
@@ -182,6 +182,13 @@ def _times_updated(product: Product, x: Array, leaf: LowRank) -> Array:
             return jax.vmap(by_sum, in_axes=axes)(x, leaf), True
         update = jax.vmap(partial(_factored_update, product, x), in_axes=(axes[1],))(leaf)
         return multiply(product, x, leaf.base, None)[None] + update, True
+
+    # What is batched so has no derivative of its own: second ones of the layer are the sum's.
+    times = jax.custom_jvp(batched_times)
+
+    @times.defjvp
+    def times_derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:
+        return times(*primals), jax.jvp(by_sum, primals, tangents)[1]
 
     return times(x, leaf)
 
