@@ -132,6 +132,7 @@ def test_detect_your_objects(tmp_path, monkeypatch):
     assert "eval/ap" in read_metrics(run / "metrics.jsonl")[-1]
     assert "evaluation on " in printed
     assert len(list((run / "predictions").glob("*.png"))) == 3
+    assert len(list((run / "explanations").glob("*.png"))) == 2
     assert (run / "model.safetensors").is_file()
 
 
@@ -143,6 +144,7 @@ def test_segment_your_images(tmp_path, monkeypatch):
     assert "evaluation on 1 images" in printed
     assert "'height': 512, 'width': 128" in printed
     assert len(list((run / "masks").glob("*.png"))) == 1
+    assert (run / "explanations/explanations.html").is_file()
     things = tmp_path / "runs" / "my_things"
     assert "eval/ap" in read_metrics(things / "metrics.jsonl")[-1]
     assert (things / "precision_recall.png").is_file()

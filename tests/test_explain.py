@@ -2,12 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
+import detection_runs
 import numpy as np
 import pytest
 import runs
+import segmentation_runs
 from PIL import Image
 
+import vision_jax
 from vision_jax import main
 from vision_jax.explain import page
 from vision_jax.explain.methods import METHODS
@@ -84,6 +88,86 @@ def test_a_run_is_explained_over_its_own_data(tmp_path, capsys):
 
 
 @pytest.mark.long
+def test_the_boxes_of_a_detector_are_explained(photos, tmp_path, capsys):
+    """Each by itself, in pixels of its file; a class by its name; and nothing found is said."""
+    out, weights = tmp_path / "out", tmp_path / "detector.safetensors"
+    detection_runs.write_detector(
+        weights, family="yolox", arguments=dict(detection_runs.YOLOX["model__arguments"])
+    )
+    few = ("--methods=layer_cam,saliency", "--most=2", f"--out={out}")
+    assert explain(weights, "--images", photos, *few) == 0
+    printed = capsys.readouterr().out.replace("\n", "")
+    record = json.loads((out / "explanations.json").read_text())
+    assert set(record["methods"]) == {"layer_cam", "saliency", "random"}
+    assert len(record["images"]) == 2
+    for one in record["images"]:
+        assert 1 <= len(one["parts"]) <= 2
+        for part in one["parts"]:
+            left, top, right, bottom = part["box_xyxy_px"]
+            assert 0 <= left < right <= 24
+            assert 0 <= top < bottom <= 20
+            figures = part["methods"]["layer_cam"]
+            assert set(figures) == {"pointing", "inside", "shuffled_pointing", "rank_correlation"}
+            with Image.open(out / part["picture"]) as picture:
+                assert picture.size == (3 * 190, 220)
+    count = sum(len(one["parts"]) for one in record["images"])
+    text = (out / "explanations.html").read_text()
+    assert text.count("<figure>") == 3 * count
+    assert "<b onload" not in text
+    assert f"wrote {count} pictures into {out}: boxes of 2 images" in printed
+    name = record["images"][0]["parts"][0]["name"]
+    assert explain(weights, "--images", photos, f"--class={name}", *few) == 0
+    record = json.loads((out / "explanations.json").read_text())
+    assert {part["name"] for one in record["images"] for part in one["parts"]} == {name}
+    capsys.readouterr()
+    assert explain(weights, "--images", photos, "--least-score=1", *few) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "nothing is found with a score of at least 1: lower --least-score" in error
+
+
+@pytest.mark.long
+def test_the_regions_of_a_segmenter_are_explained_and_measured_by_the_true_ones(tmp_path, capsys):
+    out, workdir = tmp_path / "out", segmentation_runs.finished()
+    few = ("--methods=layer_cam,grad_cam", "--least-score=0", f"--out={out}")
+    images = sorted((segmentation_runs.data() / "test/images").iterdir())[:2]
+    assert explain(workdir, "--images", *images, *few) == 0
+    record = json.loads((out / "explanations.json").read_text())
+    for one in record["images"]:
+        shares = [part["share_of_pixels"] for part in one["parts"]]
+        assert shares == sorted(shares, reverse=True)
+        np.testing.assert_allclose(sum(shares), 1)  # all classes are among them
+    capsys.readouterr()
+    assert explain(workdir, "--dataset", *few) == 2  # of six updates
+    assert "none is in the truth" in capsys.readouterr().err
+
+    # Where the truth is what the model says, but for one class of one image, all else is right.
+    loaded = vision_jax.load(workdir)
+    said = []
+    for kind in ("images", "masks"):
+        (tmp_path / "said" / kind).mkdir(parents=True)
+    for path in images:
+        view = loaded.preprocess(path)
+        (mask,) = np.asarray(loaded.apply(loaded.variables, view)["logits"]).argmax(-1)
+        said.append(mask.astype(np.uint8))
+        (tmp_path / "said/images" / path.name).write_bytes(path.read_bytes())
+    first = int(np.bincount(said[0].reshape(-1)).argmax())
+    said[0][said[0] == first] = (first + 1) % 3
+    for path, mask in zip(images, said, strict=True):
+        Image.fromarray(mask).save(tmp_path / "said/masks" / path.name)
+    names = json.dumps(list(loaded.class_names))
+    (tmp_path / "said/classes.json").write_text(names)
+    assert explain(workdir, f"--dataset={tmp_path / 'said'}", *few) == 0
+    record = json.loads((out / "explanations.json").read_text())
+    assert record["count"] == 2
+    assert record["right"] == sum(one["count"] for one in record["per_class"].values()) >= 3
+    wrong = [(one["image"], one["name"]) for one in record["confident_errors"]]
+    assert any(name == loaded.class_names[first] for _, name in wrong)
+    assert {Path(image).name for image, _ in wrong} == {images[0].name}
+    capsys.readouterr()
+
+
+@pytest.mark.long
 def test_bad_requests_are_answered_in_one_line(photos, capsys):
     weights = runs.inputs() / "weights.safetensors"
     for arguments, answer in (
@@ -95,7 +179,15 @@ def test_bad_requests_are_answered_in_one_line(photos, capsys):
         ((weights, "--dataset", "--class=LABEL_1"), "--class goes with --images"),
         ((weights, "--images", photos, "--limit=3"), "--limit"),
         ((weights,), "required"),
-        (("embedded:nanodet_coco", "--images", photos), "explain takes classifiers"),
+        ((weights, "--images", photos, "--most=3"), "--most is of the boxes and regions"),
+        (("embedded:nanodet_coco", "--images", photos, "--most=0"), "--most: give 1 or more"),
+        (("embedded:nanodet_coco", "--images", photos, "--least-score=2"), "give 0 to 1"),
+        (("embedded:nanodet_coco", "--images", photos, "--methods=rollout"), "take saliency"),
+        (
+            ("embedded:nanodet_coco", "--images", photos, "--methods=attention_relevance"),
+            "no method 'attention_relevance' of parts that a nanodet finds",
+        ),
+        (("embedded:nanodet_coco", "--images", photos, "--class=dogg"), "did you mean `dog`"),
     ):
         assert explain(*arguments) == 2
         error = capsys.readouterr().err

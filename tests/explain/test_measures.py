@@ -99,8 +99,10 @@ def test_the_pointing_game_and_the_heat_inside():
     maps[0, 4, 0] = 1
     maps[1, 2, 3] = -1  # nothing positive
     boxes = jnp.array([[6.0, 1.0, 7.0, 2.0], [0.0, 0.0, 8.0, 5.0], [0.0, 0.0, 0.4, 0.4]])
-    assert measures.pointing(jnp.asarray(maps), boxes).tolist() == [True, True, False]
-    shares = measures.share_inside(jnp.asarray(maps), boxes)
+    inside = measures.box_pixels(boxes, (5, 8))
+    assert inside.sum((1, 2)).tolist() == [1, 40, 0]
+    assert measures.pointing(jnp.asarray(maps), inside).tolist() == [True, True, False]
+    shares = measures.share_inside(jnp.asarray(maps), inside)
     np.testing.assert_allclose(shares, [2 / 3, 0, 0])
 
 

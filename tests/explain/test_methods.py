@@ -143,7 +143,7 @@ def test_what_a_model_has_not_is_told_in_one_line():
     forward = Forward(model)
     with pytest.raises(UserError, match="has no 'stage_9/output': did you mean `stage_1/output`"):
         jax.eval_shape(lambda v, x: forward(v, x, {"stage_9/output": 0.0}), variables, images)
-    assert forward.map_tap(variables, images) == "stage_1/output"
+    assert forward.map_taps(variables, images) == ["stage_1/output"]
 
 
 def test_targets_read_one_number_an_image():

@@ -1,18 +1,32 @@
-"""A DETR's map of a box against the paper's equations over transformers' attention, in float64."""
+"""Maps of boxes in float64: a DETR's against the paper's equations over transformers' attention.
+
+And a RetinaNet's against pytorch-grad-cam 1.5.7 at the level of torchvision's pyramid that the box
+comes from.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import pytorch_grad_cam
 import torch
+import torchvision_detectors as shared
 import transformers
+from test_dense import reference as torchvisions
 
 import vision_jax
 from vision_jax.certify.random_weights import randomize, randomize_statistics, sample_images
+from vision_jax.certify.reference_dense import outputs as raw_outputs
 from vision_jax.certify.references import make_reference
 from vision_jax.errors import UserError
 from vision_jax.explain.boxes import box_relevance
+from vision_jax.explain.detections import Boxes, box_logit
 from vision_jax.explain.forward import Forward
+from vision_jax.explain.methods import METHODS
+from vision_jax.models.families import build_model
+from vision_jax.ops.resize import resize_bilinear
 
 SIZE = (70, 100)  # a grid of 3 x 4
 SMALL = {
@@ -105,3 +119,69 @@ def test_other_detectors_are_told_what_to_take():
             jnp.zeros(1, jnp.int32),
             jnp.zeros(1, jnp.int32),
         )
+
+
+class Logits(torch.nn.Module):
+    """torchvision's RetinaNet from images in [0, 1] to the logits [B, A, C] of all anchors."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        mean, std = (
+            torch.tensor(values, dtype=x.dtype).reshape(1, 3, 1, 1)
+            for values in (self.module.transform.image_mean, self.module.transform.image_std)
+        )
+        return raw_outputs(self.module, (x - mean) / std).logits
+
+
+@pytest.fixture(scope="module")
+def retinanet():
+    """(torchvision's in float64, our model, its variables)."""
+    module = torchvisions("retinanet_resnet50_fpn")
+    arguments, flat = shared.imported(module)
+    with jax.enable_x64(True):
+        model = build_model("retinanet", **arguments, dtype=jnp.float64)
+        yield Logits(module.double()), model, shared.variables_of(flat, "float64")
+    module.float()
+
+
+@pytest.mark.parametrize("level", [0, 1, 2], ids=["P3", "P4", "P5"])
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("grad_cam", pytorch_grad_cam.GradCAM),
+        ("grad_cam_plus_plus", pytorch_grad_cam.GradCAMPlusPlus),
+        ("layer_cam", pytorch_grad_cam.LayerCAM),
+    ],
+)
+def test_cams_of_an_anchor_equal_pytorch_grad_cams(name, theirs, level, retinanet, rng):
+    """At the level that the anchor is on, which nobody names."""
+    module, model, variables = retinanet
+    height, width = 96, 128
+    images = sample_images(2, (height, width), 3, int(rng.integers(1000)))
+    counts = [9 * (height // stride) * (width // stride) for stride in (8, 16, 32)]
+    places = sum(counts[:level]) + rng.integers(0, counts[level], 2)
+    labels = rng.integers(0, model.num_classes, 2)
+
+    cam = theirs(module, [module.module.backbone.fpn.layer_blocks[level]])
+    raw = []
+    of_image = cam.get_cam_image
+    cam.get_cam_image = lambda *given, **named: raw.append(of_image(*given, **named)) or raw[0]
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2).copy()).requires_grad_()
+    cam(pixels, [partial(one_of, *pair) for pair in zip(places, labels, strict=True)])
+    cam.activations_and_grads.release()
+
+    box = Boxes(jnp.asarray(places), jnp.asarray(labels), jnp.ones(2), jnp.zeros((2, 4)))
+    target = box_logit("anchors", box, jnp.array([[height, width]] * 2))
+    explain = partial(METHODS[name].function, Forward(model), target=target)
+    ours = jax.jit(explain)(variables, jnp.asarray(images))
+    expected = resize_bilinear(jnp.maximum(raw[0], 0)[..., None], (height // 8, width // 8))
+    scale = np.abs(raw[0]).max()
+    assert scale > 0
+    np.testing.assert_allclose(ours, expected[..., 0], rtol=0, atol=1e-8 * scale)
+
+
+def one_of(place, label, logits):
+    return logits[place, label]

@@ -46,7 +46,7 @@ class Case:
 
     Attributes:
       source, build, arguments: of certify.references.make_reference.
-      layer: (torch's module, its output -> f[B, D, h, w]) of what Forward.map_tap names.
+      layer: (torch's module, its output -> f[B, D, h, w]) of what Forward.map_taps names.
     """
 
     source: str

@@ -1,16 +1,19 @@
-"""Shows what a classifier looks at, by several methods, and measures how far to trust each.
+"""Shows what a model looks at, by several methods, and measures how far to trust each.
 
     vision_jax explain runs/vit_lora --images cat.jpg dog.png
     vision_jax explain embedded:vit_cifar10 --images photos --methods grad_cam,rise --class=ship
     vision_jax explain runs/vit_lora --dataset
     vision_jax explain embedded:vit_cifar10 --dataset=path/to/class_folders --limit=100
     vision_jax explain runs/vit_lora --images cat.jpg --prototypes=5
+    vision_jax explain embedded:nanodet_coco --images street.jpg --class=person --most=3
+    vision_jax explain runs/detr_finetune --dataset
 
 SOURCE is a run's folder, or weights as `predict --weights` takes them. Written are a picture of
 each image, OUT/explanations.json with all figures, and OUT/explanations.html, a page by itself to
-compare the methods on. With --dataset the page has what the model looks at in each class, and its
-most confident errors. With --prototypes it has the training images that the model finds most like
-an image. docs/explanations.md says what the methods and the figures are.
+compare the methods on. Of a detector each box is explained, of a segmenter each region. With
+--dataset the page has what the model looks at in each class, and its most confident errors; maps of
+boxes and regions are measured by the true ones. With --prototypes it has the training images that a
+classifier finds most like an image. docs/explanations.md says what the methods and the figures are.
 """
 
 import argparse
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from vision_jax.data.sources import Source
     from vision_jax.explain.classes import Subject
 
+PARTS = ("detection", "segmentation")  # tasks whose models find boxes or regions
 LIMIT = 200  # images of a data set
 OF_RUN = "the run's"  # --dataset without a value
 
@@ -56,10 +60,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--methods",
         default="",
         metavar="NAME,...",
-        help="all that fit the model for --images, integrated_gradients for --dataset",
+        help="of a classifier all that fit the model for --images, integrated_gradients for "
+        "--dataset; of others the fast ones, or all",
     )
     parser.add_argument(
-        "--class", dest="label", metavar="NAME", help="explained; the most probable one else"
+        "--class", dest="label", metavar="NAME", help="explained; what the model finds else"
+    )
+    parser.add_argument(
+        "--most", type=int, metavar="N", help="boxes or regions of an image, the surest; 5 else"
+    )
+    parser.add_argument(
+        "--least-score", type=float, metavar="SCORE", help="of a box or a region; 0.3 else"
     )
     parser.add_argument("--limit", type=int, metavar="N", help=f"of --dataset; {LIMIT} by default")
     parser.add_argument(
@@ -87,8 +98,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--limit: give 1 or more, with --dataset")
     if flags.prototypes < 0 or (flags.train is not None and not flags.prototypes):
         raise UserError("--prototypes: give 1 or more; --train goes with it")
-    if flags.label is not None and flags.dataset is not None:
-        raise UserError("--class goes with --images: of a data set each image has its own class")
+    if flags.most is not None and flags.most < 1:
+        raise UserError("--most: give 1 or more")
+    if flags.least_score is not None and not 0 <= flags.least_score <= 1:
+        raise UserError("--least-score: give 0 to 1")
     return flags
 
 
@@ -102,23 +115,51 @@ def _run(flags: argparse.Namespace) -> int:
     loaded = load_source(
         flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
     )
-    from vision_jax.explain import classes, prototypes
+    from vision_jax.explain.classes import Subject
 
-    subject = classes.Subject(
+    subject = Subject(
         loaded.model, loaded.variables, loaded.class_names, loaded.preprocessing, loaded.origin
     )
+    explain = _of_parts if loaded.family.task in PARTS else _of_classes
     asked = [name for name in flags.methods.split(",") if name]
+    explain(flags, subject, _label(subject, flags.label), asked, folder, out)
+    return 0
+
+
+def _of_classes(
+    flags: argparse.Namespace,
+    subject: "Subject",
+    label: int | None,
+    asked: Sequence[str],
+    folder: Path,
+    out: Path,
+) -> None:
+    """Of classifiers."""
+    from vision_jax.explain import classes, prototypes
+
+    for flag in ("most", "least_score"):
+        if getattr(flags, flag) is not None:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} is of the boxes and regions of detectors and segmenters")
+    if label is not None and flags.dataset is not None:
+        raise UserError("--class goes with --images: of a data set each image has its own class")
     methods = classes.choose_methods(
         subject, asked or ([] if flags.images else ["integrated_gradients"])
     )
     if flags.images:
-        from vision_jax.commands.predict import image_files
         from vision_jax.tasks.images import source_of
 
-        source = source_of(image_files(flags.images, "explain"))
-        explain: Any = partial(classes.explain_images, label=_label(subject, flags.label))
+        source = source_of(_files(flags))
+        explain: Any = partial(classes.explain_images, label=label)
     else:
-        source, explain = _dataset(flags, folder, subject), classes.explain_dataset
+        from vision_jax.data.sources import read_source, subset
+
+        if flags.dataset == OF_RUN:
+            source = _own_data(flags, folder, subject)
+        else:
+            source = read_source(flags.dataset, class_names=subject.class_names)
+        source = subset(source, min(flags.limit or LIMIT, len(source)), flags.seed)
+        explain = classes.explain_dataset
     train = _training_images(flags, folder, subject) if flags.prototypes else None
     out.mkdir(parents=True, exist_ok=True)
     near = train and prototypes.make_prototypes(
@@ -130,7 +171,42 @@ def _run(flags: argparse.Namespace) -> int:
         count=flags.prototypes,
     )
     explain(subject, source, methods, out, seed=flags.seed, prototypes=near)
-    return 0
+
+
+def _of_parts(
+    flags: argparse.Namespace,
+    subject: "Subject",
+    label: int | None,
+    asked: Sequence[str],
+    folder: Path,
+    out: Path,
+) -> None:
+    """Of detectors and segmenters."""
+    from vision_jax.explain import found, part_sources, parts
+
+    if flags.prototypes:
+        raise UserError("--prototypes are of classifiers: they compare whole images")
+    methods = parts.choose_methods(subject.model, asked)
+    given = {"most": flags.most, "least": flags.least_score, "label": label}
+    wanted = parts.Wanted(**{name: value for name, value in given.items() if value is not None})
+    if flags.images:
+        source = part_sources.source_of(subject, _files(flags))
+        explain = found.explain_images
+    else:
+        if flags.dataset == OF_RUN:
+            source = _own_data(flags, folder, subject)
+        else:
+            source = part_sources.read_source(subject, flags.dataset)
+        source = part_sources.part_of_source(source, flags.limit or LIMIT, flags.seed)
+        explain = found.explain_dataset
+    out.mkdir(parents=True, exist_ok=True)
+    explain(subject, source, methods, out, wanted=wanted, seed=flags.seed)
+
+
+def _files(flags: argparse.Namespace) -> list[str]:
+    from vision_jax.commands.predict import image_files
+
+    return image_files(flags.images, "explain")
 
 
 def _label(subject: "Subject", name: str | None) -> int | None:
@@ -142,20 +218,19 @@ def _label(subject: "Subject", name: str | None) -> int | None:
     return subject.class_names.index(name)
 
 
-def _dataset(flags: argparse.Namespace, folder: Path, subject: "Subject") -> "Source":
-    """At most --limit images, the classes in equal parts as far as possible."""
+def _own_data(flags: argparse.Namespace, folder: Path, subject: "Subject") -> Any:
+    """A run's evaluation data.
+
+    Raises:
+      UserError: no run.
+    """
     from vision_jax.config import load_config
-    from vision_jax.data.sources import read_source, subset
     from vision_jax.tasks.api import find_task
 
-    if flags.dataset != OF_RUN:
-        source = read_source(flags.dataset, class_names=subject.class_names)
-    elif is_run(folder):
-        config = load_config(str(folder / RUN_FILE), {})
-        source = find_task(config.task).read_eval_source(config, subject.class_names)
-    else:
+    if not is_run(folder):
         raise UserError(f"--dataset=DATA: {flags.source} is no run's folder, name the data")
-    return subset(source, min(flags.limit or LIMIT, len(source)), flags.seed)
+    config = load_config(str(folder / RUN_FILE), {})
+    return find_task(config.task).read_eval_source(config, subject.class_names)
 
 
 def _training_images(flags: argparse.Namespace, folder: Path, subject: "Subject") -> "Source":

@@ -1,7 +1,8 @@
 """Explanations by a map inside of the model and the score's gradient there (CAM and its heirs).
 
 The map is at a tap: the last stage of a convolutional network, the tokens that a transformer's last
-block attends to. The methods differ in how they weigh it.
+block attends to, the level of a pyramid that a box comes from. The methods differ in how they weigh
+it.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vision_jax.explain.forward import Forward, Target, Variables, tapped_and_gradients
+from vision_jax.ops.resize import resize_bilinear
 
 # Of the sums that Grad-CAM++ divides by, as pytorch-grad-cam 1.5.7 has it.
 EPSILON = 1e-6
@@ -61,16 +63,20 @@ def cam(
       target: what of the outputs is explained.
       keys: not used: nothing is drawn.
       weigh: `mean_gradient`, `gain_of_cells` or `positive_gradient`.
-      layer: a tap; Forward.map_tap's if "".
+      layer: a tap; Forward.map_taps' if "".
 
     Returns:
       f[B, h, w], of the map's size, at least 0.
     """
     del keys
-    layer = layer or forward.map_tap(variables, images)
-    found, gradients = tapped_and_gradients(forward, variables, images, target, [layer])
-    activation, gradient = (
-        forward.as_map(tree[layer]).astype(np.promote_types(images.dtype, np.float32))
-        for tree in (found, gradients)
-    )
-    return jax.nn.relu((weigh(activation, gradient) * activation).sum(-1))
+    names = [layer] if layer else forward.map_taps(variables, images)
+    trees = tapped_and_gradients(forward, variables, images, target, names)
+    maps: list[jax.Array] = []
+    for name in names:
+        activation, gradient = (
+            forward.as_map(tree[name]).astype(np.promote_types(images.dtype, np.float32))
+            for tree in trees
+        )
+        maps.append(jax.nn.relu((weigh(activation, gradient) * activation).sum(-1)))
+    size = maps[0].shape[1:]  # the finest; a level without a gradient adds nothing
+    return jnp.stack([resize_bilinear(x[..., None], size)[..., 0] for x in maps]).sum(0)

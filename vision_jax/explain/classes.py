@@ -15,14 +15,19 @@ import numpy as np
 from vision_jax.data.pipeline import DamageLog, make_eval_batches
 from vision_jax.data.sources import Source
 from vision_jax.errors import UserError, utf8
-from vision_jax.evaluation import say_damaged
-from vision_jax.explain import explainer, page
+from vision_jax.explain import explainer, measures, page
 from vision_jax.explain.explainer import Figures, Maps, Means
 from vision_jax.explain.forward import Forward, class_targets
 from vision_jax.explain.page import Picture
 from vision_jax.explain.prototypes import Neighbor, Prototypes
-from vision_jax.explain.report import Report, open_report, pictures_of, write_picture
-from vision_jax.logging import say, show_progress
+from vision_jax.explain.report import (
+    Report,
+    open_report,
+    pictures_of,
+    run_through,
+    write_picture,
+)
+from vision_jax.logging import say
 from vision_jax.models import families
 from vision_jax.ops.images import to_float
 from vision_jax.tasks.images import file_name
@@ -38,7 +43,7 @@ class Subject:
     """What is explained.
 
     Attributes:
-      model: a classifier's flax module.
+      model: a flax module, of a classifier here, of a detector or a segmenter in found.py.
       variables: its arrays.
       class_names: by label.
       preprocessing: of its images.
@@ -92,7 +97,10 @@ def choose_methods(subject: Subject, asked: Sequence[str]) -> list[str]:
     """
     family = families.family_of(subject.model)
     if families.FAMILIES[family].predicts != "classes" or not subject.class_names:
-        raise UserError(f"{subject.origin}: explain takes classifiers, and this is a {family}")
+        raise UserError(
+            f"{subject.origin}: explain takes classifiers, detectors and segmenters, "
+            f"and this is a {family}"
+        )
     size = subject.preprocessing.image_size
     return explainer.choose_methods(Forward(subject.model), subject.variables, size, asked)
 
@@ -156,15 +164,13 @@ def explain_all(
     Raises:
       UserError: none of the images can be read.
     """
-    means, damage = Means(), DamageLog()
-    with show_progress(len(source), what="images") as (advance, _):
-        for one in run(source, damage, wanted):
-            means.add(one.figures)
-            take(one)
-            advance()
-    if not means.count:
-        raise UserError(f"{source.name}: none of them could be read, first {damage.lines[0]}")
-    say_damaged(damage.lines)
+    means = Means()
+
+    def measured(one: Explained) -> None:
+        means.add(one.figures)
+        take(one)
+
+    damage = run_through(source, lambda damage: run(source, damage, wanted), measured)
     return means, damage
 
 
@@ -277,7 +283,8 @@ class Looked:
         """The share of the heat in the middle quarter."""
         height, width = self._heat.shape
         box = jnp.array([[width / 4, height / 4, width * 3 / 4, height * 3 / 4]])
-        return float(explainer.measures.share_inside(jnp.asarray(self.heat)[None], box)[0])
+        middle = measures.box_pixels(box, (height, width))
+        return float(measures.share_inside(jnp.asarray(self.heat)[None], middle)[0])
 
 
 def explain_dataset(

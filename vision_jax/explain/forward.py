@@ -16,7 +16,15 @@ from jax.tree_util import Partial
 
 from vision_jax.errors import UserError
 from vision_jax.models import families
-from vision_jax.models.taps import ATTENTION, NORMED, OUTPUT, apply_with_taps, tap_shapes
+from vision_jax.models.taps import (
+    ATTENTION,
+    LEVEL,
+    NORMED,
+    OUTPUT,
+    apply_with_taps,
+    tap_shapes,
+)
+from vision_jax.ops.resize import resize_bilinear
 
 Variables = Mapping[str, Any]
 Outputs = Mapping[str, Any]
@@ -31,9 +39,12 @@ class Forward:
 
     Attributes:
       model: the flax module, of any family.
+      pixel_mask: bool[B, H, W] of a detector, True where the images are; None if they fill the
+        canvas. Made inside of a compiled function it is an argument like the images.
     """
 
     model: Any
+    pixel_mask: jax.Array | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", families.unrolled(self.model))
@@ -42,24 +53,28 @@ class Forward:
         self, variables: Variables, images: jax.Array, taps: Mapping[str, Any] = NO_TAPS
     ) -> tuple[Outputs, dict[str, jax.Array]]:
         """(outputs, what is at the taps); see models.taps.apply_with_taps."""
-        outputs, found = apply_with_taps(self.model, variables, taps, images)
+        masks = () if self.pixel_mask is None else (self.pixel_mask,)
+        outputs, found = apply_with_taps(self.model, variables, taps, images, *masks)
         return families.as_outputs(outputs), found
 
     def taps(self, variables: Variables, images: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of what can be tapped, in the order of computation."""
         return tap_shapes(self.model, variables, images)
 
-    def map_tap(self, variables: Variables, images: Any) -> str:
-        """The tap whose map is explained unless another is named.
+    def map_taps(self, variables: Variables, images: Any) -> list[str]:
+        """The taps whose maps are explained unless another is named.
 
-        A convolutional network's last stage; what the last block of a transformer attends to, since
-        its output has no gradient but at the class token.
+        All levels of a detector's pyramid: a box has a gradient in the one that it comes from. Else
+        one, a convolutional network's last stage, or what the last block of a transformer attends
+        to, since its output has no gradient but at the class token.
         """
-        ends = (f"/{OUTPUT}", f"/{NORMED}")
-        names = [name for name in self.taps(variables, images) if name.endswith(ends)]
+        known = list(self.taps(variables, images))
+        if levels := [name for name in known if name.startswith(f"{LEVEL}_")]:
+            return levels
+        names = [name for name in known if name.endswith((f"/{OUTPUT}", f"/{NORMED}"))]
         if not names:
             raise UserError(f"a {families.family_of(self.model)} has no map to explain")
-        return names[-1]
+        return names[-1:]
 
     def attention_taps(self, variables: Variables, images: Any) -> list[str]:
         """The taps of attention among all tokens, block by block.
@@ -103,6 +118,8 @@ class Forward:
     def as_map(self, x: jax.Array) -> jax.Array:
         """f[B, h, w, D] of tokens f[B, P + h·w, D]; a map f[B, h, w, D] as it is.
 
+        In an EoMT's last blocks its queries stand in front of the tokens.
+
         Raises:
           UserError: tokens that are no grid behind the model's prefix.
         """
@@ -110,12 +127,13 @@ class Forward:
             return x
         self.check_tokens()
         rows, columns = self.grid or (0, 0)
-        if x.shape[1] != self.num_prefix + rows * columns:
+        before = x.shape[1] - rows * columns
+        if before not in (self.num_prefix, self.num_prefix + getattr(self.model, "num_queries", 0)):
             raise UserError(
                 f"{x.shape[1]} tokens are no {self.num_prefix} and a grid of {rows} x {columns}: "
                 "name another tap"
             )
-        return x[:, self.num_prefix :].reshape(x.shape[0], rows, columns, -1)
+        return x[:, before:].reshape(x.shape[0], rows, columns, -1)
 
 
 class Targets(NamedTuple):
@@ -158,7 +176,10 @@ def place_logit(places: jax.Array, labels: jax.Array) -> Target:
 
 
 def region_logit(region: jax.Array, labels: jax.Array) -> Target:
-    """The mean logit of a class in a region of a segmenter's own grid: bool[B, h, w], i32[B]."""
+    """The mean logit of a class in a region: bool[B, H, W], i32[B].
+
+    The region may be finer than a segmenter's own grid: its logits are resized to it.
+    """
     return Partial(_region_logit, region, labels)
 
 
@@ -169,7 +190,8 @@ def _place_logit(places: jax.Array, labels: jax.Array, outputs: Outputs) -> jax.
 
 
 def _region_logit(region: jax.Array, labels: jax.Array, outputs: Outputs) -> jax.Array:
-    logits = jnp.take_along_axis(outputs["logits"], labels[:, None, None, None], axis=-1)[..., 0]
+    logits = jnp.take_along_axis(outputs["logits"], labels[:, None, None, None], axis=-1)
+    logits = resize_bilinear(logits, region.shape[1:])[..., 0]
     counted = jnp.maximum(region.sum((1, 2)), 1).astype(logits.dtype)
     return jnp.where(region, logits, 0).sum((1, 2)) / counted
 

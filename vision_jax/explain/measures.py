@@ -237,35 +237,38 @@ def impute(images: jax.Array, missing: jax.Array) -> jax.Array:
     return jax.vmap(fill)(images, missing)
 
 
-def pointing(maps: jax.Array, boxes_xyxy_px: jax.Array) -> jax.Array:
-    """bool[B]: whether the largest value lies in the box (the pointing game).
-
-    Zhang et al. 2016 (https://arxiv.org/abs/1608.00507), without a tolerance around the box.
-
-    Args:
-      maps: f[B, H, W], of the images' size.
-      boxes_xyxy_px: f[B, 4], in pixels.
-    """
-    width = maps.shape[2]
-    best = jnp.argmax(maps.reshape(len(maps), -1), axis=1)
-    x, y = best % width + 0.5, best // width + 0.5
-    left, top, right, bottom = boxes_xyxy_px.T
-    return (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
-
-
-def share_inside(maps: jax.Array, boxes_xyxy_px: jax.Array) -> jax.Array:
-    """f[B] in [0, 1]: how much of the positive heat lies in the box; 0 without any.
-
-    Args: see `pointing`.
-    """
-    height, width = maps.shape[1:]
+def box_pixels(boxes_xyxy_px: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """bool[B, H, W]: the pixels whose centers lie in a box f[B, 4] of an image of `size` (H, W)."""
+    height, width = size
     x, y = jnp.arange(width) + 0.5, jnp.arange(height) + 0.5
     left, top, right, bottom = (side[:, None] for side in boxes_xyxy_px.T)
     across = (left <= x[None]) & (x[None] <= right)  # [B, W]
     down = (top <= y[None]) & (y[None] <= bottom)  # [B, H]
+    return down[:, :, None] & across[:, None, :]
+
+
+def pointing(maps: jax.Array, inside: jax.Array) -> jax.Array:
+    """bool[B]: whether the largest value lies inside (the pointing game).
+
+    Zhang et al. 2016 (https://arxiv.org/abs/1608.00507), without a tolerance around the object,
+    which there is 15 pixels. Of several largest values the first counts.
+
+    Args:
+      maps: f[B, H, W], of the images' size.
+      inside: bool[B, H, W], the pixels of the object.
+    """
+    best = jnp.argmax(maps.reshape(len(maps), -1), axis=1)
+    return jnp.take_along_axis(inside.reshape(len(maps), -1), best[:, None], axis=1)[:, 0]
+
+
+def share_inside(maps: jax.Array, inside: jax.Array) -> jax.Array:
+    """f[B] in [0, 1]: how much of the positive heat lies inside; 0 without any.
+
+    Args: see `pointing`.
+    """
     heat = jax.nn.relu(maps)
-    inside = jnp.where(down[:, :, None] & across[:, None, :], heat, 0).sum((1, 2))
-    return inside / jnp.maximum(heat.sum((1, 2)), jnp.finfo(heat.dtype).tiny)
+    own = jnp.where(inside, heat, 0).sum((1, 2))
+    return own / jnp.maximum(heat.sum((1, 2)), jnp.finfo(heat.dtype).tiny)
 
 
 def completeness(attributions: jax.Array, score: jax.Array, baseline_score: jax.Array) -> jax.Array:

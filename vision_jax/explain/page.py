@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image
+from scipy import ndimage
 
 from vision_jax.errors import printable
 
@@ -16,6 +17,7 @@ SIDE = 192  # of a picture on the page, in CSS pixels
 LARGEST = 2 * SIDE  # of a picture's pixels, for screens with two of them a CSS pixel
 THUMBNAIL = 64
 QUALITY = 85  # of WebP, of 100
+MAGENTA = (255, 0, 255)
 
 _STYLE = """
 :root { --heat: 0.6; }
@@ -168,6 +170,19 @@ def overlay(image: np.ndarray, heat: np.ndarray, strength: float = 0.6) -> np.nd
     colored = to_rgba(heat).astype(float)
     share = strength * colored[..., 3:] / 255
     return np.round((1 - share) * grey + share * colored[..., :3]).astype(np.uint8)
+
+
+def outlined(image: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """u8[H, W, 3]: the image u8[H, W, 3] with the edge of the part bool[H, W] in magenta.
+
+    No map has that color. The line is a pixel wide, of larger images so many.
+    """
+    within = ndimage.minimum_filter(
+        part, size=2 * max(round(min(part.shape) / 150), 1) + 1, mode="constant", cval=False
+    )
+    drawn = image.copy()
+    drawn[part & ~within] = MAGENTA
+    return drawn
 
 
 def to_rgba(heat: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from vision_jax.errors import UserError
 from vision_jax.models.layers import Conv, GroupNorm, masked
 from vision_jax.models.pyramid import OnPyramid, Pyramid
 from vision_jax.models.resnet import ResNet
+from vision_jax.models.taps import tap_levels
 from vision_jax.ops import nms
 from vision_jax.ops.boxes import clip_xyxy
 
@@ -132,7 +133,8 @@ class DenseDetector(OnPyramid):
             of_map=self.coarse_of_map,
             name="fpn",
         )
-        levels = pyramid([features[name] for name, _ in self._maps], masks[1:], train)
+        maps = [features[name] for name, _ in self._maps]
+        levels = tap_levels(self, pyramid(maps, masks[1:], train))
         return levels, features | {f"level_{index}": x for index, x in enumerate(levels)}
 
     def _say(

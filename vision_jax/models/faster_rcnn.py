@@ -44,6 +44,7 @@ from vision_jax.models.layers import Dense, masked
 from vision_jax.models.pyramid import ConvNorm, OnPyramid, Pyramid
 from vision_jax.models.resnet import VARIANTS as RESNETS
 from vision_jax.models.resnet import ResNet
+from vision_jax.models.taps import tap_levels
 from vision_jax.ops import anchors, nms
 from vision_jax.ops.boxes import clip_xyxy, targets_in_pixels
 from vision_jax.ops.roi_align import roi_align
@@ -284,7 +285,8 @@ class FasterRcnn(OnPyramid):
         del features["pooled"]
         norms = (self.fpn_norm, self.freeze_norm, self.dtype)
         maps = [features[name] for name, _ in self._maps]
-        levels = Pyramid(self.width, *norms, name="fpn")(maps, masks[1:-1], train)
+        pyramid = Pyramid(self.width, *norms, name="fpn")
+        levels = tap_levels(self, pyramid(maps, masks[1:-1], train))
         features |= {f"level_{index}": x for index, x in enumerate(levels)}
 
         num_anchors = len(RATIOS) * len(sizes_of[0])

@@ -25,7 +25,7 @@ from flax import linen as nn
 
 from vision_jax.errors import UserError
 from vision_jax.models.layers import BatchNorm, Conv, Dense, max_pool, normalize
-from vision_jax.models.taps import OUTPUT, tap
+from vision_jax.models.taps import OUTPUT, tap, tap_levels
 from vision_jax.ops import cells
 
 EPSILON = 1e-5  # of BatchNorm
@@ -252,7 +252,7 @@ class NanoDet(nn.Module):
         coarse = coarse + _half(middle)
 
         found = []
-        for index, x in enumerate((fine, middle, coarse)):
+        for index, x in enumerate(tap_levels(self, (fine, middle, coarse))):
             features[f"level_{index}"] = x
             head = Head(self.num_classes, self.bins, shared, name=f"head_{index}")
             found.append(head(x, train))

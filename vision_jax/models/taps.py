@@ -7,7 +7,7 @@ for is no operation of the program: a model without taps compiles to what it wou
 file.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ TAPS = "taps"  # the collection of what is added, by the path of the tap
 
 # The last parts of the taps' names.
 OUTPUT = "output"  # of a stage: a map f[B, h, w, D]
+LEVEL = "level"  # "level_0" ... of a pyramid: maps f[B, h, w, D] as its heads read them
 NORMED = "normed"  # what a block attends to: tokens f[B, N, D]
 ATTENTION = "attention"  # probabilities f[B, K, N, M]
 
@@ -36,6 +37,11 @@ def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
         x = x + module.get_variable(TAPS, name)
         module.sow("intermediates", name, x)
     return x
+
+
+def tap_levels(module: nn.Module, levels: Sequence[jax.Array]) -> list[jax.Array]:
+    """`tap` of each map of a pyramid, from fine to coarse, where nothing but heads reads them."""
+    return [tap(module, f"{LEVEL}_{index}", x) for index, x in enumerate(levels)]
 
 
 def make_tap(module: nn.Module, name: str) -> Callable[[jax.Array], jax.Array] | None:

@@ -26,7 +26,7 @@ from flax import linen as nn
 
 from vision_jax.errors import UserError
 from vision_jax.models.layers import BatchNorm, Conv, Dense, max_pool, normalize
-from vision_jax.models.taps import OUTPUT, tap
+from vision_jax.models.taps import OUTPUT, tap, tap_levels
 from vision_jax.ops import cells
 
 EPSILON, MOMENTUM = 1e-3, 0.03  # of BatchNorm
@@ -354,7 +354,8 @@ class Yolox(nn.Module):
             normalize(images, self.mean, self.std), train
         )
         fine, middle, coarse = (features[f"stage_{index}"] for index in (1, 2, 3))
-        maps = Neck(self.csp_depth, *parts, name="neck")(fine, middle, coarse, train)
+        neck = Neck(self.csp_depth, *parts, name="neck")
+        maps = tap_levels(self, neck(fine, middle, coarse, train))
         found = []
         for index, x in enumerate(maps):
             features[f"level_{index}"] = x
