@@ -12,10 +12,12 @@ import runs
 import vision_jax
 from vision_jax import convert
 from vision_jax.commands.convert import main
+from vision_jax.config import default_config
 from vision_jax.convert.files import open_safetensors
 from vision_jax.convert.package import write_package
 from vision_jax.errors import UserError
 from vision_jax.models.families import FAMILIES, build_model
+from vision_jax.run import description
 from vision_jax.trees.paths import flatten
 
 SMALL = {
@@ -102,6 +104,18 @@ def test_a_pipeline_names_its_parts_and_load_the_way_to_a_generator(tmp_path, rn
         convert.read_weights(str(tmp_path / "pipeline"))
     with pytest.raises(UserError, match=r"makes images: vision_jax\.convert\.load_model gives"):
         vision_jax.load(tmp_path / "pipeline/vae")
+
+
+@pytest.mark.parametrize("task", ["classification", "detection", "pretraining"])
+def test_tasks_that_make_no_images_refuse_a_generator(task, tmp_path, rng):
+    folder, _ = written(tmp_path / "tiny", "autoencoder_tiny", rng)
+    for given in ({"model__weights": str(folder)}, {"model__variant": "dit_s_2"}):
+        config = default_config(task)
+        config.model.weights, config.model.variant = "", ""
+        config.model.update({name.removeprefix("model__"): x for name, x in given.items()})
+        message = rf"{next(iter(given.values()))} is a (autoencoder_tiny|dit), which makes images: "
+        with pytest.raises(UserError, match=f"{message}config.task {task} has no use for it"):
+            description.describe(config, description.read_weights(config), runs.CLASSES)
 
 
 @pytest.mark.parametrize("keys", [None, "by image"])

@@ -63,6 +63,9 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     for norm in batch_norms(module):
         norm.weight.data *= 0.7
         norm.bias.data = 1 + 0.5 / 0.3 * norm.bias.data
+    first, *others = getattr(module, "transformer_blocks", None) or [None]
+    for block in others:  # of diffusers' DiT, each of which has a copy of the same embeddings
+        block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
     return module
 
 

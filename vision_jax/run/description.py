@@ -93,6 +93,11 @@ def _architecture(
             "the architecture is unknown: set config.model.variant, for example 'resnet50' or "
             "'b/16', or take weights that carry it"
         )
+    if families.GENERATION == FAMILIES[family].task != config.task:
+        raise UserError(
+            f"{model.variant or model.weights} is a {family}, which makes images: config.task "
+            f"{config.task} has no use for it"
+        )
     return family, arguments | _checked_arguments(model.arguments, FAMILIES[family].arguments)
 
 
