@@ -57,12 +57,28 @@ def _integer_product(graph, left, right):
     onnxruntime takes ten times as long for MatMulInteger of int8 by int8 (x86, November 2026).
     """
     one, zero = np.array(1, np.float32), np.array(0, np.int8)
-    if rounded := graph.made_by("Round", left):  # which QuantizeLinear does, too
-        (left,) = rounded.inputs
     known = isinstance(left, np.ndarray)  # of no image
-    rows = left if known else graph.op("QuantizeLinear", left, one, zero)
+    rows = left if known else graph.op("QuantizeLinear", *_unrounded(graph, left), zero)
     pair = (graph.op("DequantizeLinear", values, one) for values in (rows, right))
     return graph.op("MatMul", *pair)
+
+
+def _unrounded(graph, whole):
+    """(x, step) of whole numbers round(x / step), which QuantizeLinear divides and rounds."""
+    one = np.array(1, np.float32)
+    if not (rounded := graph.made_by("Round", whole)):
+        return whole, one
+    (levels,) = rounded.inputs
+    # Of calibrated inputs: min(127, max(-127, x / step)).
+    below = graph.made_by("Min", levels)
+    above = graph.made_by("Max", below.inputs[1]) if below else None
+    quotient = graph.made_by("Div", above.inputs[1]) if above else None
+    if not quotient:
+        return levels, one
+    step, bounds = quotient.inputs[1], (above.inputs[0], below.inputs[0])
+    if not all(isinstance(known, np.ndarray) and known.ndim == 0 for known in (step, *bounds)):
+        return levels, one
+    return graph.op("Clip", quotient.inputs[0], *(bound * step for bound in bounds)), step
 
 
 def _whole_numbers(graph, value):
