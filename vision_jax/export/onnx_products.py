@@ -73,7 +73,7 @@ def _unrounded(graph, whole):
     below = graph.made_by("Min", levels)
     above = graph.made_by("Max", below.inputs[1]) if below else None
     quotient = graph.made_by("Div", above.inputs[1]) if above else None
-    if not quotient:
+    if below is None or above is None or quotient is None:
         return levels, one
     step, bounds = quotient.inputs[1], (above.inputs[0], below.inputs[0])
     if not all(isinstance(known, np.ndarray) and known.ndim == 0 for known in (step, *bounds)):
