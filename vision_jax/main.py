@@ -232,7 +232,7 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
         ("search",),
         {
             "type": int,
-            "help": "most trials side by side in one program; 16, or what memory takes, by default",
+            "help": "most trials of one program; by default 16, as many at a time as fit",
         },
     ),
     "plan": (

@@ -68,11 +68,11 @@ def test_how_many_is_decided_once(tmp_path, monkeypatch):
     given = iter([5, 2])
     monkeypatch.setattr(memory, "fitting", lambda search, room: next(given))
     first = drive.settle(search(tmp_path, trials=8))
-    assert first.settings.together == 5
-    assert [unit.members for unit in first.units] == [(0, 1, 2, 3, 4), (5, 6, 7)]
-    assert json.loads((tmp_path / "search.json").read_text())["settings"]["together"] == 5
-    assert drive.settle(search(tmp_path, trials=8)).settings.together == 5
-    with pytest.raises(UserError, match="together 5, and here 4"):
+    assert first.at_once == 5
+    assert [unit.members for unit in first.units] == [tuple(range(8))]  # as without a bound
+    assert json.loads((tmp_path / "search.json").read_text())["at_once"] == 5
+    assert drive.settle(search(tmp_path, trials=8)).at_once == 5
+    with pytest.raises(UserError, match="together 16, and here 4"):
         drive.keep_settings(search(tmp_path, trials=8, together=4))
     run = tmp_path / "run"
     run.mkdir()

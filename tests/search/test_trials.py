@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+import segmentation_runs
 
 from vision_jax import train
 from vision_jax.data.pipeline import DamageLog
@@ -76,6 +77,24 @@ def test_each_curve_is_that_of_the_run_alone(accumulate, tmp_path, rng):
         assert train.run(trial_config(config, values), workdir) == 0
         # 6 steps of 3 numbers, 2 evaluations of 4
         assert assert_same_curves(found, trial, workdir, 1e-5) == 26
+
+
+@pytest.mark.parametrize("tiny", [segmentation_runs.tiny_config])
+def test_trials_of_other_tasks_are_their_runs_alone(tiny, tmp_path, rng):
+    config = tiny(log_every=1)
+    space = {"optim.lr": log_uniform(1e-4, 1e-3), "optim.weight_decay": log_uniform(1e-3, 0.1)}
+    every = search(tmp_path / "search", space, config, trials=2, seed=int(rng.integers(2**32)))
+    (group,) = every.groups
+    assert set(group.numbers) == set(space)
+    drive.run(every)
+    found = every.journal.read()
+    rows = report.make_table(every, found)
+    assert {row.state for row in rows} == {"finished"}
+    assert report.finish_best(every, found, report.find_best(every, rows)) == 0
+    for trial, values in enumerate(every.values):
+        workdir = tmp_path / str(trial)
+        assert train.run(trial_config(config, values), workdir) == 0
+        assert assert_same_curves(found, trial, workdir, 1e-3) > config.total_steps
 
 
 SPECIAL = {

@@ -59,7 +59,7 @@ def run(
     if plan:
         search.draw(Found())
         if together is None:
-            search = search.with_together(memory.fitting(search, memory.room()))
+            search = search.with_at_once(memory.fitting(search, memory.room()))
             search.draw(Found())
         for line in plan_lines(search):
             say(line)
@@ -178,14 +178,16 @@ def _table(
 
 def _group_lines(search: Search) -> list[str]:
     """Which trials share a program."""
-    lines = []
+    lines, less = [], search.at_once
+    bound = less is not None and less < search.settings.together
+    at_once = f", by memory {less} at a time" if bound else ""
     for number, group in enumerate(search.groups):
         fixed = [n for n in search.space if n not in group.numbers]
         values = fields(group.config)
         own = ", ".join(f"{name} {report.word_of(values[name])}" for name in fixed)
         lines.append(
             f"program {number}: {len(group.trials)} trials side by side, at most "
-            f"{search.settings.together}, over {', '.join(group.numbers) or 'nothing'}"
+            f"{search.settings.together}{at_once}, over {', '.join(group.numbers) or 'nothing'}"
             + (f"; {own}" if own else "")
         )
     return lines
@@ -196,8 +198,7 @@ def _of_room(taken: int) -> str:
     room = memory.room()
     if room is None:
         return ""
-    more = ": more than there is room for, so take a smaller --together" * (taken > room)
-    return f" of {human_size(room)} there is room for{more}"
+    return f", and there is room for {human_size(room)}"
 
 
 def plan_lines(search: Search) -> list[str]:

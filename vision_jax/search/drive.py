@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,7 +35,7 @@ from vision_jax.logging import explain_write_errors, say
 from vision_jax.search import memory
 from vision_jax.search.journal import Found, claimed
 from vision_jax.search.search import Search, Unit
-from vision_jax.search.space import describe_space
+from vision_jax.search.space import MOST_TRIALS, describe_space
 from vision_jax.search.stack import begin, is_out_of_memory
 from vision_jax.search.trial import RANK, Group, Values, trial_config
 
@@ -102,30 +101,21 @@ def _left(search: Search, rung: int) -> list[Unit]:
 
 
 def settle(search: Search) -> Search:
-    """The search with as many trials side by side as the device has room for.
+    """The search with as many trials at once as the device has room for.
 
     How many that is stands in the folder from then on: what is free later changes nothing.
 
     Raises:
       UserError: see keep_settings.
     """
-    _refuse_run(search.out)
-    with claimed(search.out, "together", wait=True):
-        path = search.out / SETTINGS_FILE
-        if path.exists():
-            held = read_json(path).get("settings", {}).get("together")
-            count = held if isinstance(held, int) and held > 0 else search.settings.together
-        else:
+    keep_settings(search)
+    with claimed(search.out, "memory", wait=True), explain_write_errors(search.out):
+        held = read_json(search.out / SETTINGS_FILE)
+        if "at_once" not in held:
             search.draw(Found())
-            count = memory.fitting(search, memory.room())
-        search = search.with_together(count)
-        keep_settings(search)
-    return search
-
-
-def _refuse_run(out: Path) -> None:
-    if (out / "config.json").exists():
-        raise UserError(f"{out} holds a run: give the search another --workdir")
+            held["at_once"] = memory.fitting(search, memory.room())
+            write_json(held, search.out / SETTINGS_FILE)
+    return search.with_at_once(held["at_once"])
 
 
 def keep_settings(search: Search) -> None:
@@ -144,7 +134,8 @@ def keep_settings(search: Search) -> None:
         },
     }
     path = search.out / SETTINGS_FILE
-    _refuse_run(search.out)
+    if (search.out / "config.json").exists():
+        raise UserError(f"{search.out} holds a run: give the search another --workdir")
     with explain_write_errors(search.out):
         search.out.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -214,16 +205,20 @@ class _Programs:
     def step(self, group: Group) -> Any:
         """The compiled step of a group."""
         if group.trials[0] not in self._steps:
-            stack, most = self._search.stack(group), self._most.get(group.trials[0])
-            self._steps[group.trials[0]] = machine.compile_apart(
-                stack.step if most is None else stack.step_by(most)
-            )
+            stack = self._search.stack(group)
+            most = self._most.get(group.trials[0], self._search.at_once)
+            if most is None or most >= self._search.settings.together:
+                program = stack.step
+            else:
+                program = stack.step_by(most)
+            self._steps[group.trials[0]] = machine.compile_apart(program)
         return self._steps[group.trials[0]]
 
     def halve(self, unit: Unit) -> int | None:
         """Makes a group's step take half as many trials at once; how many, or None below one."""
         first = unit.group.trials[0]
-        most = self._most.get(first, len(unit.members)) // 2
+        most = self._most.get(first, min(len(unit.members), self._search.at_once or MOST_TRIALS))
+        most //= 2
         if not most:
             return None
         self._most[first] = most

@@ -89,8 +89,11 @@ class _Optuna:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         direction = "maximize" if best_is == "highest" else "minimize"
         self._study = optuna.create_study(sampler=sampler, direction=direction)
-        # A trial without a figure is worse than all that have one; a failed one is forgotten.
-        self._worst = optuna.trial.TrialState.PRUNED
+        # To TPE a pruned trial is worse than all that have a figure. The others look at figures
+        # alone, and one that has failed is forgotten: they are told the worst so far.
+        self._pruned = optuna.trial.TrialState.PRUNED
+        self._of_lost = None if kind == "TPESampler" else min if best_is == "highest" else max
+        self._told: list[float] = []
         self._space = space
         self._asked: list[Any] = []
 
@@ -105,11 +108,14 @@ class _Optuna:
 
     def tell(self, figures: Sequence[float | None]) -> None:
         """The metric of each trial that was asked for last."""
+        self._told += [figure for figure in figures if figure is not None]
+        worst = self._of_lost(self._told) if self._of_lost and self._told else None
         for trial, figure in zip(self._asked, figures, strict=True):
-            if figure is None:
-                self._study.tell(trial, state=self._worst)
+            known = worst if figure is None else figure
+            if known is None:
+                self._study.tell(trial, state=self._pruned)
             else:
-                self._study.tell(trial, figure)
+                self._study.tell(trial, known)
 
 
 def _suggest(trial: Any, name: str, one: Uniform | Choice) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from vision_jax import machine
-from vision_jax.search.search import MOST_TOGETHER, Search
+from vision_jax.search.search import Search
 
 # Of the free memory: evaluations, compilation and fragments take what is left; a CPU's is shared.
 SHARE = {"cpu": 0.5}
@@ -42,12 +42,12 @@ def step_bytes(compiled: Any) -> int:
 
 
 def fitting(search: Search, most_bytes: int | None) -> int:
-    """The most trials, up to MOST_TOGETHER, whose step takes at most so many bytes; at least 1.
+    """The most trials of a unit whose step takes at most so many bytes; at least 1.
 
-    Each group's program is compiled for as many trials as it has, and for fewer where these do not
-    fit. None is no bound.
+    The program of each group there is by now is compiled for as many trials as it has, and for
+    fewer where these do not fit. None is no bound.
     """
-    count = min(search.settings.together, MOST_TOGETHER)
+    count = search.settings.together
     if most_bytes is None:
         return count
     for group in search.groups:

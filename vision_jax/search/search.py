@@ -34,7 +34,7 @@ from vision_jax.search.trial import (
 )
 from vision_jax.tasks.api import Task, find_task
 
-MOST_TOGETHER = 16  # unless it is asked for: more share little more, and make batches of a sampler
+MOST_TOGETHER = 16  # unless it is asked for: more would share little more
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,15 @@ class Search:
       space: the ranges.
       settings: see there.
       out: its folder.
+      at_once: the most trials that a step takes at a time, by memory; None for all of a unit. It
+        changes rounding, and nothing that is drawn.
     """
 
     config: ConfigDict
     space: Mapping[str, Range]
     settings: Settings
     out: Path
+    at_once: int | None = None
 
     @cached_property
     def task(self) -> Task:
@@ -189,12 +192,10 @@ class Search:
         """What has been done."""
         return Journal(self.out)
 
-    def with_together(self, count: int) -> "Search":
-        """The search with so many trials of a program; what was read and compiled is kept."""
-        changed = replace(self, settings=replace(self.settings, together=count))
-        vars(changed).update(_sources=self._sources, _needed=self._needed)
-        if count == self.settings.together or self._learner is None:  # the same groups
-            vars(changed).update(_stacks=self._stacks)
+    def with_at_once(self, count: int) -> "Search":
+        """The search with a bound on trials at once; what was read and traced is kept."""
+        changed = replace(self, at_once=count)
+        vars(changed).update(_sources=self._sources, _needed=self._needed, _stacks=self._stacks)
         return changed
 
     @cached_property

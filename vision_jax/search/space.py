@@ -256,7 +256,8 @@ def check_space(space: Any, config: ConfigDict, path: str = "space") -> dict[str
             if missing := [value for value in given.values if value not in other.values]:
                 problems.append(
                     f"--space: {path}: {name} is there when {given.field} is {missing[0]!r}, "
-                    f"which is none of its choices"
+                    "which is none of its choices (several values are a tuple, and a value that is "
+                    "a tuple itself is written (value,))"
                 )
                 continue
             there = {**values, given.field: given.values[0]}

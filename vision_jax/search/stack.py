@@ -147,6 +147,7 @@ class Stack:
         def evaluate(
             state: steps.TrainState, frozen: Flat, numbers: Mapping[str, Any], places: Sequence[int]
         ) -> list[Any]:
+            nonlocal together
             trained, statistics = steps.averaged(state)
             own = {"trainable": trained, "numbers": dict(numbers)}
             outputs = len(source) * len(run.description.class_names) * _count(trained)
@@ -156,6 +157,7 @@ class Stack:
                 except jax.errors.JaxRuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
+                    together = None  # from now on one after another
                 else:
                     return list(map(_unless_diverged, every))
             rows = (_row((own, statistics), place) for place in places)
