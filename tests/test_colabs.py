@@ -28,6 +28,7 @@ SMALL = {
         "JUDGED = 200": "JUDGED = 10",
         "(1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255)": "(8 / 255,)",
     },
+    "shrink_and_export": {"STEPS = 400": "STEPS = 2", "IMAGES = 128": "IMAGES = 16"},
     "teach_a_student": {"STEPS = 400": "STEPS = 2", "STEPS = 1000": "STEPS = 2"},
     "pretrain_your_images": {
         "STEPS = 2000": "STEPS = 4",
@@ -198,3 +199,16 @@ def test_teach_a_student(tmp_path, monkeypatch):
         origins = [origin for origin, _ in description["teachers"]]
         assert len(origins) == count
         assert all("runs/teacher" in origin for origin in origins)
+
+
+@pytest.mark.long
+def test_shrink_and_export(tmp_path, monkeypatch):
+    printed = execute("shrink_and_export", tmp_path, monkeypatch)
+    out = tmp_path / "runs"
+    assert (out / "whole" / "quantized" / "quantization.json").is_file()
+    report = json.loads((out / "factored" / "factorization.json").read_text())
+    assert report["after"]["products"] <= 0.5 * report["before"]["products"]
+    assert (out / "factored" / "factorization.png").is_file()
+    record = json.loads((out / "file" / "model.stablehlo.json").read_text())
+    assert f"model.stablehlo {record['bytes']} True" in printed
+    assert "served: " in printed
