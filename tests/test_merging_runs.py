@@ -1,5 +1,6 @@
 """Token merging in runs: where the number of tokens comes from, and what goes out of the door."""
 
+import functools
 import json
 
 import jax
@@ -70,6 +71,16 @@ def test_maps_of_tokens_are_no_grid_and_gradients_are_taken():
     assert choose(1, "rise") == ["rise"]
 
 
+def test_attention_behind_a_merge_is_compared_with_its_like():
+    features = "(('attention_maps', 'block_1/attention', 'block_1/attention', 1.0),)"
+    weights = deeper()
+    with pytest.raises(
+        UserError, match=r"student gives .*, 2, 4, 4\) and the teacher .*, 2, 5, 5\)"
+    ):
+        loss_of(features, weights, model__weights=weights)
+    loss_of(features.replace("block_1", "block_0"), weights, model__weights=weights)
+
+
 def test_features_behind_a_merge_are_no_grid():
     with pytest.raises(
         UserError, match="4 tokens, some of which have merged, are no grid of 2 x 2"
@@ -78,13 +89,23 @@ def test_features_behind_a_merge_are_no_grid():
     loss_of("(('hint', 'embed', 'embed', 1.0), ('hint', 'pooled', 'pooled', 1.0))")
 
 
-def loss_of(features):
+@functools.cache
+def deeper():
+    """The file of a ViT of two blocks: what merges in the first is seen by the second."""
+    path = runs.inputs() / "deeper.safetensors"
+    sizes = {"width": 32, "depth": 2, "num_heads": 2, "mlp_width": 64, "patch_size": 8}
+    runs.write_teacher(path, "vit", len(runs.CLASSES), 16, **sizes, image_size=(16, 16))
+    return path
+
+
+def loss_of(features, teacher=None, **fields):
     prepared = runs.Prepared(
         model__merge=1,
         recipes="('distill',)",
         trainable=".*",
-        distill__teachers=f"('{runs.teacher()}',)",
+        distill__teachers=f"('{teacher or runs.teacher()}',)",
         distill__features=features,
+        **fields,
     )
     return jax.eval_shape(
         prepared.loss_fn,
@@ -98,9 +119,8 @@ def loss_of(features):
 
 @pytest.mark.long
 def test_a_run_that_merges_is_evaluated_loaded_exported_and_converted(tmp_path, capsys):
-    workdir = tmp_path / "run"  # of one block, behind which the class token sees no merged ones
-    config = runs.tiny_config(model__merge=1, model__arguments="(('pool', 'avg'),)")
-    assert train.run(config, workdir) == 0
+    workdir = tmp_path / "run"
+    assert train.run(runs.tiny_config(model__merge=1, model__weights=deeper()), workdir) == 0
     held = json.loads((workdir / "model.json").read_text())
     assert held["arguments"]["merge"] == 1
     loaded = load(workdir)

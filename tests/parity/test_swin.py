@@ -257,6 +257,11 @@ def test_fewer_heads_of_their_size_go_to_timm_and_come_back(tmp_path):
             UserError, match=f"{to} has no swin .* head_size of 8: it can go to timm"
         ):
             table_for_export(to, "swin", arguments)
+    # A stage that has lost heads where the first has not, of another size than its own heads.
+    reference, _ = timm_reference(V1, (64, 96), window_size=4, head_dim=(None, 6))
+    (tmp_path / "by_stage").mkdir()
+    with pytest.raises(UserError, match=r"heads of \[\d+, 6\] channels by stage"):
+        convert.recognize(convert.read_weights(reference.save(tmp_path / "by_stage")))
     with pytest.raises(UserError, match="nor has any other library"):
         table_for_export("timm", "swin", {**arguments, "version": 2})
 

@@ -1,5 +1,6 @@
 """Our ViT against timm, torchvision and transformers: every block and the logits, from files."""
 
+import json
 import re
 
 import jax
@@ -397,6 +398,12 @@ def test_fewer_heads_of_their_size_go_to_transformers_and_come_back(name, num_he
     again.module.save_pretrained(tmp_path / "saved")
     read = convert.recognize(convert.read_weights(str(tmp_path / "saved")))[1]
     assert (read["num_heads"], read["head_size"]) == (num_heads, 16)
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    (tmp_path / "saved/config.json").write_text(json.dumps(config | {"head_dim": 12}))
+    with pytest.raises(
+        UserError, match=f"head_dim 12, and the tensors have {num_heads} heads of 16"
+    ):
+        convert.recognize(convert.read_weights(str(tmp_path / "saved")))
     for other in ("timm", "torchvision"):
         with pytest.raises(UserError, match=rf"{other} has no vit .*head_size of 16: it can go to"):
             table_for_export(other, "vit", arguments)

@@ -65,6 +65,17 @@ def timm_arguments(
     return str(config.get("architecture", "")).split(".")[0], given
 
 
+def head_channels(inner: int, num_heads: Any) -> int:
+    """Channels of each head.
+
+    Raises:
+      UserError: so many heads can't share `inner` channels of q, k or v.
+    """
+    if not isinstance(num_heads, int) or num_heads < 1 or inner % num_heads:
+        raise UserError(f"{num_heads!r} heads can't share the {inner} channels of q, k and v")
+    return inner // num_heads
+
+
 @dataclass(frozen=True)
 class Table:
     """How one kind of file names one architecture. `{p}` stands for the prefix of the file at hand.

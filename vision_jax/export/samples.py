@@ -43,7 +43,7 @@ SAMPLES: dict[str, Sample] = {
     "vit, pooled by attention, SwiGLU": Sample(
         "vit", {**_VIT, "pool": "map", "gated_mlp": True, "num_registers": 2}
     ),
-    "vit, tokens merge": Sample("vit", {**_VIT, "merge": 20}),
+    "vit, tokens merge": Sample("vit", {**_VIT, "merge": 24}),
     "beit": Sample(
         "beit", {"patch_size": 16, "width": 48, "depth": 2, "num_heads": 3, "mlp_width": 96}
     ),

@@ -79,14 +79,19 @@ def merge_tokens(
     length = jnp.linalg.norm(keys, axis=-1, keepdims=True)
     keys = keys / jnp.maximum(length, jnp.finfo(wide).tiny)
     _, first, second = _deal(keys, num_prefix)
-    likeness = jnp.einsum("bnd,bmd->bnm", first, second)
+    # In full precision: which pairs merge is a choice, that other platforms make alike then.
+    likeness = jnp.einsum("bnd,bmd->bnm", first, second, precision="highest")
     own = likeness.shape[1]
     moves = jax.lax.top_k(likeness.max(-1), count)[1]  # [B, count], places in the first set
     into = _take(likeness.argmax(-1), moves)  # [B, count], places in the second
+
     moved = _one_hot(moves, own).any(1)  # [B, own]
     # The largest of what falls with the place: the others in their order, without a sort.
     falling = -jax.lax.broadcasted_iota(moves.dtype, moved.shape, 1)
     stays = jax.lax.top_k(jnp.where(moved, falling - own, falling), own - count)[1]
+
+    def left(x):  # nothing, where all of the set merge: onnxruntime fails on empty arrays
+        return [_take(x, stays)] if count < own else []
 
     prefix, first, second = _deal(x, num_prefix)
     of_prefix, of_first, of_second = _deal(sizes[..., None], num_prefix)  # [B, n, 1]
@@ -95,8 +100,8 @@ def merge_tokens(
     total = of_second + _add_up(weights, onto)
     moving = _add_up(weights * _take(first, moves).astype(wide), onto)
     mean = ((of_second * second.astype(wide) + moving) / total).astype(x.dtype)
-    x = jnp.concatenate([prefix, _take(first, stays), mean], axis=1)
-    sizes = jnp.concatenate([of_prefix, _take(of_first, stays), total], axis=1)
+    x = jnp.concatenate([prefix, *left(first), mean], axis=1)
+    sizes = jnp.concatenate([of_prefix, *left(of_first), total], axis=1)
     return x, sizes[..., 0]
 
 

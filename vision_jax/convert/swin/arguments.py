@@ -13,6 +13,7 @@ from vision_jax.convert.table import (
     Shapes,
     count_blocks,
     fill_prefix,
+    head_channels,
     pair,
     timm_arguments,
 )
@@ -70,12 +71,23 @@ def infer_arguments(
         "pretrained_windows": said.get("pretrained_windows", ()),
     }
     found |= {name: said[name] for name in ("activation", "layer_norm_eps") if name in said}
-    inner = _shape(ours, "stage_0/block_0/attn/qkv/kernel", 2)[1] // 3
-    if inner != width and found["num_heads"][0]:  # pruned: of fewer heads than share the width
-        found["head_size"] = inner // found["num_heads"][0]
+    found |= _pruned_heads(ours, width, found["num_heads"])
     sides = [_window(names, shapes, s) for s in range(stages)]
     image_size, windows = _sizes(said, sides, found)
     return {**found, "image_size": image_size, "windows": windows}
+
+
+def _pruned_heads(ours: Shapes, width: int, num_heads: tuple[int, ...]) -> dict[str, int]:
+    """`head_size` where a stage has fewer heads than share its width."""
+    inner = [
+        _shape(ours, f"stage_{s}/block_0/attn/qkv/kernel", 2)[1] // 3 for s in range(len(num_heads))
+    ]
+    if inner == [width * 2**stage for stage in range(len(inner))]:
+        return {}
+    sizes = [head_channels(*one) for one in zip(inner, num_heads, strict=True)]
+    if len(set(sizes)) > 1:
+        raise UserError(f"heads of {sizes} channels by stage: a Swin here has one size in all")
+    return {"head_size": sizes[0]}
 
 
 def _shape(shapes: Shapes, path: str, ndim: int) -> tuple[int, ...]:

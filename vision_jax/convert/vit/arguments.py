@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vision_jax.convert.engine import Rule, expand, tree_shapes
-from vision_jax.convert.table import Metadata, Shapes, pair, timm_arguments
+from vision_jax.convert.table import Metadata, Shapes, head_channels, pair, timm_arguments
 from vision_jax.errors import UserError
 from vision_jax.models.vit import VARIANTS
 
@@ -132,6 +132,8 @@ def _from_transformers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {}
     if "num_attention_heads" in config:
         said["num_heads"] = config["num_attention_heads"]
+    if config.get("head_dim") is not None:
+        said["head_size"] = config["head_dim"]
     if "layer_norm_eps" in config:
         said["layer_norm_eps"] = float(config["layer_norm_eps"])
     if "hidden_act" in config:
@@ -178,7 +180,7 @@ def from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str
     prefix = int(class_token) + int("dist_token" in shapes) + registers
     image_size, position_prefix = _positions(shapes["pos_embed"][1], patch_height, prefix, said)
     num_heads = said["num_heads"] if "num_heads" in said else _heads(width)
-    head_size = _head_size(shapes, width, num_heads)
+    head_size = _head_size(shapes, width, num_heads, said.get("head_size"))
     return {
         "num_classes": head[1],
         "image_size": image_size,
@@ -207,18 +209,19 @@ def from_shapes(shapes: Shapes, depth: int, said: Mapping[str, Any]) -> dict[str
     }
 
 
-def _head_size(shapes: Shapes, width: int, num_heads: int) -> int | None:
+def _head_size(shapes: Shapes, width: int, num_heads: int, told: Any) -> int | None:
     """Channels of a head of a pruned model; None: the width's share, as in all others.
 
     Raises:
-      UserError: as many heads can't share the channels.
+      UserError: so many heads can't share the channels, or the config tells of others.
     """
     inner = shapes.get("block_0/attn/qkv/kernel", (width, 3 * width))[1] // 3
-    if inner == width:
-        return None
-    if not isinstance(num_heads, int) or num_heads < 1 or inner % num_heads:
-        raise UserError(f"{num_heads!r} heads can't share {inner} channels of q, k and v")
-    return inner // num_heads
+    found = head_channels(inner, num_heads) if told is not None or inner != width else None
+    if told not in (None, found):
+        raise UserError(
+            f"config.json: head_dim {told!r}, and the tensors have {num_heads} heads of {found}"
+        )
+    return None if inner == width else found
 
 
 def _heads(width: int) -> int:

@@ -245,8 +245,8 @@ def transformers_config(kind: str, a: Arguments) -> dict[str, Any]:
         config["intermediate_size"] = a["mlp_width"]
     if model_type in ("vit", "deit") or model_type.startswith("dinov2"):
         config["qkv_bias"] = a["qkv_bias"]
-    if a.get("head_size"):
-        config["head_dim"] = a["head_size"]  # which no other type has
+    if a.get("head_size") and "qkv_bias" in config:
+        config["head_dim"] = a["head_size"]
     if kind == "clip" and a["num_classes"]:
         config["projection_dim"] = a["num_classes"]
     if kind == "siglip_classifier":
