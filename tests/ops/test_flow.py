@@ -57,6 +57,31 @@ def test_ddim_reaches_the_image_of_an_exact_model():
         ddim_steps(1001)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_steps_of_any_number_fall_and_are_there(spacing):
+    for count in range(1, 1001):
+        steps = ddim_steps(count, spacing)
+        assert len(steps) == count
+        assert (np.diff(steps) < 0).all()
+        assert 0 <= steps[-1] <= steps[0] <= 999
+
+
+def test_half_precision_keeps_its_steps_and_times():
+    seen = []
+
+    def model(x, time):
+        seen.append((x.dtype, time.dtype))
+        return x
+
+    noise = jnp.ones(2, jnp.bfloat16)
+    for end in (
+        ddim(model, noise, ddim_steps(3), kept_signal()),
+        integrate(model, noise, even_times(3), "heun"),
+    ):
+        assert end.dtype == jnp.bfloat16
+    assert set(seen) == {(jnp.dtype("bfloat16"), jnp.dtype("float32"))}
+
+
 def predict(x, time, labels):
     """Depends on each input, and on no other image of the batch."""
     return jnp.sin(3 * x + time[:, None]) + labels[:, None].astype(x.dtype) * jnp.asarray(

@@ -46,7 +46,8 @@ def ddim_steps(
         return np.arange(count)[::-1] * (steps // count)
     if spacing != "trailing":
         raise ValueError(f"spacing {spacing!r} is none of leading, trailing")
-    return np.round(np.arange(steps, 0, -steps / count)).astype(np.int64) - 1
+    # A step that is no whole number adds one more now and then, of what rounding leaves over.
+    return np.round(np.arange(steps, 0, -steps / count)[:count]).astype(np.int64) - 1
 
 
 def ddim(
@@ -70,13 +71,13 @@ def ddim(
       f[B, ...] in the dtype of `noise`.
     """
     ends = np.append(signal[steps[1:]], 1.0)  # of the step that each leads to, the image at last
-    dtype = noise.dtype
+    dtype = np.promote_types(noise.dtype, np.float32)  # half precision has no step 999
     rows = (jnp.asarray(steps, dtype), jnp.asarray(signal[steps], dtype), jnp.asarray(ends, dtype))
 
     def body(x, row):
         step, now, then = row
-        found = predict_noise(x, step)
-        image = (x - jnp.sqrt(1 - now) * found) / jnp.sqrt(now)
-        return jnp.sqrt(then) * image + jnp.sqrt(1 - then) * found, None
+        found = predict_noise(x, step).astype(dtype)
+        image = (x.astype(dtype) - jnp.sqrt(1 - now) * found) / jnp.sqrt(now)
+        return (jnp.sqrt(then) * image + jnp.sqrt(1 - then) * found).astype(x.dtype), None
 
     return jax.lax.scan(body, noise, rows)[0]

@@ -82,17 +82,22 @@ def integrate(
     """
     if method not in ("euler", "heun"):
         raise ValueError(f"method {method!r} is none of euler, heun")
-    pairs = jnp.stack([jnp.asarray(times)[:-1], jnp.asarray(times)[1:]], axis=1).astype(noise.dtype)
+    dtype = np.promote_types(noise.dtype, np.float32)  # half precision is too coarse for times
+    times = jnp.asarray(times, dtype)
+    pairs = jnp.stack([times[:-1], times[1:]], axis=1)
+
+    def moved(x, by, slope):
+        return (x.astype(dtype) + by * slope.astype(dtype)).astype(x.dtype)
 
     def euler(x, pair):
         start, end = pair
-        return x + (end - start) * velocity(x, start), None
+        return moved(x, end - start, velocity(x, start)), None
 
     def heun(x, pair):
         start, end = pair
         slope = velocity(x, start)
-        again = velocity(x + (end - start) * slope, end)
-        return x + (end - start) * (slope + again) / 2, None
+        again = velocity(moved(x, end - start, slope), end)
+        return moved(x, end - start, (slope + again) / 2), None
 
     if method == "euler":
         return jax.lax.scan(euler, noise, pairs)[0]
@@ -141,7 +146,7 @@ def guided(
       predict: (x f[B, ..., C], time f[B], labels i32[B]) -> f[B, ..., C].
       labels: i32[B].
       none: the label that says none.
-      scale: 1 guides nowhere.
+      scale: a number of Python, not traced; 1 guides nowhere.
       interval: (first, last) time at which it guides (Kynkäänniemi et al. 2024).
       channels: how many of C it guides, the first; all by default. The samples of the originals of
         DiT and SiT are guided in 3 of 4.
