@@ -355,6 +355,21 @@ def test_what_no_output_needs_is_left_out(images):
     assert found["ReduceSum"] == 1
 
 
+@runtimes
+def test_reductions_that_keep_their_axes(check, images):
+    """And get one more beside them, which is not the one that was kept."""
+
+    def function(images):
+        x = images.astype(jnp.float32)
+        kept = x.sum(1, keepdims=True)
+        return {
+            "kept": kept, "before": kept[:, None], "after": kept[:, :, None],
+            "two": x.max((1, 2), keepdims=True)[:, None, None],
+        }  # fmt: skip
+
+    check(function, images, size=(6, 5))
+
+
 def test_what_cannot_be_written_is_named(images):
     def function(images):
         return {"sorted": jnp.sort(images.astype(jnp.float32), axis=-1)}

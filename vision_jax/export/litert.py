@@ -68,7 +68,7 @@ def _quiet() -> Iterator[None]:
     """Without what TensorFlow's core, which is in the converter, says of oneDNN on stderr."""
     name = "TF_ENABLE_ONEDNN_OPTS"
     before = os.environ.get(name)
-    os.environ[name] = "0"
+    os.environ.setdefault(name, "0")
     try:
         yield
     finally:

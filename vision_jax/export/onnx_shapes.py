@@ -28,7 +28,9 @@ def _kept(graph, value, placed, params):
     """What was reduced, again with the axes that it lost, if that is what is asked for."""
     for kind in ("ReduceSum", "ReduceMax", "ReduceMin"):
         made = graph.made_by(kind, value)
-        if made and isinstance(axes := made.inputs[1], np.ndarray):
+        if made is None or made.attributes["keepdims"]:
+            continue
+        if isinstance(axes := made.inputs[1], np.ndarray):
             left = [at for at in range(len(placed)) if at not in axes]
             if list(params["broadcast_dimensions"]) == left:
                 return graph.op(kind, *made.inputs, keepdims=1)

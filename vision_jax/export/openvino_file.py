@@ -1,5 +1,6 @@
 """OpenVINO files, by way of ONNX of a fixed size: OpenVINO computes float64 in float32."""
 
+import hashlib
 import importlib.metadata
 import math
 import re
@@ -70,6 +71,7 @@ def _share_constants(model: Any) -> None:
         if node.get_type_name() == "Constant":
             values = node.data
             (output,) = node.outputs()
-            key = (str(node.get_element_type()), values.shape, values.tobytes())
+            digest = hashlib.sha256(values.tobytes()).digest()  # and no copy of all weights
+            key = (str(node.get_element_type()), values.shape, digest)
             if (kept := first.setdefault(key, output)) is not output:
                 output.replace(kept)
