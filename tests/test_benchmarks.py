@@ -34,6 +34,7 @@ BENCHMARKS = {
     "input": ("--small", *BRIEF),
     "listing": ("--files=20", "--classes=2", "--boxes=20", "--repeats=1"),
     "inference": ("--small", "--jobs", "ViT", *BRIEF),
+    "insertion": ("--images=3", "--greedy=1", "--nodes=2", *SHORT, *FEW_IMAGES),
     "lora_step": ("--variant=ti/16", "--depth=1", "--image_size=32", "--batch=2"),
     "matching": ("--problems=2", "--targets=5", "--queries=6"),
     "pgd": ("--small", *BRIEF),

@@ -13,7 +13,7 @@ from PIL import Image
 
 import vision_jax
 from vision_jax import main
-from vision_jax.explain import page
+from vision_jax.explain import classes, page
 from vision_jax.explain.methods import METHODS
 
 FEW = "saliency,grad_cam,attention_rollout"
@@ -68,8 +68,10 @@ def test_images_are_explained_in_pictures_a_record_and_a_page(photos, tmp_path, 
 def test_a_run_is_explained_over_its_own_data(tmp_path, capsys):
     out = tmp_path / "out"
     workdir = runs.finished()
-    assert explain(workdir, "--dataset", "--limit=12", "--checkpoint=last", f"--out={out}") == 0
+    asked = (workdir, "--dataset", "--limit=12", "--checkpoint=last", f"--out={out}")
+    assert explain(*asked, "--baseline=blurred") == 0
     record = json.loads((out / "explanations.json").read_text())
+    assert record["baseline"] == "blurred"
     assert record["count"] == 12
     assert set(record["methods"]) == {"integrated_gradients", "random"}
     assert abs(record["methods"]["integrated_gradients"]["completeness"]) < 1
@@ -168,6 +170,40 @@ def test_the_regions_of_a_segmenter_are_explained_and_measured_by_the_true_ones(
 
 
 @pytest.mark.long
+def test_adversarial_examples_are_explained_beside_the_images(
+    photos, tmp_path, monkeypatch, capsys
+):
+    """Within the ball, less sure of the class, and each with maps of what it is taken for."""
+    pairs = []
+    add = classes.UnderAttack.find
+
+    def watched(self, one):
+        pairs.append(one)
+        return add(self, one)
+
+    monkeypatch.setattr(classes.UnderAttack, "find", watched)
+    out = tmp_path / "out"
+    weights = runs.inputs() / "weights.safetensors"
+    asked = (weights, "--images", photos, "--methods=saliency", "--attack=4/255", f"--out={out}")
+    assert explain(*asked) == 0
+    record = json.loads((out / "explanations.json").read_text())
+    for one, said in zip(pairs, record["images"], strict=True):
+        moved = abs(one.attacked.view.astype(int) - one.view).max()
+        assert 0 < moved <= 4
+        assert one.attacked.probabilities[one.predicted] < one.probabilities[one.predicted]
+        assert one.attacked.explained == one.attacked.predicted
+        assert (one.attacked.maps["saliency"] != one.maps["saliency"]).any()
+        assert said["attacked"]["methods"] == one.attacked.figures
+    fooled = sum(one.attacked.predicted != one.predicted for one in pairs)
+    assert record["under_attack"]["fooled"] == fooled
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert f"(PGD-20, 4/255) {fooled} of 2 images are taken for another class" in printed
+    text = (out / "explanations.html").read_text()
+    assert text.count("Under attack (PGD-20, 4/255)") == 2
+    assert text.count("<figure>") == 2 * 2 * 2
+
+
+@pytest.mark.long
 def test_bad_requests_are_answered_in_one_line(photos, capsys):
     weights = runs.inputs() / "weights.safetensors"
     for arguments, answer in (
@@ -176,6 +212,8 @@ def test_bad_requests_are_answered_in_one_line(photos, capsys):
         ((weights, "--images", photos / "c.png", "--methods=saliency"), "c.png"),
         ((weights, "--images", photos / "none"), "there is no file"),
         ((weights, "--dataset"), "--dataset=DATA"),
+        ((weights, "--images", photos, "--attack=8"), "'8' is no radius in (0, 1]"),
+        ((weights, "--dataset", "--attack=8/255"), "--attack goes with --images"),
         ((weights, "--dataset", "--class=LABEL_1"), "--class goes with --images"),
         ((weights, "--images", photos, "--limit=3"), "--limit"),
         ((weights,), "required"),

@@ -12,7 +12,16 @@ import pytest
 
 from vision_jax.attacks.examples import keys_of
 from vision_jax.errors import UserError
-from vision_jax.explain.forward import Forward, class_logit, place_logit, region_logit
+from vision_jax.explain import measures
+from vision_jax.explain.explainer import BASELINES, make_explainer
+from vision_jax.explain.forward import (
+    Forward,
+    class_logit,
+    class_targets,
+    place_logit,
+    region_logit,
+    score_of,
+)
 from vision_jax.explain.gradients import gauss_legendre
 from vision_jax.explain.methods import METHODS, find_method, make_explain
 from vision_jax.models.families import build_model, initialize
@@ -172,3 +181,31 @@ def test_the_nodes_integrate_polynomials_exactly():
     places, weights = gauss_legendre(5)
     for degree in range(10):
         assert abs((weights * places**degree).sum() - 1 / (degree + 1)) < 1e-14
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_baseline_asked_for_is_where_the_way_begins(name):
+    """The map's sum is the difference from the score there, and from no other baseline's."""
+    model, variables = subject()
+    images, target, _ = arguments()
+    labels = jnp.arange(3) % 4
+    forward = Forward(model)
+    explain = make_explainer(
+        forward, ["integrated_gradients"], size=(SIDE, SIDE), seed=0, baseline=name
+    )
+    found = explain(variables, images, class_targets(labels), jnp.arange(3))
+    maps = np.asarray(found["integrated_gradients"]["map"])
+    mean = jnp.asarray(model.mean, jnp.float32).reshape(1, 1, 1, 3)
+    empty = {
+        "mean": jnp.broadcast_to(mean, images.shape),
+        "black": jnp.zeros_like(images),
+        "blurred": measures.blurred(images),
+    }
+    score = np.asarray(score_of(forward, variables, images, target))
+    scale = np.abs(maps).sum((1, 2))
+    for other, start in empty.items():
+        lost = score - np.asarray(score_of(forward, variables, start, target))
+        error = np.abs(maps.sum((1, 2)) - lost) / scale
+        assert (error < 2e-3).all() if other == name else (error > 2e-3).any()
+    assert (np.abs(found["integrated_gradients"]["completeness"]) < 0.1).all()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vision_jax.data.pipeline import Damaged
 from vision_jax.errors import UserError
-from vision_jax.explain import classes, page, report
+from vision_jax.explain import classes, dataset, page, report
 from vision_jax.explain.classes import Explained, Subject
 from vision_jax.tasks.images import source_of
 
@@ -43,7 +43,7 @@ def fake_run(monkeypatch, rng, damaged=()):
             given.append(weakref.ref(one))
             yield one
 
-    monkeypatch.setattr(classes, "make_run", lambda *_: run)
+    monkeypatch.setattr(classes, "make_run", lambda *_, **__: run)
     return given
 
 
@@ -135,9 +135,9 @@ def test_a_data_set_is_summed_up_image_by_image(tmp_path, monkeypatch, rng):
                 drawn.append(one)
             yield one
 
-    monkeypatch.setattr(classes, "make_run", lambda *_: run)
-    monkeypatch.setattr(classes, "ERRORS", 4)
-    classes.explain_dataset(SUBJECT, images(30), ["saliency"], tmp_path, seed=0)
+    monkeypatch.setattr(dataset, "make_run", lambda *_, **__: run)
+    monkeypatch.setattr(dataset, "ERRORS", 4)
+    dataset.explain_dataset(SUBJECT, images(30), ["saliency"], tmp_path, seed=0)
     record = json.loads((tmp_path / "explanations.json").read_text())
     wrong = [one for one in drawn if one.predicted != one.label]
     assert record["count"] == 30

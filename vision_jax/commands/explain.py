@@ -4,7 +4,7 @@
     vision_jax explain embedded:vit_cifar10 --images photos --methods grad_cam,rise --class=ship
     vision_jax explain runs/vit_lora --dataset
     vision_jax explain embedded:vit_cifar10 --dataset=path/to/class_folders --limit=100
-    vision_jax explain runs/vit_lora --images cat.jpg --prototypes=5
+    vision_jax explain runs/vit_lora --images cat.jpg --prototypes=5 --attack=8/255
     vision_jax explain embedded:nanodet_coco --images street.jpg --class=person --most=3
     vision_jax explain runs/detr_finetune --dataset
 
@@ -74,6 +74,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, metavar="N", help=f"of --dataset; {LIMIT} by default")
     parser.add_argument(
+        "--baseline",
+        choices=("mean", "black", "blurred"),
+        default="mean",
+        help="the image without anything to see: the mean color, black, or the image blurred",
+    )
+    parser.add_argument(
         "--prototypes",
         type=int,
         default=0,
@@ -84,6 +90,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--train",
         metavar="DATA",
         help="the training images, as config.data.train takes them; a run's own by default",
+    )
+    parser.add_argument(
+        "--attack",
+        type=_epsilon,
+        default=0.0,
+        metavar="EPSILON",
+        help="explain each image's adversarial example, too: PGD in this radius, such as 8/255",
     )
     parser.add_argument(
         "--out", type=expand, metavar="DIR", help="where; RUN/explanations, or ./explanations"
@@ -102,6 +115,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--most: give 1 or more")
     if flags.least_score is not None and not 0 <= flags.least_score <= 1:
         raise UserError("--least-score: give 0 to 1")
+    if flags.attack and flags.dataset is not None:
+        raise UserError("--attack goes with --images; `robustness` attacks a data set")
     return flags
 
 
@@ -135,7 +150,7 @@ def _of_classes(
     out: Path,
 ) -> None:
     """Of classifiers."""
-    from vision_jax.explain import classes, prototypes
+    from vision_jax.explain import classes, dataset, prototypes
 
     for flag in ("most", "least_score"):
         if getattr(flags, flag) is not None:
@@ -150,7 +165,7 @@ def _of_classes(
         from vision_jax.tasks.images import source_of
 
         source = source_of(_files(flags))
-        explain: Any = partial(classes.explain_images, label=label)
+        explain: Any = partial(classes.explain_images, label=label, epsilon=flags.attack)
     else:
         from vision_jax.data.sources import read_source, subset
 
@@ -159,7 +174,7 @@ def _of_classes(
         else:
             source = read_source(flags.dataset, class_names=subject.class_names)
         source = subset(source, min(flags.limit or LIMIT, len(source)), flags.seed)
-        explain = classes.explain_dataset
+        explain = dataset.explain_dataset
     train = _training_images(flags, folder, subject) if flags.prototypes else None
     out.mkdir(parents=True, exist_ok=True)
     near = train and prototypes.make_prototypes(
@@ -170,7 +185,8 @@ def _of_classes(
         folder if is_run(folder) else out,
         count=flags.prototypes,
     )
-    explain(subject, source, methods, out, seed=flags.seed, prototypes=near)
+    chosen = {"seed": flags.seed, "prototypes": near, "baseline": flags.baseline}
+    explain(subject, source, methods, out, **chosen)
 
 
 def _of_parts(
@@ -186,6 +202,8 @@ def _of_parts(
 
     if flags.prototypes:
         raise UserError("--prototypes are of classifiers: they compare whole images")
+    if flags.attack or flags.baseline != "mean":
+        raise UserError("--attack and --baseline are of classifiers")
     methods = parts.choose_methods(subject.model, asked)
     given = {"most": flags.most, "least": flags.least_score, "label": label}
     wanted = parts.Wanted(**{name: value for name, value in given.items() if value is not None})
@@ -207,6 +225,18 @@ def _files(flags: argparse.Namespace) -> list[str]:
     from vision_jax.commands.predict import image_files
 
     return image_files(flags.images, "explain")
+
+
+def _epsilon(text: str) -> float:
+    """The radius of a ball, in units of the pixels: 8/255, or 0.03."""
+    above, _, below = text.partition("/")
+    try:
+        value = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        value = -1
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no radius in (0, 1], such as 8/255")
+    return value
 
 
 def _label(subject: "Subject", name: str | None) -> int | None:

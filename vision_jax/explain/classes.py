@@ -1,10 +1,11 @@
-"""A classifier explained: the class of each image, or what it looks at over a data set.
+"""A classifier explained: the class of each image.
 
 files --preprocess--> views --model--> class --explainer--> maps and figures --report--> files
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vision_jax.attacks.examples import keys_of
+from vision_jax.attacks.gradient import pgd
+from vision_jax.attacks.losses import make_untargeted
+from vision_jax.attacks.norms import show_epsilon
 from vision_jax.data.pipeline import DamageLog, make_eval_batches
 from vision_jax.data.sources import Source
 from vision_jax.errors import UserError, utf8
-from vision_jax.explain import explainer, measures, page
+from vision_jax.explain import explainer
 from vision_jax.explain.explainer import Figures, Maps, Means
 from vision_jax.explain.forward import Forward, class_targets
 from vision_jax.explain.page import Picture
-from vision_jax.explain.prototypes import Neighbor, Prototypes
-from vision_jax.explain.report import (
-    Report,
-    open_report,
-    pictures_of,
-    run_through,
-    write_picture,
-)
+from vision_jax.explain.prototypes import Near, Prototypes
+from vision_jax.explain.report import open_report, pictures_of, run_through, write_picture
 from vision_jax.logging import say
 from vision_jax.models import families
 from vision_jax.ops.images import to_float
@@ -34,8 +33,7 @@ from vision_jax.tasks.images import file_name
 
 BATCH = 16  # images at once
 THREADS = 2
-ERRORS = 12  # of a data set, the most confident ones that are shown
-CLASSES = 100  # of a data set, the most frequent predictions that are shown
+ATTACK, STEPS = 3, 20  # of PGD: the number of its draws among those of the seed, and its steps
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ class Explained:
       probabilities: f[C].
       maps: by method.
       figures: by method, and of RANDOM: see explainer.make_explainer.
+      attacked: the same of its adversarial example, explained as what the model takes that for.
     """
 
     row: int
@@ -78,6 +77,7 @@ class Explained:
     probabilities: np.ndarray
     maps: Maps
     figures: Figures
+    attacked: "Explained | None" = None
 
     @property
     def predicted(self) -> int:
@@ -85,6 +85,7 @@ class Explained:
         return int(self.probabilities.argmax())
 
 
+Batch = Mapping[str, np.ndarray]
 # (source, damage log, labels of its rows or None) -> what is said of each image, in order.
 Run = Callable[[Source, DamageLog, np.ndarray | None], Iterator[Explained]]
 
@@ -105,22 +106,72 @@ def choose_methods(subject: Subject, asked: Sequence[str]) -> list[str]:
     return explainer.choose_methods(Forward(subject.model), subject.variables, size, asked)
 
 
-def make_run(subject: Subject, methods: Sequence[str], seed: int) -> Run:
+def make_run(
+    subject: Subject,
+    methods: Sequence[str],
+    seed: int,
+    *,
+    epsilon: float = 0.0,
+    baseline: str = "mean",
+) -> Run:
     """Without labels the maps are of the class that the model finds.
 
     The last batch is filled up, so that each program is compiled once.
+
+    Args:
+      subject: the model.
+      methods: of methods.METHODS.
+      seed: of all that is drawn.
+      epsilon: of the adversarial examples that are explained besides, in linf and units of the
+        pixels; 0 for none.
+      baseline: of explainer.BASELINES.
     """
     size = tuple(subject.preprocessing.image_size)
-    explain = explainer.make_explainer(Forward(subject.model), methods, size=size, seed=seed)
+    explain = explainer.make_explainer(
+        Forward(subject.model), methods, size=size, seed=seed, baseline=baseline
+    )
     variables = jax.tree.map(jnp.asarray, dict(subject.variables))
     apply = families.make_apply(subject.model)
 
-    @jax.jit
-    def classify(variables, images):
+    def logits_of(variables, images):
         outputs, _ = apply(
             variables["params"], variables.get("batch_stats", {}), images, train=False, keys={}
         )
-        return jax.nn.softmax(outputs["logits"].astype(jnp.float32))
+        return outputs["logits"].astype(jnp.float32)
+
+    @jax.jit
+    def classify(variables, images):
+        return jax.nn.softmax(logits_of(variables, images))
+
+    @jax.jit
+    def attack(variables, images, labels, index):
+        keys = keys_of(jax.random.fold_in(jax.random.key(seed), ATTACK), index)
+        loss = make_untargeted(partial(logits_of, variables), labels)
+        step = 2.5 * epsilon / STEPS  # as Madry et al. 2018 take it
+        return pgd(loss, images, keys, epsilon=epsilon, step_size=step, steps=STEPS)
+
+    def look(batch: Batch, images: jax.Array, labels: jax.Array | None) -> Iterator[Explained]:
+        """What is said of each image of a batch, which are f[B, H, W, C]."""
+        probabilities, index = classify(variables, images), jnp.asarray(batch["index"])
+        if labels is None:
+            labels = probabilities.argmax(-1).astype(jnp.int32)
+        found, views, probabilities, labels = jax.device_get(
+            (
+                explain(variables, images, class_targets(labels), index),
+                images,
+                probabilities,
+                labels,
+            )
+        )
+        for place in np.flatnonzero(batch["mask"]).tolist():
+            yield Explained(
+                int(batch["index"][place]),
+                np.round(255 * views[place]).astype(np.uint8),
+                int(batch["label"][place]),
+                int(labels[place]),
+                probabilities[place],
+                *explainer.one_of(found, place),
+            )
 
     def run(source: Source, damage: DamageLog, wanted: np.ndarray | None) -> Iterator[Explained]:
         batches = make_eval_batches(
@@ -132,23 +183,17 @@ def make_run(subject: Subject, methods: Sequence[str], seed: int) -> Run:
         )
         for batch in batches:
             images = to_float(jnp.asarray(batch["image"]))
-            probabilities = classify(variables, images)
-            labels = probabilities.argmax(-1).astype(jnp.int32)
+            labels = None
             if wanted is not None:
                 labels = jnp.asarray(wanted[np.maximum(batch["index"], 0)], jnp.int32)
-            index = jnp.asarray(batch["index"])
-            found, probabilities, labels = jax.device_get(
-                (explain(variables, images, class_targets(labels), index), probabilities, labels)
-            )
-            for place in np.flatnonzero(batch["mask"]).tolist():
-                yield Explained(
-                    int(batch["index"][place]),
-                    batch["image"][place],
-                    int(batch["label"][place]),
-                    int(labels[place]),
-                    probabilities[place],
-                    *explainer.one_of(found, place),
-                )
+            if not epsilon:
+                yield from look(batch, images, labels)
+                continue
+            predicted = classify(variables, images).argmax(-1)
+            attacked = attack(variables, images, predicted, jnp.asarray(batch["index"]))
+            both = (look(batch, images, labels), look(batch, attacked, None))
+            for one, other in zip(*both, strict=True):
+                yield replace(one, attacked=other)
 
     return run
 
@@ -186,6 +231,8 @@ def explain_images(
     label: int | None,
     seed: int,
     prototypes: Prototypes | None = None,
+    epsilon: float = 0.0,
+    baseline: str = "mean",
 ) -> None:
     """Writes a row of pictures for each image, and a report of them.
 
@@ -197,12 +244,14 @@ def explain_images(
       label: the class to explain; None for the most probable one of each image.
       seed: of what is drawn.
       prototypes: the training images, to show the nearest of each image.
+      epsilon, baseline: see `make_run`.
 
     Raises:
       UserError: none of the images can be read.
     """
     names = subject.class_names
     near = Near(prototypes, names)
+    under_attack = UnderAttack(epsilon, names)
     wanted = None if label is None else np.full(len(source), label)
     with open_report(out, f"What {subject.origin} looks at") as report:
 
@@ -212,24 +261,30 @@ def explain_images(
             write_picture(one.view, one.maps, path)
             own = {"file": utf8(name), "picture": path.name}
             found, rows = near.find(name, one.view)
-            report.add_record({**own, **_record_of(one, names), **found})
+            attacked, more = under_attack.find(one)
+            report.add_record({**own, **record_of(one, names), **attacked, **found})
             heading = f"{one.row + 1}. {Path(name).name}: {_classes(one, names)}"
-            report.add_section(heading, {"": pictures_of(one.view, one.maps, one.figures), **rows})
+            pictures = {"": pictures_of(one.view, one.maps, one.figures)}
+            report.add_section(heading, {**pictures, **more, **rows})
 
-        means, damage = explain_all(make_run(subject, methods, seed), source, wanted, take)
+        run = make_run(subject, methods, seed, epsilon=epsilon, baseline=baseline)
+        means, damage = explain_all(run, source, wanted, take)
         record = {
             "model": subject.origin,
             "class_names": [utf8(name) for name in names],
             "seed": seed,
+            "baseline": baseline,
             "damaged": [utf8(line) for line in damage.lines],
+            **under_attack.record(),
             **near.record(),
         }
         near.warn()
+        under_attack.say()
         report.finish("images", record, means.figures())
     say(f"wrote {means.count} pictures into {out}: the image, then each method's map")
 
 
-def _record_of(one: Explained, class_names: Sequence[str]) -> dict[str, Any]:
+def record_of(one: Explained, class_names: Sequence[str]) -> dict[str, Any]:
     """What the JSON has of an image."""
     return {
         "predicted": utf8(class_names[one.predicted]),
@@ -246,216 +301,40 @@ def _classes(one: Explained, class_names: Sequence[str]) -> str:
     return f"{best}; explained is {class_names[one.explained]}"
 
 
-# A data set -------------------------------------------------------------------------------------
+class UnderAttack:
+    """The adversarial examples beside the images, for the JSON and the pages."""
 
+    def __init__(self, epsilon: float, class_names: Sequence[str]) -> None:
+        self._epsilon, self._names = epsilon, class_names
+        self._means, self._fooled = Means(), 0
 
-class Looked:
-    """What the model looks at in the images that it takes for one class: sums over them.
-
-    Each image's heat counts alike.
-    """
-
-    def __init__(self, view: np.ndarray) -> None:
-        height, width = view.shape[:2]
-        self.count = 0
-        self._view = np.zeros((height, width, 3), np.float32)
-        self._heat = np.zeros((height, width), np.float32)
-
-    def add(self, view: np.ndarray, heat: np.ndarray) -> None:
-        """An image u8[H, W, C] and the map f[H, W] of what was looked at."""
-        heat = np.maximum(heat, 0)
-        self.count += 1
-        self._view += page.to_rgb(view)
-        self._heat += heat / max(heat.sum(), np.finfo(np.float32).tiny)
-
-    @property
-    def view(self) -> np.ndarray:
-        """The mean image u8[H, W, 3]."""
-        return (self._view / self.count).round().astype(np.uint8)
-
-    @property
-    def heat(self) -> np.ndarray:
-        """The mean map f[H, W]."""
-        return self._heat / self.count
-
-    @property
-    def in_the_middle(self) -> float:
-        """The share of the heat in the middle quarter."""
-        height, width = self._heat.shape
-        box = jnp.array([[width / 4, height / 4, width * 3 / 4, height * 3 / 4]])
-        middle = measures.box_pixels(box, (height, width))
-        return float(measures.share_inside(jnp.asarray(self.heat)[None], middle)[0])
-
-
-def explain_dataset(
-    subject: Subject,
-    source: Source,
-    methods: Sequence[str],
-    out: Path,
-    *,
-    seed: int,
-    prototypes: Prototypes | None = None,
-) -> None:
-    """Writes what the model looks at in each class, and its most confident errors explained.
-
-    The first method makes the maps. Files and arguments: see `explain_images`.
-
-    Raises:
-      UserError: none of the images can be read.
-    """
-    names, method = subject.class_names, methods[0]
-    near = Near(prototypes, names)
-    looked: dict[int, Looked] = {}
-    wrong: list[Explained] = []  # the most confident first
-
-    def take(one: Explained) -> None:
-        looked.setdefault(one.predicted, Looked(one.view)).add(one.view, one.maps[method])
-        if one.predicted != one.label:
-            errors["count"] += 1
-            wrong.append(one)
-            wrong.sort(key=lambda one: -one.probabilities.max())
-            del wrong[ERRORS:]
-
-    errors = {"count": 0}
-    run = make_run(subject, methods, seed)
-    means, damage = explain_all(run, source, None, take)
-    true_class = _explained_as(run, source, wrong)
-    with open_report(out, f"What {subject.origin} looks at in {source.name}") as report:
-        _add_classes(report, looked, names, method)
-        for one, as_true in zip(wrong, true_class, strict=True):
-            name = source.example_name(one.row)
-            own = {"image": utf8(name), "class": utf8(names[one.label])}
-            found, rows = near.find(name, one.view)
-            report.add_record({**own, **_record_of(one, names), **found})
-            image = page.to_rgb(one.view)
-            report.add_section(
-                f"{name}: {names[one.predicted]} by {one.probabilities.max():.3f}, but it is "
-                f"{names[one.label]}",
-                {
-                    "": [
-                        Picture("image", [], image),
-                        Picture(f"for {names[one.predicted]}", [method], image, one.maps[method]),
-                        Picture(f"for {names[one.label]}", [method], image, as_true.maps[method]),
-                    ],
-                    **rows,
-                },
-            )
-        record = {
-            "model": subject.origin,
-            "data": source.name,
-            "seed": seed,
-            "count": means.count,
-            "top1": 1 - errors["count"] / means.count,
-            "per_class": {
-                utf8(name): {
-                    "count": looked[label].count if label in looked else 0,
-                    "heat_in_the_middle": looked[label].in_the_middle if label in looked else None,
-                }
-                for label, name in enumerate(names)
-            },
-            "damaged": [utf8(line) for line in damage.lines],
-            **near.record(),
-        }
-        near.warn()
-        report.finish("confident_errors", record, means.figures())
-
-
-def _add_classes(
-    report: Report, looked: Mapping[int, Looked], names: Sequence[str], method: str
-) -> None:
-    """The mean image and map of each class, of very many those that are found most."""
-    most = sorted(looked, key=lambda label: -looked[label].count)[:CLASSES]
-    heading = f"Where it looks, the mean over the images it takes for each class ({method})"
-    if len(looked) > CLASSES:
-        heading += f", the {CLASSES} most frequent of {len(looked)}"
-    pictures = [
-        Picture(
-            names[label],
-            [
-                f"{looked[label].count} images",
-                f"{looked[label].in_the_middle:.0%} of the heat in the middle",
-            ],
-            looked[label].view,
-            looked[label].heat,
-        )
-        for label in sorted(most)
-    ]
-    report.add_section(heading, {"": pictures})
-
-
-def _explained_as(run: Run, source: Source, wrong: Sequence[Explained]) -> list[Explained]:
-    """The images again, with maps of their true classes."""
-    if not wrong:
-        return []
-    rows = np.array([one.row for one in wrong])
-    part = replace(source, labels=source.labels[rows], rows=source.rows[rows])
-    return list(run(part, DamageLog(), np.array([one.label for one in wrong])))
-
-
-# Prototypes -------------------------------------------------------------------------------------
-
-
-class Near:
-    """The training images nearest to those that are explained, for the JSON and the pages."""
-
-    def __init__(self, prototypes: Prototypes | None, class_names: Sequence[str]) -> None:
-        self._prototypes, self._names = prototypes, class_names
-        self._asked = 0
-        self._same: list[tuple[str, str]] = []  # images that are training images
-
-    def find(self, name: str, view: np.ndarray) -> tuple[dict[str, Any], dict[str, list[Picture]]]:
-        """(what the JSON has, rows of pictures) of the image u8[H, W, C]; both may be empty."""
-        if self._prototypes is None:
+    def find(self, one: Explained) -> tuple[dict[str, Any], dict[str, list[Picture]]]:
+        """(what the JSON has, a row of pictures) of an image; both may be empty."""
+        other = one.attacked
+        if other is None:
             return {}, {}
-        self._asked += 1
-        prototypes, found = self._prototypes, self._prototypes.find(view)
-        if found.same is not None:
-            self._same.append((name, prototypes.source.example_name(found.same)))
-        rows = {"Nearest training images": found.nearest, "Nearest of a class": found.of_classes}
-        record = {
-            "nearest": [self._record(one) for one in found.nearest],
-            "nearest_of_classes": [self._record(one) for one in found.of_classes],
-            "is_training_image": found.same is not None,
-        }
-        pictures = {
-            title: [self._picture(one, one.row == found.same) for one in own]
-            for title, own in rows.items()
-        }
-        return {"prototypes": record}, pictures
+        self._means.add(other.figures)
+        self._fooled += other.predicted != one.predicted
+        title = f"Under attack ({self._attack}): {_classes(other, self._names)}"
+        record = {"attacked": record_of(other, self._names)}
+        return record, {title: pictures_of(other.view, other.maps, other.figures)}
 
     def record(self) -> dict[str, Any]:
         """What the JSON has of all."""
-        if self._prototypes is None:
+        if not self._epsilon:
             return {}
-        source = self._prototypes.source
-        record = {
-            "data": source.name,
-            "count": len(source),
-            "distance": "1 - cosine of the features that the head is given",
-            "training_images": [utf8(name) for name, _ in self._same],
-        }
-        return {"prototypes": record}
+        attack = {"attack": f"PGD-{STEPS}", "norm": "linf", "epsilon": self._epsilon}
+        found = {"fooled": self._fooled, "methods": self._means.figures()}
+        return {"under_attack": {**attack, **found}}
 
-    def warn(self) -> None:
-        """Says which images the model was trained on."""
-        if self._same:
-            name, trained = self._same[0]
+    def say(self) -> None:
+        """How many are taken for something else."""
+        if self._epsilon:
             say(
-                f"warning: {len(self._same)} of {self._asked} images are training images, the same "
-                f"pixels, first {name}: {trained}. What the model says of them is no evidence"
+                f"under attack ({self._attack}) {self._fooled} of {self._means.count} images are "
+                "taken for another class"
             )
 
-    def _record(self, one: Neighbor) -> dict[str, Any]:
-        assert self._prototypes is not None
-        return {
-            "image": utf8(self._prototypes.source.example_name(one.row)),
-            "class": utf8(self._names[one.label]),
-            "distance": one.distance,
-        }
-
-    def _picture(self, one: Neighbor, same: bool) -> Picture:
-        assert self._prototypes is not None
-        name = Path(self._prototypes.source.example_name(one.row)).name
-        lines = [f"distance {one.distance:.4f}", name]
-        lines += ["THE SAME IMAGE: the model was trained on it"] if same else []
-        return Picture(self._names[one.label], lines, page.to_rgb(self._prototypes.view(one.row)))
+    @property
+    def _attack(self) -> str:
+        return f"PGD-{STEPS}, {show_epsilon(self._epsilon, 'linf')}"

@@ -18,6 +18,13 @@ from vision_jax.explain.methods import METHODS, OF_MAPS, find_method, make_expla
 FIGURES = ("insertion", "deletion", "road", "rank_correlation")
 RANDOM = "random"  # patches, or pixels, in random order: what a map's figures are compared with
 
+# (mean color f[1, 1, 1, C], images f[B, H, W, C]) -> images without anything to see.
+BASELINES: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "mean": lambda mean, images: mean.astype(images.dtype),
+    "black": lambda mean, images: jnp.zeros_like(mean, images.dtype),
+    "blurred": lambda mean, images: measures.blurred(images),
+}
+
 Found = dict[str, jax.Array]
 Maps = dict[str, np.ndarray]  # f[H, W] by method, of one image
 Figures = dict[str, dict[str, float]]  # by method, and of RANDOM; of one image, or the mean of many
@@ -54,20 +61,26 @@ def _fits(check: Callable[[str], None], name: str) -> bool:
 
 
 def make_explainer(
-    forward: Forward, names: Sequence[str], *, size: tuple[int, int], seed: int
+    forward: Forward,
+    names: Sequence[str],
+    *,
+    size: tuple[int, int],
+    seed: int,
+    baseline: str = "mean",
 ) -> Callable[[Variables, jax.Array, Targets, jax.Array], dict[str, Found]]:
     """A function (variables, images f[B, H, W, C], targets, index i32[B]) of device arrays.
 
-    What stands where pixels are taken away is the mean color of the model's normalization; what
-    insertion begins with is the blurred image, as in its paper. Of a model of patches they come and
-    go patch by patch. A method is compiled once, and so is the measure of its maps, whatever the
-    targets' classes, boxes or regions: these are arguments.
+    Deletion ends with the mean color of the model's normalization, insertion begins with the
+    blurred image, as in its paper. Of a model of patches they come and go patch by patch. A method
+    is compiled once, and so is the measure of its maps, whatever the targets' classes, boxes or
+    regions: these are arguments.
 
     Args:
       forward: the model.
       names: of methods.METHODS.
       size: (H, W) of the images.
       seed: of all that is drawn, with the index of each image.
+      baseline: of BASELINES, what methods that need an image without anything to see take for it.
 
     Returns:
       The function; it gives {method: {"map": f[B, H, W], and FIGURES f[B] each}}, RANDOM among the
@@ -78,15 +91,11 @@ def make_explainer(
       difference.
     """
     mean = jnp.asarray(forward.model.mean, jnp.float32).reshape(1, 1, 1, -1)
-    explain = {
-        name: make_explain(
-            forward, name, **({"baseline": mean} if find_method(name).takes_baseline else {})
-        )
-        for name in names
-    }
+    empty = partial(BASELINES[baseline], mean)
+    explain = {name: make_explain(forward, name, baseline_of=empty) for name in names}
     measure = jax.jit(partial(_measure, forward))
     compare = jax.jit(measures.rank_correlation)
-    error = jax.jit(partial(_completeness, forward))
+    error = jax.jit(partial(_completeness, forward, empty))
     shuffle = jax.jit(measures.shuffled)
 
     def run(
@@ -109,9 +118,7 @@ def make_explainer(
                 "rank_correlation": compare(maps, measures.to_pixels(of_others, size)),
             }
             if name == "integrated_gradients":
-                found[name]["completeness"] = error(
-                    variables, images, targets.score, attributions, mean
-                )
+                found[name]["completeness"] = error(variables, images, targets.score, attributions)
         noise = gradients.noise_of(drawn, 0, images)[..., 0]  # [B, H, W]
         found[RANDOM] = measure(variables, images, targets.probability, noise, mean, measured)
         return found
@@ -139,14 +146,14 @@ def _measure(
 
 def _completeness(
     forward: Forward,
+    empty_of: Callable[[jax.Array], jax.Array],
     variables: Variables,
     images: jax.Array,
     target: Target,
     attributions: jax.Array,
-    baseline: jax.Array,
 ) -> jax.Array:
     """f[B]: the error as a share of the difference of the scores."""
-    empty = jnp.broadcast_to(baseline.astype(images.dtype), images.shape)
+    empty = jnp.broadcast_to(empty_of(images), images.shape)
     score, base = (score_of(forward, variables, x, target) for x in (images, empty))
     error = measures.completeness(attributions, score, base)
     return error / jnp.maximum(abs(score - base), jnp.finfo(error.dtype).tiny)

@@ -72,17 +72,27 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-def make_explain(forward: Forward, name: str, **options: Any) -> Callable[..., jax.Array]:
+def make_explain(
+    forward: Forward,
+    name: str,
+    *,
+    baseline_of: Callable[[jax.Array], jax.Array] | None = None,
+    **options: Any,
+) -> Callable[..., jax.Array]:
     """A compiled function (variables, images, target, keys) -> attributions; one compile a shape.
 
     Args:
       forward: the model.
       name: of METHODS.
+      baseline_of: images -> the option `baseline`, for a method that takes one; None for its own.
       **options: of the method.
     """
-    function = find_method(name).function
+    method = find_method(name)
 
     def explain(variables, images, target, keys):
-        return function(forward, variables, images, target, keys, **options)
+        given = dict(options)
+        if baseline_of and method.takes_baseline:
+            given["baseline"] = baseline_of(images)
+        return method.function(forward, variables, images, target, keys, **given)
 
     return jax.jit(explain)

@@ -8,7 +8,7 @@ training image.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from vision_jax.data.fingerprint import digest, take_fingerprint
 from vision_jax.data.pipeline import DamageLog, make_eval_batches
 from vision_jax.data.sources import Source
 from vision_jax.data.transforms import Preprocessing
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, utf8
 from vision_jax.evaluation import say_damaged
+from vision_jax.explain import page
+from vision_jax.explain.page import Picture
 from vision_jax.files import draft_folder
 from vision_jax.logging import say, show_progress
 from vision_jax.models import families
@@ -232,3 +234,72 @@ def _write_features(
         features.flush()
         (folder / path.name).replace(path)
     say_damaged(damage.lines)
+
+
+# What is shown of them ---------------------------------------------------------------------------
+
+
+class Near:
+    """The training images nearest to those that are explained, for the JSON and the pages."""
+
+    def __init__(self, prototypes: Prototypes | None, class_names: Sequence[str]) -> None:
+        self._prototypes, self._names = prototypes, class_names
+        self._asked = 0
+        self._same: list[tuple[str, str]] = []  # images that are training images
+
+    def find(self, name: str, view: np.ndarray) -> tuple[dict[str, Any], dict[str, list[Picture]]]:
+        """(what the JSON has, rows of pictures) of the image u8[H, W, C]; both may be empty."""
+        if self._prototypes is None:
+            return {}, {}
+        self._asked += 1
+        prototypes, found = self._prototypes, self._prototypes.find(view)
+        if found.same is not None:
+            self._same.append((name, prototypes.source.example_name(found.same)))
+        rows = {"Nearest training images": found.nearest, "Nearest of a class": found.of_classes}
+        record = {
+            "nearest": [self._record(one) for one in found.nearest],
+            "nearest_of_classes": [self._record(one) for one in found.of_classes],
+            "is_training_image": found.same is not None,
+        }
+        pictures = {
+            title: [self._picture(one, one.row == found.same) for one in own]
+            for title, own in rows.items()
+        }
+        return {"prototypes": record}, pictures
+
+    def record(self) -> dict[str, Any]:
+        """What the JSON has of all."""
+        if self._prototypes is None:
+            return {}
+        source = self._prototypes.source
+        record = {
+            "data": source.name,
+            "count": len(source),
+            "distance": "1 - cosine of the features that the head is given",
+            "training_images": [utf8(name) for name, _ in self._same],
+        }
+        return {"prototypes": record}
+
+    def warn(self) -> None:
+        """Says which images the model was trained on."""
+        if self._same:
+            name, trained = self._same[0]
+            say(
+                f"warning: {len(self._same)} of {self._asked} images are training images, the same "
+                f"pixels, first {name}: {trained}. What the model says of them is no evidence"
+            )
+
+    def _record(self, one: Neighbor) -> dict[str, Any]:
+        assert self._prototypes is not None
+        return {
+            "image": utf8(self._prototypes.source.example_name(one.row)),
+            "class": utf8(self._names[one.label]),
+            "distance": one.distance,
+        }
+
+    def _picture(self, one: Neighbor, same: bool) -> Picture:
+        assert self._prototypes is not None
+        name = Path(self._prototypes.source.example_name(one.row)).name
+        lines = [f"distance {one.distance:.4f}", name]
+        lines += ["THE SAME IMAGE: the model was trained on it"] if same else []
+        return Picture(self._names[one.label], lines, page.to_rgb(self._prototypes.view(one.row)))

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from vision_jax.figures import BLUE, INK, ORANGE, save_figure
 
 FAINT = "#9fb8d6"
+FEW = 5  # different numbers of an axis that are all marked
 
 
 def draw_curves(
@@ -49,33 +50,43 @@ def draw_curves(
 
 
 def draw_parallel(
-    values: Sequence[Mapping[str, Any]], scores: Sequence[float], metric: str, path: Path
+    values: Sequence[Mapping[str, Any]],
+    scores: Sequence[float],
+    metric: str,
+    path: Path,
+    *,
+    highest: bool = True,
 ) -> Path:
     """Parallel coordinates as a PNG: a line for each trial through its values to its metric.
 
-    Numbers above 0 that span more than a factor of 10 are on a logarithmic axis; others that are no
-    numbers are in the order in which they occur.
+    The better a trial, the nearer to orange; the best one's line is thick. Numbers above 0 that
+    span more than a factor of 10 are on a logarithmic axis; others that are no numbers are in the
+    order in which they occur.
 
     Args:
       values: of each trial, by field.
       scores: the metric of each.
       metric: its name.
       path: of the file.
+      highest: the best metric is the highest, not the lowest.
     """
     names = list(values[0])
     columns = [_axis([own[name] for own in values]) for name in names] + [_axis(scores)]
-    figure = Figure(figsize=(2.0 * len(columns) + 1, 4.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(1.4 * len(columns) + 1, 4.4), dpi=120, layout="constrained")
     axes = figure.subplots()
     places = np.array([places for places, _ in columns])  # [fields + 1, trials]
-    order = np.argsort(places[-1], kind="stable")
+    goodness = places[-1] if highest else 1 - places[-1]
+    order = np.argsort(goodness, kind="stable")
     for trial in order:
-        color = _shade(places[-1][trial])
-        axes.plot(range(len(columns)), places[:, trial], color=color, linewidth=1.4)
+        width = 3.0 if trial == order[-1] else 1.0
+        color = _shade(goodness[trial])
+        axes.plot(range(len(columns)), places[:, trial], color=color, linewidth=width)
     for index, (_, marks) in enumerate(columns):
         axes.axvline(index, color=INK, linewidth=0.8)
         for place, text in marks:
             axes.text(index + 0.03, place, text, fontsize=8, color=INK, va="center")
-    axes.set_xticks(range(len(columns)), [*names, metric], fontsize=9, parse_math=False)
+    heads = [name.replace(".", ".\n", 1) for name in (*names, metric)]
+    axes.set_xticks(range(len(columns)), heads, fontsize=9, parse_math=False)
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(columns) - 0.6)
     axes.spines[:].set_visible(False)
@@ -84,7 +95,14 @@ def draw_parallel(
 
 
 def _axis(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
-    """(where each value stands in [0, 1], marks)."""
+    """(where each value stands in [0, 1], marks).
+
+    Examples:
+      >>> _axis([16, 4, 8, 4])[1]
+      [(0.0, '4'), (0.3333333333333333, '8'), (1.0, '16')]
+      >>> _axis(["adam", "sgd", "adam"])
+      ([0.0, 1.0, 0.0], [(0.0, 'adam'), (1.0, 'sgd')])
+    """
     if not all(isinstance(value, int | float) for value in values):
         distinct = list(dict.fromkeys(map(str, values)))
         span = max(len(distinct) - 1, 1)
@@ -98,6 +116,9 @@ def _axis(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
     places = (scale(np.array(values, float)) - scale(float(low))) / (
         scale(float(high)) - scale(float(low))
     )
+    if len(distinct := sorted(set(values))) <= FEW:  # choices, which stand nowhere between
+        stands = dict(zip(values, places.tolist(), strict=True))
+        return places.tolist(), [(stands[value], f"{value:.3g}") for value in distinct]
     middle = np.sqrt(low * high) if log else (low + high) / 2
     marks = [(0.0, f"{low:.3g}"), (0.5, f"{middle:.3g}"), (1.0, f"{high:.3g}")]
     return places.tolist(), marks

@@ -196,8 +196,13 @@ def write_pictures(search: Search, found: Found, rows: list[Row], best: Row) -> 
     pictures = {f"{metric} by step": out / CURVES}
     measured = [row for row in rows if row.figures.get(metric) is not None]
     scores = [row.figures[metric] for row in measured]
-    figures.draw_parallel([row.values for row in measured], scores, metric, out / PARALLEL)
-    pictures["Values of all trials, the best in orange"] = out / PARALLEL
+    highest = search.task.best_is == "highest"
+    figures.draw_parallel(
+        [row.values for row in measured], scores, metric, out / PARALLEL, highest=highest
+    )
+    pictures["Values of all trials: the better, the nearer to orange, the best one thick"] = (
+        out / PARALLEL
+    )
     finished = [row for row in measured if row.place]
     costs: dict[str, list[float]] = {
         "bytes of what trains": [row.bytes for row in finished],
@@ -211,7 +216,7 @@ def write_pictures(search: Search, found: Found, rows: list[Row], best: Row) -> 
         [row.trial for row in finished],
         metric,
         out / PARETO,
-        highest=search.task.best_is == "highest",
+        highest=highest,
     )
     pictures["Finished trials; on the line those that no other beats in both"] = out / PARETO
     _write_page(search, rows, best, pictures)
@@ -233,12 +238,12 @@ def _write_page(search: Search, rows: list[Row], best: Row, pictures: dict[str, 
         search.out / PAGE,
         title=f"Search of {len(rows)} trials",
         lines=[
-            f"Sampler {settings.sampler}, scheduler {settings.scheduler}, seed {settings.seed}; "
-            f"{search.config.total_steps} steps.",
-            *(f"{name}: {words}" for name, words in describe_space(search.space).items()),
             f"The best is trial {best.trial} with {search.metric} "
             f"{best.figures[search.metric]:.4f}: {words_of(best.values)}. Its run is in "
             f"{search.out / BEST}.",
+            f"Sampler {settings.sampler}, scheduler {settings.scheduler}, seed {settings.seed}; "
+            f"{search.config.total_steps} steps.",
+            *(f"{name}: {words}" for name, words in describe_space(search.space).items()),
         ],
         columns=["trial", "place", "state", "step", *names, *search.space, "bytes"],
         rows=[
