@@ -3,6 +3,7 @@
 import json
 import os
 
+import detection_runs
 import jax
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_each_curve_is_that_of_the_run_alone(accumulate, tmp_path, rng):
         assert assert_same_curves(found, trial, workdir, 1e-5) == 26
 
 
-@pytest.mark.parametrize("tiny", [segmentation_runs.tiny_config])
+@pytest.mark.parametrize("tiny", [segmentation_runs.tiny_config, detection_runs.tiny_config])
 def test_trials_of_other_tasks_are_their_runs_alone(tiny, tmp_path, rng):
     config = tiny(log_every=1)
     space = {"optim.lr": log_uniform(1e-4, 1e-3), "optim.weight_decay": log_uniform(1e-3, 0.1)}
