@@ -314,7 +314,7 @@ def test_a_task_is_one_more_line_of_the_list(monkeypatch, tmp_path):
         UserError, match="must be a tuple of mask, quantize, lora, distill, adversarial, shake"
     ):
         load_config(str(tmp_path / "mine.json"), {"recipes": "shale"})
-    assert fields_of("classification")["task"].check.wanted.endswith("image_text or dummy")
+    assert fields_of("classification")["task"].check.wanted.endswith("generation or dummy")
 
 
 def test_defaults_are_in_range_and_every_field_is_explained():
@@ -459,10 +459,11 @@ def test_help_of_a_field_a_section_and_all():
         "  default  0.001; of detection 0.0001",
         "  type     float, at least 0, and finite",
         "  tasks    classification, detection, segmentation, pretraining, self_distillation, "
-        "contrastive, image_text",
+        "contrastive, image_text, generation",
     ]
     assert [line for line in explain("data.crop") if "tasks" in line] == [
-        "  tasks    classification, pretraining, self_distillation, contrastive, image_text",
+        "  tasks    classification, pretraining, self_distillation, contrastive, image_text, "
+        "generation",
         "  tasks    detection",
     ]
     section = [line for line in explain("loss") if not line.startswith(" ")]

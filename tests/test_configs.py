@@ -29,6 +29,10 @@ SMALLER_TEXT = {
     "vocab_size": 300, "text_length": 8, "text_width": 16, "text_depth": 1, "text_num_heads": 2,
     "text_mlp_width": 16,
 }  # fmt: skip
+GENERATOR = {
+    "width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 8, "in_channels": 3,
+    "predicts": "image",
+}  # fmt: skip
 SMALLER = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 8}
 
 
@@ -82,6 +86,12 @@ def small(path: Path):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER | SMALLER_TEXT).items()))
         changes |= {"text.length": "8", "text.vocab_size": "300"}
         changes["text.zero_shot"] = changes["data.eval"]
+    elif load_config(str(path), {}).task == "generation":
+        sizes = GENERATOR if changes.pop("model.weights", "") else dict(arguments) | SMALLER
+        changes["model.arguments"] = repr(tuple(sizes.items()))
+        changes |= {"data.classes": "()", "data.subset": "0", "sample.steps": "2"}
+        if sizes is GENERATOR:  # of a run that there is none of here
+            changes |= {"model.weights": "", "model.variant": "dit", "model.reinitialize": "()"}
     elif "width" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))
     elif load_config(str(path), {}).model.variant.startswith("deit"):

@@ -296,10 +296,10 @@ def load(
             return _load_quantized(quantized, dtype)
     read = convert.read_weights(spec, allow_pickle=allow_pickle)
     family, arguments = convert.recognize(read)
-    if FAMILIES[family].task == families.GENERATION:
+    if FAMILIES[family].task == families.GENERATION and "predicts" not in arguments:
         raise UserError(
-            f"{read.origin} is a {family}, which makes images: vision_jax.convert.load_model gives "
-            "its model and arrays"
+            f"{read.origin} is a {family}, which makes images of latents: "
+            "vision_jax.convert.load_model gives its model and arrays"
         )
     own_classes = arguments["num_classes"]
     own_names = _own_names(read, own_classes)

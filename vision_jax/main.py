@@ -135,6 +135,10 @@ COMMANDS: Mapping[str, Command] = {
         "show what a classifier looks at, by several methods, and measure each",
         "vision_jax.commands.explain",
     ),
+    "generate": Command(
+        "make images by a trained generator, and measure how good they are",
+        "vision_jax.commands.generate",
+    ),
     "prune": Command(
         "cut channels, heads and layers out of a trained model", "vision_jax.commands.prune"
     ),
@@ -164,9 +168,9 @@ COMPUTING = ("train", "probe", "cache-teacher", "search", "find-lr", "compress",
 # Fields that a finished run keeps: what it is and was trained with.
 KEPT = re.compile(
     r"task|total_steps|batch_size|(checkpoint|log)_every|trainable|recipes|evaluate\.(every|stop_after|warn_after)"
-    r"|(mask|quantize|lora|distill|optim|augment|loss)\..*|model\.(?!dtype$|scan$|merge$).*"
+    r"|(mask|quantize|lora|distill|optim|augment|loss|flow)\..*|model\.(?!dtype$|scan$|merge$).*"
     r"|data\.(subset|short|longest|shorts|crop.*|interpolation|flip|brightness|contrast|saturation"
-    r"|max_damaged)"
+    r"|max_damaged|classes)"
 )
 # Of each flag: the commands that look at it, with which alone it may stand, and argparse's words.
 # What is in capitals is no flag, it stands by itself.

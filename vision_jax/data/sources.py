@@ -33,7 +33,7 @@ from vision_jax.data.decode import Picture, decode_array, decode_picture, read_i
 from vision_jax.data.folders import Inside, list_files, list_folders, refuse_splits, splits_among
 from vision_jax.data.shards import are_shards, find_shards, holds_shards
 from vision_jax.data.tar_shards import list_tars
-from vision_jax.errors import UserError
+from vision_jax.errors import UserError, nearest
 from vision_jax.files import (
     MAX_LIST_BYTES,
     decode_text,
@@ -278,6 +278,28 @@ def subset(source: Source, count: int, seed: int) -> Source:
     if not 0 < count <= len(source):
         raise UserError(f"{source.name}: a subset of {count}: use 1 to {len(source)}")
     return _part(source, balanced_subset(source.labels, count, seed))
+
+
+def take_classes(source: Source, names: Sequence[str]) -> Source:
+    """The source's examples of these classes alone, whose labels count them in this order.
+
+    Raises:
+      UserError: a class that the source has not, or one twice, or no example of any.
+    """
+    for name in names:
+        if name not in source.class_names:
+            raise UserError(
+                f"{source.name} has no class {name!r}{nearest(name, source.class_names)}"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"{source.name}: class {name!r} is named twice: name it once")
+    labels = [source.class_names.index(name) for name in names]
+    kept = _part(source, np.isin(source.labels, labels))
+    if not len(kept):
+        raise UserError(f"{source.name} has no image of {', '.join(names)}: name other classes")
+    new = np.full(len(source.class_names), -1, source.labels.dtype)
+    new[labels] = np.arange(len(labels))
+    return replace(kept, class_names=tuple(names), labels=new[kept.labels])
 
 
 def leave_out(source: Source, path: str) -> Source:

@@ -21,13 +21,25 @@ Predict = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, time[B],
 LEAST_LEFT = 0.05  # JiT's bound of the division by what is left of the time
 
 
-def even_times(steps: int, shift: float = 1.0) -> np.ndarray:
-    """Times f64[steps + 1] from 0 to 1, evenly spaced but for the shift.
+def mix(images: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+    """x f[B, ...] at times f[B], or at one time f[], between noise and images of its shape."""
+    time = time.reshape(-1, *(1,) * (images.ndim - 1)).astype(images.dtype)
+    return time * images + (1 - time) * noise
+
+
+def draw_times(key: jax.Array, count: int, mean: float, std: float) -> jax.Array:
+    """f32[count] in (0, 1) whose logits are normal (Esser et al. 2024, section 3.1)."""
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (count,)))
+
+
+def even_times(steps: int, shift: float = 1.0, start: float = 0.0) -> np.ndarray:
+    """Times f64[steps + 1] from `start` to 1, evenly spaced but for the shift.
 
     Args:
       steps: at least 1.
       shift: above 1 spends more steps near the noise: sigma = 1 - time becomes
         shift · sigma / (1 + (shift - 1) · sigma) (Esser et al. 2024, section 5.3.2).
+      start: where the way begins that is left, of an image with some noise.
 
     Examples:
       >>> even_times(4).tolist()
@@ -35,7 +47,9 @@ def even_times(steps: int, shift: float = 1.0) -> np.ndarray:
       >>> even_times(2, shift=3.0).tolist()
       [0.0, 0.25, 1.0]
     """
-    return 1 - _shifted(np.linspace(1.0, 0.0, steps + 1), shift)
+    start = 1 - start
+    unshifted = start / (shift - (shift - 1) * start)  # so that the first is `start` all the same
+    return 1 - _shifted(np.linspace(unshifted, 0.0, steps + 1), shift)
 
 
 def diffusers_times(steps: int, shift: float = 1.0) -> np.ndarray:
@@ -63,6 +77,7 @@ def integrate(
     noise: jax.Array,
     times: np.ndarray | jax.Array,
     method: Literal["euler", "heun"] = "heun",
+    keep: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Follows velocities from noise to images, in one loop under jit.
 
@@ -72,6 +87,7 @@ def integrate(
       times: [T + 1], rising.
       method: "euler" takes T velocities; "heun" corrects each step but the last by the velocity at
         its end, and takes 2 T - 1 (Karras et al. 2022, algorithm 1).
+      keep: (x, time f[]) -> x after each step, which puts back what is known of the images.
 
     Returns:
       f[B, ...] at the last time, in the dtype of `noise`.
@@ -89,15 +105,17 @@ def integrate(
     def moved(x, by, slope):
         return (x.astype(dtype) + by * slope.astype(dtype)).astype(x.dtype)
 
+    kept = keep or (lambda x, time: x)
+
     def euler(x, pair):
         start, end = pair
-        return moved(x, end - start, velocity(x, start)), None
+        return kept(moved(x, end - start, velocity(x, start)), end), None
 
     def heun(x, pair):
         start, end = pair
         slope = velocity(x, start)
         again = velocity(moved(x, end - start, slope), end)
-        return moved(x, end - start, (slope + again) / 2), None
+        return kept(moved(x, end - start, (slope + again) / 2), end), None
 
     if method == "euler":
         return jax.lax.scan(euler, noise, pairs)[0]
@@ -117,7 +135,7 @@ def as_velocity(
     Args:
       prediction: f[B, ...].
       x: f[B, ...], what it was given.
-      time: f[], from 0 to 1.
+      time: f[], or f[B, 1, ...] of each, from 0 to 1.
       predicts: "velocity" is it already; of an "image" it is (image - x) / (1 - time).
       least: of 1 - time in this division.
     """

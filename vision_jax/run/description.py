@@ -354,6 +354,8 @@ def _per_channel(field: str, values: tuple[float, ...], channels: int) -> tuple[
     """
     if len(values) == channels:
         return values
+    if len(values) == 1:
+        return values * channels
     if len(values) != 3:
         raise UserError(f"{field}: {len(values)} numbers for images of {channels} channels")
     return load.adapt_values(values, channels)

@@ -10,6 +10,7 @@ from vision_jax.config.fields import (
     compression,
     data,
     evaluation,
+    generation,
     losses,
     model,
     optimizer,
@@ -37,6 +38,7 @@ FIELDS = (
     *data.FIELDS,
     *losses.FIELDS,
     *pretraining.FIELDS,
+    *generation.FIELDS,
     *evaluation.FIELDS,
 )
 

@@ -9,6 +9,7 @@ from vision_jax.config.fields.field import (
     FACTORS,
     FILTER,
     FROM_0,
+    GENERATION,
     IMAGE_TEXT,
     NOT_NEGATIVE,
     SEGMENTATION,
@@ -117,6 +118,7 @@ FIELDS = (
         CLASSIFICATION,
         *UNLABELLED,
         IMAGE_TEXT,
+        GENERATION,
     ),
     field(
         "data.short",
@@ -147,6 +149,8 @@ FIELDS = (
         CLASSIFICATION,
         *UNLABELLED,
         IMAGE_TEXT,
+        GENERATION,
+        generation=1.0,
     ),
     field(
         "data.view",
@@ -182,6 +186,8 @@ FIELDS = (
         CLASSIFICATION,
         *UNLABELLED,
         IMAGE_TEXT,
+        GENERATION,
+        generation="none",
         self_distillation="none",
         contrastive="none",
         image_text="none",
@@ -194,6 +200,7 @@ FIELDS = (
         CLASSIFICATION,
         *UNLABELLED,
         IMAGE_TEXT,
+        GENERATION,
         pretraining=(0.2, 1.0),
     ),
     field(

@@ -17,6 +17,7 @@ TASKS = {  # see tasks/api.py
     "self_distillation": "vision_jax.tasks.self_distillation.task",
     "contrastive": "vision_jax.tasks.contrastive.task",
     "image_text": "vision_jax.tasks.image_text.task",
+    "generation": "vision_jax.tasks.generation.task",
 }
 RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
     "mask": "vision_jax.recipes.mask",
@@ -27,7 +28,7 @@ RECIPES = {  # see recipes/recipe.py; in the order in which they can be applied
 }
 CLASSIFICATION, DETECTION, PRETRAINING = "classification", "detection", "pretraining"
 SELF_DISTILLATION, CONTRASTIVE = "self_distillation", "contrastive"
-IMAGE_TEXT, SEGMENTATION = "image_text", "segmentation"
+IMAGE_TEXT, SEGMENTATION, GENERATION = "image_text", "segmentation", "generation"
 MEASURED = (CLASSIFICATION, DETECTION, SEGMENTATION)  # tasks of `vision_jax quantize`
 SHRUNK = (CLASSIFICATION, DETECTION)  # tasks of `vision_jax compress`
 UNLABELLED = (PRETRAINING, SELF_DISTILLATION, CONTRASTIVE)
@@ -147,6 +148,7 @@ MOST = 2**31  # of whole numbers: what JAX counts with
 COUNT = Check(lambda value: 1 <= value < MOST, "at least 1 and below 2**31")
 FROM_0 = Check(lambda value: 0 <= value < MOST, "at least 0 and below 2**31")
 NOT_NEGATIVE = Check(lambda value: 0 <= value < math.inf, "at least 0, and finite")
+NUMBER = Check(_is_number, "a finite number")
 ABOVE_0 = Check(lambda value: 0 < value < math.inf, "above 0, and finite")
 BELOW_1 = Check(lambda value: 0 <= value < 1, "at least 0 and below 1")
 UP_TO_1 = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")

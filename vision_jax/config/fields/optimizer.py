@@ -84,5 +84,6 @@ FIELDS = (
         BELOW_1,
         "decay of the moving average of what trains, which evaluation uses; 0 for none",
         self_distillation=0.996,
+        generation=0.999,
     ),
 )

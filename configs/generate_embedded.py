@@ -1,0 +1,42 @@
+"""A generator of images from scratch, on the embedded images of eight classes.
+
+Command:   python -m vision_jax.main --config=configs/generate_embedded.py
+Hardware:  2 CPU cores, about 6 CPU-minutes
+Expected:  evaluation loss 0.174 (seed 0): shapes that can be told apart, with rough edges
+"""
+
+from ml_collections import ConfigDict
+
+from vision_jax.config import default_config
+
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker")
+
+
+def get_config() -> ConfigDict:
+    """What differs from the defaults; see `--help-config`."""
+    config = default_config("generation")
+    config.batch_size = 128
+    config.total_steps = 800
+    config.model.variant = "dit"
+    config.model.image_size = 28
+    config.model.arguments = (
+        ("patch_size", 4),
+        ("width", 96),
+        ("depth", 4),
+        ("num_heads", 4),
+        ("mlp_width", 384),
+        ("in_channels", 3),
+        ("predicts", "image"),
+    )
+    config.optim.lr = 2e-3
+    config.optim.warmup_steps = 100
+    config.data.train = "embedded:fashion_mnist/train"
+    config.data.eval = "embedded:fashion_mnist/test"
+    config.data.classes = CLASSES
+    config.data.flip = False
+    config.data.threads = 1
+    config.evaluate.every = 400
+    config.evaluate.batch_size = 400
+    config.checkpoint_every = 200
+    config.log_every = 50
+    return config

@@ -1,0 +1,157 @@
+"""Generation as a task: the loss, images that depend on their index alone, and classes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vision_jax.data.sources import read_source, take_classes
+from vision_jax.errors import UserError
+from vision_jax.models.families import build_model, initialize, make_apply
+from vision_jax.tasks.generation import objective
+
+SHAPE = (8, 8, 3)
+
+
+def tiny(predicts="image", **changed):
+    arguments = {
+        "num_classes": 3,
+        "image_size": (8, 8),
+        "patch_size": 4,
+        "width": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "mlp_width": 32,
+        "in_channels": 3,
+        "predicts": predicts,
+    }
+    return build_model("dit", **{**arguments, **changed})
+
+
+def randomized(model, seed=0):
+    """Its parameters, all random, also those of adaLN-zero."""
+    params = initialize(model, jax.random.key(seed), (8, 8))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def task_of(model, **changed):
+    settings = {"predicts": model.predicts, "num_classes": model.num_classes, "shape": SHAPE,
+                "time_mean": 0.0, "time_std": 1.0, "unconditional": 0.2}  # fmt: skip
+    return objective.Task(**{**settings, **changed})
+
+
+def sampling(**changed):
+    settings = {"method": "heun", "steps": 3, "guidance": 2.0, "interval": (0.2, 0.9),
+                "shift": 1.0, "seed": 7}  # fmt: skip
+    return objective.Sampling(**{**settings, **changed})
+
+
+def sampler(model, **changed):
+    run = objective.make_sample(
+        make_apply(model), lambda params: params, task_of(model), sampling(**changed)
+    )
+    params = randomized(model)
+    return jax.jit(lambda labels, index, *given: run(params, {}, {}, labels, index, *given))
+
+
+def batch_of(rng, count=6):
+    return {
+        "image": jnp.asarray(rng.integers(0, 256, (count, *SHAPE)), jnp.uint8),
+        "label": jnp.arange(count, dtype=jnp.int32) % 3,
+        "index": jnp.arange(count, dtype=jnp.int32),
+        "mask": jnp.ones(count, bool),
+    }
+
+
+@pytest.mark.parametrize("predicts", ["image", "velocity"])
+def test_the_loss_is_of_the_velocity(rng, predicts):
+    model = tiny(predicts)
+    made = objective.make_objective(make_apply(model), lambda params: params, task_of(model))
+    params, batch = randomized(model), batch_of(rng)
+    view = made.prepare(params, {}, {}, batch, jax.random.key(3))
+    outputs, _ = made.forward(params, {}, {}, view, jax.random.key(4), train=True)
+    losses, _ = made.criterion(params, outputs, view)
+
+    time = np.asarray(view["time"], np.float64).reshape(-1, 1, 1, 1)
+    image = 2 * np.asarray(batch["image"], np.float64) / 255 - 1
+    noise, noisy = (np.asarray(view[name], np.float64) for name in ("noise", "noisy"))
+    np.testing.assert_allclose(noisy, time * image + (1 - time) * noise, atol=1e-6)
+    found = np.asarray(outputs["prediction"], np.float64)
+    true = image - noise
+    if predicts == "image":
+        left = np.maximum(1 - time, 0.05)
+        found, true = (found - noisy) / left, (image - noisy) / left
+    np.testing.assert_allclose(losses, ((found - true) ** 2).mean((1, 2, 3)), rtol=1e-4)
+
+
+def test_classes_are_left_out_as_often_as_asked(rng):
+    model = tiny()
+    batch = batch_of(rng, 400)
+    for share in (0.0, 0.25, 1.0):
+        task = task_of(model, unconditional=share)
+        made = objective.make_objective(make_apply(model), lambda params: params, task)
+        asked = np.asarray(made.prepare({}, {}, {}, batch, jax.random.key(5))["asked"])
+        assert abs((asked == 3).mean() - share) < 0.08
+        kept = asked != 3
+        np.testing.assert_array_equal(asked[kept], np.asarray(batch["label"])[kept])
+
+
+def test_an_image_is_the_same_in_every_batch():
+    sample = sampler(tiny())
+    labels, index = jnp.arange(8, dtype=jnp.int32) % 3, jnp.arange(20, 28, dtype=jnp.int32)
+    together = np.asarray(sample(labels, index))
+    alone = [np.asarray(sample(labels[i : i + 1], index[i : i + 1]))[0] for i in range(8)]
+    np.testing.assert_array_equal(together, alone)
+    assert (np.abs(together[0] - together[3]) > 1e-3).any()  # the same class, another index
+    other = np.asarray(sampler(tiny(), seed=8)(labels, index))
+    assert (np.abs(together - other) > 1e-3).any()
+
+
+def test_guidance_is_none_outside_of_its_interval_and_at_1():
+    labels, index = jnp.array([0, 1, 2]), jnp.arange(3)
+    plain = np.asarray(sampler(tiny(), guidance=1.0)(labels, index))
+    nowhere = np.asarray(sampler(tiny(), interval=(2.0, 3.0))(labels, index))
+    np.testing.assert_allclose(nowhere, plain, atol=1e-6)
+    assert np.abs(np.asarray(sampler(tiny())(labels, index)) - plain).max() > 1e-3
+
+
+def test_what_is_known_stays_to_the_pixel(rng):
+    labels, index = jnp.array([0, 1]), jnp.arange(2)
+    images = jnp.asarray(rng.random((2, *SHAPE)), jnp.float32)
+    fresh = jnp.zeros((2, 8, 8, 1), bool).at[:, 2:5, 3:7].set(True)
+    made = np.asarray(sampler(tiny())(labels, index, images, fresh))
+    outside = ~np.asarray(fresh)[..., 0]
+    np.testing.assert_allclose(made[outside], np.asarray(images)[outside], atol=1e-6)
+    assert np.abs(made - np.asarray(images)).max() > 1e-2
+
+
+def test_less_strength_stays_nearer(rng):
+    labels, index = jnp.array([0, 1]), jnp.arange(2)
+    images = jnp.asarray(rng.random((2, *SHAPE)), jnp.float32)
+    apart = [
+        np.abs(np.asarray(sampler(tiny("velocity"), strength=s)(labels, index, images)) - images)
+        for s in (0.05, 0.5, 1.0)
+    ]
+    means = [x.mean() for x in apart]
+    assert means == sorted(means)
+    assert means[0] < 0.1
+    noise_alone = np.asarray(sampler(tiny("velocity"))(labels, index))
+    from_noise = np.asarray(sampler(tiny("velocity"), strength=1.0)(labels, index, images))
+    np.testing.assert_allclose(from_noise, noise_alone, atol=1e-6)
+
+
+def test_classes_of_a_source():
+    source = read_source("embedded:fashion_mnist/test")
+    part = take_classes(source, ("bag", "coat"))
+    assert part.class_names == ("bag", "coat")
+    assert len(part) == 200
+    for row in (0, 57, 199):
+        whole = int(np.flatnonzero(source.rows == part.rows[row])[0])
+        assert part.class_names[part.labels[row]] == source.class_names[source.labels[whole]]
+    with pytest.raises(UserError, match="no class 'bags': did you mean `bag`"):
+        take_classes(source, ("bags",))
+    with pytest.raises(UserError, match="class 'bag' is named twice"):
+        take_classes(source, ("bag", "bag"))

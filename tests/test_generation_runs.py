@@ -1,0 +1,165 @@
+"""A generator trained, adapted to a class that it has not seen, and put to work by its command."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+from safetensors.numpy import load_file
+
+from vision_jax import train
+from vision_jax.commands import generate
+from vision_jax.config import load_config
+from vision_jax.loaded import load
+
+SIZES = {"width": 16, "depth": 2, "num_heads": 2, "mlp_width": 32, "patch_size": 7,
+         "in_channels": 3, "predicts": "image"}  # fmt: skip
+SHORT = {
+    "total_steps": "3",
+    "checkpoint_every": "3",
+    "evaluate.every": "3",
+    "evaluate.batch_size": "40",
+    "log_every": "1",
+    "optim.warmup_steps": "1",
+    "sample.steps": "3",
+    "batch_size": "16",
+    "data.subset": "40",
+}
+
+
+def run_config(name, workdir, **changed):
+    changes = SHORT | {key.replace("__", "."): str(value) for key, value in changed.items()}
+    assert train.run(load_config(str(runs.ROOT / f"configs/{name}.py"), changes), workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    arguments = repr(tuple(SIZES.items()))
+    return run_config(
+        "generate_embedded", tmp_path_factory.mktemp("runs") / "base", model__arguments=arguments
+    )
+
+
+@pytest.fixture(scope="module")
+def adapted(base, tmp_path_factory):
+    return run_config(
+        "generate_lora",
+        tmp_path_factory.mktemp("runs") / "adapted",
+        model__weights=base / "model.safetensors",
+    )
+
+
+def generated(source, out, *flags):
+    assert generate.main([str(source), f"--out={out}", *flags]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    images = [np.asarray(Image.open(out / one["file"])) for one in manifest["images"]]
+    return manifest, np.stack(images)
+
+
+@pytest.mark.long
+def test_an_adapter_leaves_the_base_as_it_was(base, adapted):
+    before = load_file(base / "model.safetensors")
+    frozen = load(adapted).variables["params"]
+    assert (adapted / "adapter/adapter_model.safetensors").is_file()
+    # Merged it differs in the adapted kernels and in the classes, which are others.
+    after = load_file(adapted / "model.safetensors")
+    assert after.keys() == before.keys()
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    assert {"x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight"} <= same
+    assert "y_embedder.embedding_table.weight" not in same
+    assert after["y_embedder.embedding_table.weight"].shape == (2, 16)  # the class, and none
+    assert frozen["class_embed"].shape == (2, 16)
+    held = run_arrays(adapted)
+    for path, array in run_arrays(base).items():
+        if path in held:
+            np.testing.assert_array_equal(held[path], array, err_msg=path)
+
+
+def run_arrays(workdir):
+    """The arrays of a run's base, by path."""
+    from vision_jax.run.restore import restore
+
+    trained = restore(load_config(str(workdir / "config.json"), {}), workdir, "last").trained
+    trainable, frozen, _ = trained.arguments
+    whole = {**trainable, **frozen}
+    found = {path.removesuffix("/base"): np.asarray(x) for path, x in whole.items()}
+    return {path: x for path, x in found.items() if "lora" not in path and path != "class_embed"}
+
+
+@pytest.mark.long
+def test_images_do_not_depend_on_their_batch_and_are_told_apart(adapted, tmp_path):
+    manifest, alone = generated(adapted, tmp_path / "1", "--count=8", "--batch-size=1")
+    _, together = generated(adapted, tmp_path / "8", "--count=8", "--batch-size=8")
+    _, first = generated(adapted, tmp_path / "3", "--count=3")
+    np.testing.assert_array_equal(alone, together)
+    np.testing.assert_array_equal(first, together[:3])
+    assert manifest["sampling"]["seed"] == 0
+    assert [one["class"] for one in manifest["images"]] == ["bag"] * 8
+    assert {path.name for path in (tmp_path / "8").iterdir()} == {
+        "bag", "manifest.json", "samples.png",
+    }  # fmt: skip
+    _, other = generated(adapted, tmp_path / "seed", "--count=8", "--seed=1")
+    assert (other != together).any()
+
+
+@pytest.mark.long
+def test_the_figures_are_those_of_the_images(adapted, tmp_path):
+    out = tmp_path / "made"
+    assert generate.main([str(adapted), "--count=30", "--measure", f"--out={out}"]) == 0
+    figures = json.loads((out / "measures.json").read_text())
+    assert figures["images"] == 30
+    assert figures["held_out"] == 100  # bags of the test set
+    assert figures["frechet"] > figures["frechet_train"] > 0  # three steps teach nothing
+    assert figures["nearest"] > 1
+    assert figures["copies"] == 0
+    assert (out / "nearest.png").is_file()
+
+
+@pytest.mark.long
+def test_parts_of_images_stay(base, tmp_path):
+    photo = np.random.default_rng(0).integers(0, 256, (28, 28, 3)).astype(np.uint8)
+    mask = np.zeros((28, 28, 3), np.uint8)
+    mask[5:15, 8:20] = 255
+    for name, pixels in (("photo", photo), ("mask", mask)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    flags = ["--images", str(tmp_path / "photo.png"), "--classes=coat"]
+    _, made = generated(base, tmp_path / "new", *flags, f"--mask={tmp_path / 'mask.png'}")
+    outside = mask[..., 0] == 0
+    np.testing.assert_array_equal(made[0][outside], photo[outside])
+    assert (made[0][~outside] != photo[~outside]).any()
+    manifest, near = generated(base, tmp_path / "near", *flags, "--strength=0.05", "--count=2")
+    assert manifest["sampling"]["strength"] == 0.05
+    assert near.shape == (2, 28, 28, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nowhere"], "nowhere: no such file or folder"),
+        (["nowhere", "--count=0"], "--count 0: give 1 or more"),
+        (["nowhere", "--guidance=-1"], "--guidance -1.0: give a number above 0"),
+        (["nowhere", "--strength=0.5"], "--mask and --strength are of --images"),
+        (["nowhere", "--judge=x"], "--features and --judge go with --measure"),
+        (["nowhere", "--measure"], "--measure: nowhere is no run's folder"),
+        (["embedded:vit_cifar10"], "takes a transformer that predicts velocities or images"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
+    assert generate.main([*flags, f"--out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_unknown_classes_and_full_folders_are_refused(base, tmp_path, capsys):
+    assert generate.main([str(base), "--classes=coats", f"--out={tmp_path / 'out'}"]) == 2
+    assert "--classes: no class 'coats': did you mean `coat`" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("mine")
+    assert generate.main([str(base), f"--out={tmp_path}"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert jax.process_count() == 1

@@ -1,0 +1,235 @@
+"""Makes images by a trained generator, and says how good they are.
+
+    vision_jax generate runs/generate_lora --count=64
+    vision_jax generate runs/generate_lora --classes=bag --guidance=2 --seed=3
+    vision_jax generate runs/generate_lora --images photo.png --strength=0.6
+    vision_jax generate runs/generate_lora --images photo.png --mask=mask.png
+    vision_jax generate runs/generate_lora --count=500 --measure --judge=runs/vit_lora
+
+SOURCE is a run's folder, or weights as `predict --weights` takes them. Written are the images, in a
+folder for each class, OUT/samples.png with the first ones, and OUT/manifest.json, which says how
+each was made. OUT is a data set of class folders: another run can train on it.
+
+With --images they are made of these: --strength says how much of each is replaced by noise at
+first. With --mask what is white in it is made anew, and all else stays to the pixel.
+
+With --measure OUT/measures.json says how near the images are to the run's held-out images, and
+which are copies of training images. docs/generation.md says what the figures are.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vision_jax.commands.source import RUN_FILE, check_folder, is_run, load_source
+from vision_jax.errors import UserError, nearest
+from vision_jax.files import expand
+from vision_jax.flags import make_parser, run, seed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vision_jax.generate.samples import Wanted
+    from vision_jax.loaded import Loaded
+
+COUNT, BATCH = 64, 64
+DRAWN = 64  # images in samples.png
+FEATURES = "embedded:vit_cifar10"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 for bad input."""
+    return run(lambda: _run(_parse(arguments)), "such a model, or such a batch", at_once=False)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser("vision_jax generate", __doc__)
+    parser.add_argument("source", metavar="SOURCE", help="the generator")
+    parser.add_argument("--count", type=int, help=f"of the images; {COUNT} by default")
+    parser.add_argument(
+        "--classes", default="", metavar="NAME,...", help="of the images, in turn; all by default"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise")
+    parser.add_argument("--method", choices=("heun", "euler"), help="the run's else")
+    parser.add_argument("--steps", type=int, help="of the integration; the run's else")
+    parser.add_argument("--guidance", type=float, help="1 for none; the run's else")
+    parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="to begin with")
+    parser.add_argument("--strength", type=float, help="of the noise in these, 0.6 by default")
+    parser.add_argument("--mask", metavar="FILE", help="white where images are made anew")
+    parser.add_argument("--measure", action="store_true", help="beside the run's images")
+    parser.add_argument(
+        "--features", default="", metavar="SOURCE", help=f"whose the figures are; {FEATURES}"
+    )
+    parser.add_argument("--judge", default="", metavar="SOURCE", help="a classifier of the classes")
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="images made at once")
+    parser.add_argument("--out", type=expand, metavar="DIR", help="where; RUN/generated")
+    parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run; its end else")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pickles, by torch's weights-only reader"
+    )
+    flags = parser.parse_args(arguments)
+    _check(flags)
+    return flags
+
+
+def _check(flags: argparse.Namespace) -> None:
+    for name in ("count", "steps", "batch_size"):
+        value = getattr(flags, name)
+        if value is not None and not 1 <= value < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if flags.guidance is not None and not 0 < flags.guidance < float("inf"):
+        raise UserError(f"--guidance {flags.guidance}: give a number above 0")
+    if flags.strength is not None and not 0 < flags.strength <= 1:
+        raise UserError(f"--strength {flags.strength}: give a share above 0, at most 1")
+    if (flags.mask or flags.strength is not None) and not flags.images:
+        raise UserError("--mask and --strength are of --images: name the files")
+    if flags.mask and flags.strength is not None:
+        raise UserError("--strength: with --mask what is white begins as noise: leave it out")
+    if flags.images and flags.measure:
+        raise UserError("--measure is of images made of noise: leave --images out")
+    if (flags.features or flags.judge) and not flags.measure:
+        raise UserError("--features and --judge go with --measure")
+
+
+def _run(flags: argparse.Namespace) -> int:
+    from vision_jax import machine
+
+    machine.keep_compiled()
+    folder = expand(flags.source)
+    out = flags.out or (folder if is_run(folder) else Path()) / "generated"
+    check_folder("--out", out)
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(
+            f"--out: {out} is not empty, and images of two runs would mix: name another"
+        )
+    if flags.measure and not is_run(folder):
+        raise UserError(f"--measure: {flags.source} is no run's folder, so there is no data of it")
+    loaded = load_source(
+        flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
+    )
+    import numpy as np
+
+    from vision_jax.config import default_config, load_config, write_json
+    from vision_jax.generate import samples
+    from vision_jax.logging import say, show_progress
+    from vision_jax.tasks.generation import task as generation
+
+    own = load_config(str(folder / RUN_FILE), {}) if is_run(folder) else None
+    config = own or default_config("generation")
+    task = generation.make_task(config, loaded.model, loaded.family.predicts)
+    given = {"method": flags.method, "steps": flags.steps, "guidance": flags.guidance}
+    changed = {name: value for name, value in given.items() if value is not None}
+    if flags.images and not flags.mask:
+        changed["strength"] = flags.strength or 0.6
+    sampling = generation.make_sampling(config, seed=flags.seed, **changed)
+    wanted = _wanted(flags, loaded, task.num_classes)
+    paths = samples.sample_paths(wanted, loaded.class_names)
+    out.mkdir(parents=True, exist_ok=True)
+    made: list[np.ndarray] = []
+    batches = -(-len(wanted) // min(flags.batch_size, len(wanted)))
+    with show_progress(batches) as (advance, _):
+        for batch in samples.make_images(
+            loaded.model, loaded.variables, task, sampling, wanted, flags.batch_size
+        ):
+            samples.write_images(batch, paths[len(made) : len(made) + len(batch)], out)
+            made.extend(batch)
+            advance()
+    say(f"wrote {len(made)} images below {out}")
+    origin = {"generator": loaded.origin, "checkpoint": flags.checkpoint or "end"}
+    record = samples.manifest(wanted, sampling, loaded.class_names, paths, origin)
+    write_json(record, out / "manifest.json")
+    say(f"wrote {out / 'manifest.json'}: how each was made")
+    say(f"wrote {samples.draw_grid(np.stack(made[:DRAWN]), out / 'samples.png')}: the first ones")
+    if flags.measure:
+        _measure(flags, own, loaded, wanted, made, out)
+    return 0
+
+
+def _wanted(flags: argparse.Namespace, loaded: "Loaded", num_classes: int) -> "Wanted":
+    """The classes in turn, and of files each one its own."""
+    import numpy as np
+
+    from vision_jax.generate.samples import Wanted
+
+    names = [name for name in flags.classes.split(",") if name]
+    for name in names:
+        if name not in loaded.class_names:
+            raise UserError(f"--classes: no class {name!r}{nearest(name, loaded.class_names)}")
+    labels = [loaded.class_names.index(name) for name in names] or list(range(num_classes))
+    labels = labels or [0]  # of a model without classes, whose label 0 says none
+    images, fresh = _given(flags, loaded) if flags.images else (None, None)
+    count = flags.count or (COUNT if images is None else len(images))
+    if images is not None:
+        rows = np.arange(count) % len(images)
+        images, fresh = images[rows], fresh if fresh is None else fresh[rows]
+    turn = np.resize(np.asarray(labels, np.int32), count)
+    return Wanted(turn, np.arange(count, dtype=np.int32), images, fresh)
+
+
+def _given(flags: argparse.Namespace, loaded: "Loaded") -> "tuple[np.ndarray, np.ndarray | None]":
+    """The files' images u8[N, H, W, C], and where they are made anew."""
+    import numpy as np
+
+    from vision_jax.commands.predict import image_files
+
+    names = image_files(flags.images, "generate")
+    images = np.round(255 * np.asarray(loaded.preprocess(names))).astype(np.uint8)
+    if not flags.mask:
+        return images, None
+    grey = np.asarray(loaded.preprocess([flags.mask])).mean(-1, keepdims=True)  # [1, H, W, 1]
+    return images, np.repeat(grey > 0.5, len(images), axis=0)
+
+
+def _measure(
+    flags: argparse.Namespace,
+    config: Any,
+    loaded: "Loaded",
+    wanted: "Wanted",
+    made: "Sequence[np.ndarray]",
+    out: Path,
+) -> None:
+    """Writes OUT/measures.json and OUT/nearest.png, beside the run's own images."""
+    import numpy as np
+
+    from vision_jax.config import write_json
+    from vision_jax.generate import measures
+    from vision_jax.loaded import load
+    from vision_jax.logging import say
+    from vision_jax.tasks.generation import task as generation
+
+    train, held_out = generation.read_sources(config)
+    asked = np.unique(wanted.labels)
+    sources = [
+        [row for row in range(len(source)) if source.labels[row] in asked]
+        for source in (train, held_out)
+    ]
+    features = measures.make_features(load(flags.features or FEATURES))
+    of_made = features(made)
+    of_train, of_held_out = (
+        features(source[row]["image"] for row in rows)
+        for source, rows in zip((train, held_out), sources, strict=True)
+    )
+    found = measures.measure(of_made, of_held_out, of_train)
+    figures = {"features": flags.features or FEATURES, **found.figures}
+    if flags.judge:
+        judged = measures.make_judge(load(flags.judge), loaded.class_names)(made)
+        figures |= {"judge": flags.judge, "judged_right": float((judged == wanted.labels).mean())}
+    write_json(figures, out / "measures.json")
+    for name, value in figures.items():
+        say(f"  {name:20} {value if isinstance(value, int | str) else f'{value:.4f}'}")
+    if copies := figures["copies"]:
+        say(
+            f"warning: {copies} of {len(made)} images are nearer to a training image than held-out"
+            " ones are: see nearest.png"
+        )
+    say(f"wrote {out / 'measures.json'}")
+    closest = np.argsort(found.copies.distances, kind="stable")[: measures.SHOWN]
+    beside = [train[sources[0][found.copies.index[row]]]["image"] for row in closest]
+    measures.draw_nearest([made[row] for row in closest], beside, out / "nearest.png")
+    say(f"wrote {out / 'nearest.png'}: the nearest to training images")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A trained generator at work: images made of noise, and how good they are."""

@@ -1,0 +1,126 @@
+"""Images made by a generator, batch by batch, and written as class folders.
+
+(label, index) of each --sample, one compiled program--> images --write--> CLASS/INDEX.png
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from vision_jax.errors import utf8
+from vision_jax.models import families
+from vision_jax.ops.images import to_float
+from vision_jax.tasks.generation import objective
+from vision_jax.tasks.images import file_name
+
+GRID = 8  # pictures a row of samples.png
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Images to be made.
+
+    Attributes:
+      labels: i32[N], K for no class.
+      index: i32[N], whose noise each has: with a seed an index names an image.
+      images: u8[N, H, W, C] to begin with, or None.
+      fresh: bool[N, H, W, 1], what of these is made anew, or None.
+    """
+
+    labels: np.ndarray
+    index: np.ndarray
+    images: np.ndarray | None = None
+    fresh: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def make_images(
+    model: Any,
+    variables: Mapping[str, Any],
+    task: objective.Task,
+    sampling: objective.Sampling,
+    wanted: Wanted,
+    batch_size: int,
+) -> Iterator[np.ndarray]:
+    """u8[n, H, W, C], batch by batch, in the order wanted; one program for all batches.
+
+    The last batch is filled up by images that are made and thrown away: an image does not depend on
+    its batch, but a program does on its size.
+    """
+    apply = families.make_apply(model)
+    sample = objective.make_sample(apply, lambda params: params, task, sampling)
+
+    @jax.jit
+    def run(params, state, labels, index, *given):
+        made = sample(params, {}, state, labels, index, *given)
+        return jnp.round(255 * made).astype(jnp.uint8)
+
+    size = min(batch_size, len(wanted))
+    params, state = variables["params"], variables.get("batch_stats", {})
+    for start in range(0, len(wanted), size):
+        rows = np.minimum(np.arange(start, start + size), len(wanted) - 1)
+        given: list[Any] = []
+        if wanted.images is not None:
+            given.append(to_float(jnp.asarray(wanted.images[rows])))
+            given += [] if wanted.fresh is None else [wanted.fresh[rows]]
+        made = run(params, state, wanted.labels[rows], wanted.index[rows], *given)
+        yield jax.device_get(made)[: len(wanted) - start]
+
+
+def sample_paths(wanted: Wanted, class_names: Sequence[str]) -> list[str]:
+    """Where each image is written: "class/000012.png", the class's name as a folder can have it."""
+    names = [*class_names, "no class"]
+    folders = [file_name(0, name, "")[5:] for name in names]
+    return [
+        f"{folders[label]}/{index:06d}.png"
+        for label, index in zip(wanted.labels, wanted.index, strict=True)
+    ]
+
+
+def write_images(batch: np.ndarray, paths: Sequence[str], out: Path) -> None:
+    """Writes images u8[n, H, W, C] at paths below a folder."""
+    for pixels, path in zip(batch, paths, strict=True):
+        place = out / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(place)
+
+
+def draw_grid(images: np.ndarray, path: Path) -> Path:
+    """Images u8[N, H, W, C] beside and below each other, GRID in a row, as they are, as a PNG."""
+    count, height, width, channels = images.shape
+    rows = -(-count // GRID)
+    whole = np.full((rows * GRID, height, width, channels), 255, np.uint8)
+    whole[:count] = images
+    whole = whole.reshape(rows, GRID, height, width, channels).transpose(0, 2, 1, 3, 4)
+    whole = whole.reshape(rows * height, GRID * width, channels)
+    times = max(1, 64 // max(height, width))  # so that tiny ones can be seen
+    whole = whole.repeat(times, axis=0).repeat(times, axis=1)
+    Image.fromarray(whole[..., 0] if channels == 1 else whole[..., :3]).save(path)
+    return path
+
+
+def manifest(
+    wanted: Wanted,
+    sampling: objective.Sampling,
+    class_names: Sequence[str],
+    paths: Sequence[str],
+    origin: Mapping[str, str],
+) -> dict[str, Any]:
+    """What tells how each image was made, for JSON: with it each can be made again."""
+    names = [*class_names, None]
+    return {
+        **origin,
+        "sampling": vars(sampling),
+        "images": [
+            {"file": path, "class": names[label] and utf8(str(names[label])), "index": int(index)}
+            for path, label, index in zip(paths, wanted.labels, wanted.index, strict=True)
+        ],
+    }

@@ -1,0 +1,125 @@
+"""How near made images are to real ones, by features of a model: distributions and neighbors.
+
+All in float64, on the host: rounding in a covariance is a difference between distributions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+CHUNK = 1024  # rows of distances at once
+COPY = 0.5  # of what held-out images are usually away from training images: nearer is a copy
+
+
+def frechet_distance(made: np.ndarray, real: np.ndarray) -> float:
+    """Between the normal distributions with the mean and covariance of features f[N, D], f[M, D].
+
+    |m1 - m2|² + tr(C1 + C2 - 2·(C1·C2)^½) (Heusel et al. 2017, https://arxiv.org/abs/1706.08500),
+    FID where the features are Inception's. The root's trace is the sum of the roots of the
+    eigenvalues of C1^½·C2·C1^½, a symmetric matrix, so that nothing imaginary comes out. Means over
+    few images are biased: with fewer rows than features the covariances are not of full rank.
+
+    Raises:
+      ValueError: fewer than two rows.
+    """
+    made, real = np.asarray(made, np.float64), np.asarray(real, np.float64)
+    if min(len(made), len(real)) < 2:
+        raise ValueError("a covariance needs two images or more")
+    first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (made, real))
+    values, vectors = np.linalg.eigh(first)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    both = np.linalg.eigvalsh(root @ second @ root)
+    trace = np.trace(first) + np.trace(second) - 2 * np.sqrt(np.maximum(both, 0)).sum()
+    return float(np.sum((made.mean(0) - real.mean(0)) ** 2) + trace)
+
+
+def nearest(queries: np.ndarray, others: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(i[N] the nearest of `others`, f64[N] the distance of the k-th nearest), Euclidean.
+
+    Args:
+      queries: f[N, D].
+      others: f[M, D], M at least k.
+      k: 1 for the nearest's own distance.
+    """
+    queries, others = np.asarray(queries, np.float64), np.asarray(others, np.float64)
+    squares = np.sum(others**2, axis=1)
+    which, far = [], []
+    for start in range(0, len(queries), CHUNK):
+        rows = queries[start : start + CHUNK]
+        products = rows @ others.T
+        squared = np.sum(rows**2, axis=1)[:, None] + squares[None] - 2 * products  # [n, M]
+        first = squared.argmin(1)
+        which.append(first)
+        if k == 1:  # of the difference itself: next to zero the above is rounding
+            far.append(np.linalg.norm(rows - others[first], axis=1))
+        else:
+            kth = np.partition(squared, k - 1, axis=1)[:, k - 1]
+            far.append(np.sqrt(np.maximum(kth, 0)))
+    return np.concatenate(which), np.concatenate(far)
+
+
+def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """(share of the made within the real ones' neighborhoods, share of the real within the made).
+
+    Kynkäänniemi et al. 2019 (https://arxiv.org/abs/1904.06991): a set's neighborhoods are balls
+    around its members that reach to their k-th nearest other member.
+
+    Args:
+      made: features f[N, D].
+      real: features f[M, D].
+      k: of the neighborhoods.
+
+    Raises:
+      ValueError: not more than k images in either.
+    """
+    if min(len(made), len(real)) <= k:
+        raise ValueError(f"neighborhoods of {k} images need more than {k} images in each set")
+    return _covered(made, real, k), _covered(real, made, k)
+
+
+def _covered(points: np.ndarray, members: np.ndarray, k: int) -> float:
+    """Share of the points in some ball of the members."""
+    points, members = np.asarray(points, np.float64), np.asarray(members, np.float64)
+    _, radius = nearest(members, members, k + 1)  # each is its own nearest
+    squares, inside = np.sum(members**2, axis=1), []
+    for start in range(0, len(points), CHUNK):
+        rows = points[start : start + CHUNK]
+        squared = np.sum(rows**2, axis=1)[:, None] + squares[None] - 2 * rows @ members.T
+        inside.append((squared <= radius[None] ** 2).any(1))
+    return float(np.concatenate(inside).mean())
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How far images are from the training images, beside real ones that were held out.
+
+    Attributes:
+      index: i[N], the nearest training image of each.
+      distances: f64[N], to it.
+      held_out: f64[M], of the held-out images to theirs.
+    """
+
+    index: np.ndarray
+    distances: np.ndarray
+    held_out: np.ndarray
+
+    @property
+    def ratio(self) -> float:
+        """The mean distance over that of held-out images: well below 1, training is repeated."""
+        return float(self.distances.mean() / self.held_out.mean())
+
+    @property
+    def flagged(self) -> np.ndarray:
+        """bool[N]: nearer than COPY times the median of held-out images."""
+        return self.distances < COPY * np.median(self.held_out)
+
+    @property
+    def flagged_held_out(self) -> float:
+        """The share of held-out images that would be flagged, of which none is a copy."""
+        return float((self.held_out < COPY * np.median(self.held_out)).mean())
+
+
+def find_copies(made: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> Copies:
+    """The nearest training images of made ones, by features f[N, D], f[T, D] and f[M, D]."""
+    index, distances = nearest(made, train)
+    return Copies(index, distances, nearest(held_out, train)[1])

@@ -1,0 +1,1 @@
+"""Generation: images from noise, by flow matching."""
