@@ -1,6 +1,7 @@
 """The nearest training images, against scikit-learn's meaning of it and in files."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ import runs
 from PIL import Image
 
 from vision_jax import main
-from vision_jax.data.sources import FileReader, Source
+from vision_jax.data.sources import ArrayReader, FileReader, Source, read_source
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.explain import prototypes
 from vision_jax.models.families import build_model, initialize
 from vision_jax.ops.probe import unit
+from vision_jax.trees.quantized import Int8
 
 
 def test_the_nearest_are_those_of_plain_distances(rng, monkeypatch):
@@ -64,6 +66,15 @@ MODELS = {
                "block": "basic"},
 }  # fmt: skip
 
+SIZE = Preprocessing(
+    image_size=(16, 16),
+    mean=(0, 0, 0),
+    std=(1, 1, 1),
+    interpolation="bicubic",
+    crop_pct=1.0,
+    crop_mode="center",
+)
+
 
 @pytest.fixture
 def photos(tmp_path, rng):
@@ -88,15 +99,7 @@ def test_features_are_what_the_head_is_given_and_are_computed_once(
     kernel = jnp.asarray(rng.standard_normal(params["head"]["kernel"].shape), jnp.float32)
     params["head"] = {"kernel": kernel, "bias": jnp.asarray(rng.random(3), jnp.float32)}
     variables = {**variables, "params": params}
-    size = Preprocessing(
-        image_size=(16, 16),
-        mean=(0, 0, 0),
-        std=(1, 1, 1),
-        interpolation="bicubic",
-        crop_pct=1.0,
-        crop_mode="center",
-    )
-    given = (model, variables, photos, size, tmp_path)
+    given = (model, variables, photos, SIZE, tmp_path)
     found = prototypes.make_prototypes(*given, count=4)
     assert "features-" in capsys.readouterr().out
     assert np.isnan(found.features).all(1).tolist() == [row == 5 for row in range(12)]
@@ -112,7 +115,8 @@ def test_features_are_what_the_head_is_given_and_are_computed_once(
     np.testing.assert_allclose(found.features[8], raw[0] / np.linalg.norm(raw), atol=1e-5)
 
     near = found.find(view)
-    assert near.same == near.nearest[0].row == 8
+    assert near.same == near.nearest[0]
+    assert near.same.row == 8
     assert len(near.nearest) == 4
     assert [one.label for one in near.of_classes if one.row == 8] == [2]
     assert {one.label for one in near.of_classes} == {0, 1, 2}
@@ -133,6 +137,68 @@ def test_features_are_what_the_head_is_given_and_are_computed_once(
                         photos.rows, photos.reader)  # fmt: skip
     with pytest.raises(TypeError):
         prototypes.make_prototypes(*given[:2], relabelled, *given[3:], count=4)
+
+
+def test_a_training_image_is_found_however_many_are_as_near(photos, rng):
+    """Features that have collapsed: all are equally near."""
+    views = rng.integers(0, 256, (12, 16, 16, 3), np.uint8)
+    pixels = np.array([prototypes.hash_of_pixels(view) for view in views], np.uint64)
+    ones = np.ones((12, 1), np.float32)
+    found = prototypes.Prototypes(photos, None, ones, pixels, lambda views: ones[:1], 2)
+    near = found.find(views[7])
+    assert [one.row for one in near.nearest] == [0, 1]
+    assert near.same == prototypes.Neighbor(7, 1, 0.0)
+    assert found.find(views[7] ^ 1).same is None
+
+
+def bitmaps(folder, rng):
+    """Two classes of bitmaps, which have names and sizes in bytes like those of any other call."""
+    for name in ("bee/0.bmp", "bee/1.bmp", "cat/0.bmp", "cat/1.bmp"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / name)
+    return folder
+
+
+def test_data_of_equal_names_and_sizes_is_told_apart(tmp_path, rng, monkeypatch):
+    """Another folder, the same one by another name, and a file that was written over."""
+    one, other = (bitmaps(tmp_path / name, rng) for name in ("one", "other"))
+    first = prototypes.hash_of_images(read_source(str(one)))
+    assert first != prototypes.hash_of_images(read_source(str(other)))
+    assert first == prototypes.hash_of_images(read_source(str(one)))
+    path = one / "cat/1.bmp"
+    before = path.stat()
+    path.write_bytes((other / "cat/1.bmp").read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as an archive does
+    assert path.stat().st_size == before.st_size
+    assert first != prototypes.hash_of_images(read_source(str(one)))
+
+    images = rng.integers(0, 256, (4, 8, 8), np.uint8)
+    found = set()
+    for change in (0, 1):
+        held = ArrayReader("npz", images ^ np.uint8(change))
+        source = Source("npz", ("a",), np.zeros(4, int), np.arange(4), held)
+        found.add(prototypes.hash_of_images(source))
+    assert len(found) == 2
+
+
+def test_two_folders_of_equal_names_and_sizes_have_features_of_their_own(tmp_path, rng):
+    model = build_model("vit", **MODELS["vit"])
+    variables = initialize(model, jax.random.key(int(rng.integers(2**31))), (16, 16))
+    views = {}
+    for name in ("one", "other"):
+        source = read_source(str(bitmaps(tmp_path / name, rng)))
+        found = prototypes.make_prototypes(model, variables, source, SIZE, tmp_path, count=1)
+        views[name] = found.view(2)
+        assert found.find(views[name]).same.row == found.find(views[name]).nearest[0].row == 2
+    assert found.find(views["one"]).same is None
+    assert len(list(tmp_path.glob("features-*.npy"))) == 2
+
+
+def test_the_hash_has_what_leaves_are_set_to(rng):
+    values = jnp.asarray(rng.integers(-127, 128, (4, 3)), jnp.int8)
+    leaves = [Int8(values, jnp.ones(3), None, dynamic) for dynamic in (False, True, True)]
+    found = [prototypes.hash_of({"params": {"kernel": leaf}}) for leaf in leaves]
+    assert found[0] != found[1] == found[2]
 
 
 @pytest.mark.long

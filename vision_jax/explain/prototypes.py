@@ -3,11 +3,12 @@
     training images --model without its head--> features, a file --cosine--> the nearest of an image
 
 The features are computed once: their file has the hash of weights, data and preprocessing in its
-name. It is read through the system's cache of files and not held, so that memory grows by 4 bytes a
-training image.
+name. It is read through the system's cache of files, as a whole for each image, and not held. While
+an image is looked for, a training image takes 38 bytes besides: its distance, and ranks.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 
-from vision_jax.data.fingerprint import digest, take_fingerprint
 from vision_jax.data.pipeline import DamageLog, make_eval_batches
-from vision_jax.data.sources import Source
+from vision_jax.data.sources import ArrayReader, FileReader, Source
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, utf8
 from vision_jax.evaluation import say_damaged
 from vision_jax.explain import page
 from vision_jax.explain.page import Picture
-from vision_jax.files import draft_folder
+from vision_jax.files import own_draft_folder
 from vision_jax.logging import say, show_progress
 from vision_jax.models import families
 from vision_jax.ops.images import to_float
@@ -37,7 +37,9 @@ BATCH = 64  # training images at once
 THREADS = 2
 CHUNK = 2**16  # training images that are compared at once
 NAME = "features-{}.npy"
-SAME = 1e-5  # a distance that rounding explains: it is worth a look whether the images are the same
+PIXELS = "pixels-{}.npy"  # beside them: of each image as the model sees it, a hash of 8 bytes
+
+KINDS = (("<f4", 2), ("<u8", 1))  # of the two files: dtype and number of axes
 
 FeaturesOf = Callable[[np.ndarray], np.ndarray]
 
@@ -64,13 +66,13 @@ class Neighbors:
     Attributes:
       nearest: of all training images, the nearest first.
       of_classes: of each class the nearest one, the nearest class first.
-      same: the row of a training image that the model sees the very same pixels of; None if there
-        is none.
+      same: the first training image that the model sees the very same pixels of, near or not; None
+        if there is none.
     """
 
     nearest: tuple[Neighbor, ...]
     of_classes: tuple[Neighbor, ...]
-    same: int | None
+    same: Neighbor | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Prototypes:
       source: the training images.
       preprocessing: of the model.
       features: f32[M, D], of length 1 each, NaN where an image can't be read.
+      pixels: u64[M], `hash_of_pixels` of each view, 0 where an image can't be read.
       features_of: views u8[B, H, W, C] -> f32[B, D] of length 1.
       count: neighbors of each image, and classes that have their nearest shown.
     """
@@ -88,6 +91,7 @@ class Prototypes:
     source: Source
     preprocessing: Preprocessing
     features: np.ndarray
+    pixels: np.ndarray
     features_of: FeaturesOf
     count: int
 
@@ -103,9 +107,8 @@ class Prototypes:
 
         found = tuple(map(neighbor, rows.tolist()))
         by_class = tuple(map(neighbor, of_classes[: self.count].tolist()))
-        suspects = [one.row for one in found if one.distance <= SAME]
-        same = next((row for row in suspects if np.array_equal(self.view(row), view)), None)
-        return Neighbors(found, by_class, same)
+        same = np.flatnonzero(self.pixels == hash_of_pixels(view))
+        return Neighbors(found, by_class, neighbor(int(same[0])) if len(same) else None)
 
     def view(self, row: int) -> np.ndarray:
         """A training image u8[H, W, C], as the model sees it."""
@@ -158,18 +161,29 @@ def make_prototypes(
       UserError: none of the images can be read; features that are not finite.
     """
     features_of = make_features(model, variables)
-    said = (hash_of(variables), repr(model), digest(take_fingerprint(source)), repr(preprocessing))
-    path = folder / NAME.format(hashlib.sha256("".join(said).encode()).hexdigest()[:16])
-    if not path.is_file():
-        _write_features(features_of, source, preprocessing, path)
-        say(f"wrote {path}, the features of {len(source):,} training images, for the next time")
+    said = (hash_of(variables), repr(model), hash_of_images(source), repr(preprocessing))
+    name = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+    paths = folder / NAME.format(name), folder / PIXELS.format(name)
+    if not all(path.is_file() for path in paths):
+        _write_features(features_of, source, preprocessing, *paths)
+        say(
+            f"wrote {paths[0]}, the features of {len(source):,} training images, and "
+            f"{paths[1].name}, for the next time"
+        )
+    features, pixels = (_load(path, *kind) for path, kind in zip(paths, KINDS, strict=True))
+    if not len(features) == len(pixels) == len(source):
+        raise UserError(f"{paths[0]}: damaged, not of {len(source)} images: remove it")
+    return Prototypes(source, preprocessing, features, pixels, features_of, count)
+
+
+def _load(path: Path, dtype: str, ndim: int) -> np.ndarray:
     try:
-        features = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}): remove it") from error
-    if features.ndim != 2 or len(features) != len(source):
-        raise UserError(f"{path}: damaged, not of {len(source)} images: remove it")
-    return Prototypes(source, preprocessing, features, features_of, count)
+    if (array.dtype, array.ndim) != (np.dtype(dtype), ndim):
+        raise UserError(f"{path}: damaged, it holds {array.dtype}{list(array.shape)}: remove it")
+    return array
 
 
 def make_features(model: Any, variables: Mapping[str, Any]) -> FeaturesOf:
@@ -192,8 +206,11 @@ def make_features(model: Any, variables: Mapping[str, Any]) -> FeaturesOf:
 
 
 def hash_of(variables: Mapping[str, Any]) -> str:
-    """sha256 of all arrays with their paths, 64 hexadecimal digits."""
-    found = hashlib.sha256()
+    """sha256 of all arrays with their paths, and of what the leaves that hold them are set to.
+
+    64 hexadecimal digits.
+    """
+    found = hashlib.sha256(str(jax.tree.structure(dict(variables))).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables)):
         array = np.asarray(leaf)
         found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
@@ -201,9 +218,54 @@ def hash_of(variables: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
+def hash_of_images(source: Source) -> str:
+    """sha256 of what tells a source's images from all others, 64 hexadecimal digits.
+
+    Of image files that is where each one lies, its size and when it was changed; of files of many
+    images the same, and the image's place in there. What is in memory or anywhere else is read.
+    """
+    reader = source.reader
+    found = hashlib.sha256(f"{source.name}\n{getattr(reader, 'column', '')}\n".encode())
+    for shard in getattr(reader, "shards", ()):
+        found.update(f"{_state(shard.path)}\n".encode())
+    folder = reader.folder.resolve() if isinstance(reader, FileReader) else None
+    for row, label in zip(source.rows.tolist(), source.labels.tolist(), strict=True):
+        if folder is not None:
+            what = _state(folder / reader.relative_name(row))
+        elif hasattr(reader, "shards"):
+            what = f"{row} {reader.example_name(row)}"
+        elif isinstance(reader, ArrayReader):
+            what = hashlib.sha256(reader.images[row].tobytes()).hexdigest()
+        else:
+            what = hashlib.sha256(reader.encoded(row)).hexdigest()
+        found.update(f"{label} {what}\n".encode(errors="surrogateescape"))
+    return found.hexdigest()
+
+
+def _state(path: str | Path) -> str:
+    """Where a file lies, and what changes with it, ctime too: copies and archives set mtime."""
+    whole = os.path.abspath(path)
+    try:
+        state = os.stat(whole)
+    except OSError:  # it is skipped, counted and named when its turn comes
+        return f"{whole!r} gone"
+    return f"{whole!r} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+
+
+def hash_of_pixels(view: np.ndarray) -> int:
+    """64 bits of an image u8[H, W, C], 1 and up: equal by chance for one pair in 10¹⁹."""
+    found = hashlib.blake2b(np.ascontiguousarray(view).tobytes(), digest_size=8).digest()
+    return int.from_bytes(found, "little") or 1
+
+
 def _write_features(
-    features_of: FeaturesOf, source: Source, preprocessing: Preprocessing, path: Path
+    features_of: FeaturesOf,
+    source: Source,
+    preprocessing: Preprocessing,
+    path: Path,
+    pixels_path: Path,
 ) -> None:
+    """Batch by batch, in the source's order, in which images that can't be read have a row."""
     damage = DamageLog()
     size = min(BATCH, len(source))
     batches = make_eval_batches(
@@ -213,26 +275,32 @@ def _write_features(
         num_threads=THREADS,
         damage_log=damage,
     )
-    features = None
-    with draft_folder(path) as folder:
-        with show_progress(-(-len(source) // size)) as (advance, _):
-            for batch in batches:
+    pixels = np.zeros(len(source), "<u8")
+    with own_draft_folder(path) as folder:
+        draft = folder / path.name
+        with draft.open("wb") as file, show_progress(-(-len(source) // size)) as (advance, _):
+            for number, batch in enumerate(batches):
                 mask, found = batch["mask"], features_of(batch["image"])
                 if not np.isfinite(found[mask]).all():
                     raise UserError(
                         "the features of the training images are not finite: the weights are "
                         "damaged or training diverged"
                     )
-                if features is None:
+                if number == 0:
                     shape = (len(source), found.shape[1])
-                    features = open_memmap(folder / path.name, "w+", np.float32, shape)
-                    features[:] = np.nan
-                features[batch["index"][mask]] = found[mask]
+                    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    write_array_header_1_0(file, header)
+                rows = slice(number * size, min((number + 1) * size, len(source)))
+                found = np.where(mask[:, None], found, np.nan).astype("<f4")
+                file.write(found[: rows.stop - rows.start].tobytes())
+                for place in np.flatnonzero(mask).tolist():
+                    pixels[rows.start + place] = hash_of_pixels(batch["image"][place])
                 advance()
-        if features is None or damage.count == len(source):
+        if damage.count == len(source):
             raise UserError(f"{source.name}: none of the training images could be read")
-        features.flush()
-        (folder / path.name).replace(path)
+        np.save(folder / pixels_path.name, pixels)
+        (folder / pixels_path.name).replace(pixels_path)
+        draft.replace(path)
     say_damaged(damage.lines)
 
 
@@ -254,15 +322,18 @@ class Near:
         self._asked += 1
         prototypes, found = self._prototypes, self._prototypes.find(view)
         if found.same is not None:
-            self._same.append((name, prototypes.source.example_name(found.same)))
-        rows = {"Nearest training images": found.nearest, "Nearest of a class": found.of_classes}
+            self._same.append((name, prototypes.source.example_name(found.same.row)))
+        shown = found.nearest
+        if found.same is not None and found.same not in shown:  # more than N are equally near
+            shown = (found.same, *shown)
+        rows = {"Nearest training images": shown, "Nearest of a class": found.of_classes}
         record = {
             "nearest": [self._record(one) for one in found.nearest],
             "nearest_of_classes": [self._record(one) for one in found.of_classes],
             "is_training_image": found.same is not None,
         }
         pictures = {
-            title: [self._picture(one, one.row == found.same) for one in own]
+            title: [self._picture(one, one == found.same) for one in own]
             for title, own in rows.items()
         }
         return {"prototypes": record}, pictures

@@ -1,8 +1,9 @@
 """What is explained, in files: a picture of each image, one JSON of figures, pages to look at.
 
-All is written as it comes, so that memory does not grow with the images: a picture at once, an
-image's figures in a draft of the JSON, and a page whenever there are enough for one. Nothing here
-knows what is explained, a class, a box or a region.
+All is written as it comes: a picture at once, an image's figures in a draft of the JSON, and a page
+whenever there are enough for one. Kept of each page are SHOWN small pictures for the first page, a
+fifth of the images, so that memory and the first page grow with these. Nothing here knows what is
+explained, a class, a box or a region.
 """
 
 import json
@@ -21,7 +22,7 @@ from vision_jax.explain import measures, page
 from vision_jax.explain.explainer import RANDOM, Figures, Maps, survivors
 from vision_jax.explain.page import Picture
 from vision_jax.figures import save_figure
-from vision_jax.files import draft_folder, write_whole
+from vision_jax.files import own_draft_folder, write_whole
 from vision_jax.logging import print_table, say, show_progress
 
 Image = TypeVar("Image")  # what is said of one
@@ -156,7 +157,7 @@ def open_report(out: Path, title: str, what: str = "images") -> Iterator[Report]
     `what` has the figures.
     """
     with (
-        draft_folder(out / RECORD) as folder,
+        own_draft_folder(out / RECORD) as folder,
         (folder / "records").open("w", encoding="utf-8") as draft,
     ):
         yield Report(out, title, draft, what)
