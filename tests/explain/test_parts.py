@@ -35,7 +35,7 @@ def subject(family):
     return model, variables, random_images(model, size, 2), sizes
 
 
-@pytest.mark.long(but=("detr",))
+@pytest.mark.long
 @pytest.mark.parametrize("family", DETECTORS)
 def test_boxes_are_the_detectors_own_and_their_places_say_them(family):
     model, variables, images, sizes = subject(family)
@@ -94,7 +94,7 @@ def explained(model, name, variables, images, sizes, found):
     return np.asarray(maps)
 
 
-@pytest.mark.long(but=("yolox-layer_cam",))
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["layer_cam", "saliency", "rise", "attention_relevance"])
 @pytest.mark.parametrize("family", [*DETECTORS, *SEGMENTERS])
 def test_a_map_is_of_its_part_and_image_alone(family, name):
@@ -122,7 +122,7 @@ def test_a_map_is_of_its_part_and_image_alone(family, name):
     )
 
 
-@pytest.mark.long(but=("unet",))
+@pytest.mark.long
 @pytest.mark.parametrize("family", SEGMENTERS)
 def test_regions_are_where_a_class_or_a_mask_is(family):
     model, variables, images, sizes = subject(family)
@@ -159,6 +159,13 @@ def test_regions_are_where_a_class_or_a_mask_is(family):
             np.testing.assert_allclose(again, score, rtol=1e-4)
 
 
+def test_a_map_that_says_nothing_points_nowhere():
+    maps = jnp.zeros((1, 2, 4, 4)).at[0, 1, 0, 0].set(1)
+    inside = jnp.zeros(maps.shape, bool).at[:, :, 0, 0].set(True)
+    found = parts.measure(maps, inside, jnp.array([[3, 2]]))
+    assert found["pointing"].tolist() == [[0, 1]]
+
+
 def test_padding_counts_nowhere():
     maps = np.zeros((1, 2, 6, 8), np.float32)
     maps[0, :, 5, 7] = 9  # beyond the image
@@ -183,6 +190,50 @@ def test_pixels_of_a_box_are_those_whose_centers_it_holds():
     expected = np.zeros((6, 10), bool)
     expected[:2, 2:6] = True
     np.testing.assert_array_equal(inside, expected)
+
+
+def test_logits_are_those_of_the_raw_outputs(rng):
+    """Of a YOLOX with the object's; of a Faster R-CNN after the class that is none."""
+    labels, sizes = jnp.array([2, 0]), jnp.array([[10, 10], [10, 10]])
+    drawn = {"logits": rng.normal(size=(2, 5, 3)), "object_logits": rng.normal(size=(2, 5)),
+             "boxes_cxcywh_01": rng.random((2, 5, 4))}  # fmt: skip
+    outputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), drawn)
+    said = detections.places_of("cells", outputs, labels, sizes)
+    for image, label in enumerate((2, 0)):
+        logit, thing = drawn["logits"][image, :, label], drawn["object_logits"][image]
+        np.testing.assert_allclose(said.logit[image], logit + thing, rtol=1e-5, atol=1e-6)
+        score = 1 / (1 + np.exp(-logit)) / (1 + np.exp(-thing))
+        np.testing.assert_allclose(said.score[image], score, rtol=1e-5)
+    drawn = {"logits": rng.normal(size=(2, 5, 4)), "deltas": np.zeros((2, 5, 4, 4)),
+             "proposals_xyxy_px": np.tile([1.0, 2, 5, 8], (2, 5, 1))}  # fmt: skip
+    outputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), drawn)
+    outputs["proposed"] = jnp.arange(5)[None] < jnp.array([[5], [3]])
+    said = detections.places_of("proposals", outputs, labels, sizes)
+    for image, label in enumerate((2, 0)):
+        logits = drawn["logits"][image]
+        np.testing.assert_allclose(said.logit[image], logits[:, label + 1], rtol=1e-5)
+        score = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[:, label + 1]
+        score = np.where(outputs["proposed"][image], score, 0)
+        np.testing.assert_allclose(said.score[image], score, rtol=1e-5)
+    np.testing.assert_allclose(said.xyxy_01[0, 0], [0.1, 0.2, 0.5, 0.8], rtol=1e-5)
+
+
+def test_many_parts_take_the_memory_of_few(rng):
+    """Each has a large intermediate array; of 64 parts there are eight of it at once."""
+
+    def of_one(x):  # f[B] -> f[B, 3]
+        large = jnp.sin(x[:, None] * jnp.arange(50_000.0)[None])
+        return jnp.sort(large, axis=1)[:, [0, 17, -1]]
+
+    run = jax.jit(lambda x: parts.of_each(of_one, x))
+    few, many = (
+        run.lower(jnp.zeros((1, count))).compile().memory_analysis().temp_size_in_bytes
+        for count in (parts.AT_ONCE, 8 * parts.AT_ONCE)
+    )
+    assert many < 2.5 * few
+    drawn = jnp.asarray(rng.random((1, 19)), jnp.float32)  # the last ones are fewer
+    expected = jnp.stack([of_one(drawn[:, n]) for n in range(19)], axis=1)
+    np.testing.assert_allclose(run(drawn), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_methods_are_those_that_fit():

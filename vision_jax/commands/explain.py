@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PARTS = ("detection", "segmentation")  # tasks whose models find boxes or regions
 LIMIT = 200  # images of a data set
+MOST = 50  # parts of an image
 OF_RUN = "the run's"  # --dataset without a value
 
 
@@ -111,8 +112,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--limit: give 1 or more, with --dataset")
     if flags.prototypes < 0 or (flags.train is not None and not flags.prototypes):
         raise UserError("--prototypes: give 1 or more; --train goes with it")
-    if flags.most is not None and flags.most < 1:
-        raise UserError("--most: give 1 or more")
+    if flags.most is not None and not 1 <= flags.most <= MOST:
+        raise UserError(f"--most: give 1 to {MOST}, whose maps are held together")
     if flags.least_score is not None and not 0 <= flags.least_score <= 1:
         raise UserError("--least-score: give 0 to 1")
     if flags.attack and flags.dataset is not None:

@@ -37,7 +37,7 @@ def box_relevance(
     Args:
       forward: a DETR.
       variables: its arrays.
-      images: f[B, H, W, C] in [0, 1], which fill the canvas.
+      images: f[B, H, W, C] in [0, 1]; of images with padding the forward pass has the pixels' mask.
       queries: i32[B], the query of each image whose box is explained.
       labels: i32[B], its class.
 

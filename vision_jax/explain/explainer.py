@@ -96,7 +96,6 @@ def make_explainer(
     measure = jax.jit(partial(_measure, forward))
     compare = jax.jit(measures.rank_correlation)
     error = jax.jit(partial(_completeness, forward, empty))
-    shuffle = jax.jit(measures.shuffled)
 
     def run(
         variables: Variables, images: jax.Array, targets: Targets, index: jax.Array
@@ -104,7 +103,8 @@ def make_explainer(
         drawn, measured = (
             keys_of(jax.random.fold_in(jax.random.key(seed), use), index) for use in range(2)
         )
-        shuffled = shuffle(variables, jax.random.fold_in(jax.random.key(seed), 2))
+        # Not compiled as one: leaves of one shape share a program.
+        shuffled = measures.shuffled(variables, jax.random.fold_in(jax.random.key(seed), 2))
         found: dict[str, Found] = {}
         for name in names:
             method = find_method(name)

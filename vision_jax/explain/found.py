@@ -4,7 +4,7 @@ files --preprocess--> views --model--> parts --parts.make_explain--> maps and fi
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.errors import UserError, utf8
+from vision_jax.errors import utf8
 from vision_jax.explain import measures, page
 from vision_jax.explain import parts as of_parts
 from vision_jax.explain.classes import Subject
@@ -89,6 +89,11 @@ def make_run(subject: Subject, methods: Sequence[str], wanted: Wanted, seed: int
     # Not compiled as one: leaves of one shape share a program.
     shuffled = measures.shuffled(variables, jax.random.fold_in(jax.random.key(seed), 2))
     batches = detection_batches if detects(subject.model) else segmentation_batches
+    if getattr(subject.preprocessing, "view", None) == "windows":
+        say(
+            "warning: this model is evaluated in windows along the long side; here it sees each "
+            "image whole, squashed into one window, and may find other regions"
+        )
 
     def run(source: Any, damage: DamageLog, truth: bool) -> Iterator[Explained]:
         for batch in batches(subject.preprocessing, source, damage):
@@ -99,9 +104,9 @@ def make_run(subject: Subject, methods: Sequence[str], wanted: Wanted, seed: int
             measured, right = parts, np.zeros(score.shape, bool)
             inside = of_parts.inside_of(parts, sizes, canvas)
             if truth:
-                measured, right = (match_boxes if detects(subject.model) else match_regions)(
-                    parts, inside, batch
-                )
+                match = match_boxes if detects(subject.model) else match_regions
+                measured, right, ignored = match(parts, inside, batch, source)
+                score = np.where(ignored, 0, score)
             found = {}
             if (score > 0).any():
                 by = of_parts.inside_of(measured, sizes, canvas)
@@ -121,19 +126,22 @@ def make_run(subject: Subject, methods: Sequence[str], wanted: Wanted, seed: int
 
 def _explained(batch: Batch, place: int, parts: Sequence[Part]) -> Explained:
     height, width = batch["size"][place]
-    view = batch["image"][place, :height, :width]
+    view = batch["image"][place, :height, :width].copy()
     return Explained(int(batch["index"][place]), view, tuple(parts))
 
 
 def _part(known: Any, batch: Batch, place: int, number: int, right: bool) -> Part:
-    """One of a batch's parts, without the padding of its image."""
+    """One of a batch's parts, without the padding of its image.
+
+    Arrays are copies: what is kept of a part must not keep its batch.
+    """
     found, inside, parts = known
     height, width = batch["size"][place]
     maps: Maps = {}
     figures: Figures = {}
     for name, own in found.items():
         if "map" in own:
-            maps[name] = own["map"][place, number, :height, :width]
+            maps[name] = own["map"][place, number, :height, :width].copy()
         figures[name] = {
             figure: float(values[place, number])
             for figure, values in own.items()
@@ -146,7 +154,7 @@ def _part(known: Any, batch: Batch, place: int, number: int, right: bool) -> Par
     return Part(
         int(parts.label[place, number]),
         float(parts.score[place, number]),
-        inside[place, number, :height, :width],
+        inside[place, number, :height, :width].copy(),
         box,
         right,
         maps,
@@ -177,7 +185,7 @@ def explain_images(
       seed: of what is drawn.
 
     Raises:
-      UserError: none of the images can be read, or nothing is found in any.
+      UserError: none of the images can be read.
     """
     names, means, count = subject.class_names, Means(), 0
     run = make_run(subject, methods, wanted, seed)
@@ -201,7 +209,6 @@ def explain_images(
             count += 1
 
         damage = run_through(source, lambda damage: run(source, damage, False), take)
-        _check_found(means, wanted, source.name)
         record = {
             "model": subject.origin,
             "class_names": [utf8(name) for name in names],
@@ -209,6 +216,7 @@ def explain_images(
             "damaged": [utf8(line) for line in damage.lines],
         }
         report.finish("images", record, means.figures())
+    _warn_of_none(means, wanted)
     what = "boxes" if detects(subject.model) else "regions"
     say(f"wrote {means.count} pictures into {out}: {what} of {count} images, by each method")
 
@@ -227,14 +235,15 @@ def explain_dataset(
     Files and arguments: see `explain_images`.
 
     Raises:
-      UserError: none of the images can be read, or nothing that is found is right.
+      UserError: none of the images can be read.
     """
     names, means, images = subject.class_names, Means(), 0
     run = make_run(subject, methods, wanted, seed)
     classes: dict[int, Means] = {}
     errors = 0
-    wrong: list[tuple[Explained, Part]] = []  # the most confident first
-    shown: list[tuple[Explained, Part]] = []  # of what is right, the first
+    # Images with one part each, as others would be kept with it.
+    wrong: list[Explained] = []  # the most confident first
+    shown: list[Explained] = []  # of what is right, the first
 
     def take(one: Explained) -> None:
         nonlocal images, errors
@@ -243,22 +252,21 @@ def explain_dataset(
             if part.right:
                 means.add(part.figures)
                 classes.setdefault(part.label, Means()).add(part.figures)
-                shown.append((one, part))
+                shown.append(replace(one, parts=(part,)))
                 del shown[SHOWN:]
             else:
                 errors += 1
-                wrong.append((one, part))
-                wrong.sort(key=lambda pair: -pair[1].score)
+                wrong.append(replace(one, parts=(part,)))
+                wrong.sort(key=lambda one: -one.parts[0].score)
                 del wrong[SHOWN:]
 
     damage = run_through(source, lambda damage: run(source, damage, True), take)
-    _check_found(means, wanted, source.name, errors)
     title = f"What {subject.origin} looks at in {source.name}"
     with open_report(out, title, "parts") as report:
-        for title, pairs in (("not in the truth", wrong), ("right", shown)):
-            for one, part in pairs:
-                name = source.example_name(one.row)
-                if pairs is wrong:
+        for title, kept in (("not in the truth", wrong), ("right", shown)):
+            for one in kept:
+                name, part = source.example_name(one.row), one.parts[0]
+                if kept is wrong:
                     report.add_record({"image": utf8(name), **_record_of(part, names)})
                 heading = f"{Path(name).name}, {title}: {_named(part, names)}"
                 report.add_section(heading, {"": _pictures_of(one, part)})
@@ -283,20 +291,21 @@ def explain_dataset(
             "damaged": [utf8(line) for line in damage.lines],
         }
         report.finish("confident_errors", record, means.figures())
+    _warn_of_none(means, wanted, errors)
 
 
-def _check_found(means: Means, wanted: Wanted, source: str, wrong: int = 0) -> None:
+def _warn_of_none(means: Means, wanted: Wanted, wrong: int = 0) -> None:
+    """Says why there are no figures, if there are none."""
     if means.count:
         return
     if wrong:
-        raise UserError(
-            f"{source}: of {wrong} parts that are found none is in the truth, whose maps are "
+        say(
+            f"warning: none of the {wrong} parts that are found is in the truth, by which maps are "
             "measured: train the model further, or explain some images with --images"
         )
+        return
     what = "nothing" if wanted.label is None else "nothing of that class"
-    raise UserError(
-        f"{source}: {what} is found with a score of at least {wanted.least:g}: lower --least-score"
-    )
+    say(f"warning: {what} has a score of {wanted.least:g} or more: lower --least-score")
 
 
 def _named(part: Part, names: Sequence[str]) -> str:

@@ -251,14 +251,17 @@ def pointing(maps: jax.Array, inside: jax.Array) -> jax.Array:
     """bool[B]: whether the largest value lies inside (the pointing game).
 
     Zhang et al. 2016 (https://arxiv.org/abs/1608.00507), without a tolerance around the object,
-    which there is 15 pixels. Of several largest values the first counts.
+    which there is 15 pixels. Of several largest values the first counts; a map that is the same
+    all over, such as zero, points nowhere.
 
     Args:
-      maps: f[B, H, W], of the images' size.
+      maps: f[B, H, W], of the images' size; -inf where there is no image.
       inside: bool[B, H, W], the pixels of the object.
     """
-    best = jnp.argmax(maps.reshape(len(maps), -1), axis=1)
-    return jnp.take_along_axis(inside.reshape(len(maps), -1), best[:, None], axis=1)[:, 0]
+    flat = maps.reshape(len(maps), -1)
+    best = jnp.argmax(flat, axis=1)[:, None]
+    points = ((flat < jnp.take_along_axis(flat, best, axis=1)) & (flat > -jnp.inf)).any(1)
+    return points & jnp.take_along_axis(inside.reshape(len(maps), -1), best, axis=1)[:, 0]
 
 
 def share_inside(maps: jax.Array, inside: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from vision_jax.config import default_config
 from vision_jax.data.detection import DetectionSource, detection_subset, images_alone
 from vision_jax.data.detection_pipeline import make_detection_eval_batches
 from vision_jax.data.detection_transforms import bounded_size
+from vision_jax.data.masks import IGNORED
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.segmentation import images_to_segment, segmentation_subset
 from vision_jax.data.segmentation_pipeline import make_segmentation_eval_batches
@@ -26,7 +27,6 @@ from vision_jax.tasks.api import find_task
 AT_ONCE = 16  # images at most,
 PIXELS = 2**18  # and pixels, but one image
 THREADS = 2
-TRUE_BOXES = 300  # of an image of a data set
 SAME = 0.5  # overlap from which on a part is what it is compared with
 
 Batch = dict[str, np.ndarray]
@@ -82,7 +82,7 @@ def detection_batches(preprocessing: Any, source: Any, damage: DamageLog) -> Ite
         source,
         batch_size=_at_once(largest, len(source)),
         preprocessing=preprocessing,
-        max_boxes=TRUE_BOXES,
+        max_boxes=int(np.diff(source.label.offsets).max(initial=1)),
         num_threads=THREADS,
         damage_log=damage,
     )
@@ -105,10 +105,13 @@ def segmentation_batches(preprocessing: Any, source: Any, damage: DamageLog) -> 
         yield {**batch, "size": np.tile(np.array([size], np.int32), (len(batch["mask"]), 1))}
 
 
-def match_boxes(parts: Any, inside: Any, batch: Batch) -> tuple[Parts, np.ndarray]:
-    """(the true boxes of parts that are right, which these are: bool[B, N]).
+def match_boxes(
+    parts: Any, inside: Any, batch: Batch, source: Any
+) -> tuple[Parts, np.ndarray, np.ndarray]:
+    """(the true boxes of parts that are right, which these are: bool[B, N], which don't count).
 
-    Each true box is that of one part at most, the surest first, as in COCO's evaluation.
+    Each true box is that of one part at most, the surest first, as in COCO's evaluation. As there,
+    a part that is not right and of which SAME or more lies in a crowd of its class doesn't count.
     """
     del inside
     true = cxcywh_to_xyxy(jnp.asarray(batch["boxes_cxcywh_01"]))
@@ -122,20 +125,46 @@ def match_boxes(parts: Any, inside: Any, batch: Batch) -> tuple[Parts, np.ndarra
             right[image, number] = True
             boxes[image, number] = true[image, best]
             overlap[image, :, best] = 0
-    return parts._replace(xyxy_01=jnp.asarray(boxes)), right
+    ignored = np.zeros_like(right)
+    for image in np.flatnonzero(batch["mask"]):
+        row, (height, width) = int(batch["index"][image]), batch["original_size"][image]
+        own = np.asarray(parts.xyxy_01)[image] * np.array([width, height] * 2)
+        ignored[image] = _in_crowds(own, np.asarray(parts.label)[image], source, row)
+    return parts._replace(xyxy_01=jnp.asarray(boxes)), right, ignored & ~right
 
 
-def match_regions(parts: Any, inside: Any, batch: Batch) -> tuple[Parts, np.ndarray]:
-    """(the true regions of the classes of parts that are right, which these are: bool[B, N])."""
+def _in_crowds(
+    boxes_xyxy_px: np.ndarray, labels: np.ndarray, source: DetectionSource, row: int
+) -> np.ndarray:
+    """bool[N]: whether of a box f[N, 4] of an image SAME or more lies in a crowd of its class."""
+    crowds = source.boxes_xyxy_px[row][source.crowd[row]]
+    low = np.maximum(boxes_xyxy_px[:, None, :2], crowds[None, :, :2])
+    high = np.minimum(boxes_xyxy_px[:, None, 2:], crowds[None, :, 2:])
+    shared = np.clip(high - low, 0, None).prod(-1)  # [N, crowds]
+    area = (boxes_xyxy_px[:, 2:] - boxes_xyxy_px[:, :2]).prod(-1)[:, None]
+    same = labels[:, None] == source.label[row][source.crowd[row]]
+    return (same & (area > 0) & (shared >= SAME * area)).any(1)
+
+
+def match_regions(
+    parts: Any, inside: Any, batch: Batch, source: Any
+) -> tuple[Parts, np.ndarray, np.ndarray]:
+    """(the true regions of the classes of parts that are right, which these are: bool[B, N],
+    which don't count: what lies in ignored pixels, which are left out of the others).
+    """
+    del source
     found = np.array(inside)
     labels, right = np.asarray(parts.label), np.zeros(found.shape[:2], bool)
+    ignored = np.zeros_like(right)
     for image, number in np.argwhere(np.asarray(parts.score) > 0):
         height, width = batch["size"][image]
         true = np.zeros(found.shape[2:], bool)
         seen = resize_mask(batch["label"][image], (int(height), int(width)))
         true[:height, :width] = seen == labels[image, number]
-        own = found[image, number]
-        if (own & true).sum() >= SAME * (own | true).sum():
+        own = found[image, number].copy()
+        own[:height, :width] &= seen != IGNORED
+        ignored[image, number] = not own.any()
+        if own.any() and (own & true).sum() >= SAME * (own | true).sum():
             right[image, number] = True
             found[image, number] = true
-    return parts._replace(inside=jnp.asarray(found)), right
+    return parts._replace(inside=jnp.asarray(found)), right, ignored

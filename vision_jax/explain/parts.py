@@ -2,8 +2,8 @@
 
 images --model--> parts --methods--> a map of each part --> does it point into the part?
 
-All parts of an image are explained at once, by vmap over their targets: what does not depend on the
-part, the forward pass above all, is computed once an image.
+Up to AT_ONCE parts of an image are explained at once, by vmap over their targets: what does not
+depend on the part, the forward pass above all, is computed once an image.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +30,7 @@ Found = dict[str, Array]
 
 RELEVANCE = "attention_relevance"  # of a DETR, box_relevance
 PERTURBING = ("occlusion", "feature_ablation", "rise")
+AT_ONCE = 8  # parts of an image: each has a backward pass of its own in memory
 FAST = (RELEVANCE, "layer_cam", "grad_cam", "saliency")  # unless others are asked for
 
 
@@ -118,12 +119,22 @@ def make_explain_parts(model: Any, name: str, **options: Any) -> Callable[..., A
             found = METHODS[name].function(forward, variables, images, target, keys, **options)
             return METHODS[name].to_map(found)
 
-        maps = jax.vmap(of_one, in_axes=1, out_axes=1)(parts)  # [B, N, h, w]
+        maps = of_each(of_one, parts)  # [B, N, h, w]
         size = images.shape[1], images.shape[2]
         flat = measures.to_pixels(maps.reshape(-1, *maps.shape[2:]), size)
         return flat.reshape(*maps.shape[:2], *size)
 
     return jax.jit(explain)
+
+
+def of_each(of_one: Callable[[Any], Array], parts: Any) -> Array:
+    """f[B, N, ...]: a function of arrays [B, ...] of each of [B, N, ...], AT_ONCE at a time."""
+    along = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts)
+    if len(jax.tree.leaves(along)[0]) <= AT_ONCE:
+        found = jax.vmap(of_one)(along)
+    else:
+        found = jax.lax.map(of_one, along, batch_size=AT_ONCE)
+    return jnp.moveaxis(found, 0, 1)
 
 
 def _target(predicts: str, name: str, part: Parts, sizes: Array) -> Target:
