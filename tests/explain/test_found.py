@@ -135,3 +135,15 @@ def test_ignored_pixels_of_a_region_do_not_count():
     assert right.tolist() == [[True, False, False]]
     assert ignored.tolist() == [[False, True, False]]
     np.testing.assert_array_equal(measured.inside[0, 0], label[0] == 1)
+
+
+@pytest.mark.parametrize("view", ["windows", "pad"])
+def test_a_segmenter_of_windows_is_said_to_see_another_view(monkeypatch, capsys, view):
+    monkeypatch.setattr(found.of_parts, "make_find_parts", lambda *_: None)
+    monkeypatch.setattr(found.of_parts, "make_explain", lambda *_: None)
+    monkeypatch.setattr(found, "detects", lambda model: False)
+    preprocessing = SimpleNamespace(view=view)
+    found.make_run(Subject(None, {}, ("cat",), preprocessing, "weights"), [], Wanted(), 0)
+    assert ("squashed into one window" in capsys.readouterr().out.replace("\n", " ")) == (
+        view == "windows"
+    )
