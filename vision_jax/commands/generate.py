@@ -156,7 +156,10 @@ def _wanted(flags: argparse.Namespace, loaded: "Loaded", num_classes: int) -> "W
     names = [name for name in flags.classes.split(",") if name]
     for name in names:
         if name not in loaded.class_names:
-            raise UserError(f"--classes: no class {name!r}{nearest(name, loaded.class_names)}")
+            hint = (
+                nearest(name, loaded.class_names) or f", only {', '.join(loaded.class_names[:20])}"
+            )
+            raise UserError(f"--classes: no class {name!r}{hint}")
     labels = [loaded.class_names.index(name) for name in names] or list(range(num_classes))
     labels = labels or [0]  # of a model without classes, whose label 0 says none
     images, fresh = _given(flags, loaded) if flags.images else (None, None)
