@@ -16,10 +16,13 @@ from vision_jax.commands import convert as convert_command
 from vision_jax.commands import factorize as command
 from vision_jax.convert.quantized import write_quantized
 from vision_jax.errors import UserError
+from vision_jax.models import families
 from vision_jax.run import factorize, prune
 from vision_jax.run.restore import restore
-from vision_jax.trees import factored, lora
+from vision_jax.trees import factored, lora, paths, quantize
+from vision_jax.trees.leaf import leaves
 
+KEY = jax.random.key(0)
 RANKS = {"block_0/mlp/fc1/kernel": 4, "block_0/attn/qkv/kernel": 5, "patch_embed/kernel": 3}
 
 
@@ -148,6 +151,168 @@ def test_weights_alone_are_factored_by_themselves(tmp_path, capsys):
         shown = capsys.readouterr().err
         assert message in shown
         assert shown.count("\n") == 1
+
+
+def test_what_is_no_whole_model_is_refused(held, whole, tmp_path, capsys):
+    """A share of factors would be counted from other kernels, and int8 would come out in float."""
+    params = whole.variables["params"]
+    for name, tree in (
+        ("int8", quantize.quantize(params, {"block_0/mlp/fc1/kernel"}, quantize.FORMS["int8"])),
+        ("both", quantize.quantize(held[1], {*RANKS}, quantize.FORMS["int8"])),
+    ):
+        (tmp_path / name).mkdir()
+        write_quantized(
+            tmp_path / name / "model.safetensors",
+            {"params": jax.device_get(tree)},
+            family="vit",
+            arguments=convert.arguments_of(whole.model),
+            preprocessing=vars(whole.preprocessing),
+            class_names=whole.class_names,
+        )
+    for source, message in (
+        (held[0].parent, "is factored already: factorize the model that it was made of"),
+        (tmp_path / "int8", "is a quantized model: factorize the float weights"),
+        (tmp_path / "both", "is a quantized model: factorize the float weights"),
+    ):
+        out = tmp_path / "out"
+        assert command.main([str(source), "--keep=0.75", f"--to={out}"]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert shown.count("\n") == 1
+        assert not out.exists()
+
+
+def test_moments_are_those_of_all_batches(monkeypatch):
+    """Of all images at once, and in float64 by the kernel's own outputs."""
+    prepared = runs.Prepared()
+    run, state = prepared.run, prepared.state.model_state
+    params = lora.merge(prepared.plan.assemble({**prepared.state.trainable, **prepared.frozen}))
+    rng = np.random.default_rng(3)
+    batches = [
+        {**prepared.batch, "image": rng.integers(0, 255, prepared.batch["image"].shape, np.uint8)}
+        for _ in range(3)
+    ]
+    path = "patch_embed/kernel"
+    found = factorize.output_moments(run, params, state, batches, {path})[path]
+    assert found.dtype == np.float64
+    each = [factorize.output_moments(run, params, state, [one], {path})[path] for one in batches]
+    np.testing.assert_allclose(found, sum(each), rtol=1e-12)
+    assert all(largest(one, each[0]) > 1e-4 for one in each[1:])
+
+
+def test_convolutions_in_groups_stay_whole():
+    """ConvNeXt's depthwise ones, beside convolutions and dense layers that are counted."""
+    model = families.build_model("convnext", num_classes=3, depths=(1, 1), widths=(16, 24))
+    variables = jax.eval_shape(lambda key: families.initialize(model, key, (64, 64)), KEY)
+    kernels = {
+        path: leaf
+        for path, leaf in paths.flatten(variables["params"]).items()
+        if path.endswith("kernel")
+    }
+    rows = factorize.count_rows(model, variables, (64, 64), kernels)
+    grouped = {path for path, leaf in kernels.items() if leaf.ndim == 4 and leaf.shape[-2] == 1}
+    assert grouped
+    assert rows.keys() == kernels.keys() - grouped
+
+
+def test_scanned_blocks_multiply_by_the_same_factors(tmp_path):
+    """Kernels are found and counted as without `scan`, and outputs and gradients are the same."""
+    path = runs.write_teacher(
+        tmp_path / "model.safetensors",
+        "vit",
+        3,
+        16,
+        width=32,
+        depth=3,
+        num_heads=2,
+        mlp_width=64,
+        patch_size=8,
+        image_size=(16, 16),
+    )
+    loaded = vision_jax.load(path)
+    plain, params = loaded.model, loaded.variables["params"]
+    scanned = plain.clone(scan=True)
+    layers, others = (
+        factorize.find_layers(model, loaded.variables, (16, 16), of_parameters=False)
+        for model in (plain, scanned)
+    )
+    assert [(p, one.shape, one.rows) for p, one in layers.items()] == [
+        (p, one.shape, one.rows) for p, one in others.items()
+    ]
+    assert "block_2/mlp/fc1/kernel" in layers
+    alike = {p: 6 for p in layers if p.endswith("mlp/fc1/kernel")}  # what a loop needs
+    smaller = factorize.factor(params, alike, layers)
+    images = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
+
+    def loss(params, model):
+        return (families.as_outputs(model.apply({"params": params}, images))["logits"] ** 2).sum()
+
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(smaller, model)
+        for model in (scanned, plain)
+    )
+    assert abs(ours[0] / theirs[0] - 1) < 1e-5
+    for one, other in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+    uneven = factorize.factor(params, {**alike, "block_1/mlp/fc1/kernel": 4}, layers)
+    with pytest.raises(UserError, match=r"factors or adapters .*several ranks.*=False"):
+        loss(uneven, scanned)
+
+
+@pytest.mark.long
+def test_a_scanned_run_is_factored(tmp_path, monkeypatch):
+    """Whose blocks get ranks of their own, which the run's own loop can't have."""
+    monkeypatch.setattr(runs, "DEPTH", 2)
+    runs.write_weights(tmp_path / "weights.safetensors")
+    workdir, out = tmp_path / "run", tmp_path / "factored"
+    weights = str(tmp_path / "weights.safetensors")
+    assert train.run(runs.tiny_config(model__weights=weights, model__scan=True), workdir) == 0
+    arguments = [str(workdir), "--keep=0.6", "--multiple=2", "--images=16", f"--to={out}"]
+    assert command.main(arguments) == 0
+    report = json.loads((out / "factorization.json").read_text())
+    ranks = {one["path"]: one["rank"] for one in report["kernels"] if one["rank"]}
+    assert any(ranks.get(path.replace("block_0", "block_1")) != ranks[path] for path in ranks)
+    assert factored.ranks_of(vision_jax.load(out).variables["params"]) == ranks
+    assert report["after"]["products"] <= 0.6 * report["before"]["products"]
+
+
+@pytest.mark.long
+def test_an_adapter_that_makes_factors_no_smaller_leaves_the_kernel_whole(whole, tmp_path):
+    """22 + 2 of a kernel [32, 96]; loaded, resumed and trained on, nothing of it is lost."""
+    path, kernel = tmp_path / "model.safetensors", "block_0/attn/qkv/kernel"
+    params = jax.device_get(
+        factored.factorize(whole.variables["params"], {kernel: 22, "patch_embed/kernel": 3})
+    )
+    write_quantized(
+        path,
+        {"params": params},
+        family="vit",
+        arguments=convert.arguments_of(whole.model),
+        preprocessing=vars(whole.preprocessing),
+        class_names=whole.class_names,
+    )
+    config = runs.tiny_config(model__weights=str(path), lora__rules="('.*attn/qkv/kernel',)")
+    workdir = tmp_path / "run"
+    assert train.run(config, workdir) == 0
+    restored = restore(config, workdir, "last")
+    trained = restored.run.parameters.assemble({**restored.state.trainable, **restored.frozen})
+    assert isinstance(leaves(trained)[kernel].base, factored.Factored)
+    expected = jax.device_get(lora.merge(trained))
+    assert largest(leaves(params)[kernel].merge(), leaves(expected)[kernel]) > 1e-3
+
+    def check(folder):
+        tree = vision_jax.load(folder).variables["params"]
+        assert factored.ranks_of(tree) == {"patch_embed/kernel": 3}
+        assert largest(lora.merge(tree), expected) < 1e-5
+
+    check(workdir)
+    again = runs.tiny_config(model__weights=str(workdir / "model.safetensors"))
+    _, frozen, _ = runs.Prepared(config=again).run.make_arrays()
+    assert largest(frozen[f"{kernel}/base"], leaves(expected)[kernel]) < 1e-5
+    shutil.rmtree(workdir / "checkpoints" / str(runs.STEPS))
+    (workdir / "model.safetensors").unlink()
+    assert train.run(config, workdir) == 0
+    check(workdir)
 
 
 @pytest.mark.long

@@ -70,6 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _run(flags: argparse.Namespace) -> int:
     import jax
 
+    from vision_jax.models import families
     from vision_jax.run import calibrate, factorize, prune
     from vision_jax.trees import lora
 
@@ -77,6 +78,9 @@ def _run(flags: argparse.Namespace) -> int:
     loaded, run = load_with_run(
         flags.source, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
     )
+    _check_whole(flags.source, loaded.variables["params"], is_run=run is not None)
+    # A loop over blocks needs equal ranks.
+    loaded = replace(loaded, model=families.unrolled(loaded.model))
     score = flags.score or (OUTPUTS if run is not None else WEIGHTS)
     params = jax.jit(lora.merge)(loaded.variables["params"])
     variables = {**loaded.variables, "params": params}
@@ -127,6 +131,24 @@ def _run(flags: argparse.Namespace) -> int:
     for line in _lines(report):
         say(line)
     return 0
+
+
+def _check_whole(source: str, params: Any, *, is_run: bool) -> None:
+    """Refuses a model whose kernels aren't whole: a share of it would be one of another model."""
+    import jax
+
+    from vision_jax.trees import factored, quantize
+
+    if quantize.is_quantized(quantize.describe(params)) and not is_run:  # a run leaves floats
+        raise UserError(
+            f"{source} is a quantized model: factorize the float weights that it was made of, and "
+            "quantize what comes out"
+        )
+    if factored.ranks_of(jax.eval_shape(factored.merge, params)):
+        raise UserError(
+            f"{source} is factored already: factorize the model that it was made of, by another "
+            "--keep"
+        )
 
 
 def _told(path: str, layer: Any, rank: int) -> dict[str, Any]:

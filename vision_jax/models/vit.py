@@ -583,8 +583,9 @@ class ViT(nn.Module):
         layouts = [jax.tree.map(jnp.shape, block) for block in blocks]
         if any(layout != layouts[0] for layout in layouts):
             raise UserError(
-                "model.scan: the blocks have leaves of different kinds or shapes (adapters on some "
-                "only, or of several ranks); set model.scan=False or give all the same adapters"
+                "model.scan: the blocks have leaves of different kinds or shapes (factors or "
+                "adapters on some only, or of several ranks); set model.scan=False or give all the "
+                "same"
             )
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
         keys = {

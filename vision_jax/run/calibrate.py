@@ -216,11 +216,12 @@ def evaluate_each(run: Run, trees: Mapping[str, Any], model_state: Any) -> dict[
     """
     task, config = run.task, run.config
     source = task.read_eval_source(config, run.description.class_names)
+    model = families.unrolled(run.model)  # the trees' blocks need not be alike
     outputs_fn = task.make_outputs(
         config,
-        run.model,
+        model,
         run.student.predicts,
-        families.make_apply(run.model),
+        families.make_apply(model),
         lambda params: params,
     )
     evaluate = task.make_evaluate(

@@ -91,8 +91,12 @@ def output_moments(
         return families.as_outputs(model.apply(variables, *inputs)), found
 
     moments_of = jax.jit(through_task(run, call))
-    each = [jax.device_get(moments_of(params, model_state, batch)) for batch in batches]
-    return {path: np.stack([one[path] for one in each]).sum(0, np.float64) for path in each[0]}
+    sums: dict[str, np.ndarray] = {}
+    for batch in batches:  # of a ViT-L they are gigabytes: one batch's are held, and their sum
+        for path, one in moments_of(params, model_state, batch).items():
+            sums.setdefault(path, np.zeros(one.shape, np.float64))
+            sums[path] += np.asarray(one)
+    return sums
 
 
 class Spectrum(NamedTuple):
@@ -101,7 +105,7 @@ class Spectrum(NamedTuple):
     Attributes:
       energy: f64[n], the square that each rank adds, the most first; n is the smaller side of the
         kernel as a matrix.
-      basis: f64[n, out], see trees.factored.to_factored.
+      basis: f[n, out] in the kernel's dtype, see trees.factored.to_factored.
     """
 
     energy: np.ndarray
@@ -122,10 +126,11 @@ def spectrum(kernel: np.ndarray, moment: np.ndarray | None = None) -> Spectrum:
     rows = kernel.reshape(-1, kernel.shape[-1]).astype(np.float64)
     if moment is None:
         _, values, basis = np.linalg.svd(rows, full_matrices=False)
-        return Spectrum(np.square(values), basis)
+        return Spectrum(np.square(values), basis.astype(kernel.dtype))
     values, vectors = np.linalg.eigh(moment)  # ascending
     most = min(rows.shape)
-    return Spectrum(np.maximum(values[::-1][:most], 0), vectors.T[::-1][:most])
+    basis = vectors.T[::-1][:most].astype(kernel.dtype)
+    return Spectrum(np.maximum(values[::-1][:most], 0), basis)
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,7 @@ def find_layers(
     image_size: tuple[int, int],
     *,
     of_parameters: bool,
-    moments_of: Callable[[Collection[str]], Mapping[str, np.ndarray]] = lambda chosen: {},
+    moments_of: Callable[[Collection[str]], dict[str, np.ndarray]] = lambda chosen: {},
 ) -> dict[str, Layer]:
     """The kernels of a model that may be factored, by path: all but heads and groups.
 
@@ -250,7 +255,7 @@ def find_layers(
     for path in (path for path in kernels if path in rows):
         kernel = np.asarray(kernels[path])
         price = 1 if of_parameters else rows[path]
-        known = spectrum(kernel, moments.get(path))
+        known = spectrum(kernel, moments.pop(path, None))  # which is needed no more
         found[path] = Layer(kernel.shape, rows[path], known, price)
     return found
 
