@@ -2,6 +2,8 @@
 
 import json
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,17 @@ import pytest
 import runs
 from PIL import Image
 
-from vision_jax import main
+from vision_jax import main, train
+from vision_jax.config import load_config
+from vision_jax.data.fingerprint import take_fingerprint
 from vision_jax.data.sources import ArrayReader, FileReader, Source, read_source
 from vision_jax.data.transforms import Preprocessing
+from vision_jax.errors import UserError
 from vision_jax.explain import prototypes
+from vision_jax.explain.trained import trained_on
 from vision_jax.models.families import build_model, initialize
 from vision_jax.ops.probe import unit
+from vision_jax.tasks.api import find_task
 from vision_jax.trees.quantized import Int8
 
 
@@ -194,6 +201,28 @@ def test_two_folders_of_equal_names_and_sizes_have_features_of_their_own(tmp_pat
     assert len(list(tmp_path.glob("features-*.npy"))) == 2
 
 
+def test_a_runs_training_images_are_those_of_when_it_began(tmp_path, rng):
+    """A class added since shifts no label, and what was held out stays so."""
+    folder = bitmaps(tmp_path / "data", rng)
+    names = ("bee", "cat")
+    began = replace(read_source(str(folder)), rows=np.array([0, 2, 3]), labels=np.array([0, 1, 1]))
+    before = json.loads(json.dumps(take_fingerprint(began)))
+    found, changes = trained_on(read_source(str(folder)), names, before)
+    assert (found.rows.tolist(), found.labels.tolist(), changes) == ([0, 2, 3], [0, 1, 1], "")
+
+    (folder / "ant").mkdir()
+    (folder / "bee/0.bmp").rename(folder / "ant/0.bmp")
+    (folder / "cat/0.bmp").write_bytes(b"other")
+    Image.new("RGB", (16, 16)).save(folder / "cat/2.bmp")
+    found, changes = trained_on(read_source(str(folder)), names, before)
+    assert [found.reader.relative_name(row) for row in found.rows] == ["cat/0.bmp", "cat/1.bmp"]
+    assert found.labels.tolist() == [1, 1]
+    assert found.class_names == names
+    assert changes == "1 removed ('bee/0.bmp'), 1 edited ('cat/0.bmp')"
+    with pytest.raises(UserError, match="none of the images that the run was trained on"):
+        trained_on(read_source(str(folder)), names, {"name": [], "size": [], "annotations": []})
+
+
 def test_the_hash_has_what_leaves_are_set_to(rng):
     values = jnp.asarray(rng.integers(-127, 128, (4, 3)), jnp.int8)
     leaves = [Int8(values, jnp.ones(3), None, dynamic) for dynamic in (False, True, True)]
@@ -204,14 +233,11 @@ def test_the_hash_has_what_leaves_are_set_to(rng):
 @pytest.mark.long
 def test_a_run_shows_the_nearest_of_its_training_images(tmp_path, capsys, rng):
     """And flags the one that it was trained on."""
-    from vision_jax.config import load_config
-    from vision_jax.tasks.api import find_task
-
     workdir = runs.finished()
     config = load_config(str(workdir / "config.json"), {})
-    train = find_task(config.task).read_sources(config)[0]
+    trained = find_task(config.task).read_sources(config)[0]
     known, new = tmp_path / "known.png", tmp_path / "new.png"
-    Image.fromarray(np.asarray(train[3]["image"])).save(known)
+    Image.fromarray(np.asarray(trained[3]["image"])).save(known)
     Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(new)
     out = tmp_path / "out"
     arguments = ["explain", str(workdir), "--images", str(known), str(new)]
@@ -221,11 +247,11 @@ def test_a_run_shows_the_nearest_of_its_training_images(tmp_path, capsys, rng):
     assert f"1 of 2 images are training images, the same pixels, first {known}" in printed
     record = json.loads((out / "explanations.json").read_text())
     assert record["prototypes"]["training_images"] == [str(known)]
-    assert record["prototypes"]["count"] == len(train)
+    assert record["prototypes"]["count"] == len(trained)
     first, second = (one["prototypes"] for one in record["images"])
     assert first["is_training_image"]
     assert not second["is_training_image"]
-    assert first["nearest"][0]["class"] == train.class_names[train.labels[3]]
+    assert first["nearest"][0]["class"] == trained.class_names[trained.labels[3]]
     assert first["nearest"][0]["distance"] < 1e-5
     assert len(second["nearest"]) == 2
     text = (out / "explanations.html").read_text()
@@ -243,3 +269,44 @@ def test_a_run_shows_the_nearest_of_its_training_images(tmp_path, capsys, rng):
     weights = runs.inputs() / "weights.safetensors"
     assert main.main(["explain", str(weights), *arguments[2:]]) == 2
     assert "--train=DATA" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_class_added_after_training_changes_nothing(tmp_path, capsys, rng):
+    """Nor does the split of today's images: what was held out is none of the training images."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    for number in range(24):
+        path = data / f"{'bcd'[number % 3]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    own = {"data__train": data, "data__eval": "", "data__holdout": 0.5, "total_steps": 2}
+    config = runs.tiny_config(**own)
+    train_source = find_task(config.task).read_sources(config)[0]
+    assert train.run(config, tmp_path / "run") == 0
+    arguments = ["explain", str(tmp_path / "run"), "--images", str(data), f"--out={out}"]
+    arguments += ["--methods=saliency", "--prototypes=3"]
+    records = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert main.main(arguments) == 0
+        assert "has changed since" not in capsys.readouterr().out
+        record = json.loads((out / "explanations.json").read_text())
+        trained = {train_source.example_name(row) for row in range(len(train_source))}
+        assert set(record["prototypes"]["training_images"]) == trained
+        known = {one["file"]: one["prototypes"] for one in record["images"]}
+        records.append({name: known[name] for name in known if "added" not in Path(name).name})
+        for name, found in records[-1].items():
+            for near in found["nearest"]:
+                assert near["class"] == Path(near["image"]).parent.name
+            assert found["is_training_image"] == (name in trained)
+        for name in ("a/added_0.png", "a/added_1.png", "b/added_2.png", "b/added_3.png"):
+            (data / name).parent.mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(data / name)
+    assert len(records[0]) == 24
+    assert records[0].keys() == records[1].keys()
+    path = data / "gone.png"
+    Path(train_source.example_name(0)).rename(path)
+    arguments[3] = str(path)
+    assert main.main(arguments) == 0
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "has changed since the run began: 1 removed" in printed

@@ -17,6 +17,7 @@ classifier finds most like an image. docs/explanations.md says what the methods 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -97,7 +98,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=_epsilon,
         default=0.0,
         metavar="EPSILON",
-        help="explain each image's adversarial example, too: PGD in this radius, such as 8/255",
+        help="explain each image's adversarial example, too: PGD in this radius, such as 8/255; "
+        "the picture shown is rounded to 8 bits, what is said is of the example before",
     )
     parser.add_argument(
         "--out", type=expand, metavar="DIR", help="where; RUN/explanations, or ./explanations"
@@ -183,7 +185,7 @@ def _of_classes(
         subject.variables,
         train,
         subject.preprocessing,
-        folder if is_run(folder) else out,
+        folder if is_run(folder) and os.access(folder, os.W_OK) else out,
         count=flags.prototypes,
     )
     chosen = {"seed": flags.seed, "prototypes": near, "baseline": flags.baseline}
@@ -267,15 +269,30 @@ def _own_data(flags: argparse.Namespace, folder: Path, subject: "Subject") -> An
 def _training_images(flags: argparse.Namespace, folder: Path, subject: "Subject") -> "Source":
     """What the model was trained on."""
     from vision_jax.config import load_config
+    from vision_jax.data.fingerprint import read_fingerprint
     from vision_jax.data.sources import read_source
-    from vision_jax.tasks.api import find_task
+    from vision_jax.explain.trained import trained_on
+    from vision_jax.logging import say
+    from vision_jax.run.workdirs import DATA_FILE
 
     if flags.train is not None:
         return read_source(flags.train, class_names=subject.class_names)
     if not is_run(folder):
         raise UserError(f"--train=DATA: {flags.source} is no run's folder, name the training data")
+    before = read_fingerprint(folder / DATA_FILE)
+    if before is None:
+        raise UserError(
+            f"{folder / DATA_FILE} is not there, which says what the run was trained on: name the "
+            "training data with --train=DATA"
+        )
     config = load_config(str(folder / RUN_FILE), {})
-    return find_task(config.task).read_sources(config)[0]
+    source, changes = trained_on(read_source(config.data.train), subject.class_names, before)
+    if changes:
+        say(
+            f"warning: {source.name} has changed since the run began: {changes}. The nearest are "
+            "of those of its training images that are left, as they are today"
+        )
+    return source
 
 
 if __name__ == "__main__":
