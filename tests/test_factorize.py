@@ -134,6 +134,7 @@ def test_weights_alone_are_factored_by_themselves(tmp_path, capsys):
     assert command.main([*arguments, "--keep=0.6", "--of=parameters"]) == 0
     report = json.loads((out / "factorization.json").read_text())
     assert report["score"] == "weights"
+    assert report["image_size"] == [16, 16]
     share = report["after"]["parameters"] / report["before"]["parameters"]
     assert 0.55 < share <= 0.6
     ranks = {one["path"]: one["rank"] for one in report["kernels"] if one["rank"]}

@@ -122,6 +122,31 @@ def test_an_adapter_adds_its_rank_to_the_factors(rng):
     assert not isinstance(factored.merge({"kernel": wide})["kernel"], Factored)
 
 
+def test_factors_are_made_and_multiplied_out_in_full_precision():
+    """An accelerator's own choice is a third of float32's digits, which a CPU doesn't show."""
+    base = Factored(jnp.ones((48, 6)), jnp.ones((6, 60)))
+    adapted = lora.attach(
+        {"kernel": base}, ["kernel"], key=jax.random.key(0), rank=2, alpha=3.0, dora=True
+    )
+
+    def compute(kernel, basis, tree):
+        made = [to_factored(kernel, 6), to_factored(kernel, 6, basis)]
+        return [*made, factored.merge(tree), *(leaf.merge() for leaf in made)]
+
+    program = jax.make_jaxpr(compute)(base.merge(), jnp.eye(60), adapted)
+    products = [one for one in program.eqns if one.primitive.name == "dot_general"]
+    products += [
+        inner
+        for one in program.eqns
+        if "jaxpr" in one.params
+        for inner in one.params["jaxpr"].eqns
+        if inner.primitive.name == "dot_general"
+    ]
+    assert len(products) >= 5
+    highest = jax.lax.Precision.HIGHEST
+    assert {one.params["precision"] for one in products} == {(highest, highest)}
+
+
 def make_tree(rng, quantized=False):
     kernels = {
         "fc": jnp.asarray(rng.normal(size=(64, 48)), jnp.float32),

@@ -120,6 +120,7 @@ def _run(flags: argparse.Namespace) -> int:
     report: dict[str, Any] = {
         **{name: getattr(flags, name) for name in ("source", "keep", "of", "multiple")},
         "score": score,
+        "image_size": list(size),  # whose rows are counted
         "before": before,
         "after": after,
         "kernels": [_told(path, layer, ranks.get(path, 0)) for path, layer in layers.items()],
