@@ -298,7 +298,7 @@ def load(
     family, arguments = convert.recognize(read)
     if FAMILIES[family].task == families.GENERATION and "predicts" not in arguments:
         raise UserError(
-            f"{read.origin} is a {family}, which makes images of latents: "
+            f"{read.origin} is a {family}, which makes images: "
             "vision_jax.convert.load_model gives its model and arrays"
         )
     own_classes = arguments["num_classes"]
