@@ -10,19 +10,18 @@ from typing import Any, ClassVar
 
 import grain
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import Source, read_source, split_source, subset, take_classes
 from vision_jax.data.transforms import Preprocessing
-from vision_jax.errors import DivergedError, UserError
+from vision_jax.errors import UserError
 from vision_jax.logging import RunLog
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks import images, unlabelled
 from vision_jax.tasks.api import Trained
-from vision_jax.tasks.generation import objective
+from vision_jax.tasks.generation import metrics, objective
 
 best_is = "lowest"
 reported = ("loss",)  # of an evaluation, in metrics.jsonl
@@ -202,14 +201,7 @@ def make_evaluate(
 
     def evaluate(*arguments: Any) -> Evaluation:
         found, damage = run_over(source, *arguments)
-        losses = found["loss"].astype(np.float64)
-        bad = int(np.sum(~np.isfinite(losses)))
-        if bad:
-            raise DivergedError(
-                f"evaluation: the loss is not finite for {bad} of {len(losses)} images; the "
-                "weights are damaged or training diverged"
-            )
-        summary = {"loss": float(losses.mean()), "count": len(losses)}
+        summary = metrics.summarize(found["loss"])
         return Evaluation(summary, damage.lines, draw(*arguments))
 
     return evaluate
