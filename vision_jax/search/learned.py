@@ -87,7 +87,8 @@ class _Optuna:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = getattr(optuna.samplers, kind)(seed=seed, **quiet)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        direction = "maximize" if best_is == "highest" else "minimize"
+        known = optuna.study.StudyDirection
+        direction = known.MAXIMIZE if best_is == "highest" else known.MINIMIZE
         self._study = optuna.create_study(sampler=sampler, direction=direction)
         # To TPE a pruned trial is worse than all that have a figure. The others look at figures
         # alone, and one that has failed is forgotten: they are told the worst so far.
