@@ -31,6 +31,7 @@ import runpy
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -385,7 +386,11 @@ def _run_program(module: str, arguments: Sequence[str]) -> int:
     before = sys.argv
     sys.argv = [module, *arguments]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        with warnings.catch_warnings():  # a notebook may have imported it already
+            warnings.filterwarnings(
+                "ignore", r".* found in sys\.modules after import", RuntimeWarning
+            )
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         return int(end.code or 0)
     finally:
