@@ -287,11 +287,12 @@ def test_health_and_life(server):
 
 @pytest.fixture
 def slow(server, request):
-    """(port, the event that its programs wait for, parts): three seats, a minute or as marked."""
-    go = threading.Event()
+    """(port, what programs wait for, set when one runs): three seats, a minute or as marked."""
+    go, computing = threading.Event(), threading.Event()
     _, parts = server
 
     def run(canvas, views):
+        computing.set()
         go.wait(60)
         return [{"logits": np.arange(3, dtype=np.float32)} for _ in views]
 
@@ -301,7 +302,7 @@ def slow(server, request):
     mine = dataclasses.replace(parts, batcher=batcher, limits=limits)
     with serving_runs.running(mine) as port:
         serving_runs.wait_until(lambda: batcher.ready)
-        yield port, go, mine
+        yield port, go, computing
         go.set()
 
 
@@ -348,19 +349,18 @@ def test_a_deadline(slow, rng):
 
 
 def test_a_client_that_leaves_is_not_computed_for(slow, rng):
-    port, go, parts = slow
+    port, go, computing = slow
     data = photo(rng, 9, 9)
     first = threading.Thread(target=lambda: predict(port, data))
     first.start()
-    serving_runs.wait_until(lambda: gauge(port, "vision_jax_seats_taken") == 1)
-    serving_runs.wait_until(lambda: parts.batcher.waiting == 0)
+    assert computing.wait(60)  # or the second image would go into the same batch
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(HEAD % len(data) + data)
-        serving_runs.wait_until(lambda: parts.batcher.waiting == 1)
+        serving_runs.wait_until(lambda: gauge(port, "vision_jax_queue_images") == 1)
     serving_runs.wait_until(lambda: gauge(port, "vision_jax_seats_taken") == 1)
     go.set()
     first.join()
-    serving_runs.wait_until(lambda: parts.batcher.waiting == 0)
+    serving_runs.wait_until(lambda: gauge(port, "vision_jax_queue_images") == 0)
     assert gauge(port, 'vision_jax_requests_total{status="499"}') >= 1
 
 
