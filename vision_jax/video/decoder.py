@@ -4,7 +4,7 @@ It is started by frames.py as a program of its own, which imports PyAV and nothi
 One argument says what to read (`frames.Request` as JSON). On its standard output come messages, one
 line of JSON each; after "frame" follow the frame's pixels, u8[H, W, 3].
 
-    {"kind": "start", "size": [H, W], "rate": [25, 1], "seconds": 79.5}   what the header says, or null
+    {"kind": "start", "size": [H, W], "rate": [25, 1], "seconds": 79.5}   null if not stated
     {"kind": "frame", "index": 0, "time": [0, 1]}
     {"kind": "end", "why": "", "counts": {"undecodable": 0, ...}}
     {"kind": "error", "why": "what it can't read, for a person"}
@@ -29,6 +29,7 @@ from typing import Any
 
 import av
 import av.error
+import av.logging
 from av.filter import Graph
 
 # Containers that hold video and name no other file or address; the reader that a file's first bytes
@@ -66,11 +67,14 @@ def main() -> None:
         _send(out, {"kind": "error", "why": "it takes too much memory to decode"})
     except BrokenPipeError:  # nobody reads any more
         pass
+    except Exception as error:  # PyAV's own, of a header that it can't turn into Python's values
+        _send(out, {"kind": "error", "why": f"{type(error).__name__}: {error}"})
 
 
 def _bound() -> None:
     """Holds this process to memory, and to the life of the one that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the watcher's, who ends this process
+    av.logging.set_level(None)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

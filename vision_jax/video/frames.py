@@ -1,9 +1,61 @@
-"""Frames of a video with the times at which they are shown."""
+"""Frames of a video with the times at which they are shown: of a file, a folder, a camera, RTSP.
 
+A thread reads ahead of whoever takes the frames, as far as a bounded queue holds. What is decoded
+by FFmpeg is decoded in a process of its own (decoder.py): a file that crashes it, fills its memory
+or stops it is one line here. No stated number of frames is believed.
+
+Times are those at which frames are shown, from the first one, and they only grow. A source's clock
+that goes back has been set anew: what follows comes one usual step after the frame before it. A
+frame that states the time of the one before it is left out. With a rate R the first frame of each
+1/R seconds is taken, and the others are skipped; a live source, on which nobody can wait, loses its
+oldest frames when they aren't taken in time. All of it is counted and said.
+"""
+
+import csv
+import importlib.util
+import io
+import json
+import math
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time as clock
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+
+from vision_jax import limits
+from vision_jax.data.decode import MAX_PIXELS, decode_image, read_image_file
+from vision_jax.data.folders import list_files
+from vision_jax.data.sources import IMAGE_SUFFIXES
+from vision_jax.errors import UserError, printable
+from vision_jax.files import expand, open_regular, read_text
+
+TIMES = "times.csv"  # in a folder of frames
+RTSP = ("rtsp://", "rtsps://")
+DECODER = Path(__file__).with_name("decoder.py")
+MOST_LINE = 10_000  # bytes of a message
+MOST_SECONDS = 10**9  # of a time in times.csv
+POLL = 0.002  # seconds between looks at several live sources
+SAID = {  # counts of a source, for a person
+    "undecodable": "packets that can't be decoded",
+    "damaged": "damaged frames, shown as far as they could be decoded",
+    "jumps": "times that the clock went back",
+    "gaps": "gaps of more than 10 seconds",
+    "same time": "frames left out that state the time of the one before",
+    "dropped": "frames dropped, since they weren't taken in time",
+}
+
+
+Message = tuple[Mapping[str, Any], np.ndarray | None]  # what decoder.py sends, and a frame's pixels
 
 
 class Frame(NamedTuple):
@@ -18,3 +70,342 @@ class Frame(NamedTuple):
     index: int
     time: Fraction
     pixels: np.ndarray
+
+
+class Stream:
+    """A source that was opened; `close` it, or use it in a `with`.
+
+    Attributes:
+      name: the source, as the user named it.
+      live: nobody can wait for it: a camera or an address.
+      size: (height, width) of all frames.
+      rate: frames a second as the header states it, or None; for a person alone.
+      seconds: how long it lasts as the header states it, or None; likewise.
+      problem: why it ended before its end; "" if it did not, so far.
+      counts: by the names of SAID, complete at the end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        live: bool,
+        messages: Iterator[Message],
+        stop: Callable[[], None],
+        *,
+        ahead: int,
+        timeout: float,
+    ):
+        """Waits for the first frame.
+
+        Args:
+          name: of the source.
+          live: whether the oldest frames are dropped where too many wait.
+          messages: what decoder.py sends.
+          stop: ends `messages`, from another thread.
+          ahead: frames that wait at most.
+          timeout: seconds without a frame after which the source has stalled.
+
+        Raises:
+          UserError: no frame can be had.
+        """
+        self.name, self.live, self.problem = name, live, ""
+        self.counts: Counter[str] = Counter()
+        self._stop, self._ahead, self._timeout = stop, ahead, timeout
+        self._start: Mapping[str, Any] | None = None
+        self._waiting: deque[Message] = deque()  # frames, and what comes at the end
+        self._changed = threading.Condition()
+        self._ended = self._closed = False
+        self._latest = clock.monotonic()  # when something came
+        self._thread = threading.Thread(target=self._read, args=(messages,), daemon=True)
+        self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting, timeout)
+        if self._start is None:
+            self.take()
+            self.close()
+            raise UserError(f"{name}: {self.problem or 'there is no frame in it'}")
+        height, width = self._start["size"]
+        self.size = (height, width)
+        self.rate = Fraction(*self._start["rate"]) if self._start["rate"] else None
+        self.seconds: float | None = self._start["seconds"]
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops reading."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._stop()
+        self._thread.join()
+
+    def ready(self) -> bool:
+        """Whether `take` answers at once."""
+        stalled = clock.monotonic() - self._latest > self._timeout
+        return self._ended or bool(self._waiting) or stalled
+
+    def take(self) -> Frame | None:
+        """The next frame, waiting for it; None at the end, and `problem` says if it came early."""
+        if self._ended:
+            return None
+        with self._changed:
+            left = max(self._latest + self._timeout - clock.monotonic(), 0)
+            if self._changed.wait_for(lambda: self._waiting, left):
+                message, pixels = self._waiting.popleft()
+                self._changed.notify_all()
+            else:
+                why = f"it stalled: no frame came for {self._timeout:g} seconds"
+                message, pixels = {"kind": "error", "why": why}, None
+        if pixels is not None:
+            return Frame(message["index"], Fraction(*message["time"]), pixels)
+        self._ended = True
+        self.counts.update(message.get("counts", {}))
+        self.problem = message["why"]
+        return None
+
+    def notes(self) -> list[str]:
+        """One line for each thing that a person should know of what was read."""
+        early = [f"it ended early: {self.problem}"] if self.problem else []
+        seen = [f"{self.counts[key]:,} {words}" for key, words in SAID.items() if self.counts[key]]
+        return [printable(f"{self.name}: {line}") for line in early + seen]
+
+    def _read(self, messages: Iterator[Message]) -> None:
+        """The thread: messages into the queue."""
+        try:
+            for message, pixels in messages:
+                if message["kind"] == "start":
+                    self._start = message
+                elif not self._put(message, pixels):
+                    return
+        except UserError as error:
+            self._put({"kind": "error", "why": str(error)}, None)
+        except Exception as error:  # whoever takes the frames is to know
+            self._put({"kind": "error", "why": f"{type(error).__name__}: {error}"}, None)
+
+    def _put(self, message: Mapping[str, Any], pixels: np.ndarray | None) -> bool:
+        """Whether anybody wants more."""
+        with self._changed:
+            if self.live and len(self._waiting) >= self._ahead:
+                self._waiting.popleft()
+                self.counts["dropped"] += 1
+            self._changed.wait_for(lambda: self._closed or len(self._waiting) < self._ahead)
+            self._waiting.append((message, pixels))
+            self._latest = clock.monotonic()
+            self._changed.notify_all()
+            return not self._closed
+
+
+# Opening ------------------------------------------------------------------------------------------
+
+
+def open_stream(
+    source: str,
+    *,
+    rate: Fraction | None = None,
+    folder_rate: Fraction | None = None,
+    timeout: float = 30.0,
+    ahead: int = 8,
+) -> Stream:
+    """Opens a source.
+
+    Args:
+      source: a video file, a folder of frames, a camera's device (/dev/video0) or rtsp://...
+      rate: frames a second that are taken; None for all.
+      folder_rate: frames a second of a folder that has no times.csv.
+      timeout: seconds without a frame after which the source has stalled.
+      ahead: frames that wait at most.
+
+    Raises:
+      UserError: no such source, or no frame can be had of it.
+    """
+    if source.lower().startswith(RTSP):
+        kind, address = "address", source
+    elif "://" in source:
+        raise UserError(
+            f"{source}: a source is a video file, a folder of frames, a camera or {RTSP[0]}...; "
+            "other addresses are not fetched"
+        )
+    else:
+        path = expand(source)
+        try:
+            mode = path.stat().st_mode
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UserError(f"{source}: can't be read ({reason})") from None
+        if stat.S_ISDIR(mode):
+            messages = _frames_of_folder(path, rate, folder_rate)
+            return Stream(source, False, messages, lambda: None, ahead=ahead, timeout=timeout)
+        kind, address = "camera" if stat.S_ISCHR(mode) else "file", str(path.absolute())
+        if kind == "file":
+            open_regular(path).close()  # says what it is instead
+    if folder_rate is not None:
+        raise UserError(f"{source}: it has times of its own, and --folder-rate is of a folder")
+    if importlib.util.find_spec("av") is None:
+        raise UserError("PyAV is missing: pip install 'vision_jax[video]'")
+    request = {
+        "source": kind,
+        "address": address,
+        "rate": None if rate is None else [rate.numerator, rate.denominator],
+        "timeout": timeout,
+        "most_pixels": MAX_PIXELS,
+        "most_side": limits.SIDE,
+    }
+    said = tempfile.TemporaryFile()  # noqa: SIM115  # the generator below closes it
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(DECODER), json.dumps(request)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=said,
+    )
+    messages = _messages_of(process, said)
+    return Stream(source, kind != "file", messages, process.kill, ahead=ahead, timeout=timeout)
+
+
+def _messages_of(process: subprocess.Popen[bytes], said: IO[bytes]) -> Iterator[Message]:
+    """What a decoder sends, and an error if it dies."""
+    assert process.stdout is not None
+    size, ended = (0, 0), False
+    with said, process.stdout as stdout:
+        try:
+            while line := stdout.readline(MOST_LINE):
+                message = json.loads(line)
+                if message["kind"] == "start":
+                    height, width = size = message["size"]
+                    if not (0 < height <= limits.SIDE and 0 < width <= limits.SIDE):
+                        raise UserError(f"frames of {width} x {height} pixels")
+                pixels = None
+                if message["kind"] == "frame":
+                    pixels = np.empty((*size, 3), np.uint8)
+                    left = memoryview(pixels).cast("B")
+                    while left:
+                        count = stdout.readinto(left)  # type: ignore[attr-defined]
+                        if not count:
+                            break
+                        left = left[count:]
+                    if left:
+                        break
+                ended = message["kind"] in ("end", "error")
+                yield message, pixels
+        finally:
+            process.kill()
+            code = process.wait()
+        if not ended:
+            yield {"kind": "error", "why": f"its decoder died {_death(code, said)}"}, None
+
+
+def _death(code: int, said: IO[bytes]) -> str:
+    """How a process ended, with the last line that it said."""
+    if code < 0:
+        return f"of {signal.Signals(-code).name}: the file is damaged, or made to do so"
+    said.seek(max(0, said.seek(0, os.SEEK_END) - 1000))
+    lines = said.read().decode("utf-8", "replace").strip().splitlines()
+    return f"({lines[-1] if lines else f'exit code {code}'})"
+
+
+# Folders ------------------------------------------------------------------------------------------
+
+
+def _frames_of_folder(
+    folder: Path, rate: Fraction | None, folder_rate: Fraction | None
+) -> Iterator[Message]:
+    """A folder's images in the order of their names, or of its times."""
+    shown = _times_of(folder, folder_rate)
+    counts, slot, size = Counter[str](), -1, (0, 0)
+    for index, (name, time) in enumerate(shown):
+        if rate is not None and math.floor(time * rate) <= slot:
+            continue
+        slot = math.floor(time * rate) if rate is not None else slot
+        path = str(folder / name)
+        pixels = decode_image(read_image_file(path), name=path)
+        if size == (0, 0):
+            size = (pixels.shape[0], pixels.shape[1])
+            last = float(shown[-1][1])
+            ratio = folder_rate and [folder_rate.numerator, folder_rate.denominator]
+            yield {"kind": "start", "size": size, "rate": ratio, "seconds": last}, None
+        if pixels.shape[:2] != size:
+            height, width = pixels.shape[:2]
+            raise UserError(
+                f"{name} has {width} x {height} pixels, and the frames before it {size[1]} x "
+                f"{size[0]}: what follows is not watched"
+            )
+        message = {"kind": "frame", "index": index, "time": [time.numerator, time.denominator]}
+        yield message, pixels
+    yield {"kind": "end", "why": "", "counts": counts}, None
+
+
+def _times_of(folder: Path, rate: Fraction | None) -> list[tuple[str, Fraction]]:
+    """(name, seconds since the first) of each frame of a folder.
+
+    Raises:
+      UserError: no frames, neither times nor a rate or both, times that are none or don't grow.
+    """
+    table = folder / TIMES
+    if table.is_file():
+        if rate is not None:
+            raise UserError(f"{table} has the times of the frames: leave --folder-rate out")
+        found = []
+        for number, row in enumerate(csv.reader(io.StringIO(read_text(table))), 1):
+            where = f"{table}, line {number}"
+            if number == 1 and row == ["file", "seconds"]:
+                continue
+            if len(row) != 2 or not (folder / row[0]).resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{where}: give a file of this folder and its time in seconds")
+            try:
+                seconds = Fraction(row[1].strip()) if len(row[1]) < 40 else None
+            except (ValueError, ZeroDivisionError):
+                seconds = None
+            if seconds is None or abs(seconds) > MOST_SECONDS:
+                raise UserError(f"{where}: {row[1]!r} is no time in seconds")
+            if found and seconds <= found[-1][1]:
+                raise UserError(f"{where}: {row[1]} is not later than the time before it")
+            found.append((row[0], seconds))
+        if not found:
+            raise UserError(f"{table} names no frames")
+        return [(name, seconds - found[0][1]) for name, seconds in found]
+    names, _ = list_files(folder, IMAGE_SUFFIXES - {".npy"})
+    if not names:
+        raise UserError(f"{folder} has no images")
+    if rate is None:
+        raise UserError(
+            f"{folder}: when are its frames shown? Give --folder-rate=25, or a {TIMES} in it whose "
+            "lines are FILE,SECONDS"
+        )
+    return [(name, index / rate) for index, name in enumerate(names)]
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+def batches(streams: Sequence[Stream], rows: int) -> Iterator[list[tuple[int, Frame]]]:
+    """Batches of (place of the stream, frame), in turns, until all streams have ended.
+
+    Of files alone each batch is full but the last ones, and always the same. Where one stream is
+    live a batch has what is there, since nobody may wait for another: 1 to `rows` frames.
+    """
+    open_ = list(range(len(streams)))
+    live = any(stream.live for stream in streams)
+    batch: list[tuple[int, Frame]] = []
+    while open_:
+        for place in list(open_):
+            if live and not streams[place].ready() and (batch or len(open_) > 1):
+                continue
+            frame = streams[place].take()
+            if frame is None:
+                open_.remove(place)
+                continue
+            batch.append((place, frame))
+            if len(batch) == rows:
+                yield batch
+                batch = []
+        if live:
+            if batch:
+                yield batch
+                batch = []
+            elif not any(streams[place].ready() for place in open_):
+                clock.sleep(POLL)
+    if batch:
+        yield batch
