@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vision_jax.config import default_config
 
-CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker")
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "ankle boot")
 
 
 def get_config() -> ConfigDict:

@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
 
     config.data.train = "embedded:fashion_mnist/train"
     config.data.eval = "embedded:fashion_mnist/test"
-    config.data.classes = ("bag",)
+    config.data.classes = ("sneaker",)
     config.data.subset = 200
     config.data.flip = False
     config.data.threads = 1

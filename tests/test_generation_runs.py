@@ -1,5 +1,6 @@
 """A generator trained, adapted to a class that it has not seen, and put to work by its command."""
 
+import hashlib
 import json
 
 import jax
@@ -13,6 +14,7 @@ from vision_jax import train
 from vision_jax.commands import generate
 from vision_jax.config import load_config
 from vision_jax.loaded import load
+from vision_jax.tasks.generation import task as generation
 
 SIZES = {"width": 16, "depth": 2, "num_heads": 2, "mlp_width": 32, "patch_size": 7,
          "in_channels": 3, "predicts": "image"}  # fmt: skip
@@ -52,6 +54,15 @@ def adapted(base, tmp_path_factory):
     )
 
 
+def made_at(workdir):
+    """The strips of pictures of a run, by step: u8[8, 28, 28, 3]."""
+    strips = {int(path.stem): Image.open(path) for path in (workdir / "samples").iterdir()}
+    return {
+        step: np.asarray(strip).reshape(28, 8, 28, 3).swapaxes(0, 1)
+        for step, strip in sorted(strips.items())
+    }
+
+
 def generated(source, out, *flags):
     assert generate.main([str(source), f"--out={out}", *flags]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
@@ -78,6 +89,45 @@ def test_an_adapter_leaves_the_base_as_it_was(base, adapted):
             np.testing.assert_array_equal(held[path], array, err_msg=path)
 
 
+@pytest.mark.long
+def test_a_run_shows_what_it_makes_of_the_same_noise_before_and_after(base, adapted):
+    for workdir in (base, adapted):
+        made = made_at(workdir)
+        assert list(made) == [0, 3]
+        assert (made[0] != made[3]).any()
+        assert (workdir / "samples.png").is_file()
+
+
+@pytest.mark.long
+def test_a_resumed_run_makes_the_same_images(base, tmp_path, monkeypatch):
+    """It ends at step 4, after the checkpoint of step 2, and goes on from there."""
+    changed = {
+        "model__weights": base / "model.safetensors", "total_steps": 4, "checkpoint_every": 2,
+        "evaluate__every": 2,
+    }  # fmt: skip
+    whole = run_config("generate_lora", tmp_path / "whole", **changed)
+    line, said = generation.Evaluation.line, []
+
+    def interrupt(evaluation):
+        said.append(line(evaluation))
+        return said[-1] if len(said) < 3 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation.Evaluation, "line", interrupt)
+        with pytest.raises(ZeroDivisionError):
+            run_config("generate_lora", tmp_path / "parts", **changed)
+    parts = run_config("generate_lora", tmp_path / "parts", **changed)
+    one, other = made_at(whole), made_at(parts)
+    assert list(one) == list(other) == [0, 2, 4]
+    for step in one:
+        np.testing.assert_array_equal(other[step], one[step])
+    assert (parts / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
+    made = [generated(run, tmp_path / f"of_{run.name}", "--count=2") for run in (whole, parts)]
+    np.testing.assert_array_equal(made[1][1], made[0][1])
+    for name in ("weights_sha256", "adapter_sha256"):
+        assert made[1][0][name] == made[0][0][name]
+
+
 def run_arrays(workdir):
     """The arrays of a run's base, by path."""
     from vision_jax.run.restore import restore
@@ -97,9 +147,12 @@ def test_images_do_not_depend_on_their_batch_and_are_told_apart(adapted, tmp_pat
     np.testing.assert_array_equal(alone, together)
     np.testing.assert_array_equal(first, together[:3])
     assert manifest["sampling"]["seed"] == 0
-    assert [one["class"] for one in manifest["images"]] == ["bag"] * 8
+    assert manifest["sampling"]["guidance"] == 1.5
+    adapter = adapted / "adapter/adapter_model.safetensors"
+    assert manifest["adapter_sha256"] == hashlib.sha256(adapter.read_bytes()).hexdigest()
+    assert [one["class"] for one in manifest["images"]] == ["sneaker"] * 8
     assert {path.name for path in (tmp_path / "8").iterdir()} == {
-        "bag", "manifest.json", "samples.png",
+        "manifest.json", "sneaker", "samples.png",
     }  # fmt: skip
     _, other = generated(adapted, tmp_path / "seed", "--count=8", "--seed=1")
     assert (other != together).any()
@@ -111,11 +164,38 @@ def test_the_figures_are_those_of_the_images(adapted, tmp_path):
     assert generate.main([str(adapted), "--count=30", "--measure", f"--out={out}"]) == 0
     figures = json.loads((out / "measures.json").read_text())
     assert figures["images"] == 30
-    assert figures["held_out"] == 100  # bags of the test set
+    assert figures["held_out"] == 100  # sneakers of the test set
     assert figures["frechet"] > figures["frechet_train"] > 0  # three steps teach nothing
     assert figures["nearest"] > 1
     assert figures["copies"] == 0
     assert (out / "nearest.png").is_file()
+
+
+@pytest.mark.long
+def test_a_base_beside_its_adapter(base, adapted, tmp_path):
+    out = tmp_path / "made"
+    flags = ["--count=12", "--measure", f"--judge={base_judge(tmp_path)}", f"--beside={base}"]
+    manifest, _ = generated(adapted, out, *flags)
+    figures = json.loads((out / "measures.json").read_text())
+    before = figures["beside"]
+    assert before["images"] == figures["images"] == 12
+    assert before["held_out"] == 100
+    assert before["frechet_train"] == figures["frechet_train"]
+    assert before["frechet"] != figures["frechet"]
+    assert 0 <= before["judged_right"] <= 1
+    assert (out / "beside.png").is_file()
+    other, _ = generated(base, tmp_path / "base", "--count=12", "--measure")
+    assert other["weights_sha256"] != manifest["weights_sha256"]
+    assert "adapter_sha256" not in other
+
+
+def base_judge(folder):
+    """The embedded ViT with a head for the classes: weights that call themselves by their names."""
+    changes = {"total_steps": "1", "optim.warmup_steps": "0", "data.subset": "64", "recipes": "()",
+               "evaluate.every": "1", "checkpoint_every": "1"}  # fmt: skip
+    workdir = folder / "judge"
+    assert train.run(load_config(str(runs.ROOT / "configs/vit_lora.py"), changes), workdir) == 0
+    return workdir
 
 
 @pytest.mark.long
@@ -143,6 +223,7 @@ def test_parts_of_images_stay(base, tmp_path):
         (["nowhere", "--guidance=-1"], "--guidance -1.0: give a number above 0"),
         (["nowhere", "--strength=0.5"], "--mask and --strength are of --images"),
         (["nowhere", "--judge=x"], "--features and --judge go with --measure"),
+        (["nowhere", "--images", "x.png", "--beside=y"], "--beside is of images made of noise"),
         (["nowhere", "--measure"], "--measure: nowhere is no run's folder"),
         (["embedded:vit_cifar10"], "takes a transformer that predicts velocities or images"),
     ],

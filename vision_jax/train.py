@@ -54,7 +54,7 @@ from vision_jax.run.parameters import backbone_prefix, head_warnings
 from vision_jax.run.prepare import Run, prepare
 from vision_jax.run.results import write_results
 from vision_jax.steps import Flat
-from vision_jax.tasks.api import find_task
+from vision_jax.tasks.api import Sampled, find_task
 
 STEPS_BETWEEN_AGREEMENTS = 8  # of several processes on whether to stop: they wait for each other
 
@@ -377,6 +377,8 @@ def _train(
         make_watch = prepared.plain_objective.make_watch
         watch = make_watch() if make_watch is not None else None
         report = _Reporter(log, progress, config.batch_size, config.log_every, watch)
+        if step == 0 and isinstance(prepared.task, Sampled):
+            _report_evaluation(log, prepared, facts.workdir, step, program.evaluate(state))
         batch = program.next_batch(step) if step < config.total_steps else {}
         pending = None  # the last step and its metrics, read while the next one computes
         while step < config.total_steps and not _has_stalled(figures, prepared):
@@ -452,6 +454,9 @@ def _report_evaluation(
     log.say(f"step {step}: {result.line()}")
     for warning in result.warnings(step, history):
         log.say(f"warning: {warning}")
+    if isinstance(prepared.task, Sampled) and jax.process_index() == 0:
+        for file, what in prepared.task.write_samples(workdir, step, result).items():
+            log.wrote(workdir / file, what)
     name = prepared.task.best_metric(prepared.config)
     best = result.summary[name]
     return None if best is None else {name: best}

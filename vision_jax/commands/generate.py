@@ -1,10 +1,11 @@
 """Makes images by a trained generator, and says how good they are.
 
     vision_jax generate runs/generate_lora --count=64
-    vision_jax generate runs/generate_lora --classes=bag --guidance=2 --seed=3
+    vision_jax generate runs/generate_embedded --classes=dress,coat --guidance=2 --seed=3
     vision_jax generate runs/generate_lora --images photo.png --strength=0.6
     vision_jax generate runs/generate_lora --images photo.png --mask=mask.png
-    vision_jax generate runs/generate_lora --count=500 --measure --judge=runs/vit_lora
+    vision_jax generate runs/generate_lora --count=200 --measure --judge=runs/vit_lora \\
+        --beside=embedded:fashion_generator
 
 SOURCE is a run's folder, or weights as `predict --weights` takes them. Written are the images, in a
 folder for each class, OUT/samples.png with the first ones, and OUT/manifest.json, which says how
@@ -13,13 +14,16 @@ each was made. OUT is a data set of class folders: another run can train on it.
 With --images they are made of these: --strength says how much of each is replaced by noise at
 first. With --mask what is white in it is made anew, and all else stays to the pixel.
 
+With --beside another generator, the base of an adapter, makes as many images, of all its classes
+and of the same noise: OUT/beside.png shows both, and measures.json has the same figures of them.
+
 With --measure OUT/measures.json says how near the images are to the run's held-out images, and
 which are copies of training images. docs/generation.md says what the figures are.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +67,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--features", default="", metavar="SOURCE", help=f"whose the figures are; {FEATURES}"
     )
     parser.add_argument("--judge", default="", metavar="SOURCE", help="a classifier of the classes")
+    parser.add_argument(
+        "--beside", default="", metavar="SOURCE", help="a generator to compare with: the base"
+    )
     parser.add_argument("--batch-size", type=int, default=BATCH, help="images made at once")
     parser.add_argument("--out", type=expand, metavar="DIR", help="where; RUN/generated")
     parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run; its end else")
@@ -87,6 +94,8 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError("--mask and --strength are of --images: name the files")
     if flags.mask and flags.strength is not None:
         raise UserError("--strength: with --mask what is white begins as noise: leave it out")
+    if flags.images and flags.beside:
+        raise UserError("--beside is of images made of noise: leave --images out")
     if flags.images and flags.measure:
         raise UserError("--measure is of images made of noise: leave --images out")
     if (flags.features or flags.judge) and not flags.measure:
@@ -109,11 +118,16 @@ def _run(flags: argparse.Namespace) -> int:
     loaded = load_source(
         flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
     )
+    other = None
+    if flags.beside:
+        path = expand(flags.beside)
+        other = load_source(flags.beside, path, checkpoint=None, allow_pickle=flags.allow_pickle)
+        _check_alike(loaded, other)
     import numpy as np
 
     from vision_jax.config import default_config, load_config, write_json
     from vision_jax.generate import samples
-    from vision_jax.logging import say, show_progress
+    from vision_jax.logging import say
     from vision_jax.tasks.generation import task as generation
 
     own = load_config(str(folder / RUN_FILE), {}) if is_run(folder) else None
@@ -128,23 +142,50 @@ def _run(flags: argparse.Namespace) -> int:
     paths = samples.sample_paths(wanted, loaded.class_names)
     out.mkdir(parents=True, exist_ok=True)
     made: list[np.ndarray] = []
-    batches = -(-len(wanted) // min(flags.batch_size, len(wanted)))
-    with show_progress(batches) as (advance, _):
-        for batch in samples.make_images(
-            loaded.model, loaded.variables, task, sampling, wanted, flags.batch_size
-        ):
-            samples.write_images(batch, paths[len(made) : len(made) + len(batch)], out)
-            made.extend(batch)
-            advance()
+    for batch in _batches(flags, loaded, task, sampling, wanted):
+        samples.write_images(batch, paths[len(made) : len(made) + len(batch)], out)
+        made.extend(batch)
     say(f"wrote {len(made)} images below {out}")
-    origin = {"generator": loaded.origin, "checkpoint": flags.checkpoint or "end"}
+    origin = samples.origin_of(loaded, folder if own else None, flags.checkpoint)
     record = samples.manifest(wanted, sampling, loaded.class_names, paths, origin)
     write_json(record, out / "manifest.json")
     say(f"wrote {out / 'manifest.json'}: how each was made")
     say(f"wrote {samples.draw_grid(np.stack(made[:DRAWN]), out / 'samples.png')}: the first ones")
+    before: list[np.ndarray] = []
+    if other is not None:
+        task = generation.make_task(config, other.model, other.family.predicts)
+        turn = np.resize(np.arange(max(task.num_classes, 1), dtype=np.int32), len(wanted))
+        asked = samples.Wanted(turn, wanted.index)
+        before = [x for batch in _batches(flags, other, task, sampling, asked) for x in batch]
+        say(f"wrote {samples.draw_beside(before, made, out / 'beside.png')}: of the same noise")
     if flags.measure:
-        _measure(flags, own, loaded, wanted, made, out)
+        _measure(flags, own, loaded, wanted, made, before, out)
     return 0
+
+
+def _batches(
+    flags: argparse.Namespace, loaded: "Loaded", task: Any, sampling: Any, wanted: "Wanted"
+) -> "Iterator[np.ndarray]":
+    """Images u8[n, H, W, C], batch by batch, and a bar that says how far it is."""
+    from vision_jax.generate.samples import make_images
+    from vision_jax.logging import show_progress
+
+    size = min(flags.batch_size, len(wanted))
+    with show_progress(-(-len(wanted) // size)) as (advance, _):
+        for batch in make_images(loaded.model, loaded.variables, task, sampling, wanted, size):
+            yield batch
+            advance()
+
+
+def _check_alike(loaded: "Loaded", other: "Loaded") -> None:
+    """Raises UserError where the same noise can't be given to both."""
+    shapes = [(*m.image_size, m.in_channels) for m in (loaded.model, other.model)]
+    if shapes[0] != shapes[1]:
+        height, width, channels = shapes[1]
+        raise UserError(
+            f"--beside: {other.origin} makes images of {height} x {width} and {channels} channels,"
+            " which have other noise: name the base of the same adapter"
+        )
 
 
 def _wanted(flags: argparse.Namespace, loaded: "Loaded", num_classes: int) -> "Wanted":
@@ -191,9 +232,13 @@ def _measure(
     loaded: "Loaded",
     wanted: "Wanted",
     made: "Sequence[np.ndarray]",
+    before: "Sequence[np.ndarray]",
     out: Path,
 ) -> None:
-    """Writes OUT/measures.json and OUT/nearest.png, beside the run's own images."""
+    """Writes OUT/measures.json and OUT/nearest.png, beside the run's own images.
+
+    Of what was made `before` by another generator there are the same figures, if there is any.
+    """
     import numpy as np
 
     from vision_jax.config import write_json
@@ -216,11 +261,16 @@ def _measure(
     )
     found = measures.measure(of_made, of_held_out, of_train)
     figures = {"features": flags.features or FEATURES, **found.figures}
+    others = {"beside": flags.beside} if before else {}
+    if before:
+        others |= measures.measure(features(before), of_held_out, of_train).figures
     if flags.judge:
-        judged = measures.make_judge(load(flags.judge), loaded.class_names)(made)
-        figures |= {"judge": flags.judge, "judged_right": float((judged == wanted.labels).mean())}
-    write_json(figures, out / "measures.json")
-    for name, value in figures.items():
+        judge = measures.make_judge(load(flags.judge), loaded.class_names)
+        figures |= {"judge": flags.judge, "judged_right": _share(judge(made), wanted.labels)}
+        if before:
+            others["judged_right"] = _share(judge(before), wanted.labels)
+    write_json({**figures, **({"beside": others} if others else {})}, out / "measures.json")
+    for name, value in (*figures.items(), *others.items()):
         say(f"  {name:20} {value if isinstance(value, int | str) else f'{value:.4f}'}")
     if copies := figures["copies"]:
         say(
@@ -232,6 +282,11 @@ def _measure(
     beside = [train[sources[0][found.copies.index[row]]]["image"] for row in closest]
     measures.draw_nearest([made[row] for row in closest], beside, out / "nearest.png")
     say(f"wrote {out / 'nearest.png'}: the nearest to training images")
+
+
+def _share(found: "np.ndarray", asked: "np.ndarray") -> float:
+    """Of images that are taken for what was asked for."""
+    return float((found == asked).mean())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 (label, index) of each --sample, one compiled program--> images --write--> CLASS/INDEX.png
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from vision_jax.models import families
 from vision_jax.ops.images import to_float
 from vision_jax.tasks.generation import objective
 from vision_jax.tasks.images import file_name
+from vision_jax.trees.paths import flatten
 
 GRID = 8  # pictures a row of samples.png
+ADAPTER = "adapter/adapter_model.safetensors"  # of a run
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,40 @@ def draw_grid(images: np.ndarray, path: Path) -> Path:
     whole = whole.repeat(times, axis=0).repeat(times, axis=1)
     Image.fromarray(whole[..., 0] if channels == 1 else whole[..., :3]).save(path)
     return path
+
+
+def draw_beside(before: Sequence[np.ndarray], made: Sequence[np.ndarray], path: Path) -> Path:
+    """The first images of another generator, and below each what this made of its noise."""
+    from vision_jax.figures import draw_rows  # matplotlib, only where something is drawn
+
+    rows = {"beside, of all its classes": before[:GRID], "made of the same noise": made[:GRID]}
+    return draw_rows({title: np.stack(row) / 255 for title, row in rows.items()}, path)
+
+
+def origin_of(loaded: Any, folder: Path | None, checkpoint: str | None) -> dict[str, str]:
+    """Of which weights images are, for the manifest: where from, and digests of what they hold.
+
+    Args:
+      loaded: the model, a Loaded.
+      folder: of the run, if it is one's.
+      checkpoint: of the run; None for its end, whose adapter's file is named by its sha256.
+    """
+    found = {"generator": loaded.origin, "checkpoint": checkpoint or "end"}
+    found["weights_sha256"] = digest(loaded.variables["params"])
+    adapter = None if checkpoint or folder is None else folder / ADAPTER
+    if adapter is not None and adapter.is_file():
+        found["adapter_sha256"] = hashlib.sha256(adapter.read_bytes()).hexdigest()
+    return found
+
+
+def digest(params: Any) -> str:
+    """sha256 of all parameters: of path, dtype, shape and values, in the order of the paths."""
+    whole = hashlib.sha256()
+    for path, leaf in sorted(flatten(params).items()):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        whole.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        whole.update(array.tobytes())
+    return whole.hexdigest()
 
 
 def manifest(

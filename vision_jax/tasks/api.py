@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -147,6 +147,13 @@ class Calibrated(Task, Protocol):
     def make_batches(
         self, config: Config, preprocessing: Any
     ) -> Callable[..., Iterator[Mapping[str, Any]]]: ...
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """A task whose evaluations are to be seen while it trains, before the first update too."""
+
+    def write_samples(self, workdir: Path, step: int, result: Any) -> dict[str, str]: ...
 
 
 def find_task(name: str) -> Task:

@@ -21,7 +21,7 @@ from vision_jax.logging import RunLog
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks import images, unlabelled
 from vision_jax.tasks.api import Trained
-from vision_jax.tasks.generation import metrics, objective
+from vision_jax.tasks.generation import figures, metrics, objective
 
 best_is = "lowest"
 reported = ("loss",)  # of an evaluation, in metrics.jsonl
@@ -217,19 +217,24 @@ def write_results(
     source: Source,
     preprocessing: Preprocessing,
 ) -> dict[str, str]:
-    """Pictures of an evaluation; returns {file: what it is}."""
+    """Pictures of all evaluations, beside real ones; returns {file: what it is}."""
     del config
     if not len(result.pictures["index"]):
         return {}
-    from vision_jax.figures import draw_rows  # matplotlib, only where something is drawn
-
     views = images.read_views(source, result.pictures["index"], preprocessing)
-    rows = {
-        "held-out images": views / 255,
-        "made of their classes": result.pictures["generated"] / 255,
-    }
-    draw_rows(rows, workdir / "samples.png")
-    return {"samples.png": "held-out images, and images made of noise and their classes"}
+    figures.draw_progress(workdir, views)
+    return {"samples.png": "held-out images, and what was made of the same noise before and after"}
+
+
+def write_samples(workdir: Path, step: int, result: Evaluation) -> dict[str, str]:
+    """Pictures of one evaluation, of the same noise and classes as at other steps, for others.
+
+    Step 0 shows what the model makes before any update: the base without its adapter.
+    """
+    if not len(result.pictures["index"]):
+        return {}
+    figures.write_strip(workdir, step, result.pictures["generated"])
+    return {figures.FOLDER: "images made at each evaluation, of the same noise"}
 
 
 def predict(config: ConfigDict, names: Sequence[str], trained: Trained, out: Path) -> None:
