@@ -1,11 +1,339 @@
-"""Watches videos and raises alarms by rules.
+"""Watches videos by a detector, and raises alarms by rules.
 
-The loop, in the order that the data flows. `Stream` is what one source keeps between frames; what
-it calls is pure, or a file that it appends to:
+    vision_jax watch vtest.avi --model=embedded:nanodet_coco --rules=configs/watch_lawn.toml \\
+        --out=lawn
+    vision_jax watch rtsp://10.0.0.7/1 /dev/video0 --model=runs/mine --rules=door.toml --out=door
+    vision_jax watch frames --folder-rate=10 --rate=2 --model=runs/mine --rules=yard.toml --out=yard
+    vision_jax watch --replay --rules=stricter.toml --out=lawn
 
-    for frames in batches of the sources' frames:          video/frames.py
-        for frame, found in detector.run(frames):          video/detect.py
-            state.tracks, tracks = track.update(state.tracks, found, frame.time)
-            state.alarms, events = alarms.update(state.alarms, tracks, frame.time, size)
-            for event in events: log.append(event)         video/events.py, clips.py
+A SOURCE is a video file, a folder of frames, a camera's device or an RTSP address. What was seen in
+each frame, and each alarm, is on the disk before the next one; the same command completes what was
+stopped. A file gives the same bytes each time. docs/video.md says more.
+
+Exit codes: 0; 1 if a source ended before its end or stalled, with everything written until then; 2
+for bad input; 128 + n after signal n, with the frame finished and the files closed.
 """
+
+import argparse
+import datetime
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from vision_jax.errors import UserError, printable
+from vision_jax.files import expand, read_text
+from vision_jax.flags import make_parser, run
+
+if TYPE_CHECKING:
+    from vision_jax.video.detect import Detector
+    from vision_jax.video.events import Log, Progress
+    from vision_jax.video.frames import Stream
+    from vision_jax.video.rules import Rules
+
+ENDED_EARLY = 1  # exit code
+ROWS = 4  # frames of a batch of files
+SCORE = 0.1  # below it nothing goes on with a track
+
+
+@dataclass
+class Watched:
+    """A source that is being watched: what changes from frame to frame.
+
+    Attributes:
+      stream: its frames.
+      rules: in its pixels.
+      log: of it.
+      progress: of its tracks and alarms.
+      alarms: how many began.
+    """
+
+    stream: "Stream"
+    rules: "Rules"
+    log: "Log"
+    progress: "Progress"
+    alarms: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Watches until the sources end or it is stopped; returns the exit code, see above."""
+    return run(lambda: _run(_parse(arguments)), "such a video", at_once=False)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser("vision_jax watch", __doc__)
+    parser.add_argument("sources", metavar="SOURCE", nargs="*", help="what to watch")
+    parser.add_argument("--model", help="a run's folder, or weights as `predict` takes them")
+    parser.add_argument("--rules", type=expand, help="a TOML file, see docs/video.md")
+    parser.add_argument(
+        "--out", type=expand, required=True, help="a folder; of several sources one in it for each"
+    )
+    parser.add_argument(
+        "--score", type=float, default=SCORE, help="boxes of a lower score are left out"
+    )
+    parser.add_argument("--rate", type=_rate, help="frames a second that are looked at; all")
+    parser.add_argument(
+        "--folder-rate", type=_rate, metavar="RATE", help="frames a second of a folder of frames"
+    )
+    parser.add_argument("--duration", type=float, metavar="S", help="seconds of each source")
+    parser.add_argument("--frames", type=int, metavar="N", help="that are looked at of each source")
+    parser.add_argument(
+        "--timeout", type=float, default=30, metavar="S", help="without a frame: it has stalled"
+    )
+    parser.add_argument(
+        "--rows", type=int, metavar="N", help=f"frames of a batch; {ROWS}, of live sources 1"
+    )
+    parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run; last by default")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pickles, by torch's weights-only reader"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="compile anew")
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="compute events.jsonl of --out again, by --rules if they are given, without a video",
+    )
+    flags = parser.parse_args(arguments)
+    if flags.replay == bool(flags.sources):
+        raise UserError("name a SOURCE to watch, or --replay with the --out of one; see --help")
+    if not flags.replay:
+        for name in ("model", "rules"):
+            if getattr(flags, name) is None:
+                raise UserError(f"--{name} is missing; see --help")
+    for name, least, most in (
+        ("score", 0, 1),
+        ("duration", 0.001, 1e9),
+        ("frames", 1, 10**12),
+        ("timeout", 0.1, 86_400),
+        ("rows", 1, 256),
+    ):
+        value = getattr(flags, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name}={value:g}: give a number from {least:g} to {most:g}")
+    return flags
+
+
+def _rate(text: str) -> Fraction:
+    """Frames a second, such as 5, 0.5 or 30000/1001; the type of a flag."""
+    try:
+        rate = Fraction(text) if len(text) < 30 else Fraction(0)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not Fraction(1, 10**6) <= rate <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate such as 5, 0.5 or 30000/1001")
+    return rate
+
+
+def _run(flags: argparse.Namespace) -> int:
+    if flags.replay:
+        return _replay(flags)
+    from vision_jax import machine
+    from vision_jax.video.frames import open_stream
+
+    outs = _folders(flags.out, flags.sources)
+    machine.keep_memory()
+    if not flags.no_cache:
+        machine.keep_compiled()
+    with ExitStack() as stack:
+        signals = stack.enter_context(_signals())
+        how = {name: getattr(flags, name) for name in ("rate", "folder_rate", "timeout")}
+        how |= {"most": flags.frames, "seconds": flags.duration, "stopped": lambda: bool(signals)}
+        streams = [stack.enter_context(open_stream(one, **how)) for one in flags.sources]
+        rows = flags.rows or (1 if any(stream.live for stream in streams) else ROWS)
+        detector = _load_detector(flags, rows)
+        watched = [
+            _begin(flags.rules, stream, detector, out, stack)
+            for stream, out in zip(streams, outs, strict=True)
+        ]
+        with _show(watched) as (advance, say):
+            _watch(watched, detector, signals, advance, say)
+    for one in watched:
+        for note in one.stream.notes():
+            print(f"note: {note}", file=sys.stderr)
+        print(f"wrote {one.log.out / 'detections.jsonl'}, {one.log.out / 'events.jsonl'}")
+    if signals:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 128 + signals[0]
+    return ENDED_EARLY if any(one.stream.problem for one in watched) else 0
+
+
+def _watch(
+    watched: Sequence[Watched],
+    detector: "Detector",
+    signals: Sequence[int],
+    advance: Callable[[int, int, Fraction], None],
+    say: Callable[[str], None],
+) -> None:
+    """The loop, in the order that the data flows.
+
+    Args:
+      watched: the sources, each with what is known of it; changed here.
+      detector: of all.
+      signals: those that came; the first ends the loop.
+      advance: called with (place of a source, frames, seconds of the source).
+      say: a line for a person.
+    """
+    from vision_jax.video.events import step
+    from vision_jax.video.frames import batches
+
+    for place, frames in batches([one.stream for one in watched], detector.rows):
+        one = watched[place]
+        if signals and not one.stream.live:
+            continue  # its batch may be short; the same command takes it up again
+        if not frames:
+            for event in one.log.end(one.rules, one.progress):
+                say(_line(one, event))
+            continue
+        if frames[-1].index > one.progress.frame:  # the rest is in the log
+            found = detector.run([frame.pixels for frame in frames])
+            for frame, boxes in zip(frames, found, strict=True):
+                if frame.index > one.progress.frame:
+                    logged = one.log.frame(frame.index, frame.time, boxes)
+                    one.progress, _, events = step(one.rules, one.progress, logged)
+                    one.log.raised(events)
+                    for event in events:
+                        one.alarms += event["event"] == "start"
+                        say(_line(one, event))
+        advance(place, len(frames), frames[-1].time)
+
+
+# Before the loop ----------------------------------------------------------------------------------
+
+
+def _load_detector(flags: argparse.Namespace, rows: int) -> "Detector":
+    from vision_jax.commands.source import load_source
+    from vision_jax.video.detect import make_detector
+
+    loaded = load_source(
+        flags.model,
+        expand(flags.model),
+        checkpoint=flags.checkpoint,
+        allow_pickle=flags.allow_pickle,
+    )
+    return make_detector(loaded, rows, flags.score)
+
+
+def _begin(
+    rules: Path, stream: "Stream", detector: "Detector", out: Path, stack: ExitStack
+) -> Watched:
+    """Begins a source's log, or goes on with it."""
+    from vision_jax.video.events import Head, open_log
+    from vision_jax.video.rules import check, read_rules
+
+    now = datetime.datetime.now().astimezone().replace(microsecond=0)
+    start = now if stream.live else None
+    checked = check(read_rules(rules, detector.class_names), stream.size, start)
+    head = Head(
+        _without_secrets(stream.name),
+        stream.size,
+        detector.class_names,
+        start.isoformat() if start else "",
+    )
+    log, progress = open_log(out, head, checked, read_text(rules))
+    return Watched(stream, checked, stack.enter_context(log), progress)
+
+
+def _without_secrets(source: str) -> str:
+    """An address without the name and password of who may see it."""
+    if "://" not in source:
+        return source
+    parts = urlsplit(source)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def _folders(out: Path, sources: Sequence[str]) -> list[Path]:
+    """Where each source's files go: OUT, or OUT/NAME of several."""
+    if len(sources) < 2:
+        return [out] * len(sources)
+    found: list[str] = []
+    for source in sources:
+        stem = re.sub(r"[^\w.-]+", "_", Path(_without_secrets(source).rstrip("/")).stem).strip("._")
+        stem, count = stem or "source", 1
+        while (name := stem if count == 1 else f"{stem}_{count}") in found:
+            count += 1
+        found.append(name)
+    return [out / name for name in found]
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals to stop that came; a second one stops at once."""
+    came: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        came.append(number)
+        signal.signal(number, before[number])
+
+    before = {one: signal.signal(one, note) for one in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# For a person -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _show(
+    watched: Sequence[Watched],
+) -> Iterator[tuple[Callable[[int, int, Fraction], None], Callable[[str], None]]]:
+    """(advance, say): a bar for each source on a terminal, and lines above them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"))
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as bars:
+        tasks = [
+            bars.add_task(printable(Path(one.stream.name).name), total=one.stream.seconds, said="")
+            for one in watched
+        ]
+        counts, began = [0] * len(watched), time.monotonic()
+
+        def advance(place: int, frames: int, seconds: Fraction) -> None:
+            counts[place] += frames
+            rate = counts[place] / max(time.monotonic() - began, 1e-9)
+            said = f"{counts[place]:,} frames  {rate:.1f}/s  {watched[place].alarms} alarms"
+            bars.update(tasks[place], completed=float(seconds), said=said)
+
+        yield advance, lambda text: console.print(printable(text), markup=False)
+
+
+def _line(one: Watched, event: dict[str, Any]) -> str:
+    """One line of an event."""
+    minutes, seconds = divmod(float(event["time"]), 60)
+    when = f"{Path(one.stream.name).name} {int(minutes)}:{seconds:06.3f}"
+    if event["event"] == "start":
+        who = ", ".join(
+            f"{track['class']} {track['score']:.2f} (track {track['id']})"
+            for track in event["tracks"]
+        )
+        return f"{when} alarm {event['number']} begins: {event['rule']}{who and ': '}{who}"
+    if event["event"] == "end":
+        return (
+            f"{when} alarm {event['number']} ends: {event['rule']}, after "
+            f"{float(event['seconds']):.3f} s"
+        )
+    return f"{when} the end, after {event['frames']:,} frames and {one.alarms} alarms"
+
+
+def _replay(flags: argparse.Namespace) -> int:
+    from vision_jax.video.events import load_rules, replay
+
+    print(f"wrote {replay(flags.out, load_rules(flags.out, flags.rules))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -274,7 +274,7 @@ class Converter:
     def convert(self, frame: Any) -> bytes:
         """u8[H, W, 3] of a frame."""
         self._graph.push(frame)
-        plane = self._graph.pull().planes[0]
+        plane: Any = self._graph.pull().planes[0]
         row, step = 3 * self.size[1], plane.line_size
         pixels = memoryview(plane)
         if step == row:

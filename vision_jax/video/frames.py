@@ -44,6 +44,8 @@ RTSP = ("rtsp://", "rtsps://")
 DECODER = Path(__file__).with_name("decoder.py")
 MOST_LINE = 10_000  # bytes of a message
 MOST_SECONDS = 10**9  # of a time in times.csv
+STOP_SECONDS = 0.1  # in which a source that waits sees that it shall stop
+NO_MORE = {"kind": "end", "why": ""}
 POLL = 0.002  # seconds between looks at several live sources
 SAID = {  # counts of a source, for a person
     "undecodable": "packets that can't be decoded",
@@ -67,7 +69,7 @@ class Frame(NamedTuple):
       pixels: u8[H, W, 3], red, green, blue, upright.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple's method of that name isn't needed
     time: Fraction
     pixels: np.ndarray
 
@@ -94,6 +96,9 @@ class Stream:
         *,
         ahead: int,
         timeout: float,
+        most: int | None = None,
+        seconds: float | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ):
         """Waits for the first frame.
 
@@ -104,6 +109,9 @@ class Stream:
           stop: ends `messages`, from another thread.
           ahead: frames that wait at most.
           timeout: seconds without a frame after which the source has stalled.
+          most: frames that are taken.
+          seconds: of the source that are taken.
+          stopped: whether nothing more is wanted; asked while nothing comes, too.
 
         Raises:
           UserError: no frame can be had.
@@ -111,6 +119,7 @@ class Stream:
         self.name, self.live, self.problem = name, live, ""
         self.counts: Counter[str] = Counter()
         self._stop, self._ahead, self._timeout = stop, ahead, timeout
+        self._left, self._seconds, self._stopped = most, seconds, stopped
         self._start: Mapping[str, Any] | None = None
         self._waiting: deque[Message] = deque()  # frames, and what comes at the end
         self._changed = threading.Condition()
@@ -121,7 +130,7 @@ class Stream:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting, timeout)
         if self._start is None:
-            self.take()
+            self.take()  # why
             self.close()
             raise UserError(f"{name}: {self.problem or 'there is no frame in it'}")
         height, width = self._start["size"]
@@ -146,26 +155,39 @@ class Stream:
     def ready(self) -> bool:
         """Whether `take` answers at once."""
         stalled = clock.monotonic() - self._latest > self._timeout
-        return self._ended or bool(self._waiting) or stalled
+        return self._ended or bool(self._waiting) or stalled or self._stopped()
 
     def take(self) -> Frame | None:
         """The next frame, waiting for it; None at the end, and `problem` says if it came early."""
-        if self._ended:
-            return None
-        with self._changed:
-            left = max(self._latest + self._timeout - clock.monotonic(), 0)
-            if self._changed.wait_for(lambda: self._waiting, left):
-                message, pixels = self._waiting.popleft()
-                self._changed.notify_all()
-            else:
-                why = f"it stalled: no frame came for {self._timeout:g} seconds"
-                message, pixels = {"kind": "error", "why": why}, None
-        if pixels is not None:
-            return Frame(message["index"], Fraction(*message["time"]), pixels)
-        self._ended = True
-        self.counts.update(message.get("counts", {}))
-        self.problem = message["why"]
+        if not self._ended:
+            message, pixels = self._next()
+            frame = message["kind"] == "frame" and Frame(
+                message["index"], Fraction(*message["time"]), pixels
+            )
+            if frame and (self._seconds is None or frame.time < self._seconds):
+                self._left = None if self._left is None else self._left - 1
+                return frame
+            self._ended = True
+            self.counts.update(message.get("counts", {}))
+            self.problem = message.get("why", "")
         return None
+
+    def _next(self) -> Message:
+        """What comes next, or why nothing will."""
+        if self._left == 0 or self._stopped():
+            return NO_MORE, None
+        with self._changed:
+            while not self._waiting:
+                left = self._latest + self._timeout - clock.monotonic()
+                if self._stopped():
+                    return NO_MORE, None
+                if left <= 0:
+                    why = f"it stalled: no frame came for {self._timeout:g} seconds"
+                    return {"kind": "error", "why": why}, None
+                self._changed.wait(min(left, STOP_SECONDS))
+            found = self._waiting.popleft()
+            self._changed.notify_all()
+            return found
 
     def notes(self) -> list[str]:
         """One line for each thing that a person should know of what was read."""
@@ -209,6 +231,9 @@ def open_stream(
     folder_rate: Fraction | None = None,
     timeout: float = 30.0,
     ahead: int = 8,
+    most: int | None = None,
+    seconds: float | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Stream:
     """Opens a source.
 
@@ -218,10 +243,15 @@ def open_stream(
       folder_rate: frames a second of a folder that has no times.csv.
       timeout: seconds without a frame after which the source has stalled.
       ahead: frames that wait at most.
+      most: frames that are taken.
+      seconds: of the source that are taken.
+      stopped: whether nothing more is wanted; asked while nothing comes, too.
 
     Raises:
       UserError: no such source, or no frame can be had of it.
     """
+    how: dict[str, Any] = {"ahead": ahead, "timeout": timeout, "most": most, "seconds": seconds}
+    how["stopped"] = stopped
     if source.lower().startswith(RTSP):
         kind, address = "address", source
     elif "://" in source:
@@ -238,7 +268,7 @@ def open_stream(
             raise UserError(f"{source}: can't be read ({reason})") from None
         if stat.S_ISDIR(mode):
             messages = _frames_of_folder(path, rate, folder_rate)
-            return Stream(source, False, messages, lambda: None, ahead=ahead, timeout=timeout)
+            return Stream(source, False, messages, lambda: None, **how)
         kind, address = "camera" if stat.S_ISCHR(mode) else "file", str(path.absolute())
         if kind == "file":
             open_regular(path).close()  # says what it is instead
@@ -262,7 +292,7 @@ def open_stream(
         stderr=said,
     )
     messages = _messages_of(process, said)
-    return Stream(source, kind != "file", messages, process.kill, ahead=ahead, timeout=timeout)
+    return Stream(source, kind != "file", messages, process.kill, **how)
 
 
 def _messages_of(process: subprocess.Popen[bytes], said: IO[bytes]) -> Iterator[Message]:
@@ -280,7 +310,7 @@ def _messages_of(process: subprocess.Popen[bytes], said: IO[bytes]) -> Iterator[
                 pixels = None
                 if message["kind"] == "frame":
                     pixels = np.empty((*size, 3), np.uint8)
-                    left = memoryview(pixels).cast("B")
+                    left = memoryview(pixels.data).cast("B")
                     while left:
                         count = stdout.readinto(left)  # type: ignore[attr-defined]
                         if not count:
@@ -347,7 +377,7 @@ def _times_of(folder: Path, rate: Fraction | None) -> list[tuple[str, Fraction]]
     if table.is_file():
         if rate is not None:
             raise UserError(f"{table} has the times of the frames: leave --folder-rate out")
-        found = []
+        found: list[tuple[str, Fraction]] = []
         for number, row in enumerate(csv.reader(io.StringIO(read_text(table))), 1):
             where = f"{table}, line {number}"
             if number == 1 and row == ["file", "seconds"]:
@@ -380,32 +410,27 @@ def _times_of(folder: Path, rate: Fraction | None) -> list[tuple[str, Fraction]]
 # Batches ------------------------------------------------------------------------------------------
 
 
-def batches(streams: Sequence[Stream], rows: int) -> Iterator[list[tuple[int, Frame]]]:
-    """Batches of (place of the stream, frame), in turns, until all streams have ended.
+def batches(streams: Sequence[Stream], rows: int) -> Iterator[tuple[int, list[Frame]]]:
+    """(place of a stream, frames of it) by turns, [] once at each stream's end.
 
-    Of files alone each batch is full but the last ones, and always the same. Where one stream is
-    live a batch has what is there, since nobody may wait for another: 1 to `rows` frames.
+    A batch is of one stream, so that what is found in it depends on nobody else. A file's is full
+    but for its last one, and always the same. A live stream's has what is there, since nobody may
+    wait: 1 to `rows` frames.
     """
-    open_ = list(range(len(streams)))
+    running = list(range(len(streams)))
     live = any(stream.live for stream in streams)
-    batch: list[tuple[int, Frame]] = []
-    while open_:
-        for place in list(open_):
-            if live and not streams[place].ready() and (batch or len(open_) > 1):
-                continue
-            frame = streams[place].take()
-            if frame is None:
-                open_.remove(place)
-                continue
-            batch.append((place, frame))
-            if len(batch) == rows:
-                yield batch
-                batch = []
-        if live:
-            if batch:
-                yield batch
-                batch = []
-            elif not any(streams[place].ready() for place in open_):
-                clock.sleep(POLL)
-    if batch:
-        yield batch
+    while running:
+        if live and not any(streams[place].ready() for place in running):
+            clock.sleep(POLL)
+        for place in list(running):
+            stream, frames = streams[place], []
+            while len(frames) < rows and (not live or stream.ready()):
+                frame = stream.take()
+                if frame is None:
+                    running.remove(place)
+                    break
+                frames.append(frame)
+            if frames:
+                yield place, frames
+            if place not in running:
+                yield place, []
