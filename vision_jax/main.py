@@ -132,6 +132,9 @@ COMMANDS: Mapping[str, Command] = {
         "answer images over HTTP: names, boxes or masks, many requests in one batch",
         "vision_jax.commands.serve",
     ),
+    "watch": Command(
+        "raise alarms by rules on what a detector sees in videos", "vision_jax.commands.watch"
+    ),
     "explain": Command(
         "show what a classifier looks at, by several methods, and measure each",
         "vision_jax.commands.explain",

@@ -271,7 +271,9 @@ def _signals() -> Iterator[list[int]]:
         came.append(number)
         signal.signal(number, before[number])
 
-    before = {one: signal.signal(one, note) for one in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {
+        one: signal.signal(one, note) for one in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield came
     finally:

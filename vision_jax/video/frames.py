@@ -134,7 +134,7 @@ class Stream:
             self.close()
             raise UserError(f"{name}: {self.problem or 'there is no frame in it'}")
         height, width = self._start["size"]
-        self.size = (height, width)
+        self.size: tuple[int, int] = (height, width)
         self.rate = Fraction(*self._start["rate"]) if self._start["rate"] else None
         self.seconds: float | None = self._start["seconds"]
 
@@ -161,12 +161,11 @@ class Stream:
         """The next frame, waiting for it; None at the end, and `problem` says if it came early."""
         if not self._ended:
             message, pixels = self._next()
-            frame = message["kind"] == "frame" and Frame(
-                message["index"], Fraction(*message["time"]), pixels
-            )
-            if frame and (self._seconds is None or frame.time < self._seconds):
-                self._left = None if self._left is None else self._left - 1
-                return frame
+            if pixels is not None:
+                frame = Frame(message["index"], Fraction(*message["time"]), pixels)
+                if self._seconds is None or frame.time < self._seconds:
+                    self._left = None if self._left is None else self._left - 1
+                    return frame
             self._ended = True
             self.counts.update(message.get("counts", {}))
             self.problem = message.get("why", "")
@@ -423,7 +422,8 @@ def batches(streams: Sequence[Stream], rows: int) -> Iterator[tuple[int, list[Fr
         if live and not any(streams[place].ready() for place in running):
             clock.sleep(POLL)
         for place in list(running):
-            stream, frames = streams[place], []
+            stream = streams[place]
+            frames: list[Frame] = []
             while len(frames) < rows and (not live or stream.ready()):
                 frame = stream.take()
                 if frame is None:
