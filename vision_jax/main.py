@@ -12,12 +12,14 @@
         --config.distill.cache=teacher.array_record
     vision_jax plan --config=configs/vit_lora.py --devices=8 --memory=16
     vision_jax search --config=configs/vit_lora.py --space=space.py --trials=64
+    vision_jax launch --processes=2 -- --config=configs/vit_lora.py
 
 `python -m vision_jax.main` and `python -m vision_jax` are the same program. Running a training
 command again resumes it; --from begins a new run with another one's weights. Any field of the
 config file can be set with --config.FIELD=VALUE; --show prints all of a config, --help-config what
-they may be. On several processes, give each --coordinator, --processes and --process (on Cloud TPU
-and Slurm, --coordinator=auto is enough).
+they may be. `vision_jax launch --processes=8 -- --config=...` starts several processes on this
+machine. On several machines give each --coordinator, --processes and --process; under Slurm, Open
+MPI, Kubernetes' JobSet and on Cloud TPU, --coordinator=auto is enough.
 """
 
 import argparse
@@ -119,6 +121,10 @@ COMMANDS: Mapping[str, Command] = {
         "suggest a learning rate, from one short run of rising rates",
         "vision_jax.commands.find_lr:run",
         ("config", "workdir"),
+    ),
+    "launch": Command(
+        "start a command as several processes of this machine",
+        "vision_jax.commands.launch",
     ),
     "convert": Command(
         "turn weights or a run into files of timm, torchvision or transformers",
@@ -312,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises
     arguments = sys.argv[1:] if arguments is None else arguments
-    several = any(argument.startswith("--coordinator") for argument in arguments)
+    several, text = any(argument.startswith("--coordinator") for argument in arguments), ""
     try:
         code = _run(arguments)
     except UserErrors as errors:
@@ -326,12 +332,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not several:
             raise
         code, text = 1, traceback.format_exc()
-    else:
-        text = ""
     if several:
         from vision_jax import processes
 
-        processes.end(text, code)
+        processes.end(text, foreseen=code == BAD_INPUT)
     elif text:
         print(text, file=sys.stderr)
     return code
@@ -343,6 +347,10 @@ def _run(arguments: Sequence[str]) -> int:
         print(overview())
         return 0
     command = COMMANDS[name]
+    if name == "launch":
+        from vision_jax.commands import launch
+
+        return main(launch.start(arguments))
     if ":" not in command.run:
         return _run_program(command.run, arguments)
     flags, overrides = _parse(name, arguments)
@@ -350,9 +358,10 @@ def _run(arguments: Sequence[str]) -> int:
         print("\n".join(explain(flags["help-config"])))
         return 0
     if flags["coordinator"]:  # first: what fails on one process only is told to the others
+        mine = _find_others(flags)
         from vision_jax import processes
 
-        processes.connect(flags["coordinator"], flags["processes"], flags["process"])
+        processes.connect(mine)
     if flags["weights"]:
         if given := [
             flag for flag in ("workdir", "checkpoint", "show", "coordinator") if flags[flag]
@@ -380,8 +389,30 @@ def _run(arguments: Sequence[str]) -> int:
     module, _, function = command.run.partition(":")
     run = getattr(importlib.import_module(module), function)
     if flags["coordinator"]:
+        processes.check_installation()
         processes.check_equal("config", {"command": name} | _of_all(flags["config"]))
     return run(*(flags[taken] for taken in command.takes))
+
+
+def _find_others(flags: dict[str, Any]) -> Any:
+    """This process among the others: it is forked here, and the one that was started watches it.
+
+    JAX must not be in use by then: it has threads that a fork would leave behind.
+    """
+    from vision_jax.hosts import detect, supervise
+
+    if (mine := supervise.mine()) is None:
+        if flags["coordinator"] == "auto":
+            place = detect.find_place(os.environ)
+        else:
+            place = supervise.Place(flags["coordinator"], flags["processes"], flags["process"])
+        if not 0 <= place.first < place.processes:
+            raise UserError(
+                f"--process is {place.first}, and --processes {place.processes}: they count from 0"
+            )
+        mine = supervise.start(place)
+    flags["process"] = mine.process
+    return mine
 
 
 def _run_program(module: str, arguments: Sequence[str]) -> int:

@@ -1,33 +1,47 @@
 """Several processes of one run: they agree before they begin, and the end of one is told to all.
 
-What connects them is JAX's key-value store, which process 0 holds. Without it everything here is a
-matter of one process, and returns at once.
+Each has a supervisor (hosts/), to which it says where it is and why it ends. What they ask each
+other goes through JAX's key-value store, which process 0 holds. In a run of one process everything
+here returns at once.
 """
 
 import ast
-import os
+import hashlib
+import platform
+import socket
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from importlib.metadata import version
 from itertools import count
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed  # the store has no public name
 
-from vision_jax.errors import UserError
+from vision_jax import replicas
+from vision_jax.errors import UserError, printable
+from vision_jax.hosts import board, supervise
+from vision_jax.hosts.board import COMPILE, DATA, EVALUATE, RESULTS, SAVE, START, STEP, WAIT
+
+__all__ = ["COMPILE", "DATA", "EVALUATE", "RESULTS", "SAVE", "START", "STEP", "WAIT"]
 
 T = TypeVar("T")
 
-BAD_INPUT = 2  # exit code
-WATCH = "vision_jax watches the other processes"  # a thread
-FAILURE = "vision_jax/failure"  # empty when all have come to the same end
-PATIENCE_MS = 24 * 3600 * 1000  # for others that are slower; the watch notices those that ended
-GRACE = 5.0  # seconds that the store stays open after a failure, for all to read it
+PATIENCE_MS = 24 * 3600 * 1000  # for others that are slower; supervisors notice those that ended
+HEARTBEAT = 600  # seconds until JAX's service ends everybody: supervisors are sooner
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "ml_collections",
+)
+OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable")
 _calls = count()  # every process asks in the same order, so numbers name the same question
-_ending = threading.Lock()  # taken once: one thread has the last word
 
 
 def _store() -> Any:
@@ -35,76 +49,60 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
-def connect(coordinator: str, processes: int | None, process: int | None) -> None:
-    """Joins the others and begins to watch for their failures.
+def connect(mine: supervise.Mine) -> None:
+    """Joins the others, when all are there."""
+    address = mine.board.wait_for_address()
+    jax.distributed.initialize(
+        address, mine.processes, mine.process, heartbeat_timeout_seconds=HEARTBEAT
+    )
+    _store().key_value_set(f"vision_jax/host/{mine.process}", socket.gethostname())
+
+
+def at(step: int, phase: int) -> None:
+    """Tells this process's supervisor where it is.
 
     Args:
-      coordinator: HOST:PORT of process 0, or "auto" on Cloud TPU and under Slurm.
-      processes: how many there are.
-      process: which of them this one is.
+      step: the update that it works at, counted from 1.
+      phase: START, DATA, COMPILE, STEP, WAIT, EVALUATE, SAVE or RESULTS.
     """
-    if coordinator == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(coordinator, processes, process)
-    threading.Thread(target=_watch, args=(_store(),), name=WATCH, daemon=True).start()
+    if (mine := supervise.mine()) is not None:
+        mine.board.at(step, phase)
 
 
-def _watch(client: Any) -> None:
-    """Ends this process when another one has failed: its main thread may wait for that one."""
-    try:
-        text = client.blocking_key_value_get(FAILURE, PATIENCE_MS)
-    except Exception:
-        text = "process 0 has ended: its own output says why"
-    if text and _ending.acquire(blocking=False):
-        _leave(f"error: {text}", BAD_INPUT)
+def have_patience(seconds: float) -> None:
+    """How long the others wait for this process in a step."""
+    if (mine := supervise.mine()) is not None:
+        mine.board.have_patience(seconds)
 
 
-def end(text: str, code: int) -> None:
-    """The end of this process's command, well or not; returns if it was joined to no others.
-
-    With a text the others end too, each with `process N: ...`; if one of them was first, this
-    process says what that one said. Without a text they have all come to the same end.
-    """
+def name(process: int | None = None) -> str:
+    """A process's, by default this one's, with its machine's: "process 1 (host)"."""
+    number, host = jax.process_index() if process is None else process, socket.gethostname()
     client = _store()
-    if client is None:
-        if text:
-            print(text, file=sys.stderr)
-        return
-    if text and "error: " not in text:
-        # A collective breaks when another process ends: that one's reason is the reason.
-        time.sleep(GRACE)
-    if not _ending.acquire(blocking=False):
-        time.sleep(4 * GRACE)  # the watch is ending this process
+    if process is not None and client is not None:
+        host = client.blocking_key_value_get(f"vision_jax/host/{process}", PATIENCE_MS)
+    return f"process {number} ({printable(host)})"
+
+
+def end(text: str, foreseen: bool) -> None:
+    """The end of this process's command, well or not.
+
+    Without a text all have come to the same end, and wait for each other here. With one its
+    supervisor says the last line, and what stands before it, where it was this process's failure.
+
+    Args:
+      text: "error: ..." or a traceback.
+      foreseen: whether it is bad input, that the user can mend.
+    """
     if not text:
-        with suppress(Exception):
-            first_failure("")
-            if jax.process_index() == 0:
-                client.key_value_set(FAILURE, "")
-        for thread in threading.enumerate():
-            if thread.name == WATCH:
-                thread.join()  # no thread may wait for the store when Python ends
+        first_failure("")
         return
-    with suppress(Exception):
-        last = text.strip().splitlines()[-1].removeprefix("error: ")
-        client.key_value_set(FAILURE, f"process {jax.process_index()}: {last}")
-    _leave(text, code)
-
-
-def _leave(text: str, code: int) -> NoReturn:
-    """Prints and ends at once; the store's process waits until the others have read the reason."""
-    print(text, file=sys.stderr, flush=True)
-    client, index = _store(), jax.process_index()
-    with suppress(Exception):
-        client.key_value_set(f"vision_jax/left/{index}", "")
-        deadline = time.monotonic() + GRACE
-        for other in range(jax.process_count()) if index == 0 else ():
-            left = max(1, int(1000 * (deadline - time.monotonic())))
-            client.blocking_key_value_get(f"vision_jax/left/{other}", left)
-    if index == 0:
-        time.sleep(1)  # those who have read it end now: without the store JAX would abort them
-    sys.stdout.flush()
-    os._exit(code)
+    last = text.strip().splitlines()[-1].removeprefix("error: ")
+    mine = supervise.mine()
+    if mine is not None:
+        mine.board.say(last, board.BAD_INPUT if foreseen else board.UNFORESEEN)
+    if not foreseen or mine is None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def first_failure(text: str) -> str:
@@ -124,13 +122,15 @@ def together(check: Callable[[], T]) -> T:
     """`check()`, whose UserError on one process is raised on all.
 
     Raises:
-      UserError: the first process's that raised one.
+      UserError: the first process's that raised one, which it names.
     """
+    if jax.process_count() == 1:
+        return check()
     result, text = None, ""
     try:
         result = check()
     except UserError as error:
-        text = str(error)
+        text = f"{name()}: {error}"
     if failure := first_failure(text):
         raise UserError(failure)
     return result  # type: ignore[return-value]
@@ -153,15 +153,75 @@ def check_equal(what: str, values: Mapping[str, Any]) -> None:
     key = f"vision_jax/equal/{next(_calls)}"
     if jax.process_index() == 0:
         client.key_value_set(key, repr(own))
-    text = client.blocking_key_value_get(key, PATIENCE_MS)
+    first = ast.literal_eval(client.blocking_key_value_get(key, PATIENCE_MS))
     differing = ""
-    if text != repr(own):
-        first = ast.literal_eval(text)
-        name = next(name for name in sorted(own.keys() | first) if own.get(name) != first.get(name))
+    if first != own:
+        field = next(one for one in (first | own) if own.get(one) != first.get(one))
         differing = (
-            f"process {jax.process_index()} has another {what} than process 0 ({name}: "
-            f"{first.get(name)} -> {own.get(name)}): start all processes with the same command "
-            "and the same files"
+            f"{name()} has another {what} than {name(0)}: {field} is "
+            f"{_short(own.get(field))} and not {_short(first.get(field))}: start all processes "
+            "with the same command and the same files"
         )
     if differing := first_failure(differing):
         raise UserError(differing)
+
+
+def check_installation() -> None:
+    """All processes run the same code, packages and kind of devices.
+
+    Raises:
+      UserError: on all of them, with what differs.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    values = {"vision_jax's code (sha256)": digest.hexdigest()[:16]}
+    values |= {package: version(package) for package in PACKAGES}
+    values["Python"] = platform.python_version()
+    values["devices"] = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+    for option in OPTIONS:
+        values[option] = str(jax.config.values[option])
+    check_equal("installation", values)
+
+
+def check_replicas(step: int, tree: Any, sums: Any) -> None:
+    """All copies of replicated arrays are equal.
+
+    Args:
+      step: after which they were compared.
+      tree: the arrays.
+      sums: of replicas.make_compare.
+
+    Raises:
+      UserError: on all processes, with the first array that differs and whose copy it is.
+    """
+    found = replicas.find_difference(tree, sums)
+    if found is None:
+        return
+    array, odd = found
+    whose = " and ".join(map(name, odd))
+    raise UserError(
+        f"{whose} {'holds' if len(odd) == 1 else 'hold'} another {array} after step {step} than "
+        "the rest: a device or its memory may be faulty, or a process has strayed; nothing was "
+        "saved since they were equal, and the same command resumes there"
+    )
+
+
+def check_finite(batch: Mapping[str, Any], consequence: str) -> None:
+    """No process has a batch that is not finite while others have one that is.
+
+    Raises:
+      UserError: on all processes, with the array, whose it is, and the consequence.
+    """
+    if (found := replicas.find_not_finite(batch)) is not None:
+        array, odd = found
+        raise UserError(f"{' and '.join(map(name, odd))}: {array} is not finite; {consequence}")
+
+
+def _short(text: str | None) -> str:
+    if text is None:
+        return "missing"
+    return text if len(text) <= 120 else f"{text[:80]} ... {text[-30:]}"

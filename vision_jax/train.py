@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vision_jax import machine, processes, sharding, steps
+from vision_jax import machine, processes, replicas, sharding, steps
 from vision_jax.checkpoints import (
     Checkpoints,
     last_complete_step,
@@ -39,7 +39,7 @@ from vision_jax.data.fingerprint import (
     take_fingerprint,
 )
 from vision_jax.data.pipeline import DamageLog
-from vision_jax.errors import UserError
+from vision_jax.errors import DivergedError, UserError
 from vision_jax.logging import (
     PARAMETER_COLUMNS,
     Meter,
@@ -155,12 +155,30 @@ def _prepare_run(facts: _Facts) -> tuple[Run, continuation.Origin | None]:
         prepared = prepare(config, description=described, adapter=adapter)
     else:
         prepared = prepare(config, facts.train_source.class_names)
-    processes.check_equal(
-        "data, model or weights",
-        {"data": digest(facts.fingerprint)} | asdict(prepared.description),
-    )
+    processes.check_equal("data, model or weights", _seen_by_all(facts, prepared.description))
     _ = prepared.stored  # opened now: a file of another run is refused before anything else
     return prepared, origin
+
+
+def _seen_by_all(facts: _Facts, description: Description) -> dict[str, Any]:
+    """What a process of several must see like the others, by name."""
+    if jax.process_count() == 1:
+        return {}
+    seen: dict[str, Any] = {}
+    of_evaluation = take_fingerprint(facts.eval_source)
+    for source, fingerprint, name in (
+        (facts.train_source, facts.fingerprint, "data.train"),
+        (facts.eval_source, of_evaluation, "data.eval"),
+    ):
+        seen[f"{name}: number of examples"] = len(source)
+        seen[f"{name}: class names"] = source.class_names
+        for column, words in (
+            ("name", "names in their order"),
+            ("size", "sizes of files"),
+            ("annotations", "annotations"),
+        ):
+            seen[f"{name}: {words} (sha256)"] = digest({column: fingerprint[column]})[:16]
+    return {**seen, **asdict(description)}
 
 
 def _check_same_data(
@@ -256,12 +274,14 @@ class _Program:
       next_batch: the batch of the step of this number, on the devices; to be called in their order.
       evaluate: state -> Evaluation.
       damage: the damaged images that were met.
+      fixed: what the step takes beside the state and the batch.
     """
 
     train_step: Callable[[steps.TrainState, Any], tuple[steps.TrainState, steps.Metrics]]
     next_batch: Callable[[int], dict[str, jax.Array]]
     evaluate: Callable[[steps.TrainState], Any]
     damage: DamageLog
+    fixed: Flat
 
 
 def _make_program(prepared: Run, facts: _Facts, begin: _Begin) -> _Program:
@@ -283,7 +303,7 @@ def _make_program(prepared: Run, facts: _Facts, begin: _Begin) -> _Program:
         trained, statistics = steps.averaged(state)
         return run_evaluation(trained, frozen, statistics)
 
-    return _Program(train_step, next_batch, evaluate, damage)
+    return _Program(train_step, next_batch, evaluate, damage, fixed)
 
 
 # 5. The workdir, which is written to from here on. ------------------------------------------------
@@ -372,6 +392,8 @@ def _train(
     figures = _figures_up_to(step, prepared, facts.workdir)
     evaluate_every = config.evaluate.every or -(-len(facts.train_source) // config.batch_size)
     stop = _Stop()
+    processes.at(step + 1, processes.START)
+    processes.have_patience(config.hosts.patience)
     memory = machine.MemoryWatch()
     with stop.watched(), log.progress(config.total_steps, completed=step) as progress:
         make_watch = prepared.plain_objective.make_watch
@@ -380,13 +402,22 @@ def _train(
         if step == 0 and isinstance(prepared.task, Sampled):
             _report_evaluation(log, prepared, facts.workdir, step, program.evaluate(state))
         batch = program.next_batch(step) if step < config.total_steps else {}
+        shapes: set[Any] = set()  # of batches that the step is compiled for
+        copies = _Copies(config.hosts.compare_every, program.fixed, state)
         pending = None  # the last step and its metrics, read while the next one computes
         while step < config.total_steps and not _has_stalled(figures, prepared):
+            shape = tuple((name, batch[name].shape) for name in sorted(batch))
+            processes.at(step + 1, processes.STEP if shape in shapes else processes.COMPILE)
+            shapes.add(shape)
             state, metrics = program.train_step(state, batch)
             step += 1
+            processes.at(step, processes.WAIT)
             if pending is not None:
-                report(*pending)
+                copies.check()
+                with copies.explained(state):
+                    report(*pending)
             pending = (step, metrics)
+            copies.start(step, state, batch)
             memory.check()
 
             finished = step == config.total_steps
@@ -394,22 +425,29 @@ def _train(
             # Also before stopping: the resumed run would not know this step's result.
             evaluating = finished or step % evaluate_every == 0
             if stopping or evaluating or step % config.checkpoint_every == 0:
-                report(*pending)  # a state that is not finite is never saved
+                with copies.explained(state):
+                    report(*pending)  # a state that is not finite is never saved
+                copies.start(step, state, batch, now=True)
+                copies.check()  # nor one that is not the same everywhere
                 pending, measured = None, None
                 machine.give_back_memory()
                 if evaluating:
+                    processes.at(step, processes.EVALUATE)
                     result = program.evaluate(state)
                     measured = _report_evaluation(log, prepared, facts.workdir, step, result)
                     figures += (measured or {}).values()
+                processes.at(step, processes.SAVE)
                 checkpoints.save(step, state, measured)
                 machine.give_back_memory()
                 report.restart_clock()
             if stopping:
                 break
             if not finished:  # while the device computes
+                processes.at(step + 1, processes.DATA)
                 batch = program.next_batch(step)
                 machine.wait_on_cpu(metrics)
 
+    processes.at(step, processes.SAVE)
     _report_damage(log, program.damage, len(facts.train_source))
     checkpoints.wait()
     if step < config.total_steps and not stop.requested():
@@ -469,6 +507,58 @@ def _report_damage(log: RunLog, damage: DamageLog, images: int) -> None:
         log.say(f"{damage.count} of {images} training images are damaged")
 
 
+class _Copies:
+    """Compares the copies of all arrays now and then; in a run of one process nothing."""
+
+    def __init__(self, every: int, fixed: Flat, state: steps.TrainState):
+        """Compares them before the first step, too."""
+        self._every, self._fixed = every if jax.process_count() > 1 else 0, fixed
+        self._sums: tuple[int, Any] | None = None  # of the latest comparison, that nobody has read
+        self._batch: Any = None  # of the step whose metrics nobody has read
+        if self._every:
+            tree = self._tree(state)
+            self._compare = replicas.make_compare(tree)
+            self._layout = jax.tree.map(replicas.Layout, tree)
+            self.start(int(state.step), state, None, now=True)
+            self.check()
+
+    def _tree(self, state: steps.TrainState) -> Any:
+        return {"frozen": self._fixed, "state": state}
+
+    def start(self, step: int, state: steps.TrainState, batch: Any, *, now: bool = False) -> None:
+        """Starts to compare the state after this step, if it is its turn; waits for nothing."""
+        if self._every:
+            self._batch = batch
+            if now or step % self._every == 0:
+                self._sums = (step, self._compare(self._tree(state)))
+
+    def check(self) -> None:
+        """Reads what was started.
+
+        Raises:
+          UserError: a copy differs.
+        """
+        if self._sums is not None:
+            (step, sums), self._sums = self._sums, None
+            processes.check_replicas(step, self._layout, sums)
+
+    @contextmanager
+    def explained(self, state: steps.TrainState) -> Iterator[None]:
+        """What is not finite is one process's, if its copies or its batch are not as the others'.
+
+        All processes come here together: they have the same metrics.
+        """
+        try:
+            yield
+        except DivergedError as error:
+            if self._every:
+                batch = self._batch
+                self.start(int(state.step), state, None, now=True)
+                self.check()
+                processes.check_finite(batch, str(error))
+            raise
+
+
 class _Reporter:
     """Reads the metrics of a step, which waits for it, and shows and logs them."""
 
@@ -492,8 +582,8 @@ class _Reporter:
         """Reports one step.
 
         Raises:
-          UserError: its loss or gradient is not finite: the step itself has changed nothing. Or
-            the objective's watch ends the run.
+          DivergedError: its loss or gradient is not finite: the step itself has changed nothing.
+          UserError: the objective's watch ends the run.
         """
         values = {name: float(value) for name, value in metrics.items()}
         now = time.monotonic()
@@ -509,7 +599,7 @@ class _Reporter:
             self._log.scalars(step, {**record, "train/images_per_second": self._rate})
         if not finite:
             text = ", ".join(f"{name} {value:g}" for name, value in sorted(values.items()))
-            raise UserError(
+            raise DivergedError(
                 f"step {step} is not finite ({text}): lower config.optim.lr or set "
                 "config.optim.clip_norm, in a new run; --from begins it with the last checkpoint "
                 "of this one, which is from before that step"
@@ -565,6 +655,7 @@ def _finish(
     prepared: Run, facts: _Facts, begin: _Begin, program: _Program, log: RunLog, end: _End
 ) -> None:
     result = end.result
+    processes.at(end.step, processes.RESULTS)
     if result is None:  # this workdir was finished before
         result = program.evaluate(end.state)
         log.say(f"step {end.step}: {result.line()}")

@@ -48,6 +48,7 @@ RECORDS = (CONFIG_FILE, MODEL_FILE, DATA_FILE, f"{ADAPTER_COPY}/")
 FREE_FIELDS = (
     "mesh.",
     "sharding_rules",
+    "hosts.",
     "data.threads",
     "data.workers",
     "data.max_damaged",

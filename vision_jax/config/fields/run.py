@@ -1,9 +1,11 @@
 """The run: its task, seed, length and recipes."""
 
 from vision_jax.config.fields.field import (
+    ABOVE_0,
     AXIS,
     CLASSIFICATION,
     COUNT,
+    FROM_0,
     PAIRS,
     RECIPE_NAMES,
     RULES,
@@ -37,6 +39,18 @@ FIELDS = (
         (),
         PAIRS,
         "pairs (path regex, mesh axes), tried before the default; docs/training.md",
+    ),
+    field(
+        "hosts.compare_every",
+        100,
+        FROM_0,
+        "of several processes: updates between comparisons of the copies of all arrays; 0 for none",
+    ),
+    field(
+        "hosts.patience",
+        40.0,
+        ABOVE_0,
+        "of several processes: seconds that the others wait in a step for one that is behind",
     ),
     field(
         "trainable",

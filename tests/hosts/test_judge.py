@@ -1,0 +1,111 @@
+"""Whose failure it is, from reports alone."""
+
+import dataclasses
+import signal
+
+import pytest
+
+from vision_jax.hosts import board, judge
+from vision_jax.hosts.judge import Report, find_cause
+
+WAITING = {"step": 7, "phase": board.STEP, "longest": 0.5}
+
+
+def others(**one):
+    """Process 1 is as said, 0 and 2 wait for it in step 7."""
+    return {
+        0: Report("a", **WAITING),
+        1: Report("b", **{**WAITING, **one}),
+        2: Report("c", **WAITING),
+    }
+
+
+GLOO = "JaxRuntimeError: INTERNAL: Gloo AllReduce failed: Connection closed by peer"
+
+
+@pytest.mark.parametrize(
+    ("one", "words", "code"),
+    [
+        ({"code": -signal.SIGKILL}, "was killed by SIGKILL (out of memory?)", 75),
+        ({"code": -signal.SIGSEGV}, "was killed by SIGSEGV", 75),
+        ({"code": -signal.SIGTERM}, "was killed by SIGTERM", 143),
+        ({"closed": True}, "is lost: its connection closed; it was at step 7, computing", 75),
+        ({"silent": 26.0}, "is lost: no sign of life for 26 s", 75),
+        ({"state": "T", "still": 11.0}, "is stopped (SIGSTOP) since 11 s", 75),
+        ({"still": 26.0}, "does not answer since 26 s; it was at step 7, computing", 75),
+        ({"phase": board.DATA, "age": 41.0}, "is slow: the others wait for 41 s, it is at ste", 75),
+        ({"kind": 1, "text": "no image is sound", "ended": 3.0}, "step 7): no image is sound", 75),
+        ({"kind": 1, "text": "no such file", "ended": 3.0, "step": 0}, "(b): no such file", 2),
+        ({"kind": 1, "text": "process 1 (b): holds another", "ended": 3.0}, "1 (b): holds", 75),
+        ({"kind": 2, "text": "KeyError: 'x'", "ended": 3.0}, "step 7): KeyError: 'x'", 1),
+        ({"code": 3, "ended": 3.0}, "step 7): ended with code 3", 1),
+        ({"kind": 2, "text": GLOO, "ended": 31.0}, "Connection closed by peer", 75),
+        ({"code": -signal.SIGABRT, "ended": 31.0}, "was ended by SIGABRT", 75),
+    ],
+)
+def test_one_process_is_named_with_its_cause(one, words, code):
+    verdict = find_cause(others(**one))
+    assert words in verdict.line
+    assert verdict.line.startswith("process 1 (b")
+    assert (verdict.code, verdict.process) == (code, 1)
+    assert "\n" not in verdict.line
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        {},
+        {"silent": 20.0, "still": 20.0},
+        {"state": "T", "still": 5.0},
+        {"phase": board.DATA, "age": 39.0},
+        {"phase": board.COMPILE, "age": 1000.0},
+        {"phase": board.EVALUATE, "age": 1000.0},
+        {"phase": board.SAVE, "age": 1000.0},
+        {"phase": board.DATA, "age": 41.0, "longest": 6.0},  # its data took as long before
+        {"kind": 1, "text": "x", "ended": 0.5},  # others may say more
+        {"kind": 2, "text": GLOO, "ended": 20.0},
+        {"code": 0},
+        {"code": 128 + signal.SIGTERM},  # saved and ended
+    ],
+)
+def test_what_is_no_failure_yet(one):
+    assert find_cause(others(**one)) is None
+
+
+def test_a_cause_comes_before_its_consequences():
+    reports = others(code=-signal.SIGKILL)
+    for process in (0, 2):
+        reports[process] = dataclasses.replace(
+            reports[process], kind=2, text=GLOO, ended=9.0, code=1
+        )
+    assert find_cause(reports).process == 1
+    reports = others(kind=2, text="OSError: the disk", ended=1.0, code=1)
+    reports[0] = dataclasses.replace(reports[0], kind=2, text=GLOO, ended=9.0, code=1)
+    reports[2] = dataclasses.replace(reports[2], kind=2, text=GLOO, ended=9.0, code=1)
+    assert find_cause(reports).line == "process 1 (b, step 7): OSError: the disk"
+
+
+def test_what_all_say_is_nobodys():
+    same = {n: Report("h", kind=1, text="step 5 is not finite", step=5) for n in range(3)}
+    assert find_cause(same).line == "step 5 is not finite"
+    assert find_cause(same).code == judge.BAD
+
+
+def test_all_wait_and_nobody_is_behind():
+    reports = {n: Report("h", **WAITING, age=50.0) for n in range(2)}
+    verdict = find_cause(reports)
+    assert "all processes wait for each other for 50 s, at step 7" in verdict.line
+    assert (verdict.code, verdict.process) == (judge.LOST, -1)
+    slow = {n: dataclasses.replace(one, longest=10.0) for n, one in reports.items()}
+    assert find_cause(slow) is None
+
+
+def test_the_first_steps_may_take_long():
+    reports = {n: Report("h", phase=board.START, age=1000.0) for n in range(2)}
+    assert find_cause(reports) is None
+
+
+def test_one_that_ended_too_soon():
+    reports = others(code=0, ended=30.0)
+    waiting = {n: dataclasses.replace(reports[n], age=30.0) for n in (0, 2)}
+    assert "process 1 (b) has ended" in find_cause({**reports, **waiting}).line

@@ -1,0 +1,1 @@
+"""The processes of one run and who watches over them; nothing here imports JAX."""

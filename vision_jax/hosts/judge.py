@@ -1,0 +1,223 @@
+"""Why a run of several processes ends: one line, from what is known of each process.
+
+A pure function of reports, so that each fault can be tested without one.
+"""
+
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vision_jax.hosts.board import BAD_INPUT, NOTHING, QUICK, UNFORESEEN, WORDS
+
+SILENCE = 25.0  # seconds without a sign of life, after which a process or its machine is lost
+STOPPED = 10.0  # seconds that a process may be stopped
+GRACE = 2.0  # seconds for others to say more after the first failure
+CONSEQUENCE = SILENCE + 5.0  # of those whose failure may be that of another
+LONG = 1800.0  # seconds of compiling, evaluating, saving
+TIMES_LONGEST = 10  # a step may take as many times the longest so far
+
+# Exit codes. Launchers run the same command again after all of them but BAD.
+BAD = 2  # bad input: the same again would end the same
+LOST = 75  # sysexits.h's EX_TEMPFAIL: one process or machine was lost or failed, the run resumes
+
+# What collectives and JAX's own service say when somebody else has gone.
+_OF_OTHERS = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|coordination|unavailable|deadline_exceeded"
+    r"|heartbeat|socket closed|broken pipe|barrier|aborted",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a process. Ages are in seconds, of the machine that measures them.
+
+    Attributes:
+      host: its machine's name.
+      silent: since its supervisor was last heard.
+      closed: the supervisor's connection has ended.
+      still: since the process last said that it lives.
+      state: of the process by the kernel: "T" is stopped; "" unknown.
+      step: that it works at.
+      phase: of board.py.
+      age: of the phase.
+      longest: of quick phases so far.
+      patience: that others have with it.
+      kind: why it ends, of board.py.
+      text: its reason.
+      code: exit code once it has ended, negative for a signal; None while it lives.
+      ended: since it failed or ended.
+    """
+
+    host: str
+    silent: float = 0.0
+    closed: bool = False
+    still: float = 0.0
+    state: str = ""
+    step: int = 0
+    phase: int = 0
+    age: float = 0.0
+    longest: float = 0.0
+    patience: float = 40.0
+    kind: int = NOTHING
+    text: str = ""
+    code: int | None = None
+    ended: float = 0.0
+
+    @property
+    def fine(self) -> bool:
+        """It has ended as it should: done, or saved after a signal."""
+        return (
+            self.code is not None and self.kind == NOTHING and (self.code == 0 or self.code > 128)
+        )
+
+    @property
+    def place(self) -> str:
+        return f"at step {self.step}, {WORDS[self.phase]}" if self.step else WORDS[self.phase]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The end of a run.
+
+    Attributes:
+      line: host, step and cause.
+      code: exit code of all.
+      process: whose failure it is; -1 for nobody's alone.
+    """
+
+    line: str
+    code: int
+    process: int
+
+
+def find_cause(reports: Mapping[int, Report]) -> Verdict | None:
+    """Why all must end now, or None: they go on, or more may be known soon.
+
+    Examples:
+      >>> find_cause({0: Report("a"), 1: Report("b", step=7, phase=3, closed=True)}).line
+      'process 1 (b) is lost: its connection closed; it was at step 7, computing'
+    """
+    return _lost(reports) or _failed(reports) or _stuck(reports) or _slow(reports)
+
+
+def _name(process: int, report: Report) -> str:
+    return f"process {process} ({report.host})"
+
+
+def _lost(reports: Mapping[int, Report]) -> Verdict | None:
+    """Killed, or its machine gone: whatever others say is its consequence."""
+    for process, one in reports.items():
+        was = f"it was {one.place}"
+        if one.code is not None and one.code < 0:
+            name = _signal(-one.code)
+            code = 128 - one.code if -one.code in (signal.SIGTERM, signal.SIGINT) else LOST
+            hint = " (out of memory?)" if -one.code == signal.SIGKILL else ""
+            if one.kind == NOTHING and -one.code != signal.SIGABRT:
+                line = f"{_name(process, one)} was killed by {name}{hint}; {was}"
+                return Verdict(line, code, process)
+        elif one.closed and one.code is None:
+            line = f"{_name(process, one)} is lost: its connection closed; {was}"
+            return Verdict(line, LOST, process)
+        elif one.silent > SILENCE and not one.fine:
+            line = f"{_name(process, one)} is lost: no sign of life for {one.silent:.0f} s; {was}"
+            return Verdict(line, LOST, process)
+    return None
+
+
+def _failed(reports: Mapping[int, Report]) -> Verdict | None:
+    """The first that has failed by itself."""
+    failed = {n: one for n, one in reports.items() if _has_failed(one)}
+    if not failed:
+        return None
+
+    def rank(process: int) -> tuple[bool, bool, float]:
+        one = failed[process]
+        return _may_be_of_others(one), one.kind != BAD_INPUT, -one.ended
+
+    first = min(failed, key=rank)
+    one = failed[first]
+    complete = len(failed) == len(reports)
+    if not complete and one.ended < (CONSEQUENCE if _may_be_of_others(one) else GRACE):
+        return None
+    text = one.text or f"ended with code {one.code}, {one.place}"
+    code = 1
+    if one.code is not None and one.code < 0:
+        text, code = one.text or f"was ended by {_signal(-one.code)}, {one.place}", LOST
+    elif _may_be_of_others(one):
+        code = LOST
+    alike = len(reports) > 1 and {other.text for other in reports.values()} == {text}
+    named = bool(re.match(r"process \d+ \(", text))
+    if one.kind == BAD_INPUT:  # a disk, a memory: once a run trains, one host's trouble is no input
+        code = LOST if one.step and (named or not alike) else BAD
+    if alike or named:
+        return Verdict(text, code, first)
+    at = f", step {one.step}" if one.step else ""
+    return Verdict(f"process {first} ({one.host}{at}): {text}", code, first)
+
+
+def _has_failed(one: Report) -> bool:
+    return one.kind != NOTHING or (one.code is not None and not one.fine)
+
+
+def _may_be_of_others(one: Report) -> bool:
+    aborted = one.code is not None and -one.code == signal.SIGABRT and one.kind == NOTHING
+    return aborted or (one.kind == UNFORESEEN and bool(_OF_OTHERS.search(one.text)))
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _stuck(reports: Mapping[int, Report]) -> Verdict | None:
+    """Stopped, or one that says nothing any more."""
+    for process, one in reports.items():
+        if one.code is not None:
+            continue
+        if one.state == "T" and one.still > STOPPED:
+            line = f"{_name(process, one)} is stopped (SIGSTOP) since {one.still:.0f} s"
+        elif one.still > SILENCE:
+            line = f"{_name(process, one)} does not answer since {one.still:.0f} s"
+        else:
+            continue
+        return Verdict(f"{line}; it was {one.place}", LOST, process)
+    return None
+
+
+def _slow(reports: Mapping[int, Report]) -> Verdict | None:
+    """The one that all others wait for; or all wait and nobody knows for whom."""
+    living = {n: one for n, one in reports.items() if one.code is None}
+    if len(reports) < 2 or not living:
+        return None
+    for process, one in reports.items():  # the others wait for one that has gone
+        if (
+            one.fine
+            and one.ended > SILENCE + GRACE
+            and all(o.age > SILENCE for o in living.values())
+        ):
+            behind, other = next(iter(living.items()))
+            line = f"{_name(process, one)} has ended, and {_name(behind, other)} is {other.place}"
+            return Verdict(line, LOST, process)
+    last = min(living, key=lambda n: (living[n].step, living[n].phase))
+    one = living[last]
+    if one.step == 0 and one.age <= LONG:
+        return None
+    longest = max(o.longest for o in living.values())
+    limit = max(one.patience, TIMES_LONGEST * longest) if one.phase in QUICK else LONG
+    if one.age <= limit:
+        return None
+    ahead = any((o.step, o.phase) > (one.step, one.phase) for o in living.values())
+    for_long = f"for {one.age:.0f} s"
+    if ahead:
+        line = f"{_name(last, one)} is slow: the others wait {for_long}, it is {one.place}"
+        return Verdict(line, LOST, last)
+    if any(o.age <= limit for o in living.values()):
+        return None
+    line = (
+        f"all processes wait for each other {for_long}, {one.place}: a device or the network hangs"
+    )
+    return Verdict(line, LOST, -1)

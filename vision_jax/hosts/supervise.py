@@ -1,0 +1,618 @@
+"""A supervisor for each process of a run, so that the end of one is told to all, in one line.
+
+    supervisor 0  <- TCP at --coordinator=HOST:PORT, a JSON object a line ->  supervisor 1, 2, ...
+        |  fork, a page of shared memory (board.py)                               |
+    process 0     <- JAX: its key-value store, collectives ->                 process 1, 2, ...
+
+A process of JAX's cannot do it alone: once another is lost, JAX's own service aborts it in C++, and
+one that was killed says nothing. The supervisor has no JAX. It forwards signals, kills what its
+process leaves behind, and ends with an exit code of judge.py. Supervisor 0 also judges.
+"""
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from vision_jax.errors import UserError, printable
+from vision_jax.hosts import judge
+from vision_jax.hosts.board import NOTHING, UNFORESEEN, Board
+from vision_jax.hosts.judge import Report, Verdict
+
+TICK = 0.2  # seconds between looks
+SECONDS_BETWEEN_REPORTS = 1.0
+COMING = 300.0  # seconds for all to come
+LONGEST_LINE = 65_536  # bytes of a message
+LEAVING = 5.0  # seconds for the others to read why
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# What JAX's C++ says when another process has gone; a stack follows.
+_OF_CPP = re.compile(
+    rb"^(F\d{4} |E\d{4} .*(coordination|Polled)|\*\*\* Check failure|terminate called)"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process's place in its run.
+
+    Attributes:
+      coordinator: HOST:PORT where the supervisors meet; "" if this one has all processes.
+      processes: how many there are.
+      first: the first that this supervisor has.
+      count: how many it has.
+    """
+
+    coordinator: str
+    processes: int
+    first: int
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Mine:
+    """A process that has a supervisor.
+
+    Attributes:
+      board: what its supervisor reads.
+      processes: how many there are.
+      process: which of them this one is.
+    """
+
+    board: Board
+    processes: int
+    process: int
+
+
+_mine: list[Mine] = []
+
+
+def mine() -> Mine | None:
+    """This process, if it has a supervisor."""
+    return _mine[0] if _mine else None
+
+
+def start(place: Place, *, prefixed: bool = False) -> Mine:
+    """Forks the processes; returns in each of them.
+
+    The supervisor itself never returns: it ends with its processes.
+
+    Args:
+      place: of this supervisor.
+      prefixed: each line that a process prints begins with its number.
+
+    Raises:
+      UserError: the coordinator's port is taken or its address cannot be used.
+    """
+    if not hasattr(os, "fork"):
+        raise UserError("several processes of one run need Linux or macOS")
+    link = _make_link(place)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    workers: list[_Worker] = []
+    for number in range(place.first, place.first + place.count):
+        worker = _Worker(number, prefixed)
+        if worker.fork():
+            for other in workers:
+                other.forget()
+            link.forget()
+            _mine.append(Mine(worker.board, place.processes, number))
+            return _mine[0]
+        workers.append(worker)
+    try:
+        code = _supervise(workers, link)
+    finally:
+        for worker in workers:
+            worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# The process below -------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A process that was forked, seen from its supervisor."""
+
+    def __init__(self, number: int, prefixed: bool):
+        self.number, self.prefixed = number, prefixed
+        self.board = Board()
+        self.pid = 0
+        self.code: int | None = None
+        self._beats, self._beaten = 0, time.monotonic()
+        self._failed_at = 0.0
+        self._relays: list[_Relay] = []
+
+    def fork(self) -> bool:
+        """Whether this is the new process."""
+        pipes = [os.pipe() for _ in range(2 if self.prefixed else 1)]
+        parent = os.getpid()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # JAX may be imported; it has no threads yet
+            self.pid = os.fork()
+        if self.pid == 0:
+            os.setpgid(0, 0)  # a terminal's Ctrl-C comes once, from the supervisor
+            _die_with(parent)
+            for descriptor, (reading, writing) in zip((2, 1), pipes, strict=False):
+                os.dup2(writing, descriptor)
+                os.close(reading)
+                os.close(writing)
+            for number in FORWARDED:
+                usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                signal.signal(number, usual)
+            self.board.start_beating()
+            return True
+        with contextlib.suppress(OSError):
+            os.setpgid(self.pid, self.pid)
+        prefix = f"[{self.number}] ".encode() if self.prefixed else b""
+        for stream, (reading, writing) in zip((sys.stderr, sys.stdout), pipes, strict=False):
+            os.close(writing)
+            held = self._holds if stream is sys.stderr else None
+            self._relays.append(_Relay(reading, stream.fileno(), prefix, held))
+        return False
+
+    def forget(self) -> None:
+        """In a sibling: what is not its own is closed."""
+        for relay in self._relays:
+            relay.forget()
+
+    def _holds(self) -> bool:
+        """Whether what it prints is about its end, and may be another's."""
+        return self.board.read().kind == UNFORESEEN
+
+    def report(self, host: str) -> Report:
+        """What is known of it now."""
+        now, at = time.monotonic(), self.board.read()
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        if at.beats != self._beats:
+            self._beats, self._beaten = at.beats, now
+        if not self._failed_at and (self.code is not None or at.kind != NOTHING):
+            self._failed_at = now
+        still = now - self._beaten
+        return Report(
+            host=host,
+            still=still,
+            state=_state(self.pid) if still > 2 and self.code is None else "",
+            step=at.step,
+            phase=at.phase,
+            age=now - at.since,
+            longest=at.longest,
+            patience=at.patience,
+            kind=at.kind,
+            text=at.text,
+            code=self.code,
+            ended=now - self._failed_at if self._failed_at else 0.0,
+        )
+
+    def signal(self, number: int) -> None:
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends it and all that it has started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def close(self, show: bool) -> None:
+        """Relays the last of its output; what was held back only if it is to be shown."""
+        for relay in self._relays:
+            relay.close(show)
+
+
+class _Relay:
+    """Copies a pipe to a descriptor in a thread, whole lines; holds back what may be another's."""
+
+    def __init__(self, reading: int, to: int, prefix: bytes, held: Callable[[], bool] | None):
+        self._reading, self._to, self._prefix, self._asks = reading, to, prefix, held
+        self._held: list[bytes] = []
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread.start()
+
+    def forget(self) -> None:
+        os.close(self._reading)
+
+    def _copy(self) -> None:
+        rest = b""
+        while piece := os.read(self._reading, 65_536):
+            *lines, rest = (rest + piece).split(b"\n")
+            if len(rest) > LONGEST_LINE or (rest and not self._prefix and not self._asks):
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                self._line(line + b"\n")
+        if rest:
+            self._line(rest)
+
+    def _line(self, line: bytes) -> None:
+        if self._asks and (self._held or self._asks() or _OF_CPP.match(line)):
+            self._held.append(line)
+        else:
+            _write(self._to, self._prefix + line)
+
+    def close(self, show: bool) -> None:
+        if self._thread is not None:
+            self._thread.join(2)
+        for line in self._held if show else ():
+            _write(self._to, self._prefix + line)
+        self._held = []
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    with contextlib.suppress(OSError):
+        while content:
+            content = content[os.write(descriptor, content) :]
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when its supervisor does, even by SIGKILL (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+def _state(pid: int) -> str:
+    """The kernel's letter for it, "T" for stopped (Linux)."""
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rsplit(b")", 1)[1].split()[0].decode()
+    return ""
+
+
+# The supervisor ----------------------------------------------------------------------------------
+
+
+def _supervise(workers: Sequence[_Worker], link: "_Hub | _Spoke") -> int:
+    """Until all have ended; returns the exit code."""
+    received: list[int] = []
+    for one in FORWARDED:
+        signal.signal(one, lambda number, _: received.append(number))
+    for worker in workers:
+        for relay in worker._relays:
+            relay.start()
+    host = printable(socket.gethostname())
+    address = ""
+    while True:
+        while received:
+            number = received.pop(0)
+            for worker in workers:
+                worker.signal(number)
+        reports = {worker.number: worker.report(host) for worker in workers}
+        verdict = link.exchange(reports)
+        if verdict is not None:
+            break
+        if not address and (address := link.address):
+            for worker in workers:
+                worker.board.let_go(address)
+        if link.done and all(one.fine for one in reports.values()):
+            break
+    for worker in workers:
+        worker.kill()
+    if verdict is not None:
+        link.leave()
+    own = [worker for worker in workers if verdict is not None and worker.number == verdict.process]
+    for worker in workers:
+        worker.close(show=worker in own)
+    if verdict is not None:
+        if verdict.line:
+            _write(2, f"error: {verdict.line}\n".encode())
+        return verdict.code
+    return max(worker.code or 0 for worker in workers)
+
+
+@dataclass
+class _Peer:
+    """Another supervisor, from this one's end of the line."""
+
+    connection: socket.socket
+    heard: float = field(default_factory=time.monotonic)
+    closed: bool = False
+    unread: bytes = b""
+
+    def send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a peer that is gone shows when it is read
+            self.connection.send(json.dumps(message).encode() + b"\n", _no_signal())
+
+    def receive(self) -> list[dict[str, Any]]:
+        """The messages that have come; closes the line of one who says something else."""
+        messages: list[dict[str, Any]] = []
+        try:
+            while piece := self.connection.recv(LONGEST_LINE):
+                self.unread += piece
+                *lines, self.unread = self.unread.split(b"\n")
+                if len(self.unread) > LONGEST_LINE:
+                    raise ValueError("too long")
+                found = [json.loads(line) for line in lines]
+                if not all(isinstance(one, dict) for one in found):
+                    raise ValueError("not an object")
+                messages += found
+            self.closed = True
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError, RecursionError):
+            self.closed = True
+        if messages:
+            self.heard = time.monotonic()
+        return messages
+
+
+def _no_signal() -> int:
+    return getattr(socket, "MSG_NOSIGNAL", 0) | getattr(socket, "MSG_DONTWAIT", 0)
+
+
+class _Hub:
+    """Supervisor 0: hears all others, and judges."""
+
+    def __init__(self, place: Place):
+        self._place, self._begun = place, time.monotonic()
+        self._listener: socket.socket | None = None
+        self._strangers: list[_Peer] = []
+        self._peers: dict[int, _Peer] = {}
+        self._known: dict[int, Report] = {}
+        self._refused: tuple[Verdict, float] | None = None  # and when
+        self._said = 0.0
+        self.address = ""
+        self.done = False
+        if place.coordinator:
+            host, port = split_address(place.coordinator)
+            self._listener = _listen(host, port)
+            self._host = host
+        else:
+            self._host = "127.0.0.1"
+
+    def forget(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+
+    def exchange(self, own: dict[int, Report]) -> Verdict | None:
+        """Hears the others for a tick; judges, and tells them the verdict."""
+        self._hear()
+        reports = {**own}
+        now = time.monotonic()
+        for process, peer in self._peers.items():
+            known = self._known[process]
+            reports[process] = replace(known, silent=now - peer.heard, closed=peer.closed)
+        if len(reports) < self._place.processes:
+            verdict = self._refusal(len(reports), now)
+            verdict = verdict or judge.find_cause(reports) or self._missing(reports)
+        else:
+            if not self.address:
+                name = f"[{self._host}]" if ":" in self._host else self._host
+                self.address = f"{name}:{free_port(self._host)}"
+                self._tell({"address": self.address})
+            verdict = judge.find_cause(reports)
+            self.done = all(one.fine for one in reports.values())
+        if verdict is not None:
+            self._tell({"verdict": asdict(verdict)})
+        elif now - self._said > SECONDS_BETWEEN_REPORTS or self.done:
+            self._said = now
+            self._tell({"done": self.done})
+        return verdict
+
+    def _refusal(self, here: int, now: float) -> Verdict | None:
+        """What ends all because of one that was refused, when the others have come to hear it."""
+        if self._refused is None:
+            return None
+        verdict, since = self._refused
+        return verdict if here + 1 >= self._place.processes or now - since > LEAVING else None
+
+    def _missing(self, reports: dict[int, Report]) -> Verdict | None:
+        waited = time.monotonic() - self._begun
+        if waited < COMING:
+            return None
+        missing = sorted(set(range(self._place.processes)) - set(reports))
+        names = ", ".join(map(str, missing[:8]))
+        line = (
+            f"process {names} has not come to {self._place.coordinator} within {waited:.0f} s: was "
+            "it started, and can it reach that address?"
+        )
+        return Verdict(line, judge.LOST, missing[0])
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for peer in self._peers.values():
+            peer.send(message)
+
+    def leave(self) -> None:
+        """Waits until the others have read the verdict and left."""
+        end = time.monotonic() + LEAVING
+        while time.monotonic() < end and any(not peer.closed for peer in self._peers.values()):
+            for peer in self._peers.values():
+                peer.receive()
+            time.sleep(0.05)
+
+    def _hear(self) -> None:
+        open_ones = [p for p in (*self._strangers, *self._peers.values()) if not p.closed]
+        watched: list[Any] = [peer.connection for peer in open_ones]
+        if self._listener is not None:
+            watched.append(self._listener)
+        readable, _, _ = select.select(watched, [], [], TICK)
+        if self._listener in readable:
+            with contextlib.suppress(OSError):
+                connection, _ = self._listener.accept()  # type: ignore[union-attr]
+                _prepare(connection)
+                self._strangers.append(_Peer(connection))
+        for process, peer in self._peers.items():
+            for message in peer.receive() if peer.connection in readable else ():
+                with contextlib.suppress(TypeError):
+                    self._known[process] = Report(**message["report"])
+        for stranger in [one for one in self._strangers if one.connection in readable]:
+            for message in stranger.receive():
+                if self._greet(stranger, message):
+                    break
+        now = time.monotonic()
+        for stranger in list(self._strangers):
+            if stranger.closed or now - stranger.heard > judge.SILENCE:  # a port scanner
+                stranger.connection.close()
+                self._strangers.remove(stranger)
+
+    def _greet(self, stranger: _Peer, message: dict[str, Any]) -> bool:
+        """Takes a supervisor in, or tells it why not."""
+        process, processes = message.get("process"), message.get("processes")
+        count = self._place.processes
+        if not (isinstance(process, int) and isinstance(processes, int)):
+            stranger.closed = True
+            return True
+        host = printable(str(message.get("host")))[:100]
+        refusal = ""
+        if processes != count:
+            refusal = f"was started with --processes={processes}, and process 0 with {count}"
+        elif not 0 < process < count:
+            refusal = f"has no place among {count} processes"
+        elif process in self._peers:
+            refusal = "is here already: two were started with the same --process"
+        if refusal:
+            line = f"process {process} ({host}) {refusal}: start each with its own"
+            stranger.send({"verdict": asdict(Verdict(line, judge.BAD, process))})
+            if not self.address:  # nothing has begun: all end with it
+                self._refused = self._refused or (
+                    Verdict(line, judge.BAD, process),
+                    time.monotonic(),
+                )
+            stranger.closed = True
+            return True
+        self._strangers.remove(stranger)
+        self._peers[process] = stranger
+        self._known[process] = Report(host=host)
+        if self.address:
+            stranger.send({"address": self.address})
+        return True
+
+
+class _Spoke:
+    """Any other supervisor: tells supervisor 0 what it knows, and hears the verdict."""
+
+    def __init__(self, place: Place):
+        self._place, self._begun = place, time.monotonic()
+        self._peer: _Peer | None = None
+        self._told = 0.0
+        self._last: tuple[Any, ...] = ()
+        self.address = ""
+        self.done = False
+
+    def forget(self) -> None:
+        """Nothing is open before the fork."""
+
+    def leave(self) -> None:
+        """Nobody waits for this one."""
+
+    def exchange(self, own: dict[int, Report]) -> Verdict | None:
+        """Reports, waits for a tick and hears supervisor 0."""
+        ((process, report),) = own.items()
+        if self._peer is None:
+            return self._connect(process, report)
+        now = time.monotonic()
+        news = (report.code, report.kind, report.step, report.phase, report.state)
+        if news[:2] != self._last[:2] or now - self._told > SECONDS_BETWEEN_REPORTS:
+            self._last, self._told = news, now
+            self._peer.send({"report": asdict(report)})
+        readable, _, _ = select.select([self._peer.connection], [], [], TICK)
+        for message in self._peer.receive() if readable else ():
+            if "address" in message:
+                self.address = str(message["address"])[:200]
+            self.done = self.done or bool(message.get("done"))
+            if "verdict" in message:
+                with contextlib.suppress(TypeError):
+                    return Verdict(**message["verdict"])
+        if self.done:
+            return None
+        silent = time.monotonic() - self._peer.heard
+        if self._peer.closed or silent > judge.SILENCE:
+            how = (
+                "its connection closed"
+                if self._peer.closed
+                else f"no sign of life for {silent:.0f} s"
+            )
+            place = f"this one was {report.place}"
+            host, _ = split_address(self._place.coordinator)
+            return Verdict(f"process 0 ({host}) is lost: {how}; {place}", judge.LOST, 0)
+        return None
+
+    def _connect(self, process: int, report: Report) -> Verdict | None:
+        try:
+            connection = socket.create_connection(split_address(self._place.coordinator), 5)
+        except OSError as error:
+            waited = time.monotonic() - self._begun
+            if waited > COMING or report.code is not None:
+                line = (
+                    f"process 0 does not answer at {self._place.coordinator} since {waited:.0f} s "
+                    f"({error.strerror or error}): was it started, and can it be reached?"
+                )
+                return Verdict(line, judge.LOST, 0)
+            time.sleep(TICK)
+            return None
+        _prepare(connection)
+        self._peer = _Peer(connection)
+        hello = {"process": process, "processes": self._place.processes, "host": report.host}
+        self._peer.send(hello)
+        return None
+
+
+def _make_link(place: Place) -> _Hub | _Spoke:
+    return _Hub(place) if place.first == 0 else _Spoke(place)
+
+
+def _prepare(connection: socket.socket) -> None:
+    connection.setblocking(False)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT or [IPv6]:PORT.
+
+    Raises:
+      UserError: it is none.
+
+    Examples:
+      >>> split_address("[::1]:80")
+      ('::1', 80)
+    """
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65_536:
+        raise UserError(f"--coordinator={address}: it must be HOST:PORT of process 0, or auto")
+    return host, int(port)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """On all addresses of this machine; on the loopback's alone where that is what is named."""
+    local = host in ("127.0.0.1", "localhost", "::1")
+    try:
+        if local or not socket.has_dualstack_ipv6():
+            family = socket.AF_INET6 if host == "::1" else socket.AF_INET
+            listener = socket.create_server((host if local else "", port), family=family)
+        else:
+            listener = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    except OSError as error:
+        raise UserError(
+            f"--coordinator={host}:{port}: process 0 cannot listen there ({error.strerror}): give "
+            "a free port of its machine"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def free_port(host: str = "") -> int:
+    """A TCP port that nobody listens at."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind(("::" if family == socket.AF_INET6 else "", 0))
+        return int(probe.getsockname()[1])
