@@ -44,7 +44,7 @@ SCORE = 0.1  # below it nothing goes on with a track
 
 
 @dataclass
-class Watched:
+class Source:
     """A source that is being watched: what changes from frame to frame.
 
     Attributes:
@@ -148,24 +148,24 @@ def _run(flags: argparse.Namespace) -> int:
         streams = [stack.enter_context(open_stream(one, **how)) for one in flags.sources]
         rows = flags.rows or (1 if any(stream.live for stream in streams) else ROWS)
         detector = _load_detector(flags, rows)
-        watched = [
+        sources = [
             _begin(flags.rules, stream, detector, out, stack)
             for stream, out in zip(streams, outs, strict=True)
         ]
-        with _show(watched) as (advance, say):
-            _watch(watched, detector, signals, advance, say)
-    for one in watched:
+        with _show(sources) as (advance, say):
+            _watch(sources, detector, signals, advance, say)
+    for one in sources:
         for note in one.stream.notes():
             print(f"note: {note}", file=sys.stderr)
         print(f"wrote {one.log.out / 'detections.jsonl'}, {one.log.out / 'events.jsonl'}")
     if signals:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + signals[0]
-    return ENDED_EARLY if any(one.stream.problem for one in watched) else 0
+    return ENDED_EARLY if any(one.stream.problem for one in sources) else 0
 
 
 def _watch(
-    watched: Sequence[Watched],
+    sources: Sequence[Source],
     detector: "Detector",
     signals: Sequence[int],
     advance: Callable[[int, int, Fraction], None],
@@ -174,7 +174,7 @@ def _watch(
     """The loop, in the order that the data flows.
 
     Args:
-      watched: the sources, each with what is known of it; changed here.
+      sources: each with what is known of it; changed here.
       detector: of all.
       signals: those that came; the first ends the loop.
       advance: called with (place of a source, frames, seconds of the source).
@@ -183,8 +183,8 @@ def _watch(
     from vision_jax.video.events import step
     from vision_jax.video.frames import batches
 
-    for place, frames in batches([one.stream for one in watched], detector.rows):
-        one = watched[place]
+    for place, frames in batches([one.stream for one in sources], detector.rows):
+        one = sources[place]
         if signals and not one.stream.live:
             continue  # its batch may be short; the same command takes it up again
         if not frames:
@@ -222,7 +222,7 @@ def _load_detector(flags: argparse.Namespace, rows: int) -> "Detector":
 
 def _begin(
     rules: Path, stream: "Stream", detector: "Detector", out: Path, stack: ExitStack
-) -> Watched:
+) -> Source:
     """Begins a source's log, or goes on with it."""
     from vision_jax.video.events import Head, open_log
     from vision_jax.video.rules import check, read_rules
@@ -237,7 +237,7 @@ def _begin(
         start.isoformat() if start else "",
     )
     log, progress = open_log(out, head, checked, read_text(rules))
-    return Watched(stream, checked, stack.enter_context(log), progress)
+    return Source(stream, checked, stack.enter_context(log), progress)
 
 
 def _without_secrets(source: str) -> str:
@@ -286,7 +286,7 @@ def _signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _show(
-    watched: Sequence[Watched],
+    sources: Sequence[Source],
 ) -> Iterator[tuple[Callable[[int, int, Fraction], None], Callable[[str], None]]]:
     """(advance, say): a bar for each source on a terminal, and lines above them."""
     from rich.console import Console
@@ -299,20 +299,20 @@ def _show(
     ) as bars:
         tasks = [
             bars.add_task(printable(Path(one.stream.name).name), total=one.stream.seconds, said="")
-            for one in watched
+            for one in sources
         ]
-        counts, began = [0] * len(watched), time.monotonic()
+        counts, began = [0] * len(sources), time.monotonic()
 
         def advance(place: int, frames: int, seconds: Fraction) -> None:
             counts[place] += frames
             rate = counts[place] / max(time.monotonic() - began, 1e-9)
-            said = f"{counts[place]:,} frames  {rate:.1f}/s  {watched[place].alarms} alarms"
+            said = f"{counts[place]:,} frames  {rate:.1f}/s  {sources[place].alarms} alarms"
             bars.update(tasks[place], completed=float(seconds), said=said)
 
         yield advance, lambda text: console.print(printable(text), markup=False)
 
 
-def _line(one: Watched, event: dict[str, Any]) -> str:
+def _line(one: Source, event: dict[str, Any]) -> str:
     """One line of an event."""
     minutes, seconds = divmod(float(event["time"]), 60)
     when = f"{Path(one.stream.name).name} {int(minutes)}:{seconds:06.3f}"

@@ -101,7 +101,7 @@ def read(request: dict[str, Any]) -> Any:
         raise Refused("no decoder for its video")
     context.options = {"max_pixels": str(request["most_pixels"])}
     context.thread_count = 1  # the cores are the detector's; a file's errors come in one order
-    stated = video.average_rate or video.guessed_rate
+    stated = video.guessed_rate or video.average_rate
     clock = Clock(Fraction(1, 1) / stated if stated else Fraction(1, DEFAULT_RATE))
     counts = {"undecodable": 0, "damaged": 0, "jumps": 0, "gaps": 0, "same time": 0, "skipped": 0}
     rate = Fraction(*request["rate"]) if request["rate"] else None
@@ -205,12 +205,12 @@ def _words(error: Any) -> str:
 class Clock:
     """Times since the first frame that only grow, whatever a source's clock does.
 
-    A clock that goes back has been set anew, so what follows is taken to come one usual step after
-    the frame before it.
+    A clock that goes back has been set anew, so what follows is taken to come when the frame before
+    it has been shown for as long as it says; so is a frame without a time.
     """
 
     def __init__(self, step: Fraction):
-        self._step = step  # between frames
+        self._step = step  # how long a frame is shown, until one says it
         self._zero: Fraction | None = None
         self._last = Fraction(0)
 
@@ -220,16 +220,19 @@ class Clock:
             shown = None
         else:
             shown = frame.pts * frame.time_base
+        step = self._step
+        if frame.duration and frame.time_base:
+            self._step = frame.duration * frame.time_base
         if self._zero is None:
             self._zero = Fraction(0) if shown is None else shown
             return self._last
-        time = self._last + self._step if shown is None else shown - self._zero
+        time = self._last + step if shown is None else shown - self._zero
         if time == self._last:
             return None
         if time < self._last:
             counts["jumps"] += 1
-            self._zero -= self._last + self._step - time
-            time = self._last + self._step
+            self._zero -= self._last + step - time
+            time = self._last + step
         elif time - self._last > LONG_GAP:
             counts["gaps"] += 1
         self._last = time
