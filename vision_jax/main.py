@@ -404,6 +404,8 @@ def _find_others(flags: dict[str, Any]) -> Any:
     if (mine := supervise.mine()) is None:
         if flags["coordinator"] == "auto":
             place = detect.find_place(os.environ)
+            if devices := detect.devices_of_this(os.environ):
+                os.environ["JAX_LOCAL_DEVICE_IDS"] = devices
         else:
             place = supervise.Place(flags["coordinator"], flags["processes"], flags["process"])
         if not 0 <= place.first < place.processes:

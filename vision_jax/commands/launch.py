@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from vision_jax.errors import UserError
 from vision_jax.flags import make_parser
 from vision_jax.hosts import supervise
+from vision_jax.hosts.detect import share_of_gpus
 
 
 def start(arguments: Sequence[str]) -> list[str]:
@@ -26,7 +27,8 @@ def start(arguments: Sequence[str]) -> list[str]:
     """
     count, rest = _parse(arguments)
     mine = supervise.start(supervise.Place("", count, 0, count), prefixed=True)
-    _take_devices(mine)
+    if devices := share_of_gpus(os.environ, mine.process, count):
+        os.environ["JAX_LOCAL_DEVICE_IDS"] = devices
     flags = (f"--processes={mine.processes}", f"--process={mine.process}")
     return [*rest, "--coordinator=127.0.0.1:1", *flags]  # they have met already
 
@@ -50,14 +52,3 @@ def _parse(arguments: Sequence[str]) -> tuple[int, list[str]]:
             f"{(given or rest)[0]} is for a process that is started alone: leave it out"
         )
     return flags.processes, rest
-
-
-def _take_devices(mine: supervise.Mine) -> None:
-    """This process's share of the machine's NVIDIA GPUs, if it has as many for each."""
-    named = {"JAX_LOCAL_DEVICE_IDS", "CUDA_VISIBLE_DEVICES"} & os.environ.keys()
-    folder = "/dev"
-    found = sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in os.listdir(folder))
-    share = found // mine.processes
-    if share and not named:
-        own = range(mine.process * share, (mine.process + 1) * share)
-        os.environ["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, own))

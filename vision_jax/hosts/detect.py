@@ -4,6 +4,7 @@ Slurm, Open MPI, Kubernetes' JobSet (with deploy/jobset.yaml's variables) and Cl
 else JAX knows comes last.
 """
 
+import os
 import re
 from collections.abc import Mapping
 
@@ -125,3 +126,29 @@ def _by_jax() -> Place:
             "--processes=N -- ...` on one machine"
         )
     return Place(address, processes, process)
+
+
+def share_of_gpus(environment: Mapping[str, str], rank: int, count: int) -> str:
+    """JAX_LOCAL_DEVICE_IDS for one of several processes of this machine: its NVIDIA GPUs.
+
+    "" where the environment says something of them already, or there are too few to share.
+
+    Args:
+      environment: os.environ.
+      rank: of the process among those of this machine.
+      count: of these.
+    """
+    if {"JAX_LOCAL_DEVICE_IDS", "CUDA_VISIBLE_DEVICES"} & environment.keys():
+        return ""
+    found = sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in os.listdir("/dev"))
+    share = found // count
+    return ",".join(map(str, range(rank * share, (rank + 1) * share)))
+
+
+def devices_of_this(environment: Mapping[str, str]) -> str:
+    """JAX_LOCAL_DEVICE_IDS under Open MPI, of which JAX knows no later version than 4; "" else."""
+    names = ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    if any(not environment.get(name, "").isdecimal() for name in names):
+        return ""
+    rank, count = (int(environment[name]) for name in names)
+    return share_of_gpus(environment, rank, count) if count > 1 else ""
