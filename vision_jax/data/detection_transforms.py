@@ -301,14 +301,30 @@ def resize_image(image: np.ndarray, size: tuple[int, int], interpolation: str) -
     """uint8[H, W, C] → uint8[h, w, C], `size` = (h, w); see `DetectionPreprocessing`."""
     if interpolation != ALIASED:
         return resize(image, size, interpolation)
-    pixels = image.astype(np.float32)
-    for axis, (old, new) in enumerate(zip(image.shape, size, strict=False)):
-        at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)  # pixel centers
-        first = at.astype(np.int64)
-        share = np.expand_dims((at - first).astype(np.float32), tuple({0, 1, 2} - {axis}))
-        second = pixels.take(np.minimum(first + 1, old - 1), axis)
-        pixels = pixels.take(first, axis) * (1 - share) + second * share
-    return np.rint(pixels).astype(np.uint8)
+    (height, width), channels = size, np.arange(image.shape[2])
+    first, second, share = _taps(image.shape[0], height)
+    rows = image.reshape(len(image), -1)  # [H, W·C]: gathers along one axis cost least
+    pixels = _mix(rows[first], rows[second], share[:, None])
+    first, second, share = _taps(image.shape[1], width)
+    first, second = ((at[:, None] * len(channels) + channels).ravel() for at in (first, second))
+    mixed = _mix(pixels.take(first, 1), pixels.take(second, 1), np.repeat(share, len(channels)))
+    return np.rint(mixed).astype(np.uint8).reshape(height, width, -1)
+
+
+def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The old pixels i64[new] that each new one lies between, and f32[new] of the second."""
+    at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)  # pixel centers
+    first = at.astype(np.int64)
+    return first, np.minimum(first + 1, old - 1), (at - first).astype(np.float32)
+
+
+def _mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """first · (1 - share) + second · share in f32."""
+    first, second = first.astype(np.float32), second.astype(np.float32)
+    first *= 1 - share
+    second *= share
+    first += second
+    return first
 
 
 def random_window(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from vision_jax.errors import UserError
 from vision_jax.loaded import Loaded
@@ -61,7 +60,7 @@ def make_detector(loaded: Loaded, rows: int, least: float) -> Detector:
     programs = compile_programs(servable, [rows])
 
     def run(frames: Sequence[np.ndarray]) -> list[Detections]:
-        views = [servable.look(Image.fromarray(pixels)) for pixels in frames]
+        views = [servable.look(pixels) for pixels in frames]
         found: list[Detections] = [no_detections()] * len(views)
         for canvas in sorted({view.canvas for view in views}):
             places = [place for place, view in enumerate(views) if view.canvas == canvas]
