@@ -78,11 +78,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--score", type=float, default=SCORE, help="boxes of a lower score are left out"
     )
-    parser.add_argument("--rate", type=_rate, help="frames a second that are looked at; all")
+    parser.add_argument("--rate", type=_number, help="frames a second that are looked at; all")
     parser.add_argument(
-        "--folder-rate", type=_rate, metavar="RATE", help="frames a second of a folder of frames"
+        "--folder-rate", type=_number, metavar="RATE", help="frames a second of a folder of frames"
     )
-    parser.add_argument("--duration", type=float, metavar="S", help="seconds of each source")
+    parser.add_argument("--duration", type=_number, metavar="S", help="seconds of each source")
     parser.add_argument("--frames", type=int, metavar="N", help="that are looked at of each source")
     parser.add_argument(
         "--timeout", type=float, default=30, metavar="S", help="without a frame: it has stalled"
@@ -109,7 +109,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                 raise UserError(f"--{name} is missing; see --help")
     for name, least, most in (
         ("score", 0, 1),
-        ("duration", 0.001, 1e9),
         ("frames", 1, 10**12),
         ("timeout", 0.1, 86_400),
         ("rows", 1, 256),
@@ -120,15 +119,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
-def _rate(text: str) -> Fraction:
-    """Frames a second, such as 5, 0.5 or 30000/1001; the type of a flag."""
-    try:
-        rate = Fraction(text) if len(text) < 30 else Fraction(0)
-    except (ValueError, ZeroDivisionError):
-        rate = Fraction(0)
-    if not Fraction(1, 10**6) <= rate <= 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no rate such as 5, 0.5 or 30000/1001")
-    return rate
+def _number(text: str) -> Fraction:
+    """Frames a second or seconds, such as 5, 0.5 or 30000/1001; the type of a flag."""
+    from vision_jax.video.frames import exact
+
+    number = exact(text)
+    if number is None or not Fraction(1, 10**6) <= number <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number such as 5, 0.5 or 30000/1001")
+    return number
 
 
 def _run(flags: argparse.Namespace) -> int:

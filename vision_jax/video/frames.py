@@ -11,12 +11,14 @@ frame that states the time of the one before it is left out. With a rate R the f
 oldest frames when they aren't taken in time. All of it is counted and said.
 """
 
+import contextlib
 import csv
 import importlib.util
 import io
 import json
 import math
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -25,7 +27,7 @@ import tempfile
 import threading
 import time as clock
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -44,6 +46,7 @@ RTSP = ("rtsp://", "rtsps://")
 DECODER = Path(__file__).with_name("decoder.py")
 MOST_LINE = 10_000  # bytes of a message
 MOST_SECONDS = 10**9  # of a time in times.csv
+MOST_DIGITS = 40  # of a number there
 STOP_SECONDS = 0.1  # in which a source that waits sees that it shall stop
 NO_MORE = {"kind": "end", "why": ""}
 POLL = 0.002  # seconds between looks at several live sources
@@ -91,13 +94,13 @@ class Stream:
         self,
         name: str,
         live: bool,
-        messages: Iterator[Message],
+        messages: Generator[Message, None, None],
         stop: Callable[[], None],
         *,
         ahead: int,
         timeout: float,
         most: int | None = None,
-        seconds: float | None = None,
+        seconds: Fraction | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ):
         """Waits for the first frame.
@@ -194,14 +197,15 @@ class Stream:
         seen = [f"{self.counts[key]:,} {words}" for key, words in SAID.items() if self.counts[key]]
         return [printable(f"{self.name}: {line}") for line in early + seen]
 
-    def _read(self, messages: Iterator[Message]) -> None:
+    def _read(self, messages: Generator[Message, None, None]) -> None:
         """The thread: messages into the queue."""
         try:
-            for message, pixels in messages:
-                if message["kind"] == "start":
-                    self._start = message
-                elif not self._put(message, pixels):
-                    return
+            with contextlib.closing(messages):
+                for message, pixels in messages:
+                    if message["kind"] == "start":
+                        self._start = message
+                    elif not self._put(message, pixels):
+                        return
         except UserError as error:
             self._put({"kind": "error", "why": str(error)}, None)
         except Exception as error:  # whoever takes the frames is to know
@@ -231,7 +235,7 @@ def open_stream(
     timeout: float = 30.0,
     ahead: int = 8,
     most: int | None = None,
-    seconds: float | None = None,
+    seconds: Fraction | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Stream:
     """Opens a source.
@@ -294,7 +298,9 @@ def open_stream(
     return Stream(source, kind != "file", messages, process.kill, **how)
 
 
-def _messages_of(process: subprocess.Popen[bytes], said: IO[bytes]) -> Iterator[Message]:
+def _messages_of(
+    process: subprocess.Popen[bytes], said: IO[bytes]
+) -> Generator[Message, None, None]:
     """What a decoder sends, and an error if it dies."""
     assert process.stdout is not None
     size, ended = (0, 0), False
@@ -340,7 +346,7 @@ def _death(code: int, said: IO[bytes]) -> str:
 
 def _frames_of_folder(
     folder: Path, rate: Fraction | None, folder_rate: Fraction | None
-) -> Iterator[Message]:
+) -> Generator[Message, None, None]:
     """A folder's images in the order of their names, or of its times."""
     shown = _times_of(folder, folder_rate)
     counts, slot, size = Counter[str](), -1, (0, 0)
@@ -383,10 +389,7 @@ def _times_of(folder: Path, rate: Fraction | None) -> list[tuple[str, Fraction]]
                 continue
             if len(row) != 2 or not (folder / row[0]).resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"{where}: give a file of this folder and its time in seconds")
-            try:
-                seconds = Fraction(row[1].strip()) if len(row[1]) < 40 else None
-            except (ValueError, ZeroDivisionError):
-                seconds = None
+            seconds = exact(row[1].strip())
             if seconds is None or abs(seconds) > MOST_SECONDS:
                 raise UserError(f"{where}: {row[1]!r} is no time in seconds")
             if found and seconds <= found[-1][1]:
@@ -404,6 +407,18 @@ def _times_of(folder: Path, rate: Fraction | None) -> list[tuple[str, Fraction]]
             "lines are FILE,SECONDS"
         )
     return [(name, index / rate) for index, name in enumerate(names)]
+
+
+def exact(text: str) -> Fraction | None:
+    """The number of "25", "-0.5" or "30000/1001"; None of anything else, powers of ten among it.
+
+    Examples:
+      >>> exact("0.04"), exact("1e9"), exact("1/0")
+      (Fraction(1, 25), None, None)
+    """
+    if len(text) > MOST_DIGITS or not re.fullmatch(r"-?\d+(\.\d+|/0*[1-9]\d*)?", text, re.ASCII):
+        return None
+    return Fraction(text)
 
 
 # Batches ------------------------------------------------------------------------------------------
