@@ -3,11 +3,12 @@
 import collections
 import pickle
 
+import grain
 import numpy as np
 import pytest
 
 from vision_jax.data import order
-from vision_jax.data.order import BalancedOrder
+from vision_jax.data.order import BalancedOrder, OwnRows
 from vision_jax.data.pipeline import make_train_iterator
 from vision_jax.data.sources import ArrayReader, Source
 from vision_jax.data.transforms import Preprocessing
@@ -104,9 +105,23 @@ def test_any_batch_can_be_the_first_and_processes_share_one_order(processes, rng
         for n in range(processes)
     ]
     for n, batch in enumerate(whole):
-        own = np.stack([part[n]["index"] for part in parts], 1).reshape(-1)
+        own = np.concatenate([part[n]["index"] for part in parts])
         assert own.tolist() == batch["index"].tolist()
     rows = np.concatenate([batch["label"] for batch in whole])[: 2 * len(labels)]
     drawn = collections.Counter(rows.tolist())
     expected = 2 * len(labels) / (len(SIZES) - 1)
     assert all(abs(drawn[label] - expected) <= 2 for label, n in enumerate(SIZES) if n)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 6])
+def test_rows_of_processes_make_up_the_global_batches(processes):
+    rows = grain.MapDataset.range(24)
+    parts = [OwnRows(rows, 6 // processes, n, processes) for n in range(processes)]
+    assert {len(part) for part in parts} == {24 // processes}
+    size = 6 // processes
+    for batch in range(4):
+        dealt = [part[batch * size + row] for part in parts for row in range(size)]
+        assert dealt == list(range(6 * batch, 6 * batch + 6))
+    endless = OwnRows(rows.repeat(), 4, 1, 2)
+    assert [endless[n] for n in range(12, 14)] == [4, 5]  # example 28 is the second epoch's 4th
+    assert list(endless[3:5]) == [7, 12]

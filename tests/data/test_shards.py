@@ -425,8 +425,8 @@ def test_a_run_goes_on_bit_identically(tmp_path, kind, monkeypatch):
                 np.testing.assert_array_equal(ours[key], theirs[key])
     halves = [batches(12, batch_size=2, process_index=i, process_count=2) for i in range(2)]
     for left, right, both in zip(*halves, whole, strict=True):
-        np.testing.assert_array_equal(both["image"][::2], left["image"])
-        np.testing.assert_array_equal(both["image"][1::2], right["image"])
+        np.testing.assert_array_equal(both["image"][:2], left["image"])
+        np.testing.assert_array_equal(both["image"][2:], right["image"])
     evaluated = make_eval_batches(
         read_source(spec), batch_size=8, preprocessing=SMALL, num_threads=2
     )

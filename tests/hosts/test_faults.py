@@ -74,6 +74,8 @@ def fields():
 
 def commands(fault, victim, count, workdir, fields, more=()):
     port = free_port()
+    if count == 3:
+        fields = {**fields, "batch_size": "24"}
     return [
         [
             *(PROGRAM, fault if fault in known() else "nothing", victim),

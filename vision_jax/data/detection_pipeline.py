@@ -32,6 +32,7 @@ from vision_jax.data.detection_transforms import (
     to_cxcywh_01,
 )
 from vision_jax.data.mosaic import Example, mixup, mosaic
+from vision_jax.data.order import OwnRows
 from vision_jax.data.pipeline import (
     CountDamaged,
     Damaged,
@@ -352,12 +353,14 @@ def make_detection_train_iterator(
     global_size = batch_size * process_count
     groups = _group_images(source, preprocessing, shorts, global_size)
     load = _LoadForTraining(source, preprocessing, augmentation, groups, max_boxes)
-    batches = (
+    examples = (
         grain.MapDataset.source(_Schedule(groups, shorts, global_size, seed))
         .seed(seed)
-        .random_map(load)  # before the slice, so that its draws don't depend on process_count
-        .slice(slice(process_index, None, process_count))
-        .batch(batch_size, drop_remainder=True, batch_fn=functools.partial(collate, stack=_stack))
+        .random_map(load)  # of all: its draws don't depend on process_count
+    )
+    own = OwnRows(examples, batch_size, process_index, process_count)
+    batches = own.batch(
+        batch_size, drop_remainder=True, batch_fn=functools.partial(collate, stack=_stack)
     )
     count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
     return iterate(batches, count, num_threads, num_workers, first_batch)

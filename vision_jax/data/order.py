@@ -126,3 +126,32 @@ class BalancedOrder(_EpochOrder):
         turn = np.empty(self.length, np.int64)
         turn[in_turn] = np.arange(self.length) - first[self.labels[in_turn]]
         return whole[self.labels] + (turn < rest[self.labels])
+
+
+class OwnRows(grain.MapDataset):
+    """One process's rows of each global batch: neighbours, as they lie on the mesh.
+
+    So the place of an example in the global batch does not depend on how many processes read it,
+    nor does what is drawn for that place: dropout, the random start of an attack.
+
+    Args:
+      parent: examples in the order of the global batches.
+      rows: of a batch that are this process's.
+      process_index: which of the processes this one is.
+      process_count: how many there are, each with as many rows.
+    """
+
+    def __init__(
+        self, parent: grain.MapDataset, rows: int, process_index: int, process_count: int
+    ) -> None:
+        super().__init__(parent)
+        self._rows, self._index, self._count = rows, process_index, process_count
+
+    def __len__(self) -> int:
+        return len(self._parent) // (self._rows * self._count) * self._rows
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._rows)
+        return self._parent[(batch * self._count + self._index) * self._rows + row]

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from vision_jax.data.decode import DamagedImageError, Picture
-from vision_jax.data.order import shuffled
+from vision_jax.data.order import OwnRows, shuffled
 from vision_jax.data.sources import Source
 from vision_jax.data.transforms import (
     Preprocessing,
@@ -238,7 +238,8 @@ def make_train_iterator(
       num_threads: images are read and decoded by this many threads (in each worker).
       num_workers: 0, or the number of processes to spawn: 5–10 s to the first batch, for data
         whose decoding holds Python's lock.
-      process_index: this process reads every `process_count`-th example, from this one on.
+      process_index: this process reads the `batch_size` neighbours of each global batch that are
+        its own: process 0 the first ones.
       process_count: of processes.
       first_batch: where to begin; the batches before it are neither read nor drawn. A run that has
         made n steps goes on at n, with any number of threads, workers and processes.
@@ -252,12 +253,13 @@ def make_train_iterator(
     if crop not in CROPS:
         raise UserError(f"data crop {crop!r}: use one of {', '.join(CROPS)}")
     load = _LoadForTraining(source, preprocessing, crop, crop_scale, crop_ratio, flip)
-    batches = (
-        shuffled(source, seed, balance)  # each epoch in another order
-        .random_map(load)  # before the slice, so that its draws don't depend on process_count
-        .slice(slice(process_index, None, process_count))
-        .batch(batch_size, drop_remainder=True, batch_fn=collate)
+    examples = (
+        shuffled(source, seed, balance).random_map(  # each epoch in another order
+            load
+        )  # of all: its draws don't depend on process_count
     )
+    own = OwnRows(examples, batch_size, process_index, process_count)
+    batches = own.batch(batch_size, drop_remainder=True, batch_fn=collate)
     count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
     return iterate(batches, count, num_threads, num_workers, first_batch)
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from vision_jax.data.decode import DamagedImageError, read_size
 from vision_jax.data.masks import IGNORED
+from vision_jax.data.order import OwnRows
 from vision_jax.data.pipeline import (
     CountDamaged,
     Damaged,
@@ -125,15 +126,15 @@ def make_segmentation_train_iterator(
     at the top, where targets are segments.
     """
     load = _LoadForTraining(source, preprocessing, augmentation, most_segments)
-    batches = (
+    examples = (
         grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()  # each epoch in another order
         .repeat()
-        .random_map(load)  # before the slice, so that its draws don't depend on process_count
-        .slice(slice(process_index, None, process_count))
-        .batch(batch_size, drop_remainder=True, batch_fn=collate)
+        .random_map(load)  # of all: its draws don't depend on process_count
     )
+    own = OwnRows(examples, batch_size, process_index, process_count)
+    batches = own.batch(batch_size, drop_remainder=True, batch_fn=collate)
     count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
     return iterate(batches, count, num_threads, num_workers, first_batch)
 

@@ -79,11 +79,11 @@ class TeacherCache:
         Args:
           step: batches before this one.
           batch_size: rows of this process.
-          process_index: this process has every `process_count`-th example, from this one on.
+          process_index: process 0 has the first rows of each global batch.
           process_count: of processes.
         """
-        own = step * batch_size + np.arange(batch_size)
-        return self.read(own * process_count + process_index)
+        first = (step * process_count + process_index) * batch_size
+        return self.read(first + np.arange(batch_size))
 
     @cached_property
     def _reader(self) -> ArrayRecordReader:
