@@ -1,7 +1,10 @@
 """Small generators and autoencoders with random weights, written as their sources write them."""
 
+import functools
 import json
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 from safetensors.numpy import load_file, save_file
@@ -46,6 +49,14 @@ def write_pipeline(folder):
     write(folder / "vae", "autoencoder_kl", KL, "diffusers")
     (folder / "model_index.json").write_text(json.dumps({"id2label": CLASSES}))
     return folder / "transformer"
+
+
+@functools.cache
+def autoencoder():
+    """The folder of an AutoencoderKL that halves images."""
+    folder = Path(tempfile.mkdtemp())
+    write(folder, "autoencoder_kl", KL, "diffusers")
+    return folder
 
 
 @contextmanager
