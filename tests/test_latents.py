@@ -197,11 +197,15 @@ def test_a_run_learns_latents_resumes_to_the_bit_and_makes_images(
     with Image.open(tmp_path / "whole/samples.png") as picture:
         assert min(picture.size) > 100
 
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
+    report = train._report_evaluation
+
+    def interrupt(log, prepared, workdir, step, result):
+        if step == 6:
+            raise KeyboardInterrupt
+        return report(log, prepared, workdir, step, result)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_report_evaluation", interrupt)  # at step 6, after checkpoint 3
+        patch.setattr(train, "_report_evaluation", interrupt)  # after checkpoint 3
         with pytest.raises(KeyboardInterrupt):
             train.run(config, tmp_path / "resumed")
     for path in (tmp_path / "cache").glob("*/part-*"):
