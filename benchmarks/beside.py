@@ -98,9 +98,9 @@ class Options:
 # The same batch for every side --------------------------------------------------------------------
 
 
-def images(count: int, size: int) -> np.ndarray:
-    """u8[B, H, W, 3] of noise in 16 x 16 patches: flat enough that activations stay tame."""
-    coarse = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
+def images(count: int, size: int, channels: int = 3) -> np.ndarray:
+    """u8[B, H, W, C] of noise in 16 x 16 patches: flat enough that activations stay tame."""
+    coarse = np.random.default_rng(0).integers(0, 256, (count, 16, 16, channels), np.uint8)
     rows = np.arange(size) * 16 // size
     return coarse[:, rows][:, :, rows]
 

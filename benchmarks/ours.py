@@ -126,8 +126,8 @@ def train(
 def _batch(like: dict[str, Any], classes: int) -> dict[str, np.ndarray]:
     """A batch of these shapes; of a detector's padded targets the first few are boxes."""
     batch = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in like.items()}
-    count, size = like["image"].shape[:2]
-    batch["image"], batch["mask"] = beside.images(count, size), np.ones(count, bool)
+    count, size, _, channels = like["image"].shape
+    batch["image"], batch["mask"] = beside.images(count, size, channels), np.ones(count, bool)
     if like["label"].ndim == 3:  # of pixels
         label = beside.labels(like["label"].size, classes).reshape(like["label"].shape)
         return {**batch, "label": label.astype(like["label"].dtype)}

@@ -137,6 +137,55 @@ def train_mae(
     return stepping(model, lambda: seen(images).loss, CLIP["classification"], False)
 
 
+def train_dit(
+    folder: Path,
+    *,
+    batch_size: int,
+    image_size: int,
+    classes: int,
+    arguments: dict[str, Any] | None = None,
+    how: str = "eager",
+    lora: int = 0,
+) -> Side:
+    """A step of flow matching on all of diffusers' DiTTransformer2DModel, or of LoRA by PEFT.
+
+    Its blocks each have an embedding of time and class; they share one here, as ours do, so that
+    both sides train as many parameters.
+    """
+    import diffusers
+
+    torch.manual_seed(0)
+    sizes = {"sample_size": image_size, "num_embeds_ada_norm": classes, **(arguments or {})}
+    model = diffusers.DiTTransformer2DModel(**sizes)
+    embedding = model.transformer_blocks[0].norm1.emb
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(embedding.state_dict())
+    if (folder / "config.json").exists():
+        model = diffusers.DiTTransformer2DModel.from_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+    for block in model.transformer_blocks:
+        block.norm1.emb = model.transformer_blocks[0].norm1.emb
+    if lora:
+        targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+        config = peft.LoraConfig(r=lora, lora_alpha=16, target_modules=targets)
+        model = peft.inject_adapter_in_model(config, model)
+        model.transformer_blocks[0].norm1.emb.class_embedder.requires_grad_(True)
+    found = beside.images(batch_size, image_size, model.config.in_channels)
+    clean = 2 * torch.from_numpy(found).permute(0, 3, 1, 2).float().to(DEVICE) / 255 - 1
+    labels = torch.from_numpy(beside.labels(batch_size, classes)).to(DEVICE)
+    seen = _like(model.to(DEVICE).train(), how)
+
+    def loss_of() -> torch.Tensor:
+        noise, time = torch.randn_like(clean), torch.randn(len(clean), device=DEVICE).sigmoid()
+        share = time[:, None, None, None]
+        mixed = share * clean + (1 - share) * noise
+        made = seen(mixed, timestep=time, class_labels=labels).sample
+        return torch.nn.functional.mse_loss(made, clean - noise)
+
+    return stepping(model, loss_of, CLIP["classification"], False)
+
+
 def stepping(
     model: Any,
     loss_of: Callable[[], torch.Tensor],

@@ -26,6 +26,11 @@ DETR = {
     "trainable": (r"backbone/stage_[1-3]/.*(conv\d?|downsample_conv)/kernel", "(?!backbone).*"),
     "model.freeze_norm": True,
 }
+DIT = {  # DiT-S/2 in diffusers' words
+    "num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12, "in_channels": 4,
+    "out_channels": 4, "norm_eps": 1e-6,
+}  # fmt: skip
+SMALL_DIT = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
 SMALL_VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
 SMALL_MAE = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
@@ -79,12 +84,30 @@ def mae(batch_size: int, size: int, **arguments) -> Job:
     )
 
 
+def dit(batch_size: int, size: int, lora: int = 0, **arguments) -> Job:
+    """A step of flow matching on a DiT in latents, all of it or adapters of its blocks."""
+    shared = {"batch_size": batch_size, "image_size": size, "classes": 1000}
+    fields = {"model.arguments": (("predicts", "velocity"),), "optim.ema_decay": 0.0}
+    if lora:  # diffusers' q, k and v are layers of their own
+        parts = {"lora.rank": lora, "lora.qkv_parts": "q,k,v", "trainable": ("class_embed",)}
+        fields |= {**LORA, **parts}
+    peer = {**shared, "arguments": {**DIT, **arguments}, "lora": lora}
+    return Job(
+        f"{'LoRA ' if lora else ''}DiT-S/2, {size} x {size} latents, batch {batch_size}",
+        ("ours.train", {**shared, "task": "generation", "fields": fields}),
+        {how: ("peers.train_dit", {**peer, "how": how}) for how in HOWS},
+        tolerance=0.1,  # other noise
+    )
+
+
 def jobs(small: bool = False) -> list[Job]:
     if small:
         return [
             classifier("LoRA ViT", "vit_tiny_patch16_224", 2, 32, lora=2, **SMALL_VIT),
             detr(1, 64, **SMALL_DETR),
             mae(2, 32, **SMALL_MAE),
+            dit(2, 32, **SMALL_DIT),
+            dit(2, 32, 2, **SMALL_DIT),
         ]
     return [
         classifier("main job, LoRA", "vit_tiny_patch16_224", 64, 32, lora=8, **MAIN),
@@ -99,6 +122,8 @@ def jobs(small: bool = False) -> list[Job]:
         classifier("RegNetY-4GF", "regnety_040", 4),
         detr(2, 480),
         mae(8, 224),
+        dit(8, 32),
+        dit(8, 32, 8),
     ]
 
 

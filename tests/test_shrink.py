@@ -380,7 +380,7 @@ def test_layers_that_are_written_otherwise(layers):
 
 def test_every_family_can_lose_layers():
     # Of which there are smaller variants.
-    whole = {"yolox", "unet", "upernet", "autoencoder_kl", "autoencoder_tiny"}
+    whole = {"yolox", "unet", "upernet", "autoencoder_kl", "autoencoder_tiny", "inception"}
     assert {*ROWS, *whole, "vit", "resnet"} == FAMILIES.keys()
     for family in whole:
         with pytest.raises(UserError, match=f"{family} has no row 'block' of none"):

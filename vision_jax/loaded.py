@@ -88,7 +88,6 @@ class Loaded:
       preprocessing: how its images are prepared.
       origin: where the weights came from.
       new_paths: paths of the parameters that begin anew: a new head's.
-      remarks: what whoever uses the weights should know: their licence, what was assumed of them.
     """
 
     model: Any
@@ -97,7 +96,6 @@ class Loaded:
     preprocessing: Preprocessing | DetectionPreprocessing | SegmentationPreprocessing
     origin: str
     new_paths: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -335,8 +333,7 @@ def load(
     variables = {"params": params, **({"batch_stats": statistics} if statistics else {})}
     if model.dtype == jnp.float64:
         variables = jax.tree.map(_widen, variables)
-    remarks = tuple(convert.remarks(read))
-    return Loaded(model, variables, names, preprocessing, read.origin, tuple(new), remarks)
+    return Loaded(model, variables, names, preprocessing, read.origin, tuple(new))
 
 
 def _load_quantized(held: QuantizedFile, dtype: Any) -> Loaded:

@@ -111,7 +111,7 @@ def test_the_zoos_names_are_unique_and_say_their_source():
     names = [entry.name for entry in ZOO]
     assert len(names) == len(set(names)) >= 120
     sources = {"timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet"}
-    sources |= {"diffusers", "dit"}
+    sources |= {"diffusers", "dit", "fid"}
     assert {entry.source for entry in ZOO} == sources
     assert {table.family for table in TABLES} == set(FAMILIES)
     kinds = [(table.source, table.family, table.kind) for table in TABLES]

@@ -101,8 +101,8 @@ CASES = {
          "latent_channels": 3},
         features=("encoder_0", "encoder_1", "decoder_0", "decoder_1"),
         layers={"encoder/stage_1/downsample/kernel": 2, "encoder/conv_out/bias": 3,
-                "decoder/conv_in/kernel": 4, "decoder/stage_0/upsample/kernel": 5,
-                "decoder/stage_1/block_0/conv3/bias": 6},
+                "decoder/conv_in/kernel": 3, "decoder/stage_0/upsample/kernel": 4,
+                "decoder/stage_1/block_0/conv3/bias": 5},
         size=(16, 24),
     ),
     "beit": Case(
@@ -255,6 +255,18 @@ CASES = {
         },
         form_features={"all maps": ("stem", *(f"level_{index}" for index in range(6)))},
         cells=lambda side, stride: math.ceil(side / 32) * 32 // stride,
+    ),
+    "inception": Case(
+        {"num_classes": 3, "unit": 1},
+        features=("conv_1a", "conv_2a", "conv_2b", "conv_3b", "conv_4a",
+                  "mixed_5b", "mixed_5c", "mixed_5d", "mixed_6a", "mixed_6b", "mixed_6c",
+                  "mixed_6d", "mixed_6e", "mixed_7a", "mixed_7b", "mixed_7c",
+                  "pooled"),
+        layers={"conv_1a/conv/kernel": 0, "conv_4a/bn/scale": 4, "mixed_5b/branch1x1/bn/bias": 5,
+                "mixed_7c/branch3x3_2a/conv/kernel": 15, "head/bias": 16},
+        size=(80, 93),
+        forms={"of the FID": {"fid": True}},
+        rounding=100.0,
     ),
     "mae": Case(
         {"num_classes": 0, "image_size": (12, 8), "patch_size": 4, "width": 16, "depth": 2,
@@ -718,6 +730,7 @@ COUNTS = {
     "eomt_small_640": 23_959_772,
     "eomt_base_640": 93_630_812,
     "eomt_large_640": 316_652_636,
+    "inception_v3": 27_161_264 - 3_326_696,  # without the second head
     "mit_b0": 3_576_392,
     "mit_b1": 13_664_424,
     "mit_b2": 24_709_288,

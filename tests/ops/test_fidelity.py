@@ -33,6 +33,18 @@ def test_frechet_distance_of_shifts_and_of_few_images(rng):
         fidelity.frechet_distance(made[:1], made)
 
 
+def test_moments_of_batches_are_those_of_all(rng):
+    made, _ = sets(rng)
+    made += 1e4  # what a sum of squares would lose
+    found = None
+    for rows in np.split(made, [1, 20, 21]):
+        found = fidelity.moments(rows, found)
+    assert found.count == len(made)
+    np.testing.assert_allclose(found.mean, made.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(made.T), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(fidelity.moments(made).covariance, np.cov(made.T), rtol=1e-9)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_nearest(rng, k, monkeypatch):
     monkeypatch.setattr(fidelity, "CHUNK", 17)

@@ -49,8 +49,8 @@ class Reference:
     """A PyTorch model.
 
     Attributes:
-      source: "timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet", "dit"
-        or "diffusers".
+      source: "timm", "torchvision", "transformers", "npz", "detr", "yolox", "nanodet", "dit",
+        "fid" or "diffusers".
       module: the model, in evaluation mode.
       build: what the source calls it.
       arguments: what it was built with.
@@ -197,7 +197,7 @@ def make_reference(source: str, build: str, arguments: Mapping[str, Any]) -> Ref
     Args:
       source: "timm", "torchvision", "transformers", "npz" for a timm model whose weights travel in
         big_vision's files, "detr" for the original DETR, "yolox" for pixeltable-yolox's,
-        "nanodet", "dit", or "diffusers".
+        "nanodet", "dit", "fid" for the Inception that an FID is measured with, or "diffusers".
       build: an architecture of timm's, a builder of torchvision's or the path of a class of its
         own ("torchvision.models...", also among the arguments), a class of transformers' or of
         diffusers'.
@@ -233,6 +233,10 @@ def make_reference(source: str, build: str, arguments: Mapping[str, Any]) -> Ref
         module = reference_yolox.Yolox(**arguments) if arguments else reference_yolox.named(build)
     elif source == "dit":
         module = DiT(**arguments)
+    elif source == "fid":
+        from vision_jax.certify import reference_inception  # pytorch-fid, which no other needs
+
+        module = reference_inception.build()
     elif source == "diffusers":
         module = reference_diffusers.build(build, arguments)
     else:
@@ -295,6 +299,8 @@ def rebuild(
         reference = make_reference("detr", "DETR", table.config(arguments))
     elif table.source == "dit":
         reference = make_reference("dit", "DiT", _original(arguments))
+    elif table.source == "fid":
+        reference = make_reference("fid", "fid", {})
     elif table.source == "nanodet":
         reference = make_reference("nanodet", "nanodet_g", table.config(arguments))
     elif table.source == "yolox":

@@ -82,7 +82,8 @@ class Table:
 
     Attributes:
       source: "timm", "torchvision", "transformers", "npz", or "detr", "yolox", "nanodet" and "dit",
-        their original repositories; "diffusers"; "onnx" and "tfjs", whose tensors have numbers.
+        their original repositories; "diffusers"; "fid", the file that an FID is measured with;
+        "onnx" and "tfjs", whose tensors have numbers.
       family: the architecture's key in models.families.FAMILIES.
       kind: tells the tables of one source and family from each other.
       anchors: tensors that every such file has, and by which it is recognized.

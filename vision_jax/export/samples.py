@@ -65,6 +65,7 @@ SAMPLES: dict[str, Sample] = {
          "se_ratio": (0.0, 0.25, 0.25), "activation": "hard_swish", "relu_stages": 1,
          "head_hidden": 64},
     ),
+    "inception": Sample("inception", {"unit": 2}, (80, 80)),
     "mit": Sample("mit", {"depths": (1, 1, 1, 1), "widths": (16, 32, 40, 64)}),
     "regnet": Sample(
         "regnet",

@@ -13,17 +13,31 @@ import jax
 import numpy as np
 from PIL import Image
 
+from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError
 from vision_jax.figures import draw_rows
 from vision_jax.loaded import Loaded
 from vision_jax.ops import fidelity
+from vision_jax.ops.images import to_float
+from vision_jax.ops.resize import resize_from_corner
 
 SHOWN = 8  # images with their nearest training images in nearest.png
 BATCH = 100
+FEW = 25  # images of 299 pixels at once, 250 MB a layer
 
 
-def make_features(loaded: Loaded) -> Callable[[Iterable[np.ndarray]], np.ndarray]:
+def is_inception(loaded: Loaded) -> bool:
+    """Whether a Fréchet distance of its features is called FID."""
+    return getattr(loaded.model, "fid", False)
+
+
+def make_features(
+    loaded: Loaded, preprocessing: Preprocessing
+) -> Callable[[Iterable[np.ndarray]], np.ndarray]:
     """A function from images u8[H, W, C] to features f32[N, D]: what goes into the head.
+
+    Of the FID's Inception images are first what the generator's `preprocessing` makes of them, all
+    of one size, and then resized as TensorFlow did it.
 
     Raises:
       UserError: a model that has no such vector.
@@ -33,8 +47,19 @@ def make_features(loaded: Loaded) -> Callable[[Iterable[np.ndarray]], np.ndarray
             f"--features: {loaded.origin} has no vector of an image: take a classifier, say "
             "embedded:vit_cifar10"
         )
-    run = jax.jit(lambda v, x: loaded.features(v, x, ["pooled"])["pooled"])
-    return lambda images: _over(loaded, run, images)
+
+    def run(variables: Any, images: Any) -> Any:
+        if is_inception(loaded):
+            images = resize_from_corner(to_float(images), loaded.preprocessing.image_size)
+        return loaded.features(variables, images, ["pooled"])["pooled"]
+
+    def views(images: Sequence[np.ndarray]) -> np.ndarray:
+        seen = np.stack([eval_transform(image, preprocessing) for image in images])
+        return np.broadcast_to(seen, (*seen.shape[:3], 3))  # of gray, too
+
+    prepare, size = (views, FEW) if is_inception(loaded) else (loaded.preprocess, BATCH)
+    program = jax.jit(run)
+    return lambda images: _over(loaded, program, images, prepare, size)
 
 
 def make_judge(
@@ -53,20 +78,27 @@ def make_judge(
             "of these classes"
         )
     run = jax.jit(lambda v, x: loaded.apply(v, x)["logits"])
-    return lambda images: labels[_over(loaded, run, images).argmax(1)]
+    return lambda images: labels[_over(loaded, run, images, loaded.preprocess, BATCH).argmax(1)]
 
 
-def _over(loaded: Loaded, run: Any, images: Iterable[np.ndarray]) -> np.ndarray:
+def _over(
+    loaded: Loaded,
+    run: Any,
+    images: Iterable[np.ndarray],
+    prepare: Callable[[Sequence[np.ndarray]], Any],
+    size: int,
+) -> np.ndarray:
     """What a compiled function (variables, images) gives for all images, in batches of one size."""
-    found, batch = [], []
+    found: list[np.ndarray] = []
+    batch: list[np.ndarray] = []
     for image in images:
         batch.append(image)
-        if len(batch) == BATCH:
-            found.append(np.asarray(run(loaded.variables, loaded.preprocess(batch))))
+        if len(batch) == size:
+            found.append(np.asarray(run(loaded.variables, prepare(batch))))
             batch = []
     if batch:
-        full = batch + [batch[-1]] * (BATCH - len(batch))
-        found.append(np.asarray(run(loaded.variables, loaded.preprocess(full)))[: len(batch)])
+        full = batch + [batch[-1]] * (size - len(batch))
+        found.append(np.asarray(run(loaded.variables, prepare(full)))[: len(batch)])
     return np.concatenate(found)
 
 
@@ -84,20 +116,21 @@ class Measured:
 
 
 def measure(
-    made: np.ndarray, real: np.ndarray, train: np.ndarray, copies: fidelity.Copies | None = None
+    made: np.ndarray, real: np.ndarray, train: np.ndarray, distance: str = "frechet"
 ) -> Measured:
     """By features f[N, D] of made, f[M, D] of held-out, and f[T, D] of training images.
 
     "frechet" to the held-out images, and "frechet_train", of the training images to these: what
-    real images would have. "precision" and "recall" beside the held-out images.
+    real images would have. "precision" and "recall" beside the held-out images. `distance` is what
+    the former is called: "fid" of the FID's own features alone.
     """
-    copies = copies or fidelity.find_copies(made, train, real)
+    copies = fidelity.find_copies(made, train, real)
     precision, recall = fidelity.precision_recall(made, real)
     figures = {
         "images": len(made),
         "held_out": len(real),
-        "frechet": fidelity.frechet_distance(made, real),
-        "frechet_train": fidelity.frechet_distance(train, real),
+        distance: fidelity.frechet_distance(made, real),
+        f"{distance}_train": fidelity.frechet_distance(train, real),
         "precision": precision,
         "recall": recall,
         "nearest": copies.ratio,

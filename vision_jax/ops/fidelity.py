@@ -11,8 +11,67 @@ CHUNK = 1024  # rows of distances at once
 COPY = 0.5  # of what held-out images are usually away from training images: nearer is a copy
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of features that were seen so far, batch by batch.
+
+    Attributes:
+      count: N.
+      mean: f64[D].
+      scatter: f64[D, D], the sum of the products of what rows are away from the mean.
+    """
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """f64[D, D], unbiased.
+
+        Raises:
+          ValueError: fewer than two rows.
+        """
+        if self.count < 2:
+            raise ValueError("a covariance needs two images or more")
+        return self.scatter / (self.count - 1)
+
+
+def moments(features: np.ndarray, before: Moments | None = None) -> Moments:
+    """Of features f[N, D], and of those that were seen before (Chan et al. 1979).
+
+    Examples:
+      >>> first = moments(np.array([[0.0], [2.0]]))
+      >>> both = moments(np.array([[4.0]]), first)
+      >>> both.mean.tolist(), both.covariance.tolist()
+      ([2.0], [[4.0]])
+    """
+    rows = np.asarray(features, np.float64)
+    mean = rows.mean(0)
+    away = rows - mean
+    found = Moments(len(rows), mean, away.T @ away)
+    if before is None:
+        return found
+    count, apart = before.count + len(rows), mean - before.mean
+    between = np.outer(apart, apart) * (before.count * len(rows) / count)
+    return Moments(
+        count,
+        before.mean + apart * (len(rows) / count),
+        before.scatter + found.scatter + between,
+    )
+
+
 def frechet_distance(made: np.ndarray, real: np.ndarray) -> float:
-    """Between the normal distributions with the mean and covariance of features f[N, D], f[M, D].
+    """`frechet_between` the moments of features f[N, D] and f[M, D].
+
+    Raises:
+      ValueError: fewer than two rows.
+    """
+    return frechet_between(moments(made), moments(real))
+
+
+def frechet_between(made: Moments, real: Moments) -> float:
+    """Between the normal distributions with these means and covariances.
 
     |m1 - m2|² + tr(C1 + C2 - 2·(C1·C2)^½) (Heusel et al. 2017, https://arxiv.org/abs/1706.08500),
     FID where the features are Inception's. The root's trace is the sum of the roots of the
@@ -22,15 +81,12 @@ def frechet_distance(made: np.ndarray, real: np.ndarray) -> float:
     Raises:
       ValueError: fewer than two rows.
     """
-    made, real = np.asarray(made, np.float64), np.asarray(real, np.float64)
-    if min(len(made), len(real)) < 2:
-        raise ValueError("a covariance needs two images or more")
-    first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (made, real))
+    first, second = made.covariance, real.covariance
     values, vectors = np.linalg.eigh(first)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     both = np.linalg.eigvalsh(root @ second @ root)
     trace = np.trace(first) + np.trace(second) - 2 * np.sqrt(np.maximum(both, 0)).sum()
-    return float(np.sum((made.mean(0) - real.mean(0)) ** 2) + trace)
+    return float(np.sum((made.mean - real.mean) ** 2) + trace)
 
 
 def nearest(queries: np.ndarray, others: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,25 @@ def resize_bilinear(x: jax.Array, size: Sequence[int]) -> jax.Array:
     return x
 
 
+def resize_from_corner(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    """x[B, h, w, C] -> f[B, H, W, C], bilinear as TensorFlow 1's ResizeBilinear does it.
+
+    Pixel i of the new grid stands at i · h / H of the old one: corners are mapped onto each other
+    and centers are not, so images move by up to half a pixel. Places are rounded to float32, as
+    there. What an FID is measured with.
+
+    Args:
+      x: images.
+      size: (H, W).
+    """
+    for axis, new in enumerate(size, 1):
+        old = x.shape[axis]
+        at = np.arange(new, dtype=np.float32) * np.float32(old / new)
+        at = np.minimum(at.astype(np.float64), old - 1)
+        x = _product(x, axis, np.maximum(1 - np.abs(at[:, None] - np.arange(old)[None]), 0))
+    return x
+
+
 def pool_adaptive(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """x[B, h, w, C] -> f[B, H, W, C], means of cells, as torch's `adaptive_avg_pool2d`.
 
