@@ -39,3 +39,48 @@ def walk(start, speed, frames, rate=10, score=0.8, label=0):
 def times(frames, rate=10):
     """Of frames at a constant rate."""
     return [Fraction(i, rate) for i in range(frames)]
+
+
+def picture(found, size=SIZE):
+    """A frame u8[H, W, 3] with a grey ground and a colored box for each one found."""
+    pixels = np.full((*size, 3), 120, np.uint8)
+    pixels[:, :, 0] += (np.arange(size[1]) // 8 % 2 * 20).astype(np.uint8)
+    for number, box in enumerate(np.asarray(found.boxes_xyxy_px)):
+        left, top, right, bottom = (max(int(side), 0) for side in box)
+        pixels[top:bottom, left:right] = [(200, 40, 40), (40, 160, 60), (40, 60, 200)][number % 3]
+    return pixels
+
+
+TWO = """
+[rules.lawn]
+kind = "inside"
+zone = "lawn"
+classes = ["person"]
+[rules.gate]
+kind = "cross"
+line = "gate"
+"""
+
+
+def watch(out, frames=60, wanted=None, text=TWO + FIELD):
+    """Watches a person and a dog who walk through the zone: the log, and all outputs if wanted."""
+    from vision_jax.video import events
+    from vision_jax.video.outputs import Outputs
+    from vision_jax.video.rules import check, parse_rules
+
+    rules = check(parse_rules(text, "rules", NAMES), SIZE)
+    head = events.Head("made <up>", SIZE, NAMES)
+    log, progress = events.open_log(out, head, rules, text)
+    said = []
+    ways = walk((120, 300), (60, 0), frames), walk((520, 380), (-50, 0), frames, label=2)
+    with log, Outputs(out, rules, wanted) as outputs:
+        for i, time in enumerate(times(frames)):
+            seen = found(
+                ways[0][i], ways[1][i], (80, 100, 30, 80, 0.6, 0), (50, 470, 40, 30, 0.3, 1)
+            )
+            progress, tracks, raised = events.step(rules, progress, log.frame(i, time, seen))
+            log.raised(raised)
+            outputs.frame(picture(seen), progress, tracks, raised)
+        log.end(rules, progress)
+        said = outputs.finish()
+    return rules, said

@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 
 import detection_runs
+import generators
 import numpy as np
 import pytest
 import runs
@@ -92,6 +93,11 @@ def small(path: Path):
         changes |= {"data.classes": "()", "data.subset": "0", "sample.steps": "2"}
         if sizes is GENERATOR:  # of a run that there is none of here
             changes |= {"model.weights": "", "model.variant": "dit", "model.reinitialize": "()"}
+        if load_config(str(path), {}).latents.autoencoder:
+            latent = GENERATOR | {"in_channels": 4, "patch_size": 4, "predicts": "velocity"}
+            changes["model.arguments"] = repr(tuple(latent.items()))
+            changes["latents.autoencoder"] = str(generators.autoencoder())
+            changes["latents.cache"] = str(generators.autoencoder() / "latents")
     elif "width" in dict(arguments):
         changes["model.arguments"] = repr(tuple((dict(arguments) | SMALLER).items()))
     elif load_config(str(path), {}).model.variant.startswith("deit"):

@@ -54,7 +54,12 @@ def sampler(model, **changed):
         make_apply(model), lambda params: params, task_of(model), sampling(**changed)
     )
     params = randomized(model)
-    return jax.jit(lambda labels, index, *given: run(params, {}, {}, labels, index, *given))
+
+    def sample(labels, index, images=None, fresh=None):
+        clean = None if images is None else objective.centered(images)
+        return objective.shown(run(params, {}, {}, labels, index, clean, fresh))
+
+    return jax.jit(sample)
 
 
 def batch_of(rng, count=6):

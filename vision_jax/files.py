@@ -56,6 +56,12 @@ def expand(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def user_cache(name: str) -> Path:
+    """A folder for what can be made again, in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "vision_jax" / name
+
+
 def open_regular(path: str | os.PathLike[str], largest: int | None = None) -> BinaryIO:
     """Opens a regular file to read bytes; never waits, as opening a named pipe would.
 

@@ -88,6 +88,7 @@ class Loaded:
       preprocessing: how its images are prepared.
       origin: where the weights came from.
       new_paths: paths of the parameters that begin anew: a new head's.
+      remarks: what whoever uses the weights should know: their licence, what was assumed of them.
     """
 
     model: Any
@@ -96,6 +97,7 @@ class Loaded:
     preprocessing: Preprocessing | DetectionPreprocessing | SegmentationPreprocessing
     origin: str
     new_paths: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -333,7 +335,8 @@ def load(
     variables = {"params": params, **({"batch_stats": statistics} if statistics else {})}
     if model.dtype == jnp.float64:
         variables = jax.tree.map(_widen, variables)
-    return Loaded(model, variables, names, preprocessing, read.origin, tuple(new))
+    remarks = tuple(convert.remarks(read))
+    return Loaded(model, variables, names, preprocessing, read.origin, tuple(new), remarks)
 
 
 def _load_quantized(held: QuantizedFile, dtype: Any) -> Loaded:

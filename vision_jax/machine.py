@@ -46,10 +46,11 @@ def keep_compiled() -> Path | None:
     """
     import jax
 
+    from vision_jax.files import user_cache
+
     if jax.config.values["jax_compilation_cache_dir"]:
         return None
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "vision_jax" / "compiled" / _kind_of_cpu()
+    folder = user_cache("compiled") / _kind_of_cpu()
     _remove_unfinished(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)

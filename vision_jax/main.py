@@ -141,6 +141,10 @@ COMMANDS: Mapping[str, Command] = {
     "watch": Command(
         "raise alarms by rules on what a detector sees in videos", "vision_jax.commands.watch"
     ),
+    "review": Command(
+        "look at what `watch` has seen: its page, figures, images to fine-tune on",
+        "vision_jax.commands.review",
+    ),
     "explain": Command(
         "show what a classifier looks at, by several methods, and measure each",
         "vision_jax.commands.explain",

@@ -30,7 +30,7 @@ from vision_jax.checkpoints import (
     set_aside,
 )
 from vision_jax.config import check_ranges
-from vision_jax.convert import unknown_fields
+from vision_jax.convert import remarks
 from vision_jax.data.fingerprint import (
     Fingerprint,
     describe_changes,
@@ -200,7 +200,7 @@ def _check_same_teachers(recorded: Description, now: Description) -> None:
     for (origin, sha256), (_, found) in zip(recorded.teachers, now.teachers, strict=True):
         if found != sha256:
             raise UserError(
-                f"the teacher {origin} has changed since this run began (sha256 {found[:16]}, was "
+                f"{origin} has changed since this run began (sha256 {found[:16]}, was "
                 f"{sha256[:16]}): start in another --workdir"
             )
 
@@ -248,10 +248,7 @@ def _describe_weights(prepared: Run, fresh: Sequence[str]) -> Iterator[str]:
         yield "parameters: random initialization"
         return
     yield f"parameters: {weights.origin} (sha256 {weights.sha256[:16]})"
-    if description.assumed:
-        yield f"assumed, since no config came with them: {', '.join(description.assumed)}"
-    if ignored := unknown_fields(weights):
-        yield f"fields of its config.json that nobody knows: {', '.join(ignored[:8])}"
+    yield from remarks(weights, description.assumed)
     if (shrinking := find_shrinking(prepared.config, weights)) is not None:
         yield f"taken of them: {shrinking.line()}"
     if prefix := backbone_prefix(weights, prepared.model):

@@ -101,8 +101,8 @@ CASES = {
          "latent_channels": 3},
         features=("encoder_0", "encoder_1", "decoder_0", "decoder_1"),
         layers={"encoder/stage_1/downsample/kernel": 2, "encoder/conv_out/bias": 3,
-                "decoder/conv_in/kernel": 3, "decoder/stage_0/upsample/kernel": 4,
-                "decoder/stage_1/block_0/conv3/bias": 5},
+                "decoder/conv_in/kernel": 4, "decoder/stage_0/upsample/kernel": 5,
+                "decoder/stage_1/block_0/conv3/bias": 6},
         size=(16, 24),
     ),
     "beit": Case(

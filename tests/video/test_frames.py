@@ -126,15 +126,29 @@ def test_damaged_packets_are_counted_and_the_rest_is_shown(tmp_path):
     path = write(tmp_path / "a.avi", codec="mjpeg")
     data = bytearray(Path(path).read_bytes())
     starts = [at.start() for at in re.finditer(b"\xff\xd8\xff", data)]
-    data[starts[5] : starts[5] + 200] = bytes(200)
+    data[starts[5] : starts[6] - 8] = bytes(starts[6] - 8 - starts[5])
     damaged = tmp_path / "damaged.avi"
     damaged.write_bytes(data)
     with open_stream(str(damaged)) as stream:
         found = take_all(stream)
     assert stream.counts["undecodable"] + stream.counts["damaged"] >= 1
-    assert len(found) >= 11
-    assert levels(found)[-3:] == [9, 10, 11]
-    assert stream.notes()
+    assert levels(found) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    assert found[5].time == Fraction(6, 10)  # and not that of the lost one
+    assert stream.notes() == [f"{damaged}: 1 packets that can't be decoded"]
+
+
+def test_a_file_that_lacks_its_end_is_told_by_what_its_header_says(tmp_path):
+    path = write(tmp_path / "a.mkv", 300)
+    cut = tmp_path / "cut.mkv"
+    data = Path(path).read_bytes()
+    cut.write_bytes(data[: len(data) // 2])
+    with open_stream(str(cut)) as stream:
+        found = take_all(stream)
+    assert 50 < len(found) < 250
+    assert any("its header says 30.0" in note for note in stream.notes())
+    with open_stream(path, most=5) as stream:
+        take_all(stream)
+    assert stream.notes() == []
 
 
 def test_files_that_are_none_are_refused_in_one_line(tmp_path):

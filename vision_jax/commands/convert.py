@@ -212,22 +212,8 @@ def _from_weights(weights: Any) -> Model:
         f"{weights.origin}: {whose} {family} ({'no library has it' if ours else table.kind}; "
         f"{_differing(family, arguments)}): {consumed} tensors consumed{dropped}, "
         f"{len(params)} parameters filled",
-        _remarks(weights),
+        convert.remarks(weights),
     )
-
-
-def _remarks(weights: Any) -> list[str]:
-    from vision_jax import convert
-    from vision_jax.convert.load import table_of
-
-    remarks = []
-    if license := table_of(weights).license:
-        remarks.append(f"licence of the published weights of this kind: {license}")
-    if assumed := convert.assumptions(weights):
-        remarks.append(f"assumed, since no config came with it: {', '.join(assumed)}")
-    if ignored := convert.unknown_fields(weights):
-        remarks.append(f"fields of its config.json that nobody knows: {', '.join(ignored[:8])}")
-    return remarks
 
 
 def _class_names(weights: Any, num_classes: int) -> list[str] | None:

@@ -6,8 +6,12 @@
     vision_jax generate runs/generate_lora --images photo.png --mask=mask.png
     vision_jax generate runs/generate_lora --count=200 --measure --judge=runs/vit_lora \\
         --beside=embedded:fashion_generator
+    vision_jax generate hf://facebook/DiT-XL-2-256/transformer --allow-pickle \\
+        --autoencoder=hf://stabilityai/sd-vae-ft-mse --classes=goldfish,360 --guidance=4
 
-SOURCE is a run's folder, or weights as `predict --weights` takes them. Written are the images, in a
+SOURCE is a run's folder, or weights as `predict --weights` takes them. --autoencoder names the
+weights of an AutoencoderKL or AutoencoderTiny, where the generator makes latents of one. A model
+of noise, a DiT, is sampled by DDIM, others by their flow. Written are the images, in a
 folder for each class, OUT/samples.png with the first ones, and OUT/manifest.json, which says how
 each was made. OUT is a data set of class folders: another run can train on it.
 
@@ -24,10 +28,11 @@ which are copies of training images. docs/generation.md says what the figures ar
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vision_jax.commands.source import RUN_FILE, check_folder, is_run, load_source
+from vision_jax.commands.source import MODEL_FILE, RUN_FILE, check_folder, is_run, load_source
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import expand
 from vision_jax.flags import make_parser, run, seed
@@ -35,11 +40,12 @@ from vision_jax.flags import make_parser, run, seed
 if TYPE_CHECKING:
     import numpy as np
 
-    from vision_jax.generate.samples import Wanted
-    from vision_jax.loaded import Loaded
+    from vision_jax.generate.samples import Generator, Wanted
+    from vision_jax.tasks.generation.autoencoder import Autoencoder
 
 COUNT, BATCH = 64, 64
 DRAWN = 64  # images in samples.png
+DDIM_STEPS = 50
 FEATURES = "embedded:vit_cifar10"
 
 
@@ -53,11 +59,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", help="the generator")
     parser.add_argument("--count", type=int, help=f"of the images; {COUNT} by default")
     parser.add_argument(
-        "--classes", default="", metavar="NAME,...", help="of the images, in turn; all by default"
+        "--classes",
+        default="",
+        metavar="NAME,...",
+        help="names or numbers of the images' classes, in turn; all by default",
+    )
+    parser.add_argument(
+        "--autoencoder", default="", metavar="SOURCE", help="whose latents the generator makes"
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the noise")
-    parser.add_argument("--method", choices=("heun", "euler"), help="the run's else")
-    parser.add_argument("--steps", type=int, help="of the integration; the run's else")
+    parser.add_argument("--method", choices=("heun", "euler", "ddim"), help="the run's else")
+    parser.add_argument("--steps", type=int, help=f"the run's else; {DDIM_STEPS} of ddim")
     parser.add_argument("--guidance", type=float, help="1 for none; the run's else")
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="to begin with")
     parser.add_argument("--strength", type=float, help="of the noise in these, 0.6 by default")
@@ -104,9 +116,24 @@ def _check(flags: argparse.Namespace) -> None:
 
 def _run(flags: argparse.Namespace) -> int:
     from vision_jax import machine
+    from vision_jax.config import load_config
 
     machine.keep_compiled()
     folder = expand(flags.source)
+    out = _find_out(flags, folder)
+    own = load_config(str(folder / RUN_FILE), {}) if is_run(folder) else None
+    generator, origin = _load(flags, folder, own)
+    other = _load_other(flags, generator) if flags.beside else None
+    wanted = _wanted(flags, generator)
+    made = _make(flags, generator, wanted, origin, out)
+    before = [] if other is None else _make_before(flags, other, wanted, made, out)
+    if flags.measure:
+        _measure(flags, own, generator, wanted, made, before, out)
+    return 0
+
+
+def _find_out(flags: argparse.Namespace, folder: Path) -> Path:
+    """The folder that is written to, which must be new or empty."""
     out = flags.out or (folder if is_run(folder) else Path()) / "generated"
     check_folder("--out", out)
     if out.is_dir() and any(out.iterdir()):
@@ -115,95 +142,142 @@ def _run(flags: argparse.Namespace) -> int:
         )
     if flags.measure and not is_run(folder):
         raise UserError(f"--measure: {flags.source} is no run's folder, so there is no data of it")
+    return out
+
+
+# The generator ------------------------------------------------------------------------------------
+
+
+def _load(flags: argparse.Namespace, folder: Path, own: Any) -> "tuple[Generator, dict[str, str]]":
+    """(the generator, where it came from), of a run's folder with its config, or of weights."""
+    from vision_jax.config import default_config
+    from vision_jax.generate.samples import Generator, origin_of
+    from vision_jax.logging import say
+    from vision_jax.tasks.generation import task as generation
+    from vision_jax.tasks.generation.autoencoder import check_fits
+
     loaded = load_source(
         flags.source, folder, checkpoint=flags.checkpoint, allow_pickle=flags.allow_pickle
     )
-    other = None
-    if flags.beside:
-        path = expand(flags.beside)
-        other = load_source(flags.beside, path, checkpoint=None, allow_pickle=flags.allow_pickle)
-        _check_alike(loaded, other)
-    import numpy as np
-
-    from vision_jax.config import default_config, load_config, write_json
-    from vision_jax.generate import samples
-    from vision_jax.logging import say
-    from vision_jax.tasks.generation import task as generation
-
-    own = load_config(str(folder / RUN_FILE), {}) if is_run(folder) else None
+    for line in loaded.remarks or _began_with(folder, own):
+        say(line)
     config = own or default_config("generation")
-    task = generation.make_task(config, loaded.model, loaded.family.predicts)
-    given = {"method": flags.method, "steps": flags.steps, "guidance": flags.guidance}
-    changed = {name: value for name, value in given.items() if value is not None}
-    if flags.images and not flags.mask:
-        changed["strength"] = flags.strength or 0.6
-    sampling = generation.make_sampling(config, seed=flags.seed, **changed)
-    wanted = _wanted(flags, loaded, task.num_classes)
-    paths = samples.sample_paths(wanted, loaded.class_names)
-    out.mkdir(parents=True, exist_ok=True)
-    made: list[np.ndarray] = []
-    for batch in _batches(flags, loaded, task, sampling, wanted):
-        samples.write_images(batch, paths[len(made) : len(made) + len(batch)], out)
-        made.extend(batch)
-    say(f"wrote {len(made)} images below {out}")
-    origin = samples.origin_of(loaded, folder if own else None, flags.checkpoint)
-    record = samples.manifest(wanted, sampling, loaded.class_names, paths, origin)
-    write_json(record, out / "manifest.json")
-    say(f"wrote {out / 'manifest.json'}: how each was made")
-    say(f"wrote {samples.draw_grid(np.stack(made[:DRAWN]), out / 'samples.png')}: the first ones")
-    before: list[np.ndarray] = []
-    if other is not None:
-        task = generation.make_task(config, other.model, other.family.predicts)
-        turn = np.resize(np.arange(max(task.num_classes, 1), dtype=np.int32), len(wanted))
-        asked = samples.Wanted(turn, wanted.index)
-        before = [x for batch in _batches(flags, other, task, sampling, asked) for x in batch]
-        say(f"wrote {samples.draw_beside(before, made, out / 'beside.png')}: of the same noise")
-    if flags.measure:
-        _measure(flags, own, loaded, wanted, made, before, out)
-    return 0
+    autoencoder = _load_autoencoder(flags, folder, own)
+    scales = None if autoencoder is None else autoencoder.scales
+    task = generation.make_task(
+        config, loaded.model, loaded.family.predicts, known=generation.SAMPLED, scales=scales
+    )
+    check_fits(autoencoder, loaded.model, "--autoencoder")
+    sampling = generation.make_sampling(config, **_changed(flags, task.predicts))
+    if autoencoder is not None:
+        cells: Any = loaded.preprocessing
+        loaded = replace(loaded, preprocessing=autoencoder.pixels(cells))
+    generator = Generator(
+        loaded.model,
+        loaded.variables,
+        loaded.class_names,
+        task,
+        sampling,
+        loaded.preprocess,
+        autoencoder,
+    )
+    return generator, origin_of(loaded, folder if own else None, flags.checkpoint)
 
 
-def _batches(
-    flags: argparse.Namespace, loaded: "Loaded", task: Any, sampling: Any, wanted: "Wanted"
-) -> "Iterator[np.ndarray]":
-    """Images u8[n, H, W, C], batch by batch, and a bar that says how far it is."""
-    from vision_jax.generate.samples import make_images
-    from vision_jax.logging import show_progress
+def _load_other(flags: argparse.Namespace, generator: "Generator") -> "Generator":
+    """What --beside names, which is given the same noise and sampled in the same way."""
+    from vision_jax.logging import say
 
-    size = min(flags.batch_size, len(wanted))
-    with show_progress(-(-len(wanted) // size)) as (advance, _):
-        for batch in make_images(loaded.model, loaded.variables, task, sampling, wanted, size):
-            yield batch
-            advance()
-
-
-def _check_alike(loaded: "Loaded", other: "Loaded") -> None:
-    """Raises UserError where the same noise can't be given to both."""
-    shapes = [(*m.image_size, m.in_channels) for m in (loaded.model, other.model)]
+    path = expand(flags.beside)
+    other = load_source(flags.beside, path, checkpoint=None, allow_pickle=flags.allow_pickle)
+    for line in other.remarks:
+        say(line)
+    shapes = [(*m.image_size, m.in_channels) for m in (generator.model, other.model)]
     if shapes[0] != shapes[1]:
         height, width, channels = shapes[1]
         raise UserError(
             f"--beside: {other.origin} makes images of {height} x {width} and {channels} channels,"
             " which have other noise: name the base of the same adapter"
         )
+    if (other.model.predicts == "noise") != (generator.task.predicts == "noise"):
+        raise UserError(f"--beside: {other.origin} is sampled otherwise: name the adapter's base")
+    task = replace(
+        generator.task, predicts=other.model.predicts, num_classes=other.model.num_classes
+    )
+    named: Any = {"variables": other.variables, "names": other.class_names, "task": task}
+    return replace(generator, model=other.model, **named)
 
 
-def _wanted(flags: argparse.Namespace, loaded: "Loaded", num_classes: int) -> "Wanted":
+def _began_with(folder: Path, own: Any) -> list[str]:
+    """What a run's model was fine-tuned from, and the licence of such weights."""
+    from vision_jax.convert.tables import TABLES
+    from vision_jax.run.description import load_description
+
+    described = load_description(folder / MODEL_FILE) if own is not None else None
+    if described is None or not described.weights:
+        return []
+    licences = {table.license for table in TABLES if table.family == described.family} - {""}
+    known = f" (licence of published ones: {'; '.join(sorted(licences))})" if licences else ""
+    return [f"the run began with {described.weights}{known}"]
+
+
+def _load_autoencoder(flags: argparse.Namespace, folder: Path, own: Any) -> "Autoencoder | None":
+    """The one that is named, or the run's, which must be the same as when it began."""
+    from vision_jax import convert
+    from vision_jax.logging import say
+    from vision_jax.run.description import load_description
+    from vision_jax.tasks.generation.autoencoder import read_autoencoder
+
+    of_run = own.latents.autoencoder if own is not None else ""
+    if not flags.autoencoder and not of_run:
+        return None
+    pickles = flags.allow_pickle or (own is not None and own.model.allow_pickle)
+    found = read_autoencoder(
+        flags.autoencoder or of_run, allow_pickle=pickles, field="--autoencoder"
+    )
+    if not flags.autoencoder:
+        began = dict(load_description(folder / MODEL_FILE).teachers).get(found.weights.origin)
+        if began != found.weights.sha256:
+            raise UserError(
+                f"{found.weights.origin} has changed since the run began: name the autoencoder "
+                "that it was trained with by --autoencoder"
+            )
+    for line in convert.remarks(found.weights):
+        say(f"autoencoder: {line}")
+    return found
+
+
+def _changed(flags: argparse.Namespace, predicts: str) -> dict[str, Any]:
+    """How images are made otherwise than the config says."""
+    given = {"method": flags.method, "steps": flags.steps, "guidance": flags.guidance}
+    if predicts == "noise":
+        from vision_jax.ops import ddim
+
+        if flags.method not in (None, "ddim"):
+            raise UserError(f"--method {flags.method}: a model of noise is sampled by ddim")
+        given |= {"method": "ddim", "steps": flags.steps or DDIM_STEPS}
+        if given["steps"] > ddim.STEPS:
+            raise UserError(f"--steps {flags.steps}: a model of noise has {ddim.STEPS}")
+    elif flags.method == "ddim":
+        raise UserError(f"--method ddim: this model predicts a {predicts}: take heun or euler")
+    if flags.images and not flags.mask:
+        given["strength"] = flags.strength or 0.6
+    return {"seed": flags.seed, **{k: value for k, value in given.items() if value is not None}}
+
+
+# What is wanted of it -----------------------------------------------------------------------------
+
+
+def _wanted(flags: argparse.Namespace, generator: "Generator") -> "Wanted":
     """The classes in turn, and of files each one its own."""
     import numpy as np
 
     from vision_jax.generate.samples import Wanted
 
-    names = [name for name in flags.classes.split(",") if name]
-    for name in names:
-        if name not in loaded.class_names:
-            hint = (
-                nearest(name, loaded.class_names) or f", only {', '.join(loaded.class_names[:20])}"
-            )
-            raise UserError(f"--classes: no class {name!r}{hint}")
-    labels = [loaded.class_names.index(name) for name in names] or list(range(num_classes))
+    labels = [_label(name, generator.names) for name in flags.classes.split(",") if name]
+    labels = labels or list(range(len(generator.names)))
     labels = labels or [0]  # of a model without classes, whose label 0 says none
-    images, fresh = _given(flags, loaded) if flags.images else (None, None)
+    images, fresh = _given(flags, generator) if flags.images else (None, None)
     count = flags.count or (COUNT if images is None else len(images))
     if images is not None:
         rows = np.arange(count) % len(images)
@@ -212,24 +286,106 @@ def _wanted(flags: argparse.Namespace, loaded: "Loaded", num_classes: int) -> "W
     return Wanted(turn, np.arange(count, dtype=np.int32), images, fresh)
 
 
-def _given(flags: argparse.Namespace, loaded: "Loaded") -> "tuple[np.ndarray, np.ndarray | None]":
+def _label(name: str, names: Sequence[str]) -> int:
+    """Of a class by its name, one of its synonyms ("tench, Tinca tinca"), or its number."""
+    if name in names:
+        return names.index(name)
+    for label, synonyms in enumerate(names):
+        if name.strip() in [one.strip() for one in synonyms.split(",")]:
+            return label
+    if not name.strip().isascii() or not name.strip().isdigit():
+        hint = nearest(name, names) or f", only {', '.join(names[:20])}"
+        raise UserError(f"--classes: no class {name!r}{hint}")
+    if int(name) >= len(names):
+        raise UserError(f"--classes: no class {name}: their numbers are 0 to {len(names) - 1}")
+    return int(name)
+
+
+def _given(
+    flags: argparse.Namespace, generator: "Generator"
+) -> "tuple[np.ndarray, np.ndarray | None]":
     """The files' images u8[N, H, W, C], and where they are made anew."""
     import numpy as np
 
     from vision_jax.commands.predict import image_files
 
     names = image_files(flags.images, "generate")
-    images = np.round(255 * np.asarray(loaded.preprocess(names))).astype(np.uint8)
+    images = np.round(255 * np.asarray(generator.preprocess(names))).astype(np.uint8)
     if not flags.mask:
         return images, None
-    grey = np.asarray(loaded.preprocess([flags.mask])).mean(-1, keepdims=True)  # [1, H, W, 1]
+    grey = np.asarray(generator.preprocess([flags.mask])).mean(-1, keepdims=True)  # [1, H, W, 1]
     return images, np.repeat(grey > 0.5, len(images), axis=0)
+
+
+# Images and figures -------------------------------------------------------------------------------
+
+
+def _make(
+    flags: argparse.Namespace,
+    generator: "Generator",
+    wanted: "Wanted",
+    origin: dict[str, str],
+    out: Path,
+) -> "list[np.ndarray]":
+    """Makes and writes the images, the first ones' picture and the manifest."""
+    import numpy as np
+
+    from vision_jax.config import write_json
+    from vision_jax.generate import samples
+    from vision_jax.logging import say
+
+    paths = samples.sample_paths(wanted, generator.names)
+    record = samples.manifest(generator, wanted, paths, origin)
+    out.mkdir(parents=True, exist_ok=True)
+    made: list[np.ndarray] = []
+    for batch in _batches(flags, generator, wanted):
+        samples.write_images(batch, paths[len(made) : len(made) + len(batch)], out)
+        made.extend(batch)
+    say(f"wrote {len(made)} images below {out}")
+    write_json(record, out / "manifest.json")
+    say(f"wrote {out / 'manifest.json'}: how each was made")
+    say(f"wrote {samples.draw_grid(np.stack(made[:DRAWN]), out / 'samples.png')}: the first ones")
+    return made
+
+
+def _make_before(
+    flags: argparse.Namespace,
+    other: "Generator",
+    wanted: "Wanted",
+    made: "Sequence[np.ndarray]",
+    out: Path,
+) -> "list[np.ndarray]":
+    """What another generator makes of the same noise, of all its classes."""
+    import numpy as np
+
+    from vision_jax.generate import samples
+    from vision_jax.logging import say
+
+    turn = np.resize(np.arange(max(len(other.names), 1), dtype=np.int32), len(wanted))
+    asked = samples.Wanted(turn, wanted.index)
+    before = [image for batch in _batches(flags, other, asked) for image in batch]
+    say(f"wrote {samples.draw_beside(before, made, out / 'beside.png')}: of the same noise")
+    return before
+
+
+def _batches(
+    flags: argparse.Namespace, generator: "Generator", wanted: "Wanted"
+) -> "Iterator[np.ndarray]":
+    """Images u8[n, H, W, C], batch by batch, and a bar that says how far it is."""
+    from vision_jax.generate.samples import make_images
+    from vision_jax.logging import show_progress
+
+    size = min(flags.batch_size, len(wanted))
+    with show_progress(-(-len(wanted) // size)) as (advance, _):
+        for batch in make_images(generator, wanted, size):
+            yield batch
+            advance()
 
 
 def _measure(
     flags: argparse.Namespace,
     config: Any,
-    loaded: "Loaded",
+    generator: "Generator",
     wanted: "Wanted",
     made: "Sequence[np.ndarray]",
     before: "Sequence[np.ndarray]",
@@ -255,7 +411,7 @@ def _measure(
     ]
     model = load(flags.features or FEATURES, allow_pickle=flags.allow_pickle)
     distance = "fid" if measures.is_inception(model) else "frechet"
-    features = measures.make_features(model, loaded.preprocessing)
+    features = measures.make_features(model, generator.loaded.preprocessing)
     of_made = features(made)
     of_train, of_held_out = (
         features(source[row]["image"] for row in rows)
@@ -267,7 +423,7 @@ def _measure(
     if before:
         others |= measures.measure(features(before), of_held_out, of_train, distance).figures
     if flags.judge:
-        judge = measures.make_judge(load(flags.judge), loaded.class_names)
+        judge = measures.make_judge(load(flags.judge), generator.names)
         figures |= {"judge": flags.judge, "judged_right": _share(judge(made), wanted.labels)}
         if before:
             others["judged_right"] = _share(judge(before), wanted.labels)

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from vision_jax.run.prepare import Run
 
 RUN_FILE = "config.json"
+MODEL_FILE = (
+    "model.json"  # of a run alone: folders in Hugging Face's layout have a config.json, too
+)
 OTHER = "name another folder"
 
 
 def is_run(folder: Path) -> bool:
     """Whether it is a run's folder."""
-    return (folder / RUN_FILE).is_file()
+    return (folder / RUN_FILE).is_file() and (folder / MODEL_FILE).is_file()
 
 
 def check_folder(flag: str, out: Path) -> None:

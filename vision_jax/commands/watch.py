@@ -8,7 +8,9 @@
 
 A SOURCE is a video file, a folder of frames, a camera's device or an RTSP address. What was seen in
 each frame, and each alarm, is on the disk before the next one; the same command completes what was
-stopped. A file gives the same bytes each time. docs/video.md says more.
+stopped. A file gives the same bytes each time. Beside it lie a still and a clip of each alarm, and
+index.html, on which a person says which were false: `review` goes on from there. docs/video.md says
+more.
 
 Exit codes: 0; 1 if a source ended before its end or stalled, with everything written until then; 2
 for bad input; 128 + n after signal n, with the frame finished and the files closed.
@@ -16,6 +18,7 @@ for bad input; 128 + n after signal n, with the frame finished and the files clo
 
 import argparse
 import datetime
+import importlib.util
 import re
 import signal
 import sys
@@ -36,11 +39,13 @@ if TYPE_CHECKING:
     from vision_jax.video.detect import Detector
     from vision_jax.video.events import Log, Progress
     from vision_jax.video.frames import Stream
+    from vision_jax.video.outputs import Outputs, Wanted
     from vision_jax.video.rules import Rules
 
 ENDED_EARLY = 1  # exit code
 ROWS = 4  # frames of a batch of files
 SCORE = 0.1  # below it nothing goes on with a track
+CLIP = Fraction(3)  # seconds before and after an alarm's beginning
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Source:
       stream: its frames.
       rules: in its pixels.
       log: of it.
+      outputs: all that is made of its alarms beside the log.
       progress: of its tracks and alarms.
       alarms: how many began.
     """
@@ -58,6 +64,7 @@ class Source:
     stream: "Stream"
     rules: "Rules"
     log: "Log"
+    outputs: "Outputs"
     progress: "Progress"
     alarms: int = 0
 
@@ -90,6 +97,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=int, metavar="N", help=f"frames of a batch; {ROWS}, of live sources 1"
     )
+    parser.add_argument(
+        "--clips",
+        type=float,
+        metavar="S",
+        help=f"seconds before and after each alarm's beginning, 0 for none; {CLIP}",
+    )
+    parser.add_argument("--annotate", action="store_true", help="a video with all that was seen")
+    parser.add_argument("--webhook", metavar="URL", help="a host that each event is sent to")
     parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run; last by default")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read pickles, by torch's weights-only reader"
@@ -112,6 +127,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("frames", 1, 10**12),
         ("timeout", 0.1, 86_400),
         ("rows", 1, 256),
+        ("clips", 0, 600),
     ):
         value = getattr(flags, name)
         if value is not None and not least <= value <= most:
@@ -147,7 +163,7 @@ def _run(flags: argparse.Namespace) -> int:
         rows = flags.rows or (1 if any(stream.live for stream in streams) else ROWS)
         detector = _load_detector(flags, rows)
         sources = [
-            _begin(flags.rules, stream, detector, out, stack)
+            _begin(flags, stream, detector, out, stack)
             for stream, out in zip(streams, outs, strict=True)
         ]
         with _show(sources) as (advance, say):
@@ -188,14 +204,17 @@ def _watch(
         if not frames:
             for event in one.log.end(one.rules, one.progress):
                 say(_line(one, event))
+            for line in one.outputs.finish():
+                say(line)
             continue
         if frames[-1].index > one.progress.frame:  # the rest is in the log
             found = detector.run([frame.pixels for frame in frames])
             for frame, boxes in zip(frames, found, strict=True):
                 if frame.index > one.progress.frame:
                     logged = one.log.frame(frame.index, frame.time, boxes)
-                    one.progress, _, events = step(one.rules, one.progress, logged)
+                    one.progress, tracks, events = step(one.rules, one.progress, logged)
                     one.log.raised(events)
+                    one.outputs.frame(frame.pixels, one.progress, tracks, events)
                     for event in events:
                         one.alarms += event["event"] == "start"
                         say(_line(one, event))
@@ -219,23 +238,39 @@ def _load_detector(flags: argparse.Namespace, rows: int) -> "Detector":
 
 
 def _begin(
-    rules: Path, stream: "Stream", detector: "Detector", out: Path, stack: ExitStack
+    flags: argparse.Namespace, stream: "Stream", detector: "Detector", out: Path, stack: ExitStack
 ) -> Source:
     """Begins a source's log, or goes on with it."""
     from vision_jax.video.events import Head, open_log
+    from vision_jax.video.outputs import Outputs
     from vision_jax.video.rules import check, read_rules
 
+    wanted = _wanted(flags)
     now = datetime.datetime.now().astimezone().replace(microsecond=0)
     start = now if stream.live else None
-    checked = check(read_rules(rules, detector.class_names), stream.size, start)
+    checked = check(read_rules(flags.rules, detector.class_names), stream.size, start)
     head = Head(
         _without_secrets(stream.name),
         stream.size,
         detector.class_names,
         start.isoformat() if start else "",
     )
-    log, progress = open_log(out, head, checked, read_text(rules))
-    return Source(stream, checked, stack.enter_context(log), progress)
+    log, progress = open_log(out, head, checked, read_text(flags.rules))
+    stack.enter_context(log)
+    outputs = stack.enter_context(Outputs(out, checked, wanted))
+    return Source(stream, checked, log, outputs, progress)
+
+
+def _wanted(flags: argparse.Namespace) -> "Wanted":
+    """What is made of alarms; clips where PyAV is installed, if nobody says otherwise."""
+    from vision_jax.video.outputs import Wanted
+    from vision_jax.video.webhook import parse_host
+
+    clip = Fraction(str(flags.clips)) if flags.clips is not None else CLIP
+    if flags.clips is None and not importlib.util.find_spec("av"):
+        clip = Fraction(0)
+    host = parse_host(flags.webhook) if flags.webhook else None
+    return Wanted(clip, clip, annotated=flags.annotate, webhook=host)
 
 
 def _without_secrets(source: str) -> str:

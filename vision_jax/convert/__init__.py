@@ -9,7 +9,9 @@ from vision_jax.convert.load import (
     load_model,
     ranks_of,
     recognize,
+    remarks,
     unknown_fields,
+    variables_of,
     write_safetensors,
 )
 from vision_jax.convert.read import Weights, read_weights
@@ -28,6 +30,8 @@ __all__ = [
     "ranks_of",
     "read_weights",
     "recognize",
+    "remarks",
     "unknown_fields",
+    "variables_of",
     "write_safetensors",
 ]

@@ -172,7 +172,7 @@ ZOO = (
         "diffusers/taesd3",
         "AutoencoderTiny",
         "AutoencoderTiny",
-        (("latent_channels", 16), ("scaling_factor", 1.5305), ("shift_factor", 0.0609)),
+        (("latent_channels", 16),),
         image_size=64,
         published="hf://madebyollin/taesd3",
         license="mit",

@@ -19,6 +19,7 @@ from vision_jax.convert.read import Weights, read_weights, timm_cfg
 from vision_jax.convert.table import Table
 from vision_jax.convert.tables import find_table, infer_arguments, naming_for_export, shapes_of
 from vision_jax.errors import UserError
+from vision_jax.logging import say
 from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS, build_model, check_arguments
 from vision_jax.trees import paths
 
@@ -64,14 +65,47 @@ def assumptions(weights: Weights) -> tuple[str, ...]:
         return tuple(f"{name}={arguments[name]}, by the weights' name" for name in told)
     name = _named(weights, table)
     if name and FAMILIES[table.family].variant(name) is not None:
-        return (f"{table.source}'s {name}, by the name of the file",)
-    return tuple(f"{it}={arguments[it]}" if it in arguments else it for it in table.unseen)
+        named = f"{table.source}'s {name}, by the name of the file"
+        return (named, *_prediction(weights, table))
+    unseen = [it for it in table.unseen if it != "predicts"]
+    shown = tuple(f"{it}={arguments[it]}" if it in arguments else it for it in unseen)
+    return (*shown, *_prediction(weights, table))
 
 
 def unknown_fields(weights: Weights) -> tuple[str, ...]:
     """Names of the fields of config.json that its source ignores, and so does this reader."""
     fields = _recognize(weights)[0].fields
     return tuple(check_values(weights.metadata.get("config", {}), fields)) if fields else ()
+
+
+def remarks(weights: Weights, assumed: Sequence[str] | None = None) -> list[str]:
+    """Lines for whoever uses the weights: their licence, what was assumed, fields nobody knows.
+
+    Args:
+      weights: as they were read.
+      assumed: of them; None: all `assumptions`.
+    """
+    lines = []
+    if license := table_of(weights).license:
+        lines.append(f"licence of the published weights of this kind: {license}")
+    if assumed := assumptions(weights) if assumed is None else assumed:
+        lines.append(f"assumed, since no config came with them: {', '.join(assumed)}")
+    if ignored := unknown_fields(weights):
+        lines.append(f"fields of its config.json that nobody knows: {', '.join(ignored[:8])}")
+    return lines
+
+
+def _prediction(weights: Weights, table: Table) -> tuple[str, ...]:
+    """What a generator is taken to predict, where only the file's name can tell."""
+    if "predicts" not in table.unseen or weights.metadata.get("config"):
+        return ()
+    predicts = _recognize(weights)[1]["predicts"]
+    other = "velocity" if predicts == "noise" else "noise"
+    return (
+        f"that it predicts {predicts}; if it is {other}, call the file sit-xl-2.pt or dit-xl-2.pt, "
+        f'or model.safetensors with {{"predicts": "{other}"}} in a config.json beside it, or give '
+        f"predicts={other!r} to load_model",
+    )
 
 
 def _named(weights: Weights, table: Table) -> str:
@@ -176,7 +210,9 @@ def load_model(
       spec: as `read_weights` takes it.
       allow_pickle: read pickled files too.
       family: what to take the weights for, where they could be more than one.
-      **arguments: of the model, instead of the weights' own: dtype, image_size, ...
+      **arguments: of the model, instead of the weights' own: dtype, image_size, predicts, ...
+
+    What was assumed of them and their licence are said on the screen.
 
     Returns:
       (flax module, {"params": nested dicts of arrays}, with BatchNorm "batch_stats" too)
@@ -186,7 +222,18 @@ def load_model(
     """
     weights = read_weights(spec, allow_pickle=allow_pickle, family=family)
     name, own = recognize(weights)
+    for line in remarks(weights):
+        say(line)
     model = build_model(name, **{**own, **arguments})
+    return model, variables_of(weights, model)
+
+
+def variables_of(weights: Weights, model: Any) -> dict[str, Any]:
+    """{"params": nested dicts of arrays} of weights for a model, with BatchNorm "batch_stats" too.
+
+    Raises:
+      UserError: the weights and the model differ.
+    """
     size = getattr(model, "image_size", (8 * getattr(model, "size_divisor", 8),) * 2)
     images = jnp.zeros((1, *size, model.in_channels))
     like = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -194,7 +241,7 @@ def load_model(
     flat = import_weights(
         weights, target, arguments_of(model), place=lambda path, array: jnp.asarray(array)
     )
-    return model, {
+    return {
         collection: paths.unflatten(tree, {path: flat[path] for path in paths.flatten(tree)})
         for collection, tree in like.items()
     }
@@ -332,6 +379,7 @@ def class_names_of(weights: Weights) -> list[str] | None:
         ("class_names", config.get("class_names")),  # of torchvision's folders
         ("label_names", timm),
         ("id2label", config.get("id2label")),
+        ("id2label", weights.metadata.get("pipeline")),  # of a DiT, in the folder around its own
     ):
         if isinstance(names, list) and names:
             return [str(name) for name in names]

@@ -205,7 +205,7 @@ def _read_folder(
                 "last checkpoint, or convert that with `python -m vision_jax.convert "
                 f"{folder} --checkpoint=last`"
             ) from error
-    config = {} if is_run else dict(default or {}) | _read_config(folder)
+    config = {} if is_run else dict(default or {}) | _read_config(folder) | _pipeline(folder)
     for whole, index, pickled in WEIGHT_FILES:
         if (folder / whole).is_file():
             return _assemble([folder / whole], allow_pickle, origin, config)
@@ -228,6 +228,15 @@ def _read_folder(
         f"{origin}: the folder has no {WEIGHTS_FILE}, {INDEX_FILE} or {PICKLE_FILE} (for "
         f"which set {ALLOW_PICKLE}); name the weight file itself if it is called otherwise"
     )
+
+
+def _pipeline(folder: Path) -> dict[str, Any]:
+    """Class names by number, which diffusers keeps of a DiT in the folder around its own."""
+    path = folder.parent / diffusers.PIPELINE_FILE
+    if not path.is_file() or not (folder / CONFIG_FILE).is_file():
+        return {}
+    names = _read_json(path).get("id2label")
+    return {"pipeline": names} if isinstance(names, dict) else {}
 
 
 def _shards(index_file: Path) -> list[Path]:
@@ -395,7 +404,7 @@ def _download(spec: str, allow_pickle: bool, file: str | None = None) -> Path:
     if file is not None:
         patterns = [file]
     if inside:
-        patterns = [f"{inside}/{pattern}" for pattern in patterns]
+        patterns = [f"{inside}/{pattern}" for pattern in patterns] + [diffusers.PIPELINE_FILE]
     fetch = partial(
         huggingface_hub.snapshot_download, repository, revision=revision, allow_patterns=patterns
     )

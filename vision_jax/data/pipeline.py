@@ -253,6 +253,38 @@ def make_train_iterator(
     if crop not in CROPS:
         raise UserError(f"data crop {crop!r}: use one of {', '.join(CROPS)}")
     load = _LoadForTraining(source, preprocessing, crop, crop_scale, crop_ratio, flip)
+    return stream(
+        source,
+        load,
+        batch_size=batch_size,
+        seed=seed,
+        num_threads=num_threads,
+        num_workers=num_workers,
+        process_index=process_index,
+        process_count=process_count,
+        first_batch=first_batch,
+        max_damaged=max_damaged,
+        balance=balance,
+        damage_log=damage_log,
+    )
+
+
+def stream(
+    source: Source,
+    load: Callable[[int, np.random.Generator], Loaded],
+    *,
+    batch_size: int,
+    seed: int,
+    num_threads: int,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    first_batch: int = 0,
+    max_damaged: float,
+    balance: float = 0.0,
+    damage_log: DamageLog | None = None,
+) -> grain.DatasetIterator:
+    """`make_train_iterator` of examples that somebody else loads; `load` must pickle."""
     examples = (
         shuffled(source, seed, balance).random_map(  # each epoch in another order
             load
@@ -327,6 +359,28 @@ def make_eval_batches(
     batches on a process that has fewer examples, because every process yields the same number. A
     damaged image keeps its row, black, with mask False, and is named in `damage_log`.
     """
+    return evaluation_batches(
+        source,
+        _LoadForEvaluation(source, preprocessing),
+        batch_size=batch_size,
+        num_threads=num_threads,
+        process_index=process_index,
+        process_count=process_count,
+        damage_log=damage_log,
+    )
+
+
+def evaluation_batches(
+    source: Source,
+    load: Callable[[int], tuple[dict[str, Any], Damaged | None]],
+    *,
+    batch_size: int,
+    num_threads: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    damage_log: DamageLog | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """`make_eval_batches` of examples that somebody else loads; row -1 is a padding row."""
     log = damage_log or DamageLog()
     batch_count = -(-len(source) // (batch_size * process_count))
     rows = np.full(batch_count * batch_size * process_count, -1, np.int32)
@@ -335,7 +389,7 @@ def make_eval_batches(
     # whole batch would leave the other threads idle at the end.
     parts = (
         grain.MapDataset.source(rows[process_index::process_count])
-        .map(_LoadForEvaluation(source, preprocessing))
+        .map(load)
         .batch(EXAMPLES_AT_ONCE, batch_fn=list)
         .to_iter_dataset(
             grain.ReadOptions(

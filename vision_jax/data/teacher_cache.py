@@ -1,5 +1,7 @@
 """Cached teacher outputs: those of each example of a run, stored once and read in training.
 
+Latents of a generator's images are stored in the same way (data/latents.py).
+
     write_teacher_cache(path, batches, identity)     arrays of each example, in the order of the run
     open_teacher_cache(path, identity)               -> TeacherCache; .read(numbers), .batch(step)
 

@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from vision_jax.errors import utf8
 from vision_jax.models import families
 from vision_jax.ops.images import to_float
 from vision_jax.tasks.generation import objective
+from vision_jax.tasks.generation.autoencoder import Autoencoder
 from vision_jax.tasks.images import file_name
 from vision_jax.trees.paths import flatten
 
@@ -26,11 +27,34 @@ ADAPTER = "adapter/adapter_model.safetensors"  # of a run
 
 
 @dataclass(frozen=True)
+class Generator:
+    """A model that makes images, and how it does.
+
+    Attributes:
+      model: the flax module.
+      variables: its arrays.
+      names: of what it can be asked for, by label: classes, or captions.
+      task: what the model has learned.
+      sampling: how images are made.
+      preprocess: files -> f32[N, H, W, C] in [0, 1], of images that it begins with.
+      autoencoder: of what the model makes; None of pixels.
+    """
+
+    model: Any
+    variables: Mapping[str, Any]
+    names: Sequence[str]
+    task: objective.Task
+    sampling: objective.Sampling
+    preprocess: Callable[[Sequence[str]], Any]
+    autoencoder: Autoencoder | None = None
+
+
+@dataclass(frozen=True)
 class Wanted:
     """Images to be made.
 
     Attributes:
-      labels: i32[N], K for no class.
+      labels: i32[N], rows of the generator's names, K for none of them.
       index: i32[N], whose noise each has: with a seed an index names an image.
       images: u8[N, H, W, C] to begin with, or None.
       fresh: bool[N, H, W, 1], what of these is made anew, or None.
@@ -45,42 +69,57 @@ class Wanted:
         return len(self.labels)
 
 
-def make_images(
-    model: Any,
-    variables: Mapping[str, Any],
-    task: objective.Task,
-    sampling: objective.Sampling,
-    wanted: Wanted,
-    batch_size: int,
-) -> Iterator[np.ndarray]:
+def make_images(generator: Generator, wanted: Wanted, batch_size: int) -> Iterator[np.ndarray]:
     """u8[n, H, W, C], batch by batch, in the order wanted; one program for all batches.
 
     The last batch is filled up by images that are made and thrown away: an image does not depend on
     its batch, but a program does on its size.
     """
-    apply = families.make_apply(model)
-    sample = objective.make_sample(apply, lambda params: params, task, sampling)
-
-    @jax.jit
-    def run(params, state, labels, index, *given):
-        made = sample(params, {}, state, labels, index, *given)
-        return jnp.round(255 * made).astype(jnp.uint8)
-
+    run = jax.jit(_make_program(generator))
     size = min(batch_size, len(wanted))
-    params, state = variables["params"], variables.get("batch_stats", {})
+    around = {} if generator.autoencoder is None else generator.autoencoder.variables
     for start in range(0, len(wanted), size):
         rows = np.minimum(np.arange(start, start + size), len(wanted) - 1)
-        given: list[Any] = []
-        if wanted.images is not None:
-            given.append(to_float(jnp.asarray(wanted.images[rows])))
-            given += [] if wanted.fresh is None else [wanted.fresh[rows]]
-        made = run(params, state, wanted.labels[rows], wanted.index[rows], *given)
+        given = [x if x is None else x[rows] for x in (wanted.images, wanted.fresh)]
+        asked = wanted.labels[rows]
+        made = run(generator.variables, around, asked, wanted.index[rows], *given)
         yield jax.device_get(made)[: len(wanted) - start]
 
 
-def sample_paths(wanted: Wanted, class_names: Sequence[str]) -> list[str]:
+def _make_program(generator: Generator) -> Callable[..., jax.Array]:
+    """(variables, the autoencoder's, asked, index, images or None, fresh or None) -> u8[B, ...]."""
+    apply, around = families.make_apply(generator.model), generator.autoencoder
+    sample = objective.make_sample(apply, lambda params: params, generator.task, generator.sampling)
+
+    def program(variables, arrays, asked, index, images, fresh):
+        def encode(images):
+            return objective.centered(images) if around is None else around.encode(arrays, images)
+
+        def decode(x):
+            return objective.shown(x) if around is None else around.decode(arrays, x)
+
+        params, state = variables["params"], variables.get("batch_stats", {})
+        images = None if images is None else to_float(images)
+        clean = None if images is None else objective.one_by_one(encode, images)
+        cells = None if fresh is None else _cells(fresh, 1 if around is None else around.cell)
+        made = sample(params, {}, state, asked, index, clean, cells)
+        made = objective.one_by_one(decode, made)
+        if fresh is not None:  # a decoder changes all pixels a little
+            made = jnp.where(fresh, made, images)
+        return jnp.round(255 * made).astype(jnp.uint8)
+
+    return program
+
+
+def _cells(fresh: jax.Array, side: int) -> jax.Array:
+    """bool[B, h, w, 1]: the cells in which there is any pixel of bool[B, H, W, 1]."""
+    count, height, width, _ = fresh.shape
+    return fresh.reshape(count, height // side, side, width // side, side, 1).any((2, 4))
+
+
+def sample_paths(wanted: Wanted, names: Sequence[str]) -> list[str]:
     """Where each image is written: "class/000012.png", the class's name as a folder can have it."""
-    names = [*class_names, "no class"]
+    names = [*names, "no class"]
     folders = [file_name(0, name, "")[5:] for name in names]
     return [
         f"{folders[label]}/{index:06d}.png"
@@ -145,19 +184,19 @@ def digest(params: Any) -> str:
 
 
 def manifest(
-    wanted: Wanted,
-    sampling: objective.Sampling,
-    class_names: Sequence[str],
-    paths: Sequence[str],
-    origin: Mapping[str, str],
+    generator: Generator, wanted: Wanted, paths: Sequence[str], origin: Mapping[str, str]
 ) -> dict[str, Any]:
     """What tells how each image was made, for JSON: with it each can be made again."""
-    names = [*class_names, None]
+    names = [*generator.names, None]
+    what = "class" if generator.task.no_caption is None else "caption"
+    if generator.autoencoder is not None:
+        weights = generator.autoencoder.weights
+        origin = {**origin, "autoencoder": weights.origin, "autoencoder_sha256": weights.sha256}
     return {
         **origin,
-        "sampling": vars(sampling),
+        "sampling": vars(generator.sampling),
         "images": [
-            {"file": path, "class": names[label] and utf8(str(names[label])), "index": int(index)}
+            {"file": path, what: names[label] and utf8(str(names[label])), "index": int(index)}
             for path, label, index in zip(paths, wanted.labels, wanted.index, strict=True)
         ],
     }

@@ -14,22 +14,20 @@ Exactness, where ports go wrong:
   - latents of a generator are (z - shift_factor) · scaling_factor.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
+from vision_jax.models.autoencoder import Autoencoder, conv3, wide
 from vision_jax.models.layers import Conv, GroupNorm, normalize
 from vision_jax.models.taps import OUTPUT, tap
 from vision_jax.models.unet import grow
 from vision_jax.models.vit import Attention
-from vision_jax.ops.noise import normal
+from vision_jax.ops.latents import scaled
 
 EPSILON = 1e-6
 LEAST_LOGVAR, LARGEST_LOGVAR = -30.0, 20.0
-_SAME = ((1, 1), (1, 1))  # of a 3 x 3 convolution that keeps the grid
 # Stable Diffusion's, whose widths SDXL's, SD 3's and FLUX.1's share.
 VARIANTS: dict[str, dict[str, Any]] = {
     "autoencoder_kl_sd": {},
@@ -69,7 +67,7 @@ class Block(nn.Module):
         y = x
         for number in (1, 2):
             y = GroupNorm(self.groups, EPSILON, self.dtype, name=f"norm{number}")(y)
-            y = _conv3(self.width, self.dtype, f"conv{number}")(nn.silu(y))
+            y = conv3(self.width, self.dtype, f"conv{number}")(nn.silu(y))
         if x.shape[-1] != self.width:
             x = Conv(self.width, (1, 1), dtype=self.dtype, name="shortcut")(x)
         return x + y
@@ -95,7 +93,7 @@ class Stage(nn.Module):
             )
         elif self.way == "up":
             x = grow(x, (2 * x.shape[1], 2 * x.shape[2]))
-            x = _conv3(self.width, self.dtype, "upsample")(x)
+            x = conv3(self.width, self.dtype, "upsample")(x)
         return tap(self, OUTPUT, x)
 
 
@@ -132,7 +130,7 @@ class Encoder(nn.Module):
     def __call__(self, x):
         features = {}
         last = len(self.widths) - 1
-        x = _conv3(self.widths[0], self.dtype, "conv_in")(x)
+        x = conv3(self.widths[0], self.dtype, "conv_in")(x)
         for index, width in enumerate(self.widths):
             way = "down" if index < last else ""
             stage = Stage(width, self.depth, self.groups, way, self.dtype, name=f"stage_{index}")
@@ -140,7 +138,7 @@ class Encoder(nn.Module):
         x = Middle(self.groups, self.attention, self.dtype, name="middle")(x)
         features["encoder_middle"] = x
         x = GroupNorm(self.groups, EPSILON, self.dtype, name="norm")(x)
-        return _conv3(self.outputs, wide(self.dtype), "conv_out")(nn.silu(x)), features
+        return conv3(self.outputs, wide(self.dtype), "conv_out")(nn.silu(x)), features
 
 
 class Decoder(nn.Module):
@@ -157,7 +155,7 @@ class Decoder(nn.Module):
     def __call__(self, x):
         features = {}
         last = len(self.widths) - 1
-        x = _conv3(self.widths[-1], self.dtype, "conv_in")(x)
+        x = conv3(self.widths[-1], self.dtype, "conv_in")(x)
         x = Middle(self.groups, self.attention, self.dtype, name="middle")(x)
         features["decoder_middle"] = x
         for index, width in enumerate(reversed(self.widths)):
@@ -167,10 +165,10 @@ class Decoder(nn.Module):
             )
             features[f"decoder_{index}"] = x = stage(x)
         x = GroupNorm(self.groups, EPSILON, self.dtype, name="norm")(x)
-        return _conv3(self.outputs, wide(self.dtype), "conv_out")(nn.silu(x)), features
+        return conv3(self.outputs, wide(self.dtype), "conv_out")(nn.silu(x)), features
 
 
-class AutoencoderKl(nn.Module):
+class AutoencoderKl(Autoencoder, nn.Module):
     """Images f32[B, H, W, in_channels] in [0, 1] -> latents -> images; normalized inside.
 
     `encode` and `decode` are what a generator needs, `apply(variables, images, method="encode")`;
@@ -207,32 +205,10 @@ class AutoencoderKl(nn.Module):
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     dtype: Any = jnp.float32
 
-    stem: ClassVar[str] = "encoder/conv_in/kernel"
-    pyramid: ClassVar[tuple[tuple[str, int], ...]] = ()
-
     @property
-    def size_divisor(self) -> int:
-        """Pixels a side of a cell of the latents: of other images the last are cut off."""
-        return 2 ** (len(self.widths) - 1)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers for layer-wise rate decay: stages and middles, in the order of computation."""
-        return 2 * len(self.widths) + 4
-
-    def layer_of(self, path: str) -> int:
-        """Depth of a parameter, by the path."""
-        part, _, inner = path.partition("/")
-        middle = len(self.widths) + 1
-        if part in ("quant_conv", "post_quant_conv"):
-            return middle + (part == "post_quant_conv")
-        top = inner.split("/")[0]
-        if top.startswith("stage_"):
-            index = int(top.removeprefix("stage_")) + 1
-            return index if part == "encoder" else middle + 1 + index
-        if part == "encoder":
-            return 0 if top == "conv_in" else middle
-        return middle + 1 if top in ("conv_in", "middle") else self.num_layers - 1
+    def stages(self) -> tuple[int, int]:
+        """Of the encoder and of the decoder."""
+        return len(self.widths), len(self.widths)
 
     def setup(self):
         shared = (self.groups, self.mid_attention, self.dtype)
@@ -258,35 +234,13 @@ class AutoencoderKl(nn.Module):
         del train  # nothing is random, nothing is counted
         mean, logvar, features = self._posterior(images)
         decoded, more = self._decode(mean)
-        outputs = {"latents": self._scaled(mean), "logvar": logvar, "reconstruction": decoded}
+        latents = scaled(mean, self.scaling_factor, self.shift_factor)
+        outputs = {"latents": latents, "logvar": logvar, "reconstruction": decoded}
         return (outputs, {**features, **more}) if return_features else outputs
 
     def posterior(self, images):
         """(mean, log of the variance) f32[B, h, w, Z] each, of the latents before scaling."""
         return self._posterior(images)[:2]
-
-    def encode(self, images, keys=None):
-        """Latents as a generator takes them.
-
-        Args:
-          images: f32[B, H, W, in_channels] in [0, 1]; sides are multiples of `size_divisor`.
-          keys: key[B], one for each image, by which its latents are drawn; None: their means.
-
-        Returns:
-          f32[B, h, w, Z], (z - shift_factor) · scaling_factor.
-        """
-        z, logvar, _ = self._posterior(images)
-        if keys is not None:
-            z = z + jnp.exp(0.5 * logvar) * normal(keys, z.shape[1:], z.dtype)
-        return self._scaled(z)
-
-    def decode(self, latents):
-        """Images f32[B, H, W, in_channels] of latents as `encode` gives them.
-
-        They are in [0, 1] but for what the decoder overshoots: clip them before they are shown.
-        """
-        images, _ = self._decode(latents / self.scaling_factor + self.shift_factor)
-        return denormalize(images, self.mean, self.std)
 
     def _posterior(self, images):
         x, features = self.encoder(normalize(images, self.mean, self.std).astype(self.dtype))
@@ -295,23 +249,5 @@ class AutoencoderKl(nn.Module):
         mean, logvar = jnp.split(x, 2, axis=-1)
         return mean, jnp.clip(logvar, LEAST_LOGVAR, LARGEST_LOGVAR), features
 
-    def _scaled(self, z):
-        return (z - self.shift_factor) * self.scaling_factor
-
     def _decode(self, z):
         return self.decoder(self.post_quant(z) if self.post_quant_conv else z)
-
-
-def denormalize(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """x[B, H, W, C] · std[C] + mean[C]."""
-    scale, shift = (jnp.asarray(v, x.dtype).reshape(1, 1, 1, -1) for v in (std, mean))
-    return x * scale + shift
-
-
-def wide(dtype: Any) -> Any:
-    """What latents and images are computed in: float32 or better."""
-    return np.promote_types(dtype, np.float32)
-
-
-def _conv3(width: int, dtype: Any, name: str) -> Conv:
-    return Conv(width, (3, 3), padding=_SAME, dtype=dtype, name=name)

@@ -12,18 +12,18 @@ Exactness, where ports go wrong:
   - its latents are those of a generator as they are: scaling_factor is 1.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vision_jax.models.autoencoder_kl import denormalize, wide
+from vision_jax.models.autoencoder import SAME, Autoencoder, conv3, wide
 from vision_jax.models.layers import Conv, normalize
 from vision_jax.models.taps import OUTPUT, tap
 from vision_jax.models.unet import grow
+from vision_jax.ops.latents import scaled
 
 MAGNITUDE = 3.0  # what the decoder softly cuts latents to
-_SAME = ((1, 1), (1, 1))
 VARIANTS: dict[str, dict[str, Any]] = {
     "autoencoder_tiny_sd": {},  # TAESD; SDXL's has the same sizes
     "autoencoder_tiny_sd3": {"latent_channels": 16},  # SD 3's and FLUX.1's
@@ -46,7 +46,7 @@ class Block(nn.Module):
         y = x
         for number in (1, 2, 3):
             y = y if number == 1 else nn.relu(y)
-            y = _conv3(x.shape[-1], self.dtype, f"conv{number}")(y)
+            y = conv3(x.shape[-1], self.dtype, f"conv{number}")(y)
         return nn.relu(x + y)
 
 
@@ -71,7 +71,7 @@ class Stage(nn.Module):
                 self.width,
                 (3, 3),
                 (2, 2),
-                padding=_SAME,
+                padding=SAME,
                 use_bias=False,
                 dtype=self.dtype,
                 name="downsample",
@@ -84,7 +84,7 @@ class Stage(nn.Module):
             x = Conv(
                 self.width,
                 (3, 3),
-                padding=_SAME,
+                padding=SAME,
                 use_bias=False,
                 dtype=self.dtype,
                 name="upsample",
@@ -103,12 +103,12 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x):
         features = {}
-        x = _conv3(self.width, self.dtype, "conv_in")(x)
+        x = conv3(self.width, self.dtype, "conv_in")(x)
         for index, depth in enumerate(self.depths):
             way = "down" if index else ""
             x = Stage(self.width, depth, way, self.dtype, name=f"stage_{index}")(x)
             features[f"encoder_{index}"] = x
-        return _conv3(self.outputs, wide(self.dtype), "conv_out")(x), features
+        return conv3(self.outputs, wide(self.dtype), "conv_out")(x), features
 
 
 class Decoder(nn.Module):
@@ -123,15 +123,15 @@ class Decoder(nn.Module):
     def __call__(self, x):
         features = {}
         x = MAGNITUDE * jnp.tanh(x / MAGNITUDE)
-        x = nn.relu(_conv3(self.width, self.dtype, "conv_in")(x))
+        x = nn.relu(conv3(self.width, self.dtype, "conv_in")(x))
         for index, depth in enumerate(self.depths):
             way = "up" if index < len(self.depths) - 1 else ""
             x = Stage(self.width, depth, way, self.dtype, name=f"stage_{index}")(x)
             features[f"decoder_{index}"] = x
-        return _conv3(self.outputs, wide(self.dtype), "conv_out")(x), features
+        return conv3(self.outputs, wide(self.dtype), "conv_out")(x), features
 
 
-class AutoencoderTiny(nn.Module):
+class AutoencoderTiny(Autoencoder, nn.Module):
     """Images f32[B, H, W, in_channels] in [0, 1] -> latents -> images; normalized inside.
 
     `encode` and `decode` are an AutoencoderKl's, but that nothing of the latents is random.
@@ -161,29 +161,10 @@ class AutoencoderTiny(nn.Module):
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     dtype: Any = jnp.float32
 
-    stem: ClassVar[str] = "encoder/conv_in/kernel"
-    pyramid: ClassVar[tuple[tuple[str, int], ...]] = ()
-
     @property
-    def size_divisor(self) -> int:
-        """Pixels a side of a cell of the latents."""
-        return 2 ** (len(self.encoder_depths) - 1)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers for layer-wise rate decay: stages, and what is before and behind each half's."""
-        return len(self.encoder_depths) + len(self.decoder_depths) + 3
-
-    def layer_of(self, path: str) -> int:
-        """Depth of a parameter, by the path."""
-        part, top = path.split("/")[:2]
-        middle = len(self.encoder_depths) + 1
-        if top.startswith("stage_"):
-            index = int(top.removeprefix("stage_")) + 1
-            return index if part == "encoder" else middle + index
-        if part == "encoder":
-            return 0 if top == "conv_in" else middle
-        return middle if top == "conv_in" else self.num_layers - 1
+    def stages(self) -> tuple[int, int]:
+        """Of the encoder and of the decoder."""
+        return len(self.encoder_depths), len(self.decoder_depths)
 
     def setup(self):
         sizes = (self.encoder_width, self.encoder_depths, self.latent_channels)
@@ -202,35 +183,18 @@ class AutoencoderTiny(nn.Module):
         del train  # nothing is random, nothing is counted
         z, features = self._encode(images)
         decoded, more = self._decode(z)
-        outputs = {"latents": self._scaled(z), "reconstruction": decoded}
+        latents = scaled(z, self.scaling_factor, self.shift_factor)
+        outputs = {"latents": latents, "reconstruction": decoded}
         return (outputs, {**features, **more}) if return_features else outputs
 
-    def encode(self, images, keys=None):
-        """Latents f32[B, h, w, Z] as a generator takes them, (z - shift) · scaling_factor.
-
-        Args:
-          images: f32[B, H, W, in_channels] in [0, 1]; sides are multiples of `size_divisor`.
-          keys: of no use here; an AutoencoderKl draws its latents by them.
-        """
-        del keys
-        return self._scaled(self._encode(images)[0])
-
-    def decode(self, latents):
-        """Images f32[B, H, W, in_channels] of latents, in [0, 1] but for what overshoots."""
-        images, _ = self._decode(latents / self.scaling_factor + self.shift_factor)
-        return denormalize(images, self.mean, self.std)
+    def posterior(self, images):
+        """(mean f32[B, h, w, Z] of the latents before scaling, None): nothing of them is random."""
+        return self._encode(images)[0], None
 
     def _encode(self, images):
         x = (normalize(images, self.mean, self.std) + 1) / 2
         return self.encoder(x.astype(self.dtype))
 
-    def _scaled(self, z):
-        return (z - self.shift_factor) * self.scaling_factor
-
     def _decode(self, z):
         images, features = self.decoder(z)
         return images * 2 - 1, features
-
-
-def _conv3(width: int, dtype: Any, name: str) -> Conv:
-    return Conv(width, (3, 3), padding=_SAME, dtype=dtype, name=name)

@@ -29,6 +29,7 @@ from flax import linen as nn
 from vision_jax.errors import UserError
 from vision_jax.models import tangents
 from vision_jax.models.layers import Conv, Dense, normalize
+from vision_jax.models.scanned import scan_blocks
 from vision_jax.models.taps import NORMED, tap
 from vision_jax.models.vit import Attention, Mlp
 from vision_jax.ops.position_embedding import grid_positions
@@ -111,6 +112,8 @@ class Dit(nn.Module):
         which noise is added.
       dtype: compute dtype; parameters stay float32, and the outputs are float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
+      scan: run the blocks as one scanned loop (compiles faster); parameters keep their names, and
+        all blocks must then have leaves of the same kinds.
     """
 
     num_classes: int
@@ -129,6 +132,7 @@ class Dit(nn.Module):
     std: tuple[float, ...] = (1.0,)
     dtype: Any = jnp.float32
     remat: bool = False
+    scan: bool = False
 
     stem: ClassVar[str] = "patch_embed/kernel"
     pyramid: ClassVar[tuple[tuple[str, int], ...]] = ()
@@ -165,7 +169,8 @@ class Dit(nn.Module):
           x: f32[B, H, W, in_channels], of `image_size`.
           time: f32[B]: a DDPM's step, 0 to 999, of a model that predicts noise; of others from 0,
             noise, to 1, image. None: 0.
-          labels: i32[B]; num_classes says none. None: none of all.
+          labels: i32[B], at most num_classes, which says none: of others the prediction is NaN.
+            None: none of all.
           train: nothing is random here: who trains replaces labels by none.
           return_features: also return a dict of "condition" f[B, D], "embed" and "block_0" ...
             f[B, N, D].
@@ -194,11 +199,8 @@ class Dit(nn.Module):
         x = x.reshape(batch, -1, self.width)  # [B, N, D]
         x = x + jnp.asarray(grid_positions(self.grid, self.width, 0), dtype)
         features["embed"] = x
-        block = nn.remat(Block) if self.remat else Block
-        for index in range(self.depth):
-            sizes = (self.num_heads, self.mlp_width, self.mlp_norm_eps, dtype)
-            x = block(*sizes, name=f"block_{index}")(x, condition)
-            features[f"block_{index}"] = x
+        x, outputs = self._blocks(x, condition)
+        features.update({f"block_{index}": output for index, output in enumerate(outputs)})
         numbers = Dense(2 * self.width, dtype=dtype, kernel_init=_ZEROS, name="head_ada")(condition)
         shift, scale = jnp.split(numbers[:, None], 2, axis=-1)
         x = modulated(x, shift, scale, 1e-6)
@@ -212,6 +214,25 @@ class Dit(nn.Module):
             result["variance"] = x[..., self.in_channels :]
         return (result, features) if return_features else result
 
+    def _blocks(self, x, condition):
+        """(x behind the last block, x behind each)."""
+        sizes = (self.num_heads, self.mlp_width, self.mlp_norm_eps, self.dtype)
+        if self.scan and self.depth and not self.is_initializing():
+            names = [f"block_{index}" for index in range(self.depth)]
+            one = Block(*sizes, parent=None)
+
+            def apply(variables, x, row, rngs):
+                del row
+                return one.apply(variables, x, condition, rngs=rngs)
+
+            return scan_blocks(self, names, apply, x, remat=self.remat)
+        block = nn.remat(Block) if self.remat else Block
+        outputs = []
+        for index in range(self.depth):
+            x = block(*sizes, name=f"block_{index}")(x, condition)
+            outputs.append(x)
+        return x, outputs
+
     def _condition(self, batch, time, labels):
         """f[B, D], of the time and the class."""
         if time is None:
@@ -222,7 +243,9 @@ class Dit(nn.Module):
             labels = jnp.full((batch,), self.num_classes, jnp.int32)
         shape = (self.num_classes + 1, self.width)
         table = self.param("class_embed", nn.initializers.normal(0.02), shape)
-        return of_time + jnp.asarray(table)[labels].astype(self.dtype)
+        # Out of bounds JAX would take the last row, which says none.
+        found = jnp.asarray(table).at[labels].get(mode="fill", fill_value=jnp.nan)
+        return of_time + found.astype(self.dtype)
 
     def _of_channels(self, values):
         return tuple(values) * self.in_channels if len(values) == 1 else values

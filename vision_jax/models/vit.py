@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -25,7 +24,6 @@ from vision_jax.errors import UserError
 from vision_jax.models.attention import attend
 from vision_jax.models.layers import (
     ACTIVATIONS,
-    ADAPTER_KEYS,
     Conv,
     Dense,
     Dropout,
@@ -40,6 +38,7 @@ from vision_jax.models.merging import (
     ones,
     size_bias,
 )
+from vision_jax.models.scanned import scan_blocks
 from vision_jax.models.taps import ATTENTION, NORMED, make_tap, tap
 from vision_jax.ops.position_embedding import interpolate_positions
 from vision_jax.ops.traced import is_on
@@ -577,35 +576,16 @@ class ViT(nn.Module):
         return counts
 
     def _scanned_blocks(self, arguments, x, train, rates):
-        # The parameters are stacked at apply time, so the tree has the same names either way.
-        params = self.variables["params"]
-        blocks = [params[f"block_{index}"] for index in rates]
-        layouts = [jax.tree.map(jnp.shape, block) for block in blocks]
-        if any(layout != layouts[0] for layout in layouts):
-            raise UserError(
-                "model.scan: the blocks have leaves of different kinds or shapes (factors or "
-                "adapters on some only, or of several ranks); set model.scan=False or give all the "
-                "same"
-            )
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-        keys = {
-            name: jax.random.split(self.make_rng(name), len(rates))
-            for name in ("dropout", ADAPTER_KEYS)
-            if self.has_rng(name)
-        }
         block = Block(**arguments, parent=None)
 
-        def body(x, layer):
-            block_params, rate, rngs = layer
-            rate = rate if is_on(self.drop_path) else None
-            x = block.apply({"params": block_params}, x, rate, train, rngs=rngs)
-            return x, x
+        def apply(variables, x, rate, rngs):
+            return block.apply(
+                variables, x, rate if is_on(self.drop_path) else None, train, rngs=rngs
+            )
 
-        if self.remat:
-            body = jax.checkpoint(body)
-        layers = (stacked, jnp.asarray(list(rates.values()), x.dtype), keys)
-        x, outputs = jax.lax.scan(body, x, layers)
-        return x, list(outputs)
+        names = [f"block_{index}" for index in rates]
+        rows = jnp.asarray(list(rates.values()), x.dtype)
+        return scan_blocks(self, names, apply, x, rows, remat=self.remat)
 
     def _pool(self, x, sizes=None):
         """f[B, D], or f[B, 2, D] for two heads, of tokens that stand for so many patches."""

@@ -50,11 +50,17 @@ def ddim_steps(
     return np.round(np.arange(steps, 0, -steps / count)[:count]).astype(np.int64) - 1
 
 
+def noised(images: jax.Array, noise: jax.Array, signal: jax.Array) -> jax.Array:
+    """Images f[B, ...] with as much noise as where this share f[] of their variance is kept."""
+    return jnp.sqrt(signal) * images + jnp.sqrt(1 - signal) * noise
+
+
 def ddim(
     predict_noise: Callable[[jax.Array, jax.Array], jax.Array],
     noise: jax.Array,
     steps: np.ndarray,
     signal: np.ndarray,
+    keep: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Follows predictions of the noise to images, without new noise on the way (eta 0).
 
@@ -63,9 +69,10 @@ def ddim(
 
     Args:
       predict_noise: (x f[B, ...], step f[]) -> f[B, ...]; see ops.flow.guided.
-      noise: f[B, ...].
-      steps: `ddim_steps`.
+      noise: f[B, ...], what is there at the first step.
+      steps: `ddim_steps`, or the last of them.
       signal: `kept_signal`.
+      keep: (x, signal f[]) -> x after each step, which puts back what is known of the images.
 
     Returns:
       f[B, ...] in the dtype of `noise`.
@@ -78,6 +85,7 @@ def ddim(
         step, now, then = row
         found = predict_noise(x, step).astype(dtype)
         image = (x.astype(dtype) - jnp.sqrt(1 - now) * found) / jnp.sqrt(now)
-        return (jnp.sqrt(then) * image + jnp.sqrt(1 - then) * found).astype(x.dtype), None
+        x = (jnp.sqrt(then) * image + jnp.sqrt(1 - then) * found).astype(x.dtype)
+        return (x if keep is None else keep(x, then)), None
 
     return jax.lax.scan(body, noise, rows)[0]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x[B, ...], time[]) -> velocity[B, ...]
-Predict = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, time[B], labels[B])
+Predict = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, time[B], labels[B, ...])
 
 LEAST_LEFT = 0.05  # JiT's bound of the division by what is left of the time
 
@@ -127,7 +127,7 @@ def as_velocity(
     prediction: jax.Array,
     x: jax.Array,
     time: jax.Array,
-    predicts: Literal["velocity", "image"],
+    predicts: str,
     least: float = LEAST_LEFT,
 ) -> jax.Array:
     """The velocity at x of what a model predicts.
@@ -149,7 +149,7 @@ def as_velocity(
 def guided(
     predict: Predict,
     labels: jax.Array,
-    none: int,
+    none: int | jax.Array | np.ndarray,
     scale: float,
     *,
     interval: tuple[float, float] = (-np.inf, np.inf),
@@ -162,8 +162,8 @@ def guided(
 
     Args:
       predict: (x f[B, ..., C], time f[B], labels i32[B]) -> f[B, ..., C].
-      labels: i32[B].
-      none: the label that says none.
+      labels: i32[B], or embeddings of captions f[B, E].
+      none: the label that says none, or the embedding f[E] of no caption.
       scale: a number of Python, not traced; 1 guides nowhere.
       interval: (first, last) time at which it guides (Kynkäänniemi et al. 2024).
       channels: how many of C it guides, the first; all by default. The samples of the originals of
@@ -178,7 +178,8 @@ def guided(
 
     def both(x, time):
         twice = jnp.concatenate([x, x])
-        asked = jnp.concatenate([labels, jnp.full_like(labels, none)])
+        nothing = jnp.broadcast_to(jnp.asarray(none, labels.dtype), labels.shape)
+        asked = jnp.concatenate([labels, nothing])
         of_class, of_none = jnp.split(predict(twice, jnp.full(twice.shape[:1], time), asked), 2)
         made = of_none + scale * (of_class - of_none)
         if channels is None:

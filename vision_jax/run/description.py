@@ -36,7 +36,7 @@ class Description:
       class_names: by label.
       weights: where the parameters came from, "" for random initialization.
       sha256: of the weights' file or files, "" without.
-      teachers: (origin, sha256) of each teacher.
+      teachers: (origin, sha256) of each teacher, and of an autoencoder around the model.
       projections: shapes of the arrays that train beside the model's own, by path.
       ranks: of the kernels that are two factors (trees/factored.py), by path.
       started_from: the run and its step that this one began with (--from), "" without.

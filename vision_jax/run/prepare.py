@@ -286,7 +286,7 @@ def prepare(
     if training:
         for recipe in recipes:
             recipe.check(student)
-        description = _with_recipes(description, recipes, student)
+        description = _with_recipes(description, recipes, student, _made_with(task, config))
     parameters = plan_parameters(
         model,
         student.image_size,
@@ -332,13 +332,21 @@ def _make_recipes(config: ConfigDict, adapter: Path | None) -> tuple[Recipe, ...
     return make_recipes(config.recipes, values)
 
 
+def _made_with(task: Task, config: ConfigDict) -> tuple[tuple[str, str], ...]:
+    """(origin, sha256) of frozen weights that the task reads by itself: an autoencoder's, say."""
+    return getattr(task, "made_with", lambda config: ())(config)
+
+
 def _with_recipes(
-    description: Description, recipes: tuple[Recipe, ...], student: Student
+    description: Description,
+    recipes: tuple[Recipe, ...],
+    student: Student,
+    beside: tuple[tuple[str, str], ...],
 ) -> Description:
     """The description of a run with these recipes: their teachers, and what trains beside."""
     return replace(
         description,
-        teachers=tuple(pair for recipe in recipes for pair in recipe.sources()),
+        teachers=(*(pair for recipe in recipes for pair in recipe.sources()), *beside),
         projections={p: s for recipe in recipes for p, s in recipe.beside(student).items()},
     )
 

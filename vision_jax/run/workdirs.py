@@ -60,6 +60,8 @@ FREE_FIELDS = (
     "model.remat",
     "model.scan",
     "distill.cache",  # bit-identical with and without
+    "latents.cache",  # the same latents wherever they lie
+    "latents.max_gb",
 )
 # What versions before 0.2 left of a file when they were killed.
 _OLD_DRAFT = re.compile(r"(adapter_)?model\.safetensors[a-z0-9_]{8}")

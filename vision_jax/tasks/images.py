@@ -12,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vision_jax.data.pipeline import DamageLog, make_eval_batches, make_train_iterator
-from vision_jax.data.sources import FileReader, Source, leave_out
+from vision_jax.data.sources import FileReader, Source, leave_out, subset
 from vision_jax.data.transforms import Preprocessing, complete_crop, eval_transform
-from vision_jax.errors import utf8
+from vision_jax.errors import UserError, utf8
 from vision_jax.tasks.gradient_attacks import Settings
 
 LONGEST_STEM = 200  # bytes of a file name in the names of pictures
@@ -105,6 +105,22 @@ def without_excluded(config: ConfigDict, train: Source) -> Source:
     """The training images that config.data.exclude leaves, if the task has that field."""
     leaves_out = "exclude" in config.data and config.data.exclude
     return leave_out(train, config.data.exclude) if leaves_out else train
+
+
+def training_part(config: ConfigDict, train: Source, least: int = 0) -> Source:
+    """As many of the training images as config.data.subset says.
+
+    Raises:
+      UserError: fewer than `least`, those of a batch where it would else hold some twice.
+    """
+    if config.data.subset:
+        train = subset(train, config.data.subset, config.seed)
+    if len(train) < least:
+        raise UserError(
+            f"{train.name}: {len(train)} images to train on are fewer than a batch of {least}, "
+            "which would hold some twice: add images, or set config.batch_size"
+        )
+    return train
 
 
 # Files of predict -------------------------------------------------------------------------------

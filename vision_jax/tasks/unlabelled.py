@@ -25,7 +25,7 @@ from vision_jax.data.sources import (
 )
 from vision_jax.data.transforms import Preprocessing, size_of
 from vision_jax.errors import UserError
-from vision_jax.evaluation import make_run_over
+from vision_jax.evaluation import MakeBatches, make_run_over
 from vision_jax.logging import RunLog
 from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
@@ -53,15 +53,7 @@ def read_sources(config: ConfigDict) -> tuple[Source, Source]:
         held_out = read_unlabelled(config.data.eval)
     else:
         train, held_out = hold_out(train, config.data.holdout, config.seed)
-    if config.data.subset:
-        train = subset(train, config.data.subset, config.seed)
-    if len(train) < config.batch_size:
-        raise UserError(
-            f"{train.name}: {len(train)} images to train on are fewer than a batch of "
-            f"{config.batch_size}, which would hold some twice: add images, or set "
-            "config.batch_size"
-        )
-    return train, held_out
+    return images.training_part(config, train, config.batch_size), held_out
 
 
 def read_labelled(config: ConfigDict) -> tuple[Source, Source] | None:
@@ -190,6 +182,7 @@ def make_pass(
     preprocessing: Preprocessing,
     names: Sequence[str],
     batch_size: int = 0,
+    batches: MakeBatches | None = None,
 ) -> Callable[..., tuple[dict[str, np.ndarray], DamageLog]]:
     """`evaluation.make_run_over` of some outputs alone: all of all images may be too many.
 
@@ -200,13 +193,14 @@ def make_pass(
       preprocessing: of the images.
       names: of the outputs that are kept, besides these two.
       batch_size: 0 takes the config's.
+      batches: of the images; None makes those of `preprocessing`.
     """
 
     def kept(*arguments: Any) -> dict[str, jax.Array]:
         outputs = outputs_fn(*arguments)
         return {name: outputs[name] for name in (*names, "mask", "index")}
 
-    batches = images.make_batches(config, preprocessing)
+    batches = batches or images.make_batches(config, preprocessing)
     return make_run_over(kept, mesh, batches, batch_size=batch_size or config.evaluate.batch_size)
 
 
@@ -217,6 +211,7 @@ def make_pictures(
     source: Source,
     preprocessing: Preprocessing,
     names: Sequence[str],
+    batches: MakeBatches | None = None,
 ) -> Callable[..., Outputs]:
     """A function (trainable, frozen, model_state) -> outputs of evenly spread images.
 
@@ -224,7 +219,7 @@ def make_pictures(
     """
     rows = _spread(len(source), SHOWN)
     part = replace(source, labels=source.labels[rows], rows=source.rows[rows])
-    run_over = make_pass(config, outputs_fn, mesh, preprocessing, names, batch_size=len(part))
+    run_over = make_pass(config, outputs_fn, mesh, preprocessing, names, len(part), batches)
 
     def draw(trainable, frozen, model_state) -> Outputs:
         try:

@@ -12,10 +12,7 @@ written before they are used. Numbers have fixed decimals; times of frames are e
 
 import contextlib
 import datetime
-import errno
 import hashlib
-import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,18 +23,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vision_jax.errors import UserError, utf8
+from vision_jax.errors import UserError
 from vision_jax.files import lock_file, open_regular, parse_json, write_whole
 from vision_jax.video import alarms, track
+from vision_jax.video.lines import append, fixed, to_json, whole_lines, writing
 from vision_jax.video.rules import Rules, check, read_rules
 
 VERSION = 1
 DETECTIONS, RULES, EVENTS = "detections.jsonl", "rules.toml", "events.jsonl"
-MAX_LINE = 4 * 2**20  # bytes of a line
 MAX_BOXES = 10_000  # of a frame
 BOX_DECIMALS, SCORE_DECIMALS = 2, 4  # of pixels; of scores
-DECIMALS = 3  # of numbers in events
-TIME_DECIMALS = 6  # of seconds in events
 
 
 class Head(NamedTuple):
@@ -114,41 +109,14 @@ def finish(rules: Rules, progress: Progress) -> list[dict[str, Any]]:
     return [*events, {"event": "finish", **end}]
 
 
-def to_json(value: Any) -> str:
-    """JSON of which the same numbers are the same bytes; a Fraction is one of seconds.
-
-    Examples:
-      >>> to_json({"time": Fraction(1, 3), "score": 0.1 + 0.2, "box": [1.0, -0.0001]})
-      '{"time": 0.333333, "score": 0.300, "box": [1.000, 0.000]}'
-    """
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(k)}: {to_json(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(to_json, value)) + "]"
-    if isinstance(value, Fraction):
-        return _fixed(value, TIME_DECIMALS)
-    if isinstance(value, float):
-        return _fixed(value, DECIMALS)
-    return json.dumps(utf8(value) if isinstance(value, str) else value)
-
-
-def _fixed(value: float | Fraction, decimals: int) -> str:
-    if isinstance(value, Fraction):
-        whole = round(value * 10**decimals)  # exact
-        units, rest = divmod(abs(whole), 10**decimals)
-        return f"{'-' if whole < 0 else ''}{units}.{rest:0{decimals}d}"
-    text = f"{value:.{decimals}f}"
-    return text.removeprefix("-") if float(text) == 0 else text
-
-
 def frame_line(index: int, time: Fraction, found: track.Found) -> str:
     """A frame's line, without its end."""
     boxes = np.asarray(found.boxes_xyxy_px, np.float64).reshape(-1, 4)[:MAX_BOXES].tolist()
     scores = np.asarray(found.scores, np.float64)[:MAX_BOXES].tolist()
     labels = np.asarray(found.labels)[:MAX_BOXES].tolist()
     rows = ", ".join(
-        f"[{', '.join(_fixed(side, BOX_DECIMALS) for side in box)},"
-        f" {_fixed(score, SCORE_DECIMALS)}, {label}]"
+        f"[{', '.join(fixed(side, BOX_DECIMALS) for side in box)},"
+        f" {fixed(score, SCORE_DECIMALS)}, {label}]"
         for box, score, label in zip(boxes, scores, labels, strict=True)
         if np.isfinite((*box, score)).all()
     )
@@ -173,20 +141,6 @@ def parse_frame(line: bytes, what: str, classes: int) -> Logged:
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{what} is no frame of a log") from error
     return Logged(index, time, rows[:, :4], rows[:, 4], labels)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """(its number, a whole line without its end, bytes up to its end); a last half one is left."""
-    with open_regular(path) as file:
-        done = 0
-        for number in itertools.count(1):
-            line = file.readline(MAX_LINE)
-            if not line.endswith(b"\n"):
-                if len(line) == MAX_LINE:
-                    raise UserError(f"{path}: line {number} is longer than {MAX_LINE} bytes")
-                return
-            done += len(line)
-            yield number, line[:-1], done
 
 
 def _head_line(head: Head) -> str:
@@ -225,7 +179,7 @@ def read_head(out: Path) -> Head:
       UserError: there is none.
     """
     path = out / DETECTIONS
-    for _, line, _ in _lines(path):
+    for _, line, _ in whole_lines(path):
         return _parse_head(line, path)
     raise UserError(f"{path} has no whole line: nothing was seen yet")
 
@@ -234,7 +188,7 @@ def read_frames(out: Path) -> Iterator[Logged]:
     """The frames of a log, in order, up to where it ends or was cut."""
     path = out / DETECTIONS
     classes, last = 0, -1
-    for number, line, _ in _lines(path):
+    for number, line, _ in whole_lines(path):
         if number == 1:
             classes = len(_parse_head(line, path).class_names)
         elif line != END:
@@ -308,20 +262,6 @@ def replay(out: Path, rules: Rules, to: Path | None = None) -> Path:
     return to / EVENTS
 
 
-@contextlib.contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Turns what the system says about a failed write into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left on the device that holds {out}: what is written stays; free some"
-                " and run the same command again to go on"
-            ) from error
-        raise UserError(f"cannot write in {out}: {error.strerror or error}") from error
-
-
 @dataclass
 class Log:
     """Both files of a folder, being written; a context manager.
@@ -357,7 +297,7 @@ class Log:
         """Writes a frame's line, and gives it as written, which is what tracks are made of."""
         line = frame_line(index, time, found).encode()
         with writing(self.out):
-            _append(self.detections, line)
+            append(self.detections, line)
         self.synced = False
         return parse_frame(line, "a frame", self.classes)
 
@@ -372,23 +312,17 @@ class Log:
                 os.fsync(self.detections.fileno())
                 self.synced = True
             for line in lines:
-                _append(self.events, line.encode())
+                append(self.events, line.encode())
                 os.fsync(self.events.fileno())
 
     def end(self, rules: Rules, progress: Progress) -> list[dict[str, Any]]:
         """Writes that the source has ended, and the events of that, which it gives."""
         with writing(self.out):
-            _append(self.detections, END)
+            append(self.detections, END)
         self.synced = False
         events = finish(rules, progress)
         self.raised(events)
         return events
-
-
-def _append(file: BinaryIO, line: bytes) -> None:
-    rest = memoryview(line + b"\n")
-    while rest:  # of a full disk a part may fit; the rest then raises
-        rest = rest[file.write(rest) :]
 
 
 def open_log(out: Path, head: Head, rules: Rules, rules_text: str) -> tuple[Log, Progress]:
@@ -428,14 +362,14 @@ def open_log(out: Path, head: Head, rules: Rules, rules_text: str) -> tuple[Log,
 def _take_up(log: Log, head: Head, rules: Rules, rules_text: str) -> Progress:
     path = log.out / DETECTIONS
     whole = 0
-    for _, _, whole in _lines(path):  # noqa: B007  the last one
+    for _, _, whole in whole_lines(path):  # noqa: B007  the last one
         pass
     if not whole:
         with writing(log.out):
             log.detections.truncate(0)
             log.events.truncate(0)
             write_whole(rules_text.encode(), log.out / RULES)
-            _append(log.detections, _head_line(head).encode())
+            append(log.detections, _head_line(head).encode())
             _sync_folder(log.out)
         log.synced = False
         log.lines([_first_event(head, rules)])
@@ -454,7 +388,7 @@ def _take_up(log: Log, head: Head, rules: Rules, rules_text: str) -> Progress:
 def _complete(log: Log, head: Head, rules: Rules) -> Progress:
     """Adds the events that are missing; gives where the frames' lines end."""
     path = log.out / EVENTS
-    known = iter(_lines(path))
+    known = iter(whole_lines(path))
     whole = 0
     cut = False
 

@@ -47,6 +47,7 @@ DECODER = Path(__file__).with_name("decoder.py")
 MOST_LINE = 10_000  # bytes of a message
 MOST_SECONDS = 10**9  # of a time in times.csv
 MOST_DIGITS = 40  # of a number there
+SHORT = 2  # seconds that a header may say too much
 STOP_SECONDS = 0.1  # in which a source that waits sees that it shall stop
 NO_MORE = {"kind": "end", "why": ""}
 POLL = 0.002  # seconds between looks at several live sources
@@ -127,6 +128,8 @@ class Stream:
         self._waiting: deque[Message] = deque()  # frames, and what comes at the end
         self._changed = threading.Condition()
         self._ended = self._closed = False
+        self._last, self._short = Fraction(0), ""
+        self.seconds: float | None = None
         self._latest = clock.monotonic()  # when something came
         self._thread = threading.Thread(target=self._read, args=(messages,), daemon=True)
         self._thread.start()
@@ -139,7 +142,7 @@ class Stream:
         height, width = self._start["size"]
         self.size: tuple[int, int] = (height, width)
         self.rate = Fraction(*self._start["rate"]) if self._start["rate"] else None
-        self.seconds: float | None = self._start["seconds"]
+        self.seconds = self._start["seconds"]
 
     def __enter__(self) -> "Stream":
         return self
@@ -167,11 +170,18 @@ class Stream:
             if pixels is not None:
                 frame = Frame(message["index"], Fraction(*message["time"]), pixels)
                 if self._seconds is None or frame.time < self._seconds:
+                    self._last = frame.time
                     self._left = None if self._left is None else self._left - 1
                     return frame
             self._ended = True
             self.counts.update(message.get("counts", {}))
             self.problem = message.get("why", "")
+            stated = self.seconds or 0
+            if message is not NO_MORE and pixels is None and stated > self._last + SHORT:
+                self._short = (
+                    f"its header says {stated:.3f} seconds, and its last frame is shown at "
+                    f"{float(self._last):.3f}: parts may be missing"
+                )
         return None
 
     def _next(self) -> Message:
@@ -195,7 +205,8 @@ class Stream:
         """One line for each thing that a person should know of what was read."""
         early = [f"it ended early: {self.problem}"] if self.problem else []
         seen = [f"{self.counts[key]:,} {words}" for key, words in SAID.items() if self.counts[key]]
-        return [printable(f"{self.name}: {line}") for line in early + seen]
+        short = [self._short] if self._short else []
+        return [printable(f"{self.name}: {line}") for line in early + short + seen]
 
     def _read(self, messages: Generator[Message, None, None]) -> None:
         """The thread: messages into the queue."""

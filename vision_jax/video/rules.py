@@ -121,7 +121,7 @@ class Rule:
     classes: tuple[str, ...] = ()
     point: str = field(default="foot", metadata=_one_of("foot", "center"))
     margin: float = field(default=0.25, metadata=_number(0, 100))
-    score: float = field(default=0.0, metadata=_number(0, 1))
+    score: float = field(default=0.3, metadata=_number(0, 1))
     unit: str = field(default="pixel", metadata=_one_of(*UNITS))
     min_width: float = field(default=0.0, metadata=_number(0))
     min_height: float = field(default=0.0, metadata=_number(0))

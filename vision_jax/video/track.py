@@ -174,8 +174,8 @@ def update(
         missed=np.where(hit, 0, state.missed + 1),
     )
     state = _end(state, hit, now, settings)
-    rest = np.setdiff1d(np.arange(len(measured)), boxes)
-    rest = rest[scores[rest] >= settings.high]
+    rest = scores >= settings.high
+    rest[boxes] = False
     state = _begin(state, measured[rest], scores[rest], labels[rest], now, settings)
     state = _confirm(state, settings.confirm)
     return state, _tracks(state, now)
@@ -267,13 +267,17 @@ def _associate(
         (confirmed, ~high),
         (~confirmed, high),
     )
-    tracks, taken = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    taken = np.full(len(state.ids), -1)  # box of each track
+    free = np.ones(len(boxes), bool)
     for of_tracks, of_boxes in rounds:
-        rows = np.setdiff1d(np.flatnonzero(of_tracks), tracks)
-        columns = np.setdiff1d(np.flatnonzero(of_boxes), taken)
-        i, j = assign(distance[np.ix_(rows, columns)])
-        tracks, taken = np.append(tracks, rows[i]), np.append(taken, columns[j])
-    return tracks, taken
+        rows = np.flatnonzero(of_tracks & (taken < 0))
+        columns = np.flatnonzero(of_boxes & free)
+        if len(rows) and len(columns):
+            i, j = assign(distance[np.ix_(rows, columns)])
+            taken[rows[i]] = columns[j]
+            free[columns[j]] = False
+    tracks = np.flatnonzero(taken >= 0)
+    return tracks, taken[tracks]
 
 
 def _sound(found: Found, low: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

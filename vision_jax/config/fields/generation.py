@@ -2,6 +2,7 @@
 
 from vision_jax.config.fields.field import (
     ABOVE_0,
+    ANY,
     COUNT,
     GENERATION,
     NUMBER,
@@ -27,6 +28,21 @@ FIELDS = (
         "names of the classes to learn; () takes all",
         GENERATION,
     ),
+    field(
+        "latents.autoencoder",
+        "",
+        ANY,
+        "weights of the autoencoder whose latents are learned, as model.weights; empty: pixels",
+        GENERATION,
+    ),
+    field(
+        "latents.cache",
+        "",
+        ANY,
+        "folder where latents are kept; empty: vision_jax/latents in the user's cache folder",
+        GENERATION,
+    ),
+    field("latents.max_gb", 50.0, ABOVE_0, "what that folder may hold, in GB", GENERATION),
     field(
         "flow.time_mean",
         0.0,

@@ -60,14 +60,10 @@ def read_sources(config: ConfigDict) -> tuple[Source, Source]:
     """The training and the evaluation data, with the same class names."""
     train = images.without_excluded(config, read_source(config.data.train))
     if config.data.eval:
-        train = _subset(config, train)
+        train = images.training_part(config, train)
         return train, read_source(config.data.eval, class_names=train.class_names)
     train, held_out = split_source(train, config.data.holdout, config.seed)
-    return _subset(config, train), held_out
-
-
-def _subset(config: ConfigDict, train: Source) -> Source:
-    return subset(train, config.data.subset, config.seed) if config.data.subset else train
+    return images.training_part(config, train), held_out
 
 
 def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:

@@ -2,7 +2,10 @@
 
 SiT (Ma et al. 2024, https://arxiv.org/abs/2401.08740) where the model predicts velocities, JiT (Li
 and He 2025, https://arxiv.org/abs/2511.13720) where it predicts images. Batches are {"image":
-uint8[B, H, W, C], "label": i32[B], "index": i32[B], "mask": bool[B]}.
+uint8[B, H, W, C], "label": i32[B], "index": i32[B], "mask": bool[B]}, of latents "mean" and perhaps
+"logvar" f32[B, h, w, Z] instead of the image, with captions also "caption" f32[B, E].
+
+What a model that predicts noise has learned, a DiT, is not learned here, but it makes images, too.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,10 +14,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vision_jax import platform as platforms
 from vision_jax.objective import Apply, Batch, Objective, forward_keys
-from vision_jax.ops import flow
+from vision_jax.ops import ddim, flow, latents
 from vision_jax.ops.images import to_float
 from vision_jax.ops.noise import normal
 
@@ -30,17 +34,31 @@ class Task:
     Attributes:
       predicts: what the model's outputs are.
       num_classes: K; the label K says none.
-      shape: (H, W, C) of an image.
+      shape: (H, W, C) of what the model makes: an image, or its latents.
       time_mean, time_std: of the logits of the times that are drawn.
-      unconditional: share of the images whose class is left out.
+      unconditional: share of the images whose class or caption is left out.
+      scales: (scaling_factor, shift_factor) of latents; None of pixels.
+      no_caption: f32[E], the embedding of no caption, where captions stand for classes.
     """
 
-    predicts: Literal["velocity", "image"]
+    predicts: Literal["noise", "velocity", "image"]
     num_classes: int
     shape: tuple[int, int, int]
     time_mean: float
     time_std: float
     unconditional: float
+    scales: tuple[float, float] | None = None
+    no_caption: np.ndarray | None = None
+
+    @property
+    def nothing(self) -> Any:
+        """What is asked for where nothing is."""
+        return self.num_classes if self.no_caption is None else self.no_caption
+
+    @property
+    def condition(self) -> str:
+        """The array of a batch that says what is asked for."""
+        return "label" if self.no_caption is None else "caption"
 
 
 @dataclass(frozen=True)
@@ -48,16 +66,16 @@ class Sampling:
     """How images are made of noise.
 
     Attributes:
-      method: "euler" or "heun".
+      method: "euler" or "heun"; "ddim" where the model predicts noise.
       steps: of the integration.
       guidance: scale of the class's guidance; 1 for none.
       interval: the times between which there is guidance.
-      shift: of the times towards noise.
+      shift: of the times towards noise; of no use to "ddim".
       seed: of the noise, which follows from it and an image's index alone.
       strength: share of the way that an image is taken back to noise, to begin with it.
     """
 
-    method: Literal["euler", "heun"]
+    method: Literal["euler", "heun", "ddim"]
     steps: int
     guidance: float
     interval: tuple[float, float]
@@ -71,6 +89,14 @@ def centered(images: jax.Array) -> jax.Array:
     return 2 * images - 1
 
 
+def shown(x: jax.Array) -> jax.Array:
+    """Images in [0, 1] of what a model of pixels makes."""
+    return jnp.clip((x + 1) / 2, 0, 1)
+
+
+# The loss ---------------------------------------------------------------------------------------
+
+
 def make_objective(
     apply: Apply, assemble: Callable[[Mapping[str, jax.Array]], Any], task: Task
 ) -> Objective:
@@ -82,13 +108,15 @@ def make_objective(
     def prepare(trainable, frozen, model_state, batch: Batch, key):
         del trainable, frozen, model_state
         noise_key, time_key, class_key = jax.random.split(key, 3)
-        images = centered(to_float(batch["image"]))
-        time = flow.draw_times(time_key, len(images), task.time_mean, task.time_std)
-        hidden = jax.random.bernoulli(class_key, task.unconditional, (len(images),))
+        clean = _clean(task, batch, jax.random.fold_in(key, 1))
+        time = flow.draw_times(time_key, len(clean), task.time_mean, task.time_std)
+        hidden = jax.random.bernoulli(class_key, task.unconditional, (len(clean),))
+        asked = batch[task.condition]
+        hidden = hidden.reshape(-1, *(1,) * (asked.ndim - 1))
         return {
             **batch,
-            **_mixed(images, jax.random.normal(noise_key, images.shape), time),
-            "asked": jnp.where(hidden, task.num_classes, batch["label"]),
+            **_mixed(clean, jax.random.normal(noise_key, clean.shape), time),
+            "asked": jnp.where(hidden, jnp.asarray(task.nothing, asked.dtype), asked),
         }
 
     def forward(trainable, frozen, model_state, view, key, *, train):
@@ -109,6 +137,17 @@ def make_objective(
     return Objective(prepare, forward, criterion)
 
 
+def _clean(task: Task, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+    """What noise is added to f[B, H, W, C]: centered images, or their latents.
+
+    The latents are drawn by the key, and are their means without one.
+    """
+    if task.scales is None:
+        return centered(to_float(batch["image"]))
+    keys = None if key is None else jax.random.split(key, len(batch["mean"]))
+    return latents.scaled(latents.draw(batch["mean"], batch.get("logvar"), keys), *task.scales)
+
+
 def _mixed(images: jax.Array, noise: jax.Array, time: jax.Array) -> dict[str, jax.Array]:
     return {"noisy": flow.mix(images, noise, time), "time": time, "clean": images, "noise": noise}
 
@@ -127,6 +166,9 @@ def _losses(task: Task, prediction: jax.Array, view: Mapping[str, jax.Array]) ->
     return jnp.square(found - true).mean((1, 2, 3))
 
 
+# Samples ----------------------------------------------------------------------------------------
+
+
 def make_sample(
     apply: Apply,
     assemble: Callable[[Mapping[str, jax.Array]], Any],
@@ -134,53 +176,92 @@ def make_sample(
     sampling: Sampling,
     platform: str | None = None,
 ) -> Callable[..., jax.Array]:
-    """A function that makes images of noise, or of images.
+    """A function that makes images or latents of noise, or of others.
 
-        (trainable, frozen, model_state, labels i32[B], index i32[B]) -> f32[B, H, W, C] in [0, 1]
+        (trainable, frozen, model_state, asked i32[B] or f32[B, E], index i32[B]) -> f32[B, H, W, C]
 
-    An image follows from the seed and its index. Two arguments more make it of others: `images`
-    f[B, H, W, C] in [0, 1], into which noise is mixed as `Sampling.strength` says, and `fresh`
-    bool[B, H, W, 1], outside of which they stay as they are.
+    centered, as noise is added to them. One follows from the seed and its index. Two arguments more
+    make it of others: `clean` f[B, H, W, C], into which noise is mixed as `Sampling.strength` says,
+    and `fresh` bool[B, H, W, 1], outside of which they stay as they are.
+    """
+
+    def sample(trainable, frozen, model_state, asked, index, clean=None, fresh=None):
+        params = assemble({**trainable, **frozen})
+
+        def predict(x, time, asked):
+            outputs, _ = apply(params, model_state, x, time, asked, train=False, keys={})
+            return outputs["prediction"]
+
+        def one(given):
+            asked, row, clean, fresh = given
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), row)
+            noise = normal(keys, task.shape)
+            follow = _denoised if task.predicts == "noise" else _integrated
+            return follow(predict, task, sampling, noise, asked, clean, fresh)
+
+        return one_by_one(one, (asked, index, clean, fresh), platform)
+
+    return sample
+
+
+def _integrated(predict, task, sampling, noise, asked, clean, fresh):
+    """What the flow leads to from noise f[B, H, W, C]."""
+    times = flow.even_times(sampling.steps, sampling.shift, 1 - sampling.strength)
+
+    def velocity(x, time, asked):
+        found, time = predict(x, time, asked), time.reshape(-1, 1, 1, 1)
+        return flow.as_velocity(found, x, time, task.predicts)
+
+    def known(time):
+        return flow.mix(clean, noise, time)
+
+    guided = flow.guided(
+        velocity, asked, task.nothing, sampling.guidance, interval=sampling.interval
+    )
+    x = noise if clean is None else known(jnp.asarray(times[0], noise.dtype))
+    keep = None if fresh is None else lambda x, time: jnp.where(fresh, x, known(time))
+    return flow.integrate(guided, x, times, sampling.method, keep)
+
+
+def _denoised(predict, task, sampling, noise, asked, clean, fresh):
+    """What DDIM leads to from noise f[B, H, W, C]."""
+    signal, steps = ddim.kept_signal(), ddim.ddim_steps(sampling.steps)
+    begin = len(steps) - max(1, round(len(steps) * sampling.strength))
+    steps = steps[begin:]
+    interval = tuple(ddim.STEPS * (1 - time) for time in reversed(sampling.interval))
+    guided = flow.guided(predict, asked, task.nothing, sampling.guidance, interval=interval)
+
+    def known(signal):
+        return ddim.noised(clean, noise, signal)
+
+    whole = clean is None or begin == 0
+    x = noise if whole else known(jnp.asarray(signal[steps[0]], noise.dtype))
+    keep = None if fresh is None else lambda x, signal: jnp.where(fresh, x, known(signal))
+    return ddim.ddim(guided, x, steps, signal, keep)
+
+
+def one_by_one(
+    function: Callable[[Any], jax.Array], given: Any, platform: str | None = None
+) -> jax.Array:
+    """function(given), whose arrays [B, ...] have a row for each image.
 
     On a CPU images are made one after the other, which takes a tenth more time, and is the same to
     the bit in every batch: products of more rows are rounded otherwise. Other platforms (see
     platform.py; the current one if None) make as many together as fill them.
     """
     together = 1 if (platform or platforms.current()) == "cpu" else TOGETHER
-    times = flow.even_times(sampling.steps, sampling.shift, 1 - sampling.strength)
 
-    def sample(trainable, frozen, model_state, labels, index, images=None, fresh=None):
-        params = assemble({**trainable, **frozen})
+    def one(row):  # of a batch of one
+        return function(jax.tree.map(lambda x: x[None], row))[0]
 
-        def predict(x, time, asked):
-            outputs, _ = apply(params, model_state, x, time, asked, train=False, keys={})
-            found, time = outputs["prediction"], time.reshape(-1, 1, 1, 1)
-            return flow.as_velocity(found, x, time, task.predicts)
+    if len(jax.tree.leaves(given)[0]) > 1:
+        return jax.lax.map(one, given, batch_size=together)
+    # A loop of one turn is none to the compiler, which rounds otherwise: two turns of the same.
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), given)
+    return jax.lax.map(one, twice, batch_size=together)[:1]
 
-        def one(given):  # of a batch of one
-            label, row, image, anew = jax.tree.map(lambda x: x[None], given)
-            scale, interval = sampling.guidance, sampling.interval
-            velocity = flow.guided(predict, label, task.num_classes, scale, interval=interval)
-            noise = normal(
-                jax.random.fold_in(jax.random.key(sampling.seed), row[0])[None], task.shape
-            )
 
-            def known(time):
-                return flow.mix(centered(image), noise, time)
-
-            x = noise if image is None else known(jnp.asarray(times[0], noise.dtype))
-            keep = None if anew is None else lambda x, time: jnp.where(anew, x, known(time))
-            x = flow.integrate(velocity, x, times, sampling.method, keep)
-            return jnp.clip((x[0] + 1) / 2, 0, 1)
-
-        given = (labels, index, images, fresh)
-        if len(labels) > 1:
-            return jax.lax.map(one, given, batch_size=together)
-        # A loop of one turn is none to the compiler, which rounds otherwise: two turns of the same.
-        twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), given)
-        return jax.lax.map(one, twice, batch_size=together)[:1]
-
-    return sample
+# Evaluation -------------------------------------------------------------------------------------
 
 
 def make_outputs(
@@ -189,7 +270,7 @@ def make_outputs(
     """What evaluation needs of a batch; all that is random follows from an image's index.
 
     "loss" f[B], the mean over EVALUATION_TIMES times, one in each part of their distribution;
-    "generated" u8[B, H, W, C], made anew of the image's class.
+    "generated", made anew of the image's class or caption: u8[B, H, W, C], or latents f32.
     """
     sample = make_sample(apply, assemble, task, sampling)
 
@@ -198,7 +279,7 @@ def make_outputs(
         return jax.random.normal(key, task.shape), jax.random.uniform(jax.random.fold_in(key, 1))
 
     def outputs_fn(trainable, frozen, model_state, batch: Batch):
-        images = centered(to_float(batch["image"]))
+        clean, asked = _clean(task, batch), batch[task.condition]
         noise, place = jax.vmap(draw)(batch["index"])
         params = assemble({**trainable, **frozen})
 
@@ -206,15 +287,17 @@ def make_outputs(
             quantile = (part + place) / EVALUATION_TIMES
             logit = jax.scipy.special.ndtri(jnp.clip(quantile, 1e-4, 1 - 1e-4))
             time = jax.nn.sigmoid(task.time_mean + task.time_std * logit)
-            view = _mixed(images, noise, time)
-            asked = (view["noisy"], time, batch["label"])
-            outputs, _ = apply(params, model_state, *asked, train=False, keys={})
+            view = _mixed(clean, noise, time)
+            given = (view["noisy"], time, asked)
+            outputs, _ = apply(params, model_state, *given, train=False, keys={})
             return _losses(task, outputs["prediction"], view)
 
-        made = sample(trainable, frozen, model_state, batch["label"], batch["index"])
+        made = sample(trainable, frozen, model_state, asked, batch["index"])
+        if task.scales is None:
+            made = jnp.round(255 * shown(made)).astype(jnp.uint8)
         return {
             "loss": jax.lax.map(losses, jnp.arange(float(EVALUATION_TIMES))).mean(0),
-            "generated": jnp.round(255 * made).astype(jnp.uint8),
+            "generated": made,
             **{name: batch[name] for name in ("label", "mask", "index")},
         }
 

@@ -4,24 +4,32 @@ python -m vision_jax.main --config=configs/generate_embedded.py
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import grain
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vision_jax.data.pipeline import DamageLog
-from vision_jax.data.sources import Source, read_source, split_source, subset, take_classes
+from vision_jax import processes
+from vision_jax.data import latents
+from vision_jax.data.fingerprint import digest, take_fingerprint
+from vision_jax.data.pipeline import DamageLog, evaluation_batches, stream
+from vision_jax.data.sources import Source, read_source, split_source, take_classes
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError
-from vision_jax.logging import RunLog
+from vision_jax.evaluation import MakeBatches
+from vision_jax.files import expand, user_cache
+from vision_jax.logging import RunLog, say, show_progress
 from vision_jax.objective import Apply, Objective
+from vision_jax.ops.images import to_float
 from vision_jax.tasks import images, unlabelled
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.generation import figures, metrics, objective
+from vision_jax.tasks.generation.autoencoder import Autoencoder, check_fits, read_autoencoder
 
 best_is = "lowest"
 reported = ("loss",)  # of an evaluation, in metrics.jsonl
@@ -31,6 +39,8 @@ labels_images = False
 
 RECIPES = ("mask", "quantize", "lora")  # that make sense without logits of classes
 DRAWN = ("generated", "label")  # what a picture is made of
+LEARNED = ("velocity", "image")  # what models predict that are trained here
+SAMPLED = (*LEARNED, "noise")  # and those that make images
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -49,15 +59,7 @@ def read_sources(config: ConfigDict) -> tuple[Source, Source]:
         held_out = _classes(config, read_source(config.data.eval, class_names=names))
     else:
         train, held_out = split_source(_classes(config, train), config.data.holdout, config.seed)
-    if config.data.subset:
-        train = subset(train, config.data.subset, config.seed)
-    if len(train) < config.batch_size:
-        raise UserError(
-            f"{train.name}: {len(train)} images to train on are fewer than a batch of "
-            f"{config.batch_size}, which would hold some twice: add images, or set "
-            "config.batch_size"
-        )
-    return train, held_out
+    return images.training_part(config, train, config.batch_size), held_out
 
 
 def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
@@ -79,9 +81,57 @@ def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> Non
     del log, workdir, train, held_out
 
 
-make_preprocessing = images.make_preprocessing
 load_preprocessing = images.load_preprocessing
-batch_shapes = images.batch_shapes
+
+
+def make_preprocessing(
+    config: ConfigDict, own: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> Preprocessing | None:
+    """How images are prepared, or how latents lie: image_size is in their cells then.
+
+    Raises:
+      UserError: a size in pixels that is not of whole cells.
+    """
+    made, around = images.make_preprocessing(config, own, arguments), _autoencoder(config)
+    if made is None or around is None or not config.model.image_size:
+        return made
+    cells, more = divmod(config.model.image_size, around.cell)
+    if more:
+        raise UserError(
+            f"config.model.image_size {config.model.image_size}: latents have cells of "
+            f"{around.cell} pixels a side: take a multiple"
+        )
+    return replace(made, image_size=(cells, cells))
+
+
+def batch_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, Any]:
+    """ShapeDtypeStructs of a training batch, over all processes."""
+    shapes, around = images.batch_shapes(config, preprocessing), _autoencoder(config)
+    if around is None:
+        return shapes
+    del shapes["image"]
+    of_one = around.shapes(preprocessing.image_size)
+    return shapes | {
+        name: jax.ShapeDtypeStruct((config.batch_size, *shape), np.float32)
+        for name, shape in of_one.items()
+    }
+
+
+def made_with(config: ConfigDict) -> tuple[tuple[str, str], ...]:
+    """(origin, sha256) of the weights around the model."""
+    around = _autoencoder(config)
+    return () if around is None else ((around.weights.origin, around.weights.sha256),)
+
+
+def _autoencoder(config: ConfigDict) -> Autoencoder | None:
+    """Whose latents are learned."""
+    if not config.latents.autoencoder:
+        return None
+    return read_autoencoder(
+        config.latents.autoencoder,
+        allow_pickle=config.model.allow_pickle,
+        field="config.latents.autoencoder",
+    )
 
 
 def best_metric(config: ConfigDict) -> str:
@@ -97,8 +147,64 @@ def training_data(
     damage: DamageLog,
     first_batch: int = 0,
 ) -> grain.DatasetIterator:
-    """Endless batches of this process, from `first_batch` on."""
-    return images.make_training_batches(config, source, preprocessing, damage, first_batch)
+    """Endless batches of this process, from `first_batch` on.
+
+    Latents are encoded before the first one, those that are not in the cache.
+
+    Raises:
+      UserError: views that can't be encoded once for all, or what the cache refuses.
+    """
+    around = _autoencoder(config)
+    if around is None:
+        return images.make_training_batches(config, source, preprocessing, damage, first_batch)
+    if config.data.crop != "none":
+        raise UserError(
+            f"config.data.crop {config.data.crop}: latents are encoded once, of whole images: set "
+            "it to none"
+        )
+    encoded = _encoded(config, around, source, preprocessing, flips=config.data.flip)
+    load = latents.LoadForTraining(encoded, config.data.flip)
+    return stream(encoded, load, **images.stream_arguments(config, damage, first_batch))
+
+
+def _encoded(
+    config: ConfigDict,
+    around: Autoencoder,
+    source: Source,
+    preprocessing: Preprocessing,
+    *,
+    flips: bool,
+) -> latents.LatentSource:
+    """The source with its images' latents, of all that are not in the cache encoded now."""
+    pixels = around.pixels(preprocessing)
+    identity = {
+        "autoencoder": around.weights.sha256,
+        "preprocessing": asdict(pixels),
+        "images": digest(take_fingerprint(source)),
+        "flips": flips,
+    }
+    run = jax.jit(lambda variables, images: around.posterior(variables, to_float(images)))
+
+    def encode(images: np.ndarray) -> Mapping[str, np.ndarray]:
+        return jax.device_get(run(around.variables, images))
+
+    def store() -> latents.Latents:
+        return latents.store_latents(
+            expand(config.latents.cache) if config.latents.cache else user_cache("latents"),
+            source,
+            preprocessing=pixels,
+            encode=encode,
+            shapes=around.shapes(preprocessing.image_size),
+            flips=flips,
+            identity=identity,
+            most_bytes=1e9 * config.latents.max_gb,
+            num_threads=config.data.threads,
+            say=say,
+            show_progress=show_progress,
+        )
+
+    processes.together(lambda: store() if jax.process_index() == 0 else None)
+    return latents.with_latents(source, store())
 
 
 # Loss and evaluation ----------------------------------------------------------------------------
@@ -118,6 +224,7 @@ def make_objective(
       UserError: a model that makes no images, or a recipe that needs logits of classes.
     """
     del mesh
+    check_fits(_autoencoder(config), model, "config.latents.autoencoder")
     others = [name for name in config.recipes if name not in RECIPES]
     if others:
         raise UserError(
@@ -127,26 +234,40 @@ def make_objective(
     return objective.make_objective(apply, assemble, make_task(config, model, predicts))
 
 
-def make_task(config: ConfigDict, model: Any, predicts: str) -> objective.Task:
+def make_task(
+    config: ConfigDict, model: Any, predicts: str, *, known: Sequence[str] = LEARNED, **more: Any
+) -> objective.Task:
     """What is learned, of a run's config and its model.
+
+    Args:
+      config: of the run.
+      model: the generator.
+      predicts: of its family.
+      known: what its outputs may be.
+      **more: further attributes of the task.
 
     Raises:
       UserError: a model that makes no images, or none by flow matching.
     """
     del predicts
-    if getattr(model, "predicts", "") not in ("velocity", "image"):
+    outputs: Any = getattr(model, "predicts", "")
+    if outputs not in known:
+        trained = outputs in SAMPLED and " is not trained here, but vision_jax generate takes it"
         raise UserError(
             "config.task generation takes a transformer that predicts velocities or images, and "
-            f"this model, a {type(model).__name__}, does not: set config.model.variant, "
-            "say to jit_b_16"
+            f"this model, a {type(model).__name__}{trained or ', does not'}: set "
+            "config.model.variant, say to jit_b_16"
         )
+    around = _autoencoder(config)
+    more = {"scales": None if around is None else around.scales, **more}
     return objective.Task(
-        predicts=model.predicts,
+        predicts=outputs,
         num_classes=model.num_classes,
         shape=(*model.image_size, model.in_channels),
         time_mean=config.flow.time_mean,
         time_std=config.flow.time_std,
         unconditional=config.flow.unconditional,
+        **more,
     )
 
 
@@ -196,15 +317,40 @@ def make_evaluate(
     Noise and times follow from an image's row, so that the result depends neither on the batch
     size nor on the run.
     """
-    run_over = unlabelled.make_pass(config, outputs_fn, mesh, preprocessing, ("loss",))
-    draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN)
+    around = _autoencoder(config)
+    batches: MakeBatches | None = None
+    if around is not None:
+        source = _encoded(config, around, source, preprocessing, flips=False)
+        batches = _batches_of_latents(config, around, preprocessing)
+    run_over = unlabelled.make_pass(
+        config, outputs_fn, mesh, preprocessing, ("loss",), batches=batches
+    )
+    draw = unlabelled.make_pictures(config, outputs_fn, mesh, source, preprocessing, DRAWN, batches)
 
     def evaluate(*arguments: Any) -> Evaluation:
         found, damage = run_over(source, *arguments)
         summary = metrics.summarize(found["loss"])
-        return Evaluation(summary, damage.lines, draw(*arguments))
+        pictures = draw(*arguments)
+        if around is not None and len(pictures["index"]):
+            pictures = {**pictures, "generated": around.decoded(pictures["generated"])}
+        return Evaluation(summary, damage.lines, pictures)
 
     return evaluate
+
+
+def _batches_of_latents(
+    config: ConfigDict, around: Autoencoder, preprocessing: Preprocessing
+) -> Callable[..., Any]:
+    """Makes the batches of an evaluation (see evaluation.MakeBatches)."""
+    shapes = around.shapes(preprocessing.image_size)
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    blank = {**zeros, "label": np.int32(0)}
+
+    def make_batches(source: latents.LatentSource, **given: Any) -> Any:
+        load = latents.LoadForEvaluation(source, blank)
+        return evaluation_batches(source, load, num_threads=config.data.threads, **given)
+
+    return make_batches
 
 
 # Results ----------------------------------------------------------------------------------------
@@ -218,11 +364,11 @@ def write_results(
     preprocessing: Preprocessing,
 ) -> dict[str, str]:
     """Pictures of all evaluations, beside real ones; returns {file: what it is}."""
-    del config
     if not len(result.pictures["index"]):
         return {}
-    views = images.read_views(source, result.pictures["index"], preprocessing)
-    figures.draw_progress(workdir, views)
+    around = _autoencoder(config)
+    seen = preprocessing if around is None else around.pixels(preprocessing)
+    figures.draw_progress(workdir, images.read_views(source, result.pictures["index"], seen))
     return {"samples.png": "held-out images, and what was made of the same noise before and after"}
 
 

@@ -1,0 +1,111 @@
+"""A video of a square that walks, a detector that finds it, and a program that is killed.
+
+python tests/watching.py VIDEO RULES OUT SEED KILLS   # prints how often it was killed
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from vision_jax import machine
+from vision_jax.commands import watch
+from vision_jax.video.detect import Detections, Detector
+
+HEIGHT, WIDTH, SIDE = 48, 96, 12
+RULES = """
+[zones.right]
+unit = "fraction"
+polygon = [[0.5, 0], [1, 0], [1, 1], [0.5, 1]]
+
+[rules.walked_in]
+kind = "inside"
+zone = "right"
+classes = ["square"]
+"""
+
+
+def write_video(path, count=120):
+    """The square crosses the frame and comes back, twice."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = (
+            HEIGHT,
+            WIDTH,
+            "yuv420p",
+            10**6,
+        )
+        for index in range(count):
+            pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+            left = int((WIDTH - SIDE) * (0.5 - 0.5 * np.cos(index / count * 4 * np.pi)))
+            pixels[20 : 20 + SIDE, left : left + SIDE] = 255
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def make_detector(rows=4, each=lambda frames: None):
+    """Finds the square. Its score says how many frames there were in the batch, and which it was.
+
+    So a batch that is put together another way gives other bytes.
+    """
+
+    def run(frames):
+        each(frames)
+        found = []
+        for place, pixels in enumerate(frames):
+            y, x = np.nonzero(pixels.mean(-1) > 128)
+            box = np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]], np.float32)
+            score = np.array([0.5 + 0.01 * len(frames) + 0.001 * place], np.float32)
+            found.append(Detections(box, score, np.zeros(1, np.int32)))
+        return found
+
+    return Detector(("square",), rows, run)
+
+
+def run(video, rules, out, each=lambda frames: None, extra=()):
+    """The command with that detector; its exit code."""
+    before = watch._load_detector
+    watch._load_detector = lambda flags, rows: make_detector(rows, each)
+    try:
+        videos = [str(one) for one in (video if isinstance(video, list) else [video])]
+        return watch.main([*videos, "--model=x", f"--rules={rules}", f"--out={out}", *extra])
+    finally:
+        watch._load_detector = before
+
+
+def main():
+    video, rules, out, seed, kills = sys.argv[1:]
+    machine.keep_memory()  # imports JAX, once for all children
+    rng, log, killed = random.Random(int(seed)), Path(out) / "detections.jsonl", 0
+    whole = 120 * 60  # bytes of the log, about
+    for _ in range(int(kills)):
+        child = os.fork()
+        if child == 0:
+            os._exit(run(video, rules, out, each=lambda frames: time.sleep(0.005)))
+        wanted = rng.uniform(0, whole / int(kills) * 2) + (
+            log.stat().st_size if log.exists() else 0
+        )
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if log.exists() and log.stat().st_size >= wanted:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                killed += 1
+                break
+        else:
+            break
+    if not log.read_bytes().endswith(b'{"end": true}\n'):
+        run(video, rules, out)
+    print("killed", killed)
+
+
+if __name__ == "__main__":
+    main()
