@@ -21,9 +21,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vision_jax import machine, processes, replicas, sharding, steps
+from vision_jax import machine, processes, replicas, sharding, steps, store
 from vision_jax.checkpoints import (
     Checkpoints,
+    complete_steps,
     last_complete_step,
     restore_frozen,
     restore_newest,
@@ -46,6 +47,7 @@ from vision_jax.logging import (
     RunLog,
     open_log,
     read_metrics,
+    say,
     summarize_parameters,
 )
 from vision_jax.run import continuation, workdirs
@@ -124,13 +126,21 @@ def _find_facts(
     lock = processes.together(
         lambda: resources.enter_context(workdirs.locked(workdir)) if first else None
     )
+    fetched = processes.together(lambda: _fetch(config.store, workdir) if first else [])
     held = workdirs.read_held(config, workdir, last_complete_step(workdir))
     train_source, eval_source = find_task(config.task).read_sources(config)
     fingerprint = take_fingerprint(train_source)
-    notes = workdirs.check_records(workdir) if held is not None else []
+    notes = fetched + (workdirs.check_records(workdir) if held is not None else [])
     return _Facts(
         config, workdir, start_from, lock, held, train_source, eval_source, fingerprint, notes
     )
+
+
+def _fetch(url: str, workdir: Path) -> list[str]:
+    """What a store has of this run and the workdir lacks, into the workdir."""
+    if not url:
+        return []
+    return store.fetch(url, workdir, last_complete_step(workdir))
 
 
 # 2. The model, its recipes and its optimizer: the run's own, another run's, or new. ---------------
@@ -317,6 +327,8 @@ def _open_workdir(
         workdirs.remove_drafts(workdir)
     if held is not None:
         notes.extend(processes.together(lambda: set_aside(workdir, begin.step) if first else []))
+    if config.store and first:
+        resources.callback(_end_copy, store.Mirror(config.store, workdir, complete_steps))
     checkpoints = resources.enter_context(
         closing(Checkpoints(workdir, task.best_metric(config), task.best_is))
     )
@@ -328,6 +340,11 @@ def _open_workdir(
     log = resources.enter_context(closing(open_log(workdir, resume_step=begin.step, show=first)))
     _say_beginning(log, prepared, facts, begin)
     return log, checkpoints
+
+
+def _end_copy(mirror: store.Mirror) -> None:
+    if failure := mirror.close():
+        say(f"warning: {failure}: the workdir has all of it, and the same command copies it")
 
 
 def _say_beginning(log: RunLog, prepared: Run, facts: _Facts, begin: _Begin) -> None:
@@ -351,6 +368,8 @@ def _say_beginning(log: RunLog, prepared: Run, facts: _Facts, begin: _Begin) -> 
     if begin.frozen:
         log.wrote(workdir / "frozen", "the frozen parameters")
     log.wrote(workdir / "checkpoints", "the last and the best state")
+    if prepared.config.store:
+        log.wrote(prepared.config.store, "a copy of this folder")
     if jax.process_index() == 0:
         prepared.task.announce(log, workdir, train_source, eval_source)
     rows = summarize_parameters(*prepared.parameters.abstract())

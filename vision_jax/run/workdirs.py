@@ -49,6 +49,7 @@ FREE_FIELDS = (
     "mesh.",
     "sharding_rules",
     "hosts.",
+    "store:",
     "data.threads",
     "data.workers",
     "data.max_damaged",

@@ -177,6 +177,10 @@ EPSILONS = Check(every(lambda value: _is_number(value) and value > 0), "numbers 
 
 FILTERS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")  # data/transforms.py
 FILTER = Check(lambda value: value in ("", *FILTERS), f"{', '.join(FILTERS)}, or empty")
+STORE = Check(
+    lambda value: value == "" or value.startswith(("gs://", "s3://", "az://", "file://")),
+    "empty, or begin with gs://, s3://, az:// or file://",
+)
 SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 RECIPE_NAMES = Check(
     # A list, since what a file holds in a name's place may have no hash.

@@ -10,6 +10,7 @@ from vision_jax.config.fields.field import (
     RECIPE_NAMES,
     RULES,
     SEED,
+    STORE,
     TASKS,
     any_of,
     field,
@@ -28,6 +29,12 @@ FIELDS = (
         COUNT,
         "updates between checkpoints; evaluations and the end are checkpointed too",
         detection=500,
+    ),
+    field(
+        "store",
+        "",
+        STORE,
+        "gs://BUCKET/FOLDER or s3://..., where the workdir is copied to",
     ),
     field("log_every", 10, COUNT, "updates between lines in metrics.jsonl"),
     field(

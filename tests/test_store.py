@@ -1,0 +1,273 @@
+"""A run's folder in an object store: a new machine goes on from there, whatever was cut short."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import runs
+
+from vision_jax import store, train
+from vision_jax.checkpoints import complete_steps
+from vision_jax.errors import UserError
+
+obstore = pytest.importorskip("obstore")
+
+
+def files(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def write(workdir, step, content=b"x"):
+    folder = workdir / "checkpoints" / str(step)
+    (folder / "state").mkdir(parents=True)
+    for name in ("_CHECKPOINT_METADATA", "checksums.json", "state/array"):
+        (folder / name).write_bytes(content + name.encode())
+
+
+def all_steps(workdir):
+    return [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"file://{tmp_path / 'bucket'}"
+
+
+def test_what_is_copied_and_comes_back(tmp_path, url):
+    work = tmp_path / "work"
+    write(work, 2)
+    write(work, 4)
+    (work / "frozen").mkdir()
+    for name in ("config.json", "frozen/array", "lock", "a.draft", ".hidden"):
+        (work / name).write_bytes(name.encode())
+    mirror = store.Mirror(url, work, all_steps)
+    assert mirror.close() == ""
+    there = files(tmp_path / "bucket")
+    assert there == {
+        n: b for n, b in files(work).items() if n not in ("lock", "a.draft", ".hidden")
+    }
+    new = tmp_path / "new"
+    new.mkdir()
+    (note,) = store.fetch(url, new, None)
+    assert note == f"the checkpoints of step 2, 4 were fetched from {url}"
+    assert files(new) == there
+    assert store.fetch(url, new, 4) == []  # it has the newest already
+
+
+def test_a_checkpoint_is_taken_from_the_store_when_it_is_gone_here(tmp_path, url):
+    work = tmp_path / "work"
+    write(work, 2)
+    assert store.Mirror(url, work, all_steps).close() == ""
+    shutil.rmtree(work / "checkpoints/2")
+    write(work, 4)
+    assert store.Mirror(url, work, all_steps).close() == ""
+    assert all_steps(tmp_path / "bucket") == [4] or not list(
+        (tmp_path / "bucket/checkpoints/2").rglob("*.json")
+    )
+    assert store._steps(files(tmp_path / "bucket")) == [4]
+
+
+def test_what_was_cut_short_is_nothing(tmp_path, url, monkeypatch):
+    """At each file: until the last one of a checkpoint is there, the older one is the newest."""
+    work = tmp_path / "work"
+    write(work, 2)
+    assert store.Mirror(url, work, all_steps).close() == ""
+    write(work, 4, b"y")
+    put = obstore.put
+    for allowed in range(4):
+        calls = []
+
+        def broken(*arguments, calls=calls, allowed=allowed):
+            calls.append(arguments[1])
+            if len(calls) > allowed:
+                raise OSError("the network is down")
+            return put(*arguments)
+
+        monkeypatch.setattr(obstore, "put", broken)
+        failure = store.Mirror(url, work, all_steps)
+        failure._sent = {}  # of a process that was started anew
+        assert "the network is down" in failure.close() or allowed == 6
+        new = tmp_path / f"new{allowed}"
+        new.mkdir()
+        store.fetch(url, new, None)
+        found = files(new)
+        for step in all_steps(new):
+            expected = files(work / "checkpoints" / str(step))
+            assert files(new / "checkpoints" / str(step)) == expected
+        assert "checkpoints/2/state/array" in found
+    monkeypatch.setattr(obstore, "put", put)
+    assert store.Mirror(url, work, all_steps).close() == ""
+    assert store._steps(files(tmp_path / "bucket")) == [2, 4]
+
+
+@pytest.mark.parametrize("address", ["s4://bucket/x", "bucket", "http://host/x"])
+def test_addresses_that_are_none(address):
+    with pytest.raises(UserError, match="it must begin with gs://"):
+        store.open_store(address)
+
+
+def test_names_that_lead_out_of_the_folder_are_left_alone(tmp_path, url, monkeypatch):
+    work = tmp_path / "work"
+    write(work, 2)
+    assert store.Mirror(url, work, all_steps).close() == ""
+    listed = [{"path": n, "size": 1} for n in (*files(tmp_path / "bucket"), "../evil", "/etc/evil")]
+    monkeypatch.setattr(obstore, "list", lambda _: [listed])
+    new = tmp_path / "new"
+    new.mkdir()
+    store.fetch(url, new, None)
+    assert "evil" not in "".join(files(tmp_path))
+
+
+@pytest.mark.long
+def test_a_run_goes_on_from_the_store_alone(tmp_path, url):
+    """Stopped at step 3 of 6, its workdir lost: the same command ends with the same bits."""
+    from test_train import tensors
+
+    class Interrupted(Exception):
+        pass
+
+    config = runs.full_config(store=url)
+    report = train._Reporter.__call__
+
+    def interrupt(self, step, metrics):
+        report(self, step, metrics)
+        if step == 5:
+            raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Reporter, "__call__", interrupt)
+        with pytest.raises(Interrupted):
+            train.run(config, tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost")
+    assert train.run(config, tmp_path / "found") == 0
+    assert tensors(tmp_path / "found") == tensors(runs.finished())
+    copied = files(tmp_path / "bucket")
+    own = {name: content for name, content in files(tmp_path / "found").items() if name != "lock"}
+    assert copied == own
+    assert complete_steps(tmp_path / "bucket") == complete_steps(tmp_path / "found")
+
+
+# A loopback server of S3's protocol, which Google's XML interface shares.
+
+
+def signing_for(port):
+    """Hands Google's requests on, signed as S3's are: moto tells services apart by that."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do(self):
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = dict(self.headers.items())
+            scope = "Credential=a/20260101/us-east-1/s3/aws4_request, Signature=b"
+            headers["authorization"] = f"AWS4-HMAC-SHA256 {scope}"
+            headers = {k: v for k, v in headers.items() if k != "Authorization"}
+            connection = HTTPConnection("127.0.0.1", port)
+            connection.request(self.command, self.path, content, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+            connection.close()
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do
+
+        def log_message(self, *_):
+            pass
+
+    return Handler
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    if importlib.util.find_spec("moto") is None and "MOTO_SERVER" not in os.environ:
+        pytest.skip("needs moto[server]")
+    program = os.environ.get("MOTO_SERVER", f"{sys.executable} -m moto.server").split()
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    child = subprocess.Popen(
+        [*program, "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in child.stderr:  # until it serves
+            if "Running on" in line:
+                break
+        threading.Thread(target=child.stderr.read, daemon=True).start()
+        address = f"http://127.0.0.1:{port}"
+        for name, value in {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        import urllib.request
+
+        urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()
+        google = ThreadingHTTPServer(("127.0.0.1", 0), signing_for(port))
+        threading.Thread(target=google.serve_forever, daemon=True).start()
+        account = tmp_path / "account.json"
+        unsigned = {"disable_oauth": True, "client_email": "", "private_key": ""}
+        base = f"http://127.0.0.1:{google.server_port}"
+        account.write_text(json.dumps({"gcs_base_url": base, "private_key_id": "", **unsigned}))
+        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
+        yield address
+        google.shutdown()
+        google.server_close()
+    finally:
+        child.terminate()
+        child.wait()
+        with contextlib.suppress(ValueError):
+            child.stderr.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_over_the_network(scheme, server, tmp_path):
+    url, work = f"{scheme}://bucket/{scheme}/run", tmp_path / "work"
+    write(work, 2)
+    (work / "config.json").write_bytes(b"{}")
+    (work / "large").write_bytes(os.urandom(12_000_000))  # in parts
+    assert store.Mirror(url, work, all_steps).close() == ""
+    shutil.rmtree(work / "checkpoints/2")
+    write(work, 4)
+    assert store.Mirror(url, work, all_steps).close() == ""
+    new = tmp_path / "new"
+    new.mkdir()
+    assert store.fetch(url, new, None) == [f"the checkpoints of step 4 were fetched from {url}"]
+    assert files(new) == files(work)
+
+
+@pytest.mark.long
+def test_a_store_that_does_not_answer_is_said(server, tmp_path):
+    url = "s3://nobody/run"
+    with pytest.raises(UserError, match=r"config.store s3://nobody/run can't be read"):
+        store.fetch(url, tmp_path, None)
+    write(tmp_path / "work", 2)
+    failure = store.Mirror(url, tmp_path / "work", all_steps).close()
+    assert failure.startswith(f"the run could not be copied to {url}: ")
+    assert Path(tmp_path / "work/checkpoints/2/checksums.json").exists()
