@@ -68,7 +68,7 @@ def make_detector(rows=4, each=lambda frames: None):
             found.append(Detections(box, score, np.zeros(1, np.int32)))
         return found
 
-    return Detector(("square",), rows, run)
+    return Detector("squares", ("square",), rows, run)
 
 
 def run(video, rules, out, each=lambda frames: None, extra=()):

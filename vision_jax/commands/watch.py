@@ -37,7 +37,7 @@ from vision_jax.flags import make_parser, run
 
 if TYPE_CHECKING:
     from vision_jax.video.detect import Detector
-    from vision_jax.video.events import Log, Progress
+    from vision_jax.video.events import Log, Logged, Progress
     from vision_jax.video.frames import Stream
     from vision_jax.video.outputs import Outputs, Wanted
     from vision_jax.video.rules import Rules
@@ -57,6 +57,8 @@ class Source:
       rules: in its pixels.
       log: of it.
       outputs: all that is made of its alarms beside the log.
+      known: index of the last frame that the log has had from the beginning.
+      past: those frames, as they were logged.
       progress: of its tracks and alarms.
       alarms: how many began.
     """
@@ -65,6 +67,8 @@ class Source:
     rules: "Rules"
     log: "Log"
     outputs: "Outputs"
+    known: int
+    past: "Iterator[Logged]"
     progress: "Progress"
     alarms: int = 0
 
@@ -207,18 +211,34 @@ def _watch(
             for line in one.outputs.finish():
                 say(line)
             continue
-        if frames[-1].index > one.progress.frame:  # the rest is in the log
+        found: Sequence[Any] = frames
+        if frames[-1].index > one.known:
             found = detector.run([frame.pixels for frame in frames])
-            for frame, boxes in zip(frames, found, strict=True):
-                if frame.index > one.progress.frame:
-                    logged = one.log.frame(frame.index, frame.time, boxes)
-                    one.progress, tracks, events = step(one.rules, one.progress, logged)
-                    one.log.raised(events)
-                    one.outputs.frame(frame.pixels, one.progress, tracks, events)
-                    for event in events:
-                        one.alarms += event["event"] == "start"
-                        say(_line(one, event))
+        for frame, boxes in zip(frames, found, strict=True):
+            new = frame.index > one.known
+            if new:
+                logged = one.log.frame(frame.index, frame.time, boxes)
+            else:  # what it raised is in the log, and its pictures may not be
+                logged = _again(one, frame.index)
+            one.progress, tracks, events = step(one.rules, one.progress, logged)
+            if new:
+                one.log.raised(events)
+            one.outputs.frame(frame.pixels, one.progress, tracks, events)
+            one.alarms += sum(event["event"] == "start" for event in events)
+            for event in events if new else ():
+                say(_line(one, event))
         advance(place, len(frames), frames[-1].time)
+
+
+def _again(one: Source, index: int) -> "Logged":
+    """A frame that was logged before a stop."""
+    logged = next(one.past)
+    if logged.frame != index:
+        raise UserError(
+            f"{one.log.out}: its log has frame {logged.frame} where {one.stream.name} has "
+            f"{index}: name another --out"
+        )
+    return logged
 
 
 # Before the loop ----------------------------------------------------------------------------------
@@ -241,7 +261,7 @@ def _begin(
     flags: argparse.Namespace, stream: "Stream", detector: "Detector", out: Path, stack: ExitStack
 ) -> Source:
     """Begins a source's log, or goes on with it."""
-    from vision_jax.video.events import Head, open_log
+    from vision_jax.video.events import Head, begin, open_log, read_frames
     from vision_jax.video.outputs import Outputs
     from vision_jax.video.rules import check, read_rules
 
@@ -254,11 +274,14 @@ def _begin(
         stream.size,
         detector.class_names,
         start.isoformat() if start else "",
+        f"{detector.origin}, boxes from {flags.score:g} on, by {detector.rows}, "
+        + (f"{flags.rate} frames a second" if flags.rate else "all frames"),
     )
     log, progress = open_log(out, head, checked, read_text(flags.rules))
     stack.enter_context(log)
     outputs = stack.enter_context(Outputs(out, checked, wanted))
-    return Source(stream, checked, log, outputs, progress)
+    past = read_frames(out)
+    return Source(stream, checked, log, outputs, progress.frame, past, begin())
 
 
 def _wanted(flags: argparse.Namespace) -> "Wanted":

@@ -33,11 +33,13 @@ class Detector:
     """A detector, compiled.
 
     Attributes:
+      origin: of the model, for a person.
       class_names: by label.
       rows: frames of a batch.
       run: any number of frames u8[H, W, 3], of any sizes -> what was found in each.
     """
 
+    origin: str
     class_names: tuple[str, ...]
     rows: int
     run: Callable[[Sequence[np.ndarray]], list[Detections]]
@@ -71,7 +73,7 @@ def make_detector(loaded: Loaded, rows: int, least: float) -> Detector:
                     found[place] = _kept(one, views[place].size, least)
         return found
 
-    return Detector(servable.class_names, rows, run)
+    return Detector(loaded.origin, servable.class_names, rows, run)
 
 
 def no_detections() -> Detections:

@@ -43,12 +43,14 @@ class Head(NamedTuple):
       size: (height, width) of the frames.
       class_names: of the detector, by label.
       start: when the first frame was taken, ISO 8601 with its offset from UTC; "" if nobody knows.
+      settings: what decides the boxes: the model, the least score, the rate.
     """
 
     source: str
     size: tuple[int, int]
     class_names: tuple[str, ...]
     start: str = ""
+    settings: str = ""
 
 
 class Logged(NamedTuple):
@@ -155,8 +157,10 @@ def _parse_head(line: bytes, path: Path) -> Head:
             raise UserError(f"{path} has version {record['version']}: this program reads {VERSION}")
         height, width = record["size"]
         names = tuple(record["class_names"])
-        head = Head(record["source"], (height, width), names, record["start"])
-        text = [head.source, head.start, *names]
+        head = Head(
+            record["source"], (height, width), names, record["start"], record.get("settings", "")
+        )
+        text = [head.source, head.start, head.settings, *names]
         if not all(isinstance(one, str) for one in text):
             raise ValueError
         if not all(isinstance(one, int) and 0 < one <= 2**16 for one in head.size):
@@ -375,9 +379,9 @@ def _take_up(log: Log, head: Head, rules: Rules, rules_text: str) -> Progress:
         log.lines([_first_event(head, rules)])
         return begin()
     if (there := read_head(log.out)) != head:
-        raise UserError(
-            f"{path} is of {there.source}, and not of this {head.source}: name another --out"
-        )
+        same = there.source == head.source
+        what, this = (there.settings, head.settings) if same else (there.source, head.source)
+        raise UserError(f"{path} is of {what}, and not of this {this}: name another --out")
     if _has_ended(log.out):
         raise UserError(f"{path} is complete: name another --out, or use --replay")
     with writing(log.out):
