@@ -47,7 +47,7 @@ def test_the_filter_is_that_of_dense_matrices(rng):
     box = np.array([100.0, 200.0, 30.0, 80.0])
     steps = [(0.0, box)]
     for _ in range(30):
-        box = box + rng.normal(0, 3, 4)
+        box = np.maximum(box + rng.normal(0, 3, 4), 10)
         steps.append((float(rng.uniform(0.02, 0.7)), box))
     settings = dataclasses.replace(SETTINGS, jump=1e9, growth=1e9)
     state = None

@@ -1,0 +1,94 @@
+"""The filter beside filterpy's and `trackers`', and figures of tracks beside motmetrics'."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vision_jax.video import evaluate, track
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "video"))
+
+filterpy = pytest.importorskip("filterpy.kalman")
+trackers = pytest.importorskip("trackers")
+motmetrics = pytest.importorskip("motmetrics")
+
+SETTINGS = track.Settings()
+
+
+def filterpy_filter(size):
+    one = filterpy.KalmanFilter(8, 4)
+    return one, ("x", "P", "F", "Q", "H", "R")
+
+
+def trackers_filter(size):
+    from trackers.utils.kalman_filter import KalmanFilter
+
+    names = ("state", "state_covariance", "transition_mtx", "process_noise", "observation_mtx")
+    return KalmanFilter(8, 4), (*names, "measurement_noise")
+
+
+@pytest.mark.parametrize("make", [filterpy_filter, trackers_filter])
+def test_the_filter_over_100_uneven_steps(rng, make):
+    """In float64, to 1e-12 of the largest; the noise is a continuous white acceleration's."""
+    box = np.array([300.0, 200.0, 40.0, 90.0])
+    size = np.sqrt(box[2] * box[3])
+    theirs, (x, P, F, Q, H, R) = make(size)
+    spread = SETTINGS.speed * size * np.array([1, 1, 0.3, 0.3])
+    setattr(theirs, x, np.concatenate([box, np.zeros(4)])[:, None])
+    setattr(theirs, P, np.diag([*[(SETTINGS.position * size) ** 2] * 4, *spread**2]))
+    setattr(theirs, H, np.hstack([np.eye(4), np.zeros((4, 4))]))
+    none = np.zeros(1, np.int64)
+    state = track.State(
+        None, 1, none, none, *[np.zeros(1)] * 3, none, none, np.array([size]), box[None],
+        np.zeros((1, 4)), np.full((1, 4), (SETTINGS.position * size) ** 2), np.zeros((1, 4)),
+        spread[None] ** 2,
+    )  # fmt: skip
+    for step in range(100):
+        seconds = float(rng.uniform(0.01, 0.5))
+        setattr(theirs, F, np.eye(8) + seconds * np.eye(8, k=4))
+        block = filterpy_noise(seconds) * (SETTINGS.acceleration * size) ** 2
+        setattr(theirs, Q, np.kron(block, np.eye(4)))
+        setattr(theirs, R, np.eye(4) * (SETTINGS.position * size) ** 2)
+        theirs.predict()
+        state = track.predict(state, seconds, SETTINGS)
+        if step % 7 < 5:  # hidden now and then
+            box = np.maximum(box + rng.normal(0, 4, 4), 10)
+            theirs.update(box[:, None])
+            state = track.correct(state, np.array([0]), box[None], SETTINGS)
+            size = np.sqrt(box[2] * box[3])
+        mean, spread = getattr(theirs, x)[:, 0], getattr(theirs, P)
+        ours = np.concatenate([state.mean[0], state.velocity[0]])
+        np.testing.assert_allclose(ours, mean, rtol=0, atol=1e-12 * np.abs(mean).max())
+        table = np.block([
+            [np.diag(state.var[0]), np.diag(state.cov[0])],
+            [np.diag(state.cov[0]), np.diag(state.var_velocity[0])],
+        ])  # fmt: skip
+        np.testing.assert_allclose(table, spread, rtol=0, atol=1e-12 * np.abs(spread).max())
+
+
+def filterpy_noise(seconds):
+    from filterpy.common import Q_continuous_white_noise
+
+    return Q_continuous_white_noise(2, seconds, 1.0)
+
+
+def test_mota_and_idf1_beside_motmetrics(rng):
+    from test_evaluate import sequences
+
+    truth, found = sequences(rng, frames=80)
+    ours = evaluate.tracking_figures(truth, found)
+    account = motmetrics.MOTAccumulator(auto_id=True)
+    for frame in sorted(found):
+        own = truth[frame]
+        distance = 1 - evaluate.pairwise_iou(own.boxes_xyxy_px, found[frame].boxes_xyxy_px)
+        distance[distance > 1 - evaluate.IOU] = np.nan
+        account.update(own.ids, found[frame].ids, distance)
+    names = ["mota", "idf1", "precision", "recall", "num_switches"]
+    theirs = motmetrics.metrics.create().compute(account, metrics=names).iloc[0]
+    assert ours["idf1"] == pytest.approx(theirs["idf1"], abs=1e-12)
+    for name in ("mota", "precision", "recall"):
+        # Where boxes can be paired in several ways, both take one of the best.
+        assert ours[name] == pytest.approx(theirs[name], abs=0.01), name
+    assert abs(ours["switches"] - theirs["num_switches"]) <= 3
