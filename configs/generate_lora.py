@@ -1,9 +1,8 @@
 """A generator learns a class that it has not seen, by LoRA on 200 images.
 
-Command:   python -m vision_jax.main --config=configs/generate_embedded.py
-           python -m vision_jax.main --config=configs/generate_lora.py
-Hardware:  2 CPU cores, 75 CPU-seconds for the second
-Expected:  evaluation loss 0.199; of 100 images a classifier takes 0.88 for bags (seed 0)
+Command:   python -m vision_jax.main --config=configs/generate_lora.py
+Hardware:  2 CPU cores, under 110 CPU-seconds
+Expected:  evaluation loss 0.113 (seed 0); figures of what it makes are in docs/generation.md
 
 Then images, and how good they are:
 
@@ -23,19 +22,21 @@ from vision_jax.config import default_config
 def get_config() -> ConfigDict:
     """What differs from the defaults; see `--help-config`."""
     config = default_config("generation")
-    config.batch_size = 32
-    config.total_steps = 400
+    config.batch_size = 64
+    config.total_steps = 500
     config.trainable = ("class_embed",)
     config.recipes = ("lora",)
 
-    config.model.weights = "runs/generate_embedded"
+    config.model.weights = "embedded:fashion_generator"
     config.model.reinitialize = ("class_embed",)
     config.lora.rules = (r"block_\d+/(attn/(qkv|proj)|mlp/fc\d)/kernel",)
     config.lora.rank = 8
 
     config.optim.lr = 5e-3
+    config.optim.b2 = 0.99
     config.optim.warmup_steps = 20
     config.optim.ema_decay = 0.98
+    config.flow.time_mean = -0.6
 
     config.data.train = "embedded:fashion_mnist/train"
     config.data.eval = "embedded:fashion_mnist/test"
@@ -43,5 +44,5 @@ def get_config() -> ConfigDict:
     config.data.subset = 200
     config.data.flip = False
     config.data.threads = 1
-    config.evaluate.every = 200
+    config.evaluate.every = 250
     return config

@@ -45,6 +45,11 @@ SMALL = {
         "SIDE = 48": "SIDE = 16",
         "PATIENTS = 6": "PATIENTS = 3",
     },
+    "generate_your_images": {
+        "STEPS = 500": "STEPS = 3",
+        "COUNT = 100": "COUNT = 10",
+        "JUDGE_STEPS = 200": "JUDGE_STEPS = 2",
+    },
     "detect_your_objects": {"STEPS = 1500": "STEPS = 10", "SIDE = 160": "SIDE = 64"},
 }
 
@@ -212,3 +217,13 @@ def test_shrink_and_export(tmp_path, monkeypatch):
     record = json.loads((out / "file" / "model.stablehlo.json").read_text())
     assert f"model.stablehlo {record['bytes']} True" in printed
     assert "served: " in printed
+
+
+@pytest.mark.long
+def test_generate_your_images(tmp_path, monkeypatch):
+    printed = execute("generate_your_images", tmp_path, monkeypatch)
+    assert "real training images: Fréchet distance" in printed
+    made = tmp_path / "runs" / "made"
+    assert len(list((made / "sneaker").glob("*.png"))) == 10
+    assert (made / "beside.png").is_file()
+    assert len(list((tmp_path / "runs" / "mine" / "samples").glob("*.png"))) == 4  # steps 0 to 3

@@ -14,6 +14,7 @@ from vision_jax import train
 from vision_jax.commands import generate
 from vision_jax.config import load_config
 from vision_jax.loaded import load
+from vision_jax.main import main
 from vision_jax.tasks.generation import task as generation
 
 SIZES = {"width": 16, "depth": 2, "num_heads": 2, "mlp_width": 32, "patch_size": 7,
@@ -156,6 +157,15 @@ def test_images_do_not_depend_on_their_batch_and_are_told_apart(adapted, tmp_pat
     }  # fmt: skip
     _, other = generated(adapted, tmp_path / "seed", "--count=8", "--seed=1")
     assert (other != together).any()
+
+
+@pytest.mark.long
+def test_a_folder_of_weights_makes_what_its_run_makes(base, tmp_path):
+    """It has a config.json, too, which is not a run's."""
+    assert main(["convert", str(base), f"--out={tmp_path / 'weights'}"]) == 0
+    _, ours = generated(tmp_path / "weights", tmp_path / "1", "--count=3", "--steps=3")
+    _, theirs = generated(base, tmp_path / "2", "--count=3")
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.long

@@ -445,7 +445,7 @@ def test_what_is_not_there(files, tmp_path):
     (running / "model.json").write_text("{}")
     for name, said in (
         (tmp_path / "none", "no such file or folder"),
-        ("embedded:vit", "only nanodet_coco, vit_cifar10"),
+        ("embedded:vit", "only fashion_generator, nanodet_coco, vit_cifar10"),
         ("timm/resnet5", "timm/resnet5 is not in the zoo: did you mean timm/resnet50"),
         ("hf://facebook", "write hf://owner/name"),
         (running, "this run has not written its model yet: let it end, or write what its last"),

@@ -82,7 +82,10 @@ def test_random_bytes_are_no_safetensors(tmp_path, rng):
 def test_what_is_not_there(tmp_path):
     fails(tmp_path / "none.safetensors", "no such file")
     fails(tmp_path, "model.safetensors", "pytorch_model.bin")
-    fails("embedded:nothing", "the package has no such weights, only nanodet_coco, vit_cifar10")
+    fails(
+        "embedded:nothing",
+        "the package has no such weights, only fashion_generator, nanodet_coco, vit_cifar10",
+    )
     fails("embedded:../errors.py", "no such weights")
     fails("hf://nothing", "hf://owner/name")
     fails("hf://../../etc", "hf://owner/name")

@@ -11,8 +11,10 @@ from vision_jax import load
 from vision_jax.convert.read import embedded_names
 from vision_jax.data.decode import decode_image
 from vision_jax.data.detection import read_detection_source
-from vision_jax.data.sources import ASSETS
+from vision_jax.data.sources import ASSETS, read_source, take_classes
 from vision_jax.errors import UserError
+from vision_jax.models.families import make_apply
+from vision_jax.tasks.generation import objective
 
 AERIAL = ASSETS / "aerial"
 
@@ -59,6 +61,36 @@ def test_the_embedded_detector_knows_the_classes_of_coco():
     assert len(loaded.class_names) == 80
     assert loaded.class_names[:3] == ("person", "bicycle", "car")
     assert sum(leaf.size for leaf in jax.tree.leaves(loaded.variables["params"])) == 3_788_628
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """(the embedded generator, the held-out images of its classes, its task, how it samples)."""
+    loaded = load("embedded:fashion_generator")
+    source = take_classes(read_source("embedded:fashion_mnist/test"), loaded.class_names)
+    task = objective.Task("image", 8, (28, 28, 3), time_mean=-0.6, time_std=1.0, unconditional=0.1)
+    sampling = objective.Sampling("heun", 20, 1.5, (0.0, 1.0), 1.0, seed=0)
+    return loaded, source, task, sampling
+
+
+@pytest.mark.long
+def test_the_embedded_generator_has_the_loss_that_its_run_ended_with(generator):
+    loaded, source, task, sampling = generator
+    assert not {"sneaker", "bag"} & set(loaded.class_names)
+    assert sum(leaf.size for leaf in jax.tree.leaves(loaded.variables["params"])) == 751_251
+    outputs = objective.make_outputs(make_apply(loaded.model), lambda p: p, task, sampling)
+    batch = {
+        "image": np.stack(pictures(source)),
+        "label": np.asarray(source.labels, np.int32),
+        "index": np.arange(len(source), dtype=np.int32),
+        "mask": np.ones(len(source), bool),
+    }
+    loss = jax.jit(lambda p: outputs(p, {}, {}, batch)["loss"])(loaded.variables["params"])
+    assert float(loss.mean()) == pytest.approx(0.1304, abs=2e-4)
+
+
+def pictures(source):
+    return [source[row]["image"] for row in range(len(source))]
 
 
 def test_aerial_splits_share_no_photo():

@@ -100,7 +100,8 @@ def test_features_that_point_elsewhere_are_no_agreement(rng):
 
 
 def test_the_model_before_is_none_of_the_current_folder(monkeypatch, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "model.json"):
+        (tmp_path / name).write_text("{}")
     monkeypatch.chdir(tmp_path)
     assert command._before(None) is None
     assert command._before({"run": str(tmp_path)}) is None  # is there, and can't be read
