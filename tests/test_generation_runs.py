@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from vision_jax.commands import generate
 from vision_jax.config import load_config
 from vision_jax.loaded import load
 from vision_jax.main import main
+from vision_jax.tasks.generation import figures
 from vision_jax.tasks.generation import task as generation
 
 SIZES = {"width": 16, "depth": 2, "num_heads": 2, "mlp_width": 32, "patch_size": 7,
@@ -97,6 +99,31 @@ def test_a_run_shows_what_it_makes_of_the_same_noise_before_and_after(base, adap
         assert list(made) == [0, 3]
         assert (made[0] != made[3]).any()
         assert (workdir / "samples.png").is_file()
+
+
+def test_the_evaluation_before_the_first_update_stops_no_resumed_run(tmp_path):
+    """An uninterrupted run doesn't count it either."""
+    losses = {0: 0.1, 3: 0.5, 6: 0.4}
+    lines = (json.dumps({"step": step, "eval/loss": loss}) for step, loss in losses.items())
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    config = load_config(str(runs.ROOT / "configs/generate_lora.py"), {"evaluate.stop_after": "1"})
+    prepared = SimpleNamespace(config=config, task=generation)
+    assert train._figures_up_to(6, prepared, tmp_path) == [0.5, 0.4]
+
+
+def test_strips_that_are_none_are_left_out(tmp_path, rng, capsys):
+    made = rng.integers(0, 256, (2, 8, 6, 3), np.uint8)
+    for step in (0, 5):
+        figures.write_strip(tmp_path, step, made)
+    strip = np.asarray(Image.open(tmp_path / "samples/00000005.png"))
+    np.testing.assert_array_equal(strip[:, 6:12], made[1])
+    (tmp_path / "samples/00000007.png").write_bytes(b"half a file")
+    Image.new("RGB", (5, 8)).save(tmp_path / "samples/00000009.png")
+    figures.draw_progress(tmp_path, made)
+    assert (tmp_path / "samples.png").is_file()
+    said = "".join(capsys.readouterr())
+    assert "00000007.png: no strip of 2 pictures" in said
+    assert "00000009.png: no strip of 2 pictures" in said
 
 
 @pytest.mark.long

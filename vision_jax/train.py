@@ -485,7 +485,7 @@ def _figures_up_to(step: int, prepared: Run, workdir: Path) -> list[float]:
         return []
     name = f"eval/{prepared.task.best_metric(prepared.config)}"
     records = read_metrics(workdir / "metrics.jsonl")
-    made = {r["step"]: r[name] for r in records if name in r and r["step"] <= step}
+    made = {r["step"]: r[name] for r in records if name in r and 0 < r["step"] <= step}
     return [made[at] for at in sorted(made)]
 
 
