@@ -6,7 +6,8 @@
     python -m benchmarks.video street/vtest.avi --peers channels --threads 2
 
 A step reads the video's first frames again, finds boxes in each and joins them to tracks; ours is
-what `vision_jax watch` does but for its log, its decoder's process and that one's start included.
+what `vision_jax watch` does but for its log and clips, the decoder's process with its start and the
+frames that it reads ahead included.
 The peer decodes by PyAV in its own process, resizes by torch, has the same weights with norms
 folded into convolutions, and torchvision's suppression; its tracks are ours. The value that must
 agree is the sum of the scores of what is tracked. benchmarks/beside.py says what the columns are.

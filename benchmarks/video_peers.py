@@ -36,7 +36,6 @@ def watch(folder: Path, *, video: str, batch_size: int, rows: int, how: str = "e
     model = build()
     if how == "channels":
         model = model.to(memory_format=torch.channels_last)
-    torch.set_num_threads(torch.get_num_threads())
     mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (MEAN, STD))
     centers, strides = points()
 

@@ -3,19 +3,19 @@
 python tests/watching.py VIDEO RULES OUT SEED KILLS   # prints how often it was killed
 """
 
+import itertools
 import os
 import random
 import signal
 import sys
-import time
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
 
 from vision_jax import machine
 from vision_jax.commands import watch
+from vision_jax.video import events
 from vision_jax.video.detect import Detections, Detector
 
 HEIGHT, WIDTH, SIDE = 48, 96, 12
@@ -85,26 +85,43 @@ def run(video, rules, out, each=lambda frames: None, extra=()):
 def main():
     video, rules, out, seed, kills = sys.argv[1:]
     machine.keep_memory()  # imports JAX, once for all children
-    rng, log, killed = random.Random(int(seed)), Path(out) / "detections.jsonl", 0
-    whole = 120 * 60  # bytes of the log, about
+    rng, killed = random.Random(int(seed)), 0
     for _ in range(int(kills)):
+        batch, moment = rng.randrange(1, 4), rng.choice(("before", "within", "after"))
         child = os.fork()
         if child == 0:
-            os._exit(run(video, rules, out, each=lambda frames: time.sleep(0.005)))
-        wanted = rng.uniform(0, whole / int(kills) * 2) + (
-            log.stat().st_size if log.exists() else 0
-        )
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
-            if log.exists() and log.stat().st_size >= wanted:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                killed += 1
-                break
-        else:
-            break
-    if not log.read_bytes().endswith(b'{"end": true}\n'):
-        run(video, rules, out)
+            os._exit(run(video, rules, out, each=die_at(batch, moment, rng)))
+        _, status = os.waitpid(child, 0)
+        killed += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    run(video, rules, out)
     print("killed", killed)
+
+
+def die_at(batch, moment, rng):
+    """What a detector calls with each batch, so that this process kills itself.
+
+    `before` it is detected; `within` a line of what it gives; `after` one of these lines.
+    """
+    lines, torn, write = rng.randrange(1, 5), rng.random(), events.append
+    batches, written = itertools.count(1), itertools.count(1)
+    reached = []
+
+    def each(frames):
+        reached.append(next(batches) >= batch)
+        if reached[-1] and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def append(file, line):
+        last = bool(reached) and reached[-1] and next(written) == lines
+        if last and moment == "within":
+            file.write(line[: int(len(line) * torn)])
+        else:
+            write(file, line)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    events.append = append
+    return each
 
 
 if __name__ == "__main__":

@@ -23,13 +23,12 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from vision_jax.errors import UserError, printable
 from vision_jax.files import expand, read_text
@@ -38,7 +37,7 @@ from vision_jax.flags import make_parser, run
 if TYPE_CHECKING:
     from vision_jax.video.detect import Detector
     from vision_jax.video.events import Log, Logged, Progress
-    from vision_jax.video.frames import Stream
+    from vision_jax.video.frames import Frame, Stream
     from vision_jax.video.outputs import Outputs, Wanted
     from vision_jax.video.rules import Rules
 
@@ -68,7 +67,7 @@ class Source:
     log: "Log"
     outputs: "Outputs"
     known: int
-    past: "Iterator[Logged]"
+    past: "Generator[Logged, None, None]"
     progress: "Progress"
     alarms: int = 0
 
@@ -153,7 +152,7 @@ def _run(flags: argparse.Namespace) -> int:
     if flags.replay:
         return _replay(flags)
     from vision_jax import machine
-    from vision_jax.video.frames import open_stream
+    from vision_jax.video.frames import content_of, open_stream
 
     outs = _folders(flags.out, flags.sources)
     machine.keep_memory()
@@ -163,21 +162,28 @@ def _run(flags: argparse.Namespace) -> int:
         signals = stack.enter_context(_signals())
         how = {name: getattr(flags, name) for name in ("rate", "folder_rate", "timeout")}
         how |= {"most": flags.frames, "seconds": flags.duration, "stopped": lambda: bool(signals)}
-        streams = [stack.enter_context(open_stream(one, **how)) for one in flags.sources]
+        try:
+            streams = [stack.enter_context(open_stream(one, **how)) for one in flags.sources]
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(*signals[:1]) from None
         rows = flags.rows or (1 if any(stream.live for stream in streams) else ROWS)
         detector = _load_detector(flags, rows)
         sources = [
-            _begin(flags, stream, detector, out, stack)
-            for stream, out in zip(streams, outs, strict=True)
+            _begin(flags, stream, content_of(source), detector, out, stack)
+            for stream, source, out in zip(streams, flags.sources, outs, strict=True)
         ]
         with _show(sources) as (advance, say):
             _watch(sources, detector, signals, advance, say)
+            for one in () if signals else sources:
+                for line in one.outputs.deliver():
+                    say(line)
     for one in sources:
         for note in one.stream.notes():
             print(f"note: {note}", file=sys.stderr)
         print(f"wrote {one.log.out / 'detections.jsonl'}, {one.log.out / 'events.jsonl'}")
     if signals:
-        print("stopped; the same command goes on", file=sys.stderr)
+        whole = all(one.stream.live for one in sources)
+        print(f"stopped{'' if whole else '; the same command goes on'}", file=sys.stderr)
         return 128 + signals[0]
     return ENDED_EARLY if any(one.stream.problem for one in sources) else 0
 
@@ -206,10 +212,7 @@ def _watch(
         if signals and not one.stream.live:
             continue  # its batch may be short; the same command takes it up again
         if not frames:
-            for event in one.log.end(one.rules, one.progress):
-                say(_line(one, event))
-            for line in one.outputs.finish():
-                say(line)
+            _finish(one, say)
             continue
         found: Sequence[Any] = frames
         if frames[-1].index > one.known:
@@ -219,7 +222,7 @@ def _watch(
             if new:
                 logged = one.log.frame(frame.index, frame.time, boxes)
             else:  # what it raised is in the log, and its pictures may not be
-                logged = _again(one, frame.index)
+                logged = _again(one, frame)
             one.progress, tracks, events = step(one.rules, one.progress, logged)
             if new:
                 one.log.raised(events)
@@ -230,15 +233,30 @@ def _watch(
         advance(place, len(frames), frames[-1].time)
 
 
-def _again(one: Source, index: int) -> "Logged":
+def _again(one: Source, frame: "Frame") -> "Logged":
     """A frame that was logged before a stop."""
     logged = next(one.past)
-    if logged.frame != index:
+    if (logged.frame, logged.time) != (frame.index, frame.time):
         raise UserError(
-            f"{one.log.out}: its log has frame {logged.frame} where {one.stream.name} has "
-            f"{index}: name another --out"
+            f"{one.log.out}: its log has frame {logged.frame} at {float(logged.time):.3f} s where "
+            f"{one.stream.name} has {frame.index} at {float(frame.time):.3f} s: name another --out"
         )
+    if logged.frame == one.known:
+        one.past.close()
     return logged
+
+
+def _finish(one: Source, say: Callable[[str], None]) -> None:
+    """At the end of a source."""
+    if one.progress.frame < one.known:
+        raise UserError(
+            f"{one.log.out}: its log goes on to frame {one.known}, and {one.stream.name} ends at "
+            f"{one.progress.frame}: name another --out"
+        )
+    for event in one.log.end(one.rules, one.progress):
+        say(_line(one, event))
+    for line in one.outputs.finish():
+        say(line)
 
 
 # Before the loop ----------------------------------------------------------------------------------
@@ -258,9 +276,14 @@ def _load_detector(flags: argparse.Namespace, rows: int) -> "Detector":
 
 
 def _begin(
-    flags: argparse.Namespace, stream: "Stream", detector: "Detector", out: Path, stack: ExitStack
+    flags: argparse.Namespace,
+    stream: "Stream",
+    content: str,
+    detector: "Detector",
+    out: Path,
+    stack: ExitStack,
 ) -> Source:
-    """Begins a source's log, or goes on with it."""
+    """Begins a source's log, or goes on with it: of a live one each start has its own folder."""
     from vision_jax.video.events import Head, begin, open_log, read_frames
     from vision_jax.video.outputs import Outputs
     from vision_jax.video.rules import check, read_rules
@@ -268,14 +291,17 @@ def _begin(
     wanted = _wanted(flags)
     now = datetime.datetime.now().astimezone().replace(microsecond=0)
     start = now if stream.live else None
+    if start:
+        out = _new_folder(out / f"{start:%Y%m%dT%H%M%S}")
     checked = check(read_rules(flags.rules, detector.class_names), stream.size, start)
     head = Head(
-        _without_secrets(stream.name),
+        stream.name,
         stream.size,
         detector.class_names,
         start.isoformat() if start else "",
         f"{detector.origin}, boxes from {flags.score:g} on, by {detector.rows}, "
-        + (f"{flags.rate} frames a second" if flags.rate else "all frames"),
+        + (f"{flags.rate} frames a second" if flags.rate else "all frames")
+        + (f", of content {content}" if content else ""),
     )
     log, progress = open_log(out, head, checked, read_text(flags.rules))
     stack.enter_context(log)
@@ -296,26 +322,29 @@ def _wanted(flags: argparse.Namespace) -> "Wanted":
     return Wanted(clip, clip, annotated=flags.annotate, webhook=host)
 
 
-def _without_secrets(source: str) -> str:
-    """An address without the name and password of who may see it."""
-    if "://" not in source:
-        return source
-    parts = urlsplit(source)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
-
-
 def _folders(out: Path, sources: Sequence[str]) -> list[Path]:
     """Where each source's files go: OUT, or OUT/NAME of several."""
+    from vision_jax.video.frames import without_secrets
+
     if len(sources) < 2:
         return [out] * len(sources)
     found: list[str] = []
     for source in sources:
-        stem = re.sub(r"[^\w.-]+", "_", Path(_without_secrets(source).rstrip("/")).stem).strip("._")
+        stem = re.sub(r"[^\w.-]+", "_", Path(without_secrets(source).rstrip("/")).stem).strip("._")
         stem, count = stem or "source", 1
         while (name := stem if count == 1 else f"{stem}_{count}") in found:
             count += 1
         found.append(name)
     return [out / name for name in found]
+
+
+def _new_folder(folder: Path) -> Path:
+    """A folder of this name, or of one beside it, that isn't there."""
+    found, count = folder, 1
+    while found.exists():
+        count += 1
+        found = folder.with_name(f"{folder.name}_{count}")
+    return found
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The process that decodes a video: FFmpeg's C code reads what may be hostile, and alone can die.
 
 It is started by frames.py as a program of its own, which imports PyAV and nothing of this package.
-One argument says what to read (`frames.Request` as JSON). On its standard output come messages, one
-line of JSON each; after "frame" follow the frame's pixels, u8[H, W, 3].
+Its standard input says what to read, in JSON: an address may hold a password, and everybody can see
+a program's arguments. On its standard output come messages, one line of JSON each; after "frame"
+follow the frame's pixels, u8[H, W, 3].
 
     {"kind": "start", "size": [H, W], "rate": [25, 1], "seconds": 79.5}   null if not stated
     {"kind": "frame", "index": 0, "time": [0, 1]}
@@ -52,7 +53,7 @@ class Refused(Exception):
 
 def main() -> None:
     """Sends all of a video."""
-    request = json.loads(sys.argv[1])
+    request = json.load(sys.stdin)
     _bound()
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is no message

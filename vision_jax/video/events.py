@@ -14,7 +14,7 @@ import contextlib
 import datetime
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -188,7 +188,7 @@ def read_head(out: Path) -> Head:
     raise UserError(f"{path} has no whole line: nothing was seen yet")
 
 
-def read_frames(out: Path) -> Iterator[Logged]:
+def read_frames(out: Path) -> Generator[Logged, None, None]:
     """The frames of a log, in order, up to where it ends or was cut."""
     path = out / DETECTIONS
     classes, last = 0, -1

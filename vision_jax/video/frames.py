@@ -13,6 +13,7 @@ oldest frames when they aren't taken in time. All of it is counted and said.
 
 import contextlib
 import csv
+import hashlib
 import importlib.util
 import io
 import json
@@ -47,6 +48,7 @@ DECODER = Path(__file__).with_name("decoder.py")
 MOST_LINE = 10_000  # bytes of a message
 MOST_SECONDS = 10**9  # of a time in times.csv
 MOST_DIGITS = 40  # of a number there
+DIGESTED = 2**20  # bytes
 SHORT = 2  # seconds that a header may say too much
 STOP_SECONDS = 0.1  # in which a source that waits sees that it shall stop
 NO_MORE = {"kind": "end", "why": ""}
@@ -54,7 +56,7 @@ POLL = 0.002  # seconds between looks at several live sources
 SAID = {  # counts of a source, for a person
     "undecodable": "packets that can't be decoded",
     "damaged": "damaged frames, shown as far as they could be decoded",
-    "jumps": "times that the clock went back",
+    "jumps": "the clock went back, and what followed came when its frame before had been shown",
     "gaps": "gaps of more than 10 seconds",
     "same time": "frames left out that state the time of the one before",
     "dropped": "frames dropped, since they weren't taken in time",
@@ -82,7 +84,7 @@ class Stream:
     """A source that was opened; `close` it, or use it in a `with`.
 
     Attributes:
-      name: the source, as the user named it.
+      name: the source, as the user named it, without what an address keeps secret.
       live: nobody can wait for it: a camera or an address.
       size: (height, width) of all frames.
       rate: frames a second as the header states it, or None; for a person alone.
@@ -134,10 +136,15 @@ class Stream:
         self._thread = threading.Thread(target=self._read, args=(messages,), daemon=True)
         self._thread.start()
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting, timeout)
-        if self._start is None:
+            while (
+                not self._waiting and not stopped() and clock.monotonic() - self._latest < timeout
+            ):
+                self._changed.wait(STOP_SECONDS)
+        if self._start is None or not self._waiting:
             self.take()  # why
             self.close()
+            if stopped():
+                raise KeyboardInterrupt
             raise UserError(f"{name}: {self.problem or 'there is no frame in it'}")
         height, width = self._start["size"]
         self.size: tuple[int, int] = (height, width)
@@ -204,7 +211,7 @@ class Stream:
     def notes(self) -> list[str]:
         """One line for each thing that a person should know of what was read."""
         early = [f"it ended early: {self.problem}"] if self.problem else []
-        seen = [f"{self.counts[key]:,} {words}" for key, words in SAID.items() if self.counts[key]]
+        seen = [f"{words}: {self.counts[key]:,}" for key, words in SAID.items() if self.counts[key]]
         short = [self._short] if self._short else []
         return [printable(f"{self.name}: {line}") for line in early + short + seen]
 
@@ -233,6 +240,20 @@ class Stream:
             self._latest = clock.monotonic()
             self._changed.notify_all()
             return not self._closed
+
+
+def without_secrets(source: str) -> str:
+    """An address without the name and password of who may see it, wherever it has them.
+
+    Examples:
+      >>> without_secrets("rtsp://me:word@10.0.0.7:554/front?user=me&password=word")
+      'rtsp://10.0.0.7:554/front'
+    """
+    if "://" not in source:
+        return source
+    scheme, _, rest = source.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{re.split('[?#;]', path)[0]}"
 
 
 # Opening ------------------------------------------------------------------------------------------
@@ -270,8 +291,8 @@ def open_stream(
         kind, address = "address", source
     elif "://" in source:
         raise UserError(
-            f"{source}: a source is a video file, a folder of frames, a camera or {RTSP[0]}...; "
-            "other addresses are not fetched"
+            f"{without_secrets(source)}: a source is a video file, a folder of frames, a camera or "
+            f"{RTSP[0]}...; other addresses are not fetched"
         )
     else:
         path = expand(source)
@@ -300,13 +321,16 @@ def open_stream(
     }
     said = tempfile.TemporaryFile()  # noqa: SIM115  # the generator below closes it
     process = subprocess.Popen(
-        [sys.executable, "-P", str(DECODER), json.dumps(request)],
-        stdin=subprocess.DEVNULL,
+        [sys.executable, "-P", str(DECODER)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=said,
     )
+    assert process.stdin is not None
+    with contextlib.suppress(OSError), process.stdin:  # what died at once is told below
+        process.stdin.write(json.dumps(request).encode())
     messages = _messages_of(process, said)
-    return Stream(source, kind != "file", messages, process.kill, **how)
+    return Stream(without_secrets(source), kind != "file", messages, process.kill, **how)
 
 
 def _messages_of(
@@ -350,6 +374,25 @@ def _death(code: int, said: IO[bytes]) -> str:
     said.seek(max(0, said.seek(0, os.SEEK_END) - 1000))
     lines = said.read().decode("utf-8", "replace").strip().splitlines()
     return f"({lines[-1] if lines else f'exit code {code}'})"
+
+
+def content_of(source: str) -> str:
+    """A digest by which a file or folder is told from another of its name; "" of a live source.
+
+    Of a file's size and its first megabyte; of a folder's names and sizes.
+    """
+    path = expand(source)
+    if "://" in source or not (path.is_file() or path.is_dir()):
+        return ""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for name in list_files(path, (*IMAGE_SUFFIXES, TIMES))[0]:
+            digest.update(f"{name}\0{(path / name).stat().st_size}\0".encode("utf-8", "replace"))
+    else:
+        with open_regular(path) as file:
+            digest.update(f"{os.fstat(file.fileno()).st_size}\0".encode())
+            digest.update(file.read(DIGESTED))
+    return digest.hexdigest()[:16]
 
 
 # Folders ------------------------------------------------------------------------------------------

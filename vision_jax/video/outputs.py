@@ -1,6 +1,7 @@
 """All that is made of alarms beside the log, fed frame by frame.
 
-A loop over frames calls `frame` after each, and `finish` at the end.
+A loop over frames calls `frame` after each, `finish` at the end of a source, and `deliver` when
+nothing else is to be done.
 """
 
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,7 @@ class Outputs:
             self._webhook.wake()
 
     def finish(self) -> list[str]:
-        """Ends clips and video, writes the page, waits for the host; returns lines for a person."""
+        """Ends clips and video and writes the page; returns lines for a person."""
         said = []
         self._recorder.finish()
         if self._video:
@@ -101,13 +102,18 @@ class Outputs:
             self._video = None
         said += [f"wrote {kind}" for kind in self._recorder.written()]
         said.append(f"wrote {write_page(self.out, self.rules)}")
-        if self._webhook:
-            left = self._webhook.finish(self._patience)
-            name = self._webhook.host.name
-            said.append(f"sent {self._webhook.sent} events to {name}")
-            if left:
-                said.append(
-                    f"{name} has not taken {left} events: vision_jax review {self.out}"
-                    " --webhook=... sends them"
-                )
+        return said
+
+    def deliver(self) -> list[str]:
+        """Waits until the host has taken what there is; returns lines for a person."""
+        if not self._webhook:
+            return []
+        left = self._webhook.finish(self._patience)
+        name = self._webhook.host.name
+        said = [f"sent {self._webhook.sent} events to {name}"]
+        if left:
+            said.append(
+                f"{name} has not taken {left} events: vision_jax review {self.out}"
+                " --webhook=... sends them"
+            )
         return said
