@@ -97,6 +97,23 @@ def test_a_signal_lets_the_same_command_go_on_to_the_same_bytes(
     assert written(cut) == written(whole)
 
 
+def test_a_log_is_not_ended_before_its_last_frame(video, rules, tmp_path, capsys):
+    """By a flag, here; a file that lost its end would do the same."""
+    count = iter(range(1000))
+
+    def stop(frames):
+        if next(count) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    out = tmp_path / "out"
+    assert watching.run(video, rules, out, each=stop) == 128 + signal.SIGTERM
+    before = (out / "detections.jsonl").read_bytes(), (out / "events.jsonl").read_bytes()
+    assert watching.run(video, rules, out, extra=["--frames=10"]) == 2
+    assert "its log goes on to frame 31" in capsys.readouterr().err
+    assert before == ((out / "detections.jsonl").read_bytes(), (out / "events.jsonl").read_bytes())
+    assert watching.run(video, rules, out) == 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kills", [20])
 def test_kill_9_at_any_moment_loses_nothing(rules, tmp_path, kills, request):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vision_jax.errors import UserError
+from vision_jax.generate.samples import digest
 from vision_jax.loaded import Loaded
 from vision_jax.serve.model import Found, compile_programs, make_servable
 
@@ -33,7 +34,7 @@ class Detector:
     """A detector, compiled.
 
     Attributes:
-      origin: of the model, for a person.
+      origin: of the model, with a digest of its parameters.
       class_names: by label.
       rows: frames of a batch.
       run: any number of frames u8[H, W, 3], of any sizes -> what was found in each.
@@ -73,7 +74,8 @@ def make_detector(loaded: Loaded, rows: int, least: float) -> Detector:
                     found[place] = _kept(one, views[place].size, least)
         return found
 
-    return Detector(loaded.origin, servable.class_names, rows, run)
+    origin = f"{loaded.origin} ({digest(loaded.variables)[:16]})"
+    return Detector(origin, servable.class_names, rows, run)
 
 
 def no_detections() -> Detections:
