@@ -398,6 +398,7 @@ def _measure(
     import numpy as np
 
     from vision_jax.config import write_json
+    from vision_jax.convert import read_weights
     from vision_jax.generate import measures
     from vision_jax.loaded import load
     from vision_jax.logging import say
@@ -410,8 +411,13 @@ def _measure(
         for source in (train, held_out)
     ]
     model = load(flags.features or FEATURES, allow_pickle=flags.allow_pickle)
-    distance = "fid" if measures.is_inception(model) else "frechet"
-    features = measures.make_features(model, generator.loaded.preprocessing)
+    distance = "frechet"
+    if measures.is_inception(model):
+        source = read_weights(flags.features, allow_pickle=flags.allow_pickle)
+        distance = measures.distance_name(model, source.sha256)
+        if distance != "fid":
+            say(f"{flags.features} is not the published file of the FID: its distance is no FID")
+    features = measures.make_features(model, generator.preprocess)
     of_made = features(made)
     of_train, of_held_out = (
         features(source[row]["image"] for row in rows)

@@ -90,7 +90,7 @@ def write_package(
         files[CONFIG_FILE] = config  # which takes no class names
     elif to == diffusers.SOURCE:
         files[CONFIG_FILE] = dict(table.config(arguments))
-    elif to in ("detr", "yolox", "nanodet", "dit"):
+    elif to in ("detr", "yolox", "nanodet", "dit", "fid"):
         files[CONFIG_FILE] = _own_config(table, arguments, class_names)
     elif to == "transformers":
         files[CONFIG_FILE] = _transformers_config(table, arguments, class_names)

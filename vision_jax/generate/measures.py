@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vision_jax.data.transforms import Preprocessing, eval_transform
 from vision_jax.errors import UserError
 from vision_jax.figures import draw_rows
 from vision_jax.loaded import Loaded
@@ -26,18 +25,26 @@ BATCH = 100
 FEW = 25  # images of 299 pixels at once, 250 MB a layer
 
 
+FID_FILE = "6726825d"  # how the sha256 of the published Inception begins, as its name says
+
+
 def is_inception(loaded: Loaded) -> bool:
-    """Whether a Fréchet distance of its features is called FID."""
+    """Whether it is a network as an FID is measured with, whatever its weights."""
     return getattr(loaded.model, "fid", False)
 
 
+def distance_name(loaded: Loaded, sha256: str) -> str:
+    """What a Fréchet distance of its features is called: "fid" of the published weights alone."""
+    return "fid" if is_inception(loaded) and sha256.startswith(FID_FILE) else "frechet"
+
+
 def make_features(
-    loaded: Loaded, preprocessing: Preprocessing
+    loaded: Loaded, preprocess: Callable[[Sequence[np.ndarray]], Any]
 ) -> Callable[[Iterable[np.ndarray]], np.ndarray]:
     """A function from images u8[H, W, C] to features f32[N, D]: what goes into the head.
 
-    Of the FID's Inception images are first what the generator's `preprocessing` makes of them, all
-    of one size, and then resized as TensorFlow did it.
+    Of the FID's Inception images are first what the generator's `preprocess` makes of them, f32 in
+    [0, 1] of one size, and then resized as TensorFlow did it.
 
     Raises:
       UserError: a model that has no such vector.
@@ -54,12 +61,17 @@ def make_features(
         return loaded.features(variables, images, ["pooled"])["pooled"]
 
     def views(images: Sequence[np.ndarray]) -> np.ndarray:
-        seen = np.stack([eval_transform(image, preprocessing) for image in images])
+        seen = np.asarray(preprocess(images))
         return np.broadcast_to(seen, (*seen.shape[:3], 3))  # of gray, too
 
     prepare, size = (views, FEW) if is_inception(loaded) else (loaded.preprocess, BATCH)
     program = jax.jit(run)
-    return lambda images: _over(loaded, program, images, prepare, size)
+
+    def features(images: Iterable[np.ndarray]) -> np.ndarray:
+        with jax.default_matmul_precision("highest"):  # accelerators round products otherwise
+            return _over(loaded, program, images, prepare, size)
+
+    return features
 
 
 def make_judge(
@@ -123,9 +135,15 @@ def measure(
     "frechet" to the held-out images, and "frechet_train", of the training images to these: what
     real images would have. "precision" and "recall" beside the held-out images. `distance` is what
     the former is called: "fid" of the FID's own features alone.
+
+    Raises:
+      UserError: too few images for the neighborhoods.
     """
     copies = fidelity.find_copies(made, train, real)
-    precision, recall = fidelity.precision_recall(made, real)
+    try:
+        precision, recall = fidelity.precision_recall(made, real)
+    except ValueError as error:
+        raise UserError(f"--measure: {error}: make more by --count") from None
     figures = {
         "images": len(made),
         "held_out": len(real),

@@ -67,7 +67,17 @@ def frechet_distance(made: np.ndarray, real: np.ndarray) -> float:
     Raises:
       ValueError: fewer than two rows.
     """
-    return frechet_between(moments(made), moments(real))
+    return frechet_between(*(_all_moments(features) for features in (made, real)))
+
+
+def _all_moments(features: np.ndarray) -> Moments:
+    """In chunks: a copy of all features in float64 is not made."""
+    found = None
+    for start in range(0, len(features), CHUNK):
+        found = moments(features[start : start + CHUNK], found)
+    if found is None:
+        raise ValueError("a covariance needs two images or more")
+    return found
 
 
 def frechet_between(made: Moments, real: Moments) -> float:
