@@ -5,6 +5,7 @@
     embedded:fashion_mnist/train      4,000 images in the package; /test has 1,000
     cifar10:DIR/train                 DIR holds cifar10.npz, see scripts/fetch_cifar10.py; /test
     tfds:NAME/SPLIT[@DATA_DIR]        prepared as array_record; read without TensorFlow
+    generated:RUN                     what `vision_jax generate RUN` made, by its manifest
     FOLDER                            one folder of images per class
     FILE.csv                          a header `path,label`, paths in the file's folder; separated
                                       by commas, semicolons, tabs or bars
@@ -17,6 +18,7 @@
 
 import codecs
 import csv
+import hashlib
 import io
 import os
 import zlib
@@ -44,6 +46,7 @@ from vision_jax.files import (
     read_json,
 )
 
+MANIFEST = "manifest.json"  # of what a generator made
 ASSETS = Path(__file__).parent / "assets"
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy"}
@@ -137,6 +140,8 @@ def read_source(spec: str, *, class_names: tuple[str, ...] | None = None) -> Sou
         return _read_cifar10(spec, rest, class_names)
     if kind == "tfds":
         return _read_tfds(spec, class_names)
+    if kind == "generated":
+        return _read_generated(spec, expand(rest), class_names)
     if is_of_shards(spec):
         return _read_shards(spec, class_names)
     path = expand(spec)
@@ -452,6 +457,48 @@ class FileReader:
             return os.stat(os.path.join(self.folder, self.paths[row])).st_size
         except OSError:  # it is skipped, counted and named when its turn comes
             return -1
+
+
+@dataclass(frozen=True)
+class GeneratedReader(FileReader):
+    """Image files that a generator made; `manifest` is the sha256 of what tells how."""
+
+    manifest: str
+
+    def relative_name(self, row: int) -> str:
+        """With the manifest in it: images that are made anew are others, whatever their names."""
+        return f"generated:{self.manifest[:16]}/{self.paths[row]}"
+
+
+def _read_generated(spec: str, run: Path, class_names: tuple[str, ...] | None) -> Source:
+    """RUN/generated/manifest.json, or RUN/manifest.json where `generate --out=RUN` wrote it."""
+    folder = next((f for f in (run / "generated", run) if (f / MANIFEST).is_file()), None)
+    if folder is None:
+        raise UserError(
+            f"{spec}: no images of it were made yet: `vision_jax generate {run} --count=1000` does"
+        )
+    data = read_bytes(folder / MANIFEST, MAX_LIST_BYTES)
+    record = parse_json(data, str(folder / MANIFEST))
+    entries = record.get("images") if isinstance(record, dict) else None
+    good = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    if not good or not entries:
+        raise UserError(f"{folder / MANIFEST}: lists no images: make them anew, by generate")
+    inside = Inside(folder)
+    paths, names = [], []
+    for number, entry in enumerate(entries):
+        place = f"{folder / MANIFEST}: image {number}"
+        paths.append(_check_path(place, inside, entry.get("file")))
+        names.append(entry.get("class"))
+        if not isinstance(names[-1], str):
+            raise UserError(f"{place} has no class: a classifier takes images of classes")
+    own_names = tuple(sorted(set(names)))
+    labels, class_names = _map_by_name(
+        spec, np.array([own_names.index(name) for name in names]), own_names, class_names
+    )
+    digest = hashlib.sha256(data).hexdigest()
+    reader = GeneratedReader(folder, tuple(paths), digest)
+    note = f"{spec}: {len(paths):,} images of the manifest with sha256 {digest[:16]}"
+    return Source(spec, class_names, labels, np.arange(len(labels)), reader, note)
 
 
 class MissingFileError(UserError):

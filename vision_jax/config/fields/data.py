@@ -121,6 +121,21 @@ FIELDS = (
         GENERATION,
     ),
     field(
+        "data.extra",
+        "",
+        ANY,
+        "more training images, of the same classes by name, of which none is held out: "
+        "generated:RUN, or what data.train takes",
+        CLASSIFICATION,
+    ),
+    field(
+        "data.extra_count",
+        0,
+        FROM_0,
+        "number of these, the classes in equal parts; 0 takes all",
+        CLASSIFICATION,
+    ),
+    field(
         "data.short",
         0,
         FROM_0,

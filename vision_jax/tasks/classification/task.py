@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vision_jax.config import write_json
+from vision_jax.data.joined import join
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.data.sources import Source, read_source, split_source, subset
 from vision_jax.data.transforms import Preprocessing, eval_transform
@@ -60,10 +61,22 @@ def read_sources(config: ConfigDict) -> tuple[Source, Source]:
     """The training and the evaluation data, with the same class names."""
     train = images.without_excluded(config, read_source(config.data.train))
     if config.data.eval:
-        train = images.training_part(config, train)
-        return train, read_source(config.data.eval, class_names=train.class_names)
-    train, held_out = split_source(train, config.data.holdout, config.seed)
-    return images.training_part(config, train), held_out
+        held_out = read_source(config.data.eval, class_names=train.class_names)
+    else:
+        train, held_out = split_source(train, config.data.holdout, config.seed)
+    return _with_extra(config, images.training_part(config, train)), held_out
+
+
+def _with_extra(config: ConfigDict, train: Source) -> Source:
+    """The training images, and beside them those of config.data.extra."""
+    if not config.data.extra:
+        if config.data.extra_count:
+            raise UserError("config.data.extra_count: nothing is extra: set config.data.extra")
+        return train
+    extra = read_source(config.data.extra, class_names=train.class_names)
+    if config.data.extra_count:
+        extra = subset(extra, config.data.extra_count, config.seed)
+    return join(train, extra)
 
 
 def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
