@@ -203,6 +203,28 @@ FIELDS = (
         CLASSIFICATION,
     ),
     field(
+        "robustness.purify",
+        "",
+        ANY,
+        "workdir of a generator's run that noises images and draws them back before the classifier",
+        CLASSIFICATION,
+    ),
+    field(
+        "robustness.purify_strength",
+        0.3,
+        SHARE,
+        "of the noise, a share of the way to it; 0 for none",
+        CLASSIFICATION,
+    ),
+    field("robustness.purify_steps", 5, COUNT, "of the way back", CLASSIFICATION),
+    field(
+        "robustness.purify_draws",
+        8,
+        COUNT,
+        "draws of the noise that an attack through it averages over",
+        CLASSIFICATION,
+    ),
+    field(
         "robustness.transfer_from",
         "",
         ANY,

@@ -19,7 +19,7 @@ from vision_jax.errors import UserError, printable
 from vision_jax.logging import show_progress
 from vision_jax.tasks import gradient_attacks
 from vision_jax.tasks.api import Trained
-from vision_jax.tasks.classification import objective
+from vision_jax.tasks.classification import objective, purification
 from vision_jax.tasks.classification import under_attack as robust
 from vision_jax.tasks.classification.metrics import softmax
 from vision_jax.tasks.classification.self_check import check_gradients
@@ -52,6 +52,7 @@ class Settings(gradient_attacks.Settings):
       autoattack: its version: standard, plus, rand; or off.
       autoattack_epsilon: its largest norm.
       self_check: look for signs of gradient masking.
+      purify: a generator before the classifier.
       threads: that decode and corrupt images.
     """
 
@@ -60,6 +61,7 @@ class Settings(gradient_attacks.Settings):
     autoattack: Version | Literal["off"]
     autoattack_epsilon: float
     self_check: bool
+    purify: purification.Settings
     threads: int
 
 
@@ -69,6 +71,7 @@ def measure(
     source: Source,
     surrogate: Trained | None,
     settings: Settings,
+    generator: Trained | None = None,
 ) -> dict[str, Any]:
     """Lines on the screen, robustness.json and robustness.png.
 
@@ -78,6 +81,7 @@ def measure(
       source: images that are attacked.
       surrogate: another run, whose attacks the self-check carries over.
       settings: what is measured and how.
+      generator: that purifies images before the classifier.
 
     Returns:
       What robustness.json holds.
@@ -107,6 +111,19 @@ def measure(
             **_measure_attacked(subject, clean, settings, advance, say),
             **_measure_corrupted(subject, settings, advance, say),
         }
+        if generator is not None:
+            record["purified"] = purification.under_purification(
+                subject.classifier,
+                subject.classify,
+                generator,
+                settings.purify,
+                _make_attacks(settings),
+                subject.examples,
+                settings.epsilons,
+                norm=settings.norm,
+                seed=settings.seed,
+                say=say,
+            )
         if settings.self_check and settings.epsilons:
             record["self_check"] = _check_masking(trained, surrogate, subject, settings, say)
     pictures = _adversarial_pictures(subject, clean, record)
@@ -138,10 +155,7 @@ def _read_subject(
     trained: Trained, source: Source, settings: Settings
 ) -> tuple[_Subject, DamageLog]:
     """(the subject, the damaged images that are left out)."""
-    make = partial(
-        robust.make_attack, norm=settings.norm, steps=settings.steps, restarts=settings.restarts
-    )
-    attacks = {name: make(name) for name in settings.attacks}
+    attacks = _make_attacks(settings)
     classifier = _classifier(trained, settings.batch_size)
     make_classify = partial(
         robust.make_classify, classifier, norm=settings.norm, seed=settings.seed
@@ -152,6 +166,13 @@ def _read_subject(
     attacked = {name: make_classify(attack) for name, attack in attacks.items()}
     classify = make_classify(None)
     return _Subject(classifier, classify, attacked, examples, trained.class_names), damage
+
+
+def _make_attacks(settings: Settings) -> dict[str, robust.Attack]:
+    make = partial(
+        robust.make_attack, norm=settings.norm, steps=settings.steps, restarts=settings.restarts
+    )
+    return {name: make(name) for name in settings.attacks}
 
 
 def _measure_clean(

@@ -24,7 +24,7 @@ from vision_jax.logging import RunLog, say
 from vision_jax.objective import Apply, Objective
 from vision_jax.tasks import images
 from vision_jax.tasks.api import Trained
-from vision_jax.tasks.classification import objective
+from vision_jax.tasks.classification import objective, purification
 from vision_jax.tasks.classification import robustness as under_attack
 from vision_jax.tasks.classification.metrics import (
     best_classes,
@@ -460,7 +460,20 @@ def robustness(
         autoattack=settings.autoattack,
         autoattack_epsilon=settings.autoattack_epsilon,
         self_check=settings.self_check,
+        purify=purification.Settings(
+            settings.purify,
+            settings.purify_strength,
+            settings.purify_steps,
+            settings.purify_draws,
+        ),
         threads=config.data.threads,
     )
+    generator = None
+    if settings.purify:
+        folder = Path(settings.purify)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"config.robustness.purify: {folder} holds no run: name a generator's")
+        generator = restore_other(folder)
+        purification.check_generator(generator, trained, settings.purify)
     source = read_eval_source(config, trained.class_names)
-    return under_attack.measure(workdir, trained, source, surrogate, wanted)
+    return under_attack.measure(workdir, trained, source, surrogate, wanted, generator)
