@@ -1,5 +1,6 @@
 """A generator trained, adapted to a class that it has not seen, and put to work by its command."""
 
+import gzip
 import hashlib
 import json
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from vision_jax import train
-from vision_jax.commands import generate
+from vision_jax.commands import generate, robustness
 from vision_jax.config import load_config
+from vision_jax.errors import UserError
 from vision_jax.loaded import load
 from vision_jax.main import main
 from vision_jax.tasks.generation import figures
@@ -233,6 +235,38 @@ def base_judge(folder):
     workdir = folder / "judge"
     assert train.run(load_config(str(runs.ROOT / "configs/vit_lora.py"), changes), workdir) == 0
     return workdir
+
+
+@pytest.mark.long
+def test_a_classifier_takes_what_was_made_and_is_attacked_through_the_generator(
+    base, tmp_path, capsys
+):
+    """Both bridges, by their commands: `generated:RUN`, and `robustness.purify`."""
+    generated(base, tmp_path / "made", "--count=16")
+    changes = {"total_steps": "2", "optim.warmup_steps": "0", "data.subset": "20", "recipes": "()",
+               "evaluate.every": "2", "checkpoint_every": "2", "model.image_size": "28",
+               "data.extra": f"generated:{tmp_path / 'made'}"}  # fmt: skip
+    workdir = tmp_path / "classifier"
+    assert train.run(load_config(str(runs.ROOT / "configs/vit_lora.py"), changes), workdir) == 0
+    names = json.loads(gzip.decompress((workdir / "train_data.json.gz").read_bytes()))["name"]
+    digest = hashlib.sha256((tmp_path / "made/manifest.json").read_bytes()).hexdigest()
+    assert sum(name.startswith(f"generated:{digest[:16]}/") for name in names) == 16
+    assert len(names) == 36
+    fields = {"images": "6", "batch_size": "6", "epsilons": "(0.05,)", "steps": "2",
+              "corruptions": "()", "self_check": "False", "purify": str(base),
+              "purify_steps": "2", "purify_draws": "2"}  # fmt: skip
+    given = {**changes, **{f"robustness.{name}": value for name, value in fields.items()}}
+    config = load_config(str(runs.ROOT / "configs/vit_lora.py"), given)
+    assert robustness.run(config, workdir, "last") == 0
+    found = json.loads((workdir / "robustness.json").read_text())["purified"]
+    assert set(found["attacks"]) == {"fgsm", "pgd"}
+    for (row,) in found["attacks"].values():
+        assert row["count"] == 6
+        assert 0 <= max(row["transferred"], row["adaptive"]) <= found["clean"] <= 1
+    assert "pgd 12.75/255 adaptive" in capsys.readouterr().out
+    given["robustness.purify"] = str(tmp_path)
+    with pytest.raises(UserError, match="holds no run: name a generator's"):
+        robustness.run(load_config(str(runs.ROOT / "configs/vit_lora.py"), given), workdir, "last")
 
 
 @pytest.mark.long
