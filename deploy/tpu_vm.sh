@@ -1,7 +1,7 @@
 #!/bin/bash
 # A run on all workers of a TPU VM slice: docs/hosts.md.
 #   deploy/tpu_vm.sh install NAME ZONE                       this checkout, on each worker
-#   deploy/tpu_vm.sh run NAME ZONE --config=... --workdir=gs-or-nfs-folder
+#   deploy/tpu_vm.sh run NAME ZONE --config=... --workdir=/shared/runs/a
 # A slice is made before with, for example,
 #   gcloud compute tpus tpu-vm create NAME --zone=ZONE --accelerator-type=v5litepod-16 \
 #       --version=v2-alpha-tpuv5-lite
@@ -15,7 +15,7 @@ shift 3
 all() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
 
 if [ "$what" = install ]; then
-    gcloud compute tpus tpu-vm scp --recurse --zone="$zone" --worker=all \
+    all 'mkdir -p ~/source' && gcloud compute tpus tpu-vm scp --recurse --zone="$zone" --worker=all \
         pyproject.toml constraints.txt README.md LICENSE configs vision_jax "$name:source/" &&
         all 'python3 -m venv ~/venv && ~/venv/bin/pip install -c ~/source/constraints.txt "$HOME/source[tpu]"'
     exit

@@ -5,12 +5,13 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import runs
@@ -46,6 +47,22 @@ def url(tmp_path):
     return f"file://{tmp_path / 'bucket'}"
 
 
+def copy(url, workdir, said=None):
+    """One process's life: takes the folder, copies all, gives it up."""
+    one = store.Store(url, (said if said is not None else []).append)
+    one.begin(workdir, all_steps)
+    one.close()
+
+
+def fetch(url, workdir, last, check=lambda folder, step: None):
+    workdir.mkdir(exist_ok=True)
+    one = store.Store(url, print)
+    try:
+        return one.fetch(workdir, last, check)
+    finally:
+        one.close()
+
+
 def test_what_is_copied_and_comes_back(tmp_path, url):
     work = tmp_path / "work"
     write(work, 2)
@@ -53,64 +70,124 @@ def test_what_is_copied_and_comes_back(tmp_path, url):
     (work / "frozen").mkdir()
     for name in ("config.json", "frozen/array", "lock", "a.draft", ".hidden"):
         (work / name).write_bytes(name.encode())
-    mirror = store.Mirror(url, work, all_steps)
-    assert mirror.close() == ""
+    said = []
+    copy(url, work, said)
+    assert said == []
     there = files(tmp_path / "bucket")
-    assert there == {
-        n: b for n, b in files(work).items() if n not in ("lock", "a.draft", ".hidden")
-    }
-    new = tmp_path / "new"
-    new.mkdir()
-    (note,) = store.fetch(url, new, None)
+    kept = {"lock", "a.draft", ".hidden"}
+    assert there == {name: b for name, b in files(work).items() if name not in kept}
+    (note,) = fetch(url, tmp_path / "new", None)
     assert note == f"the checkpoints of step 2, 4 were fetched from {url}"
-    assert files(new) == there
-    assert store.fetch(url, new, 4) == []  # it has the newest already
+    assert files(tmp_path / "new") == there
+    assert fetch(url, tmp_path / "new", 4) == []  # it has the newest already
 
 
 def test_a_checkpoint_is_taken_from_the_store_when_it_is_gone_here(tmp_path, url):
     work = tmp_path / "work"
     write(work, 2)
-    assert store.Mirror(url, work, all_steps).close() == ""
+    copy(url, work)
     shutil.rmtree(work / "checkpoints/2")
     write(work, 4)
-    assert store.Mirror(url, work, all_steps).close() == ""
-    assert all_steps(tmp_path / "bucket") == [4] or not list(
-        (tmp_path / "bucket/checkpoints/2").rglob("*.json")
-    )
+    copy(url, work)
     assert store._steps(files(tmp_path / "bucket")) == [4]
+    assert not list((tmp_path / "bucket/checkpoints/2").rglob("*.json"))
 
 
 def test_what_was_cut_short_is_nothing(tmp_path, url, monkeypatch):
     """At each file: until the last one of a checkpoint is there, the older one is the newest."""
     work = tmp_path / "work"
     write(work, 2)
-    assert store.Mirror(url, work, all_steps).close() == ""
+    copy(url, work)
     write(work, 4, b"y")
     put = obstore.put
-    for allowed in range(4):
+    monkeypatch.setattr(store, "LAST", 0.0)
+    for allowed in range(6):
         calls = []
 
-        def broken(*arguments, calls=calls, allowed=allowed):
-            calls.append(arguments[1])
-            if len(calls) > allowed:
+        def broken(where, name, *arguments, calls=calls, allowed=allowed, **keywords):
+            calls.append(name)
+            if name != store.OWNER and len([n for n in calls if n != store.OWNER]) > allowed:
                 raise OSError("the network is down")
-            return put(*arguments)
+            return put(where, name, *arguments, **keywords)
 
         monkeypatch.setattr(obstore, "put", broken)
-        failure = store.Mirror(url, work, all_steps)
-        failure._sent = {}  # of a process that was started anew
-        assert "the network is down" in failure.close() or allowed == 6
+        said = []
+        copy(url, work, said)
+        assert "the network is down" in said[0]
+        assert "lacks what was written last" in said[-1]
+        monkeypatch.setattr(obstore, "put", put)
         new = tmp_path / f"new{allowed}"
-        new.mkdir()
-        store.fetch(url, new, None)
-        found = files(new)
+        fetch(url, new, None)
         for step in all_steps(new):
             expected = files(work / "checkpoints" / str(step))
             assert files(new / "checkpoints" / str(step)) == expected
-        assert "checkpoints/2/state/array" in found
-    monkeypatch.setattr(obstore, "put", put)
-    assert store.Mirror(url, work, all_steps).close() == ""
+        assert 2 in all_steps(new)
+    copy(url, work)
     assert store._steps(files(tmp_path / "bucket")) == [2, 4]
+
+
+def test_another_run_is_neither_fetched_nor_written_over(tmp_path, url):
+    work, mine = tmp_path / "work", tmp_path / "mine"
+    write(work, 100)
+    (work / "config.json").write_bytes(b"B")
+    copy(url, work)
+    write(mine, 10)
+    (mine / "config.json").write_bytes(b"A")
+    before = files(mine), files(tmp_path / "bucket")
+
+    def check(folder, step):
+        assert step == 100
+        if (folder / "config.json").read_bytes() != b"A":
+            raise UserError(f"{folder} holds a run of another config")
+
+    for last in (10, 200):  # behind the store, and ahead of it
+        with pytest.raises(UserError, match=f"^{url} holds a run of another config$"):
+            fetch(url, mine, last, check)
+    assert (files(mine), files(tmp_path / "bucket")) == before
+
+
+def test_one_run_at_a_time(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_BEATS", 0.1)
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_LOOKS", 0.1)
+    one = store.Store(url, print)
+    try:
+        monkeypatch.setattr(store, "GONE", 20.0)
+        with pytest.raises(UserError, match=f"config.store {url} is in use: a run on "):
+            store.Store(url, print)
+    finally:
+        one.close()
+    assert files(tmp_path / "bucket") == {}
+    # Of a machine that is gone, and of a process of this one that was killed.
+    monkeypatch.setattr(store, "GONE", 1.0)
+    for owner in (
+        {"host": "elsewhere", "pid": 1},
+        {"host": socket.gethostname(), "pid": 2**22 + 1},
+    ):
+        (tmp_path / "bucket" / store.OWNER).write_text(json.dumps(owner))
+        said = []
+        store.Store(url, said.append).close()
+        assert [text.startswith(url) for text in said] == [True] * (owner["host"] == "elsewhere")
+
+
+def test_a_run_whose_folder_was_taken_over_copies_nothing_more(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_BEATS", 0.1)
+    said = []
+    one = store.Store(url, said.append)
+    (tmp_path / "bucket" / store.OWNER).write_text('{"host": "other", "id": "x"}')
+    write(tmp_path / "work", 2)
+    one.begin(tmp_path / "work", all_steps)
+    one.close()
+    assert said[0] == f"warning: {url} is another run's now, on other"
+    assert list(files(tmp_path / "bucket")) == [store.OWNER]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, url, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(obstore, "put", refuse)
+    with pytest.raises(UserError, match="can't be written: no"):
+        store.Store(url, print)
 
 
 @pytest.mark.parametrize("address", ["s4://bucket/x", "bucket", "http://host/x"])
@@ -122,12 +199,10 @@ def test_addresses_that_are_none(address):
 def test_names_that_lead_out_of_the_folder_are_left_alone(tmp_path, url, monkeypatch):
     work = tmp_path / "work"
     write(work, 2)
-    assert store.Mirror(url, work, all_steps).close() == ""
+    copy(url, work)
     listed = [{"path": n, "size": 1} for n in (*files(tmp_path / "bucket"), "../evil", "/etc/evil")]
     monkeypatch.setattr(obstore, "list", lambda _: [listed])
-    new = tmp_path / "new"
-    new.mkdir()
-    store.fetch(url, new, None)
+    fetch(url, tmp_path / "new", None)
     assert "evil" not in "".join(files(tmp_path))
 
 
@@ -200,8 +275,6 @@ def server(tmp_path, monkeypatch):
     if importlib.util.find_spec("moto") is None and "MOTO_SERVER" not in os.environ:
         pytest.skip("needs moto[server]")
     program = os.environ.get("MOTO_SERVER", f"{sys.executable} -m moto.server").split()
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -212,10 +285,15 @@ def server(tmp_path, monkeypatch):
         text=True,
     )
     try:
-        for line in child.stderr:  # until it serves
-            if "Running on" in line:
-                break
         threading.Thread(target=child.stderr.read, daemon=True).start()
+        end = time.monotonic() + 60
+        while True:  # until it serves
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert time.monotonic() < end
+            assert child.poll() is None
+            time.sleep(0.1)
         address = f"http://127.0.0.1:{port}"
         for name, value in {
             "AWS_ENDPOINT_URL": address,
@@ -252,22 +330,16 @@ def test_over_the_network(scheme, server, tmp_path):
     write(work, 2)
     (work / "config.json").write_bytes(b"{}")
     (work / "large").write_bytes(os.urandom(12_000_000))  # in parts
-    assert store.Mirror(url, work, all_steps).close() == ""
+    copy(url, work)
     shutil.rmtree(work / "checkpoints/2")
     write(work, 4)
-    assert store.Mirror(url, work, all_steps).close() == ""
+    copy(url, work)
     new = tmp_path / "new"
-    new.mkdir()
-    assert store.fetch(url, new, None) == [f"the checkpoints of step 4 were fetched from {url}"]
+    assert fetch(url, new, None) == [f"the checkpoints of step 4 were fetched from {url}"]
     assert files(new) == files(work)
 
 
 @pytest.mark.long
-def test_a_store_that_does_not_answer_is_said(server, tmp_path):
-    url = "s3://nobody/run"
-    with pytest.raises(UserError, match=r"config.store s3://nobody/run can't be read"):
-        store.fetch(url, tmp_path, None)
-    write(tmp_path / "work", 2)
-    failure = store.Mirror(url, tmp_path / "work", all_steps).close()
-    assert failure.startswith(f"the run could not be copied to {url}: ")
-    assert Path(tmp_path / "work/checkpoints/2/checksums.json").exists()
+def test_a_store_that_does_not_answer_is_said(server):
+    with pytest.raises(UserError, match=r"config.store s3://nobody/run can't be "):
+        store.Store("s3://nobody/run", print)

@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if several:
         from vision_jax import processes
 
-        processes.end(text, foreseen=code == BAD_INPUT)
+        processes.end(text, code)
     elif text:
         print(text, file=sys.stderr)
     return code

@@ -22,12 +22,23 @@ from jax._src import distributed  # the store has no public name
 from vision_jax import replicas
 from vision_jax.errors import UserError, printable
 from vision_jax.hosts import board, supervise
-from vision_jax.hosts.board import COMPILE, DATA, EVALUATE, RESULTS, SAVE, START, STEP, WAIT
+from vision_jax.hosts.board import (
+    COMPILE,
+    DATA,
+    EVALUATE,
+    READY,
+    RESULTS,
+    SAVE,
+    START,
+    STEP,
+    WAIT,
+)
 
-__all__ = ["COMPILE", "DATA", "EVALUATE", "RESULTS", "SAVE", "START", "STEP", "WAIT"]
+__all__ = ["COMPILE", "DATA", "EVALUATE", "READY", "RESULTS", "SAVE", "START", "STEP", "WAIT"]
 
 T = TypeVar("T")
 
+BAD_INPUT = 2  # exit code
 PATIENCE_MS = 24 * 3600 * 1000  # for others that are slower; supervisors notice those that ended
 HEARTBEAT = 600  # seconds until JAX's service ends everybody: supervisors are sooner
 PACKAGES = (
@@ -63,7 +74,7 @@ def at(step: int, phase: int) -> None:
 
     Args:
       step: the update that it works at, counted from 1.
-      phase: START, DATA, COMPILE, STEP, WAIT, EVALUATE, SAVE or RESULTS.
+      phase: one of board.py's.
     """
     if (mine := supervise.mine()) is not None:
         mine.board.at(step, phase)
@@ -84,7 +95,7 @@ def name(process: int | None = None) -> str:
     return f"process {number} ({printable(host)})"
 
 
-def end(text: str, foreseen: bool) -> None:
+def end(text: str, code: int) -> None:
     """The end of this process's command, well or not.
 
     Without a text all have come to the same end, and wait for each other here. With one its
@@ -92,7 +103,7 @@ def end(text: str, foreseen: bool) -> None:
 
     Args:
       text: "error: ..." or a traceback.
-      foreseen: whether it is bad input, that the user can mend.
+      code: exit code: 2 is bad input, 128 + n signal n, before it could save.
     """
     if not text:
         first_failure("")
@@ -100,8 +111,9 @@ def end(text: str, foreseen: bool) -> None:
     last = text.strip().splitlines()[-1].removeprefix("error: ")
     mine = supervise.mine()
     if mine is not None:
-        mine.board.say(last, board.BAD_INPUT if foreseen else board.UNFORESEEN)
-    if not foreseen or mine is None:
+        kind = board.BAD_INPUT if code == BAD_INPUT else board.UNFORESEEN
+        mine.board.say(last, board.STOPPED if code > 128 else kind)
+    if code == 1 or mine is None:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -203,9 +215,12 @@ def check_replicas(step: int, tree: Any, sums: Any) -> None:
         return
     array, odd = found
     whose = " and ".join(map(name, odd))
+    if len(odd) == 1:
+        what = f"{whose} holds another {array} after step {step} than the rest"
+    else:
+        what = f"{whose} differ in {array} after step {step}"
     raise UserError(
-        f"{whose} {'holds' if len(odd) == 1 else 'hold'} another {array} after step {step} than "
-        "the rest: a device or its memory may be faulty, or a process has strayed; nothing was "
+        f"{what}: a device or its memory may be faulty, or a process has strayed; nothing was "
         "saved since they were equal, and the same command resumes there"
     )
 

@@ -4,12 +4,21 @@ A run trains in its workdir, on a disk. A thread copies each complete checkpoint
 what else the run has written; a machine that is new fetches it from there and goes on. In the store
 a checkpoint is complete when its checksums.json is there, which is written last and removed first.
 
-The package obstore (extra `store`) speaks to all of these, with each one's usual credentials.
+One run at a time writes to a folder: an object `owner.json` names it, and is written again as long
+as it lives. The package obstore (extra `store`) speaks to all of these, with each one's usual
+credentials.
 """
 
+import contextlib
+import json
+import os
 import shutil
+import socket
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,8 +27,14 @@ from vision_jax.errors import UserError
 from vision_jax.files import DRAFT, draft_folder
 
 CHECKPOINTS, FROZEN = "checkpoints", "frozen"
-LOCAL = ("lock",)  # names that stay here
+OWNER = "owner.json"
+RECORDS = ("config.json", "model.json")  # by which a run is known
+NOT_COPIED = ("lock", OWNER)
 SECONDS_BETWEEN_LOOKS = 2.0  # for new checkpoints
+SECONDS_BETWEEN_BEATS = 10.0  # of an owner
+GONE = 40.0  # seconds without a beat, after which an owner is gone
+LAST = 120.0  # seconds for the last copy
+RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
 PIECE = 16 * 2**20  # bytes of a download in memory
 SCHEMES = ("gs://", "s3://", "az://", "file://")
 
@@ -37,7 +52,9 @@ def open_store(url: str) -> Any:
     except ImportError as error:
         raise UserError("config.store needs obstore: pip install 'vision_jax[store]'") from error
     try:
-        return from_url(url, mkdir=True) if url.startswith("file://") else from_url(url)
+        if url.startswith("file://"):
+            return from_url(url, mkdir=True, automatic_cleanup=True)
+        return from_url(url, retry_config=RETRIES)  # type: ignore[call-overload]
     except Exception as error:
         raise UserError(f"config.store {url}: {_first_line(error)}") from error
 
@@ -65,129 +82,227 @@ def _steps(names: Iterable[str]) -> list[int]:
     return sorted(int(step) for step in whole if step.isdecimal())
 
 
-# From the store -----------------------------------------------------------------------------------
+class Store:
+    """A run's folder in a store, which this process owns from now on.
 
-
-def fetch(url: str, workdir: Path, last: int | None) -> list[str]:
-    """Brings a run that the store has further than the workdir into the workdir.
-
-    Args:
-      url: of the run in the store.
-      workdir: that is locked; it may be empty.
-      last: the newest complete step there.
-
-    Returns:
-      What the user should know.
-
-    Raises:
-      UserError: the store can't be read.
+    `fetch` brings what is there, `begin` has a thread copy what is new, `close` ends it.
     """
-    store = open_store(url)
-    try:
-        names = _list(store)
-        steps = _steps(names)
-        if not steps or (last is not None and steps[-1] <= last):
-            return []
-        wanted = {f"{CHECKPOINTS}/{step}" for step in steps}
-        size, free = sum(names.values()), shutil.disk_usage(workdir).free
-        if size > free:
-            raise UserError(
-                f"{workdir}: {url} has {size:,} bytes, and {free:,} are free: make room"
-            )
-        with draft_folder(workdir / "fetched") as draft:
-            for name in names:
-                place = PurePosixPath(name)
-                if place.parts[0] == CHECKPOINTS and "/".join(place.parts[:2]) not in wanted:
-                    continue  # one that was being written
-                if place.name.endswith(DRAFT) or place.parts[0] in LOCAL:
-                    continue
-                _download(store, name, draft.joinpath(*place.parts))
-            _move(draft, workdir)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{workdir}: {error.strerror or error}, fetching from {url}") from error
-    except Exception as error:
-        raise UserError(f"config.store {url} can't be read: {_first_line(error)}") from error
-    return [f"the checkpoints of step {', '.join(map(str, steps))} were fetched from {url}"]
 
-
-def _download(store: Any, name: str, path: Path) -> None:
-    import obstore
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        for piece in obstore.get(store, name).stream(min_chunk_size=PIECE):
-            file.write(piece)
-
-
-def _move(draft: Path, workdir: Path) -> None:
-    """Puts what was fetched in its place: checkpoints last, each whole."""
-    (workdir / CHECKPOINTS).mkdir(exist_ok=True)
-    entries = sorted(draft.iterdir(), key=lambda path: path.name == CHECKPOINTS)
-    for path in entries:
-        inside = sorted(path.iterdir()) if path.name == CHECKPOINTS else [path]
-        for one in inside:
-            target = workdir / one.relative_to(draft)
-            if target.is_dir():
-                shutil.rmtree(target)
-            one.replace(target)
-
-
-# To the store -------------------------------------------------------------------------------------
-
-
-class Mirror:
-    """Copies a workdir to a store from a thread of its own; `close` waits for the last copy."""
-
-    def __init__(self, url: str, workdir: Path, steps: Callable[[Path], list[int]]):
-        """Begins to watch.
+    def __init__(self, url: str, say: Callable[[str], None]):
+        """Takes the folder, and waits for a former owner that may be gone.
 
         Args:
           url: of the run in the store.
-          workdir: its folder here.
-          steps: names the complete checkpoints in it.
+          say: prints a line, from any thread.
+
+        Raises:
+          UserError: another run writes there, or this one may not.
         """
-        self.url, self._workdir, self._steps = url, workdir, steps
+        self.url, self._say = url, say
         self._store = open_store(url)
+        self._own = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        self._beats = 0
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of change, by name
+        self._watched: tuple[Path, Callable[[Path], list[int]]] | None = None
         self._wanted, self._ends = threading.Event(), False
         self._failure = ""
+        try:
+            self._take()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"config.store {url} can't be written: {_first_line(error)}") from error
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
 
-    def close(self) -> str:
-        """Copies all that has changed; what went wrong last, or ""."""
+    # Whose it is.
+
+    def _take(self) -> None:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        before = self._owner()
+        if before is not None:
+            self._wait_for_end_of(before)
+            obstore.put(self._store, OWNER, self._beat())
+        else:
+            try:
+                obstore.put(self._store, OWNER, self._beat(), mode="create")
+            except AlreadyExistsError:
+                raise self._in_use(self._owner() or {}) from None
+        if (now := self._owner()) is None or now.get("id") != self._own["id"]:
+            raise self._in_use(now or {})
+
+    def _wait_for_end_of(self, owner: dict[str, Any]) -> None:
+        if owner.get("host") == self._own["host"] and not _lives(owner.get("pid")):
+            return
+        self._say(f"{self.url} was written by a run on {owner.get('host')}: waiting whether it is")
+        end = time.monotonic() + GONE
+        while time.monotonic() < end:
+            time.sleep(min(1.0, GONE / 4))
+            now = self._owner()
+            if now is None:
+                return
+            if now != owner:
+                raise self._in_use(now)
+
+    def _in_use(self, owner: dict[str, Any]) -> UserError:
+        return UserError(
+            f"config.store {self.url} is in use: a run on {owner.get('host')} writes there. Wait "
+            "until that one ends, stop it, or give this one another folder"
+        )
+
+    def _owner(self) -> dict[str, Any] | None:
+        import obstore
+
+        try:
+            found = json.loads(bytes(obstore.get(self._store, OWNER).bytes())[:10_000])
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {"host": "?"}
+        return found if isinstance(found, dict) else {"host": "?"}
+
+    def _beat(self) -> bytes:
+        self._beats += 1
+        return json.dumps({**self._own, "beats": self._beats}).encode()
+
+    # From the store.
+
+    def fetch(
+        self, workdir: Path, last: int | None, check: Callable[[Path, int | None], object]
+    ) -> list[str]:
+        """Brings a run that the store has further than the workdir into the workdir.
+
+        Args:
+          workdir: that is locked; it may be empty.
+          last: the newest complete step there.
+          check: of (a folder with the RECORDS of the run in the store, its newest step): raises
+            UserError if it is another run.
+
+        Returns:
+          What the user should know.
+
+        Raises:
+          UserError: it is another run, or the store can't be read.
+        """
+        try:
+            names = {n: size for n, size in _list(self._store).items() if n not in NOT_COPIED}
+            steps = _steps(names)
+            with draft_folder(workdir / "fetched") as draft:
+                for name in names.keys() & set(RECORDS):
+                    self._download(name, draft / name)
+                try:
+                    check(draft, steps[-1] if steps else None)
+                except UserError as error:
+                    raise UserError(str(error).replace(str(draft), self.url)) from error
+                if not steps or (last is not None and steps[-1] <= last):
+                    return []
+                size, free = sum(names.values()), shutil.disk_usage(workdir).free
+                if size > free:
+                    raise UserError(
+                        f"{workdir}: {self.url} has {size:,} bytes, {free:,} are free: make room"
+                    )
+                whole = {f"{CHECKPOINTS}/{step}" for step in steps}
+                for name in names:
+                    place = PurePosixPath(name)
+                    part = place.parts[0] == CHECKPOINTS and "/".join(place.parts[:2]) not in whole
+                    if not part and not place.name.endswith(DRAFT):  # else it was being written
+                        self._download(name, draft.joinpath(*place.parts))
+                _move(draft, workdir)
+        except UserError:
+            raise
+        except OSError as error:
+            reason = error.strerror or _first_line(error)
+            raise UserError(f"{workdir}: {reason}, fetching from {self.url}") from error
+        except Exception as error:
+            raise UserError(
+                f"config.store {self.url} can't be read: {_first_line(error)}"
+            ) from error
+        return [
+            f"the checkpoints of step {', '.join(map(str, steps))} were fetched from {self.url}"
+        ]
+
+    def _download(self, name: str, path: Path) -> None:
+        import obstore
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for piece in obstore.get(self._store, name).stream(min_chunk_size=PIECE):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+
+    # To the store.
+
+    def begin(self, workdir: Path, steps: Callable[[Path], list[int]]) -> None:
+        """From now on each complete checkpoint of the workdir is copied, as `steps` names them."""
+        self._watched = (workdir, steps)
+
+    def close(self) -> None:
+        """Copies all that has changed, and gives the folder up; says what could not be copied."""
         self._ends = True
         self._wanted.set()
-        self._thread.join()
-        return self._failure
+        self._thread.join(LAST + GONE)
+        if self._thread.is_alive() or self._failure:
+            self._say(f"warning: {self.url} lacks what was written last; the workdir has all of it")
 
     def _run(self) -> None:
+        import obstore
+
         copied: set[int] = set()
-        ends = False
-        while not ends:
+        beaten, deadline = time.monotonic(), 0.0
+        while True:
             self._wanted.wait(SECONDS_BETWEEN_LOOKS)
             self._wanted.clear()
-            ends, steps = self._ends, set(self._steps(self._workdir))
-            if steps == copied and not ends:
-                continue
+            if (ends := self._ends) and not deadline:
+                deadline = time.monotonic() + LAST
             try:
-                if self._copy(steps):
-                    copied = steps
+                if time.monotonic() - beaten > SECONDS_BETWEEN_BEATS or ends:
+                    self._stay()
+                    beaten = time.monotonic()
+                if self._watched is not None:
+                    workdir, find = self._watched
+                    steps = set(find(workdir))
+                    if (steps != copied or ends) and self._copy(workdir, steps):
+                        copied = steps
                 self._failure = ""
+            except _TakenError as error:
+                self._fail(str(error))
+                return
             except Exception as error:  # tried again at the next look
-                self._failure = f"the run could not be copied to {self.url}: {_first_line(error)}"
+                self._fail(f"the run is not copied to {self.url}: {_first_line(error)}")
+            if ends and (not self._failure or time.monotonic() > deadline):
+                with contextlib.suppress(Exception):  # else it is gone when it has not beaten long
+                    obstore.delete(self._store, OWNER)
+                return
 
-    def _copy(self, steps: set[int]) -> bool:
+    def _fail(self, text: str) -> None:
+        if text != self._failure:
+            self._say(f"warning: {text}")
+        self._failure = text
+
+    def _stay(self) -> None:
+        import obstore
+
+        now = self._owner()
+        if now is not None and now.get("id") != self._own["id"]:
+            raise _TakenError(f"{self.url} is another run's now, on {now.get('host')}")
+        obstore.put(self._store, OWNER, self._beat())
+
+    def _copy(self, workdir: Path, steps: set[int]) -> bool:
         """Whether all of these checkpoints were still there."""
         import obstore
 
-        names = sorted(self._names(steps))
+        try:
+            names = sorted(_names(workdir, steps))
+        except FileNotFoundError:  # a newer checkpoint replaces one
+            self._wanted.set()
+            return False
         # What a checkpoint needs is there before its checksums, which make it one.
         names.sort(key=lambda name: (name.startswith(CHECKPOINTS), name.endswith(CHECKSUMS_FILE)))
         for name in names:
-            path = self._workdir / name
+            path = workdir / name
             try:
                 found = path.stat()
                 stamp = (found.st_size, found.st_mtime_ns)
@@ -203,27 +318,12 @@ class Mirror:
         self._remove(steps)
         return True
 
-    def _names(self, steps: set[int]) -> Iterable[str]:
-        """Files of the workdir, and of its checkpoints the complete ones'."""
-        for path in self._workdir.rglob("*"):
-            place = path.relative_to(self._workdir)
-            first = place.parts[0]
-            hidden = any(part.startswith(".") or part.endswith(DRAFT) for part in place.parts)
-            if hidden or first in LOCAL or first.startswith(f"{FROZEN}.") or not path.is_file():
-                continue
-            if first == CHECKPOINTS:
-                step = place.parts[1]
-                if not step.isdecimal() or int(step) not in steps:
-                    continue
-            yield place.as_posix()
-
     def _remove(self, steps: set[int]) -> None:
         """Checkpoints that are not here any more, once a newer one is there."""
         import obstore
 
         names = _list(self._store)
-        there = set(_steps(names))
-        if not steps & there:
+        if not steps & set(_steps(names)):
             return
         gone = [
             name
@@ -236,3 +336,47 @@ class Mirror:
         for name in sorted(gone, key=lambda name: not name.endswith(f"/{CHECKSUMS_FILE}")):
             obstore.delete(self._store, name)
             self._sent.pop(name, None)
+
+
+class _TakenError(Exception):
+    """Another run has taken the folder over while this one could not reach the store."""
+
+
+def _lives(pid: Any) -> bool:
+    if type(pid) is not int or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _names(workdir: Path, steps: set[int]) -> Iterable[str]:
+    """Files of the workdir, and of its checkpoints the complete ones'."""
+    for path in workdir.rglob("*"):
+        place = path.relative_to(workdir)
+        first = place.parts[0]
+        hidden = any(part.startswith(".") or part.endswith(DRAFT) for part in place.parts)
+        if hidden or first in NOT_COPIED or first.startswith(f"{FROZEN}.") or not path.is_file():
+            continue
+        if first == CHECKPOINTS:
+            step = place.parts[1]
+            if not step.isdecimal() or int(step) not in steps:
+                continue
+        yield place.as_posix()
+
+
+def _move(draft: Path, workdir: Path) -> None:
+    """Puts what was fetched in its place: checkpoints last, each whole."""
+    (workdir / CHECKPOINTS).mkdir(exist_ok=True)
+    entries = sorted(draft.iterdir(), key=lambda path: path.name == CHECKPOINTS)
+    for path in entries:
+        inside = sorted(path.iterdir()) if path.name == CHECKPOINTS else [path]
+        for one in inside:
+            target = workdir / one.relative_to(draft)
+            if target.is_dir():
+                shutil.rmtree(target)
+            one.replace(target)

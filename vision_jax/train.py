@@ -105,6 +105,7 @@ class _Facts:
       eval_source: the data of evaluation.
       fingerprint: of the training data.
       notes: what the user should know, gathered until there is a log.
+      copy: of the workdir in a store; None without one, and on all processes but the first.
     """
 
     config: ConfigDict
@@ -116,6 +117,7 @@ class _Facts:
     eval_source: Any
     fingerprint: Fingerprint
     notes: list[str]
+    copy: store.Store | None
 
 
 def _find_facts(
@@ -126,21 +128,30 @@ def _find_facts(
     lock = processes.together(
         lambda: resources.enter_context(workdirs.locked(workdir)) if first else None
     )
-    fetched = processes.together(lambda: _fetch(config.store, workdir) if first else [])
+    copy, fetched = processes.together(
+        lambda: _fetch(config, workdir, resources) if first else (None, [])
+    )
     held = workdirs.read_held(config, workdir, last_complete_step(workdir))
     train_source, eval_source = find_task(config.task).read_sources(config)
     fingerprint = take_fingerprint(train_source)
     notes = fetched + (workdirs.check_records(workdir) if held is not None else [])
     return _Facts(
-        config, workdir, start_from, lock, held, train_source, eval_source, fingerprint, notes
+        config, workdir, start_from, lock, held, train_source, eval_source, fingerprint, notes, copy
     )
 
 
-def _fetch(url: str, workdir: Path) -> list[str]:
-    """What a store has of this run and the workdir lacks, into the workdir."""
-    if not url:
-        return []
-    return store.fetch(url, workdir, last_complete_step(workdir))
+def _fetch(
+    config: ConfigDict, workdir: Path, resources: ExitStack
+) -> tuple[store.Store | None, list[str]]:
+    """(the run's folder in a store, what it has of this run and the workdir lacked)."""
+    if not config.store:
+        return None, []
+    last = last_complete_step(workdir)
+    workdirs.read_held(config, workdir, last)  # another run's workdir is left alone
+    copy = store.Store(config.store, say)
+    resources.callback(copy.close)
+    found = copy.fetch(workdir, last, lambda folder, step: workdirs.read_held(config, folder, step))
+    return copy, found
 
 
 # 2. The model, its recipes and its optimizer: the run's own, another run's, or new. ---------------
@@ -327,8 +338,8 @@ def _open_workdir(
         workdirs.remove_drafts(workdir)
     if held is not None:
         notes.extend(processes.together(lambda: set_aside(workdir, begin.step) if first else []))
-    if config.store and first:
-        resources.callback(_end_copy, store.Mirror(config.store, workdir, complete_steps))
+    if facts.copy is not None:
+        facts.copy.begin(workdir, complete_steps)
     checkpoints = resources.enter_context(
         closing(Checkpoints(workdir, task.best_metric(config), task.best_is))
     )
@@ -340,11 +351,6 @@ def _open_workdir(
     log = resources.enter_context(closing(open_log(workdir, resume_step=begin.step, show=first)))
     _say_beginning(log, prepared, facts, begin)
     return log, checkpoints
-
-
-def _end_copy(mirror: store.Mirror) -> None:
-    if failure := mirror.close():
-        say(f"warning: {failure}: the workdir has all of it, and the same command copies it")
 
 
 def _say_beginning(log: RunLog, prepared: Run, facts: _Facts, begin: _Begin) -> None:
@@ -461,6 +467,7 @@ def _train(
             if not finished:  # while the device computes
                 processes.at(step + 1, processes.DATA)
                 batch = program.next_batch(step)
+                processes.at(step + 1, processes.READY)
                 machine.wait_on_cpu(metrics)
 
     processes.at(step, processes.SAVE)

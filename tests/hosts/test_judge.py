@@ -8,15 +8,17 @@ import pytest
 from vision_jax.hosts import board, judge
 from vision_jax.hosts.judge import Report, find_cause
 
-WAITING = {"step": 7, "phase": board.STEP, "longest": 0.5}
+WAITING = {"step": 7, "phase": board.STEP, "longest": 0.5, "age": 35.0}
 
 
 def others(**one):
     """Process 1 is as said, 0 and 2 wait for it in step 7."""
+    before = one.get("phase", board.STEP) <= board.STEP
+    age = one.get("age", 35.0) if before else 35.0
     return {
-        0: Report("a", **WAITING),
+        0: Report("a", **{**WAITING, "age": age}),
         1: Report("b", **{**WAITING, **one}),
-        2: Report("c", **WAITING),
+        2: Report("c", **{**WAITING, "age": age}),
     }
 
 
@@ -91,13 +93,74 @@ def test_what_all_say_is_nobodys():
     assert find_cause(same).code == judge.BAD
 
 
+def test_what_all_do_may_take_hours():
+    for phase in (board.START, board.COMPILE, board.EVALUATE, board.SAVE, board.RESULTS):
+        for step in (0, 7):
+            same = {n: Report("h", step=step, phase=phase, age=1e5) for n in range(2)}
+            assert find_cause(same) is None
+    behind = {**same, 1: dataclasses.replace(same[1], phase=board.EVALUATE)}
+    assert "process 1 (h) is slow: the others wait for 100000 s" in find_cause(behind).line
+    just = {**behind, 0: dataclasses.replace(same[0], age=10.0)}  # nobody has waited for long
+    assert find_cause(just) is None
+
+
+def test_ctrl_c_is_no_failure_of_anybody():
+    same = {n: Report("h", kind=3, text="stopped", code=130, ended=0.1) for n in range(2)}
+    assert (find_cause(same).line, find_cause(same).code) == ("stopped", 130)
+
+
+def test_reports_from_outside():
+    good = dataclasses.asdict(Report("a", step=3, text="x\x1b[31m"))
+    assert judge.read_report(good).text == "x\\x1b[31m"
+    for changes in (
+        *({"step": "a"}, {"code": "k"}, {"phase": 99}, {"closed": True}, {"kind": -1}, {"x": 1}),
+        *({"age": float("nan")}, {"age": -1.0}, {"host": None}, {"step": 2**70}, {"phase": 1.5}),
+    ):
+        assert judge.read_report({**good, **changes}) is None, changes
+    for message in (None, [], "x", {}, {"host": "a"}):
+        assert judge.read_report(message) is None
+        assert judge.read_verdict(message) is None
+    assert judge.read_verdict({"line": "a\nb", "code": 3, "process": 0}).line == "a\\nb"
+
+
 def test_all_wait_and_nobody_is_behind():
-    reports = {n: Report("h", **WAITING, age=50.0) for n in range(2)}
+    reports = {n: Report("h", **{**WAITING, "age": 50.0}) for n in range(2)}
     verdict = find_cause(reports)
     assert "all processes wait for each other for 50 s, at step 7" in verdict.line
     assert (verdict.code, verdict.process) == (judge.LOST, -1)
     slow = {n: dataclasses.replace(one, longest=10.0) for n, one in reports.items()}
     assert find_cause(slow) is None
+
+
+def test_before_a_whole_step_was_seen_nobody_is_slow():
+    for phase in (board.DATA, board.READY, board.STEP, board.WAIT):
+        same = {n: Report("h", step=2, phase=phase, age=500.0) for n in range(2)}
+        assert find_cause(same) is None
+    behind = {**same, 1: dataclasses.replace(same[1], phase=board.DATA)}
+    assert find_cause(behind) is None
+    late = {n: dataclasses.replace(one, age=1801.0) for n, one in behind.items()}
+    assert find_cause(late).process == 1
+
+
+def test_a_disk_that_all_wait_for_is_nobodys():
+    same = {n: Report("h", **{**WAITING, "phase": board.DATA, "age": 500.0}) for n in range(2)}
+    assert find_cause(same) is None
+
+
+def test_a_board_knows_the_longest_whole_step(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(board.time, "monotonic", lambda: now[0])
+    page = board.Board()
+    for step in (1, 2, 3):
+        for phase, seconds in ((board.DATA, 1), (board.STEP, 1), (board.WAIT, 2)):
+            first = step == 1 and phase == board.STEP
+            page.at(step, board.COMPILE if first else phase)
+            assert page.read().longest == (0 if (step, phase) < (2, board.WAIT) else 4)
+            now[0] += 300 if first else seconds
+    page.at(3, board.EVALUATE)
+    now[0] += 1000
+    page.at(4, board.WAIT)
+    assert page.read().longest == 4
 
 
 def test_the_first_steps_may_take_long():
@@ -107,5 +170,4 @@ def test_the_first_steps_may_take_long():
 
 def test_one_that_ended_too_soon():
     reports = others(code=0, ended=30.0)
-    waiting = {n: dataclasses.replace(reports[n], age=30.0) for n in (0, 2)}
-    assert "process 1 (b) has ended" in find_cause({**reports, **waiting}).line
+    assert "process 1 (b) has ended" in find_cause(reports).line

@@ -9,7 +9,7 @@ import time
 import pytest
 from clusters import Cluster, free_port
 
-from vision_jax.hosts import judge
+from vision_jax.hosts import board, judge
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -21,14 +21,16 @@ from pathlib import Path
 from vision_jax.hosts import board, judge, supervise
 
 fault, victim, folder, address, processes, process = sys.argv[1:7]
-judge.SILENCE, judge.STOPPED, judge.GRACE, judge.CONSEQUENCE = 2.0, 1.0, 0.3, 2.5
+short = fault in ("SIGSTOP", "wait", "alone")  # where silence is what is waited for
+judge.SILENCE, judge.STANDSTILL = (3.0, 2.5) if short else (60.0, 60.0)
+judge.GRACE, judge.CONSEQUENCE = 0.5, 60.0
 supervise.SECONDS_BETWEEN_REPORTS = board.SECONDS_BETWEEN_BEATS = 0.1
-supervise.COMING = 2.0
+supervise.COMING = 2.0 if fault == "alone" else 60.0
 address, _, number = address.partition("#")
 place = supervise.Place(address, int(processes), int(process))
 mine = supervise.start(place)
 mine.board.wait_for_address()
-mine.board.have_patience(1.0 if fault == "slow" else 9.0)
+mine.board.have_patience(2.0 if fault == "slow" else 60.0)
 Path(folder, f"pid{process}").write_text(str(os.getpid()))
 hit = process == victim
 for step in range(1, 400):
@@ -59,7 +61,7 @@ for step in range(1, 400):
         if fault == "done":
             print("done", process)
             sys.exit(0)
-    mine.board.at(step, board.STEP)
+    mine.board.at(step, board.WAIT)
     time.sleep(0.05 if step < 5 or fault != "wait" else 60)
 """
 
@@ -87,7 +89,7 @@ def start(tmp_path):
 
 def ended(cluster, code, words, but=()):
     """All end with the code and one line with the words, and leave nothing running."""
-    codes = cluster.wait(20, but)
+    codes = cluster.wait(60, but)
     assert [c for n, c in enumerate(codes) if n not in but] == [code] * (len(codes) - len(but)), (
         cluster.screens()
     )
@@ -173,13 +175,13 @@ def test_all_that_end_well_end_with_0_and_say_nothing(start):
 
 @pytest.mark.long
 def test_one_that_never_comes(start):
-    cluster = start("done", -1, count=3, numbers=[0, 1])
-    ended(cluster, judge.LOST, r"process 2 has not come to 127.0.0.1:\d+ within 2 s")
+    cluster = start("alone", -1, count=3, numbers=[0, 1])
+    ended(cluster, judge.LOST, r"process 2 has not come to 127.0.0.1:\d+ within [23] s")
 
 
 @pytest.mark.long
 def test_process_0_that_never_comes(start):
-    cluster = start("done", -1, count=2, numbers=[1])
+    cluster = start("alone", -1, count=2, numbers=[1])
     ended(cluster, judge.LOST, r"process 0 does not answer at 127.0.0.1:\d+ .*Connection refused")
 
 
@@ -207,7 +209,7 @@ def test_strangers_at_the_port_change_nothing(start, tmp_path):
     for content in (
         b"GET / HTTP/1.0\r\n\r\n",
         b"\xff" * 200_000,
-        b'{"process": 1}\n',
+        b'{"process": 1, "processes": 3, "secret": "no"}\n',
         b"[" * 99_999,
     ):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
@@ -228,3 +230,63 @@ def test_a_port_that_is_taken(tmp_path):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(UserError, match="process 0 cannot listen there"):
             start(Place(address, 2, 0))
+
+
+def test_a_board_is_never_read_half_written():
+    """A process that writes without a pause, beside one that reads."""
+    page = board.Board()
+    child = os.fork()
+    if not child:
+        for step in range(1, 1_000_000):
+            page.at(step, step % 8)
+            page._head[0] = page._head[1]
+        os._exit(0)
+    try:
+        end, steps = time.monotonic() + 1, set()
+        while time.monotonic() < end:
+            place = page.read()
+            steps.add(place.step)
+            assert place.phase == place.step % 8
+            assert place.step == 0 or place.beats == place.step - 1
+            assert place.patience == board.PATIENCE
+        assert len(steps) > 10
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.long
+def test_a_supervisor_that_talks_nonsense_is_lost(start):
+    """It has said the hello of process 2, which never comes itself."""
+    import json
+    import socket
+
+    cluster = start("nothing", -1, count=3, numbers=[0, 1])
+    port = int(re.search(r"127\.0\.0\.1:(\d+)", str(cluster.children[0].args))[1])
+
+    def open_for_it():
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    cluster.wait_until(open_for_it)
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        hello = {"process": 2, "processes": 3, "host": "x", "secret": ""}
+        for message in (hello, {"report": {"host": "x", "step": "a"}}):
+            stranger.sendall(json.dumps(message).encode() + b"\n")
+        ended(cluster, judge.LOST, r"process 2 \(x\) is lost: its connection closed")
+
+
+def test_what_was_held_back_is_shown_where_nothing_failed(tmp_path):
+    from vision_jax.hosts.supervise import _Relay
+
+    reading, writing = os.pipe()
+    with (tmp_path / "shown").open("w+b") as shown:
+        relay = _Relay(reading, shown.fileno(), b"", lambda: False)
+        relay.start()
+        lines = b"a\nE1201 08:00:00.0 coordination service: an error\nb\n"
+        os.write(writing, lines)
+        os.close(writing)
+        relay.close(show=True)
+        shown.seek(0)
+        assert shown.read() == lines
+    os.close(reading)

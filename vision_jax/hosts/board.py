@@ -11,14 +11,16 @@ import mmap
 import struct
 import threading
 import time
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 # Where a process is in a step. In their order, of which `judge` asks who is behind.
-START, DATA, COMPILE, STEP, WAIT, EVALUATE, SAVE, RESULTS = range(8)
+START, DATA, READY, COMPILE, STEP, WAIT, EVALUATE, SAVE, RESULTS = range(9)
 WORDS = (
     "before its first step",
     "reading data",
+    "waiting for the step before",
     "compiling",
     "computing",
     "waiting for its devices",
@@ -26,17 +28,20 @@ WORDS = (
     "saving",
     "writing results",
 )
-QUICK = (DATA, STEP, WAIT)  # phases that take as long as those before them, or nearly so
+QUICK = (DATA, READY, STEP, WAIT)  # phases that take as long as those before them, or nearly so
 
 # Why a process ends.
-NOTHING, BAD_INPUT, UNFORESEEN = range(3)
+NOTHING, BAD_INPUT, UNFORESEEN, STOPPED = range(4)
 
 SECONDS_BETWEEN_BEATS = 0.5
 PATIENCE = 40.0  # seconds; config.hosts.patience by default
 _HEAD = struct.Struct("=QqBdddBI")  # beats, step, phase, since, longest, patience, kind, length
+_SUM = struct.Struct("=I")  # of the head: a read that meets a write is read again
+_BEGIN = _HEAD.size + _SUM.size  # of the text
 _ADDRESS = 3072  # where the supervisor writes
 _SIZE = 4096
-_TEXT = _ADDRESS - _HEAD.size
+_TEXT = _ADDRESS - _BEGIN
+_TRIES = 100
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Place:
       step: the update that it works at, counted from 1; 0 before the first.
       phase: of it.
       since: when that began, by time.monotonic().
-      longest: seconds that a quick phase has taken so far.
+      longest: seconds of the longest whole step so far, 0 before one was seen.
       patience: seconds that others wait for it.
       kind: of its end.
       text: its reason, "" for none.
@@ -70,11 +75,14 @@ class Board:
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, _SIZE)  # shared with children
         self._head: list[Any] = [0, 0, START, time.monotonic(), 0.0, PATIENCE, NOTHING, 0]
+        self._began = 0.0  # when the last step was computed, if nothing else came since
         self._lock = threading.Lock()
         self._write()
+        self._last = Place(0, 0, START, time.monotonic(), 0.0, PATIENCE, NOTHING, "")
 
     def _write(self) -> None:
-        _HEAD.pack_into(self._page, 0, *self._head)
+        head = _HEAD.pack(*self._head)
+        self._page[:_BEGIN] = head + _SUM.pack(zlib.crc32(head))
 
     # The process's side.
 
@@ -94,8 +102,12 @@ class Board:
         """Says where this process is; 2 µs."""
         with self._lock:
             now, head = time.monotonic(), self._head
-            if head[2] in (*QUICK, COMPILE) and head[1]:
-                head[4] = max(head[4], now - head[3])
+            if phase == WAIT:
+                if self._began:
+                    head[4] = max(head[4], now - self._began)
+                self._began = now
+            elif phase not in (*QUICK, COMPILE):
+                self._began = 0.0
             head[1:4] = step, phase, now
             self._write()
 
@@ -110,7 +122,7 @@ class Board:
         encoded = text.encode("utf-8", "backslashreplace")[:_TEXT]
         with self._lock:
             if self._head[6] == NOTHING:
-                self._page[_HEAD.size : _HEAD.size + len(encoded)] = encoded
+                self._page[_BEGIN : _BEGIN + len(encoded)] = encoded
                 self._head[6:] = kind, len(encoded)
                 self._write()
 
@@ -123,9 +135,19 @@ class Board:
     # The supervisor's side.
 
     def read(self) -> Place:
-        """What the process has written last."""
-        beats, step, phase, since, longest, patience, kind, length = _HEAD.unpack_from(self._page)
-        text = self._page[_HEAD.size : _HEAD.size + length].decode("utf-8", "replace")
+        """What the process has written last; the last whole one, if it stopped in a write."""
+        for _ in range(_TRIES):
+            if (found := self._parse(self._page[:_BEGIN])) is not None:
+                self._last = found
+                break
+        return self._last
+
+    def _parse(self, content: bytes) -> Place | None:
+        head = content[: _HEAD.size]
+        if _SUM.pack(zlib.crc32(head)) != content[_HEAD.size :]:
+            return None
+        beats, step, phase, since, longest, patience, kind, length = _HEAD.unpack(head)
+        text = self._page[_BEGIN : _BEGIN + length].decode("utf-8", "replace")
         return Place(beats, step, phase, since, longest, patience, kind, text)
 
     def let_go(self, address: str) -> None:

@@ -6,15 +6,16 @@ A pure function of reports, so that each fault can be tested without one.
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from vision_jax.hosts.board import BAD_INPUT, NOTHING, QUICK, UNFORESEEN, WORDS
+from vision_jax.errors import printable
+from vision_jax.hosts.board import BAD_INPUT, DATA, NOTHING, QUICK, STOPPED, UNFORESEEN, WORDS
 
 SILENCE = 25.0  # seconds without a sign of life, after which a process or its machine is lost
-STOPPED = 10.0  # seconds that a process may be stopped
+STANDSTILL = 10.0  # seconds that a process may be stopped
 GRACE = 2.0  # seconds for others to say more after the first failure
 CONSEQUENCE = SILENCE + 5.0  # of those whose failure may be that of another
-LONG = 1800.0  # seconds of compiling, evaluating, saving
+LONG = 1800.0  # seconds of compiling, evaluating, saving that others wait
 TIMES_LONGEST = 10  # a step may take as many times the longest so far
 
 # Exit codes. Launchers run the same command again after all of them but BAD.
@@ -42,7 +43,7 @@ class Report:
       step: that it works at.
       phase: of board.py.
       age: of the phase.
-      longest: of quick phases so far.
+      longest: whole step so far, 0 before one was seen.
       patience: that others have with it.
       kind: why it ends, of board.py.
       text: its reason.
@@ -149,7 +150,11 @@ def _failed(reports: Mapping[int, Report]) -> Verdict | None:
         code = LOST
     alike = len(reports) > 1 and {other.text for other in reports.values()} == {text}
     named = bool(re.match(r"process \d+ \(", text))
-    if one.kind == BAD_INPUT:  # a disk, a memory: once a run trains, one host's trouble is no input
+    if one.kind == STOPPED:  # by Ctrl-C, say, before it could save
+        code = one.code if one.code is not None and one.code > 128 else 128 + signal.SIGINT
+    elif (
+        one.kind == BAD_INPUT
+    ):  # a disk, a memory: once a run trains, one host's trouble is no input
         code = LOST if one.step and (named or not alike) else BAD
     if alike or named:
         return Verdict(text, code, first)
@@ -178,7 +183,7 @@ def _stuck(reports: Mapping[int, Report]) -> Verdict | None:
     for process, one in reports.items():
         if one.code is not None:
             continue
-        if one.state == "T" and one.still > STOPPED:
+        if one.state == "T" and one.still > STANDSTILL:
             line = f"{_name(process, one)} is stopped (SIGSTOP) since {one.still:.0f} s"
         elif one.still > SILENCE:
             line = f"{_name(process, one)} does not answer since {one.still:.0f} s"
@@ -197,27 +202,55 @@ def _slow(reports: Mapping[int, Report]) -> Verdict | None:
         if (
             one.fine
             and one.ended > SILENCE + GRACE
-            and all(o.age > SILENCE for o in living.values())
+            and all(o.age > SILENCE and o.phase in QUICK for o in living.values())
         ):
             behind, other = next(iter(living.items()))
             line = f"{_name(process, one)} has ended, and {_name(behind, other)} is {other.place}"
             return Verdict(line, LOST, process)
     last = min(living, key=lambda n: (living[n].step, living[n].phase))
     one = living[last]
-    if one.step == 0 and one.age <= LONG:
-        return None
     longest = max(o.longest for o in living.values())
-    limit = max(one.patience, TIMES_LONGEST * longest) if one.phase in QUICK else LONG
-    if one.age <= limit:
-        return None
-    ahead = any((o.step, o.phase) > (one.step, one.phase) for o in living.values())
-    for_long = f"for {one.age:.0f} s"
-    if ahead:
-        line = f"{_name(last, one)} is slow: the others wait {for_long}, it is {one.place}"
-        return Verdict(line, LOST, last)
-    if any(o.age <= limit for o in living.values()):
-        return None
+    quick = one.phase in QUICK and longest > 0  # else nobody knows how long a step takes
+    limit = max(one.patience, TIMES_LONGEST * longest) if quick else LONG
+    waiting = [o for o in living.values() if (o.step, o.phase) > (one.step, one.phase)]
+    if waiting:  # as long as the one that has waited for the longest
+        wait = min(one.age, max(o.age for o in waiting))
+        if wait <= limit:
+            return None
+        line = f"{_name(last, one)} is slow: the others wait for {wait:.0f} s, it is {one.place}"
+        return Verdict(f"{line} (config.hosts.patience)" if quick else line, LOST, last)
+    if not quick or one.phase == DATA or any(o.age <= limit for o in living.values()):
+        return None  # all evaluate, compile or read: that may take hours
     line = (
-        f"all processes wait for each other {for_long}, {one.place}: a device or the network hangs"
+        f"all processes wait for each other for {one.age:.0f} s, {one.place}: a device or the "
+        "network hangs, or config.hosts.patience is too short"
     )
     return Verdict(line, LOST, -1)
+
+
+def read_report(message: object) -> Report | None:
+    """A report as another supervisor has sent it, or None if it is none."""
+    if not isinstance(message, dict) or message.keys() != {f.name for f in fields(Report)}:
+        return None
+    floats = ("silent", "still", "age", "longest", "patience", "ended")
+    whole = (("step", 2**63), ("phase", len(WORDS)), ("kind", STOPPED + 1))
+    if not (
+        all(isinstance(message[n], float | int) and 0 <= message[n] < 1e12 for n in floats)
+        and all(type(message[n]) is int and 0 <= message[n] < most for n, most in whole)
+        and all(isinstance(message[n], str) for n in ("host", "state", "text"))
+        and message["closed"] is False
+        and (message["code"] is None or type(message["code"]) is int)
+    ):
+        return None
+    texts = {n: printable(message[n])[:most] for n, most in (("host", 100), ("text", 4096))}
+    return Report(**{**message, **texts})
+
+
+def read_verdict(message: object) -> Verdict | None:
+    """A verdict as supervisor 0 has sent it, or None if it is none."""
+    if not isinstance(message, dict) or message.keys() != {f.name for f in fields(Verdict)}:
+        return None
+    line, code, process = message["line"], message["code"], message["process"]
+    if not isinstance(line, str) or type(code) is not int or type(process) is not int:
+        return None
+    return Verdict(printable(line), code if 0 < code < 256 else LOST, process)

@@ -10,10 +10,11 @@ process leaves behind, and ends with an exit code of judge.py. Supervisor 0 also
 """
 
 import contextlib
+import hmac
 import json
 import os
 import re
-import select
+import selectors
 import signal
 import socket
 import sys
@@ -34,6 +35,11 @@ SECONDS_BETWEEN_REPORTS = 1.0
 COMING = 300.0  # seconds for all to come
 LONGEST_LINE = 65_536  # bytes of a message
 LEAVING = 5.0  # seconds for the others to read why
+HELD = (
+    10.0  # seconds that a process's last words may be held back, until it is known whose they are
+)
+MOST_HELD = 2**20  # bytes
+SECRET = "VISION_JAX_SECRET"  # in the environment: supervisors take in those alone that know it
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What JAX's C++ says when another process has gone; a stack follows.
 _OF_CPP = re.compile(
@@ -130,6 +136,7 @@ class _Worker:
         self.pid = 0
         self.code: int | None = None
         self._beats, self._beaten = 0, time.monotonic()
+        self._seconds = 0.0  # of CPU, when it was last looked at
         self._failed_at = 0.0
         self._relays: list[_Relay] = []
 
@@ -177,15 +184,20 @@ class _Worker:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.code = os.waitstatus_to_exitcode(status)
+        state, seconds = "", self._seconds
         if at.beats != self._beats:
             self._beats, self._beaten = at.beats, now
+        elif now - self._beaten > 2 and self.code is None:
+            state, seconds = _look(self.pid)
+            if seconds > self._seconds and state != "T":  # one long call holds Python's lock
+                self._beaten = now
+        self._seconds = seconds
         if not self._failed_at and (self.code is not None or at.kind != NOTHING):
             self._failed_at = now
-        still = now - self._beaten
         return Report(
             host=host,
-            still=still,
-            state=_state(self.pid) if still > 2 and self.code is None else "",
+            still=now - self._beaten,
+            state=state,
             step=at.step,
             phase=at.phase,
             age=now - at.since,
@@ -221,6 +233,7 @@ class _Relay:
     def __init__(self, reading: int, to: int, prefix: bytes, held: Callable[[], bool] | None):
         self._reading, self._to, self._prefix, self._asks = reading, to, prefix, held
         self._held: list[bytes] = []
+        self._since = 0.0  # when the first of them came
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -232,27 +245,48 @@ class _Relay:
 
     def _copy(self) -> None:
         rest = b""
-        while piece := os.read(self._reading, 65_536):
-            *lines, rest = (rest + piece).split(b"\n")
-            if len(rest) > LONGEST_LINE or (rest and not self._prefix and not self._asks):
-                lines, rest = [*lines, rest], b""
-            for line in lines:
-                self._line(line + b"\n")
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._reading, selectors.EVENT_READ)
+            while True:
+                if not selector.select(1.0):
+                    self._release()
+                    continue
+                if not (piece := os.read(self._reading, 65_536)):
+                    break
+                *lines, rest = (rest + piece).split(b"\n")
+                if len(rest) > LONGEST_LINE:
+                    lines, rest = [*lines, rest], b""
+                for line in lines:
+                    self._line(line + b"\n")
         if rest:
             self._line(rest)
 
     def _line(self, line: bytes) -> None:
+        self._release()
         if self._asks and (self._held or self._asks() or _OF_CPP.match(line)):
+            self._since = self._since if self._held else time.monotonic()
             self._held.append(line)
         else:
             _write(self._to, self._prefix + line)
 
+    def _release(self) -> None:
+        """Shows what was held back of a process that goes on all the same."""
+        if not self._held or self._asks is None:
+            return
+        goes_on = time.monotonic() - self._since > HELD and not self._asks()
+        if goes_on or sum(map(len, self._held)) > MOST_HELD:
+            self._show()
+
+    def _show(self) -> None:
+        for line in self._held:
+            _write(self._to, self._prefix + line)
+        self._held = []
+
     def close(self, show: bool) -> None:
         if self._thread is not None:
             self._thread.join(2)
-        for line in self._held if show else ():
-            _write(self._to, self._prefix + line)
-        self._held = []
+        if show:
+            self._show()
 
 
 def _write(descriptor: int, content: bytes) -> None:
@@ -271,11 +305,12 @@ def _die_with(parent: int) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def _state(pid: int) -> str:
-    """The kernel's letter for it, "T" for stopped (Linux)."""
-    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rsplit(b")", 1)[1].split()[0].decode()
-    return ""
+def _look(pid: int) -> tuple[str, float]:
+    """(the kernel's letter for it, "T" for stopped; its seconds of CPU); ("", 0) but on Linux."""
+    with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/stat", "rb") as f:
+        fields = f.read().rsplit(b")", 1)[1].split()
+        return fields[0].decode(), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return "", 0.0
 
 
 # The supervisor ----------------------------------------------------------------------------------
@@ -309,9 +344,8 @@ def _supervise(workers: Sequence[_Worker], link: "_Hub | _Spoke") -> int:
         worker.kill()
     if verdict is not None:
         link.leave()
-    own = [worker for worker in workers if verdict is not None and worker.number == verdict.process]
     for worker in workers:
-        worker.close(show=worker in own)
+        worker.close(show=verdict is None or worker.number == verdict.process)
     if verdict is not None:
         if verdict.line:
             _write(2, f"error: {verdict.line}\n".encode())
@@ -375,9 +409,9 @@ class _Hub:
         if place.coordinator:
             host, port = split_address(place.coordinator)
             self._listener = _listen(host, port)
-            self._host = host
+            self._host, self._next = host, port + 1
         else:
-            self._host = "127.0.0.1"
+            self._host, self._next = "127.0.0.1", 0
 
     def forget(self) -> None:
         if self._listener is not None:
@@ -397,7 +431,7 @@ class _Hub:
         else:
             if not self.address:
                 name = f"[{self._host}]" if ":" in self._host else self._host
-                self.address = f"{name}:{free_port(self._host)}"
+                self.address = f"{name}:{free_port(self._host, self._next)}"
                 self._tell({"address": self.address})
             verdict = judge.find_cause(reports)
             self.done = all(one.fine for one in reports.values())
@@ -444,7 +478,7 @@ class _Hub:
         watched: list[Any] = [peer.connection for peer in open_ones]
         if self._listener is not None:
             watched.append(self._listener)
-        readable, _, _ = select.select(watched, [], [], TICK)
+        readable = _readable(watched)
         if self._listener in readable:
             with contextlib.suppress(OSError):
                 connection, _ = self._listener.accept()  # type: ignore[union-attr]
@@ -452,8 +486,11 @@ class _Hub:
                 self._strangers.append(_Peer(connection))
         for process, peer in self._peers.items():
             for message in peer.receive() if peer.connection in readable else ():
-                with contextlib.suppress(TypeError):
-                    self._known[process] = Report(**message["report"])
+                report = judge.read_report(message.get("report"))
+                if report is None:  # whoever it is, it is no supervisor of this version
+                    peer.closed = True
+                    break
+                self._known[process] = report
         for stranger in [one for one in self._strangers if one.connection in readable]:
             for message in stranger.receive():
                 if self._greet(stranger, message):
@@ -468,7 +505,9 @@ class _Hub:
         """Takes a supervisor in, or tells it why not."""
         process, processes = message.get("process"), message.get("processes")
         count = self._place.processes
-        if not (isinstance(process, int) and isinstance(processes, int)):
+        secret = str(message.get("secret")).encode(errors="replace")
+        known = hmac.compare_digest(secret, os.environ.get(SECRET, "").encode())
+        if not (type(process) is int and type(processes) is int and known):
             stranger.closed = True
             return True
         host = printable(str(message.get("host")))[:100]
@@ -524,14 +563,13 @@ class _Spoke:
         if news[:2] != self._last[:2] or now - self._told > SECONDS_BETWEEN_REPORTS:
             self._last, self._told = news, now
             self._peer.send({"report": asdict(report)})
-        readable, _, _ = select.select([self._peer.connection], [], [], TICK)
+        readable = _readable([self._peer.connection] if not self._peer.closed else [])
         for message in self._peer.receive() if readable else ():
             if "address" in message:
                 self.address = str(message["address"])[:200]
             self.done = self.done or bool(message.get("done"))
-            if "verdict" in message:
-                with contextlib.suppress(TypeError):
-                    return Verdict(**message["verdict"])
+            if (verdict := judge.read_verdict(message.get("verdict"))) is not None:
+                return verdict
         if self.done:
             return None
         silent = time.monotonic() - self._peer.heard
@@ -562,8 +600,18 @@ class _Spoke:
         _prepare(connection)
         self._peer = _Peer(connection)
         hello = {"process": process, "processes": self._place.processes, "host": report.host}
-        self._peer.send(hello)
+        self._peer.send({**hello, "secret": os.environ.get(SECRET, "")})
         return None
+
+
+def _readable(sockets: Sequence[socket.socket]) -> list[Any]:
+    """Those of which something can be read, within a tick."""
+    with selectors.DefaultSelector() as selector:
+        for one in sockets:
+            selector.register(one, selectors.EVENT_READ)
+        if not sockets:
+            time.sleep(TICK)
+        return [key.fileobj for key, _ in selector.select(TICK if sockets else 0)]
 
 
 def _make_link(place: Place) -> _Hub | _Spoke:
@@ -610,9 +658,12 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def free_port(host: str = "") -> int:
-    """A TCP port that nobody listens at."""
+def free_port(host: str = "", wanted: int = 0) -> int:
+    """A TCP port that nobody listens at: this one, if it is free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind(("::" if family == socket.AF_INET6 else "", 0))
-        return int(probe.getsockname()[1])
+    for port in (wanted, 0) if 0 < wanted < 65_536 else (0,):
+        with socket.socket(family) as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("::" if family == socket.AF_INET6 else "", port))
+            return int(probe.getsockname()[1])
+    raise UserError("there is no free port")
