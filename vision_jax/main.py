@@ -403,7 +403,7 @@ def _find_others(flags: dict[str, Any]) -> Any:
 
     JAX must not be in use by then: it has threads that a fork would leave behind.
     """
-    from vision_jax.hosts import detect, supervise
+    from vision_jax.hosts import detect, link, supervise
 
     if (mine := supervise.mine()) is None:
         if flags["coordinator"] == "auto":
@@ -411,7 +411,7 @@ def _find_others(flags: dict[str, Any]) -> Any:
             if devices := detect.devices_of_this(os.environ):
                 os.environ["JAX_LOCAL_DEVICE_IDS"] = devices
         else:
-            place = supervise.Place(flags["coordinator"], flags["processes"], flags["process"])
+            place = link.Place(flags["coordinator"], flags["processes"], flags["process"])
         if not 0 <= place.first < place.processes:
             raise UserError(
                 f"--process is {place.first}, and --processes {place.processes}: they count from 0"

@@ -17,8 +17,6 @@ import numpy as np
 from vision_jax import figures, main
 from vision_jax.tasks.classification import figures as predictions
 
-FAULT, VICTIM = sys.argv[1:3]
-del sys.argv[1:3]
 AT = 4  # the step at which it happens
 
 
@@ -199,9 +197,11 @@ def spoil(fault):
         assert fault == "nothing", fault
 
 
-if f"--process={VICTIM}" in sys.argv:
-    spoil(FAULT)
-
-for module in (figures, predictions):  # slow, and not what this is about
-    module.save_figure = lambda figure, path: path.touch()
-main.command()
+if __name__ == "__main__":
+    fault, victim = sys.argv[1:3]
+    del sys.argv[1:3]
+    if f"--process={victim}" in sys.argv:
+        spoil(fault)
+    for module in (figures, predictions):  # slow, and not what this is about
+        module.save_figure = lambda figure, path: path.touch()
+    main.command()

@@ -4,7 +4,7 @@ import pytest
 
 from vision_jax.errors import UserError
 from vision_jax.hosts.detect import find_place, first_node
-from vision_jax.hosts.supervise import split_address
+from vision_jax.hosts.link import split_address
 
 SLURM = {
     "SLURM_JOB_ID": "4711",

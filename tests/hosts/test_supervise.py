@@ -18,16 +18,16 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from vision_jax.hosts import board, judge, supervise
+from vision_jax.hosts import board, judge, link, supervise
 
 fault, victim, folder, address, processes, process = sys.argv[1:7]
 short = fault in ("SIGSTOP", "wait", "alone")  # where silence is what is waited for
 judge.SILENCE, judge.STANDSTILL = (3.0, 2.5) if short else (60.0, 60.0)
 judge.GRACE, judge.CONSEQUENCE = 0.5, 60.0
-supervise.SECONDS_BETWEEN_REPORTS = board.SECONDS_BETWEEN_BEATS = 0.1
-supervise.COMING = 2.0 if fault == "alone" else 60.0
+link.SECONDS_BETWEEN_REPORTS = board.SECONDS_BETWEEN_BEATS = 0.1
+link.COMING = 2.0 if fault == "alone" else 60.0
 address, _, number = address.partition("#")
-place = supervise.Place(address, int(processes), int(process))
+place = link.Place(address, int(processes), int(process))
 mine = supervise.start(place)
 mine.board.wait_for_address()
 mine.board.have_patience(2.0 if fault == "slow" else 60.0)
@@ -224,7 +224,8 @@ def test_a_port_that_is_taken(tmp_path):
     import socket
 
     from vision_jax.errors import UserError
-    from vision_jax.hosts.supervise import Place, start
+    from vision_jax.hosts.link import Place
+    from vision_jax.hosts.supervise import start
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -277,11 +278,11 @@ def test_a_supervisor_that_talks_nonsense_is_lost(start):
 
 
 def test_what_was_held_back_is_shown_where_nothing_failed(tmp_path):
-    from vision_jax.hosts.supervise import _Relay
+    from vision_jax.hosts.worker import Relay
 
     reading, writing = os.pipe()
     with (tmp_path / "shown").open("w+b") as shown:
-        relay = _Relay(reading, shown.fileno(), b"", lambda: False)
+        relay = Relay(reading, shown.fileno(), b"", lambda: False)
         relay.start()
         lines = b"a\nE1201 08:00:00.0 coordination service: an error\nb\n"
         os.write(writing, lines)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from vision_jax.errors import UserError
 from vision_jax.flags import make_parser
-from vision_jax.hosts import supervise
+from vision_jax.hosts import link, supervise
 from vision_jax.hosts.detect import share_of_gpus
 
 
@@ -26,7 +26,7 @@ def start(arguments: Sequence[str]) -> list[str]:
       UserError: nothing that could be started.
     """
     count, rest = _parse(arguments)
-    mine = supervise.start(supervise.Place("", count, 0, count), prefixed=True)
+    mine = supervise.start(link.Place("", count, 0, count), prefixed=True)
     if devices := share_of_gpus(os.environ, mine.process, count):
         os.environ["JAX_LOCAL_DEVICE_IDS"] = devices
     flags = (f"--processes={mine.processes}", f"--process={mine.process}")

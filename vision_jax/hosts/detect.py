@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 from vision_jax.errors import UserError
-from vision_jax.hosts.supervise import Place
+from vision_jax.hosts.link import Place
 
 PORTS = 4096  # the highest ports, of which a job's number chooses
 KUBERNETES_PORT = 8476

@@ -97,7 +97,7 @@ def find_cause(reports: Mapping[int, Report]) -> Verdict | None:
     """Why all must end now, or None: they go on, or more may be known soon.
 
     Examples:
-      >>> find_cause({0: Report("a"), 1: Report("b", step=7, phase=3, closed=True)}).line
+      >>> find_cause({0: Report("a"), 1: Report("b", step=7, phase=4, closed=True)}).line
       'process 1 (b) is lost: its connection closed; it was at step 7, computing'
     """
     return _lost(reports) or _failed(reports) or _stuck(reports) or _slow(reports)
