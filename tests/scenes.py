@@ -84,3 +84,33 @@ def watch(out, frames=60, wanted=None, text=TWO + FIELD):
         log.end(rules, progress)
         said = outputs.finish()
     return rules, said
+
+
+def sequences(rng, frames=40, people=6):
+    """(truth, found): boxes tremble, are missing, false, and change their ids now and then."""
+    from vision_jax.video.evaluate import Boxes
+
+    place, speed = rng.uniform(50, 400, (people, 2)), rng.normal(0, 4, (people, 2))
+    ids = np.arange(people)
+    truth, found = {}, {}
+    for frame in range(frames):
+        place = place + speed
+        boxes = np.hstack([place, place + np.array([30, 80])])
+        there = rng.random(people) < 0.9
+        truth[frame] = Boxes(np.arange(people)[there], boxes[there])
+        if rng.random() < 0.1:
+            ids[rng.integers(people)] = (
+                rng.integers(people, 40) if rng.random() < 0.5 else people + frame
+            )
+        ids = np.where(
+            np.bincount(ids, minlength=60)[ids] > 1, np.arange(people) + 60 + people * frame, ids
+        )
+        kept = rng.random(people) < 0.85
+        trembling = boxes + rng.normal(0, 6, boxes.shape)
+        false = rng.uniform(0, 400, (int(rng.integers(0, 3)), 2))
+        false = np.hstack([false, false + np.array([30, 80])])
+        found[frame] = Boxes(
+            np.concatenate([ids[kept], 10_000 + 10 * frame + np.arange(len(false))]),
+            np.vstack([trembling[kept], false]),
+        )
+    return truth, found

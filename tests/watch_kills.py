@@ -40,8 +40,8 @@ def frames():
         yield i, scenes.times(FRAMES)[i], scenes.found(*kept)
 
 
-def write(out, slow=0.0):
-    """Begins or goes on, to the end."""
+def write(out, slow=0.0, ends=True):
+    """Begins or goes on, to the end; one that doesn't end waits there to be killed."""
     text = RULES + scenes.FIELD
     rules = check(parse_rules(text, "rules", scenes.NAMES), scenes.SIZE)
     head = events.Head("made up", scenes.SIZE, scenes.NAMES)
@@ -52,6 +52,8 @@ def write(out, slow=0.0):
                 time.sleep(slow)
                 progress, _, raised = events.step(rules, progress, log.frame(i, t, found))
                 log.raised(raised)
+        while not ends:
+            time.sleep(1)
         log.end(rules, progress)
 
 
@@ -59,16 +61,16 @@ def main():
     """Kills 20 times, at a random moment of the writing of a random line."""
     out, reference = map(Path, sys.argv[1:])
     write(reference)
-    full = (reference / events.DETECTIONS).stat().st_size
+    full = (reference / events.DETECTIONS).stat().st_size - len(events.END)
     draw = random.Random(int(os.environ["SEED"]))
     for moment in sorted(draw.randrange(200, full - 200) for _ in range(20)):
         child = os.fork()
         if not child:
-            write(out, slow=0.0005)
+            write(out, slow=0.0005, ends=False)
             os._exit(0)
         path = out / events.DETECTIONS
         while not path.exists() or path.stat().st_size < moment:
-            assert not os.waitpid(child, os.WNOHANG)[0], "it ended before it was killed"
+            assert not os.waitpid(child, os.WNOHANG)[0], "it ended by itself"
         time.sleep(draw.random() * 0.002)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -1,14 +1,10 @@
 """The filter beside filterpy's and `trackers`', and figures of tracks beside motmetrics'."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+import scenes
 
 from vision_jax.video import evaluate, track
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "video"))
 
 filterpy = pytest.importorskip("filterpy.kalman")
 trackers = pytest.importorskip("trackers")
@@ -75,9 +71,7 @@ def filterpy_noise(seconds):
 
 
 def test_mota_and_idf1_beside_motmetrics(rng):
-    from test_evaluate import sequences
-
-    truth, found = sequences(rng, frames=80)
+    truth, found = scenes.sequences(rng, frames=80)
     ours = evaluate.tracking_figures(truth, found)
     account = motmetrics.MOTAccumulator(auto_id=True)
     for frame in sorted(found):

@@ -44,17 +44,32 @@ def test_the_same_bytes_each_time_and_on_replay(whole, tmp_path):
     assert {one["event"] for one in lines} == {"watch", "start", "end", "finish"}
     assert len([one for one in lines if one["event"] == "start"]) > 5
     assert lines[-1]["frames"] == kills.FRAMES
-    rules = events.load_rules(whole)
-    written = events.replay(whole, rules, tmp_path / "replayed")
-    assert written.read_bytes() == parts(whole)[1]
+    written = events.replay(whole, to=tmp_path / "replayed")
+    assert parts(written.parent) == parts(whole)
+    assert events.replay(tmp_path / "again").read_bytes() == parts(whole)[1]
 
 
 def test_replay_takes_other_rules(whole, tmp_path):
     other = tmp_path / "other.toml"
     other.write_text('[rules.dogs]\nkind = "inside"\nclasses = ["dog"]\n')
-    written = events.replay(whole, events.load_rules(whole, other), tmp_path)
-    kinds = [json.loads(line)["event"] for line in written.read_text().splitlines()]
-    assert kinds == ["watch", "finish"]
+    to = tmp_path / "to"
+    for _ in range(2):
+        written = events.replay(whole, other, to)
+        kinds = [json.loads(line)["event"] for line in written.read_text().splitlines()]
+        assert kinds == ["watch", "finish"]
+    assert [rule.name for rule in events.load_rules(to).rules] == ["dogs"]
+    before = parts(whole)
+    with pytest.raises(UserError, match="--to=DIR"):
+        events.replay(whole, other)
+    with pytest.raises(UserError, match="--to=DIR"):
+        events.replay(whole, other, whole)
+    assert parts(whole) == before
+    log, _ = events.open_log(tmp_path / "other", HEAD._replace(source="b"), ready(), TEXT)
+    with log:
+        with pytest.raises(UserError, match="a process writes the log"):
+            events.replay(tmp_path / "other")
+        with pytest.raises(UserError, match="has the log of b"):
+            events.replay(whole, other, tmp_path / "other")
 
 
 def test_what_is_used_is_what_was_written(rng):
@@ -88,7 +103,7 @@ def test_a_log_that_was_cut_anywhere_is_completed(whole, tmp_path, rng):
         (out / events.DETECTIONS).write_bytes(detections[:cut])
         (out / events.EVENTS).write_bytes(said[: int(rng.integers(0, allowed + 1))])
         (out / events.RULES).write_bytes(rules)
-        replayed = events.replay(out, events.load_rules(out), out / "replayed").read_bytes()
+        replayed = events.replay(out, to=out / "replayed").read_bytes()
         assert said.startswith(replayed)
         kills.write(out)
         assert parts(out) == parts(whole)
@@ -166,6 +181,11 @@ def test_folders_of_something_else(whole, tmp_path):
     changed = TEXT.replace("off = 2", "off = 3")
     with pytest.raises(UserError, match="isn't what these rules say"):
         events.open_log(begun, HEAD, ready(changed), changed)
+    (begun / events.DETECTIONS).unlink()
+    said = (begun / events.EVENTS).read_bytes()
+    with pytest.raises(UserError, match="has events, but not the frames"):
+        events.open_log(begun, HEAD, ready(), TEXT)
+    assert (begun / events.EVENTS).read_bytes() == said
     with pytest.raises(UserError, match="can't be read"):
         events.read_head(tmp_path)
 
@@ -177,6 +197,8 @@ def test_folders_of_something_else(whole, tmp_path):
         b"[]",
         b'{"frame": 9, "time": "1/0", "found": []}',
         b'{"frame": 9, "time": 3, "found": []}',
+        b'{"frame": 9, "time": "9999999999999", "found": []}',
+        b'{"frame": 9, "time": "-1/2", "found": []}',
         b'{"frame": -1, "time": "3", "found": []}',
         b'{"frame": 9, "time": "3", "found": [[1, 2, 3, 4, 0.5]]}',
         b'{"frame": 9, "time": "3", "found": [[1, 2, 3, 4, 0.5, 7]]}',

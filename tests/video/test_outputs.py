@@ -70,17 +70,51 @@ def test_clips_and_the_annotated_video(tmp_path):
 
 
 def test_frames_that_are_kept_stay_within_their_bytes(tmp_path):
-    recorder = clips.Recorder(tmp_path, before=Fraction(1000), after=Fraction(0), most=200_000)
+    """As they are if they fit, else as JPEG; ten a second at most."""
     noise = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
+    recorder = clips.Recorder(tmp_path, before=Fraction(1000), after=Fraction(0), most=200_000)
     for i in range(200):
         recorder.frame(noise, Fraction(i, 10), [])
         assert recorder.held <= 200_000
-        assert recorder.held == sum(len(jpeg) for _, jpeg in recorder.ring)
+        assert recorder.held == sum(map(len, (kept for _, kept in recorder.ring)))
     assert 3 < len(recorder.ring) < 60
     short = clips.Recorder(tmp_path, before=Fraction(1), after=Fraction(0))
-    for i in range(50):
-        short.frame(noise, Fraction(i, 10), [])
-    assert len(short.ring) == 11
+    for i in range(200):
+        short.frame(noise, Fraction(i, 25), [])
+        assert short.held == sum(kept.nbytes for _, kept in short.ring)
+    assert 9 <= len(short.ring) <= 11
+
+
+def test_what_was_stopped_leaves_no_half_clip(tmp_path):
+    pytest.importorskip("av", reason="the extra video")
+    noise = np.zeros((64, 64, 3), np.uint8)
+    raised = [{"event": "start", "number": 1}]
+    with clips.Recorder(tmp_path) as recorder:
+        recorder.frame(noise, Fraction(0), raised)
+        left = tmp_path / clips.clip_name(2)
+        left.with_name(f"{left.name}.draft").write_bytes(b"of a kill")
+    assert [path.name for path in (tmp_path / "clips").iterdir()] == ["000002.mp4.draft"]
+    with clips.Recorder(tmp_path) as recorder:
+        recorder.frame(noise, Fraction(0), raised)
+        recorder.finish()
+    assert [path.name for path in (tmp_path / "clips").iterdir()] == ["000001.mp4"]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (720, 1280)])
+def test_colors_of_a_video_are_the_frames(tmp_path, size):
+    av = pytest.importorskip("av", reason="the extra video")
+    pixels = np.zeros((*size, 3), np.uint8)
+    pixels[:, : size[1] // 2] = (40, 160, 60)
+    pixels[:, size[1] // 2 :] = (200, 40, 40)
+    writer = clips.VideoWriter(tmp_path / "a.mp4", size)
+    writer.write(pixels, Fraction(0))
+    writer.close()
+    with av.open(tmp_path / "a.mp4") as video:
+        frame = next(video.decode(video=0))
+    assert (frame.colorspace, frame.color_range) == (1, 1)
+    shown = frame.to_ndarray(format="rgb24").astype(int)
+    assert np.abs(shown - pixels)[8:-8, 8 : size[1] // 2 - 8].max() <= 6
+    assert np.abs(shown - pixels)[8:-8, size[1] // 2 + 8 : -8].max() <= 6
 
 
 def test_many_alarms_at_once_have_stills_and_some_clips(tmp_path):
@@ -90,6 +124,7 @@ def test_many_alarms_at_once_have_stills_and_some_clips(tmp_path):
         raised = [{"event": "start", "number": n} for n in range(1, 13)]
         recorder.frame(noise, Fraction(0), raised)
         recorder.frame(noise, Fraction(1), [])
+        recorder.finish()
     assert len(list((tmp_path / "stills").iterdir())) == 12
     assert len(list((tmp_path / "clips").glob("*.mp4"))) == clips.MAX_OPEN
     assert "4 alarms have none" in recorder.written()[-1]
@@ -265,7 +300,17 @@ def test_marks_that_are_none(stills, tmp_path, content, words):
 
 @pytest.mark.parametrize(
     "line",
-    [b"[]", b'{"event": "start", "number": 1}', b'{"event": "other"}', b"\xff", b'{"event": 3}'],
+    [
+        b"[]",
+        b'{"event": "start", "number": 1}',
+        b'{"event": "finish", "frame": 1, "frames": 1, "time": NaN}',
+        b'{"event": "end", "rule": "a", "number": [1], "frame": 1, "time": 1, "cut": true}',
+        b'{"event": "end", "rule": "a", "number": 1, "frame": 1, "time": "x", "cut": true}',
+        b'{"event": "finish", "frame": 1, "frames": 1, "time": 1e999}',
+        b'{"event": "other"}',
+        b"\xff",
+        b'{"event": 3}',
+    ],
 )
 def test_events_from_outside(tmp_path, line):
     (tmp_path / events.EVENTS).write_bytes(line + b"\n")

@@ -62,6 +62,8 @@ def test_a_file_is_read(tmp_path):
         ('[rules.one]\nkind = "cross"\n' + scenes.FIELD, "has no `line`"),
         ("start = 2026-12-01T18:00:00\n" + RULE + scenes.FIELD, "has no time zone"),
         ('time_zone = "Europe/Berlim"\n' + RULE + scenes.FIELD, "did you mean `Europe/Berlin`"),
+        ("start = 9999-12-31T23:59:30Z\n" + RULE + scenes.FIELD, "not from 1900 to 8999"),
+        ("start = 0001-01-01T00:00:00+10:00\n" + RULE + scenes.FIELD, "not from 1900 to 8999"),
         ("[tracking]\nhigh = 0.05\n" + RULE + scenes.FIELD, "`low` is higher"),
         (RULE + scenes.FIELD.replace("500, 400", "641, 400"), "(641, 400) lies outside of the"),
         (RULE + scenes.FIELD.replace("pixel", "fraction", 1), 'did you mean unit = "pixel"'),
@@ -78,7 +80,7 @@ def test_what_is_refused(text, words):
     ("polygon", "unit", "words"),
     [
         ("[[0, 0], [1, 1], [1, 0], [0, 1]]", "fraction", "cross each other"),
-        ("[[0, 0], [1, 0]]", "fraction", "3 to 1000 points"),
+        ("[[0, 0], [1, 0]]", "fraction", "3 to 200 points"),
         ("[[0, 0], [9, 9], [18, 18]]", "pixel", "is empty"),
         ("[[0, 0], [1, 0], [1, 1]]", "pixel", 'did you mean unit = "fraction"'),
         ("[[0, 0], [1, 0], [1, inf]]", "fraction", "give a number"),

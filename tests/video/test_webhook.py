@@ -10,7 +10,7 @@ import watch_kills
 
 from vision_jax.errors import UserError
 from vision_jax.video import events
-from vision_jax.video.webhook import DELIVERIES, Webhook, parse_host, taken
+from vision_jax.video.webhook import DELIVERIES, Webhook, parse_host, read_taken
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,8 @@ def test_a_host_that_fails_is_tried_again(tmp_path, lines, capsys):
         left, webhook = deliver(tmp_path, url)
     assert (left, webhook.sent, len(came)) == (0, len(lines), len(lines) + 4)
     assert len({came[i] for i in range(4)}) == 1  # the same key and the same bytes
-    tries = [json.loads(line)["tries"] for line in (tmp_path / DELIVERIES).read_text().splitlines()]
+    noted = (tmp_path / DELIVERIES).read_text().splitlines()[1:]
+    tries = [json.loads(line)["tries"] for line in noted]
     assert tries == [4, 2] + [1] * (len(lines) - 2)
     said = capsys.readouterr().out
     assert said.count("trying again") == 2
@@ -110,7 +111,9 @@ def test_a_dead_host_loses_nothing(tmp_path, lines, capsys):
     (tmp_path / events.EVENTS).write_bytes(b"".join(lines))
     with host([]) as (url, _):
         pass  # it has gone
-    assert deliver(tmp_path, url, seconds=0.2)[0] == len(lines)
+    left, webhook = deliver(tmp_path, url, seconds=0.5)
+    assert left == len(lines)
+    assert "refused" in webhook.reason
     with host([]) as (url, came):
         assert deliver(tmp_path, url)[0] == 0
     assert [body + b"\n" for _, body in came] == lines
@@ -121,13 +124,13 @@ def test_a_kill_between_an_answer_and_its_note_sends_one_event_again(tmp_path, l
     with host([]) as (url, came):
         deliver(tmp_path, url)
         noted = (tmp_path / DELIVERIES).read_bytes()
-        kept = noted.splitlines(keepends=True)[:5]
+        kept = noted.splitlines(keepends=True)[:6]
         (tmp_path / DELIVERIES).write_bytes(b"".join(kept) + b'{"line": 6, "sta')
-        assert taken(tmp_path) == 5
+        assert read_taken(tmp_path).line == 5
         before = len(came)
         deliver(tmp_path, url)
     assert came[before:] == came[5:before]  # the same keys
-    again = (tmp_path / DELIVERIES).read_text().splitlines()
+    again = (tmp_path / DELIVERIES).read_text().splitlines()[1:]
     assert [json.loads(line)["line"] for line in again] == list(range(1, len(lines) + 1))
 
 
@@ -145,3 +148,43 @@ def test_what_can_not_be_noted_is_told(tmp_path, lines):
     (tmp_path / DELIVERIES).mkdir()
     with host([]) as (url, _), pytest.raises(UserError, match="cannot write in"):
         deliver(tmp_path, url)
+
+
+def test_another_log_in_the_folder_is_sent_from_its_first_line(tmp_path, lines):
+    """And the same log in another folder has other keys: a host takes both."""
+    (tmp_path / "other").mkdir()
+    with host([]) as (url, came):
+        for folder in (tmp_path, tmp_path / "other"):
+            (folder / events.EVENTS).write_bytes(b"".join(lines))
+            deliver(folder, url)
+        assert len({key for key, _ in came}) == 2 * len(lines)
+        other = lines[0].replace(b"made up", b"another")
+        (tmp_path / events.EVENTS).write_bytes(b"".join([other, *lines[1:3]]))
+        deliver(tmp_path, url)
+    assert [body + b"\n" for _, body in came[2 * len(lines) :]] == [other, *lines[1:3]]
+
+
+def test_a_name_and_password_are_sent_as_such(tmp_path, lines):
+    sent = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            sent.append(self.headers["Authorization"])
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    address = parse_host(f"http://me:a%40b@127.0.0.1:{server.server_port}/")
+    assert "me" not in address.name
+    (tmp_path / events.EVENTS).write_bytes(lines[0])
+    with Webhook(tmp_path, address) as webhook:
+        assert webhook.finish(20.0) == 0
+    thread.join()
+    server.server_close()
+    assert sent == ["Basic bWU6YUBi"]

@@ -4,7 +4,7 @@
         --out=lawn
     vision_jax watch rtsp://10.0.0.7/1 /dev/video0 --model=runs/mine --rules=door.toml --out=door
     vision_jax watch frames --folder-rate=10 --rate=2 --model=runs/mine --rules=yard.toml --out=yard
-    vision_jax watch --replay --rules=stricter.toml --out=lawn
+    vision_jax watch --replay --rules=stricter.toml --out=lawn --to=stricter
 
 A SOURCE is a video file, a folder of frames, a camera's device or an RTSP address. What was seen in
 each frame, and each alarm, is on the disk before the next one; the same command completes what was
@@ -118,7 +118,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="compute events.jsonl of --out again, by --rules if they are given, without a video",
     )
+    parser.add_argument(
+        "--to", type=expand, metavar="DIR", help="where --replay writes; other rules need it"
+    )
     flags = parser.parse_args(arguments)
+    if flags.to and not flags.replay:
+        raise UserError("--to is of --replay")
     if flags.replay == bool(flags.sources):
         raise UserError("name a SOURCE to watch, or --replay with the --out of one; see --help")
     if not flags.replay:
@@ -416,9 +421,9 @@ def _line(one: Source, event: dict[str, Any]) -> str:
 
 
 def _replay(flags: argparse.Namespace) -> int:
-    from vision_jax.video.events import load_rules, replay
+    from vision_jax.video.events import replay
 
-    print(f"wrote {replay(flags.out, load_rules(flags.out, flags.rules))}")
+    print(f"wrote {replay(flags.out, flags.rules, flags.to)}")
     return 0
 
 

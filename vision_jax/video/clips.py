@@ -4,11 +4,13 @@
     OUT/clips/000001.mp4    the seconds before and after
     OUT/annotated.mp4       the frames that were looked at, with tracks, zones and alarms
 
-Frames that may be needed are kept as JPEG in a ring of bounded bytes. A clip's frames are encoded
+Frames that may be needed, ten a second, are kept in a ring of bounded bytes, as JPEG if they don't
+fit as they are. A clip's frames are encoded
 as they come, so that a long one needs no more memory than a short one. Files have their names when
 they are whole. Clips and the annotated video need PyAV, the extra `video`; stills don't.
 """
 
+import contextlib
 import io
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -33,6 +35,7 @@ MAX_RING = 64 * 2**20  # bytes of frames before an alarm
 MAX_OPEN = 8  # clips that are written at once; of more alarms there are stills
 TICKS = 90_000  # a second, of the times in a clip
 CRF = "23"  # of x264: its own default
+BT_709 = LIMITED = 1  # FFmpeg's AVCOL_SPC_BT709, AVCOL_PRI_BT709, AVCOL_TRC_BT709; AVCOL_RANGE_MPEG
 ZONE, ALARM, CALM = (255, 200, 0), (255, 48, 48), (64, 200, 255)
 
 
@@ -77,6 +80,10 @@ class VideoWriter:
             )
             stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
             stream.thread_count = 1
+            # Colors by BT.709, and said so: players guess by size what isn't said.
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = BT_709
+            context.color_range = LIMITED
             stream.time_base = stream.codec_context.time_base = Fraction(1, TICKS)
         self._stream = stream
         self._first: Fraction | None = None
@@ -85,10 +92,16 @@ class VideoWriter:
     def write(self, pixels: np.ndarray, time: Fraction) -> None:
         """Adds a frame u8[H, W, 3], later than the one before."""
         import av
+        from av.video.reformatter import ColorRange, Colorspace
 
         self._first = time if self._first is None else self._first
         frame = av.VideoFrame.from_ndarray(
             np.ascontiguousarray(pixels[: self.height, : self.width]), format="rgb24"
+        )
+        frame = frame.reformat(
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
         )
         frame.pts = max(round((time - self._first) * TICKS), self._last + 1)
         self._last = frame.pts
@@ -96,6 +109,12 @@ class VideoWriter:
         with writing(self.path.parent):
             for packet in self._stream.encode(frame):
                 self._file.mux(packet)
+
+    def drop(self) -> None:
+        """Removes what was written."""
+        with contextlib.suppress(Exception):  # what can't be ended goes all the same
+            self._file.close()
+        self._draft.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Ends the file and gives it its name; one without frames is removed."""
@@ -118,8 +137,9 @@ class Recorder:
       out: the folder.
       before, after: seconds of a clip around the beginning of its alarm; without both there are no
         clips.
-      ring: (time, JPEG) of the last frames, at most `most` bytes.
-      most: see there.
+      most: bytes of the ring.
+      step: least seconds from one kept frame to the next.
+      ring: (time, u8[H, W, 3] or its JPEG) of the last frames.
       clips: (alarm, its file, seconds at which it ends) that are being written.
       held: bytes in the ring.
       stills: alarms that began.
@@ -130,13 +150,16 @@ class Recorder:
     before: Fraction = Fraction(3)
     after: Fraction = Fraction(3)
     most: int = MAX_RING
-    ring: deque[tuple[Fraction, bytes]] = field(default_factory=deque)
+    step: Fraction = Fraction(1, 10)
+    ring: deque[tuple[Fraction, np.ndarray | bytes]] = field(default_factory=deque)
     held: int = 0
     clips: list[tuple[int, VideoWriter, Fraction]] = field(default_factory=list)
     stills: int = 0
     skipped: int = 0
 
     def __enter__(self) -> "Recorder":
+        for left in (self.out / CLIPS).glob(f"*{DRAFT}"):  # of a kill
+            left.unlink(missing_ok=True)
         return self
 
     def __exit__(
@@ -145,7 +168,9 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.finish()
+        for _, clip, _ in self.clips:  # those of a run that was stopped before its end
+            clip.drop()
+        self.clips.clear()
 
     def finish(self) -> None:
         """Ends the clips that are being written, which are as long as there were frames."""
@@ -175,26 +200,36 @@ class Recorder:
             if time > end:
                 clip.close()
         self.clips = [one for one in self.clips if time <= one[2]]
-        picture = to_jpeg(pixels) if wanted or begun else b""
         for number in begun:
             with writing(self.out):
                 (self.out / STILLS).mkdir(parents=True, exist_ok=True)
-                write_whole(picture, self.out / still_name(number))
+                write_whole(to_jpeg(pixels), self.out / still_name(number))
             self.stills += 1
             if wanted and len(self.clips) < MAX_OPEN:
                 clip = VideoWriter(self.out / clip_name(number), (pixels.shape[0], pixels.shape[1]))
                 self.clips.append((number, clip, time + self.after))
-                for earlier, jpeg in self.ring:
+                for earlier, kept in self.ring:
                     if earlier >= time - self.before:
-                        clip.write(np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")), earlier)
+                        clip.write(_pixels(kept), earlier)
                 clip.write(pixels, time)
             elif wanted:
                 self.skipped += 1
-        if wanted:
-            self.ring.append((time, picture))
-            self.held += len(picture)
-            while self.ring and (self.held > self.most or self.ring[0][0] < time - self.before):
-                self.held -= len(self.ring.popleft()[1])
+        if wanted and (not self.ring or time - self.ring[-1][0] >= self.step):
+            fits = pixels.nbytes * (self.before / self.step + 1) <= self.most
+            self.ring.append((time, pixels.copy() if fits else to_jpeg(pixels)))
+            self.held += _bytes(self.ring[-1][1])
+        while self.ring and (self.held > self.most or self.ring[0][0] < time - self.before):
+            self.held -= _bytes(self.ring.popleft()[1])
+
+
+def _pixels(kept: np.ndarray | bytes) -> np.ndarray:
+    if isinstance(kept, np.ndarray):
+        return kept
+    return np.asarray(Image.open(io.BytesIO(kept)).convert("RGB"))
+
+
+def _bytes(kept: np.ndarray | bytes) -> int:
+    return kept.nbytes if isinstance(kept, np.ndarray) else len(kept)
 
 
 def annotate(

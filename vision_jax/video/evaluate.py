@@ -201,6 +201,10 @@ def read_intervals(path: Path, rule_names: Sequence[str]) -> list[Interval]:
     return sorted(found, key=lambda one: (one.rule, one.start, one.end))
 
 
+def _end(interval: Interval) -> float:
+    return interval.end
+
+
 def alarm_figures(
     true: Sequence[Interval],
     alarms: Sequence[tuple[str, float]],
@@ -212,7 +216,8 @@ def alarm_figures(
 
     An alarm is right if it begins in a true interval of its rule, or at most `tolerance` seconds
     beside it. Of several alarms in one interval the first is right, and the others are repeats,
-    which count as false: a person is called twice.
+    which count as false: a person is called twice. Where intervals overlap, an alarm is of the one
+    that ends first, so that as many are right as can be.
 
     Args:
       true: intervals.
@@ -234,7 +239,7 @@ def alarm_figures(
         open_now = list(own)
         for start in begun:
             near = [one for one in own if one.start - tolerance <= start <= one.end + tolerance]
-            new = next((one for one in near if one in open_now), None)
+            new = min((one for one in near if one in open_now), key=_end, default=None)
             if new:
                 open_now.remove(new)
                 delays[name].append(start - new.start)

@@ -24,14 +24,22 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from vision_jax.errors import UserError
-from vision_jax.files import lock_file, open_regular, parse_json, write_whole
+from vision_jax.files import (
+    DRAFT,
+    lock_file,
+    open_regular,
+    parse_json,
+    read_bytes,
+    write_whole,
+)
 from vision_jax.video import alarms, track
 from vision_jax.video.lines import append, fixed, to_json, whole_lines, writing
-from vision_jax.video.rules import Rules, check, read_rules
+from vision_jax.video.rules import YEARS, Rules, check, read_rules
 
 VERSION = 1
 DETECTIONS, RULES, EVENTS = "detections.jsonl", "rules.toml", "events.jsonl"
-MAX_BOXES = 10_000  # of a frame
+MAX_BOXES = 1_000  # of a frame; distances of all pairs are held at once
+MAX_SECONDS = 10**9  # of a frame's time
 BOX_DECIMALS, SCORE_DECIMALS = 2, 4  # of pixels; of scores
 
 
@@ -133,12 +141,17 @@ def parse_frame(line: bytes, what: str, classes: int) -> Logged:
         if len(found) > MAX_BOXES:
             raise UserError(f"{what}: {len(found)} boxes in a frame, over {MAX_BOXES}")
         rows = np.array(found, np.float64).reshape(len(found), 6)
-        top, _, bottom = record["time"].partition("/")
+        top, _, bottom = record["time"][:64].partition("/")
         time = Fraction(int(top), int(bottom or 1))
         index = record["frame"]
         labels = rows[:, 5].astype(np.int64)
         sound = isinstance(index, int) and index >= 0 and np.isfinite(rows).all()
-        if not sound or (labels < 0).any() or (labels >= classes).any():
+        if (
+            not sound
+            or not 0 <= time <= MAX_SECONDS
+            or (labels < 0).any()
+            or (labels >= classes).any()
+        ):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{what} is no frame of a log") from error
@@ -165,7 +178,8 @@ def _parse_head(line: bytes, path: Path) -> Head:
             raise ValueError
         if not all(isinstance(one, int) and 0 < one <= 2**16 for one in head.size):
             raise ValueError
-        if head.start and datetime.datetime.fromisoformat(head.start).tzinfo is None:
+        start = datetime.datetime.fromisoformat(head.start) if head.start else None
+        if start and (start.tzinfo is None or start.year not in YEARS):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -248,22 +262,63 @@ def _first_event(head: Head, rules: Rules) -> str:
     })  # fmt: skip
 
 
-def replay(out: Path, rules: Rules, to: Path | None = None) -> Path:
+def replay(out: Path, rules: Path | None = None, to: Path | None = None) -> Path:
     """Computes the events of a log again, and writes them whole.
 
     Args:
       out: the folder of the log.
-      rules: of `rules.check`; the log's own give the same bytes.
-      to: a folder for events.jsonl; `out` by default.
+      rules: a file of other rules; those of the log by default, which give the same bytes.
+      to: another folder, where the log is copied to, with the rules. Other rules need one: what was
+        raised, and may have been sent, stays as it is.
 
     Returns:
-      The file.
+      The file of events.
+
+    Raises:
+      UserError: what `load_rules` says; `to` has another log; this one is being written.
     """
-    to = to or out
+    checked = load_rules(out, rules)
+    other = to is not None and to.resolve() != out.resolve()
+    if rules is not None and not other:
+        raise UserError(
+            f"other rules have events of their own, and {out} keeps those that were raised: name"
+            " another folder for them, --to=DIR"
+        )
+    folder = to if to is not None and other else out
+    with _held(out) if not other else contextlib.nullcontext():
+        lines = "".join(f"{line}\n" for line in events_of(out, checked))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if other:
+            _copy_log(out, folder, rules or out / RULES)
+        with writing(folder):
+            write_whole(lines.encode(), folder / EVENTS)
+    return folder / EVENTS
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """While nobody writes a log."""
+    with writing(out), (out / DETECTIONS).open("r+b") as file:
+        if lock_file(file) is False:
+            raise UserError(f"a process writes the log of {out}: replay it when it has ended")
+        yield
+
+
+def _copy_log(out: Path, to: Path, rules: Path) -> None:
+    """The frames of a log and some rules to another folder."""
+    path = to / DETECTIONS
+    if path.exists() and read_head(to) != read_head(out):
+        raise UserError(f"{to} has the log of {read_head(to).source}: name another folder")
+    if not path.exists() and (to / EVENTS).exists():
+        raise UserError(f"{to} has events of something else: name another folder")
+    draft = path.with_name(f"{DETECTIONS}{DRAFT}")
     with writing(to):
-        to.mkdir(parents=True, exist_ok=True)
-        write_whole("".join(f"{line}\n" for line in events_of(out, rules)).encode(), to / EVENTS)
-    return to / EVENTS
+        write_whole(read_bytes(rules), to / RULES)
+        with draft.open("wb") as file:
+            for _, line, _ in whole_lines(out / DETECTIONS):
+                append(file, line)
+        draft.replace(path)
 
 
 @dataclass
@@ -369,9 +424,13 @@ def _take_up(log: Log, head: Head, rules: Rules, rules_text: str) -> Progress:
     for _, _, whole in whole_lines(path):  # noqa: B007  the last one
         pass
     if not whole:
+        if (log.out / EVENTS).stat().st_size:
+            raise UserError(
+                f"{log.out} has events, but not the frames that they are of, {DETECTIONS}: name"
+                " another --out"
+            )
         with writing(log.out):
             log.detections.truncate(0)
-            log.events.truncate(0)
             write_whole(rules_text.encode(), log.out / RULES)
             append(log.detections, _head_line(head).encode())
             _sync_folder(log.out)

@@ -71,11 +71,11 @@ def lines_from(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
 def append_line(path: Path, line: str) -> None:
     """Adds a line to a file, on the disk when it returns; half a line before it is ended."""
     with writing(path.parent), path.open("a+b", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # of a kill: cut it off
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+        start = max(file.seek(0, os.SEEK_END) - MAX_LINE, 0)
+        file.seek(start)
+        last = file.read()
+        if last and not last.endswith(b"\n"):  # of a kill: cut it off
+            file.truncate(start + last.rfind(b"\n") + 1)
         append(file, line.encode())
         os.fsync(file.fileno())
 

@@ -68,8 +68,8 @@ class Outputs:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if self._video:
-                self._video.close()
+            if self._video:  # of a run that was stopped before its end
+                self._video.drop()
                 self._video = None
         finally:
             self._stack.__exit__(kind, error, trace)
@@ -105,15 +105,14 @@ class Outputs:
         return said
 
     def deliver(self) -> list[str]:
-        """Waits until the host has taken what there is; returns lines for a person."""
+        """Waits for the host, which takes what it hasn't yet; returns lines for a person."""
         if not self._webhook:
             return []
-        left = self._webhook.finish(self._patience)
-        name = self._webhook.host.name
+        left, name = self._webhook.finish(self._patience), self._webhook.host.name
         said = [f"sent {self._webhook.sent} events to {name}"]
         if left:
             said.append(
-                f"{name} has not taken {left} events: vision_jax review {self.out}"
-                " --webhook=... sends them"
+                f"{name} has not taken {left} events ({self._webhook.reason or 'it is slow'}):"
+                f" vision_jax review {self.out} --webhook=... sends them"
             )
         return said

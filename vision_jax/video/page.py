@@ -7,6 +7,7 @@ few; others are looked for beside it. What a person marks is exported for `feedb
 import base64
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,6 @@ MAX_ALARMS = 20_000
 MAX_CLIP_BYTES = 24 * 2**20  # in the page, together
 LARGEST = 640  # pixels of a still's longer side
 QUALITY = 80  # of WebP
-NEEDED = {  # of each event's line
-    "watch": {"source", "rules", "start"},
-    "start": {"number", "rule", "frame", "time", "score", "tracks"},
-    "end": {"number", "rule", "frame", "time", "cut"},
-    "finish": {"frame", "time", "frames"},
-}
 LIKE = 0.3  # least IoU of a track's estimate with its box in that frame
 
 
@@ -47,14 +42,49 @@ def read_events(out: Path) -> list[dict[str, Any]]:
     found = []
     for number, line, _ in whole_lines(path):
         record = parse_json(line, f"{path}: line {number}")
-        if not isinstance(record, dict) or not (
-            NEEDED.get(str(record.get("event")), {"?"}) <= record.keys()
-        ):
+        try:
+            found.append(_event(record))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{path}: line {number} is no event: write the file again with --replay"
-            )
-        found.append(record)
+            ) from error
     return found
+
+
+def _event(record: Any) -> dict[str, Any]:
+    """A line of events.jsonl, checked; raises what Python does if it isn't one."""
+    kind = record["event"]
+    texts = {"watch": ("source", "rules", "start"), "start": ("rule",), "end": ("rule",)}
+    wholes = {
+        "start": ("number", "frame"),
+        "end": ("number", "frame"),
+        "finish": ("frame", "frames"),
+    }
+    if kind not in ("watch", *wholes):
+        raise ValueError(kind)
+    checks = [isinstance(record[name], str) for name in texts.get(kind, ())]
+    checks += [isinstance(record.get(name, ""), str) for name in ("zone", "line", "clock")]
+    checks += [_is_whole(record[name]) for name in wholes.get(kind, ())]
+    checks += [_is_number(record["time"])] if kind != "watch" else []
+    if kind == "start":
+        checks.append(record["score"] is None or _is_number(record["score"]))
+        for one in record["tracks"]:
+            box = one["box_xyxy_px"]
+            checks += [_is_whole(one["id"]), isinstance(one["class"], str), len(box) == 4]
+            checks += map(_is_number, box)
+    elif kind == "end":
+        checks.append(isinstance(record["cut"], bool))
+    if not all(checks):
+        raise ValueError
+    return dict(record)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def alarms_of(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -39,7 +39,9 @@ from vision_jax.video.schedule import Span, find_time_zone, parse_span
 from vision_jax.video.track import Settings
 
 MAX_RULES = 1_000  # and as many zones and lines
-MAX_POINTS = 1_000  # of a polygon
+MAX_POINTS = 200  # of a polygon
+MAX_ALL_POINTS = 10_000  # of all polygons
+YEARS = range(1900, 9000)  # of a start: all times after it have a date
 MAX_FRAMES = 10_000  # that a rule looks back
 KINDS = ("inside", "cross", "crowd", "absent")
 UNITS = ("pixel", "fraction")
@@ -190,6 +192,8 @@ def parse_rules(text: str, what: str, class_names: Sequence[str]) -> Rules:
 def _parse(content: dict[str, Any], class_names: tuple[str, ...]) -> Rules:
     _known("the file", content, ("start", "time_zone", "tracking", "zones", "lines", "rules"))
     zones = {name: _zone(name, one) for name, one in _tables(content, "zones")}
+    if sum(len(zone.polygon) for zone in zones.values()) > MAX_ALL_POINTS:
+        raise UserError(f"all zones together have more than {MAX_ALL_POINTS} points")
     lines = {name: _line(name, one) for name, one in _tables(content, "lines")}
     rules = tuple(
         _rule(name, one, zones, lines, class_names) for name, one in _tables(content, "rules")
@@ -232,6 +236,8 @@ def _start(value: Any, zone_name: str) -> datetime.datetime | None:
         return None
     if not isinstance(value, datetime.datetime):
         raise UserError("`start` is no date with a time, such as 2026-12-01T18:00:00+01:00")
+    if value.year not in YEARS:
+        raise UserError(f"`start` is in the year {value.year}, and not from 1900 to 8999")
     if value.tzinfo is None:
         if zone is None:
             raise UserError(

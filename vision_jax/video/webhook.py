@@ -1,6 +1,6 @@
 """Sends events to a host that the user names, each at least once, in order.
 
-    OUT/deliveries.jsonl   which lines of events.jsonl the host has taken, and after how many tries
+    OUT/deliveries.jsonl   of which log, and which of its lines the host has taken
 
 What is sent is read from events.jsonl, after the last line that the host has taken: nothing is held
 in memory, and what a kill or a dead host left out is sent the next time. A line that the host took
@@ -9,22 +9,24 @@ just before a kill is sent again: its header Idempotency-Key says that it is the
 There is one POST for each event, to that host and to nobody else: no proxy, no redirection.
 """
 
+import base64
 import datetime
 import hashlib
 import http.client
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from vision_jax.errors import UserError
-from vision_jax.files import parse_json
+from vision_jax.files import parse_json, write_whole
 from vision_jax.logging import say
 from vision_jax.video import events
-from vision_jax.video.lines import append_line, lines_from, whole_lines
+from vision_jax.video.lines import append_line, lines_from, whole_lines, writing
 
 DELIVERIES = "deliveries.jsonl"
 SECONDS = 10.0  # that a host has to answer
@@ -73,23 +75,49 @@ def post(host: Host, body: bytes, key: str, seconds: float = SECONDS) -> int:
     path = (host.url.path or "/") + (f"?{host.url.query}" if host.url.query else "")
     try:
         headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+        if host.url.username is not None:
+            who = f"{unquote(host.url.username)}:{unquote(host.url.password or '')}"
+            headers["Authorization"] = f"Basic {base64.b64encode(who.encode()).decode()}"
         connection.request("POST", path, body, headers)
         return connection.getresponse().status
     finally:
         connection.close()
 
 
-def taken(out: Path) -> int:
-    """The last line of events.jsonl that is done with; 0 if none is."""
+class Taken(NamedTuple):
+    """What deliveries.jsonl says.
+
+    Attributes:
+      log: digest of the first line of the log that its numbers are of.
+      key: random, of this file: what is sent again has the same keys, and nothing else has.
+      line: of events.jsonl, the last that is done with; 0 if none is.
+    """
+
+    log: str
+    key: str
+    line: int
+
+
+def read_taken(out: Path) -> Taken | None:
+    """What OUT/deliveries.jsonl says; None if there is none.
+
+    Raises:
+      UserError: it is something else.
+    """
     path = out / DELIVERIES
-    last = 0
-    if path.is_file():
-        for number, line, _ in whole_lines(path):
-            record = parse_json(line, f"{path}: line {number}")
-            if not isinstance(record, dict) or not isinstance(record.get("line"), int):
-                raise UserError(f"{path}: line {number} is of no delivery")
-            last = max(last, record["line"])
-    return last
+    if not path.is_file():
+        return None
+    found = None
+    for number, line, _ in whole_lines(path):
+        record = parse_json(line, f"{path}: line {number}")
+        try:
+            if found is None:
+                found = Taken(str(record["log"]), str(record["key"]), 0)
+            else:
+                found = found._replace(line=max(found.line, int(record["line"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: line {number} is of no delivery") from error
+    return found
 
 
 class Webhook:
@@ -99,7 +127,8 @@ class Webhook:
       host: where to.
       sent: events that the host took.
       refused: events that it won't take.
-      tries: in vain, since the last success.
+      tries: in vain, since the last answer.
+      reason: of the last one of these.
     """
 
     def __init__(
@@ -111,8 +140,9 @@ class Webhook:
     ):
         self.sent = self.refused = self.tries = 0
         self._out, self.host, self._waits, self._send = out, host, waits, send
+        self.reason = ""
         self._key = ""
-        self._line, self._offset = taken(out), 0
+        self._line = self._offset = 0
         self._read = 0  # lines up to the offset
         self._news, self._stop = threading.Event(), threading.Event()
         self._moved = threading.Condition()
@@ -166,10 +196,23 @@ class Webhook:
         for line, after in lines_from(path, self._offset):
             number = self._read + 1
             if number == 1:
-                self._key = hashlib.sha256(line).hexdigest()[:16]
+                self._begin(hashlib.sha256(line).hexdigest())
             if number > self._line and not self._deliver(line, number):
                 return
             self._read, self._offset = number, after
+
+    def _begin(self, log: str) -> None:
+        """Takes up what was delivered of this log; numbers of another one are of no use."""
+        known = read_taken(self._out)
+        if known is None or known.log != log:
+            known = Taken(log, secrets.token_hex(16), 0)
+            first = json.dumps({"log": known.log, "key": known.key})
+            with writing(self._out):
+                write_whole(f"{first}\n".encode(), self._out / DELIVERIES)
+        self._key = known.key
+        with self._moved:
+            self._line = known.line
+            self._moved.notify_all()
 
     def _deliver(self, line: bytes, number: int) -> bool:
         """Until the host takes it or won't; False if it is time to stop."""
@@ -177,8 +220,9 @@ class Webhook:
             if self._stop.is_set():
                 return False
             status, reason = 0, ""
+            text = f"{self._key} {number} ".encode() + line
             try:
-                status = self._send(self.host, line, f"{self._key}-{number}")
+                status = self._send(self.host, line, hashlib.sha256(text).hexdigest()[:32])
             except (OSError, http.client.HTTPException) as error:
                 reason = str(error) or type(error).__name__
             final = status and status < 500 and status not in AGAIN
@@ -186,7 +230,7 @@ class Webhook:
                 accepted = 200 <= status < 300
                 self.sent += accepted
                 self.refused += not accepted
-                self.tries = 0
+                self.tries, self.reason = 0, ""
                 self._note(number, status, attempt)
                 with self._moved:
                     self._line = number
@@ -195,9 +239,9 @@ class Webhook:
                     say(f"{self.host.name} refuses event {number} with status {status}")
                 return True
             self.tries += 1
+            self.reason = f"status {status}" if status else reason
             if attempt == 1:
-                what = f"status {status}" if status else reason
-                say(f"{self.host.name} doesn't take event {number} ({what}): trying again")
+                say(f"{self.host.name} doesn't take event {number} ({self.reason}): trying again")
             self._stop.wait(self._waits[min(attempt, len(self._waits)) - 1])
         return False
 
