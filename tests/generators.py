@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 from safetensors.numpy import load_file, save_file
 
-from vision_jax.convert import arguments_of
+from vision_jax.convert import arguments_of, export_weights, own_naming, write_safetensors
 from vision_jax.convert.package import write_package
+from vision_jax.data.captions import train_tokenizer
 from vision_jax.models.families import build_model, family_of, initialize
 from vision_jax.trees import paths
 
@@ -31,12 +32,16 @@ def randomized(model, size, seed=0, scale=0.2):
     return jax.tree.unflatten(tree, drawn)
 
 
-def write(folder, family, arguments, to, seed=0):
-    """A folder as the source writes it, without our header; (model, parameters)."""
+def write(folder, family, arguments, to, seed=0, header=False):
+    """A folder as the source writes it, or with our header; (model, parameters)."""
     model = build_model(family, **arguments)
     scale = 0.05 if family == "dit" else 0.2
     params = randomized(model, getattr(model, "image_size", (8, 8)), seed, scale)
     flat = jax.device_get(paths.flatten(params))
+    if header:
+        tensors, ours = export_weights(flat, family_of(model), arguments_of(model), to=to)
+        write_safetensors(folder / "model.safetensors", tensors, ours)
+        return model, params
     write_package(folder, flat, family_of(model), arguments_of(model), to=to)
     (file,) = folder.glob("*.safetensors")
     save_file(load_file(file), file)
@@ -64,3 +69,20 @@ def silent(total):
     """Instead of logging.show_progress."""
     del total
     yield (lambda: None), None
+
+
+def write_tower(folder, seed=0):
+    """A SigLIP and the tokenizer of its texts."""
+    arguments = {"num_classes": 0, "image_size": (8, 8), "patch_size": 4, "width": 12, "depth": 1,
+                 "num_heads": 2, "mlp_width": 16, "vocab_size": 300, "text_length": 8,
+                 "text_width": 16, "text_depth": 1, "text_num_heads": 2,
+                 "text_mlp_width": 16}  # fmt: skip
+    model = build_model("siglip", **arguments)
+    flat = jax.device_get(paths.flatten(randomized(model, (8, 8), seed)))
+    folder.mkdir(parents=True, exist_ok=True)
+    to = own_naming("siglip")
+    tensors, header = export_weights(flat, "siglip", arguments_of(model), to=to)
+    write_safetensors(folder / "model.safetensors", tensors, header)
+    tokenizer = train_tokenizer(["a photo of a bag.", "a photo of a coat."], 300)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    return folder

@@ -16,11 +16,12 @@ from vision_jax import cost, train
 from vision_jax.commands import generate
 from vision_jax.config import load_config
 from vision_jax.data import latents
-from vision_jax.data.latents import LoadForTraining, store_latents, with_latents
+from vision_jax.data.latents import LoadForTraining, store_latents, with_stored
 from vision_jax.data.sources import ArrayReader, Source
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError
 from vision_jax.run.prepare import prepare
+from vision_jax.tasks.generation import task as generation
 from vision_jax.tasks.generation.autoencoder import read_autoencoder
 
 SIT = {"width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64, "patch_size": 7,
@@ -104,7 +105,7 @@ def test_latents_are_those_of_each_image_and_its_mirror_image(rng, tmp_path, fou
                 scale = np.abs(true[name]).max()
                 np.testing.assert_allclose(array, true[name][0], atol=1e-5 * scale)
     part = replace(source, rows=source.rows[[30, 2]], labels=source.labels[[30, 2]])
-    read = with_latents(part, stored).open(0)
+    read = with_stored(part, stored, None).open(0)
     np.testing.assert_array_equal(read["mean"], stored.read(30)["mean"])
     assert read["index"] == 0
 
@@ -169,7 +170,7 @@ def test_damaged_images_are_replaced_and_named(rng, tmp_path, found):
 
     whole = images_of(rng, 12)
     source = replace(whole, reader=Reader("drawn", whole.reader.images))
-    read = with_latents(source, Store(tmp_path, found, source).latents)
+    read = with_stored(source, Store(tmp_path, found, source).latents, None)
     example, damaged = LoadForTraining(read, True)(3, np.random.default_rng(0))
     assert damaged[0].index == 3
     assert example["index"] not in (3, 5)
@@ -239,18 +240,21 @@ def test_other_weights_of_the_autoencoder_are_not_taken_for_the_runs(
     place.rmdir()
     generators.write(place, "autoencoder_kl", generators.KL, "diffusers", seed=1)
     with pytest.raises(UserError, match="vae has changed since this run began"):
-        train.run(config_of(place, tmp_path / "cache", total_steps=6), tmp_path / "run")
+        train.run(config, tmp_path / "run")
     assert generate.main([str(tmp_path / "run"), f"--out={tmp_path / 'out'}"]) == 2
     assert "vae has changed since the run began" in capsys.readouterr().err
 
 
 @pytest.mark.long
-def test_a_step_has_the_flops_of_its_latents_and_none_of_the_encoder(autoencoders, tmp_path):
+def test_a_step_has_the_flops_of_its_latents_and_none_of_the_encoder(
+    autoencoders, tmp_path, monkeypatch
+):
     config = config_of(autoencoders / "kl", tmp_path)
     prepared = prepare(config, ("bag", "coat"))
     arguments = (prepared.abstract_state, prepared.parameters.abstract()[1])
     lowered = prepared.make_train_step().lower(*arguments, prepared.abstract_batch())
     ours = cost.count(lowered.compile()).flops
+    monkeypatch.setattr(generation, "check_fits", lambda *arguments: None)
     pixels = config_of("", tmp_path, model__image_size=14)  # whose images are 14 x 14 x 4
     plain = prepare(pixels, ("bag", "coat"))
     arguments = (plain.abstract_state, plain.parameters.abstract()[1])

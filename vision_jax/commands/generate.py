@@ -6,6 +6,7 @@
     vision_jax generate runs/generate_lora --images photo.png --mask=mask.png
     vision_jax generate runs/generate_lora --count=200 --measure --judge=runs/vit_lora \\
         --beside=embedded:fashion_generator
+    vision_jax generate runs/mine --captions "a red bag" "two shoes"
     vision_jax generate hf://facebook/DiT-XL-2-256/transformer --allow-pickle \\
         --autoencoder=hf://stabilityai/sd-vae-ft-mse --classes=goldfish,360 --guidance=4
 
@@ -65,6 +66,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="names or numbers of the images' classes, in turn; all by default",
     )
     parser.add_argument(
+        "--captions",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="of the images, in turn, where captions were learned; or a file with one in each line",
+    )
+    parser.add_argument(
         "--autoencoder", default="", metavar="SOURCE", help="whose latents the generator makes"
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the noise")
@@ -110,6 +118,8 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError("--beside is of images made of noise: leave --images out")
     if flags.images and flags.measure:
         raise UserError("--measure is of images made of noise: leave --images out")
+    if flags.captions and flags.classes:
+        raise UserError("--captions and --classes: a generator has learned one of both")
     if (flags.features or flags.judge) and not flags.measure:
         raise UserError("--features and --judge go with --measure")
 
@@ -172,14 +182,16 @@ def _load(flags: argparse.Namespace, folder: Path, own: Any) -> "tuple[Generator
     if autoencoder is not None:
         cells: Any = loaded.preprocessing
         loaded = replace(loaded, preprocessing=autoencoder.pixels(cells))
+    names, embeddings = _captions(flags, folder, own, task) or (loaded.class_names, None)
     generator = Generator(
         loaded.model,
         loaded.variables,
-        loaded.class_names,
+        names,
         task,
         sampling,
         loaded.preprocess,
         autoencoder,
+        embeddings,
     )
     return generator, origin_of(loaded, folder if own else None, flags.checkpoint)
 
@@ -199,12 +211,15 @@ def _load_other(flags: argparse.Namespace, generator: "Generator") -> "Generator
             f"--beside: {other.origin} makes images of {height} x {width} and {channels} channels,"
             " which have other noise: name the base of the same adapter"
         )
+    if other.model.caption_width != generator.model.caption_width:
+        raise UserError(f"--beside: {other.origin} has not learned the same captions")
     if (other.model.predicts == "noise") != (generator.task.predicts == "noise"):
         raise UserError(f"--beside: {other.origin} is sampled otherwise: name the adapter's base")
     task = replace(
         generator.task, predicts=other.model.predicts, num_classes=other.model.num_classes
     )
-    named: Any = {"variables": other.variables, "names": other.class_names, "task": task}
+    names = generator.names if task.captions else other.class_names
+    named: Any = {"variables": other.variables, "names": names, "task": task}
     return replace(generator, model=other.model, **named)
 
 
@@ -225,7 +240,6 @@ def _load_autoencoder(flags: argparse.Namespace, folder: Path, own: Any) -> "Aut
     """The one that is named, or the run's, which must be the same as when it began."""
     from vision_jax import convert
     from vision_jax.logging import say
-    from vision_jax.run.description import load_description
     from vision_jax.tasks.generation.autoencoder import read_autoencoder
 
     of_run = own.latents.autoencoder if own is not None else ""
@@ -236,15 +250,52 @@ def _load_autoencoder(flags: argparse.Namespace, folder: Path, own: Any) -> "Aut
         flags.autoencoder or of_run, allow_pickle=pickles, field="--autoencoder"
     )
     if not flags.autoencoder:
-        began = dict(load_description(folder / MODEL_FILE).teachers).get(found.weights.origin)
-        if began != found.weights.sha256:
-            raise UserError(
-                f"{found.weights.origin} has changed since the run began: name the autoencoder "
-                "that it was trained with by --autoencoder"
-            )
+        then = "name the autoencoder that it was trained with by --autoencoder"
+        _check_same(folder, found.weights, then)
     for line in convert.remarks(found.weights):
         say(f"autoencoder: {line}")
     return found
+
+
+def _captions(
+    flags: argparse.Namespace, folder: Path, own: Any, task: Any
+) -> "tuple[list[str], np.ndarray] | None":
+    """(captions, f32[N, 2, E]: each one's embedding and that of none), or None for classes."""
+    import numpy as np
+
+    from vision_jax.tasks.generation.captions import NOTHING, read_tower
+
+    if not task.captions:
+        if flags.captions:
+            raise UserError("--captions: this generator has learned classes: take --classes")
+        return None
+    if flags.classes or flags.judge:
+        raise UserError("--classes and --judge: this generator has learned captions: take those")
+    if own is None:
+        raise UserError(f"{flags.source}: only a run says which tower reads its captions: name it")
+    tower = read_tower(own.text.tower, own.text.tokenizer, allow_pickle=own.model.allow_pickle)
+    _check_same(folder, tower.weights, "put back the tower that it was trained with")
+    texts = _read_lines(flags.captions) or [NOTHING]
+    found = tower.embed([*texts, NOTHING])
+    return texts, np.stack([found[:-1], np.broadcast_to(found[-1], found[:-1].shape)], axis=1)
+
+
+def _read_lines(given: Sequence[str]) -> list[str]:
+    """The texts, or the lines of the file that is named."""
+    if len(given) == 1 and expand(given[0]).is_file():
+        from vision_jax.files import read_text
+
+        return [line.strip() for line in read_text(expand(given[0])).splitlines() if line.strip()]
+    return list(given)
+
+
+def _check_same(folder: Path, weights: Any, then: str) -> None:
+    """Raises UserError where weights around a run's model are others than when it began."""
+    from vision_jax.run.description import load_description
+
+    began = dict(load_description(folder / MODEL_FILE).teachers).get(weights.origin)
+    if began != weights.sha256:
+        raise UserError(f"{weights.origin} has changed since the run began: {then}")
 
 
 def _changed(flags: argparse.Namespace, predicts: str) -> dict[str, Any]:

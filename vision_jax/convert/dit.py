@@ -84,7 +84,11 @@ _OWN_NAMES = {
 def _own_rules(arguments: Arguments) -> Rules:
     grid = tuple(side // arguments["patch_size"] for side in arguments["image_size"])
     positions = partial(grid_positions, grid, arguments["width"], 0)
-    return [Fixed("pos_embed", positions, exact=False), *expand(_OWN, arguments["depth"])]
+    rules = [Fixed("pos_embed", positions, exact=False), *expand(_OWN, arguments["depth"])]
+    if arguments["caption_width"]:  # in a run's own files alone
+        rules += affine("caption_embedder.mlp.0", "caption_embed/fc1")
+        rules += affine("caption_embedder.mlp.2", "caption_embed/fc2")
+    return rules
 
 
 def _own_arguments(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
@@ -119,7 +123,8 @@ def _own_arguments(shapes: Shapes, metadata: Metadata) -> dict[str, Any]:
 def _holds(shift: int, arguments: Arguments) -> bool:
     square = arguments["image_size"][0] == arguments["image_size"][1]
     as_it_is = {*arguments["mean"]} == {0.0} and {*arguments["std"]} == {1.0}
-    return square and as_it_is and arguments["time_shift"] == shift
+    own = arguments["caption_width"] > 0
+    return square and as_it_is and not own and arguments["time_shift"] == shift
 
 
 def _own_modules(arguments: Arguments) -> dict[str, str]:

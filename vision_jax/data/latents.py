@@ -1,4 +1,4 @@
-"""Latents of a source's images, computed once by an autoencoder and read in training.
+"""Latents of a source's images and embeddings of its captions, computed once, read in training.
 
     FOLDER/KEY/part-00000 ...    teacher caches (teacher_cache.py) of PART images each
 
@@ -10,7 +10,7 @@ gone on with, and a part that is missing or damaged is computed again, the same 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from vision_jax.files import lock_file
 PART = 512  # images of a file
 BATCH = 8  # images encoded at once, in every part, so that each is the same when it is made again
 SOUND = "sound"  # of a record: whether the image could be read
+EMBEDDING = "embedding"  # of a record of a caption
 
 # encode(u8[B, H, W, C]) -> {"mean": f32[B, h, w, Z], perhaps "logvar": f32[B, h, w, Z]}
 Encode = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -65,23 +66,42 @@ class Latents:
 
 
 @dataclass(frozen=True)
-class LatentSource(Source):
-    """A source whose examples have "mean" and perhaps "logvar" f32[h, w, Z] instead of "image".
+class Embeddings:
+    """Stored embeddings of captions. Picklable, and may be read from several threads.
 
     Attributes:
-      latents: of the images; None before they are known.
-      beside: further arrays of the example of a row of the reader.
+      cache: a record for each caption, the last one of no caption.
+      numbers: i64[R], the record of each row that the source's reader reads.
+    """
+
+    cache: TeacherCache
+    numbers: np.ndarray
+
+    def read(self, row: int) -> np.ndarray:
+        """f32[2, E]: of what is a row to the reader, and of no caption."""
+        return self.cache.read([self.numbers[row], self.cache.count - 1])[EMBEDDING]
+
+
+@dataclass(frozen=True)
+class StoredSource(Source):
+    """A source with arrays that were computed of its examples before training.
+
+    Attributes:
+      latents: "mean" and perhaps "logvar" f32[h, w, Z] instead of "image", where there are any.
+      embeddings: "caption" f32[2, E], where there are any.
     """
 
     latents: Latents | None = None
-    beside: Callable[[int], dict[str, Any]] | None = None
+    embeddings: Embeddings | None = None
 
     def open(self, i: int, *, flipped: bool = False) -> dict[str, Any]:
-        """Example i, of the image or of its mirror image."""
-        assert self.latents is not None
+        """Example i; of latents, of the image or of its mirror image."""
         row = int(self.rows[i])
-        example = {**self.latents.read(row, flipped), "label": self.labels[i], "index": np.int32(i)}
-        return example if self.beside is None else example | self.beside(row)
+        own = {"label": self.labels[i], "index": np.int32(i)}
+        example = super().open(i) if self.latents is None else self.latents.read(row, flipped) | own
+        if self.embeddings is not None:
+            example["caption"] = self.embeddings.read(row)
+        return example
 
 
 # Examples -----------------------------------------------------------------------------------------
@@ -91,7 +111,7 @@ class LatentSource(Source):
 class LoadForTraining:
     """(row, rng) -> an example and the damaged ones met, mirrored as often as images are."""
 
-    source: LatentSource
+    source: StoredSource
     flip: bool
 
     def __call__(self, row: int, rng: np.random.Generator) -> Loaded:
@@ -112,7 +132,7 @@ class LoadForEvaluation:
       blank: the arrays of an example, of zeros.
     """
 
-    source: LatentSource
+    source: StoredSource
     blank: Mapping[str, Any]
 
     def __call__(self, row: int) -> tuple[dict[str, Any], Damaged | None]:
@@ -193,13 +213,60 @@ def store_latents(
     return Latents(parts, views, numbers)
 
 
-def with_latents(
-    source: Source, latents: Latents, beside: Callable[[int], dict[str, Any]] | None = None
-) -> LatentSource:
-    """The source whose images are read as these latents."""
+def store_embeddings(
+    folder: Path,
+    captions: Sequence[str],
+    *,
+    nothing: str,
+    embed: Callable[[Sequence[str]], np.ndarray],
+    width: int,
+    identity: Mapping[str, Any],
+    most_bytes: float,
+    say: Callable[[str], None],
+) -> Embeddings:
+    """The embeddings of captions: stored ones, or computed and stored.
+
+    Args:
+      folder: as of `store_latents`.
+      captions: of the rows that a source's reader reads.
+      nothing: what stands for no caption.
+      embed: (texts) -> f32[N, E].
+      width: E.
+      identity: what they depend on beside the texts.
+      most_bytes: that the folder may hold.
+      say: shows a line.
+
+    Raises:
+      UserError: see `store_latents`.
+    """
+    texts = [*dict.fromkeys(captions), nothing]
+    text = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    identity = {**identity, "captions": text}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = folder / key[:32] / "part-00000"
+    with _held(path.parent, say):
+        cache = _open(path, identity, 0, say)
+        if cache is None:
+            _check_room(folder, 4 * width * len(texts), most_bytes)
+            say(f"encoding {len(texts)} captions into {path}")
+            parts = (embed(texts[i : i + PART]) for i in range(0, len(texts), PART))
+            batches = ({EMBEDDING: part} for part in parts)
+            write_teacher_cache(path, batches, {**identity, "part": 0})
+            cache = _open(path, identity, 0, say)
+            say(f"wrote {path}: the embeddings of {len(texts)} captions")
+    if cache is None:
+        raise UserError(f"{path}: what was just written there is damaged: is the disk whole?")
+    place = {text: number for number, text in enumerate(texts[:-1])}
+    return Embeddings(cache, np.array([place[caption] for caption in captions], np.int64))
+
+
+def with_stored(
+    source: Source, latents: Latents | None, embeddings: Embeddings | None
+) -> StoredSource:
+    """The source whose examples have these arrays."""
     fields = ("name", "class_names", "labels", "rows", "reader", "note")
     own = {name: getattr(source, name) for name in fields}
-    return LatentSource(**own, latents=latents, beside=beside)
+    return StoredSource(**own, latents=latents, embeddings=embeddings)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ reported beside the batch and counted on this side of the workers, so counts are
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -323,6 +323,7 @@ class _LoadForEvaluation:
 
     source: Source
     preprocessing: Preprocessing
+    beside: Mapping[str, np.ndarray]
 
     def __call__(self, row: int) -> tuple[dict[str, Any], Damaged | None]:
         preprocessing = self.preprocessing
@@ -331,6 +332,7 @@ class _LoadForEvaluation:
             "label": np.int32(0),
             "index": np.int32(row),
             "mask": np.bool_(False),
+            **self.beside,
         }
         if row < 0:
             return blank, None
@@ -352,16 +354,18 @@ def make_eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     damage_log: DamageLog | None = None,
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in the source's order, in batches of `batch_size` rows of this process.
 
     The last batch is filled up with rows whose mask is False and whose index is -1; so are whole
     batches on a process that has fewer examples, because every process yields the same number. A
-    damaged image keeps its row, black, with mask False, and is named in `damage_log`.
+    damaged image keeps its row, black, with mask False, and is named in `damage_log`. `beside` is
+    what such rows have of arrays that only this source's examples have.
     """
     return evaluation_batches(
         source,
-        _LoadForEvaluation(source, preprocessing),
+        _LoadForEvaluation(source, preprocessing, beside or {}),
         batch_size=batch_size,
         num_threads=num_threads,
         process_index=process_index,

@@ -38,6 +38,7 @@ class Generator:
       sampling: how images are made.
       preprocess: files -> f32[N, H, W, C] in [0, 1], of images that it begins with.
       autoencoder: of what the model makes; None of pixels.
+      embeddings: f32[N, 2, E] of the names and of no caption, where these are captions.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class Generator:
     sampling: objective.Sampling
     preprocess: Callable[[Sequence[str]], Any]
     autoencoder: Autoencoder | None = None
+    embeddings: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def make_images(generator: Generator, wanted: Wanted, batch_size: int) -> Iterat
         rows = np.minimum(np.arange(start, start + size), len(wanted) - 1)
         given = [x if x is None else x[rows] for x in (wanted.images, wanted.fresh)]
         asked = wanted.labels[rows]
+        if generator.embeddings is not None:
+            asked = generator.embeddings[asked]
         made = run(generator.variables, around, asked, wanted.index[rows], *given)
         yield jax.device_get(made)[: len(wanted) - start]
 
@@ -188,7 +192,7 @@ def manifest(
 ) -> dict[str, Any]:
     """What tells how each image was made, for JSON: with it each can be made again."""
     names = [*generator.names, None]
-    what = "class" if generator.task.no_caption is None else "caption"
+    what = "caption" if generator.task.captions else "class"
     if generator.autoencoder is not None:
         weights = generator.autoencoder.weights
         origin = {**origin, "autoencoder": weights.origin, "autoencoder_sha256": weights.sha256}

@@ -108,6 +108,8 @@ class Dit(nn.Module):
         "image".
       time_shift: frequencies of the time are 10000^(-i / (128 - time_shift)): 0, or 1 in diffusers.
       mlp_norm_eps: of the norm before each MLP; the others have 1e-6.
+      caption_width: numbers of the embedding of a caption, which is asked for instead of a class;
+        0: there are no captions.
       mean, std: what the input is normalized by; 0 and 1 of latents, and of images in [-1, 1], to
         which noise is added.
       dtype: compute dtype; parameters stay float32, and the outputs are float32.
@@ -128,6 +130,7 @@ class Dit(nn.Module):
     predicts: Literal["noise", "velocity", "image"] = "velocity"
     time_shift: int = 0
     mlp_norm_eps: float = 1e-6
+    caption_width: int = 0
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     dtype: Any = jnp.float32
@@ -157,7 +160,7 @@ class Dit(nn.Module):
         top = path.split("/")[0]
         if top.startswith("block_"):
             return int(top.removeprefix("block_")) + 1
-        return 0 if top in ("patch_embed", "time_embed", "class_embed") else self.depth + 1
+        return 0 if top.endswith("_embed") else self.depth + 1
 
     @nn.compact
     def __call__(
@@ -170,7 +173,7 @@ class Dit(nn.Module):
           time: f32[B]: a DDPM's step, 0 to 999, of a model that predicts noise; of others from 0,
             noise, to 1, image. None: 0.
           labels: i32[B], at most num_classes, which says none: of others the prediction is NaN.
-            None: none of all.
+            None: none of all. Of a model of captions f[B, caption_width], their embeddings.
           train: nothing is random here: who trains replaces labels by none.
           return_features: also return a dict of "condition" f[B, D], "embed" and "block_0" ...
             f[B, N, D].
@@ -234,13 +237,17 @@ class Dit(nn.Module):
         return x, outputs
 
     def _condition(self, batch, time, labels):
-        """f[B, D], of the time and the class."""
+        """f[B, D], of the time and the class, or of the time, no class and the caption."""
         if time is None:
             time = jnp.zeros((batch,))
         waves = time_waves(time, self.time_shift, np.promote_types(self.dtype, np.float32))
         of_time = TimeEmbedding(self.width, self.dtype, name="time_embed")(waves)
-        if labels is None:
-            labels = jnp.full((batch,), self.num_classes, jnp.int32)
+        nothing = jnp.full((batch,), self.num_classes, jnp.int32)
+        if self.caption_width:
+            given = jnp.zeros((batch, self.caption_width)) if labels is None else labels
+            embed = TimeEmbedding(self.width, self.dtype, name="caption_embed")
+            of_time, labels = of_time + embed(given), None
+        labels = nothing if labels is None else labels
         shape = (self.num_classes + 1, self.width)
         table = self.param("class_embed", nn.initializers.normal(0.02), shape)
         # Out of bounds JAX would take the last row, which says none.
@@ -252,7 +259,7 @@ class Dit(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """fc2(silu(fc1(waves))): f[B, D]."""
+    """fc2(silu(fc1(waves))): f[B, D]; of captions, of their embeddings."""
 
     width: int
     dtype: Any

@@ -29,6 +29,13 @@ FIELDS = (
         GENERATION,
     ),
     field(
+        "text.tower",
+        "",
+        ANY,
+        "a SigLIP, or a run of image_text, whose text tower reads captions; empty: classes",
+        GENERATION,
+    ),
+    field(
         "latents.autoencoder",
         "",
         ANY,

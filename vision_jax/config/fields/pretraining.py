@@ -8,6 +8,7 @@ from vision_jax.config.fields.field import (
     COUNT,
     FACTORS,
     FROM_0,
+    GENERATION,
     IMAGE_TEXT,
     NOT_NEGATIVE,
     PRETRAINING,
@@ -249,6 +250,7 @@ FIELDS = (
         ANY,
         "of a .csv or .jsonl: the column of images' paths; empty: path, file_name and the like",
         IMAGE_TEXT,
+        GENERATION,
     ),
     field(
         "text.caption_column",
@@ -256,6 +258,7 @@ FIELDS = (
         ANY,
         "of lists and .parquet: the column; empty: captions made of labels and text.templates",
         IMAGE_TEXT,
+        GENERATION,
     ),
     field(
         "text.templates",
@@ -263,13 +266,15 @@ FIELDS = (
         TEMPLATES,
         "what is said of a class, {} being its name: captions of labels, prompts of zero-shot",
         IMAGE_TEXT,
+        GENERATION,
     ),
     field(
         "text.tokenizer",
         "",
         ANY,
-        "a tokenizer.json, or a folder that has one; empty: trained on the captions",
+        "a tokenizer.json, or a folder of one; empty: the tower's, or trained on the captions",
         IMAGE_TEXT,
+        GENERATION,
     ),
     field(
         "text.vocab_size",

@@ -1,6 +1,6 @@
 """The autoencoder around a generator of latents: images in, images out, never trained here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -15,6 +15,7 @@ from vision_jax.errors import UserError
 from vision_jax.models import families
 from vision_jax.models.autoencoder import Autoencoder as Architecture
 from vision_jax.models.families import FAMILIES
+from vision_jax.ops.images import to_float
 from vision_jax.tasks.generation.objective import one_by_one
 
 EXAMPLES = "hf://stabilityai/sd-vae-ft-mse, say, or a folder or file of one's weights"
@@ -67,6 +68,14 @@ class Autoencoder:
         """{"mean", and perhaps "logvar": f32[B, h, w, Z]} of images f32[B, H, W, C] in [0, 1]."""
         mean, logvar = self.model.apply(variables, images, method="posterior")
         return {"mean": mean} if logvar is None else {"mean": mean, "logvar": logvar}
+
+    def encoded(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
+        """`posterior` of images u8[B, H, W, C], on the host."""
+        return jax.device_get(self._encoded(self.variables, images))
+
+    @cached_property
+    def _encoded(self) -> Callable[..., dict[str, jax.Array]]:
+        return jax.jit(lambda arrays, images: self.posterior(arrays, to_float(images)))
 
     def encode(self, variables: Any, images: jax.Array) -> jax.Array:
         """The means of the latents f32[B, h, w, Z], scaled, of images in [0, 1]."""

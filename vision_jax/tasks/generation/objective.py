@@ -3,7 +3,8 @@
 SiT (Ma et al. 2024, https://arxiv.org/abs/2401.08740) where the model predicts velocities, JiT (Li
 and He 2025, https://arxiv.org/abs/2511.13720) where it predicts images. Batches are {"image":
 uint8[B, H, W, C], "label": i32[B], "index": i32[B], "mask": bool[B]}, of latents "mean" and perhaps
-"logvar" f32[B, h, w, Z] instead of the image, with captions also "caption" f32[B, E].
+"logvar" f32[B, h, w, Z] instead of the image, with captions also "caption" f32[B, 2, E], the
+embeddings of an image's caption and of none.
 
 What a model that predicts noise has learned, a DiT, is not learned here, but it makes images, too.
 """
@@ -14,7 +15,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vision_jax import platform as platforms
 from vision_jax.objective import Apply, Batch, Objective, forward_keys
@@ -38,7 +38,7 @@ class Task:
       time_mean, time_std: of the logits of the times that are drawn.
       unconditional: share of the images whose class or caption is left out.
       scales: (scaling_factor, shift_factor) of latents; None of pixels.
-      no_caption: f32[E], the embedding of no caption, where captions stand for classes.
+      captions: whether they are asked for instead of classes.
     """
 
     predicts: Literal["noise", "velocity", "image"]
@@ -48,17 +48,18 @@ class Task:
     time_std: float
     unconditional: float
     scales: tuple[float, float] | None = None
-    no_caption: np.ndarray | None = None
-
-    @property
-    def nothing(self) -> Any:
-        """What is asked for where nothing is."""
-        return self.num_classes if self.no_caption is None else self.no_caption
+    captions: bool = False
 
     @property
     def condition(self) -> str:
         """The array of a batch that says what is asked for."""
-        return "label" if self.no_caption is None else "caption"
+        return "caption" if self.captions else "label"
+
+    def asked(self, given: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(what is asked for, what stands for nothing) of this array: i32[B], or f32[B, E]."""
+        if self.captions:
+            return given[:, 0], given[:, 1]
+        return given, jnp.full_like(given, self.num_classes)
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ def make_objective(
         clean = _clean(task, batch, jax.random.fold_in(key, 1))
         time = flow.draw_times(time_key, len(clean), task.time_mean, task.time_std)
         hidden = jax.random.bernoulli(class_key, task.unconditional, (len(clean),))
-        asked = batch[task.condition]
+        asked, nothing = task.asked(batch[task.condition])
         hidden = hidden.reshape(-1, *(1,) * (asked.ndim - 1))
         return {
             **batch,
             **_mixed(clean, jax.random.normal(noise_key, clean.shape), time),
-            "asked": jnp.where(hidden, jnp.asarray(task.nothing, asked.dtype), asked),
+            "asked": jnp.where(hidden, nothing, asked),
         }
 
     def forward(trainable, frozen, model_state, view, key, *, train):
@@ -178,9 +179,10 @@ def make_sample(
 ) -> Callable[..., jax.Array]:
     """A function that makes images or latents of noise, or of others.
 
-        (trainable, frozen, model_state, asked i32[B] or f32[B, E], index i32[B]) -> f32[B, H, W, C]
+        (trainable, frozen, model_state, asked, index i32[B]) -> f32[B, H, W, C]
 
-    centered, as noise is added to them. One follows from the seed and its index. Two arguments more
+    centered, as noise is added to them; asked are labels i32[B], or captions f32[B, 2, E], as in a
+    batch. An image follows from the seed and its index. Two arguments more
     make it of others: `clean` f[B, H, W, C], into which noise is mixed as `Sampling.strength` says,
     and `fresh` bool[B, H, W, 1], outside of which they stay as they are.
     """
@@ -215,9 +217,9 @@ def _integrated(predict, task, sampling, noise, asked, clean, fresh):
     def known(time):
         return flow.mix(clean, noise, time)
 
-    guided = flow.guided(
-        velocity, asked, task.nothing, sampling.guidance, interval=sampling.interval
-    )
+    asked, nothing = task.asked(asked)
+    interval, scale = sampling.interval, sampling.guidance
+    guided = flow.guided(velocity, asked, nothing, scale, interval=interval)
     x = noise if clean is None else known(jnp.asarray(times[0], noise.dtype))
     keep = None if fresh is None else lambda x, time: jnp.where(fresh, x, known(time))
     return flow.integrate(guided, x, times, sampling.method, keep)
@@ -229,7 +231,8 @@ def _denoised(predict, task, sampling, noise, asked, clean, fresh):
     begin = len(steps) - max(1, round(len(steps) * sampling.strength))
     steps = steps[begin:]
     interval = tuple(ddim.STEPS * (1 - time) for time in reversed(sampling.interval))
-    guided = flow.guided(predict, asked, task.nothing, sampling.guidance, interval=interval)
+    asked, nothing = task.asked(asked)
+    guided = flow.guided(predict, asked, nothing, sampling.guidance, interval=interval)
 
     def known(signal):
         return ddim.noised(clean, noise, signal)
@@ -279,7 +282,7 @@ def make_outputs(
         return jax.random.normal(key, task.shape), jax.random.uniform(jax.random.fold_in(key, 1))
 
     def outputs_fn(trainable, frozen, model_state, batch: Batch):
-        clean, asked = _clean(task, batch), batch[task.condition]
+        clean, given = _clean(task, batch), batch[task.condition]
         noise, place = jax.vmap(draw)(batch["index"])
         params = assemble({**trainable, **frozen})
 
@@ -288,11 +291,11 @@ def make_outputs(
             logit = jax.scipy.special.ndtri(jnp.clip(quantile, 1e-4, 1 - 1e-4))
             time = jax.nn.sigmoid(task.time_mean + task.time_std * logit)
             view = _mixed(clean, noise, time)
-            given = (view["noisy"], time, asked)
-            outputs, _ = apply(params, model_state, *given, train=False, keys={})
+            noisy, asked = view["noisy"], task.asked(given)[0]
+            outputs, _ = apply(params, model_state, noisy, time, asked, train=False, keys={})
             return _losses(task, outputs["prediction"], view)
 
-        made = sample(trainable, frozen, model_state, asked, batch["index"])
+        made = sample(trainable, frozen, model_state, given, batch["index"])
         if task.scales is None:
             made = jnp.round(255 * shown(made)).astype(jnp.uint8)
         return {

@@ -5,8 +5,9 @@ python -m vision_jax.main --config=configs/generate_embedded.py
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import grain
 import jax
@@ -16,20 +17,21 @@ from ml_collections import ConfigDict
 
 from vision_jax import processes
 from vision_jax.data import latents
+from vision_jax.data.captions import CaptionedSource, read_captioned
 from vision_jax.data.fingerprint import digest, take_fingerprint
 from vision_jax.data.pipeline import DamageLog, evaluation_batches, stream
-from vision_jax.data.sources import Source, read_source, split_source, take_classes
+from vision_jax.data.sources import Source, hold_out, read_source, split_source, take_classes
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError
 from vision_jax.evaluation import MakeBatches
 from vision_jax.files import expand, user_cache
 from vision_jax.logging import RunLog, say, show_progress
 from vision_jax.objective import Apply, Objective
-from vision_jax.ops.images import to_float
 from vision_jax.tasks import images, unlabelled
 from vision_jax.tasks.api import Trained
 from vision_jax.tasks.generation import figures, metrics, objective
 from vision_jax.tasks.generation.autoencoder import Autoencoder, check_fits, read_autoencoder
+from vision_jax.tasks.generation.captions import NOTHING, Tower, read_tower
 
 best_is = "lowest"
 reported = ("loss",)  # of an evaluation, in metrics.jsonl
@@ -47,24 +49,22 @@ SAMPLED = (*LEARNED, "noise")  # and those that make images
 
 
 def read_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """The training and the evaluation images, with the same class names.
+    """The training and the evaluation images, with the same class names, or with captions.
 
     Raises:
       UserError: what the sources refuse, or fewer training images than a batch has.
     """
-    train = images.without_excluded(config, read_source(config.data.train))
-    if config.data.eval:
-        names = train.class_names
-        train = _classes(config, train)
-        held_out = _classes(config, read_source(config.data.eval, class_names=names))
-    else:
-        train, held_out = split_source(_classes(config, train), config.data.holdout, config.seed)
+    train, held_out = _read_captioned(config) if config.text.tower else _read_classes(config)
     return images.training_part(config, train, config.batch_size), held_out
 
 
 def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source:
     """The evaluation images alone, for a finished run."""
     del class_names  # those that config.data.classes leaves, or all
+    if config.text.tower:
+        return (
+            _captioned(config, config.data.eval) if config.data.eval else _read_captioned(config)[1]
+        )
     if not config.data.eval:
         train = _classes(config, images.without_excluded(config, read_source(config.data.train)))
         return split_source(train, config.data.holdout, config.seed)[1]
@@ -72,8 +72,34 @@ def read_eval_source(config: ConfigDict, class_names: tuple[str, ...]) -> Source
     return _classes(config, read_source(config.data.eval, class_names=names))
 
 
+def _read_classes(config: ConfigDict) -> tuple[Source, Source]:
+    train = images.without_excluded(config, read_source(config.data.train))
+    if not config.data.eval:
+        return split_source(_classes(config, train), config.data.holdout, config.seed)
+    held_out = read_source(config.data.eval, class_names=train.class_names)
+    return _classes(config, train), _classes(config, held_out)
+
+
 def _classes(config: ConfigDict, source: Source) -> Source:
     return take_classes(source, config.data.classes) if config.data.classes else source
+
+
+def _read_captioned(config: ConfigDict) -> tuple[Source, Source]:
+    if config.data.classes:
+        raise UserError("config.data.classes: with config.text.tower captions are learned: ()")
+    train = images.without_excluded(config, _captioned(config, config.data.train))
+    if config.data.eval:
+        return train, _captioned(config, config.data.eval)
+    return hold_out(train, config.data.holdout, config.seed)
+
+
+def _captioned(config: ConfigDict, spec: str) -> Source:
+    return read_captioned(
+        spec,
+        path_column=config.text.path_column,
+        caption_column=config.text.caption_column,
+        templates=config.text.templates,
+    )
 
 
 def announce(log: RunLog, workdir: Path, train: Source, held_out: Source) -> None:
@@ -106,21 +132,26 @@ def make_preprocessing(
 
 def batch_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, Any]:
     """ShapeDtypeStructs of a training batch, over all processes."""
-    shapes, around = images.batch_shapes(config, preprocessing), _autoencoder(config)
-    if around is None:
-        return shapes
-    del shapes["image"]
-    of_one = around.shapes(preprocessing.image_size)
+    shapes = images.batch_shapes(config, preprocessing)
+    if config.latents.autoencoder:
+        del shapes["image"]
     return shapes | {
         name: jax.ShapeDtypeStruct((config.batch_size, *shape), np.float32)
-        for name, shape in of_one.items()
+        for name, shape in _stored_shapes(config, preprocessing).items()
     }
 
 
+def _stored_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str, tuple[int, ...]]:
+    """Of the arrays of an example that are computed before training."""
+    around, tower = _autoencoder(config), _tower(config)
+    of_image = {} if around is None else around.shapes(preprocessing.image_size)
+    return of_image if tower is None else of_image | {"caption": (2, tower.width)}
+
+
 def made_with(config: ConfigDict) -> tuple[tuple[str, str], ...]:
-    """(origin, sha256) of the weights around the model."""
-    around = _autoencoder(config)
-    return () if around is None else ((around.weights.origin, around.weights.sha256),)
+    """(origin, sha256) of the frozen weights around the model."""
+    found = (_autoencoder(config), _tower(config))
+    return tuple((one.weights.origin, one.weights.sha256) for one in found if one is not None)
 
 
 def _autoencoder(config: ConfigDict) -> Autoencoder | None:
@@ -131,6 +162,15 @@ def _autoencoder(config: ConfigDict) -> Autoencoder | None:
         config.latents.autoencoder,
         allow_pickle=config.model.allow_pickle,
         field="config.latents.autoencoder",
+    )
+
+
+def _tower(config: ConfigDict) -> Tower | None:
+    """Whose captions are learned."""
+    if not config.text.tower:
+        return None
+    return read_tower(
+        config.text.tower, config.text.tokenizer, allow_pickle=config.model.allow_pickle
     )
 
 
@@ -149,62 +189,72 @@ def training_data(
 ) -> grain.DatasetIterator:
     """Endless batches of this process, from `first_batch` on.
 
-    Latents are encoded before the first one, those that are not in the cache.
+    Latents and captions are encoded before the first one, those that are not in the cache.
 
     Raises:
       UserError: views that can't be encoded once for all, or what the cache refuses.
     """
-    around = _autoencoder(config)
-    if around is None:
-        return images.make_training_batches(config, source, preprocessing, damage, first_batch)
-    if config.data.crop != "none":
+    if config.latents.autoencoder and config.data.crop != "none":
         raise UserError(
             f"config.data.crop {config.data.crop}: latents are encoded once, of whole images: set "
             "it to none"
         )
-    encoded = _encoded(config, around, source, preprocessing, flips=config.data.flip)
-    load = latents.LoadForTraining(encoded, config.data.flip)
-    return stream(encoded, load, **images.stream_arguments(config, damage, first_batch))
+    stored = _stored(config, source, preprocessing, flips=config.data.flip)
+    if not config.latents.autoencoder:
+        return images.make_training_batches(config, stored, preprocessing, damage, first_batch)
+    load = latents.LoadForTraining(cast(latents.StoredSource, stored), config.data.flip)
+    return stream(stored, load, **images.stream_arguments(config, damage, first_batch))
 
 
-def _encoded(
-    config: ConfigDict,
-    around: Autoencoder,
-    source: Source,
-    preprocessing: Preprocessing,
-    *,
-    flips: bool,
-) -> latents.LatentSource:
-    """The source with its images' latents, of all that are not in the cache encoded now."""
-    pixels = around.pixels(preprocessing)
-    identity = {
-        "autoencoder": around.weights.sha256,
-        "preprocessing": asdict(pixels),
-        "images": digest(take_fingerprint(source)),
-        "flips": flips,
-    }
-    run = jax.jit(lambda variables, images: around.posterior(variables, to_float(images)))
+def _stored(
+    config: ConfigDict, source: Source, preprocessing: Preprocessing, *, flips: bool
+) -> Source:
+    """The source with its images' latents and its captions' embeddings, where these are learned.
 
-    def encode(images: np.ndarray) -> Mapping[str, np.ndarray]:
-        return jax.device_get(run(around.variables, images))
+    What is not in the cache is computed now.
+    """
+    around, tower = _autoencoder(config), _tower(config)
+    if around is None and tower is None:
+        return source
+    place = expand(config.latents.cache) if config.latents.cache else user_cache("latents")
+    shared: dict[str, Any] = {"most_bytes": 1e9 * config.latents.max_gb, "say": say}
 
-    def store() -> latents.Latents:
-        return latents.store_latents(
-            expand(config.latents.cache) if config.latents.cache else user_cache("latents"),
-            source,
-            preprocessing=pixels,
-            encode=encode,
-            shapes=around.shapes(preprocessing.image_size),
-            flips=flips,
-            identity=identity,
-            most_bytes=1e9 * config.latents.max_gb,
-            num_threads=config.data.threads,
-            say=say,
-            show_progress=show_progress,
-        )
+    def store() -> tuple[latents.Latents | None, latents.Embeddings | None]:
+        of_images = of_captions = None
+        if around is not None:
+            pixels = around.pixels(preprocessing)
+            identity = {
+                "autoencoder": around.weights.sha256,
+                "preprocessing": asdict(pixels),
+                "images": digest(take_fingerprint(source)),
+                "flips": flips,
+            }
+            of_images = latents.store_latents(
+                place,
+                source,
+                preprocessing=pixels,
+                encode=around.encoded,
+                shapes=around.shapes(preprocessing.image_size),
+                flips=flips,
+                identity=identity,
+                num_threads=config.data.threads,
+                show_progress=show_progress,
+                **shared,
+            )
+        if tower is not None and isinstance(source, CaptionedSource):
+            of_captions = latents.store_embeddings(
+                place,
+                source.captions,
+                nothing=NOTHING,
+                embed=tower.embed,
+                width=tower.width,
+                identity=tower.identity,
+                **shared,
+            )
+        return of_images, of_captions
 
     processes.together(lambda: store() if jax.process_index() == 0 else None)
-    return latents.with_latents(source, store())
+    return latents.with_stored(source, *store())
 
 
 # Loss and evaluation ----------------------------------------------------------------------------
@@ -225,6 +275,7 @@ def make_objective(
     """
     del mesh
     check_fits(_autoencoder(config), model, "config.latents.autoencoder")
+    _check_captions(_tower(config), model)
     others = [name for name in config.recipes if name not in RECIPES]
     if others:
         raise UserError(
@@ -232,6 +283,19 @@ def make_objective(
             f"{', '.join(RECIPES)}, or none"
         )
     return objective.make_objective(apply, assemble, make_task(config, model, predicts))
+
+
+def _check_captions(tower: Tower | None, model: Any) -> None:
+    """Raises UserError where the model doesn't take what the tower says of a caption."""
+    wanted = 0 if tower is None else tower.width
+    own = getattr(model, "caption_width", 0)
+    if tower is None and own:
+        raise UserError("config.text.tower: this generator learns captions: name their tower")
+    if own != wanted:
+        raise UserError(
+            f"config.text.tower: its captions are {wanted} numbers, and the generator takes {own}: "
+            f'add ("caption_width", {wanted}) to config.model.arguments'
+        )
 
 
 def make_task(
@@ -259,7 +323,11 @@ def make_task(
             "config.model.variant, say to jit_b_16"
         )
     around = _autoencoder(config)
-    more = {"scales": None if around is None else around.scales, **more}
+    more = {
+        "scales": None if around is None else around.scales,
+        "captions": model.caption_width > 0,
+        **more,
+    }
     return objective.Task(
         predicts=outputs,
         num_classes=model.num_classes,
@@ -318,10 +386,8 @@ def make_evaluate(
     size nor on the run.
     """
     around = _autoencoder(config)
-    batches: MakeBatches | None = None
-    if around is not None:
-        source = _encoded(config, around, source, preprocessing, flips=False)
-        batches = _batches_of_latents(config, around, preprocessing)
+    source = _stored(config, source, preprocessing, flips=False)
+    batches = _make_batches(config, preprocessing)
     run_over = unlabelled.make_pass(
         config, outputs_fn, mesh, preprocessing, ("loss",), batches=batches
     )
@@ -338,16 +404,15 @@ def make_evaluate(
     return evaluate
 
 
-def _batches_of_latents(
-    config: ConfigDict, around: Autoencoder, preprocessing: Preprocessing
-) -> Callable[..., Any]:
+def _make_batches(config: ConfigDict, preprocessing: Preprocessing) -> MakeBatches:
     """Makes the batches of an evaluation (see evaluation.MakeBatches)."""
-    shapes = around.shapes(preprocessing.image_size)
+    shapes = _stored_shapes(config, preprocessing)
     zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    blank = {**zeros, "label": np.int32(0)}
+    if not config.latents.autoencoder:
+        return partial(images.make_batches(config, preprocessing), beside=zeros)
 
-    def make_batches(source: latents.LatentSource, **given: Any) -> Any:
-        load = latents.LoadForEvaluation(source, blank)
+    def make_batches(source: latents.StoredSource, **given: Any) -> Any:
+        load = latents.LoadForEvaluation(source, {**zeros, "label": np.int32(0)})
         return evaluation_batches(source, load, num_threads=config.data.threads, **given)
 
     return make_batches
