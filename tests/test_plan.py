@@ -10,7 +10,7 @@ import pytest
 import runs
 from test_configs import CONFIGS, small
 
-from vision_jax import cost, main, train
+from vision_jax import cost, main, scaling, train
 from vision_jax.commands import plan
 from vision_jax.config import load_config
 from vision_jax.errors import UserError
@@ -120,8 +120,29 @@ def test_the_search_for_the_largest_batch_shows_how_far_it_is(capsys, monkeypatc
     monkeypatch.setattr(plan, "compile_step", compile_step)
     monkeypatch.setattr(plan, "show_progress", show_progress)
     assert plan.run(runs.tiny_config(), memory=99.5 / 1024) == 0
-    assert re.search(r"neither +96 \(12 a device\), 99.0 MiB compiled", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"neither +96 \(12 a device\), 99.0 MiB compiled", said)
+    assert re.search(r"By formula, \d+ images on 8 devices \(fsdp 1\)", said)
     assert shown == [(len(done), "compilations")]
+
+
+def test_other_numbers_of_devices_are_arithmetic():
+    """Of a plan on 8 devices in two groups: twice the devices move less than twice the bytes."""
+    config = runs.tiny_config(mesh__data=2, mesh__fsdp=4)
+    found = plan.Plan(
+        *(16, 8, 4e12, 3 << 30, 0, 1 << 20, 20 << 30, 0, {}),
+        whole_state=12 << 30,
+        volume=scaling.Volume(4 << 30, 1 << 20),
+    )
+    said = "\n".join(plan.scaled(found, config, [8, 64]))
+    assert "16 images on 8 devices (fsdp 4)" in said
+    assert "128 images on 64 devices (fsdp 4)" in said
+    received = 2 * (4 << 30) * 3 / 4 / 2**30
+    assert re.search(rf"gathers of parameters +{received:.1f} GiB received by each", said)
+    assert said.count("(does not fit)") == 2  # 23 GiB are too many for a v5e alone
+    assert "a checkpoint of 12.0 GiB (12.9 s) each" in said
+    with pytest.raises(UserError, match="6 devices do not divide into groups of fsdp=4"):
+        plan.scaled(found, config, [6])
 
 
 @pytest.mark.long

@@ -107,7 +107,7 @@ COMMANDS: Mapping[str, Command] = {
     "plan": Command(
         "compile the training step without running it: FLOPs, memory, communication",
         "vision_jax.commands.plan:run",
-        ("config", "memory"),
+        ("config", "memory", "scale"),
     ),
     "search": Command(
         "train many trials of a config in one program, and keep the best as a run",
@@ -269,6 +269,15 @@ FLAGS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
     "memory": (
         ("plan",),
         {"type": float, "help": "GiB of a device; also tells the largest batches that fit"},
+    ),
+    "scale": (
+        ("plan",),
+        {
+            "type": int,
+            "nargs": "+",
+            "help": "numbers of devices to go on to by formula, each with a device's share of the "
+            "batch",
+        },
     ),
     "show": (
         CONFIGURED,
@@ -593,6 +602,8 @@ def _check_flags(name: str, flags: Mapping[str, Any]) -> None:
     for flag, fewest in (("devices", 1), ("processes", 1), ("process", 0)):
         if flag in given and given[flag] < fewest:
             raise UserError(f"--{flag} is {given[flag]}: it must be at least {fewest}")
+    if any(count < 1 for count in given.get("scale", [])):
+        raise UserError(f"--scale is {given['scale']}: numbers of devices, from 1")
     if "memory" in given and not 0 < given["memory"] < math.inf:
         raise UserError(f"--memory is {given['memory']:g}: it must be a size above 0, in GiB")
     counted = {"processes", "process"} & given.keys()

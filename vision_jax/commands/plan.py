@@ -2,18 +2,20 @@
 
 The very step that training would run is compiled for the config's mesh from shapes alone: no
 weights are placed and no image is read. For a mesh larger than this machine main.py asks for as
-many virtual CPU devices; the compiler then is the CPU's, and so are its temporaries.
+many virtual CPU devices; the compiler then is the CPU's, and so are its temporaries. What links and
+failures take on machines of many devices is arithmetic (scaling.py), and `--scale` goes on by it
+alone beyond what is worth compiling.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from vision_jax import convert, cost, sharding
+from vision_jax import convert, cost, scaling, sharding
 from vision_jax.config import check_ranges
 from vision_jax.errors import UserError
 from vision_jax.logging import (
@@ -49,6 +51,9 @@ class Plan:
       temporary: bytes of all that lives within a step.
       output: bytes of results that take nobody's place.
       collectives: see cost.Cost.
+      parts: bytes of `state` by what they are.
+      whole_state: bytes of the state over all devices, once: a checkpoint's.
+      volume: what of the parameters a step moves.
     """
 
     batch_size: int
@@ -60,6 +65,9 @@ class Plan:
     temporary: int
     output: int
     collectives: dict[str, tuple[int, float]]
+    parts: dict[str, int] = field(default_factory=dict)
+    whole_state: int = 0
+    volume: scaling.Volume = field(default_factory=scaling.Volume)
 
     @property
     def total(self) -> int:
@@ -67,8 +75,11 @@ class Plan:
         return self.state + self.frozen + self.batch + self.temporary + self.output
 
 
-def run(config: ConfigDict, memory: float | None) -> int:
+def run(config: ConfigDict, memory: float | None, scale: Sequence[int] | None = None) -> int:
     """Prints the plan, and with `memory` (GiB of a device) the largest batches that fit.
+
+    With `scale` also what as many devices would take, each with the share of the batch that a
+    device of this plan has.
 
     Raises:
       UserError: a config that could not be trained either.
@@ -85,7 +96,7 @@ def run(config: ConfigDict, memory: float | None) -> int:
     with show_progress(most, what="compilations") as (advance, say):
         plan = compile_step(config, description)
         advance()
-        for line in lines(plan, config):
+        for line in [*lines(plan, config), *scaled(plan, config, scale or [plan.devices])]:
             say(line)
         if memory is not None:
             say(f"Largest batch in {memory:g} GiB a device, of the batch that all devices share:")
@@ -140,6 +151,33 @@ def compile_step(config: ConfigDict, description: Description) -> Plan:
         temporary=memory.temp_size_in_bytes,
         output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         collectives=counted.collectives,
+        parts={
+            "trainable": _device_bytes(state.trainable),
+            "optimizer": _device_bytes(state.opt_state),
+            "moving average": _device_bytes(state.ema),
+        },
+        whole_state=sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(state)),
+        volume=_volume(state.trainable, frozen, config),
+    )
+
+
+def _volume(trainable: Any, frozen: Any, config: ConfigDict) -> scaling.Volume:
+    """Bytes of the parameters that a mesh with an `fsdp` axis splits and of those that it does not.
+
+    A mesh that splits nothing moves all gradients as whole ones.
+    """
+
+    def of(tree: Any, split: bool) -> float:
+        return float(
+            sum(
+                leaf.dtype.itemsize * leaf.size
+                for leaf in jax.tree.leaves(tree)
+                if leaf.sharding.is_fully_replicated != split
+            )
+        )
+
+    return scaling.Volume(
+        of(trainable, True), of(trainable, False), of(frozen, True), config.optim.accumulate
     )
 
 
@@ -193,7 +231,8 @@ def lines(plan: Plan, config: ConfigDict) -> list[str]:
     mesh = ", ".join(f"{name} {size}" for name, size in sizes.items())
     devices = f"{plan.devices} device{'s' * (plan.devices > 1)}"
     rows = [
-        ("trainable, optimizer", plan.state),
+        *((f"  {name}", size) for name, size in plan.parts.items() if size),
+        ("what trains, together", plan.state),
         ("frozen", plan.frozen),
         ("batch", plan.batch),
         ("temporary", plan.temporary),
@@ -210,10 +249,49 @@ def lines(plan: Plan, config: ConfigDict) -> list[str]:
         f"  {plan.flops / 1e9:,.2f} GFLOP a device, "
         f"{plan.flops * plan.devices / plan.batch_size / 1e9:,.3f} an image",
         "Memory of a device:",
-        *(f"  {name:20} {human_size(size):>12}" for name, size in rows),
+        *(f"  {name:22} {human_size(size):>12}" for name, size in rows),
         "Communication of a device:" if collectives else "No communication.",
         *collectives,
     ]
+
+
+def scaled(plan: Plan, config: ConfigDict, counts: Sequence[int]) -> list[str]:
+    """What so many devices would take, by formula: links, efficiency, failures.
+
+    Each device has its share of `plan`'s batch, and the fsdp axis is the plan's: `data` grows.
+    """
+    fsdp = sharding.make_mesh(**config.mesh).shape["fsdp"]
+    found = [""]
+    for count in counts:
+        if count % fsdp:
+            raise UserError(f"--scale: {count} devices do not divide into groups of fsdp={fsdp}")
+        moved = scaling.transfers(plan.volume, count // fsdp, fsdp)
+        images = plan.batch_size // plan.devices * count
+        found.append(f"By formula, {images} images on {count} devices (fsdp {fsdp}):")
+        found += [
+            f"  {one.what:22} {human_size(int(one.received)):>12} received by each, "
+            f"in groups of {one.among}"
+            for one in moved
+        ]
+        for machine in scaling.MACHINES:
+            expected = scaling.expect(machine, plan.flops, moved)
+            found.append(
+                f"  {machine.name:8} {scaling.duration(expected.compute)} of products, "
+                f"{scaling.duration(expected.links)} of links: efficiency "
+                f"{expected.least:.0%} to {expected.most:.0%}"
+                f"{' (does not fit)' * (plan.total > machine.memory)}"
+            )
+        failing = scaling.reliability(count, plan.whole_state)
+        found.append(
+            f"  a failure each {scaling.duration(failing.between)}; a checkpoint of "
+            f"{human_size(plan.whole_state)} ({scaling.duration(failing.save)}) each "
+            f"{scaling.duration(failing.young)} (Young), {scaling.duration(failing.daly)} (Daly): "
+            f"{failing.goodput:.2%} of the time is work that lasts"
+        )
+        found.append(
+            f"  the slowest of all devices takes {failing.slowest - 1:.1%} longer than one"
+        )
+    return [*found, *scaling.assumptions()]
 
 
 def _variants(config: ConfigDict, family: str, devices: int) -> list[tuple[str, ConfigDict]]:
