@@ -89,6 +89,15 @@ class Checkpoints:
             ):
                 checkpointer.save(self.frozen, frozen, force=True)
 
+    def check(self) -> None:
+        """Raises what has gone wrong in the background, without waiting.
+
+        Raises:
+          UserError: the last checkpoint could not be written.
+        """
+        with _disk_errors(self.directory):
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
         """Blocks until everything that was saved is on the disk."""
         with _disk_errors(self.directory):

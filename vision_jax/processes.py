@@ -10,7 +10,9 @@ import hashlib
 import platform
 import socket
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -110,11 +112,25 @@ def end(text: str, code: int) -> None:
         return
     last = text.strip().splitlines()[-1].removeprefix("error: ")
     mine = supervise.mine()
+    told = mine is not None and mine.board.read().kind != board.NOTHING
     if mine is not None:
         kind = board.BAD_INPUT if code == BAD_INPUT else board.UNFORESEEN
         mine.board.say(last, board.STOPPED if code > 128 else kind)
-    if code == 1 or mine is None:
+    if (code == 1 and not told) or mine is None:
         print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What fails inside is told to the supervisor at once, before anything is closed."""
+    try:
+        yield
+    except Exception as error:
+        if supervise.mine() is not None:
+            foreseen = isinstance(error, UserError | OSError)
+            text = f"error: {error}" if foreseen else traceback.format_exc()
+            end(text, BAD_INPUT if foreseen else 1)
+        raise
 
 
 def first_failure(text: str) -> str:

@@ -81,10 +81,11 @@ def run(config: ConfigDict, workdir: Path, start_from: Path | None = None) -> in
         del origin  # and with it the old run's arrays
         program = _make_program(prepared, facts, begin)
         log, checkpoints = _open_workdir(prepared, facts, begin, resources)
-        end = _train(prepared, facts, begin, program, log, checkpoints)
-        if end.signal:
-            return 128 + end.signal
-        _finish(prepared, facts, begin, program, log, end)
+        with processes.told():  # at once: to close what is open may wait for the others
+            end = _train(prepared, facts, begin, program, log, checkpoints)
+            if end.signal:
+                return 128 + end.signal
+            _finish(prepared, facts, begin, program, log, end)
     return 0
 
 
@@ -440,6 +441,7 @@ def _train(
                     report(*pending)
             pending = (step, metrics)
             copies.start(step, state, batch)
+            checkpoints.check()
             memory.check()
 
             finished = step == config.total_steps

@@ -62,7 +62,7 @@ for step in range(1, 400):
             print("done", process)
             sys.exit(0)
     mine.board.at(step, board.WAIT)
-    time.sleep(0.05 if step < 5 or fault != "wait" else 60)
+    time.sleep(0.05 if step < 5 or fault not in ("wait", "slow") else 60)
 """
 
 
@@ -274,7 +274,8 @@ def test_a_supervisor_that_talks_nonsense_is_lost(start):
         hello = {"process": 2, "processes": 3, "host": "x", "secret": ""}
         for message in (hello, {"report": {"host": "x", "step": "a"}}):
             stranger.sendall(json.dumps(message).encode() + b"\n")
-        ended(cluster, judge.LOST, r"process 2 \(x\) is lost: its connection closed")
+        # Process 1 may not have come by then.
+        ended(cluster, judge.LOST, r"process 2 \(x\) is lost: its connection closed", but=[1])
 
 
 def test_what_was_held_back_is_shown_where_nothing_failed(tmp_path):

@@ -176,23 +176,30 @@ class Hub:
                 _prepare(connection)
                 self._strangers.append(_Peer(connection))
         for process, peer in self._peers.items():
-            for message in peer.receive() if peer.connection in readable else ():
-                report = judge.read_report(message.get("report"))
-                if report is None:  # whoever it is, it is no supervisor of this version
-                    peer.closed = True
-                    break
-                self._known[process] = report
+            if peer.connection in readable:
+                self._note(process, peer.receive())
         for stranger in [one for one in self._strangers if one.connection in readable]:
-            for message in stranger.receive():
-                if self._greet(stranger, message):
-                    break
+            if messages := stranger.receive():
+                self._greet(stranger, messages[0])
+                for process, peer in self._peers.items():
+                    if peer is stranger:
+                        self._note(process, messages[1:])
         now = time.monotonic()
         for stranger in list(self._strangers):
             if stranger.closed or now - stranger.heard > judge.SILENCE:  # a port scanner
                 stranger.connection.close()
                 self._strangers.remove(stranger)
 
-    def _greet(self, stranger: _Peer, message: dict[str, Any]) -> bool:
+    def _note(self, process: int, messages: Sequence[dict[str, Any]]) -> None:
+        """Takes reports; whoever says anything else is no supervisor of this version."""
+        for message in messages:
+            report = judge.read_report(message.get("report"))
+            if report is None:
+                self._peers[process].closed = True
+                return
+            self._known[process] = report
+
+    def _greet(self, stranger: _Peer, message: dict[str, Any]) -> None:
         """Takes a supervisor in, or tells it why not."""
         process, processes = message.get("process"), message.get("processes")
         count = self._place.processes
@@ -200,7 +207,7 @@ class Hub:
         known = hmac.compare_digest(secret, os.environ.get(SECRET, "").encode())
         if not (type(process) is int and type(processes) is int and known):
             stranger.closed = True
-            return True
+            return
         host = printable(str(message.get("host")))[:100]
         refusal = ""
         if processes != count:
@@ -218,13 +225,12 @@ class Hub:
                     time.monotonic(),
                 )
             stranger.closed = True
-            return True
+            return
         self._strangers.remove(stranger)
         self._peers[process] = stranger
         self._known[process] = Report(host=host)
         if self.address:
             stranger.send({"address": self.address})
-        return True
 
 
 class Spoke:
