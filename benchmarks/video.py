@@ -37,8 +37,8 @@ def main() -> int:
     """Prints the table."""
     parser = beside.parser(__doc__)
     parser.add_argument("video")
-    parser.add_argument("--frames", type=int, default=96, help="of a step")
-    parser.add_argument("--rows", type=int, default=4, help="of our batches")
+    parser.add_argument("--frames", type=int, default=160, help="of a step")
+    parser.add_argument("--rows", type=int, default=1, help="of our batches")
     parser.add_argument("--their-rows", type=int, default=1, help="of the peer's batches")
     flags = parser.parse_args()
     frames = 8 if flags.small else flags.frames

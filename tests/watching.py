@@ -77,7 +77,9 @@ def run(video, rules, out, each=lambda frames: None, extra=()):
     watch._load_detector = lambda flags, rows: make_detector(rows, each)
     try:
         videos = [str(one) for one in (video if isinstance(video, list) else [video])]
-        return watch.main([*videos, "--model=x", f"--rules={rules}", f"--out={out}", *extra])
+        return watch.main(
+            [*videos, "--model=x", f"--rules={rules}", f"--out={out}", "--rows=4", *extra]
+        )
     finally:
         watch._load_detector = before
 

@@ -101,6 +101,13 @@ def keep_memory() -> bool:
     return True
 
 
+def is_cpu() -> bool:
+    """Whether JAX computes on the CPU."""
+    import jax
+
+    return jax.default_backend() == "cpu"
+
+
 def wait_on_cpu(results: Any) -> None:
     """Waits until a step has ended, where the next one would take memory of its own meanwhile.
 

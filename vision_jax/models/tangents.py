@@ -178,7 +178,16 @@ def _plain_max_pool(size: int, strides: int, x: Array) -> Array:
     return nn.max_pool(x, (size, size), (strides, strides))
 
 
-_max_pool = jax.custom_jvp(_plain_max_pool, nondiff_argnums=(0, 1))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _max_pool(size: int, strides: int, x: Array) -> Array:
+    """The largest of each row of a window, and then of these, in strided slices."""
+    for axis in (1, 2):
+        last = x.shape[axis] - size
+        parts = [
+            lax.slice_in_dim(x, tap, tap + last + 1, strides, axis=axis) for tap in range(size)
+        ]
+        x = reduce(lax.max, parts)
+    return x
 
 
 @_max_pool.defjvp

@@ -27,6 +27,8 @@ Sides = tuple[tuple[int, int], ...]  # padding before and after
 HALF = (jnp.bfloat16, jnp.float16)
 # A convolution of fewer channels multiplies all its windows at once, a wider one tap by tap.
 FEW_CHANNELS = 16
+# One of so few, 3 x 3 and stride 2, of which no gradient is taken, sees pairs of pixels.
+IMAGE_CHANNELS = 4
 # An atrous convolution whose taps meet the image, and not its padding, at most this often.
 FEW_SEEN = 2 / 3
 # A dense kernel of so few outputs has its gradient as [out, in].
@@ -270,7 +272,42 @@ def _cpu_convolution(
     """
     if depthwise:
         return _image_by_image(partial(_by_shifts, strides, padding, dilation), x, kernel)
+    few = x.shape[-1] <= IMAGE_CHANNELS and kernel.shape[:2] == (3, 3)
+    if few and strides == (2, 2) and dilation == 1:
+        return _by_pairs(padding, x, kernel)
     return _convolution(strides, padding, 1, dilation, x, kernel)
+
+
+def _by_pairs(padding: Sides, x: Array, kernel: Array) -> Array:
+    """A convolution of stride 2 as one of stride 1 on 2 x 2 pixels: of an image's few channels.
+
+    x[B, H, W, in] has pairs of rows and columns as channels, [B, H / 2, W / 2, 4 · in], and so has
+    the kernel, which zeros bring to pairs that begin where those of x do.
+    """
+    kernel = kernel.astype(x.dtype)
+    sides, missing = [], []
+    for axis, (low, high) in enumerate(padding):
+        old, window = x.shape[1 + axis], kernel.shape[axis]
+        outputs = (old + low + high - window) // 2 + 1
+        front = low % 2
+        back = (window + front) % 2
+        blocks, before = (window + front + back) // 2, (low + front) // 2
+        missing.append((front, back))
+        sides.append((before, outputs - 1 + blocks - before - (old + 1) // 2))
+    kernel = jnp.pad(kernel, (*missing, (0, 0), (0, 0)))
+    x = jnp.pad(x, ((0, 0), *((0, side % 2) for side in x.shape[1:3]), (0, 0)))
+    pairs = [side // 2 for side in (*x.shape[1:3], *kernel.shape[:2])]
+    channels, outputs = kernel.shape[2:]
+    x = x.reshape(-1, pairs[0], 2, pairs[1], 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    kernel = kernel.reshape(pairs[2], 2, pairs[3], 2, channels, outputs).transpose(0, 2, 1, 3, 4, 5)
+    return _convolution(
+        (1, 1),
+        tuple(sides),
+        1,
+        1,
+        x.reshape(*x.shape[:3], 4 * channels),
+        kernel.reshape(pairs[2], pairs[3], 4 * channels, outputs),
+    )
 
 
 def _cpu_convolution_jvp(
@@ -282,7 +319,10 @@ def _cpu_convolution_jvp(
     tangents: tuple[Any, Any],
 ) -> tuple[Array, Any]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    y = _cpu_convolution(strides, padding, dilation, depthwise, x, kernel)
+    if depthwise:
+        y = _cpu_convolution(strides, padding, dilation, depthwise, x, kernel)
+    else:
+        y = _convolution(strides, padding, 1, dilation, x, kernel)
     parts = []
     if isinstance(dx, SymbolicZero):
         pass
