@@ -129,10 +129,11 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def compile_apart(program: Any) -> Callable[..., Any]:
+def compile_apart(program: Any, tell: Callable[..., None] | None = None) -> Callable[..., Any]:
     """The program of `jit`, which gives back what compiling it uses before it takes its own memory.
 
-    It is compiled anew for other shapes of its last argument alone.
+    It is compiled anew for other shapes of its last argument alone. `tell` is called once, between
+    the first compilation and the first run, with what was compiled and the arguments.
     """
     compiled: set[Any] = set()
 
@@ -140,8 +141,10 @@ def compile_apart(program: Any) -> Callable[..., Any]:
         import jax
 
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[-1]))
-        if os.getpid() in _KEPT and shapes not in compiled:
-            program.lower(*arguments).compile()  # JAX has it for the call
+        if (os.getpid() in _KEPT or tell) and shapes not in compiled:
+            made = program.lower(*arguments).compile()  # JAX has it for the call
+            if tell is not None and not compiled:
+                tell(made, *arguments)
             give_back_memory()
             compiled.add(shapes)
         return program(*arguments)

@@ -404,7 +404,18 @@ def _run(arguments: Sequence[str]) -> int:
     if flags["coordinator"]:
         processes.check_installation()
         processes.check_equal("config", {"command": name} | _of_all(flags["config"]))
-    return run(*(flags[taken] for taken in command.takes))
+    try:
+        return run(*(flags[taken] for taken in command.takes))
+    except Exception as error:
+        from vision_jax import memory
+
+        if not memory.is_out_of_memory(error):
+            raise
+        raise UserError(memory.advise(error, _values(flags["config"]))) from error
+
+
+def _values(config: Any) -> dict[str, Any]:
+    return fields(config) if isinstance(config, ConfigDict) else {}
 
 
 def _find_others(flags: dict[str, Any]) -> Any:

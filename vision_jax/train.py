@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vision_jax import machine, processes, replicas, sharding, steps, store
+from vision_jax import machine, memory, processes, replicas, sharding, steps, store
 from vision_jax.checkpoints import (
     Checkpoints,
     complete_steps,
@@ -309,7 +309,7 @@ def _make_program(prepared: Run, facts: _Facts, begin: _Begin) -> _Program:
     stored, place = prepared.stored, sharding.make_batch_placer(prepared.mesh)
     frozen = begin.frozen
     fixed = {**frozen, **prepared.place_beside()}
-    compiled = machine.compile_apart(prepared.make_train_step())
+    compiled = machine.compile_apart(prepared.make_train_step(), _tell_memory)
     run_evaluation = prepared.make_evaluate(facts.eval_source)
 
     def train_step(state: steps.TrainState, batch: Any) -> tuple[steps.TrainState, steps.Metrics]:
@@ -323,6 +323,11 @@ def _make_program(prepared: Run, facts: _Facts, begin: _Begin) -> _Program:
         return run_evaluation(trained, frozen, statistics)
 
     return _Program(train_step, next_batch, evaluate, damage, fixed)
+
+
+def _tell_memory(step: Any, *arguments: Any) -> None:
+    if jax.process_index() == 0:
+        say(memory.reserved(step, *arguments))
 
 
 # 5. The workdir, which is written to from here on. ------------------------------------------------
@@ -417,7 +422,7 @@ def _train(
     stop = _Stop()
     processes.at(step + 1, processes.START)
     processes.have_patience(config.hosts.patience)
-    memory = machine.MemoryWatch()
+    held = machine.MemoryWatch()
     with stop.watched(), log.progress(config.total_steps, completed=step) as progress:
         make_watch = prepared.plain_objective.make_watch
         watch = make_watch() if make_watch is not None else None
@@ -442,7 +447,7 @@ def _train(
             pending = (step, metrics)
             copies.start(step, state, batch)
             checkpoints.check()
-            memory.check()
+            held.check()
 
             finished = step == config.total_steps
             stopping = step % stop.every == 0 and stop.requested()

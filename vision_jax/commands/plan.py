@@ -7,7 +7,6 @@ failures take on machines of many devices is arithmetic (scaling.py), and `--sca
 alone beyond what is worth compiling.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +24,7 @@ from vision_jax.logging import (
     show_progress,
     summarize_parameters,
 )
+from vision_jax.memory import device_bytes
 from vision_jax.models.families import FAMILIES
 from vision_jax.run.description import Description, describe, read_weights
 from vision_jax.run.prepare import prepare
@@ -145,16 +145,16 @@ def compile_step(config: ConfigDict, description: Description) -> Plan:
         batch_size=config.batch_size,
         devices=jax.device_count(),
         flops=counted.flops,
-        state=_device_bytes(state),
-        frozen=_device_bytes(frozen),
-        batch=_device_bytes(batch),
+        state=device_bytes(state),
+        frozen=device_bytes(frozen),
+        batch=device_bytes(batch),
         temporary=memory.temp_size_in_bytes,
         output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         collectives=counted.collectives,
         parts={
-            "trainable": _device_bytes(state.trainable),
-            "optimizer": _device_bytes(state.opt_state),
-            "moving average": _device_bytes(state.ema),
+            "trainable": device_bytes(state.trainable),
+            "optimizer": device_bytes(state.opt_state),
+            "moving average": device_bytes(state.ema),
         },
         whole_state=sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(state)),
         volume=_volume(state.trainable, frozen, config),
@@ -313,11 +313,3 @@ def _found(found: tuple[int, float] | None, devices: int) -> str:
     if found is None:
         return "does not fit, not even the smallest batch"
     return f"{found[0]:6d} ({found[0] // devices} a device), {human_size(found[1])} compiled"
-
-
-def _device_bytes(tree: Any) -> int:
-    """Of the largest part that a device holds."""
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(tree)
-    )

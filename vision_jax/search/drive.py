@@ -32,11 +32,12 @@ from vision_jax.data.fingerprint import digest, take_fingerprint
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.errors import UserError
 from vision_jax.logging import explain_write_errors, say
+from vision_jax.memory import is_out_of_memory
 from vision_jax.search import memory
 from vision_jax.search.journal import Found, claimed
 from vision_jax.search.search import Search, Unit
 from vision_jax.search.space import MOST_TRIALS, describe_space
-from vision_jax.search.stack import begin, is_out_of_memory
+from vision_jax.search.stack import begin
 from vision_jax.search.trial import RANK, Group, Values, trial_config
 
 SETTINGS_FILE = "search.json"

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vision_jax import machine, steps
 from vision_jax.errors import DivergedError
+from vision_jax.memory import is_out_of_memory
 from vision_jax.run.prepare import Run
 from vision_jax.search import trial
 from vision_jax.search.trial import Values
@@ -185,11 +186,6 @@ def begin(
         state, frozen, _ = run.make_arrays()
         rows[key] = trial.pad(state, stack.run.abstract_state)
     return stack.stack([rows[key] for key in keys]), frozen
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device had not the memory for a program."""
-    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _parts(state: steps.TrainState) -> dict[str, Any]:
