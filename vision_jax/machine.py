@@ -133,7 +133,8 @@ def compile_apart(program: Any, tell: Callable[..., None] | None = None) -> Call
     """The program of `jit`, which gives back what compiling it uses before it takes its own memory.
 
     It is compiled anew for other shapes of its last argument alone. `tell` is called once, between
-    the first compilation and the first run, with what was compiled and the arguments.
+    the first compilation and the first run, with what was compiled and the arguments; not of a
+    function around a program, which cannot be compiled apart.
     """
     compiled: set[Any] = set()
 
@@ -141,7 +142,8 @@ def compile_apart(program: Any, tell: Callable[..., None] | None = None) -> Call
         import jax
 
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[-1]))
-        if (os.getpid() in _KEPT or tell) and shapes not in compiled:
+        wanted = os.getpid() in _KEPT or (tell is not None and hasattr(program, "lower"))
+        if wanted and shapes not in compiled:
             made = program.lower(*arguments).compile()  # JAX has it for the call
             if tell is not None and not compiled:
                 tell(made, *arguments)
