@@ -177,7 +177,7 @@ def test_images_do_not_depend_on_their_batch_and_are_told_apart(adapted, tmp_pat
     np.testing.assert_array_equal(alone, together)
     np.testing.assert_array_equal(first, together[:3])
     assert manifest["sampling"]["seed"] == 0
-    assert manifest["sampling"]["guidance"] == 1.5
+    assert manifest["sampling"]["guidance"] == 2.0
     adapter = adapted / "adapter/adapter_model.safetensors"
     assert manifest["adapter_sha256"] == hashlib.sha256(adapter.read_bytes()).hexdigest()
     assert [one["class"] for one in manifest["images"]] == ["sneaker"] * 8
