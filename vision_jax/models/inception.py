@@ -273,8 +273,8 @@ class Inception(nn.Module):
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         for name, branches in BLOCKS.items():
             largest = self.fid and name == "mixed_7c"
-            sizes = (branches, self.unit, self.fid, largest, self.freeze_norm, self.dtype)
-            x = features[name] = block(*sizes, name=name)(x, train)
+            pools = (self.fid, largest, self.freeze_norm, self.dtype)
+            x = features[name] = block(branches, self.unit, *pools, name=name)(x, train)
         features["pooled"] = logits = pooled = x.mean((1, 2))  # [B, D]
         if self.num_classes:
             if train and self.dropout:
