@@ -7,12 +7,15 @@ a process that hangs in C++ or was stopped keeps nobody from noticing.
     supervisor:  board.read() -> Place; board.let_go(address)
 """
 
+import math
 import mmap
 import struct
 import threading
 import time
 import zlib
+from collections import deque
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 # Where a process is in a step. In their order, of which `judge` asks who is behind.
@@ -34,8 +37,9 @@ QUICK = (DATA, READY, STEP, WAIT)  # phases that take as long as those before th
 NOTHING, BAD_INPUT, UNFORESEEN, STOPPED = range(4)
 
 SECONDS_BETWEEN_BEATS = 0.5
+STEPS = 9  # that count for what is usual
 PATIENCE = 40.0  # seconds; config.hosts.patience by default
-_HEAD = struct.Struct("=QqBdddBI")  # beats, step, phase, since, longest, patience, kind, length
+_HEAD = struct.Struct("=QqBdddBI")  # beats, step, phase, since, usual, patience, kind, length
 _SUM = struct.Struct("=I")  # of the head: a read that meets a write is read again
 _BEGIN = _HEAD.size + _SUM.size  # of the text
 _ADDRESS = 3072  # where the supervisor writes
@@ -53,7 +57,7 @@ class Place:
       step: the update that it works at, counted from 1; 0 before the first.
       phase: of it.
       since: when that began, by time.monotonic().
-      longest: seconds of the longest whole step so far, 0 before one was seen.
+      usual: seconds that a step takes, the median of the last ones; 0 before one was seen.
       patience: seconds that others wait for it.
       kind: of its end.
       text: its reason, "" for none.
@@ -63,7 +67,7 @@ class Place:
     step: int
     phase: int
     since: float
-    longest: float
+    usual: float
     patience: float
     kind: int
     text: str
@@ -75,7 +79,8 @@ class Board:
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, _SIZE)  # shared with children
         self._head: list[Any] = [0, 0, START, time.monotonic(), 0.0, PATIENCE, NOTHING, 0]
-        self._began = 0.0  # when the last step was computed, if nothing else came since
+        self._busy = 0.0  # seconds of this step so far, saving and evaluating left out
+        self._steps: deque[float] = deque(maxlen=STEPS)  # seconds of the last ones
         self._lock = threading.Lock()
         self._write()
         self._last = Place(0, 0, START, time.monotonic(), 0.0, PATIENCE, NOTHING, "")
@@ -102,12 +107,15 @@ class Board:
         """Says where this process is; 2 µs."""
         with self._lock:
             now, head = time.monotonic(), self._head
+            if head[2] in QUICK:
+                self._busy += now - head[3]
+            elif head[2] in (START, COMPILE):  # such a step is no measure of the others
+                self._busy = math.inf
             if phase == WAIT:
-                if self._began:
-                    head[4] = max(head[4], now - self._began)
-                self._began = now
-            elif phase not in (*QUICK, COMPILE):
-                self._began = 0.0
+                if self._busy < math.inf:
+                    self._steps.append(self._busy)
+                    head[4] = median(self._steps)
+                self._busy = 0.0
             head[1:4] = step, phase, now
             self._write()
 
@@ -146,9 +154,9 @@ class Board:
         head = content[: _HEAD.size]
         if _SUM.pack(zlib.crc32(head)) != content[_HEAD.size :]:
             return None
-        beats, step, phase, since, longest, patience, kind, length = _HEAD.unpack(head)
+        beats, step, phase, since, usual, patience, kind, length = _HEAD.unpack(head)
         text = self._page[_BEGIN : _BEGIN + length].decode("utf-8", "replace")
-        return Place(beats, step, phase, since, longest, patience, kind, text)
+        return Place(beats, step, phase, since, usual, patience, kind, text)
 
     def let_go(self, address: str) -> None:
         """Tells the process where to meet the others."""

@@ -16,7 +16,7 @@ STANDSTILL = 10.0  # seconds that a process may be stopped
 GRACE = 2.0  # seconds for others to say more after the first failure
 CONSEQUENCE = SILENCE + 5.0  # of those whose failure may be that of another
 LONG = 1800.0  # seconds of compiling, evaluating, saving that others wait
-TIMES_LONGEST = 10  # a step may take as many times the longest so far
+TIMES_USUAL = 10  # a step may take as many times what steps take
 
 # Exit codes. Launchers run the same command again after all of them but BAD.
 BAD = 2  # bad input: the same again would end the same
@@ -43,7 +43,7 @@ class Report:
       step: that it works at.
       phase: of board.py.
       age: of the phase.
-      longest: whole step so far, 0 before one was seen.
+      usual: of a step, 0 before one was seen.
       patience: that others have with it.
       kind: why it ends, of board.py.
       text: its reason.
@@ -59,7 +59,7 @@ class Report:
     step: int = 0
     phase: int = 0
     age: float = 0.0
-    longest: float = 0.0
+    usual: float = 0.0
     patience: float = 40.0
     kind: int = NOTHING
     text: str = ""
@@ -209,9 +209,9 @@ def _slow(reports: Mapping[int, Report]) -> Verdict | None:
             return Verdict(line, LOST, process)
     last = min(living, key=lambda n: (living[n].step, living[n].phase))
     one = living[last]
-    longest = max(o.longest for o in living.values())
-    quick = one.phase in QUICK and longest > 0  # else nobody knows how long a step takes
-    limit = max(one.patience, TIMES_LONGEST * longest) if quick else LONG
+    usual = max(o.usual for o in living.values())
+    quick = one.phase in QUICK and usual > 0  # else nobody knows how long a step takes
+    limit = max(one.patience, TIMES_USUAL * usual) if quick else LONG
     waiting = [o for o in living.values() if (o.step, o.phase) > (one.step, one.phase)]
     if waiting:  # as long as the one that has waited for the longest
         wait = min(one.age, max(o.age for o in waiting))
@@ -232,7 +232,7 @@ def read_report(message: object) -> Report | None:
     """A report as another supervisor has sent it, or None if it is none."""
     if not isinstance(message, dict) or message.keys() != {f.name for f in fields(Report)}:
         return None
-    floats = ("silent", "still", "age", "longest", "patience", "ended")
+    floats = ("silent", "still", "age", "usual", "patience", "ended")
     whole = (("step", 2**63), ("phase", len(WORDS)), ("kind", STOPPED + 1))
     if not (
         all(isinstance(message[n], float | int) and 0 <= message[n] < 1e12 for n in floats)

@@ -104,7 +104,7 @@ class Worker:
             step=at.step,
             phase=at.phase,
             age=now - at.since,
-            longest=at.longest,
+            usual=at.usual,
             patience=at.patience,
             kind=at.kind,
             text=at.text,
