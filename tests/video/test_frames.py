@@ -364,3 +364,30 @@ def test_a_stream_that_shall_stop_stops_while_nothing_comes():
     assert stream.take() is None
     assert stream.problem == ""
     stream.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "mpeg4"), ("a.avi", "mjpeg"), ("a.ts", "mpeg2video"), ("a.mkv", "libx264")],
+)
+def test_cut_files_and_flipped_bytes_end_with_frames_or_one_line(tmp_path, rng, name, codec):
+    whole = Path(write(tmp_path / name, codec=codec)).read_bytes()
+    for case in range(12):
+        data = np.frombuffer(whole, np.uint8).copy()
+        flipped = rng.integers(0, min(len(data), 2000) if case % 2 else len(data), 1 + 8 * case)
+        data[flipped] = rng.integers(0, 256, len(flipped))
+        path = tmp_path / f"{case}_{name}"
+        path.write_bytes(data[: rng.integers(len(data)) if case % 3 == 0 else None].tobytes())
+        try:
+            with open_stream(str(path), timeout=60) as stream:
+                found = take_all(stream)
+        except UserError as error:
+            said = str(error)
+        else:
+            said = stream.problem
+            assert {frame.pixels.shape[:2] for frame in found} == {stream.size}
+            times = [frame.time for frame in found]
+            assert times == sorted(set(times))
+        assert "\n" not in said
+        assert "died" not in said
