@@ -52,7 +52,9 @@ def write_pipeline(folder):
     """A DiT of diffusers, with the names of its classes in the folder around; its own folder."""
     write(folder / "transformer", "dit", DIT | DIFFUSERS, "diffusers")
     write(folder / "vae", "autoencoder_kl", KL, "diffusers")
-    (folder / "model_index.json").write_text(json.dumps({"id2label": CLASSES}))
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "DiTPipeline", "id2label": CLASSES})
+    )
     return folder / "transformer"
 
 

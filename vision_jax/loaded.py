@@ -88,7 +88,7 @@ class Loaded:
       preprocessing: how its images are prepared.
       origin: where the weights came from.
       new_paths: paths of the parameters that begin anew: a new head's.
-      remarks: what whoever uses the weights should know: their licence, what was assumed of them.
+      remarks: what whoever uses the weights should know: their license, what was assumed of them.
     """
 
     model: Any

@@ -61,7 +61,7 @@ def test_a_folder_goes_through_the_converter_bit_for_bit(case, tmp_path, rng, ca
     folder, arrays = written(tmp_path / "first", case, rng)
     assert main([str(folder), f"--out={tmp_path / 'second'}", f"--to={CASES[case][0]}"]) == 0
     printed = capsys.readouterr().out
-    assert ("licence of the published weights of this kind: DiT CC-BY-NC" in printed) == (
+    assert ("license of the published weights of this kind: DiT CC-BY-NC" in printed) == (
         case.startswith("dit")
     )
     names = sorted(path.name for path in folder.iterdir())

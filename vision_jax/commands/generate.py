@@ -193,7 +193,8 @@ def _load(flags: argparse.Namespace, folder: Path, own: Any) -> "tuple[Generator
         autoencoder,
         embeddings,
     )
-    return generator, origin_of(loaded, folder if own else None, flags.checkpoint)
+    origin = origin_of(loaded, folder if own else None, flags.checkpoint)
+    return generator, origin | _origin_of_captions(own if task.captions else None)
 
 
 def _load_other(flags: argparse.Namespace, generator: "Generator") -> "Generator":
@@ -224,15 +225,15 @@ def _load_other(flags: argparse.Namespace, generator: "Generator") -> "Generator
 
 
 def _began_with(folder: Path, own: Any) -> list[str]:
-    """What a run's model was fine-tuned from, and the licence of such weights."""
+    """What a run's model was fine-tuned from, and the license of such weights."""
     from vision_jax.convert.tables import TABLES
     from vision_jax.run.description import load_description
 
     described = load_description(folder / MODEL_FILE) if own is not None else None
     if described is None or not described.weights:
         return []
-    licences = {table.license for table in TABLES if table.family == described.family} - {""}
-    known = f" (licence of published ones: {'; '.join(sorted(licences))})" if licences else ""
+    licenses = {table.license for table in TABLES if table.family == described.family} - {""}
+    known = f" (license of published ones: {'; '.join(sorted(licenses))})" if licenses else ""
     return [f"the run began with {described.weights}{known}"]
 
 
@@ -251,7 +252,7 @@ def _load_autoencoder(flags: argparse.Namespace, folder: Path, own: Any) -> "Aut
     )
     if not flags.autoencoder:
         then = "name the autoencoder that it was trained with by --autoencoder"
-        _check_same(folder, found.weights, then)
+        _check_same(folder, found.weights.origin, found.weights.sha256, then)
     for line in convert.remarks(found.weights):
         say(f"autoencoder: {line}")
     return found
@@ -274,28 +275,43 @@ def _captions(
     if own is None:
         raise UserError(f"{flags.source}: only a run says which tower reads its captions: name it")
     tower = read_tower(own.text.tower, own.text.tokenizer, allow_pickle=own.model.allow_pickle)
-    _check_same(folder, tower.weights, "put back the tower that it was trained with")
+    for pair in tower.made_with:
+        _check_same(folder, *pair, "put back what it was trained with")
     texts = _read_lines(flags.captions) or [NOTHING]
     found = tower.embed([*texts, NOTHING])
     return texts, np.stack([found[:-1], np.broadcast_to(found[-1], found[:-1].shape)], axis=1)
+
+
+def _origin_of_captions(own: Any) -> dict[str, str]:
+    """The tower and the tokenizer that read captions, for the manifest."""
+    from vision_jax.tasks.generation.captions import read_tower
+
+    if own is None:
+        return {}
+    tower = read_tower(own.text.tower, own.text.tokenizer, allow_pickle=own.model.allow_pickle)
+    hashes = {"tower_sha256": tower.weights.sha256, "tokenizer_sha256": tower.sha256}
+    return {"tower": tower.weights.origin, **hashes}
 
 
 def _read_lines(given: Sequence[str]) -> list[str]:
     """The texts, or the lines of the file that is named."""
     if len(given) == 1 and expand(given[0]).is_file():
         from vision_jax.files import read_text
+        from vision_jax.logging import say
 
-        return [line.strip() for line in read_text(expand(given[0])).splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(expand(given[0])).splitlines()]
+        found = [line for line in lines if line]
+        say(f"captions: {len(found)} of {expand(given[0])}")
+        return found
     return list(given)
 
 
-def _check_same(folder: Path, weights: Any, then: str) -> None:
-    """Raises UserError where weights around a run's model are others than when it began."""
+def _check_same(folder: Path, origin: str, sha256: str, then: str) -> None:
+    """Raises UserError where what is around a run's model is another than when it began."""
     from vision_jax.run.description import load_description
 
-    began = dict(load_description(folder / MODEL_FILE).teachers).get(weights.origin)
-    if began != weights.sha256:
-        raise UserError(f"{weights.origin} has changed since the run began: {then}")
+    if dict(load_description(folder / MODEL_FILE).teachers).get(origin) != sha256:
+        raise UserError(f"{origin} has changed since the run began: {then}")
 
 
 def _changed(flags: argparse.Namespace, predicts: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def unknown_fields(weights: Weights) -> tuple[str, ...]:
 
 
 def remarks(weights: Weights, assumed: Sequence[str] | None = None) -> list[str]:
-    """Lines for whoever uses the weights: their licence, what was assumed, fields nobody knows.
+    """Lines for whoever uses the weights: their license, what was assumed, fields nobody knows.
 
     Args:
       weights: as they were read.
@@ -87,7 +87,7 @@ def remarks(weights: Weights, assumed: Sequence[str] | None = None) -> list[str]
     """
     lines = []
     if license := table_of(weights).license:
-        lines.append(f"licence of the published weights of this kind: {license}")
+        lines.append(f"license of the published weights of this kind: {license}")
     if assumed := assumptions(weights) if assumed is None else assumed:
         lines.append(f"assumed, since no config came with them: {', '.join(assumed)}")
     if ignored := unknown_fields(weights):
@@ -212,7 +212,7 @@ def load_model(
       family: what to take the weights for, where they could be more than one.
       **arguments: of the model, instead of the weights' own: dtype, image_size, predicts, ...
 
-    What was assumed of them and their licence are said on the screen.
+    What was assumed of them and their license are said on the screen.
 
     Returns:
       (flax module, {"params": nested dicts of arrays}, with BatchNorm "batch_stats" too)

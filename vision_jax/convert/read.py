@@ -235,7 +235,11 @@ def _pipeline(folder: Path) -> dict[str, Any]:
     path = folder.parent / diffusers.PIPELINE_FILE
     if not path.is_file() or not (folder / CONFIG_FILE).is_file():
         return {}
-    names = _read_json(path).get("id2label")
+    try:
+        found = _read_json(path)
+    except UserError:  # of somebody else: these weights are whole without it
+        return {}
+    names = found.get("id2label") if "_class_name" in found else None
     return {"pipeline": names} if isinstance(names, dict) else {}
 
 

@@ -9,6 +9,7 @@ a second.
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from vision_jax.data.captions import CaptionedSource
 from vision_jax.data.detection import DetectionSource
 from vision_jax.data.segmentation import SegmentationSource
-from vision_jax.data.sources import Source
+from vision_jax.data.sources import ArrayReader, FileReader, Source
 from vision_jax.errors import UserError
 from vision_jax.files import write_whole
 
@@ -113,3 +114,37 @@ def read_fingerprint(path: Path) -> Fingerprint | None:
     except Exception as error:  # gzip, zlib, JSON and what is no table raise many types
         raise UserError(f"{path} is damaged: {error}") from error
     return found
+
+
+def hash_of_images(source: Source) -> str:
+    """sha256 of what tells a source's images from all others, 64 hexadecimal digits.
+
+    Of image files that is where each one lies, its size and when it was changed; of files of many
+    images the same, and the image's place in there. What is in memory or anywhere else is read.
+    """
+    reader = source.reader
+    found = hashlib.sha256(f"{source.name}\n{getattr(reader, 'column', '')}\n".encode())
+    for shard in getattr(reader, "shards", ()):
+        found.update(f"{_state(shard.path)}\n".encode())
+    folder = reader.folder.resolve() if isinstance(reader, FileReader) else None
+    for row, label in zip(source.rows.tolist(), source.labels.tolist(), strict=True):
+        if folder is not None:
+            what = _state(folder / reader.relative_name(row))
+        elif hasattr(reader, "shards"):
+            what = f"{row} {reader.example_name(row)}"
+        elif isinstance(reader, ArrayReader):
+            what = hashlib.sha256(reader.images[row].tobytes()).hexdigest()
+        else:
+            what = hashlib.sha256(reader.encoded(row)).hexdigest()
+        found.update(f"{label} {what}\n".encode(errors="surrogateescape"))
+    return found.hexdigest()
+
+
+def _state(path: str | Path) -> str:
+    """Where a file lies, and what changes with it, ctime too: copies and archives set mtime."""
+    whole = os.path.abspath(path)
+    try:
+        state = os.stat(whole)
+    except OSError:  # it is skipped, counted and named when its turn comes
+        return f"{whole!r} gone"
+    return f"{whole!r} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"

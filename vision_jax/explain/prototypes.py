@@ -8,7 +8,6 @@ an image is looked for, a training image takes 38 bytes besides: its distance, a
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.lib.format import write_array_header_1_0
 
+from vision_jax.data.fingerprint import hash_of_images as hash_of_images
 from vision_jax.data.pipeline import DamageLog, make_eval_batches
-from vision_jax.data.sources import ArrayReader, FileReader, Source
+from vision_jax.data.sources import Source
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError, utf8
 from vision_jax.evaluation import say_damaged
@@ -216,40 +216,6 @@ def hash_of(variables: Mapping[str, Any]) -> str:
         found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()
-
-
-def hash_of_images(source: Source) -> str:
-    """sha256 of what tells a source's images from all others, 64 hexadecimal digits.
-
-    Of image files that is where each one lies, its size and when it was changed; of files of many
-    images the same, and the image's place in there. What is in memory or anywhere else is read.
-    """
-    reader = source.reader
-    found = hashlib.sha256(f"{source.name}\n{getattr(reader, 'column', '')}\n".encode())
-    for shard in getattr(reader, "shards", ()):
-        found.update(f"{_state(shard.path)}\n".encode())
-    folder = reader.folder.resolve() if isinstance(reader, FileReader) else None
-    for row, label in zip(source.rows.tolist(), source.labels.tolist(), strict=True):
-        if folder is not None:
-            what = _state(folder / reader.relative_name(row))
-        elif hasattr(reader, "shards"):
-            what = f"{row} {reader.example_name(row)}"
-        elif isinstance(reader, ArrayReader):
-            what = hashlib.sha256(reader.images[row].tobytes()).hexdigest()
-        else:
-            what = hashlib.sha256(reader.encoded(row)).hexdigest()
-        found.update(f"{label} {what}\n".encode(errors="surrogateescape"))
-    return found.hexdigest()
-
-
-def _state(path: str | Path) -> str:
-    """Where a file lies, and what changes with it, ctime too: copies and archives set mtime."""
-    whole = os.path.abspath(path)
-    try:
-        state = os.stat(whole)
-    except OSError:  # it is skipped, counted and named when its turn comes
-        return f"{whole!r} gone"
-    return f"{whole!r} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
 def hash_of_pixels(view: np.ndarray) -> int:

@@ -46,7 +46,7 @@ class Generator:
     names: Sequence[str]
     task: objective.Task
     sampling: objective.Sampling
-    preprocess: Callable[[Sequence[str]], Any]
+    preprocess: Callable[[Any], Any]
     autoencoder: Autoencoder | None = None
     embeddings: np.ndarray | None = None
 

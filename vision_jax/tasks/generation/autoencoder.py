@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vision_jax import convert
+from vision_jax import platform as platforms
 from vision_jax.data.transforms import Preprocessing
 from vision_jax.errors import UserError
+from vision_jax.files import expand
 from vision_jax.models import families
 from vision_jax.models.autoencoder import Autoencoder as Architecture
-from vision_jax.models.families import FAMILIES
+from vision_jax.models.families import FAMILIES, RUN_ARGUMENTS
 from vision_jax.ops.images import to_float
 from vision_jax.tasks.generation.objective import one_by_one
 
@@ -42,6 +44,11 @@ class Autoencoder:
     def scales(self) -> tuple[float, float]:
         """(scaling_factor, shift_factor) of the latents."""
         return self.model.scaling_factor, self.model.shift_factor
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What latents depend on beside the images."""
+        return {"autoencoder": self.weights.sha256, **computed_by(self.model)}
 
     @cached_property
     def variables(self) -> Any:
@@ -106,11 +113,38 @@ def read_autoencoder(spec: str, *, allow_pickle: bool, field: str) -> Autoencode
     Raises:
       UserError: no such weights, or none of an autoencoder.
     """
+    family, found = _read(spec, allow_pickle, state_of(spec))
+    if found is None:
+        raise UserError(f"{field}: {spec} is a {family}, which encodes no images: take {EXAMPLES}")
+    return found
+
+
+@lru_cache(maxsize=2)  # one start asks several times, and a hash of large files takes a while
+def _read(spec: str, allow_pickle: bool, state: Any) -> tuple[str, Autoencoder | None]:
+    del state
     weights = convert.read_weights(spec, allow_pickle=allow_pickle)
     family, arguments = convert.recognize(weights)
     if not issubclass(FAMILIES[family].model, Architecture):  # type: ignore[arg-type]
-        raise UserError(f"{field}: {spec} is a {family}, which encodes no images: take {EXAMPLES}")
-    return Autoencoder(families.build_model(family, **arguments), weights)
+        return family, None
+    return family, Autoencoder(families.build_model(family, **arguments), weights)
+
+
+def state_of(spec: str) -> tuple[tuple[str, int, int], ...]:
+    """(name, size, time of the last change) of the files that a path stands for."""
+    place = expand(spec)
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    found = [(str(path), path.stat()) for path in files if path.is_file()]
+    return tuple((name, one.st_size, one.st_mtime_ns) for name, one in found)
+
+
+def computed_by(model: Any) -> dict[str, Any]:
+    """What else the numbers of a frozen model depend on, for JSON."""
+    arguments = convert.arguments_of(model).items()
+    return {
+        "arguments": {k: value for k, value in arguments if k not in RUN_ARGUMENTS},
+        "platform": platforms.current(),
+        "precision": str(jax.config.values["jax_default_matmul_precision"]),
+    }
 
 
 def check_fits(autoencoder: Autoencoder | None, model: Any, field: str) -> None:

@@ -8,7 +8,7 @@ Diffusion 3, Esser et al. 2024, section 4). No caption is the empty text's.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vision_jax.errors import UserError
 from vision_jax.files import expand
 from vision_jax.models import families
 from vision_jax.models.families import FAMILIES
+from vision_jax.tasks.generation.autoencoder import computed_by, state_of
 from vision_jax.trees import paths
 
 BATCH = 32  # texts at once, always, so that each is the same in every set of captions
@@ -49,9 +50,16 @@ class Tower:
         return self._like["text"]["head"]["bias"].shape[0]
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What embeddings depend on beside the texts."""
-        return {"tower": self.weights.sha256, "tokenizer": self.sha256}
+        own = {"tower": self.weights.sha256, "tokenizer": self.sha256}
+        return {**own, **computed_by(self.model)}
+
+    @property
+    def made_with(self) -> tuple[tuple[str, str], ...]:
+        """(origin, sha256) of the weights and of the tokenizer."""
+        origin = self.weights.origin
+        return (origin, self.weights.sha256), (f"{origin}: tokenizer", self.sha256)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """f32[N, E] with a variance of 1 on average."""
@@ -101,6 +109,13 @@ def read_tower(spec: str, tokenizer: str, *, allow_pickle: bool) -> Tower:
     Raises:
       UserError: no such weights, none with a text tower, or no tokenizer.
     """
+    state = (state_of(spec), state_of(tokenizer) if tokenizer else ())
+    return _read(spec, tokenizer, allow_pickle, state)
+
+
+@lru_cache(maxsize=2)  # one start asks several times
+def _read(spec: str, tokenizer: str, allow_pickle: bool, state: Any) -> Tower:
+    del state
     weights = convert.read_weights(spec, allow_pickle=allow_pickle, family="siglip")
     family, arguments = convert.recognize(weights)
     if FAMILIES[family].predicts != "pairs":

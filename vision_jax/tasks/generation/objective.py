@@ -108,8 +108,8 @@ def make_objective(
 
     def prepare(trainable, frozen, model_state, batch: Batch, key):
         del trainable, frozen, model_state
-        noise_key, time_key, class_key = jax.random.split(key, 3)
-        clean = _clean(task, batch, jax.random.fold_in(key, 1))
+        noise_key, time_key, class_key, latent_key = jax.random.split(key, 4)
+        clean = _clean(task, batch, latent_key)
         time = flow.draw_times(time_key, len(clean), task.time_mean, task.time_std)
         hidden = jax.random.bernoulli(class_key, task.unconditional, (len(clean),))
         asked, nothing = task.asked(batch[task.condition])

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vision_jax import processes
 from vision_jax.data import latents
 from vision_jax.data.captions import CaptionedSource, read_captioned
-from vision_jax.data.fingerprint import digest, take_fingerprint
+from vision_jax.data.fingerprint import hash_of_images
 from vision_jax.data.pipeline import DamageLog, evaluation_batches, stream
 from vision_jax.data.sources import Source, hold_out, read_source, split_source, take_classes
 from vision_jax.data.transforms import Preprocessing
@@ -150,8 +150,9 @@ def _stored_shapes(config: ConfigDict, preprocessing: Preprocessing) -> dict[str
 
 def made_with(config: ConfigDict) -> tuple[tuple[str, str], ...]:
     """(origin, sha256) of the frozen weights around the model."""
-    found = (_autoencoder(config), _tower(config))
-    return tuple((one.weights.origin, one.weights.sha256) for one in found if one is not None)
+    around, tower = _autoencoder(config), _tower(config)
+    found = () if around is None else ((around.weights.origin, around.weights.sha256),)
+    return found if tower is None else (*found, *tower.made_with)
 
 
 def _autoencoder(config: ConfigDict) -> Autoencoder | None:
@@ -224,9 +225,9 @@ def _stored(
         if around is not None:
             pixels = around.pixels(preprocessing)
             identity = {
-                "autoencoder": around.weights.sha256,
+                **around.identity,
                 "preprocessing": asdict(pixels),
-                "images": digest(take_fingerprint(source)),
+                "images": hash_of_images(source),
                 "flips": flips,
             }
             of_images = latents.store_latents(
