@@ -4,10 +4,7 @@ Drawn images, and 20 frames of a street with pedestrians. The package (144 MB, n
 (96 MB, of Debian's opencv-doc) are downloaded; skipped where there is no npm, apt or OpenCV.
 """
 
-import hashlib
 import json
-import shutil
-import subprocess
 import sys
 
 import jax
@@ -24,8 +21,6 @@ from vision_jax.loaded import load
 
 SIDE, STRIDES, BINS = 416, (8, 16, 32), 11
 BLUE_FIRST = np.array([103.53, 116.28, 123.675]), np.array([57.375, 57.12, 58.395])
-VIDEO = ("opencv-doc", "4.6.0+dfsg-12", "usr/share/doc/opencv-doc/examples/data/vtest.avi")
-VIDEO_SHA256 = "45cddc9490be69345cbdab64ca583be65987e864ca408038e648db99e10516cf"
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +41,14 @@ def file(tmp_path_factory):
 def frames(tmp_path_factory):
     """20 images u8[576, 768, 3] of a fixed camera, half a second and more apart."""
     cv2 = pytest.importorskip("cv2")
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        pytest.skip("no apt-get")
-    folder = tmp_path_factory.mktemp("video")
-    package, version, member = VIDEO
-    command = ["apt-get", "download", f"{package}={version}"]
-    if subprocess.run(command, cwd=folder, capture_output=True).returncode:
-        pytest.skip(f"{package}={version} is not to be had")
-    (archive,) = folder.glob("*.deb")
-    subprocess.run(["dpkg-deb", "-x", archive, folder], check=True)
-    video = folder / member
-    if hashlib.sha256(video.read_bytes()).hexdigest() != VIDEO_SHA256:
-        pytest.skip(f"{package}={version}: the video is not the one that was checked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(runs.ROOT / "scripts"))
+        import fetch_street_video
+
+        try:
+            video = fetch_street_video.fetch(tmp_path_factory.mktemp("video"))
+        except SystemExit as error:
+            pytest.skip(str(error))
     capture, found = cv2.VideoCapture(str(video)), []
     for number in range(400):
         there, frame = capture.read()
