@@ -82,7 +82,7 @@ def watch(out, frames=60, wanted=None, text=TWO + FIELD):
             log.raised(raised)
             outputs.frame(picture(seen), progress, tracks, raised)
         log.end(rules, progress)
-        said = outputs.finish()
+        said = outputs.finish() + outputs.deliver()
     return rules, said
 
 

@@ -48,6 +48,7 @@ BENCHMARKS = {
         "--rounds=1",
         "--files=onnx",
     ),
+    "tracking": ("--rates=5", "--seconds=4", "--seeds=1"),
     "training": ("--small", "--jobs", "LoRA", "MAE", *BRIEF),
     "transfer": ("--seeds=1", "--recipes", "LoRA, pretrained", *SHORT, *FEW_IMAGES),
 }
@@ -65,6 +66,7 @@ BESIDE = {  # what these measure beside, of the extra `parity`
     "pgd": "torchattacks",
     "segmenters": "transformers",
     "serving": "fastapi",
+    "tracking": "trackers",
     "training": "peft",
 }
 SHARED = {
@@ -73,6 +75,9 @@ SHARED = {
     "peers",
     "detector_peers",
     "segmenter_peers",
+    "video",  # of a video that isn't in the repository
+    "video_ours",
+    "video_peers",
 }  # no commands: what the tables beside peers have in common
 
 

@@ -4,12 +4,15 @@ import http.server
 import json
 import threading
 from contextlib import contextmanager
+from fractions import Fraction
 
 import pytest
+import scenes
 import watch_kills
 
 from vision_jax.errors import UserError
 from vision_jax.video import events
+from vision_jax.video.outputs import Wanted
 from vision_jax.video.webhook import DELIVERIES, Webhook, parse_host, read_taken
 
 
@@ -188,3 +191,14 @@ def test_a_name_and_password_are_sent_as_such(tmp_path, lines):
     thread.join()
     server.server_close()
     assert sent == ["Basic bWU6YUBi"]
+
+
+def test_a_watch_sends_what_it_logs(tmp_path):
+    with host([503]) as (url, came):
+        _, said = scenes.watch(
+            tmp_path, wanted=Wanted(Fraction(0), Fraction(0), webhook=parse_host(url))
+        )
+    logged = (tmp_path / events.EVENTS).read_bytes().splitlines()
+    assert [body for _, body in came[1:]] == logged
+    assert said[-1].startswith(f"sent {len(logged)} events to http://127.0.0.1")
+    assert "secret" not in said[-1]

@@ -70,7 +70,7 @@ class Settings:
     lost_frames: int = 10
     jump: float = 1.5
     growth: float = 2.0
-    position: float = 0.06
+    position: float = 0.08
     speed: float = 1.0
     acceleration: float = 0.6
 
