@@ -75,18 +75,19 @@ def losses(workdir):
     }
 
 
-# (after which step it is stopped, processes, devices of each, mesh)
+# (after which step it is stopped, at least two later than it began, processes, devices of each,
+# mesh)
 DEVICES = (
-    (3, 1, 8, {"mesh.data": -1}),
+    (2, 1, 8, {"mesh.data": -1}),
     (4, 1, 4, {"mesh.data": 2, "mesh.fsdp": 2}),
     (6, 1, 2, {"mesh.fsdp": 2}),
-    (9, 1, 1, {}),
+    (8, 1, 1, {}),
     (0, 1, 8, {"mesh.data": 1, "mesh.fsdp": 8}),
 )
 PROCESSES = (
     (2, 4, 1, {}),
     (5, 2, 2, {"mesh.fsdp": 2}),
-    (6, 1, 1, {}),
+    (7, 1, 1, {}),
     (0, 3, 1, {}),
 )
 
