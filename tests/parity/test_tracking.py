@@ -81,8 +81,11 @@ def test_mota_and_idf1_beside_motmetrics(rng):
         account.update(own.ids, found[frame].ids, distance)
     names = ["mota", "idf1", "precision", "recall", "num_switches"]
     theirs = motmetrics.metrics.create().compute(account, metrics=names).iloc[0]
-    assert ours["idf1"] == pytest.approx(theirs["idf1"], abs=1e-12)
-    for name in ("mota", "precision", "recall"):
-        # Where boxes can be paired in several ways, both take one of the best.
-        assert ours[name] == pytest.approx(theirs[name], abs=0.01), name
-    assert abs(ours["switches"] - theirs["num_switches"]) <= 3
+    for name in ("idf1", "precision", "recall"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-12), name
+    # After a frame without a pair motmetrics still prefers the one before, and TrackEval doesn't:
+    # they may count other switches, and MOTA differs by these alone.
+    more = ours["switches"] - theirs["num_switches"]
+    count = sum(len(truth[frame].ids) for frame in found)
+    assert ours["mota"] + more / count == pytest.approx(theirs["mota"], abs=1e-12)
+    assert abs(more) <= 10
