@@ -8,6 +8,7 @@ two axes. Both split the batch; `fsdp` splits parameters and optimizer state too
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -108,6 +109,54 @@ def _checked_spec(path: str, shape: tuple[int, ...], axes: Any, mesh: Mesh) -> P
             f"{DATA!r}, {FSDP!r} and None for each of its axes, and the mesh must divide them"
         )
     return PartitionSpec(*axes)
+
+
+def gather_in(loss_fn: Any, parameters: Mapping[str, NamedSharding], but: str = "") -> Any:
+    """`loss_fn` with each parameter that `fsdp` splits gathered where it is used.
+
+    Left to itself the partitioner may move activations instead, since parameters are split by axes
+    that products run over. Gathered parameters are not kept for the backward pass, which gathers
+    them again, and a gradient is reduced to the part that its device has.
+
+    Args:
+      loss_fn: a steps.LossFn.
+      parameters: from `parameter_shardings`.
+      but: regular expression of paths that are left to the partitioner: those of a loop over
+        layers, before which all would be gathered at once.
+    """
+    split = {
+        path: place
+        for path, place in parameters.items()
+        if FSDP in place.spec and not re.fullmatch(but, path)
+    }
+    if not split:
+        return loss_fn
+
+    def gather(flat: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {p: _gather(x, split[p]) if p in split else x for p, x in flat.items()}
+
+    def gathered(trainable: Any, frozen: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        return loss_fn(gather(trainable), gather(frozen), model_state, batch, key)
+
+    return jax.checkpoint(gathered, policy=_kept)
+
+
+def _kept(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """Whether the backward pass finds a result: neither gathered arrays nor casts of them."""
+    inner = getattr(parameters.get("call_jaxpr"), "eqns", ())
+    gathers = any(one.primitive.name == "sharding_constraint" for one in inner)
+    return not gathers and primitive.name not in ("sharding_constraint", "convert_element_type")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(array: jax.Array, place: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(array, NamedSharding(place.mesh, PartitionSpec()))
+
+
+_gather.defvjp(
+    lambda array, place: (_gather(array, place), None),
+    lambda place, _, gradient: (jax.lax.with_sharding_constraint(gradient, place),),
+)
 
 
 def state_shardings(abstract: Any, parameters: Mapping[str, NamedSharding], mesh: Mesh) -> Any:

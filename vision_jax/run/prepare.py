@@ -91,7 +91,9 @@ class Run:
         def change(objective: Objective, recipe: Recipe) -> Objective:
             return recipe.transform(objective, self.student)
 
-        return make_loss(reduce(change, self.recipes, self.plain_objective))
+        loss_fn = make_loss(reduce(change, self.recipes, self.plain_objective))
+        looped = r"(.*/)?block_\d+/.*" if getattr(self.model, "scan", False) else ""
+        return sharding.gather_in(loss_fn, self.parameters.shardings, looped)
 
     def make_train_step(self) -> Any:
         """(state, frozen, batch) -> (state, metrics), compiled; see steps.make_train_step."""
