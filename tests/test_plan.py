@@ -1,6 +1,7 @@
 """The plan of a step against the step that training compiles."""
 
 import contextlib
+import dataclasses
 import re
 
 import detection_runs
@@ -141,6 +142,10 @@ def test_other_numbers_of_devices_are_arithmetic():
     assert re.search(rf"gathers of parameters +{received:.1f} GiB received by each", said)
     assert said.count("(does not fit)") == 2  # 23 GiB are too many for a v5e alone
     assert "a checkpoint of 12.0 GiB (12.9 s) each" in said
+    assert "activations move" not in said
+    moving = dataclasses.replace(found, collectives={"all-gather": (3, 9.0 * 2**30)})
+    note = "note: the compiled step gathers 9.0 GiB, parameters are 8.0 GiB of it"
+    assert note in "\n".join(plan.scaled(moving, config, [8]))
     with pytest.raises(UserError, match="6 devices do not divide into groups of fsdp=4"):
         plan.scaled(found, config, [6])
 

@@ -262,6 +262,13 @@ def scaled(plan: Plan, config: ConfigDict, counts: Sequence[int]) -> list[str]:
     """
     fsdp = sharding.make_mesh(**config.mesh).shape["fsdp"]
     found = [""]
+    gathered = plan.collectives.get("all-gather", (0, 0.0))[1]
+    foreseen = 2 * plan.volume.times * (plan.volume.parted + plan.volume.frozen)
+    if gathered > 1.1 * foreseen + 2**20:  # less is of metrics and targets
+        found.append(
+            f"note: the compiled step gathers {human_size(gathered)}, parameters are "
+            f"{human_size(foreseen)} of it: activations move, and the figures below are too good"
+        )
     for count in counts:
         if count % fsdp:
             raise UserError(f"--scale: {count} devices do not divide into groups of fsdp={fsdp}")
