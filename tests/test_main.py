@@ -363,13 +363,14 @@ def test_the_fields_of_a_file_and_of_a_finished_run_are_shown(capsys, monkeypatc
 
 def test_models_are_listed_by_patterns(capsys):
     everything = shown(capsys, "models").splitlines()
-    assert len(everything) == 1 + 2 + len(ZOO)
+    assert len(everything) == 1 + 3 + len(ZOO)
     heading, *swins = shown(capsys, "models", "swin_*patch4*").splitlines()
     assert heading.split() == ["name", "family", "parameters", "pixels", "config.model.weights"]
     assert all(line.startswith("timm/swin_") for line in swins)
     assert shown(capsys, "models", "TIMM/SWIN_*patch4*").splitlines() == [heading, *swins]
     _, *own = shown(capsys, "models", "embedded").splitlines()
     assert [" ".join(line.split()) for line in own] == [
+        "embedded:fashion_generator dit 0.75 M 28 embedded:fashion_generator",
         "embedded:nanodet_coco nanodet 3.79 M 416 embedded:nanodet_coco",
         "embedded:vit_cifar10 vit 0.81 M 32 embedded:vit_cifar10",
     ]

@@ -233,6 +233,8 @@ def test_a_port_that_is_taken(tmp_path):
             start(Place(address, 2, 0))
 
 
+# The child neither computes nor takes a lock, of which JAX warns where it was imported before.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_a_board_is_never_read_half_written():
     """A process that writes without a pause, beside one that reads."""
     page = board.Board()

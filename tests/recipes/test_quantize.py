@@ -7,8 +7,8 @@ import runs
 from safetensors.numpy import load_file
 
 from vision_jax import convert, figures, train
-from vision_jax.commands import plan
 from vision_jax.errors import UserError
+from vision_jax.memory import device_bytes
 from vision_jax.run.restore import restore
 from vision_jax.trees import lora, paths, quantize
 
@@ -58,7 +58,7 @@ def test_the_plan_counts_the_bytes_of_the_formula():
         quantize.kernel_bytes(x.shape, "nf4") for x in kernels.values()
     )
     whole = sum(x.nbytes for path, x in plain.state.trainable.items() if "head" not in path)
-    sizes = [plan._device_bytes(tree) for tree in (frozen, run.abstract_state.opt_state)]
+    sizes = [device_bytes(tree) for tree in (frozen, run.abstract_state.opt_state)]
     assert sizes[0] == whole - saved
     adam = 2 * sum(x.size * 4 for x in trainable.values())
     assert adam <= sizes[1] <= adam + 64  # and its counters

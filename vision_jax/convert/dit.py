@@ -84,7 +84,10 @@ _OWN_NAMES = {
 def _own_rules(arguments: Arguments) -> Rules:
     grid = tuple(side // arguments["patch_size"] for side in arguments["image_size"])
     positions = partial(grid_positions, grid, arguments["width"], 0)
-    rules = [Fixed("pos_embed", positions, exact=False), *expand(_OWN, arguments["depth"])]
+    rules: list[Rule | Fixed] = [
+        Fixed("pos_embed", positions, exact=False),
+        *expand(_OWN, arguments["depth"]),
+    ]
     if arguments["caption_width"]:  # in a run's own files alone
         rules += affine("caption_embedder.mlp.0", "caption_embed/fc1")
         rules += affine("caption_embedder.mlp.2", "caption_embed/fc2")

@@ -68,7 +68,9 @@ def read_sources(config: ConfigDict) -> tuple[Source, Source]:
 
 
 def _with_extra(config: ConfigDict, train: Source) -> Source:
-    """The training images, and beside them those of config.data.extra."""
+    """The training images, with those of config.data.extra where the task has that field."""
+    if "extra" not in config.data:
+        return train
     if not config.data.extra:
         if config.data.extra_count:
             raise UserError("config.data.extra_count: nothing is extra: set config.data.extra")
