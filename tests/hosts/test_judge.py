@@ -53,6 +53,15 @@ def test_one_process_is_named_with_its_cause(one, words, code):
     assert "\n" not in verdict.line
 
 
+def test_an_abort_goes_before_the_collective_that_it_broke():
+    """It is seen later than what the others say of their connections."""
+    broken = Report("a", step=7, kind=2, text=GLOO, code=1, ended=0.6)
+    aborted = Report("b", step=7, code=-signal.SIGABRT, ended=0.1)
+    assert find_cause({0: broken, 1: aborted}).process == 1
+    later = dataclasses.replace(broken, ended=9.0)  # as JAX ends those that lost the others
+    assert find_cause({0: later, 1: aborted}).process == 0
+
+
 @pytest.mark.parametrize(
     "one",
     [

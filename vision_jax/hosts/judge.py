@@ -135,7 +135,9 @@ def _failed(reports: Mapping[int, Report]) -> Verdict | None:
 
     def rank(process: int) -> tuple[bool, bool, float]:
         one = failed[process]
-        return _may_be_of_others(one), one.kind != BAD_INPUT, -one.ended
+        # An abort is seen after its connections have closed, of which the others may speak first.
+        before = GRACE if _has_aborted(one) else 0.0
+        return _may_be_of_others(one), one.kind != BAD_INPUT, -one.ended - before
 
     first = min(failed, key=rank)
     one = failed[first]
@@ -166,9 +168,13 @@ def _has_failed(one: Report) -> bool:
     return one.kind != NOTHING or (one.code is not None and not one.fine)
 
 
+def _has_aborted(one: Report) -> bool:
+    return one.code is not None and -one.code == signal.SIGABRT and one.kind == NOTHING
+
+
 def _may_be_of_others(one: Report) -> bool:
-    aborted = one.code is not None and -one.code == signal.SIGABRT and one.kind == NOTHING
-    return aborted or (one.kind == UNFORESEEN and bool(_OF_OTHERS.search(one.text)))
+    speaks_of_others = one.kind == UNFORESEEN and bool(_OF_OTHERS.search(one.text))
+    return _has_aborted(one) or speaks_of_others
 
 
 def _signal(number: int) -> str:
