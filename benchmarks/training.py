@@ -26,9 +26,9 @@ DETR = {
     "trainable": (r"backbone/stage_[1-3]/.*(conv\d?|downsample_conv)/kernel", "(?!backbone).*"),
     "model.freeze_norm": True,
 }
-DIT = {  # DiT-S/2 in diffusers' words
-    "num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12, "in_channels": 4,
-    "out_channels": 4, "norm_eps": 1e-6,
+DIT = {  # DiT-S/2 in diffusers' words; latents of 4 channels would ask for their autoencoder
+    "num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12, "in_channels": 3,
+    "out_channels": 3, "norm_eps": 1e-6,
 }  # fmt: skip
 SMALL_DIT = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
 SMALL_VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
@@ -85,7 +85,7 @@ def mae(batch_size: int, size: int, **arguments) -> Job:
 
 
 def dit(batch_size: int, size: int, lora: int = 0, **arguments) -> Job:
-    """A step of flow matching on a DiT in latents, all of it or adapters of its blocks."""
+    """A step of flow matching on a DiT, all of it or adapters of its blocks."""
     shared = {"batch_size": batch_size, "image_size": size, "classes": 1000}
     fields = {"model.arguments": (("predicts", "velocity"),), "optim.ema_decay": 0.0}
     if lora:  # diffusers' q, k and v are layers of their own
@@ -93,7 +93,7 @@ def dit(batch_size: int, size: int, lora: int = 0, **arguments) -> Job:
         fields |= {**LORA, **parts}
     peer = {**shared, "arguments": {**DIT, **arguments}, "lora": lora}
     return Job(
-        f"{'LoRA ' if lora else ''}DiT-S/2, {size} x {size} latents, batch {batch_size}",
+        f"{'LoRA ' if lora else ''}DiT-S/2, {size} x {size}, batch {batch_size}",
         ("ours.train", {**shared, "task": "generation", "fields": fields}),
         {how: ("peers.train_dit", {**peer, "how": how}) for how in HOWS},
         tolerance=0.1,  # other noise
