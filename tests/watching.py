@@ -31,8 +31,17 @@ classes = ["square"]
 """
 
 
+def pictures(count=120):
+    """The square crosses the frame and comes back, twice: u8[HEIGHT, WIDTH, 3] each."""
+    for index in range(count):
+        pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        left = int((WIDTH - SIDE) * (0.5 - 0.5 * np.cos(index / count * 4 * np.pi)))
+        pixels[20 : 20 + SIDE, left : left + SIDE] = 255
+        yield pixels
+
+
 def write_video(path, count=120):
-    """The square crosses the frame and comes back, twice."""
+    """Of the pictures."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.height, stream.width, stream.pix_fmt, stream.bit_rate = (
@@ -41,10 +50,7 @@ def write_video(path, count=120):
             "yuv420p",
             10**6,
         )
-        for index in range(count):
-            pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-            left = int((WIDTH - SIDE) * (0.5 - 0.5 * np.cos(index / count * 4 * np.pi)))
-            pixels[20 : 20 + SIDE, left : left + SIDE] = 255
+        for index, pixels in enumerate(pictures(count)):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, 10)
             container.mux(stream.encode(frame))

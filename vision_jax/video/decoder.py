@@ -23,10 +23,12 @@ import math
 import os
 import resource
 import signal
+import socket
 import struct
 import sys
 from fractions import Fraction
 from typing import Any
+from urllib.parse import urlsplit
 
 import av
 import av.error
@@ -43,6 +45,7 @@ CONTAINERS = (
 MEMORY = 4 * 2**30  # bytes of addresses of this process
 DEFAULT_RATE = 25  # frames a second where nothing is stated, as libavformat has it
 LONG_GAP = 10  # seconds between two frames that are said
+PORTS = {"rtsp": 554, "rtsps": 322}  # where an address names none
 SET_PIPE_SIZE, PIPE_BYTES = 1031, 2**20  # of fcntl
 DEATH_SIGNAL = 1  # of prctl
 
@@ -143,6 +146,8 @@ def read(request: dict[str, Any]) -> Any:
             yield message, converter.convert(frame)
     if index == 0:
         raise Refused(why or "no frame of it can be decoded")
+    if request["source"] == "address" and not why:
+        why = "its server has ended it"
     yield {"kind": "end", "why": why, "counts": counts}, b""
 
 
@@ -165,7 +170,39 @@ def _open(request: dict[str, Any]) -> Any:
         "allowed_media_types": "video",
         "timeout": str(int(timeout * 1e6)),
     }
-    return av.open(address, options=options, timeout=timeout, metadata_errors="replace")
+    named = _peers_named(address)
+    container = av.open(address, options=options, timeout=timeout, metadata_errors="replace")
+    _refuse_others(named | _peers_named(address))
+    return container
+
+
+def _peers_named(address: str) -> set[tuple[str, int]]:
+    """(IP, port) of all that an address may mean."""
+    try:
+        parts = urlsplit(address)
+        port = parts.port or PORTS[parts.scheme]
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    except (ValueError, OSError, UnicodeError) as error:
+        raise Refused(f"its host can't be found ({_words(error)})") from None
+    return {one[4][:2] for one in found}  # type: ignore[misc]
+
+
+def _refuse_others(named: set[tuple[str, int]]) -> None:
+    """A server may have redirected to another host, which FFmpeg follows and says to nobody.
+
+    No option of it forbids that, so connections are looked at before a frame of them is.
+    """
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        try:
+            with socket.socket(fileno=os.dup(descriptor)) as one:
+                peer = one.getpeername()[:2]
+        except OSError:  # no socket, or one that isn't connected
+            continue
+        if one.family in (socket.AF_INET, socket.AF_INET6) and peer not in named:
+            raise Refused(
+                f"its server redirects to {peer[0]}, port {peer[1]}, which nobody named: watch"
+                " that address itself if it is right"
+            )
 
 
 def _packets(container: Any, video: Any) -> Any:

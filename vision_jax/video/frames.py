@@ -50,6 +50,7 @@ MOST_SECONDS = 10**9  # of a time in times.csv
 MOST_DIGITS = 40  # of a number there
 DIGESTED = 2**20  # bytes
 SHORT = 2  # seconds that a header may say too much
+LATER = 2  # seconds after which the decoder gives up, too; who waits for it says so before that
 STOP_SECONDS = 0.1  # in which a source that waits sees that it shall stop
 NO_MORE = {"kind": "end", "why": ""}
 POLL = 0.002  # seconds between looks at several live sources
@@ -315,7 +316,7 @@ def open_stream(
         "source": kind,
         "address": address,
         "rate": None if rate is None else [rate.numerator, rate.denominator],
-        "timeout": timeout,
+        "timeout": timeout + LATER,
         "most_pixels": MAX_PIXELS,
         "most_side": limits.SIDE,
     }
