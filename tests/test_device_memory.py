@@ -1,5 +1,6 @@
 """What a step takes is said before it runs, and too small a device is answered in one line."""
 
+import re
 import sys
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 import runs
 
-from vision_jax import machine, main, memory, steps, train
+from vision_jax import flags, machine, main, memory, steps, train
 from vision_jax.logging import human_size
 
 XLA = {
@@ -43,6 +44,8 @@ def test_other_errors_are_no_lack_of_memory():
     assert memory.is_out_of_memory(MemoryError())
     assert not memory.is_out_of_memory(ValueError("RESOURCE_EXHAUSTED"))
     assert not memory.is_out_of_memory(exhausted("INTERNAL: a bug"))
+    cuda = "INTERNAL: Failed to load in-memory CUBIN: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    assert memory.is_out_of_memory(exhausted(cuda))
 
 
 def test_main_answers_in_one_line(monkeypatch, capsys, tmp_path):
@@ -61,6 +64,32 @@ def test_main_answers_in_one_line(monkeypatch, capsys, tmp_path):
     fails_with("INTERNAL: a bug")
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         main.main(arguments)
+
+
+PROGRAMS = [name for name, command in main.COMMANDS.items() if ":" not in command.run]
+PROGRAMS.remove("launch")  # starts another one
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_with_flags_of_their_own_answer_in_one_line(name, monkeypatch, capsys):
+    """As if the first thing that each does were to call a program that is too large."""
+
+    def parse_args(*_):
+        raise exhausted("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\n  a page")
+
+    monkeypatch.setattr(flags.Parser, "parse_args", parse_args)
+    assert main.main([name]) == main.BAD_INPUT
+    said = capsys.readouterr().err
+    smaller = main.COMMANDS[name].smaller or memory.SMALLER
+    assert said == f"error: not enough memory: 8.0 GiB in one piece: try {smaller}\n"
+
+
+def test_what_needs_less_memory_names_flags_that_there_are(capsys):
+    for name in PROGRAMS:
+        given = re.findall(r"--[a-z-]+", main.COMMANDS[name].smaller)
+        assert main.main([name, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert set(given) <= set(re.findall(r"--[a-z-]+", said)), name
 
 
 CHILD = """

@@ -60,11 +60,13 @@ class Command:
       run: "module:function", which returns the exit code; or a module that is a program with flags
         of its own.
       takes: what the function is called with, by the names of FLAGS: "config" is read by then.
+      smaller: what needs less memory than a program with flags of its own was asked for.
     """
 
     help: str
     run: str
     takes: Sequence[str] = ()
+    smaller: str = ""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -133,13 +135,17 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command(
         "write a model as StableHLO and other files that run elsewhere, with a certificate",
         "vision_jax.commands.export",
+        smaller="a smaller --batch or --image-size",
     ),
     "serve": Command(
         "answer images over HTTP: names, boxes or masks, many requests in one batch",
         "vision_jax.commands.serve",
+        smaller="--rows=1, or a smaller --image-size or --window",
     ),
     "watch": Command(
-        "raise alarms by rules on what a detector sees in videos", "vision_jax.commands.watch"
+        "raise alarms by rules on what a detector sees in videos",
+        "vision_jax.commands.watch",
+        smaller="--rows=1",
     ),
     "review": Command(
         "look at what `watch` has seen: its page, figures, images to fine-tune on",
@@ -148,17 +154,22 @@ COMMANDS: Mapping[str, Command] = {
     "explain": Command(
         "show what a classifier looks at, by several methods, and measure each",
         "vision_jax.commands.explain",
+        smaller="fewer --images or a smaller --limit, or other --methods",
     ),
     "generate": Command(
         "make images by a trained generator, and measure how good they are",
         "vision_jax.commands.generate",
+        smaller="a smaller --batch-size",
     ),
     "prune": Command(
-        "cut channels, heads and layers out of a trained model", "vision_jax.commands.prune"
+        "cut channels, heads and layers out of a trained model",
+        "vision_jax.commands.prune",
+        smaller="--score=magnitude",
     ),
     "factorize": Command(
         "make two narrow products of each layer of a trained model, where little is lost",
         "vision_jax.commands.factorize",
+        smaller="fewer --images, or --score=weights",
     ),
     "certify": Command(
         "compare an imported model with its source, number by number", "vision_jax.certify"
@@ -365,7 +376,7 @@ def _run(arguments: Sequence[str]) -> int:
 
         return main(launch.start(arguments))
     if ":" not in command.run:
-        return _run_program(command.run, arguments)
+        return _run_program(command, arguments)
     flags, overrides = _parse(name, arguments)
     if flags["help-config"] is not None:
         print("\n".join(explain(flags["help-config"])))
@@ -407,15 +418,21 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         return run(*(flags[taken] for taken in command.takes))
     except Exception as error:
-        from vision_jax import memory
-
-        if not memory.is_out_of_memory(error):
+        if not (line := _advise(error, flags["config"])):
             raise
-        raise UserError(memory.advise(error, _values(flags["config"]))) from error
+        raise UserError(line) from error
 
 
-def _values(config: Any) -> dict[str, Any]:
-    return fields(config) if isinstance(config, ConfigDict) else {}
+def _advise(error: Exception, config: Any, smaller: str = "") -> str:
+    """One line where the memory of a device, or of the host, is not enough; "" for other errors."""
+    if isinstance(error, UserError | OSError):
+        return ""
+    from vision_jax import memory  # and JAX, whose import takes seconds
+
+    values = fields(config) if isinstance(config, ConfigDict) else {}
+    if not memory.is_out_of_memory(error):
+        return ""
+    return memory.advise(error, values, smaller or memory.SMALLER)
 
 
 def _find_others(flags: dict[str, Any]) -> Any:
@@ -441,9 +458,9 @@ def _find_others(flags: dict[str, Any]) -> Any:
     return mine
 
 
-def _run_program(module: str, arguments: Sequence[str]) -> int:
+def _run_program(command: Command, arguments: Sequence[str]) -> int:
     """Runs a module as `python -m` does; returns the exit code."""
-    before = sys.argv
+    before, module = sys.argv, command.run
     sys.argv = [module, *arguments]
     try:
         with warnings.catch_warnings():  # a notebook may have imported it already
@@ -453,6 +470,10 @@ def _run_program(module: str, arguments: Sequence[str]) -> int:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         return int(end.code or 0)
+    except Exception as error:
+        if not (line := _advise(error, None, command.smaller)):
+            raise
+        raise UserError(line) from error
     finally:
         sys.argv = before
     return 0

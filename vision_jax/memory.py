@@ -2,18 +2,21 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 
 from vision_jax import machine
+from vision_jax.errors import UserError
 from vision_jax.logging import human_size
 
 # How XLA says what it asked for: bytes, or with a unit.
 _ASKED = re.compile(
     r"(?:allocat\w*|requested|Used)\s+(?P<size>[\d.]+)\s*(?P<unit>[KMGT]?)(?:i?B|bytes|\b)"
 )
+SMALLER = "smaller images or a smaller batch"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -59,18 +62,39 @@ def reserved(compiled: Any, state: Any, fixed: Any, batch: Any) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the host, had not the memory for something."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, MemoryError) or is_of_device(error)
+
+
+def is_of_device(error: BaseException) -> bool:
+    """Whether XLA had not the memory; CUDA's driver says so of a program that it can't load."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(
+        re.search("RESOURCE_EXHAUSTED|CUDA_ERROR_OUT_OF_MEMORY", str(error))
     )
 
 
-def advise(error: BaseException, values: Mapping[str, Any]) -> str:
+@contextmanager
+def explained(values: Mapping[str, Any], smaller: str = SMALLER) -> Iterator[None]:
+    """Answers XLA's lack of memory inside by one line; see `advise`.
+
+    Raises:
+      UserError: in place of it.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_of_device(error):
+            raise
+        raise UserError(advise(error, values, smaller)) from error
+
+
+def advise(error: BaseException, values: Mapping[str, Any], smaller: str = SMALLER) -> str:
     """One line on an error that `is_out_of_memory`: how much was asked for, and what needs less.
 
     Args:
       error: with a text of XLA's, of any length.
       values: fields of the config by name; those that it has not, or that say so already, are not
         advised.
+      smaller: what else needs less.
     """
     found = _ASKED.search(str(error))
     asked = ""
@@ -87,6 +111,6 @@ def advise(error: BaseException, values: Mapping[str, Any]) -> str:
         ways.append("model.dtype=bfloat16")
     if values.get("mesh.fsdp") == 1 and jax.device_count() > 1:
         ways.append("mesh.fsdp=-1 with mesh.data=1")
-    advice = ", ".join(f"--config.{way}" for way in ways) or "smaller images or a smaller batch"
+    advice = ", ".join(f"--config.{way}" for way in ways) or smaller
     plan = "; `vision_jax plan --config=... --memory=GIB` finds the largest batch" if ways else ""
     return f"not enough memory{asked}: try {advice}{plan}"

@@ -30,7 +30,7 @@ from vision_jax.checkpoints import (
     restore_newest,
     set_aside,
 )
-from vision_jax.config import check_ranges
+from vision_jax.config import check_ranges, fields
 from vision_jax.convert import remarks
 from vision_jax.data.fingerprint import (
     Fingerprint,
@@ -81,7 +81,8 @@ def run(config: ConfigDict, workdir: Path, start_from: Path | None = None) -> in
         del origin  # and with it the old run's arrays
         program = _make_program(prepared, facts, begin)
         log, checkpoints = _open_workdir(prepared, facts, begin, resources)
-        with processes.told():  # at once: to close what is open may wait for the others
+        # Told at once: to close what is open may wait for the others.
+        with processes.told(), memory.explained(fields(config)):
             end = _train(prepared, facts, begin, program, log, checkpoints)
             if end.signal:
                 return 128 + end.signal
