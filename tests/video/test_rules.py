@@ -13,6 +13,8 @@ from vision_jax.video.rules import check, parse_rules, read_rules, wall_time
 from vision_jax.video.schedule import in_schedule, parse_span
 
 RULE = '[rules.one]\nkind = "inside"\nzone = "lawn"\n'
+GATE = '[rules.one]\nkind = "cross"\nline = "gate"\n'
+CROWD = '[rules.one]\nkind = "crowd"\n'
 
 
 def ready(text, size=scenes.SIZE):
@@ -67,6 +69,10 @@ def test_a_file_is_read(tmp_path):
         ("[tracking]\nhigh = 0.05\n" + RULE + scenes.FIELD, "`low` is higher"),
         (RULE + scenes.FIELD.replace("500, 400", "641, 400"), "(641, 400) lies outside of the"),
         (RULE + scenes.FIELD.replace("pixel", "fraction", 1), 'did you mean unit = "pixel"'),
+        (RULE + "min_height = 400" + scenes.FIELD, "zone `lawn` lies where no foot of boxes of"),
+        (GATE + scenes.FIELD.replace("300", "0"), "line `gate` lies where no foot of boxes in"),
+        (GATE + "min_width = 600" + scenes.FIELD, "line `gate` lies where no foot of boxes of 600"),
+        (CROWD + "count = 1001" + scenes.FIELD, "from 1 to 1000"),
     ],
 )  # fmt: skip
 def test_what_is_refused(text, words):
@@ -92,6 +98,18 @@ def test_polygons_that_are_none(polygon, unit, words):
     with pytest.raises(UserError, match=r"zone `lawn`") as raised:
         ready(f'{RULE}[zones.lawn]\nunit = "{unit}"\npolygon = {polygon}\n')
     assert words in str(raised.value)
+
+
+def test_boxes_whose_points_reach_a_zone_are_not_refused():
+    """By a hair: the lawn ends at 400, 80 pixels above the lower edge, the gate stands at 300."""
+    for text in (
+        RULE + "min_height = 399",
+        RULE + 'min_height = 479\npoint = "center"',
+        RULE + "min_width = 639",
+        GATE + "min_width = 599",
+        GATE + 'min_height = 479\npoint = "center"',
+    ):
+        ready(text + scenes.FIELD)
 
 
 def test_points_in_polygons_are_those_of_matplotlib(rng):

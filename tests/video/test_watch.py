@@ -79,7 +79,7 @@ def test_a_video_is_watched_to_its_end(video, rules, tmp_path, capsys):
     assert "name another --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("batch", [0, 1, 7, 28])
+@pytest.mark.parametrize("batch", [7, *(pytest.param(n, marks=pytest.mark.long) for n in (0, 28))])
 def test_a_signal_lets_the_same_command_go_on_to_the_same_bytes(
     video, rules, tmp_path, capsys, batch
 ):
@@ -149,6 +149,16 @@ def test_so_many_frames_seconds_and_a_rate(video, rules, tmp_path):
         assert watching.run(video, rules, tmp_path / name, extra=flags) == 0
         lines = (tmp_path / name / "detections.jsonl").read_text().splitlines()[1:-1]
         assert [json.loads(line)["frame"] for line in lines] == kept
+
+
+def test_a_rule_that_could_not_be_met_is_named_at_the_end(video, rules, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert watching.run(video, rules, out, extra=["--frames=1"]) == 0
+    said = "note: rule `walked_in` could not be met: it wants 2 frames, and there were 1"
+    assert said in capsys.readouterr().err
+    for arguments in (["watch", "--replay", f"--out={out}"], ["review", str(out)]):
+        assert main.main(arguments) == 0
+        assert said in "".join(capsys.readouterr())
 
 
 def test_a_file_that_is_cut_is_watched_as_far_as_it_goes(rules, tmp_path, capsys):

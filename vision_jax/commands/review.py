@@ -69,7 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    from vision_jax.video.events import load_rules
+    from vision_jax.video.events import load_rules, unmet
     from vision_jax.video.feedback import write_coco
     from vision_jax.video.page import alarms_of, read_events, write_page
     from vision_jax.video.webhook import Webhook, parse_host
@@ -78,6 +78,8 @@ def _run(flags: argparse.Namespace) -> int:
     rules = load_rules(flags.folder)
     found = read_events(flags.folder)
     _list(alarms_of(found))
+    for note in unmet(flags.folder, rules):
+        say(f"note: {note}")
     figures: dict[str, Any] = {}
     if flags.intervals:
         figures["alarms"] = _measure_alarms(flags, rules, found)

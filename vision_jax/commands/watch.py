@@ -157,6 +157,7 @@ def _run(flags: argparse.Namespace) -> int:
     if flags.replay:
         return _replay(flags)
     from vision_jax import machine
+    from vision_jax.video.events import unmet
     from vision_jax.video.frames import content_of, open_stream
 
     outs = _folders(flags.out, flags.sources)
@@ -184,7 +185,8 @@ def _run(flags: argparse.Namespace) -> int:
                 for line in one.outputs.deliver():
                     say(line)
     for one in sources:
-        for note in one.stream.notes():
+        notes = [] if signals else unmet(one.log.out, one.rules)
+        for note in (*one.stream.notes(), *map(printable, notes)):
             print(f"note: {note}", file=sys.stderr)
         print(f"wrote {one.log.out / 'detections.jsonl'}, {one.log.out / 'events.jsonl'}")
     if signals:
@@ -422,9 +424,12 @@ def _line(one: Source, event: dict[str, Any]) -> str:
 
 
 def _replay(flags: argparse.Namespace) -> int:
-    from vision_jax.video.events import replay
+    from vision_jax.video.events import load_rules, replay, unmet
 
-    print(f"wrote {replay(flags.out, flags.rules, flags.to)}")
+    path = replay(flags.out, flags.rules, flags.to)
+    for note in unmet(path.parent, load_rules(path.parent)):
+        print(printable(f"note: {note}"), file=sys.stderr)
+    print(f"wrote {path}")
     return 0
 
 

@@ -34,7 +34,8 @@ from vision_jax.files import (
 )
 from vision_jax.video import alarms, track
 from vision_jax.video.lines import append, fixed, to_json, whole_lines, writing
-from vision_jax.video.rules import YEARS, Rules, check, read_rules
+from vision_jax.video.rules import YEARS, Rules, check, read_rules, wall_time
+from vision_jax.video.schedule import in_schedule
 
 VERSION = 1
 DETECTIONS, RULES, EVENTS = "detections.jsonl", "rules.toml", "events.jsonl"
@@ -247,6 +248,59 @@ def events_of(out: Path, rules: Rules) -> Iterator[str]:
         yield from map(to_json, raised)
     if _has_ended(out):
         yield from map(to_json, finish(rules, progress))
+
+
+def unmet(out: Path, rules: Rules) -> list[str]:
+    """Why rules that raised nothing in all of a log couldn't have: a line for each, for a person.
+
+    No frame was in its schedule; the log is shorter than it wants; nothing of its classes was
+    found, or nothing that is sure or large enough. Of "absent" only the first two.
+
+    Args:
+      out: the folder of a log and its events.
+      rules: of `rules.check`.
+    """
+    lines = (
+        parse_json(line, f"{out / EVENTS}: line {i}") for i, line, _ in whole_lines(out / EVENTS)
+    )
+    raised = {one["rule"] for one in lines if one["event"] == "start"}
+    left = [rule for rule in rules.rules if rule.name not in raised]
+    frames = dict.fromkeys([rule.name for rule in left], 0)  # in its schedule
+    found = {rule.name: np.zeros(3, np.int64) for rule in left}  # of its classes; sure; large, too
+    time = Fraction(0)
+    for logged in read_frames(out) if left else ():
+        time, now = logged.time, wall_time(rules, logged.time)
+        for rule in left:
+            if not in_schedule(rule.schedule, now):
+                continue
+            frames[rule.name] += 1
+            own = np.isin(logged.labels, rule.labels)
+            sure = own & (logged.scores >= max(rule.score, rules.tracking.high))
+            sides = logged.boxes_xyxy_px[:, 2:] - logged.boxes_xyxy_px[:, :2]
+            large = sure & (sides >= (rule.min_width, rule.min_height)).all(1)
+            found[rule.name] += own.sum(), sure.sum(), large.sum()
+    said = []
+    for rule in left:
+        owned, certain, big = found[rule.name].tolist()
+        why = ""
+        if rule.schedule and not frames[rule.name]:
+            begin, end = wall_time(rules, Fraction(0)), wall_time(rules, time)
+            why = (
+                f"no frame is in its schedule: they are of {begin:%a %F %H:%M} to {end:%a %F %H:%M}"
+            )
+        elif frames[rule.name] < rule.on[0]:
+            why = f"it wants {rule.on[0]} frames, and there were {frames[rule.name]}"
+        elif time < rule.dwell:
+            why = f"it wants {float(rule.dwell):g} seconds, and there were {float(time):g}"
+        elif rule.kind != "absent" and not big:
+            what = "nothing of its classes" if rule.classes else "nothing"
+            if owned:
+                what += f" with a score of {max(rule.score, rules.tracking.high):g} or more"
+            if certain:
+                what += f" had {rule.min_width:g} x {rule.min_height:g} pixels or more"
+            why = what if certain else f"{what} was found"
+        said += [f"rule `{rule.name}` could not be met: {why}"] if why else []
+    return said
 
 
 def _first_event(head: Head, rules: Rules) -> str:

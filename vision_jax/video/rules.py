@@ -43,6 +43,7 @@ MAX_POINTS = 200  # of a polygon
 MAX_ALL_POINTS = 10_000  # of all polygons
 YEARS = range(1900, 9000)  # of a start: all times after it have a date
 MAX_FRAMES = 10_000  # that a rule looks back
+MAX_COUNT = 1_000  # tracks: as many boxes of a frame are logged
 KINDS = ("inside", "cross", "crowd", "absent")
 UNITS = ("pixel", "fraction")
 
@@ -129,7 +130,7 @@ class Rule:
     min_height: float = field(default=0.0, metadata=_number(0))
     faster: float = field(default=0.0, metadata=_number(0))
     slower: float = field(default=math.inf, metadata=_number(0))
-    count: int = field(default=1, metadata=_number(1, 10_000))
+    count: int = field(default=1, metadata=_number(1, MAX_COUNT))
     dwell: Fraction = field(default=Fraction(0), metadata=_number(0, 1e7))
     on: tuple[int, int] = (2, 3)
     off: int = field(default=6, metadata=_number(1, MAX_FRAMES))
@@ -448,9 +449,37 @@ def check(rules: Rules, size: tuple[int, int], start: datetime.datetime | None =
                 " taken: add start = 2026-12-01T18:00:00+01:00 at the top of the file"
             )
         ready.append(dataclasses.replace(rule, min_width=low, min_height=high))
+        _check_reach(ready[-1], zones, lines, size)
     return dataclasses.replace(
         rules, zones=zones, lines=lines, rules=tuple(ready), start=start, size=size
     )
+
+
+def _check_reach(
+    rule: Rule, zones: Mapping[str, Zone], lines: Mapping[str, Line], size: tuple[int, int]
+) -> None:
+    """Whether boxes in the frame that are large enough have their points in a zone, or pass a line.
+
+    Raises:
+      UserError: none has.
+    """
+    height, width = size
+    below = 0.0 if rule.point == "foot" else rule.min_height / 2
+    above = rule.min_height - below
+    places = [(f"zone `{rule.zone}`", zones[rule.zone].polygon)] if rule.zone else []
+    if rule.line:
+        line = lines[rule.line]
+        places.append((f"line `{rule.line}`", (line.start, line.end)))
+    for name, points in places:
+        x, y = ([point[axis] for point in points] for axis in (0, 1))
+        beside = max(x) <= rule.min_width / 2 or min(x) >= width - rule.min_width / 2
+        if beside or max(y) <= above or min(y) >= height - below:
+            sizes = f" of {rule.min_width:g} x {rule.min_height:g} pixels and more"
+            boxes = f"boxes{sizes if rule.min_width or rule.min_height else ''}"
+            raise UserError(
+                f"rule `{rule.name}`: {name} lies where no {rule.point} of {boxes} in a frame of"
+                f" {width} x {height} comes"
+            )
 
 
 def _in_frame(
