@@ -50,6 +50,7 @@ SMALL = {
         "COUNT = 100": "COUNT = 10",
         "JUDGE_STEPS = 200": "JUDGE_STEPS = 2",
     },
+    "watch_a_video": {"FRAMES = 80": "FRAMES = 40"},
     "detect_your_objects": {"STEPS = 1500": "STEPS = 10", "SIDE = 160": "SIDE = 64"},
 }
 
@@ -227,3 +228,20 @@ def test_generate_your_images(tmp_path, monkeypatch):
     assert len(list((made / "sneaker").glob("*.png"))) == 10
     assert (made / "beside.png").is_file()
     assert len(list((tmp_path / "runs" / "mine" / "samples").glob("*.png"))) == 4  # steps 0 to 3
+
+
+@pytest.mark.long
+def test_watch_a_video(tmp_path, monkeypatch):
+    printed = execute("watch_a_video", tmp_path, monkeypatch)
+    lines = (tmp_path / "runs/yard/events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    begun = [one for one in events if one["event"] == "start"]
+    assert [one["rule"] for one in begun] == ["intruder"] * len(begun)
+    assert begun[0]["tracks"][0]["class"] == "kite"
+    assert events[-1]["frames"] == 40
+    stricter = tmp_path / "runs/stricter"
+    (figures,) = json.loads((stricter / "evaluation.json").read_text()).values()
+    assert (figures["sign"]["precision"], figures["sign"]["recall"]) == (1, 1)
+    assert (tmp_path / "runs/yard/index.html").is_file()
+    assert "1 images, 1 boxes" in printed
+    assert "1 boxes left" in printed
