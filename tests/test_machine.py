@@ -107,6 +107,24 @@ def test_a_program_that_was_half_written_is_written_again(tmp_path):
 
 
 @pytest.mark.long
+def test_a_user_without_a_name_has_a_cache(tmp_path):
+    """As in a container that is given a number for its user; JAX bounds no cache for such a one."""
+    nameless = """
+import pwd
+def getpwuid(uid):
+    raise KeyError(uid)
+pwd.getpwuid = getpwuid
+"""
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    another = "jax.jit(lambda x: x @ x + 2)(numpy.ones((3, 3), numpy.float32))\n"
+    before, _, after = COMPILE.rpartition("print")
+    code = f"{nameless}{before}{another}print{after}"
+    folder, hits = json.loads(run(code, **cache))
+    assert hits == 0
+    assert json.loads(run(code, **cache)) == [folder, 2]
+
+
+@pytest.mark.long
 def test_the_users_own_cache_comes_first(tmp_path):
     found = json.loads(run(COMPILE, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")))
     assert found == ["None", 0]

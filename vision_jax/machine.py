@@ -51,17 +51,35 @@ def keep_compiled() -> Path | None:
     if jax.config.values["jax_compilation_cache_dir"]:
         return None
     folder = user_cache("compiled") / _kind_of_cpu()
-    _remove_unfinished(folder)
+    if _has_a_name():
+        _remove_unfinished(folder)
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_SECONDS)
     return folder
+
+
+def _has_a_name() -> bool:
+    """Whether the user has an entry in /etc/passwd; one that a container is told of has none.
+
+    A cache with a bound looks up who owns its files, and where it can't it keeps nothing and warns
+    of each program (findings/jax_bounded_cache_without_a_name.sh).
+    """
+    try:
+        import pwd
+    except ImportError:  # of Unix alone
+        return True
+    try:
+        return bool(pwd.getpwuid(os.getuid()))
+    except KeyError:
+        return False
 
 
 def _remove_unfinished(folder: Path) -> None:
     """Removes what a killed process began to write: JAX would warn of it in each run from then on.
 
-    JAX holds a lock while it writes a program and then the time of its last use beside it.
+    JAX holds a lock while it writes a program and then the time of its last use beside it, in a
+    cache with a bound.
     """
     if not folder.is_dir():
         return
