@@ -84,6 +84,7 @@ def test_a_share_of_the_captions_is_left_out(rng):
     assert abs(none.mean() - 0.25) < 0.08
 
 
+@pytest.mark.long
 def test_a_caption_changes_the_prediction_and_goes_into_files(tmp_path):
     sizes = {**generators.DIT, "num_classes": 0, "caption_width": 5, "predicts": "velocity"}
     model, params = generators.write(tmp_path, "dit", sizes, "dit", header=True)

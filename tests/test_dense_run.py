@@ -130,7 +130,7 @@ def random_outputs(rng, family, images=4):
     return outputs, targets
 
 
-@pytest.mark.long(but=("fcos",))
+@pytest.mark.long
 @pytest.mark.parametrize("family", MODELS)
 def test_a_batch_is_its_micro_batches_and_alone_each_image(family, rng):
     """RetinaNet's mean; FCOS' weighed by the points that are counted (float64)."""

@@ -154,6 +154,7 @@ def test_weights_alone_are_factored_by_themselves(tmp_path, capsys):
         assert shown.count("\n") == 1
 
 
+@pytest.mark.long
 def test_what_is_no_whole_model_is_refused(held, whole, tmp_path, capsys):
     """A share of factors would be counted from other kernels, and int8 would come out in float."""
     params = whole.variables["params"]
@@ -216,6 +217,7 @@ def test_convolutions_in_groups_stay_whole():
     assert rows.keys() == kernels.keys() - grouped
 
 
+@pytest.mark.long
 def test_scanned_blocks_multiply_by_the_same_factors(tmp_path):
     """Kernels are found and counted as without `scan`, and outputs and gradients are the same."""
     path = runs.write_teacher(

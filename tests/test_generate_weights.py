@@ -126,6 +126,7 @@ def test_memory_does_not_grow_with_the_steps(dit, tmp_path):
     assert many - few < 200 * 4 * 8  # their times and shares of signal, but no images
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -146,6 +147,7 @@ def test_bad_input_is_one_line(flags, message, dit, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_label_out_of_bounds_has_no_image(dit):
     model, variables = load_model(str(dit))
     labels = jnp.array([0, 3, 4])

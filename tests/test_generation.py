@@ -115,6 +115,7 @@ def test_an_image_is_the_same_in_every_batch():
     assert (np.abs(together - other) > 1e-3).any()
 
 
+@pytest.mark.long
 def test_guidance_is_none_outside_of_its_interval_and_at_1():
     labels, index = jnp.array([0, 1, 2]), jnp.arange(3)
     plain = np.asarray(sampler(tiny(), guidance=1.0)(labels, index))
@@ -133,6 +134,7 @@ def test_what_is_known_stays_to_the_pixel(rng):
     assert np.abs(made - np.asarray(images)).max() > 1e-2
 
 
+@pytest.mark.long
 def test_less_strength_stays_nearer(rng):
     labels, index = jnp.array([0, 1]), jnp.arange(2)
     images = jnp.asarray(rng.random((2, *SHAPE)), jnp.float32)

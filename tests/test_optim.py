@@ -256,6 +256,7 @@ def test_a_norm_that_is_known_is_not_computed_again(name, rng):
         np.testing.assert_array_equal(told[path], own[path])
 
 
+@pytest.mark.long
 def test_the_norm_that_is_told_is_the_one_that_counts(rng):
     params, gradient = to_jax(random_tree(rng)), to_jax(random_tree(rng))
     tx = make("sgd", params, clip_norm=0.5, weight_decay=0.0)

@@ -125,6 +125,7 @@ def test_transfer_begins_with_what_comes_out(finished, tmp_path):
     check_transfer(finished[0], "timm/vit_base_patch16_224.mae", tmp_path / "fine")
 
 
+@pytest.mark.long
 def test_predict_and_evaluate_of_a_finished_run(finished, tmp_path, capsys):
     said = check_predict(finished[0], tmp_path, capsys, "reconstructions.png")
     assert said.count("loss ") == 2
@@ -277,6 +278,7 @@ def test_adapters_continue_a_vit(tmp_path):
 # Bad input ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_bad_input_is_one_line(tmp_path, capsys):
     two, small = (
         write_images(tmp_path / "two", 2, (32, 32)),

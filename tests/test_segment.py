@@ -354,6 +354,7 @@ def test_batches_are_a_function_of_seed_and_step():
 ENCODER = {"depths": (1, 1), "block": "basic", "widths": (8, 12), "stem_width": 8}
 
 
+@pytest.mark.long(but=("segmentation",))
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_a_classifier_is_the_backbone(task, tmp_path):
     """Its head is left out, and whatever is not the backbone begins at random."""

@@ -169,6 +169,7 @@ def test_predict_writes_segments(targets, tmp_path, capsys):
         assert found == listed
 
 
+@pytest.mark.long(but=("changes0-take one that finds masks",))
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

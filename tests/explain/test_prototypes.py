@@ -96,6 +96,7 @@ def photos(tmp_path, rng):
     return Source("photos", ("a", "b", "c"), np.arange(12) % 3, np.arange(12), reader)
 
 
+@pytest.mark.long(but=("resnet",))
 @pytest.mark.parametrize("family", MODELS)
 def test_features_are_what_the_head_is_given_and_are_computed_once(
     family, photos, tmp_path, rng, monkeypatch, capsys

@@ -143,6 +143,7 @@ def test_a_file_of_any_size_and_number(here, rng, tmp_path):
         np.testing.assert_allclose(both["logits"][row], one["logits"][0], atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_file_that_says_something_else_is_named_failed(here, monkeypatch, tmp_path):
     """And what an earlier export left of that name stays, with its description."""
     for name in ("model.stablehlo", "model.stablehlo.json", "model.stablehlo.failed"):
@@ -309,6 +310,7 @@ def test_the_readers_of_a_file_are_told():
     assert about["jax"] == jax.__version__
 
 
+@pytest.mark.long(but=("weights",))
 @pytest.mark.parametrize("inputs", ["weights", "dynamic"])
 def test_kernels_go_to_int8_on_the_way(here, inputs, capsys, tmp_path):
     """And are measured beside the file that would have been."""
@@ -326,6 +328,7 @@ def test_kernels_go_to_int8_on_the_way(here, inputs, capsys, tmp_path):
     assert ("xi8>) -> tensor" in program and "xi32>" in program) or inputs == "weights"
 
 
+@pytest.mark.long
 def test_a_quantized_model_keeps_its_integers(here, tmp_path):
     """Its certificate says what the float model of its run says, and what `quantize` measured."""
     loaded = load(runs.finished())

@@ -103,6 +103,7 @@ def test_products_and_gradients_are_those_of_the_kernel(rng, window):
             assert relative(one, other) < 1e-12
 
 
+@pytest.mark.long
 def test_an_adapter_adds_its_rank_to_the_factors(rng):
     """`merge` keeps two factors; DoRA, and adapters of parts, too. What is no smaller is whole."""
     base = Factored(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((48, 6), (6, 60))))
@@ -157,6 +158,7 @@ def make_tree(rng, quantized=False):
     return plain, factored.factorize(plain, {"fc/kernel": 8, "conv/kernel": 12})
 
 
+@pytest.mark.long
 def test_both_factors_are_quantized_described_and_made_again(rng):
     plain, tree = make_tree(rng)
     assert factored.ranks_of(tree) == {"fc/kernel": 8, "conv/kernel": 12}

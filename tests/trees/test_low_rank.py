@@ -118,6 +118,7 @@ def gradients(rng, product, x, leaf, plain_x=None):
     )()
 
 
+@pytest.mark.long(but=("dense", "dora of parts"))
 @pytest.mark.parametrize("form", FORMS)
 def test_many_adapters_of_one_kernel_are_each_as_alone(form, rng):
     with jax.enable_x64(True):
@@ -148,6 +149,7 @@ def test_many_adapters_of_one_kernel_are_each_as_alone(form, rng):
                     assert_close(got, wanted, 1e-12)
 
 
+@pytest.mark.long(but=("dora",))
 @pytest.mark.parametrize("form", FORMS)
 def test_second_derivatives_are_those_of_the_merged_kernel(form, rng):
     """Of gradient penalties, backward twice, and of Hessian products, forward over backward."""

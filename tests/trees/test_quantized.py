@@ -248,6 +248,7 @@ def test_what_is_chosen():
         quantize.quantize(tree, chosen, to_int8)
 
 
+@pytest.mark.long(but=("int8",))
 @pytest.mark.parametrize("form", FORMS)
 def test_zeros_of_a_mask_stay(rng, form):
     """And what is quantized is the kernel with its zeros; training for int8 leaves them alone."""
