@@ -132,11 +132,16 @@ def test_kill_9_at_any_moment_loses_nothing(rules, tmp_path, kills, request):
 
 def test_several_sources_have_a_folder_each_and_the_bytes_of_one_alone(video, rules, tmp_path):
     short = watching.write_video(tmp_path / "short.mp4", 30)
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index, pixels in enumerate(watching.pictures(9)):
+        Image.fromarray(pixels).save(folder / f"{index}.png")
     both, one = tmp_path / "both", tmp_path / "one"
-    assert watching.run([video, short, video], rules, both) == 0
-    assert {path.name for path in both.iterdir()} == {"walk", "short", "walk_2"}
-    for source, name in ((video, "walk"), (short, "short"), (video, "walk_2")):
-        assert watching.run(source, rules, one / name) == 0
+    assert watching.run([video, short, short, folder], rules, both, extra=["--folder-rate=10"]) == 0
+    assert {path.name for path in both.iterdir()} == {"walk", "short", "short_2", "frames"}
+    for source, name in ((video, "walk"), (short, "short_2"), (folder, "frames")):
+        extra = ["--folder-rate=10"] if source == folder else []
+        assert watching.run(source, rules, one / name, extra=extra) == 0
         assert written(both / name) == written(one / name)
 
 
@@ -191,6 +196,7 @@ def test_replay_gives_the_same_bytes(video, rules, tmp_path):
         (["a.mp4", "--out=x", "--model=y", "--rules=z"], "a.mp4: can't be read"),
         (["http://a/b", "--out=x", "--model=y", "--rules=z"], "not fetched"),
         (["a.mp4", "--replay", "--out=x"], "name a SOURCE to watch, or --replay"),
+        (["a.mp4", f"--out={__file__}/x", "--model=y", "--rules=z"], "--out: "),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):

@@ -30,6 +30,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vision_jax.commands.source import check_folder
 from vision_jax.errors import UserError, printable
 from vision_jax.files import expand, read_text
 from vision_jax.flags import make_parser, run
@@ -124,6 +125,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.to and not flags.replay:
         raise UserError("--to is of --replay")
+    check_folder("--out", flags.out)
+    if flags.to:
+        check_folder("--to", flags.to)
     if flags.replay == bool(flags.sources):
         raise UserError("name a SOURCE to watch, or --replay with the --out of one; see --help")
     if not flags.replay:
@@ -166,10 +170,13 @@ def _run(flags: argparse.Namespace) -> int:
         machine.keep_compiled()
     with ExitStack() as stack:
         signals = stack.enter_context(_signals())
-        how = {name: getattr(flags, name) for name in ("rate", "folder_rate", "timeout")}
+        how: dict[str, Any] = {"rate": flags.rate, "timeout": flags.timeout}
         how |= {"most": flags.frames, "seconds": flags.duration, "stopped": lambda: bool(signals)}
         try:
-            streams = [stack.enter_context(open_stream(one, **how)) for one in flags.sources]
+            streams = [
+                stack.enter_context(open_stream(one, folder_rate=folder_rate, **how))
+                for one, folder_rate in zip(flags.sources, _folder_rates(flags), strict=True)
+            ]
         except KeyboardInterrupt:
             raise KeyboardInterrupt(*signals[:1]) from None
         alone = machine.is_cpu() or any(stream.live for stream in streams)
@@ -328,6 +335,12 @@ def _wanted(flags: argparse.Namespace) -> "Wanted":
         clip = Fraction(0)
     host = parse_host(flags.webhook) if flags.webhook else None
     return Wanted(clip, clip, annotated=flags.annotate, webhook=host)
+
+
+def _folder_rates(flags: argparse.Namespace) -> list[Fraction | None]:
+    """--folder-rate for the sources that are folders, or for all, who then say that they aren't."""
+    folders = [expand(one).is_dir() for one in flags.sources]
+    return [flags.folder_rate if one or not any(folders) else None for one in folders]
 
 
 def _folders(out: Path, sources: Sequence[str]) -> list[Path]:

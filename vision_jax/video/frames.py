@@ -436,10 +436,10 @@ def _times_of(folder: Path, rate: Fraction | None) -> list[tuple[str, Fraction]]
     table = folder / TIMES
     if table.is_file():
         if rate is not None:
-            raise UserError(f"{table} has the times of the frames: leave --folder-rate out")
+            raise UserError(f"its {TIMES} has the times of the frames: leave --folder-rate out")
         found: list[tuple[str, Fraction]] = []
         for number, row in enumerate(csv.reader(io.StringIO(read_text(table))), 1):
-            where = f"{table}, line {number}"
+            where = f"{TIMES}, line {number}"
             if number == 1 and row == ["file", "seconds"]:
                 continue
             if len(row) != 2 or not (folder / row[0]).resolve().is_relative_to(folder.resolve()):
@@ -451,15 +451,15 @@ def _times_of(folder: Path, rate: Fraction | None) -> list[tuple[str, Fraction]]
                 raise UserError(f"{where}: {row[1]} is not later than the time before it")
             found.append((row[0], seconds))
         if not found:
-            raise UserError(f"{table} names no frames")
+            raise UserError(f"its {TIMES} names no frames")
         return [(name, seconds - found[0][1]) for name, seconds in found]
     names, _ = list_files(folder, IMAGE_SUFFIXES - {".npy"})
     if not names:
-        raise UserError(f"{folder} has no images")
+        raise UserError("it has no images")
     if rate is None:
         raise UserError(
-            f"{folder}: when are its frames shown? Give --folder-rate=25, or a {TIMES} in it whose "
-            "lines are FILE,SECONDS"
+            f"when are its frames shown? Give --folder-rate=25, or a {TIMES} in it whose lines are "
+            "FILE,SECONDS"
         )
     return [(name, index / rate) for index, name in enumerate(names)]
 
