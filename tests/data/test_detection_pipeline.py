@@ -140,7 +140,8 @@ def test_fixed_shapes(rng):
 
 
 def test_targets_are_those_of_the_source(rng):
-    source = random_source(rng, 40)
+    shapes = [(21, 21), (19, 25), (25, 19), (14, 30), (30, 14)]  # each a canvas of its own, filled
+    source = random_source(rng, 40, sizes=rng.permutation(np.tile(shapes, (8, 1))))
     for batch in take(train_iterator(source, augmentation=PLAIN, max_boxes=9), 20):
         for row, index in enumerate(batch["index"]):
             size = resized_size(tuple(source.sizes[index]), SMALL)
