@@ -90,3 +90,30 @@ def test_mota_and_idf1_beside_motmetrics(rng):
     more = ours["switches"] - theirs["num_switches"]
     assert ours["mota"] + more / count == pytest.approx(theirs["mota"], abs=7 / count)
     assert abs(more) <= 10
+
+
+def test_mot_files_are_measured_as_trackers_does(rng, tmp_path):
+    """Whole files, with distractors, classes that don't count and rows whose confidence is 0."""
+    from trackers.eval import evaluate_mot_sequence
+
+    truth, found = scenes.sequences(rng, frames=60, people=9)
+    own, tracks = tmp_path / "gt.txt", tmp_path / "tracks.txt"
+    for path, boxes in ((own, truth), (tracks, found)):
+        with path.open("w") as file:
+            for frame, (ids, corners) in boxes.items():
+                for i, (left, top, right, bottom) in zip(ids, corners.tolist(), strict=True):
+                    kind = (1, 7, 8, 3, 2, 12)[i % 6] if path == own and i % 2 else 1
+                    counts = int(kind == 1 and i % 10 != 4)
+                    row = frame + 1, i, left, top, right - left, bottom - top, counts, kind, 1
+                    file.write(",".join(map(str, row)) + "\n")
+    theirs = evaluate_mot_sequence(own, tracks, ["CLEAR", "HOTA", "Identity"])
+    read = evaluate.read_mot(own)
+    assert any(one.distractors.any() for one in read.others.values())
+    kept = evaluate.without_distractors(read, found)
+    counts = [sum(len(one.ids) for one in boxes.values()) for boxes in (found, kept)]
+    assert counts[0] - counts[1] > 20
+    ours = evaluate.tracking_figures(read.boxes, kept)
+    wanted = {"mota": theirs.CLEAR.MOTA, "idf1": theirs.Identity.IDF1, "hota": theirs.HOTA.HOTA}
+    wanted |= {"recall": theirs.CLEAR.CLR_Re, "precision": theirs.CLEAR.CLR_Pr}
+    for name, value in wanted.items():
+        assert ours[name] == pytest.approx(value, abs=1e-12), name

@@ -6,7 +6,7 @@ import scenes
 
 from vision_jax.errors import UserError
 from vision_jax.video import evaluate
-from vision_jax.video.evaluate import Boxes, Interval, alarm_figures
+from vision_jax.video.evaluate import NOBODY, Boxes, Interval, alarm_figures
 
 
 def iou(a, b):
@@ -93,28 +93,49 @@ def test_files_of_tracks(tmp_path):
     from vision_jax.video.track import Track
 
     path = tmp_path / "gt.txt"
-    path.write_text("1,4,10,20,30,40,1,1,0.5\n1,5,10,20,30,40,0,1,1\n\n3,4,11.5,20,30,40\n")
-    read = evaluate.read_mot(path)
+    path.write_text(
+        "1,4,10,20,30,40,1,1,0.5\n1,5,10,20,30,40,0,1,1\n\n3,4,11.5,20,30,40\n"
+        "3,4,50,60,10,20,0,8,1\n3,9,5,6,7,8,1,3,1\n"
+    )
+    read, others = evaluate.read_mot(path)
     assert set(read) == {0, 2}
+    assert others[0].distractors.tolist() == [False]
+    assert others[2].distractors.tolist() == [True, False]
+    assert others[2].boxes_xyxy_px.tolist() == [[50, 60, 60, 80], [5, 6, 12, 14]]
     assert read[0].ids.tolist() == [4]
     assert read[2].boxes_xyxy_px.tolist() == [[11.5, 20, 41.5, 60]]
     track = Track(7, (11.5, 20, 41.5, 60), 0, 0.5, 1, 0, (0, 0))
     hidden = track._replace(id=8, unseen=0.5)
     evaluate.write_mot([(2, [track, hidden])], path)
-    again = evaluate.read_mot(path)
+    again = evaluate.read_mot(path).boxes
     assert (again[2].ids.tolist(), again[2].boxes_xyxy_px.tolist()) == ([7], [[11.5, 20, 41.5, 60]])
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "a,b,c\n", "1,2,3\n", "0,1,2,3,4,5\n", "1,1,2,3,0,5\n", "1,1,2,3,nan,5\n",
-     "1,inf,2,3,4,5\n", "1,1,2,3,4,5\n1,1,2,3,4,5\n"],
+     "1,inf,2,3,4,5\n", "1,1,2,3,4,5,1,7,1\n", "1,1,2,3,4,5,1,inf\n", "1,1,2,3,4,5\n1,1,2,3,4,5\n"],
 )  # fmt: skip
 def test_files_that_have_no_tracks(tmp_path, text):
     path = tmp_path / "gt.txt"
     path.write_text(text)
     with pytest.raises(UserError, match=r"gt\.txt"):
         evaluate.read_mot(path)
+
+
+def test_boxes_on_distractors_are_neither_right_nor_wrong():
+    """By hand: one on a person, one on a statue, one on a car, and one that stands on nothing."""
+    truth = evaluate.Truth(
+        {0: Boxes(np.array([1]), np.array([[0.0, 0, 10, 20]]))},
+        {0: evaluate.Others(
+            np.array([[100.0, 0, 110, 20], [200, 0, 220, 20]]), np.array([True, False])
+        )},
+    )  # fmt: skip
+    at = [[1.0, 0, 11, 20], [101, 0, 111, 20], [201, 0, 221, 20], [300, 0, 310, 20]]
+    left = evaluate.without_distractors(truth, {0: Boxes(np.arange(4), np.array(at)), 5: NOBODY})
+    assert left[0].ids.tolist() == [0, 2, 3]
+    assert left[0].boxes_xyxy_px.tolist() == [at[0], at[2], at[3]]
+    assert left[5] is NOBODY
 
 
 def test_alarms_by_hand():

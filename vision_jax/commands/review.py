@@ -150,7 +150,14 @@ def _measure_alarms(
 
 
 def _measure_tracks(flags: argparse.Namespace, rules: "Rules") -> dict[str, Any]:
-    from vision_jax.video.evaluate import read_mot, seen, tracking_figures, tracks_of, write_mot
+    from vision_jax.video.evaluate import (
+        read_mot,
+        seen,
+        tracking_figures,
+        tracks_of,
+        without_distractors,
+        write_mot,
+    )
 
     names = flags.classes or list(rules.class_names)
     for name in names:
@@ -162,9 +169,13 @@ def _measure_tracks(flags: argparse.Namespace, rules: "Rules") -> dict[str, Any]
     path: Path = flags.folder / "tracks.txt"
     write_mot(((frame, [t for t in own if t.label in labels]) for frame, own in frames), path)
     say(f"wrote {path}")
-    figures = tracking_figures(truth, seen(frames, labels))
+    found = seen(frames, labels)
+    kept = without_distractors(truth, found)
+    figures = tracking_figures(truth.boxes, kept)
+    counts = [sum(len(one.ids) for one in boxes.values()) for boxes in (found, kept)]
+    figures["on_distractors"] = counts[0] - counts[1]
     rows = [[name, f"{value:.4g}"] for name, value in figures.items()]
-    unseen = len(set(truth) - {frame for frame, _ in frames})
+    unseen = len(set(truth.boxes) - {frame for frame, _ in frames})
     note = f"; {unseen} frames of it were not looked at" if unseen else ""
     print_table(f"tracks beside {flags.truth}{note}", ["figure", "value"], rows)
     return figures

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from vision_jax.errors import UserError, nearest
 from vision_jax.files import read_text
@@ -25,6 +26,8 @@ from vision_jax.video.track import Track
 MAX_BYTES = 200_000_000  # of a file of truth
 MAX_BOXES = 10_000  # of a frame
 IOU = 0.5  # least of a pair for MOTA and IDF1; HOTA takes 0.05 to 0.95
+PEDESTRIAN = 1  # MOTChallenge's class that counts
+DISTRACTORS = (2, 7, 8, 12)  # person on vehicle, static person, distractor, reflection
 
 
 class Boxes(NamedTuple):
@@ -37,6 +40,30 @@ class Boxes(NamedTuple):
 
     ids: np.ndarray
     boxes_xyxy_px: np.ndarray
+
+
+class Others(NamedTuple):
+    """Boxes of one frame of a truth that are not to be found.
+
+    Attributes:
+      boxes_xyxy_px: f64[N, 4].
+      distractors: bool[N], which of them are such that finding them is no fault.
+    """
+
+    boxes_xyxy_px: np.ndarray
+    distractors: np.ndarray
+
+
+class Truth(NamedTuple):
+    """A file of truth, by frame from 0.
+
+    Attributes:
+      boxes: that are to be found.
+      others: that are not.
+    """
+
+    boxes: dict[int, Boxes]
+    others: dict[int, Others]
 
 
 class Interval(NamedTuple):
@@ -55,19 +82,18 @@ class Interval(NamedTuple):
 NOBODY = Boxes(np.zeros(0, np.int64), np.zeros((0, 4)))
 
 
-def read_mot(path: Path) -> dict[int, Boxes]:
-    """A file of MOTChallenge: rows of frame, id, left, top, width, height, and maybe confidence.
+def read_mot(path: Path) -> Truth:
+    """A file of MOTChallenge: rows of frame, id, left, top, width, height, and maybe confidence and
+    class; frames are counted from 1.
 
-    Rows whose confidence is 0 are not to be found, as MOTChallenge has it. Columns after it are not
-    looked at.
-
-    Returns:
-      {frame from 0: its boxes}; the file counts frames from 1.
+    As TrackEval has it, rows are to be found whose confidence isn't 0 and whose class is 1, or, as
+    in files of 2015 and of tracks, isn't there or is -1.
 
     Raises:
       UserError: a row that is none, or two boxes of one id in a frame.
     """
     rows: dict[int, dict[int, tuple[float, ...]]] = {}
+    others: dict[int, list[tuple[tuple[float, ...], bool]]] = {}
     for number, row in enumerate(csv.reader(io.StringIO(read_text(path, MAX_BYTES))), 1):
         if not row:
             continue
@@ -75,26 +101,60 @@ def read_mot(path: Path) -> dict[int, Boxes]:
         try:
             frame, own = (int(float(one)) for one in row[:2])
             box = tuple(float(one) for one in row[2:6])
-            counts = len(row) < 7 or float(row[6]) != 0
+            of = int(float(row[7])) if len(row) > 7 else -1
+            counts = (len(row) < 7 or float(row[6]) != 0) and of in (-1, PEDESTRIAN)
         except (ValueError, OverflowError) as error:
             raise UserError(f"{where} has no frame,id,left,top,width,height") from error
         if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0 or frame < 1:
             raise UserError(f"{where} has no frame from 1 on, or no box with an area")
-        if not counts:
-            continue
-        there = rows.setdefault(frame - 1, {})
-        if own in there:
+        there, beside = rows.setdefault(frame - 1, {}), others.setdefault(frame - 1, [])
+        if counts and own in there:
             raise UserError(f"{where}: a second box of {own} in frame {frame}")
-        if len(there) >= MAX_BOXES:
+        if len(there) + len(beside) >= MAX_BOXES:
             raise UserError(f"{where}: more than {MAX_BOXES} boxes in frame {frame}")
         left, top, width, height = box
-        there[own] = (left, top, left + width, top + height)
-    if not rows:
-        raise UserError(f"{path} has no boxes")
-    return {
-        frame: Boxes(np.array(list(own), np.int64), np.array(list(own.values())))
-        for frame, own in rows.items()
-    }
+        corners = (left, top, left + width, top + height)
+        if counts:
+            there[own] = corners
+        else:
+            beside.append((corners, of in DISTRACTORS))
+    if not any(rows.values()):
+        raise UserError(f"{path} has no boxes of class {PEDESTRIAN} whose confidence isn't 0")
+    return Truth(
+        {
+            frame: Boxes(np.array(list(own), np.int64), np.array(list(own.values())))
+            for frame, own in rows.items()
+            if own
+        },
+        {
+            frame: Others(np.array([box for box, _ in own]), np.array([bad for _, bad in own]))
+            for frame, own in others.items()
+            if own
+        },
+    )
+
+
+def without_distractors(truth: Truth, found: Mapping[int, Boxes]) -> dict[int, Boxes]:
+    """Boxes of tracks but for those on distractors, as MOTChallenge's preprocessing has it.
+
+    In each frame they are assigned to all boxes of the truth, by the largest sum of IoUs of at
+    least 0.5; those whose partner is a distractor are neither right nor wrong. TrackEval,
+    datasets/mot_challenge_2d_box.py.
+    """
+    left = dict(found)
+    for frame, others in truth.others.items():
+        if frame not in found or not others.distractors.any():
+            continue
+        own, seen_here = truth.boxes.get(frame, NOBODY), found[frame]
+        boxes = np.concatenate([own.boxes_xyxy_px, others.boxes_xyxy_px])
+        bad = np.concatenate([np.zeros(len(own.ids), bool), others.distractors])
+        overlap = pairwise_iou(boxes, seen_here.boxes_xyxy_px)
+        overlap[overlap < IOU - np.finfo(float).eps] = 0
+        row, column = linear_sum_assignment(-overlap)
+        taken = column[bad[row] & (overlap[row, column] > 0)]
+        kept = np.delete(np.arange(len(seen_here.ids)), taken)
+        left[frame] = Boxes(seen_here.ids[kept], seen_here.boxes_xyxy_px[kept])
+    return left
 
 
 def write_mot(frames: Iterable[tuple[int, Sequence[Track]]], path: Path) -> None:
