@@ -1,6 +1,7 @@
 """A generator learns captions: embeddings of a frozen text tower, computed once."""
 
 import json
+from functools import partial
 
 import generators
 import jax
@@ -16,7 +17,7 @@ from vision_jax import train
 from vision_jax.commands import generate
 from vision_jax.config import load_config
 from vision_jax.convert import load_model
-from vision_jax.data import captions
+from vision_jax.data import captions, latents
 from vision_jax.data.latents import store_embeddings
 from vision_jax.errors import UserError
 from vision_jax.tasks.generation import objective
@@ -70,6 +71,46 @@ def test_embeddings_are_the_towers_and_are_kept(tower, tmp_path):
     file.write_bytes(before[:100])
     store()
     assert file.read_bytes() == before
+
+
+def test_a_kill_in_the_middle_of_captions_is_gone_on_with(rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "PART", 4)
+    texts = [f"caption {number}" for number in range(10)] + [NOTHING, "caption 3"]
+    numbers = {text: rng.normal(size=5).astype(np.float32) for text in [*texts, "more"]}
+    asked = []
+
+    def embed(some, last=99):
+        asked.extend(some)
+        if len(asked) > last:
+            raise KeyboardInterrupt
+        return np.stack([numbers[text] for text in some])
+
+    def store(folder, embed=embed, texts=texts):
+        return latents.store_embeddings(
+            folder, texts, nothing=NOTHING, embed=embed, width=5, identity={"of": "a tower"},
+            most_bytes=1e6, say=lambda line: None,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path / "parts", partial(embed, last=6))
+    asked.clear()
+    found = store(tmp_path / "parts")
+    assert asked == texts[4:-1]  # the first part is there
+    for row, text in enumerate(texts):
+        np.testing.assert_array_equal(found.read(row), [numbers[text], numbers[NOTHING]])
+    store(tmp_path / "whole")
+    (parts, whole) = (sorted(tmp_path.glob(f"{name}/*/part-*")) for name in ("parts", "whole"))
+    assert [file.name for file in parts] == ["part-00000", "part-00001", "part-00002"]
+    for one, other in zip(parts, whole, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    parts[1].write_bytes(parts[1].read_bytes()[:50])
+    asked.clear()
+    store(tmp_path / "parts")
+    assert asked == texts[4:8]
+    assert parts[1].read_bytes() == whole[1].read_bytes()
+    asked.clear()
+    store(tmp_path / "parts", texts=["more"])  # other captions are another cache
+    assert asked == ["more", NOTHING]
 
 
 def test_a_share_of_the_captions_is_left_out(rng):

@@ -4,10 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+from vision_jax import cost
+from vision_jax.config import default_config
 from vision_jax.data.sources import read_source, take_classes
 from vision_jax.errors import UserError
+from vision_jax.generate import samples
 from vision_jax.models.families import build_model, initialize, make_apply
+from vision_jax.run.prepare import prepare
 from vision_jax.tasks.generation import objective
 
 SHAPE = (8, 8, 3)
@@ -113,6 +118,69 @@ def test_an_image_is_the_same_in_every_batch():
     assert (np.abs(together[0] - together[3]) > 1e-3).any()  # the same class, another index
     other = np.asarray(sampler(tiny(), seed=8)(labels, index))
     assert (np.abs(together - other) > 1e-3).any()
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size"),
+    [(5, 2), *(pytest.param(*pair, marks=pytest.mark.long) for pair in ((3, 8), (8, 8), (1, 1)))],
+)
+def test_images_of_any_number_are_one_program(count, batch_size, monkeypatch):
+    """Traced and compiled once, whatever is left for the last batch."""
+    make, traces = samples._make_program, []
+
+    def counted(generator):
+        program = make(generator)
+
+        def traced(*arguments):
+            traces.append([x.shape for x in jax.tree.leaves(arguments[2:])])
+            return program(*arguments)
+
+        return traced
+
+    monkeypatch.setattr(samples, "_make_program", counted)
+    model = tiny()
+    generator = samples.Generator(
+        model, {"params": randomized(model)}, ("a", "b", "c"), task_of(model), sampling(), None
+    )
+    index = np.arange(count, dtype=np.int32)
+    made = list(samples.make_images(generator, samples.Wanted(index % 3, index), batch_size))
+    assert [len(batch) for batch in made] == [
+        min(batch_size, count - start) for start in range(0, count, batch_size)
+    ]
+    size = min(count, batch_size)
+    assert traces == [[(size,), (size,)]]
+
+
+@pytest.mark.long
+def test_the_lora_step_of_a_dit_s_has_at_most_72_percent_of_the_products():
+    """Of what is compiled: each block costs the same, so two and four tell of all twelve."""
+    adapters = {
+        "recipes": ("lora",), "lora.rank": 8, "lora.qkv_parts": "q,k,v",
+        "lora.rules": (r"block_\d+/(attn/(qkv|proj)|mlp/fc\d)/kernel",),
+        "trainable": ("class_embed",),
+    }  # fmt: skip
+    sizes = {"patch_size": 2, "width": 384, "num_heads": 6, "mlp_width": 1536, "in_channels": 3,
+             "predicts": "velocity"}  # fmt: skip
+
+    def flops(depth, changed):
+        config = default_config("generation")
+        arguments = (*sizes.items(), ("depth", depth))
+        shape = {"model.variant": "dit", "model.image_size": 32, "model.arguments": arguments}
+        config.update_from_flattened_dict({"batch_size": 8, **shape, **changed})
+        mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+        prepared = prepare(config, tuple(map(str, range(1000))), mesh=mesh)
+        state, frozen = prepared.abstract_state, prepared.parameters.abstract()[1]
+        step = prepared.make_train_step().lower(state, frozen, prepared.abstract_batch())
+        return cost.count(step.compile()).flops
+
+    def of_all(changed):
+        two, four = flops(2, changed), flops(4, changed)
+        return two + 5 * (four - two)
+
+    whole, adapted = of_all({}), of_all(adapters)
+    forward = 2 * 8 * 256 * 12 * (12 * 384**2 + 2 * 256 * 384)  # of the blocks' products
+    assert 3 * forward < whole < 3.05 * forward
+    assert adapted / whole <= 0.72
 
 
 @pytest.mark.long

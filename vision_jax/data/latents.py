@@ -1,11 +1,12 @@
 """Latents of a source's images and embeddings of its captions, computed once, read in training.
 
-    FOLDER/KEY/part-00000 ...    teacher caches (teacher_cache.py) of PART images each
+    FOLDER/KEY/part-00000 ...    teacher caches (teacher_cache.py) of PART examples each
 
-KEY is the sha256 of all that the latents depend on: the autoencoder's weights, the preprocessing
-and the images' fingerprint. Record n is of image n // views; with two views the second one is
-of the image mirrored left to right. A part is written whole or not at all, so what a kill leaves is
-gone on with, and a part that is missing or damaged is computed again, the same to the bit.
+KEY is the sha256 of all that the records depend on: of latents the autoencoder's weights, the
+preprocessing and the images' fingerprint, of captions the tower's weights and the texts. Record n
+is of caption n, or of image n // views; with two views the second one is of the image mirrored left
+to right. A part is written whole or not at all, so what a kill leaves is gone on with, and a part
+that is missing or damaged is computed again, the same to the bit.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from vision_jax.data.transforms import Preprocessing, flip_image
 from vision_jax.errors import UserError
 from vision_jax.files import lock_file
 
-PART = 512  # images of a file
+PART = 512  # images or captions of a file
 BATCH = 8  # images encoded at once, in every part, so that each is the same when it is made again
 SOUND = "sound"  # of a record: whether the image could be read
 EMBEDDING = "embedding"  # of a record of a caption
@@ -70,16 +71,19 @@ class Embeddings:
     """Stored embeddings of captions. Picklable, and may be read from several threads.
 
     Attributes:
-      cache: a record for each caption, the last one of no caption.
+      parts: the files, a record for each caption.
       numbers: i64[R], the record of each row that the source's reader reads.
+      nothing: f32[E], of no caption.
     """
 
-    cache: TeacherCache
+    parts: tuple[TeacherCache, ...]
     numbers: np.ndarray
+    nothing: np.ndarray
 
     def read(self, row: int) -> np.ndarray:
         """f32[2, E]: of what is a row to the reader, and of no caption."""
-        return self.cache.read([self.numbers[row], self.cache.count - 1])[EMBEDDING]
+        part, place = divmod(int(self.numbers[row]), PART)
+        return np.stack([self.parts[part].read([place])[EMBEDDING][0], self.nothing])
 
 
 @dataclass(frozen=True)
@@ -182,32 +186,20 @@ def store_latents(
       UserError: more than the folder may hold, or it cannot be written.
     """
     views = 1 + flips
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    place = folder / key[:32]
-    starts = range(0, len(source), PART)
-    paths = [place / f"part-{number:05d}" for number in range(len(starts))]
-    with _held(place, say):
-        opened = [_open(path, identity, number, say) for number, path in enumerate(paths)]
-        missing = [number for number, part in enumerate(opened) if part is None]
-        if missing:
-            record = sum(4 * int(np.prod(shape)) for shape in shapes.values())
-            images = sum(len(range(starts[number], len(source))[:PART]) for number in missing)
-            _check_room(folder, images * views * record, most_bytes)
-            say(f"encoding {images} images into {place}")
-            parts_of = {n: _part(source, n) for n in missing}
-            with show_progress(sum(-(-len(part) // BATCH) for part in parts_of.values())) as shown:
-                for number, part in parts_of.items():
-                    batches = make_eval_batches(
-                        part, batch_size=BATCH, preprocessing=preprocessing, num_threads=num_threads
-                    )
-                    encoded = _encoded(batches, encode, views, shown[0])
-                    write_teacher_cache(paths[number], encoded, {**identity, "part": number})
-            opened = [_open(path, identity, number, say) for number, path in enumerate(paths)]
-            size = _gb(sum(path.stat().st_size for path in paths))
-            say(f"wrote {place}: the latents of {len(source)} images, {size}")
-    parts = tuple(part for part in opened if part is not None)
-    if len(parts) < len(paths):
-        raise UserError(f"{place}: what was just written there is damaged: is the disk whole?")
+    record = sum(4 * int(np.prod(shape)) for shape in shapes.values())
+
+    def compute(missing: Sequence[int]) -> Iterator[Iterator[dict[str, np.ndarray]]]:
+        parts = [_part(source, number) for number in missing]
+        with show_progress(sum(-(-len(part) // BATCH) for part in parts)) as shown:
+            for part in parts:
+                batches = make_eval_batches(
+                    part, batch_size=BATCH, preprocessing=preprocessing, num_threads=num_threads
+                )
+                yield _encoded(batches, encode, views, shown[0])
+
+    parts = _store(
+        folder, identity, len(source), compute, views * record, most_bytes, say, "images"
+    )
     numbers = np.full(int(source.rows.max(initial=-1)) + 1, -1, np.int64)
     numbers[source.rows] = np.arange(len(source))
     return Latents(parts, views, numbers)
@@ -239,25 +231,62 @@ def store_embeddings(
     Raises:
       UserError: see `store_latents`.
     """
-    texts = [*dict.fromkeys(captions), nothing]
-    text = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    identity = {**identity, "captions": text}
+    texts = [*dict.fromkeys([*captions, nothing])]
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+    def compute(missing: Sequence[int]) -> Iterator[Iterator[dict[str, np.ndarray]]]:
+        for start in (PART * number for number in missing):
+            yield iter([{EMBEDDING: embed(texts[start : start + PART])}])
+
+    identity = {**identity, "captions": digest}
+    parts = _store(folder, identity, len(texts), compute, 4 * width, most_bytes, say, "captions")
+    number_of = {text: number for number, text in enumerate(texts)}
+    part, place = divmod(number_of[nothing], PART)
+    numbers = np.array([number_of[caption] for caption in captions], np.int64)
+    return Embeddings(parts, numbers, parts[part].read([place])[EMBEDDING][0])
+
+
+def _store(
+    folder: Path,
+    identity: Mapping[str, Any],
+    count: int,
+    compute: Callable[[Sequence[int]], Iterator[Iterator[dict[str, np.ndarray]]]],
+    each: int,
+    most_bytes: float,
+    say: Callable[[str], None],
+    what: str,
+) -> tuple[TeacherCache, ...]:
+    """The parts of what is stored of `count` examples; those that are missing are computed.
+
+    Args:
+      folder: of all caches.
+      identity: all that the records depend on.
+      count: of the examples.
+      compute: (numbers of parts) -> of each part, its records in batches.
+      each: bytes of an example's records.
+      most_bytes: that the folder may hold.
+      say: shows a line.
+      what: the examples are, for messages.
+    """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    path = folder / key[:32] / "part-00000"
-    with _held(path.parent, say):
-        cache = _open(path, identity, 0, say)
-        if cache is None:
-            _check_room(folder, 4 * width * len(texts), most_bytes)
-            say(f"encoding {len(texts)} captions into {path}")
-            parts = (embed(texts[i : i + PART]) for i in range(0, len(texts), PART))
-            batches = ({EMBEDDING: part} for part in parts)
-            write_teacher_cache(path, batches, {**identity, "part": 0})
-            cache = _open(path, identity, 0, say)
-            say(f"wrote {path}: the embeddings of {len(texts)} captions")
-    if cache is None:
-        raise UserError(f"{path}: what was just written there is damaged: is the disk whole?")
-    place = {text: number for number, text in enumerate(texts[:-1])}
-    return Embeddings(cache, np.array([place[caption] for caption in captions], np.int64))
+    place = folder / key[:32]
+    paths = [place / f"part-{number:05d}" for number in range(-(-count // PART))]
+    with _held(place, say):
+        opened = [_open(path, identity, number, say) for number, path in enumerate(paths)]
+        missing = [number for number, part in enumerate(opened) if part is None]
+        if missing:
+            new = sum(min(PART, count - PART * number) for number in missing)
+            _check_room(folder, new * each, most_bytes, what)
+            say(f"encoding {new} {what} into {place}")
+            for number, batches in zip(missing, compute(missing), strict=True):
+                write_teacher_cache(paths[number], batches, {**identity, "part": number})
+            opened = [_open(path, identity, number, say) for number, path in enumerate(paths)]
+            size = _gb(sum(path.stat().st_size for path in paths))
+            say(f"wrote {place}: what was encoded of {count} {what}, {size}")
+    parts = tuple(part for part in opened if part is not None)
+    if len(parts) < len(paths):
+        raise UserError(f"{place}: what was just written there is damaged: is the disk whole?")
+    return parts
 
 
 def with_stored(
@@ -298,16 +327,16 @@ def _open(
             part.read(np.arange(start, min(start + PART, part.count)))
         return part
     except UserError as error:
-        say(f"warning: latents are encoded again: {error}")
+        say(f"warning: what it holds is encoded again: {error}")
         return None
 
 
-def _check_room(folder: Path, needed: float, most: float) -> None:
+def _check_room(folder: Path, needed: float, most: float, what: str) -> None:
     held = sum(path.stat().st_size for path in folder.glob("*/part-*"))
     if held + needed > most:
         raise UserError(
             f"config.latents.max_gb {most / 1e9:g}: {folder} holds {_gb(held)} of latents "
-            f"and these images need {_gb(needed)} more: remove folders of older data from "
+            f"and these {what} need {_gb(needed)} more: remove folders of older data from "
             "there, or raise it"
         )
 

@@ -4,6 +4,7 @@ A process that begins anywhere draws the order of that epoch alone, so that a re
 it would have seen, and processes that share a batch draw the same one.
 """
 
+import abc
 from typing import Any
 
 import grain
@@ -25,7 +26,7 @@ def shuffled(source: Source, seed: int, balance: float = 0.0) -> grain.MapDatase
     return rows.repeat().map_with_index(BlockOrder(*blocks, seed))
 
 
-class _EpochOrder:
+class _EpochOrder(abc.ABC):
     """Rows by place, from the order of one epoch after the other; two epochs are kept."""
 
     def __init__(self, length: int, seed: int):
@@ -41,9 +42,9 @@ class _EpochOrder:
             self._epochs = {epoch: order, **dict(list(self._epochs.items())[:1])}  # threads overlap
         return int(order[place])
 
+    @abc.abstractmethod
     def order(self, epoch: int) -> np.ndarray:
         """i64[N], a function of seed and epoch."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_epochs": {}}

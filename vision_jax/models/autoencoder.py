@@ -3,6 +3,7 @@
 A generator takes latents (z - shift_factor) · scaling_factor, whose variance is near 1.
 """
 
+import abc
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from vision_jax.ops.latents import draw, scaled
 SAME = ((1, 1), (1, 1))  # padding of a 3 x 3 convolution that keeps the grid
 
 
-class Autoencoder:
+class Autoencoder(abc.ABC):
     """A mixin of flax modules with the attributes scaling_factor, shift_factor, mean and std.
 
     They say how many stages their halves have (`stages`), and encode and decode what is normalized
@@ -30,9 +31,9 @@ class Autoencoder:
     pyramid: ClassVar[tuple[tuple[str, int], ...]] = ()
 
     @property
+    @abc.abstractmethod
     def stages(self) -> tuple[int, int]:
         """Of the encoder and of the decoder."""
-        raise NotImplementedError
 
     @property
     def size_divisor(self) -> int:
@@ -57,9 +58,9 @@ class Autoencoder:
             return before
         return before + 1 + self.stages[0 if encodes else 1]
 
+    @abc.abstractmethod
     def posterior(self, images):
         """(mean, log of the variance or None) f32[B, h, w, Z], of the latents before scaling."""
-        raise NotImplementedError
 
     def encode(self, images, keys=None):
         """Latents as a generator takes them.
@@ -87,9 +88,9 @@ class Autoencoder:
         )
         return images * scale + shift
 
+    @abc.abstractmethod
     def _decode(self, z):
         """(normalized images, named features) of latents before scaling."""
-        raise NotImplementedError
 
 
 def wide(dtype: Any) -> Any:
