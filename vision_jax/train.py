@@ -266,6 +266,7 @@ def _make_arrays(prepared: Run, facts: _Facts, origin: continuation.Origin | Non
 
 def _describe_weights(prepared: Run, fresh: Sequence[str]) -> Iterator[str]:
     """Where a new run's parameters came from, and what a user should know of it."""
+    yield from (f"note: {note}" for note in prepared.parameters.tensor.notes)
     weights, description = prepared.weights, prepared.description
     if weights is None:
         yield "parameters: random initialization"

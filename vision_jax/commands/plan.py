@@ -89,6 +89,8 @@ def run(config: ConfigDict, memory: float | None, scale: Sequence[int] | None = 
     for note in notes:
         print(f"note: {note}")
     parameters = prepare(config, description=description).parameters
+    for note in parameters.tensor.notes:
+        print(f"note: {note}")
     print_table("Parameters", PARAMETER_COLUMNS, summarize_parameters(*parameters.abstract()))
     devices = jax.device_count()
     variants = [] if memory is None else _variants(config, description.family, devices)

@@ -37,6 +37,7 @@ from vision_jax.models.resnet import VARIANTS as RESNETS
 from vision_jax.models.resnet import ResNet
 from vision_jax.models.taps import ATTENTION, make_tap
 from vision_jax.ops.position_embedding import sine_positions
+from vision_jax.trees.parted import INPUTS, OUTPUTS, TensorRule
 
 EPSILON = 1e-5
 LOOKS = ((-0.7, 0.0), (0.7, 0.0), (0.0, -0.7), (0.0, 0.7), (0.0, 0.0))  # of heads, see _nearness
@@ -164,6 +165,12 @@ class Detr(OnBackbone):
     remat: bool = False
 
     @property
+    def tensor_rules(self) -> tuple[TensorRule, ...]:
+        """What a mesh's axis `tensor` splits: the transformer; backbone and heads are whole."""
+        decoder_heads = self.decoder_heads or self.num_heads
+        return (*_layer_rules("encoder", self.num_heads), *_layer_rules("decoder", decoder_heads))
+
+    @property
     def _layers_above(self) -> int:  # type: ignore[override]
         return self.encoder_depth + self.decoder_depth + 1
 
@@ -266,6 +273,17 @@ class Detr(OnBackbone):
             for side, cells in zip(pixel_mask.shape[1:], grid, strict=True)
         )
         return pixel_mask[:, rows][:, :, columns]
+
+
+def _layer_rules(stack: str, num_heads: int) -> tuple[TensorRule, ...]:
+    """Of a stack's layers: heads and hidden channels, each pair summed up once."""
+    layers = rf"{stack}_\d+/"
+    return (
+        TensorRule(layers + "(self|cross)_attn/[qkv]/(kernel|bias)", OUTPUTS, num_heads),
+        TensorRule(layers + "(self|cross)_attn/out/kernel", INPUTS, num_heads),
+        TensorRule(layers + "fc1/(kernel|bias)", OUTPUTS),
+        TensorRule(layers + "fc2/kernel", INPUTS),
+    )
 
 
 class BoxHead(nn.Module):

@@ -19,6 +19,7 @@ Exactness, where ports go wrong:
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -31,8 +32,9 @@ from vision_jax.models import tangents
 from vision_jax.models.layers import Conv, Dense, normalize
 from vision_jax.models.scanned import scan_blocks
 from vision_jax.models.taps import NORMED, tap
-from vision_jax.models.vit import Attention, Mlp
+from vision_jax.models.vit import Attention, Mlp, block_rules
 from vision_jax.ops.position_embedding import grid_positions
+from vision_jax.trees.parted import INPUTS, OUTPUTS, TensorRule
 
 FREQUENCIES = 256  # cosines and sines of the time
 _SIZES = {  # width, depth, heads
@@ -115,7 +117,8 @@ class Dit(nn.Module):
       dtype: compute dtype; parameters stay float32, and the outputs are float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
       scan: run the blocks as one scanned loop (compiles faster); parameters keep their names, and
-        all blocks must then have leaves of the same kinds.
+        all blocks must then have leaves of the same kinds. A function is True, and what a block's
+        parameters go through in the loop (see scanned.py).
     """
 
     num_classes: int
@@ -135,7 +138,7 @@ class Dit(nn.Module):
     std: tuple[float, ...] = (1.0,)
     dtype: Any = jnp.float32
     remat: bool = False
-    scan: bool = False
+    scan: bool | Callable[[Any, str], Any] = False
 
     stem: ClassVar[str] = "patch_embed/kernel"
     pyramid: ClassVar[tuple[tuple[str, int], ...]] = ()
@@ -161,6 +164,22 @@ class Dit(nn.Module):
         if top.startswith("block_"):
             return int(top.removeprefix("block_")) + 1
         return 0 if top.endswith("_embed") else self.depth + 1
+
+    @property
+    def looped(self) -> str:
+        """Regular expression of the parameters of the blocks that `scan` runs in a loop."""
+        return r"block_\d+/.*"
+
+    @property
+    def tensor_rules(self) -> tuple[TensorRule, ...]:
+        """What a mesh's axis `tensor` splits: of the numbers of a condition, their inputs."""
+        return (
+            *block_rules(self.num_heads),
+            TensorRule(r"(block_\d+/|head_)ada/kernel", INPUTS),
+            TensorRule("(time|caption)_embed/fc1/(kernel|bias)", OUTPUTS),
+            TensorRule("(time|caption)_embed/fc2/kernel", INPUTS),
+            TensorRule("class_embed", INPUTS),
+        )
 
     @nn.compact
     def __call__(
@@ -228,7 +247,7 @@ class Dit(nn.Module):
                 del row
                 return one.apply(variables, x, condition, rngs=rngs)
 
-            return scan_blocks(self, names, apply, x, remat=self.remat)
+            return scan_blocks(self, names, apply, x, remat=self.remat, enter=self.scan)
         block = nn.remat(Block) if self.remat else Block
         outputs = []
         for index in range(self.depth):

@@ -139,6 +139,12 @@ class Eomt(ViT):
     exported_whole: ClassVar[bool] = True  # and not as the ViT that it was made for
     averages_state: ClassVar[bool] = False  # shares by a schedule are no statistics
 
+    @property
+    def looped(self) -> str:
+        """Regular expression of the parameters of the blocks that `scan` runs in a loop."""
+        first = self.depth - self.num_blocks
+        return rf"block_({'|'.join(map(str, range(first)))})/.*"
+
     @nn.compact
     def __call__(self, images, *, train: bool = False, return_features: bool = False):
         """Runs the model.

@@ -41,13 +41,17 @@ KERNEL_INPUT = "kernel_input"
 
 
 class Dense(nn.Module):
-    """x[..., in] · kernel[in, out] + bias[out]."""
+    """x[..., in] · kernel[in, out] + bias[out]; with `parts`, so many equal ones of it in a list.
+
+    Where the kernel is in parts (trees/parted.py), no array of all outputs comes to be.
+    """
 
     features: int
     use_bias: bool = True
     dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     bias_init: Initializer = nn.initializers.zeros
+    parts: int = 1
 
     @nn.compact
     def __call__(self, x):
@@ -55,10 +59,17 @@ class Dense(nn.Module):
         key = self.make_rng(ADAPTER_KEYS) if self.has_rng(ADAPTER_KEYS) else None
         x = x.astype(self.dtype)
         self.sow("intermediates", KERNEL_INPUT, x)
-        x = dot(x, kernel, key)
+        y = dot(x, kernel, key)  # [..., out], or [..., P, out / P]
+        apart = y.ndim > x.ndim
         if self.use_bias:
-            x = add_bias(x, self.param("bias", self.bias_init, (self.features,)))
-        return x
+            bias = self.param("bias", self.bias_init, (self.features,))
+            y = add_bias(y, bias.reshape(y.shape[-2:]) if apart else bias)
+        if self.parts == 1:
+            return y
+        # A split's gradient is one array put together; slices' are several that are added up.
+        if apart:
+            return [one.squeeze(-2) for one in jnp.split(y, self.parts, -2)]
+        return jnp.split(y, self.parts, -1)
 
 
 class Conv(nn.Module):
@@ -289,5 +300,5 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x[..., D] + bias[D] in x's dtype, the broadcast written out."""
-    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    """x[..., D] + bias[D] in x's dtype, the broadcast written out; the same of bias[P, D]."""
+    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - bias.ndim) + bias.shape)

@@ -126,6 +126,12 @@ class Mae(ViT):
         """Depth of a parameter: as in the ViT, and the decoder's at depth + 1."""
         return self.depth + 1 if path.startswith(DECODER) else super().layer_of(path)
 
+    @property
+    def tensor_rules(self):
+        """Of both stacks of blocks."""
+        encoder = vit.block_rules(self.num_heads, self.gated_mlp)
+        return (*encoder, *vit.block_rules(self.decoder_num_heads, blocks=DECODER + r"block_\d+/"))
+
     def init_positions(self, key, shape):
         """Sines of the column and the row."""
         del key, shape

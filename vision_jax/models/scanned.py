@@ -19,6 +19,7 @@ def scan_blocks(
     rows: Any = None,
     *,
     remat: bool = False,
+    enter: Callable[[Any, str], Any] | bool = True,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """(x behind the last block, x behind each).
 
@@ -31,6 +32,8 @@ def scan_blocks(
       x: what the first takes.
       rows: arrays with a row for each block.
       remat: recompute each block in the backward pass.
+      enter: (parameters, path of the first block with a slash) -> what a block's parameters become
+        inside of the loop, where only one block's are there at once; True: they stay as they are.
 
     Raises:
       UserError: blocks whose parameters are of different kinds or shapes.
@@ -50,8 +53,12 @@ def scan_blocks(
         if module.has_rng(name)
     }
 
+    first = "/".join((*module.path, names[0], ""))
+
     def body(x, layer):
         params, row, rngs = layer
+        if callable(enter):
+            params = enter(params, first)
         x = apply({"params": params}, x, row, rngs)
         return x, x
 

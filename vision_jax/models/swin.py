@@ -31,7 +31,8 @@ from vision_jax.errors import UserError
 from vision_jax.models.attention import attend
 from vision_jax.models.layers import Conv, Dense, drop_path, layer_norm, normalize
 from vision_jax.models.taps import OUTPUT, tap
-from vision_jax.models.vit import Mlp
+from vision_jax.models.vit import HEAD_RULE, Mlp, block_rules
+from vision_jax.trees.parted import TensorRule
 
 EPSILON = 1e-5  # of the norms that no library configures
 CPB_WIDTH = 512  # hidden width of the MLP behind v2's continuous position biases
@@ -242,17 +243,24 @@ class WindowAttention(nn.Module):
         batch, rows, columns = x.shape[:3]
         (tall, wide), heads = self.window, self.num_heads
         down, across = rows // tall, columns // wide
-        qkv = self._qkv(x).reshape(batch, down, tall, across, wide, 3, heads, -1)
-        # Each window's heads are heads of their own, so that biases and masks need no batch.
-        qkv = qkv.transpose(5, 0, 2, 4, 1, 3, 6, 7)  # [3, B, tall, wide, down, across, K, d]
+        qkv = self._qkv(x)  # [B, h, w, 3·K·d], or [B, h, w, 3, K·d] where devices share heads
+        heads_first = qkv.ndim > x.ndim
+        qkv = qkv.reshape(batch, down, tall, across, wide, 3, heads, -1)
+        # Each window's heads are heads of their own, so that biases and masks need no batch. They
+        # lie as [3, B, tall, wide, down, across, K, d]; shared, with K before the windows.
+        qkv = qkv.transpose(5, 0, 2, 4, *((6, 1, 3) if heads_first else (1, 3, 6)), 7)
         q, k, v = qkv.reshape(3, batch, tall * wide, down * across * heads, -1)  # [B, N, n·K, d]
         scale = None
         if self.version == 2:
-            q, k, scale = self._cosine(q, down * across), _unit(k), 1.0
+            q, k, scale = self._cosine(q, down * across, heads_first), _unit(k), 1.0
             q, k = q.astype(v.dtype), k.astype(v.dtype)
-        bias = self._bias(rows, columns)  # [n·K, N, N]
+        bias = self._bias(rows, columns, heads_first)  # [n·K, N, N]
         x = attend(q, k, v, bias=bias, scale=scale)
-        x = x.reshape(batch, tall, wide, down, across, -1).transpose(0, 3, 1, 4, 2, 5)
+        if heads_first:
+            x = x.reshape(batch, tall, wide, heads, down, across, -1)
+            x = x.transpose(0, 4, 1, 5, 2, 3, 6)
+        else:
+            x = x.reshape(batch, tall, wide, down, across, -1).transpose(0, 3, 1, 4, 2, 5)
         return x.reshape(batch, rows, columns, -1)
 
     def _qkv(self, x):
@@ -262,16 +270,17 @@ class WindowAttention(nn.Module):
         if self.version == 2 and self.qkv_bias:
             bias = self.param("qkv_bias", nn.initializers.zeros, (3 * width,))
             bias = bias.at[width : 2 * width].set(0)
-            x = x + bias.astype(x.dtype).reshape(1, 1, 1, -1)
+            x = x + bias.astype(x.dtype).reshape(1, 1, 1, *x.shape[3:])
         return x
 
-    def _cosine(self, q, windows):
+    def _cosine(self, q, windows, heads_first):
         init = nn.initializers.constant(math.log(10))
         logit_scale = self.param("logit_scale", init, (self.num_heads, 1, 1))
         scale = jnp.exp(jnp.minimum(logit_scale, math.log(100)))
-        return _unit(q) * jnp.tile(scale, (windows, 1, 1)).reshape(1, 1, -1, 1)
+        each = jnp.repeat(scale, windows, 0) if heads_first else jnp.tile(scale, (windows, 1, 1))
+        return _unit(q) * each.reshape(1, 1, -1, 1)
 
-    def _bias(self, rows, columns):
+    def _bias(self, rows, columns, heads_first):
         dtype = np.promote_types(self.dtype, np.float32)
         tall, wide = self.window
         if self.version == 1:
@@ -291,6 +300,7 @@ class WindowAttention(nn.Module):
             mask = shift_mask((rows, columns), self.window, self.shift)  # [n, N, N]
             bias = bias + jnp.asarray(apart * mask[:, None], dtype)
         bias = jnp.broadcast_to(bias, (windows, self.num_heads, tokens, tokens))
+        bias = bias.swapaxes(0, 1) if heads_first else bias
         return bias.reshape(windows * self.num_heads, tokens, tokens)
 
 
@@ -445,6 +455,15 @@ class Swin(nn.Module):
             return sum(self.depths[:stage]) + index + 1
         last = sum(self.depths)
         return {"patch_embed": 0, "patch_norm": 0, "norm": last}.get(top, last + 1)
+
+    @property
+    def tensor_rules(self) -> tuple[TensorRule, ...]:
+        """What a mesh's axis `tensor` splits; a stage whose heads it does not divide is whole."""
+        stages = [
+            block_rules(heads, blocks=rf"stage_{index}/block_\d+/")
+            for index, heads in enumerate(self.num_heads)
+        ]
+        return (*(rule for rules in stages for rule in rules), HEAD_RULE)
 
     @nn.compact
     def __call__(

@@ -42,6 +42,7 @@ from vision_jax.models.scanned import scan_blocks
 from vision_jax.models.taps import ATTENTION, NORMED, make_tap, tap
 from vision_jax.ops.position_embedding import interpolate_positions
 from vision_jax.ops.traced import is_on
+from vision_jax.trees.parted import INPUTS, OUTPUTS, TensorRule
 
 # width, depth, heads, hidden width of the MLP
 SIZES = {
@@ -225,10 +226,8 @@ class Attention(nn.Module):
         """
         batch, tokens, width = x.shape
         inner = self.num_heads * self.head_size if self.head_size else width
-        qkv = Dense(3 * inner, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
-        # A split's gradient is one array put together; three slices' are three that are added up.
-        shape = (batch, tokens, self.num_heads, -1)
-        q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))  # [B, N, K, d]
+        qkv = Dense(3 * inner, use_bias=self.qkv_bias, dtype=self.dtype, parts=3, name="qkv")(x)
+        q, k, v = (part.reshape(batch, tokens, self.num_heads, -1) for part in qkv)  # [B, N, K, d]
         if self.qk_norm:
             q = layer_norm("q_norm", self.layer_norm_eps, self.dtype)(q)
             k = layer_norm("k_norm", self.layer_norm_eps, self.dtype)(k)
@@ -255,9 +254,10 @@ class Mlp(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         act = ACTIVATIONS[self.activation]
-        x = Dense(self.hidden_width * (1 + self.gated), dtype=self.dtype, name="fc1")(x)
+        outputs = self.hidden_width * (1 + self.gated)
+        x = Dense(outputs, dtype=self.dtype, parts=1 + self.gated, name="fc1")(x)
         if self.gated:
-            gate, value = jnp.split(x, 2, axis=-1)  # [B, N, hidden] each
+            gate, value = x  # [B, N, hidden] each
             x = act(gate) * value
         else:
             x = act(x)
@@ -310,6 +310,24 @@ class Block(nn.Module):
         y = Mlp(self.mlp_width, self.activation, self.gated_mlp, self.dtype, name="mlp")(y)
         x = x + branch(2, y)
         return x if sizes is None else (x, sizes)
+
+
+def block_rules(num_heads: int, gated: bool = False, blocks: str = r"block_\d+/"):
+    """The tensor rules of a block: heads and hidden channels, each pair summed up once."""
+    fc1 = (
+        (TensorRule(blocks + "mlp/fc1/kernel", OUTPUTS, parts=2),)
+        if gated
+        else (TensorRule(blocks + "mlp/fc1/(kernel|bias)", OUTPUTS),)
+    )
+    return (
+        TensorRule(blocks + "attn/qkv/kernel", OUTPUTS, num_heads, parts=3),
+        TensorRule(blocks + "attn/proj/kernel", INPUTS, num_heads),
+        *fc1,
+        TensorRule(blocks + "mlp/fc2/kernel", INPUTS),
+    )
+
+
+HEAD_RULE = TensorRule(r"head(_dist)?/(kernel|bias)", OUTPUTS)  # classes
 
 
 class AttentionPool(nn.Module):
@@ -371,7 +389,8 @@ class ViT(nn.Module):
       dtype: compute dtype; parameters stay float32. The head computes in float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
       scan: run the blocks as one scanned loop (compiles faster); parameters keep their names, and
-        all blocks must then have leaves of the same kinds.
+        all blocks must then have leaves of the same kinds. A function is True, and what a block's
+        parameters go through in the loop (see scanned.py).
     """
 
     num_classes: int
@@ -405,7 +424,7 @@ class ViT(nn.Module):
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     dtype: Any = jnp.float32
     remat: bool = False
-    scan: bool = False
+    scan: bool | Callable[[Any, str], Any] = False
 
     stem: ClassVar[str] = "patch_embed/kernel"
     pyramid: ClassVar[tuple[tuple[str, int], ...]] = ()
@@ -433,6 +452,16 @@ class ViT(nn.Module):
             return self.depth
         embeddings = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token")
         return 0 if top in (*embeddings, "norm_pre") else self.depth + 1
+
+    @property
+    def looped(self) -> str:
+        """Regular expression of the parameters of the blocks that `scan` runs in a loop."""
+        return r"block_\d+/.*"
+
+    @property
+    def tensor_rules(self) -> tuple[TensorRule, ...]:
+        """What a mesh's axis `tensor` splits; attention pooling is whole on each device."""
+        return (*block_rules(self.num_heads, self.gated_mlp), HEAD_RULE)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -585,7 +614,7 @@ class ViT(nn.Module):
 
         names = [f"block_{index}" for index in rates]
         rows = jnp.asarray(list(rates.values()), x.dtype)
-        return scan_blocks(self, names, apply, x, rows, remat=self.remat)
+        return scan_blocks(self, names, apply, x, rows, remat=self.remat, enter=self.scan)
 
     def _pool(self, x, sizes=None):
         """f[B, D], or f[B, 2, D] for two heads, of tokens that stand for so many patches."""

@@ -6,7 +6,7 @@ strictly, the rest initialized where it will live, adapters attached, then train
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ class Parameters:
       shardings: of the parameters, by path.
       trainable: paths that the optimizer changes.
       projections: ShapeDtypeStructs of what trains besides, by path.
+      tensor: what a mesh's axis `tensor` splits.
     """
 
     like: Any
@@ -52,11 +53,19 @@ class Parameters:
     shardings: dict[str, NamedSharding]
     trainable: frozenset[str]
     projections: dict[str, jax.ShapeDtypeStruct]
+    tensor: sharding.TensorLayout = field(default_factory=sharding.TensorLayout)
 
     def assemble(self, flat: Mapping[str, Any]) -> Any:
         """The model's tree from all its arrays by path; those of recipes are left out."""
         own = {path: leaf for path, leaf in flat.items() if not distillation.is_beside(path)}
         return paths.unflatten(self.like, own)
+
+    def assemble_used(self, flat: Mapping[str, Any], but: str = "") -> Any:
+        """`assemble`, as layers use it on this mesh, inside of a compiled function.
+
+        `but`: regular expression of paths that a loop over layers takes as they are.
+        """
+        return self.tensor.enter(self.assemble(flat), but=but)
 
     def abstract(self) -> tuple[Flat, Flat]:
         """(trainable, frozen) ShapeDtypeStructs with shardings: targets for a restore."""
@@ -101,13 +110,15 @@ def plan_parameters(
         path: jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
         for path, shape in (projections or {}).items()
     }
-    shardings = sharding.parameter_shardings(like, mesh, sharding_rules)
+    tensor = sharding.tensor_layout(like, mesh, getattr(model, "tensor_rules", None))
+    shardings = sharding.parameter_shardings(like, mesh, sharding_rules, tensor=tensor)
     shardings |= sharding.parameter_shardings(beside, mesh)
     if lora.adapter_paths(like) and model_state and not getattr(model, "freeze_norm", True):
         raise UserError(
             "adapters leave BatchNorm's statistics alone: set config.model.freeze_norm=True"
         )
-    return Parameters(like, model_state, shardings, frozenset(trainable | beside.keys()), beside)
+    trains = frozenset(trainable | beside.keys())
+    return Parameters(like, model_state, shardings, trains, beside, tensor)
 
 
 def make_parameters(
@@ -181,7 +192,10 @@ def _plain_parameters(
     shapes = model_shapes(model, image_size)
     base, statistics = (paths.flatten(shapes.get(name, {})) for name in ("params", "batch_stats"))
     # A rule may be about adapters, which there are none of yet.
-    shardings = sharding.parameter_shardings(base, mesh, config.sharding_rules, strict=False)
+    tensor = sharding.tensor_layout(shapes["params"], mesh, getattr(model, "tensor_rules", None))
+    shardings = sharding.parameter_shardings(
+        base, mesh, config.sharding_rules, strict=False, tensor=tensor
+    )
     shardings |= dict.fromkeys(statistics, sharding.replicated(mesh))
     target = base | statistics  # their paths differ: mean, var and count are no parameters' names
 

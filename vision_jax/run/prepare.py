@@ -31,7 +31,7 @@ from vision_jax.recipes.recipe import Recipe, Student, make_recipes
 from vision_jax.run.description import Description, build_model, describe, read_weights
 from vision_jax.run.parameters import Flat, Parameters, make_parameters, plan_parameters
 from vision_jax.tasks.api import Task, Trained, find_task
-from vision_jax.trees import factored
+from vision_jax.trees import factored, paths
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,29 @@ class Run:
     def plain_objective(self) -> Objective:
         """The objective of the task, before recipes change it."""
         names = dict.fromkeys(name for recipe in self.recipes for name in recipe.features)
-        apply = families.make_apply(self.model, tuple(names))
+        model = self.model.clone(scan=self.enter_block) if self.looped else self.model
+        assemble = partial(self.parameters.assemble_used, but=self.looped)
+        apply = families.make_apply(model, tuple(names))
         return self.task.make_objective(
-            self.config,
-            self.model,
-            self.student.predicts,
-            apply,
-            self.parameters.assemble,
-            self.mesh,
+            self.config, self.model, self.student.predicts, apply, assemble, self.mesh
         )
+
+    @cached_property
+    def looped(self) -> str:
+        """Regular expression of the parameters that are laid out for use in a loop; "" for none."""
+        plain = all(place.is_fully_replicated for place in self.parameters.shardings.values())
+        return self.model.looped if getattr(self.model, "scan", False) and not plain else ""
+
+    @cached_property
+    def enter_block(self) -> Callable[[Any, str], Any]:
+        """(a block's parameters, its path with a slash) -> as layers use them, inside of a loop."""
+        gather, tensor = sharding.make_gather(self.parameters.shardings), self.parameters.tensor
+
+        def enter(params: Any, prefix: str) -> Any:
+            whole = paths.unflatten(params, gather(paths.flatten(params), prefix))
+            return tensor.enter(whole, prefix)
+
+        return enter
 
     @cached_property
     def loss_fn(self) -> steps.LossFn:
@@ -92,8 +106,7 @@ class Run:
             return recipe.transform(objective, self.student)
 
         loss_fn = make_loss(reduce(change, self.recipes, self.plain_objective))
-        looped = r"(.*/)?block_\d+/.*" if getattr(self.model, "scan", False) else ""
-        return sharding.gather_in(loss_fn, self.parameters.shardings, looped)
+        return sharding.gather_in(loss_fn, self.parameters.shardings, self.looped)
 
     def make_train_step(self) -> Any:
         """(state, frozen, batch) -> (state, metrics), compiled; see steps.make_train_step."""
@@ -209,7 +222,7 @@ class Run:
         """(trainable, frozen, model_state, batch) -> what evaluation needs of the batch."""
         apply = families.make_apply(self.model)
         return self.task.make_outputs(
-            self.config, self.model, self.student.predicts, apply, self.parameters.assemble
+            self.config, self.model, self.student.predicts, apply, self.parameters.assemble_used
         )
 
     def make_evaluate(self, source: Any) -> Callable[..., Any]:
@@ -320,10 +333,12 @@ def prepare(
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
-    if config.batch_size % (mesh.size * config.optim.accumulate):
+    parts = sharding.batch_parts(mesh)
+    if config.batch_size % (parts * config.optim.accumulate):
         raise UserError(
-            f"config.batch_size {config.batch_size} does not divide among {mesh.size} "
-            f"devices and config.optim.accumulate {config.optim.accumulate}"
+            f"config.batch_size {config.batch_size} does not divide among {parts} "
+            f"{'devices' if parts == mesh.size else 'groups of devices'} and "
+            f"config.optim.accumulate {config.optim.accumulate}"
         )
 
 

@@ -36,7 +36,10 @@ FEW_OUTPUTS = 64
 
 
 def dense(x: Array) -> Product:
-    """x[..., in], kernel[in, out] -> f[..., out], for inputs of x's dtype; i32[..., out] for i8."""
+    """x[..., in], kernel[in, out] -> f[..., out], for inputs of x's dtype; i32[..., out] for i8.
+
+    A kernel [in, P, out] gives f[..., P, out].
+    """
     if x.dtype == jnp.int8:
         return _integer_dot
     if x.dtype in HALF:
@@ -99,6 +102,9 @@ def _flat_dot(x: Array, kernel: Array) -> Array:
     the barrier keeps XLA from folding the transpose into the product.
     """
     rows, kernel = x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype)
+    if kernel.ndim > 2:
+        product = _plain_dot(rows, kernel)
+        return product.reshape(*x.shape[:-1], *kernel.shape[1:])
     if kernel.shape[1] <= min(FEW_OUTPUTS, kernel.shape[0] - 1):
         turned = lax.optimization_barrier(kernel.T)  # [out, in]
         product = lax.dot_general(rows, turned, (((1,), (1,)), ((), ())))
@@ -130,7 +136,8 @@ def _half_dot_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Arra
 def _half_dot_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     float32 = {"preferred_element_type": jnp.float32}
-    dx = lax.dot_general(dy, kernel.astype(x.dtype), (((dy.ndim - 1,), (1,)), ((), ())), **float32)
+    outputs = tuple(range(x.ndim - 1, dy.ndim)), tuple(range(1, kernel.ndim))
+    dx = lax.dot_general(dy, kernel.astype(x.dtype), (outputs, ((), ())), **float32)
     rows = tuple(range(x.ndim - 1))
     dkernel = lax.dot_general(x, dy, ((rows, rows), ((), ())), **float32)  # [in, out]
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)

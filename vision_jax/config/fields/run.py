@@ -42,6 +42,12 @@ FIELDS = (
     ),
     field("mesh.fsdp", 1, AXIS, "devices that split the batch and the parameters (fully sharded)"),
     field(
+        "mesh.tensor",
+        1,
+        COUNT,
+        "devices that share each image's heads, MLP channels and classes; docs/training.md",
+    ),
+    field(
         "sharding_rules",
         (),
         PAIRS,
