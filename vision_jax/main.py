@@ -343,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises
     arguments = sys.argv[1:] if arguments is None else arguments
     several, text = any(argument.startswith("--coordinator") for argument in arguments), ""
+    unforeseen: Exception | None = None
     try:
         code = _run(arguments)
     except UserErrors as errors:
@@ -352,14 +353,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
         text = "stopped; run the same command again to resume"
-    except Exception:
+    except Exception as error:
         if not several:
             raise
-        code, text = 1, traceback.format_exc()
+        code, text, unforeseen = 1, traceback.format_exc(), error
     if several:
         from vision_jax import processes
 
-        processes.end(text, code)
+        processes.end(text, code, unforeseen)
     elif text:
         print(text, file=sys.stderr)
     return code

@@ -25,6 +25,7 @@ from vision_jax import replicas
 from vision_jax.errors import UserError, printable
 from vision_jax.hosts import board, supervise
 from vision_jax.hosts.board import (
+    COMPARE,
     COMPILE,
     DATA,
     EVALUATE,
@@ -36,7 +37,18 @@ from vision_jax.hosts.board import (
     WAIT,
 )
 
-__all__ = ["COMPILE", "DATA", "EVALUATE", "READY", "RESULTS", "SAVE", "START", "STEP", "WAIT"]
+__all__ = [
+    "COMPARE",
+    "COMPILE",
+    "DATA",
+    "EVALUATE",
+    "READY",
+    "RESULTS",
+    "SAVE",
+    "START",
+    "STEP",
+    "WAIT",
+]
 
 T = TypeVar("T")
 
@@ -97,7 +109,7 @@ def name(process: int | None = None) -> str:
     return f"process {number} ({printable(host)})"
 
 
-def end(text: str, code: int) -> None:
+def end(text: str, code: int, error: Exception | None = None) -> None:
     """The end of this process's command, well or not.
 
     Without a text all have come to the same end, and wait for each other here. With one its
@@ -106,11 +118,17 @@ def end(text: str, code: int) -> None:
     Args:
       text: "error: ..." or a traceback.
       code: exit code: 2 is bad input, 128 + n signal n, before it could save.
+      error: whose traceback it is; notes that were added to it come after its own line.
     """
     if not text:
         first_failure("")
+        if code and jax.process_count() > 1:
+            # The process ends without Python's end, where this is done. JAX's service is process
+            # 0's: if that one left first, it would abort whoever still reads from it.
+            jax.distributed.shutdown()
         return
-    last = text.strip().splitlines()[-1].removeprefix("error: ")
+    lines = text if error is None else "".join(traceback.format_exception_only(error))
+    last = lines.strip().splitlines()[-1 if error is None else 0].removeprefix("error: ")
     mine = supervise.mine()
     told = mine is not None and mine.board.read().kind != board.NOTHING
     if mine is not None:
@@ -129,7 +147,7 @@ def told() -> Iterator[None]:
         if supervise.mine() is not None:
             foreseen = isinstance(error, UserError | OSError)
             text = f"error: {error}" if foreseen else traceback.format_exc()
-            end(text, BAD_INPUT if foreseen else 1)
+            end(text, BAD_INPUT if foreseen else 1, None if foreseen else error)
         raise
 
 

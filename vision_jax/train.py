@@ -458,6 +458,7 @@ def _train(
             if stopping or evaluating or step % config.checkpoint_every == 0:
                 with copies.explained(state):
                     report(*pending)  # a state that is not finite is never saved
+                processes.at(step, processes.COMPARE)
                 copies.start(step, state, batch, now=True)
                 copies.check()  # nor one that is not the same everywhere
                 pending, measured = None, None

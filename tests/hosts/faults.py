@@ -25,9 +25,12 @@ def die(number=signal.SIGKILL):
 
 
 def note():
-    """When it happens."""
-    with open(os.environ["FAULT_FILE"], "w") as file:
-        file.write(str(time.time()))
+    """When it happens first; whole, if the process is killed meanwhile."""
+    path = os.environ["FAULT_FILE"]
+    if not os.path.exists(path):
+        with open(f"{path}.{threading.get_ident()}", "w") as file:
+            file.write(str(time.time()))
+        os.replace(file.name, path)
 
 
 def before(owner, name, act, call=1):
@@ -137,6 +140,36 @@ def flip(array):
     return array
 
 
+def slow_to_read():
+    """This process reads what all agree on a second after the others, at its end."""
+    from vision_jax import processes
+
+    first_failure, store = processes.first_failure, processes._store
+
+    class Slow:
+        def __init__(self, client):
+            self.client = client
+
+        def __getattr__(self, name):
+            return getattr(self.client, name)
+
+        def blocking_key_value_get(self, *arguments):
+            time.sleep(2)
+            return self.client.blocking_key_value_get(*arguments)
+
+    def at_end(text):
+        processes._store = lambda: Slow(store())
+        return first_failure(text)
+
+    end = processes.end
+
+    def slow_end(*arguments):
+        processes.first_failure = at_end
+        end(*arguments)
+
+    processes.end = slow_end
+
+
 def spoil(fault):
     from vision_jax import checkpoints, processes, train
 
@@ -188,6 +221,9 @@ def spoil(fault):
         between_steps(lambda: os._exit(0))
     elif fault == "asked to end":
         between_steps(lambda: os.kill(os.getppid(), signal.SIGTERM))
+    elif fault == "asked to end, and slow to read that all will":
+        between_steps(lambda: os.kill(os.getppid(), signal.SIGTERM))
+        slow_to_read()
     elif fault == "other packages":
         versions = processes.version
         processes.version = lambda name: "9.9" if name == "optax" else versions(name)

@@ -56,12 +56,13 @@ FAULTS = {
     "another copy": (1, 3, LOST, PEERS + "holds another frozen/.*norm1/bias", {}),
     "exits": (1, 2, None, "process {v} ", {}),
     "asked to end": (1, 2, 143, "", {}),
+    "asked to end, and slow to read that all will": (1, 2, 143, "", {}),
     "other packages": (1, 2, BAD, PEERS + r"has another installation .* optax is '9.9' and", {}),
     "other code": (1, 2, BAD, PEERS + r"has another installation .* Python is '9.9.9' and", {}),
     "other rate": (1, 2, BAD, PEERS + "has another config .*optim.lr is 0.5", {"optim.lr": "0.5"}),
     "fewer examples": (1, 2, BAD, PEERS + "has another data.*number of examples is 40", "fewer"),
     "other classes": (1, 2, BAD, PEERS + "has another data.*class names is", "classes"),
-    "other order": (1, 2, BAD, PEERS + "has another data.* annotations", "order"),
+    "other order": (1, 2, BAD, PEERS + "has another data.*data.train: (sizes|annot)", "order"),
     "other weights": (1, 2, BAD, PEERS + "has another .*sha256 is", "weights"),
 }
 
@@ -102,14 +103,15 @@ def whole(tmp_path_factory, fields):
     return folder
 
 
-def other_inputs(kind, fields, folder):
-    """Flags of the victim: data or weights that are not those of the others."""
+def other_input(kind, folder):
+    """(the file of all, another one): data or weights that are not those of the others."""
     if kind == "weights":
-        runs.write_weights(folder / "other.safetensors")
-        with (folder / "other.safetensors").open("r+b") as file:
+        other = folder / "weights.safetensors"
+        shutil.copy(runs.inputs() / other.name, other)
+        with other.open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x01")
-        return [f"--config.model.weights={folder / 'other.safetensors'}"]
+        return runs.inputs() / other.name, other
     with np.load(runs.inputs() / "cifar10.npz") as file:
         arrays = dict(file)
     if kind == "fewer":
@@ -119,39 +121,23 @@ def other_inputs(kind, fields, folder):
     else:
         arrays |= {f"train_{name}": arrays[f"train_{name}"][::-1] for name in ("images", "labels")}
     np.savez(folder / "cifar10.npz", **arrays)
-    return []
+    return runs.inputs() / "cifar10.npz", folder / "cifar10.npz"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_process_names_the_fault_and_the_run_resumes(fault, fields, whole, tmp_path):
     victim, count, code, words, more = FAULTS[fault]
-    own, environment = [], {"FAULT_FILE": str(tmp_path / "at")}
+    own, before, environment = [], (), {"FAULT_FILE": str(tmp_path / "at")}
     if isinstance(more, dict):
         own = [f"--config.{name}={value}" for name, value in more.items()]
-    else:
-        (tmp_path / "there").mkdir()
-        shutil.copytree(runs.inputs(), tmp_path / "inputs", ignore=lambda *_: ["finished"])
-        own = other_inputs(more, fields, tmp_path / "there")
-    started = commands(fault, victim, count, tmp_path / "run", fields, own)
-    if not isinstance(more, dict) and not own:  # the same path, another file: as on another machine
-        inside = [
-            "unshare",
-            "--mount",
-            "sh",
-            "-c",
-            'mount --bind "$1" "$2"; shift 2; exec "$@"',
-            "-",
-        ]
-        before = [[]] * count
-        before[victim] = [
-            *inside,
-            str(tmp_path / "there/cifar10.npz"),
-            str(runs.inputs() / "cifar10.npz"),
-        ]
+    else:  # the same path, another file: as on another machine
         if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
             pytest.skip("needs mount namespaces")
-    else:
-        before = ()
+        there, other = other_input(more, tmp_path)
+        bind = 'mount --bind "$1" "$2"; shift 2; exec "$@"'
+        before = [[]] * count
+        before[victim] = ["unshare", "--mount", "sh", "-c", bind, "-", str(other), str(there)]
+    started = commands(fault, victim, count, tmp_path / "run", fields, own)
     with Cluster(started, before=before, environment=environment) as cluster:
         dead = victim if "supervisor is" in fault else None
         codes = cluster.wait(300, but=[] if dead is None else [dead])

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 # Where a process is in a step. In their order, of which `judge` asks who is behind.
-START, DATA, READY, COMPILE, STEP, WAIT, EVALUATE, SAVE, RESULTS = range(9)
+START, DATA, READY, COMPILE, STEP, WAIT, COMPARE, EVALUATE, SAVE, RESULTS = range(10)
 WORDS = (
     "before its first step",
     "reading data",
@@ -27,11 +27,18 @@ WORDS = (
     "compiling",
     "computing",
     "waiting for its devices",
+    "comparing its arrays with the others'",
     "evaluating",
     "saving",
     "writing results",
 )
-QUICK = (DATA, READY, STEP, WAIT)  # phases that take as long as those before them, or nearly so
+QUICK = (
+    DATA,
+    READY,
+    STEP,
+    WAIT,
+    COMPARE,
+)  # phases that take as long as those before them, or nearly so
 
 # Why a process ends.
 NOTHING, BAD_INPUT, UNFORESEEN, STOPPED = range(4)
