@@ -224,6 +224,8 @@ def spoil(fault):
     elif fault == "asked to end, and slow to read that all will":
         between_steps(lambda: os.kill(os.getppid(), signal.SIGTERM))
         slow_to_read()
+    elif fault == "waits for a test":
+        in_step(lambda: time.sleep(3))
     elif fault == "other packages":
         versions = processes.version
         processes.version = lambda name: "9.9" if name == "optax" else versions(name)
