@@ -2,24 +2,22 @@
 
     python -m benchmarks.safety [--variant=b/16] [--image_size=64] [--batch_size=8]
 
-All of a ViT-B trains with AdamW, a state of 1 GB: `saving` is the training loop itself on one
-process, which saves twice; `comparing` is its step on two processes of the loopback. Shares are of
-one run: each is of what was measured beside it.
+All of a ViT-B trains with AdamW, a state of 1 GB: `saving` is the trainer's step and its saver on
+one process, `comparing` the step on two processes of the loopback. Shares are of one run, of the
+least of six turns each.
 
-The stall of a save is what the loop does not go on for: the call that begins the save, the wait for
-the step before it, and what the next step takes longer than those after it, which run while the
-rest is written.
+The loop stalls for the call that begins a save, and on a CPU for the copy that the next step makes
+of the state, which it may not write over until all is written. The writing itself goes on beside
+the steps, in threads.
 """
 
 import argparse
-import dataclasses
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vision_jax import machine, processes, replicas, sharding, train
+from vision_jax.checkpoints import Checkpoints
 from vision_jax.config import default_config
 from vision_jax.data.pipeline import DamageLog
 from vision_jax.hosts import link, supervise
@@ -37,127 +36,113 @@ from vision_jax.logging import human_size
 from vision_jax.run.prepare import prepare
 from vision_jax.tasks.api import find_task
 
-STEPS, EVERY = 30, 12  # of the loop, and between its saves
-TURNS = 5
+TURNS = 6
 
 
 def make_config(flags: argparse.Namespace) -> ConfigDict:
     config = default_config("classification")
-    config.total_steps, config.checkpoint_every = STEPS, EVERY
+    config.total_steps = 100
     config.batch_size = config.evaluate.batch_size = flags.batch_size
     config.model.variant, config.model.image_size = flags.variant, flags.image_size
     config.trainable, config.recipes = (".*",), ()
     config.data.train = config.data.eval = "embedded:fashion_mnist/test"
-    config.evaluate.every = STEPS * 2
     config.optim.warmup_steps = 0
     return config
 
 
-def measure_saving(config: ConfigDict) -> None:
-    starts: list[float] = []  # of each step
-    saves: list[tuple[int, float, float]] = []  # (step, when it was asked for, its call's seconds)
-    ends: list[float] = []
-    waiters: list[threading.Thread] = []
-    make, save = train._make_program, train.Checkpoints.save
+class Seconds:
+    """What each of some calls took, by name, and the least: other programs may run beside."""
 
-    def noting(*arguments: Any) -> Any:
-        program = make(*arguments)
+    def __init__(self) -> None:
+        self._found: dict[str, list[float]] = {}
 
-        def train_step(state: Any, batch: Any) -> Any:
-            starts.append(time.perf_counter())
-            if len(starts) == 1:
-                size = sum(x.nbytes for x in jax.tree.leaves(state))
-                print(f"state: {human_size(size)}")
-            return program.train_step(state, batch)
-
-        return dataclasses.replace(program, train_step=train_step)
-
-    def timed_save(self: Any, step: int, state: Any, metrics: Any) -> None:
+    def of(self, name: str, call: Callable[[], Any]) -> Any:
         begin = time.perf_counter()
-        save(self, step, state, metrics)
-        saves.append((step, begin, time.perf_counter() - begin))
+        found = jax.block_until_ready(call())
+        self.add(name, time.perf_counter() - begin)
+        return found
 
-        def wait() -> None:
-            self._manager.wait_until_finished()
-            ends.append(time.perf_counter())
+    def add(self, name: str, seconds: float) -> None:
+        self._found.setdefault(name, []).append(seconds)
 
-        waiters.append(threading.Thread(target=wait))
-        waiters[-1].start()
-
-    train._make_program, train.Checkpoints.save = noting, timed_save  # type: ignore
-    train._finish = lambda *_: None  # type: ignore  # results are no part of the loop
-    with tempfile.TemporaryDirectory() as folder:
-        train.run(config, Path(folder) / "run")
-        for waiter in waiters:
-            waiter.join()
-    took = np.diff(starts)
-    inside = saves[:-1]  # the last one ends the run
-    quiet = [
-        x
-        for n, x in enumerate(took[2:], 2)
-        if not any(
-            begin - x < starts[n] < end for (_, begin, _), end in zip(saves, ends, strict=True)
-        )
-    ]
-    usual = statistics.median(quiet)
-    print(f"a step beside no save: {usual:.2f} s (median of {len(quiet)})")
-    for (step, begin, call), end in zip(inside, ends[:-1], strict=True):
-        # Steps from the one that was asked to be saved, until all is written.
-        beside = [took[n] for n in range(step, len(took)) if starts[n + 1] < end]
-        later = statistics.median(beside[1:]) if len(beside) > 1 else usual
-        first = max(0.0, took[step] - later) if beside else 0.0
-        pause = max(0.0, took[step - 1] - usual)
-        share = (pause + first) / (end - begin)
-        print(
-            f"save after step {step}: written in {end - begin:.1f} s; the pause {pause:.2f} s "
-            f"(its call {call:.3f} s), the next step {first:.2f} s longer than the "
-            f"{len(beside) - 1} after it ({later:.2f} s): stall {share:.1%}"
-        )
+    def least(self) -> dict[str, float]:
+        return {name: min(found[1:]) for name, found in self._found.items()}
 
 
-def measure_comparing(config: ConfigDict) -> None:
-    """In each of two processes; the first prints."""
+def make_step(config: ConfigDict) -> tuple[Callable[[Any], Any], Any, Any]:
+    """(the trainer's step, from a state to the next; a state, what is frozen)."""
     source, _ = find_task(config.task).read_sources(config)
     run = prepare(config, source.class_names)
     state, frozen, _ = run.make_arrays()
     frozen = {**frozen, **run.place_beside()}
-    step = run.make_train_step()
     batch = sharding.make_batch_placer(run.mesh)(next(run.training_data(source, DamageLog())))
-    tree = {"frozen": frozen, "state": state}
-    compare = replicas.make_compare(tree)
-    layout = jax.tree.map(replicas.Layout, tree)
-    seconds: dict[str, list[float]] = {"step": [], "compare": [], "agree": [], "tell": []}
+    program = run.make_train_step()
+    return lambda state: program(state, frozen, batch)[0], state, frozen
 
-    def timed(name: str, call: Callable[[], Any]) -> Any:
-        begin = time.perf_counter()
-        found = jax.block_until_ready(call())
-        seconds[name].append(time.perf_counter() - begin)
-        return found
+
+def measure_saving(config: ConfigDict) -> None:
+    train_step, state, _ = make_step(config)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    seconds = Seconds()
+    with tempfile.TemporaryDirectory() as folder, closing(Checkpoints(Path(folder), "a")) as saver:
+        for turn in range(TURNS + 1):  # the first compiles
+            state = seconds.of("step", partial(train_step, state))
+            # As while it is written: a buffer that somebody looks at is copied, not written over.
+            views = jax.tree.map(np.asarray, state)
+            state = seconds.of("step of a state that is looked at", partial(train_step, state))
+            del views
+            begin = time.perf_counter()
+            seconds.of("call", partial(saver.save, turn, state, None))
+            seconds.of("memory given back", machine.give_back_memory)
+            state = seconds.of("step beside the writing", partial(train_step, state))
+            saver.wait()
+            seconds.add("save", time.perf_counter() - begin)
+    least = seconds.least()
+    copied = max(0.0, least["step of a state that is looked at"] - least["step"])
+    parts = {
+        "the call": least["call"],
+        "memory given back": least["memory given back"],
+        "the state copied by the next step": copied,
+    }
+    print(f"a state of {human_size(size)} is written in {least['save']:.2f} s; the loop waits for")
+    for name, each in parts.items():
+        print(f"  {name}: {each:.3f} s, {each / least['save']:.2%}")
+    print(f"  together {sum(parts.values()) / least['save']:.2%}")
+    beside = least["step beside the writing"] / least["step"]
+    print(f"a step takes {least['step']:.2f} s, and {beside:.2f} of that beside the writing")
+
+
+def measure_comparing(config: ConfigDict) -> None:
+    """In each of two processes; the first prints."""
+    train_step, state, frozen = make_step(config)
+    tree = {"frozen": frozen, "state": state}
+    compare, layout = replicas.make_compare(tree), jax.tree.map(replicas.Layout, tree)
+    seconds = Seconds()
 
     def tell() -> None:
         for _ in range(100):
             processes.at(1, processes.STEP)
 
-    for _ in range(TURNS + 1):  # the first of each compiles
-        state, _ = timed("step", partial(step, state, frozen, batch))
-        sums = timed("compare", partial(compare, {"frozen": frozen, "state": state}))
+    for _ in range(TURNS + 1):  # the first compiles
+        state = seconds.of("step", partial(train_step, state))
+        sums = seconds.of("compare", partial(compare, {"frozen": frozen, "state": state}))
         assert replicas.find_difference(layout, sums) is None
-        timed("agree", partial(multihost_utils.process_allgather, np.int32(0)))
-        timed("tell", tell)
-    median = {name: statistics.median(found[1:]) for name, found in seconds.items()}
+        seconds.of("agree", partial(multihost_utils.process_allgather, np.int32(0)))
+        seconds.of("tell", tell)
+    least = seconds.least()
     every, stop = config.hosts.compare_every, train.STEPS_BETWEEN_AGREEMENTS
     shares = {
-        f"all copies, each {every} steps": median["compare"] / every,
-        f"whether to stop, each {stop} steps": median["agree"] / stop,
-        "where a process is, 5 times a step": median["tell"] / 100 * 5,
+        f"all copies, each {every} steps": least["compare"] / every,
+        f"whether to stop, each {stop} steps": least["agree"] / stop,
+        "where a process is, 6 times a step": least["tell"] / 100 * 6,
     }
     if jax.process_index() == 0:
         size = sum(x.nbytes for x in jax.tree.leaves(tree))
-        print(f"a step {median['step']:.2f} s, one comparison of {human_size(size)} ", end="")
-        print(f"{median['compare']:.3f} s, one agreement {1e3 * median['agree']:.1f} ms")
+        print(f"a step {least['step']:.2f} s, one comparison of {human_size(size)} ", end="")
+        print(f"{least['compare']:.3f} s, one agreement {1e3 * least['agree']:.1f} ms")
         for name, each in shares.items():
-            print(f"  {name}: {each / median['step']:.3%} of a step")
-        print(f"  together {sum(shares.values()) / median['step']:.2%}")
+            print(f"  {name}: {each / least['step']:.3%} of a step")
+        print(f"  together {sum(shares.values()) / least['step']:.2%}")
 
 
 def main() -> None:

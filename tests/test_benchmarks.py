@@ -39,6 +39,7 @@ BENCHMARKS = {
     "matching": ("--problems=2", "--targets=5", "--queries=6"),
     "pgd": ("--small", *BRIEF),
     "quantization": ("--tiles=5",),
+    "safety": ("--variant=ti/16", "--image_size=32", "--batch_size=4"),
     "search": ("--parts", "flops", "best", "--trials=2", "--seeds=1", *SHORT, *FEW_IMAGES),
     "serving": ("--requests=20", "--clients=4", "--rounds=1", "--photos=4"),
     "startup": ("--configs", "configs/vit_lora.py", "--rounds=1"),
