@@ -81,8 +81,9 @@ def watch(out, frames=60, wanted=None, text=TWO + FIELD):
             progress, tracks, raised = events.step(rules, progress, log.frame(i, time, seen))
             log.raised(raised)
             outputs.frame(picture(seen), progress, tracks, raised)
+        said = outputs.finish()
         log.end(rules, progress)
-        said = outputs.finish() + outputs.deliver()
+        said += [outputs.page(), *outputs.deliver()]
     return rules, said
 
 

@@ -96,10 +96,14 @@ def test_a_host_that_there_is_not_is_one_line():
 
 
 def test_a_stream_is_watched_until_the_server_ends(tmp_path, capsys):
-    """A square walks in, which is an alarm; then the exit code is 1, and all is written."""
+    """A square walks in and stays, which is an alarm; then the exit code is 1, and all is written.
+
+    However late the frames are taken, the last ones have it.
+    """
+    pictures = list(watching.pictures(120))[:31]
     rules, out = tmp_path / "rules.toml", tmp_path / "out"
     rules.write_text(watching.RULES)
-    with Server(list(watching.pictures(120)), pause=0.02) as server:
+    with Server(pictures + pictures[-1:] * 60, pause=0.02) as server:
         assert watching.run(server.address, rules, out) == 1
     assert "it ended early: its server has ended it" in capsys.readouterr().err
     (folder,) = out.iterdir()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -138,6 +139,17 @@ def test_a_log_that_was_cut_anywhere_is_completed(whole, tmp_path, rng):
         replayed = events.replay(out, to=out / "replayed").read_bytes()
         assert said.startswith(replayed)
         kills.write(out)
+        assert parts(out) == parts(whole)
+
+
+def test_a_log_that_ended_gets_the_events_that_a_kill_left_out(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    said = (out / events.EVENTS).read_bytes()
+    for left in (len(said) - 1, said[:-1].rfind(b"\n") - 5):
+        (out / events.EVENTS).write_bytes(said[:left])
+        with pytest.raises(UserError, match="is complete"):
+            kills.write(out)
         assert parts(out) == parts(whole)
 
 

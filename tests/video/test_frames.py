@@ -336,6 +336,27 @@ def test_a_source_that_says_nothing_is_left_when_told(tmp_path):
             open_stream(address, timeout=600, stopped=lambda: True)
 
 
+def test_a_source_has_not_stalled_while_nobody_takes_its_frames(tmp_path):
+    """Of more frames than wait, taken late and at once, as a batch of many rows is."""
+    folder = folder_of(tmp_path / "frames", 40)
+    with open_stream(str(folder), folder_rate=Fraction(1), timeout=0.5, ahead=2) as stream:
+        threading.Event().wait(1)
+        assert len(take_all(stream)) == 40
+    assert stream.problem == ""
+
+
+def test_a_low_rate_lacks_no_part(tmp_path):
+    """The last frame that is taken is far from the last that there is."""
+    folder = folder_of(tmp_path / "frames", 40)
+    for source, how in (
+        (str(folder), {"folder_rate": Fraction(1)}),
+        (write(tmp_path / "a.mp4", 100, rate=2), {}),
+    ):
+        with open_stream(source, rate=Fraction(1, 30), **how) as stream:
+            assert len(take_all(stream)) == 2
+        assert stream.notes() == []
+
+
 def test_contents_tell_files_of_one_name_apart(tmp_path):
     path, folder = Path(write(tmp_path / "a.mp4")), folder_of(tmp_path / "frames")
     before = frames.content_of(str(path)), frames.content_of(str(folder))

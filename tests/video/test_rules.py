@@ -58,6 +58,8 @@ def test_a_file_is_read(tmp_path):
         (RULE + "faster = 9\nslower = 3" + scenes.FIELD, "no speed is above 9 and below 3"),
         (RULE + "min_height = 481" + scenes.FIELD, "no box has"),
         (RULE + 'schedule = ["20:00-20:00"]' + scenes.FIELD, "is never"),
+        (RULE + 'schedule = ["08:00-12:00 13:00-17:00"]' + scenes.FIELD, "two of a kind"),
+        (RULE + 'schedule = ["mon tue"]' + scenes.FIELD, "two of a kind"),
         (RULE + 'schedule = ["mon-fry"]' + scenes.FIELD, "`fry` is no day: did you mean `fri`"),
         (RULE + 'schedule = ["25:00-26:00"]' + scenes.FIELD, "no times of a day"),
         (RULE + 'schedule = ["sat"]' + scenes.FIELD, "add start = "),
@@ -69,7 +71,7 @@ def test_a_file_is_read(tmp_path):
         ("[tracking]\nhigh = 0.05\n" + RULE + scenes.FIELD, "`low` is higher"),
         (RULE + scenes.FIELD.replace("500, 400", "641, 400"), "(641, 400) lies outside of the"),
         (RULE + scenes.FIELD.replace("pixel", "fraction", 1), 'did you mean unit = "pixel"'),
-        (RULE + "min_height = 400" + scenes.FIELD, "zone `lawn` lies where no foot of boxes of"),
+        (RULE + "min_height = 401" + scenes.FIELD, "zone `lawn` lies where no foot of boxes of"),
         (GATE + scenes.FIELD.replace("300", "0"), "line `gate` lies where no foot of boxes in"),
         (GATE + "min_width = 600" + scenes.FIELD, "line `gate` lies where no foot of boxes of 600"),
         (CROWD + "count = 1001" + scenes.FIELD, "from 1 to 1000"),
@@ -110,6 +112,11 @@ def test_boxes_whose_points_reach_a_zone_are_not_refused():
         GATE + 'min_height = 479\npoint = "center"',
     ):
         ready(text + scenes.FIELD)
+    whole = "polygon = [[0, 0], [1, 0], [1, 1], [0, 1]]\n"
+    for point in ("foot", "center"):
+        sides = f'min_height = 1.0\nmin_width = 1.0\npoint = "{point}"\n'
+        text = f'{RULE}unit = "fraction"\n{sides}[zones.lawn]\nunit = "fraction"\n{whole}'
+        ready(text)
 
 
 def test_points_in_polygons_are_those_of_matplotlib(rng):

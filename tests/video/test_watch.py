@@ -1,5 +1,6 @@
 """The command: what it writes, how it stops, and that it goes on."""
 
+import datetime
 import json
 import os
 import signal
@@ -216,10 +217,13 @@ def test_rules_for_another_detector_are_refused(video, rules, tmp_path, capsys):
 
 def test_each_start_of_a_live_source_has_a_folder(video, rules, tmp_path, monkeypatch):
     """A camera whose watcher starts again, twice within a second."""
-    opened = frames.Stream.__init__
+    opened, began = frames.Stream.__init__, []
 
     def live(self, name, _, *arguments, **keywords):
+        before = datetime.datetime.now().astimezone()
         opened(self, name, False, *arguments, **keywords)
+        assert before <= self.began <= datetime.datetime.now().astimezone()
+        began.append(self.began.isoformat())
         self.live = True
 
     monkeypatch.setattr(frames.Stream, "__init__", live)
@@ -229,6 +233,7 @@ def test_each_start_of_a_live_source_has_a_folder(video, rules, tmp_path, monkey
     assert len(folders) == 3
     for folder in folders:
         first = events(folder)[0]
+        assert first["start"] in began  # and not when the detector was ready
         assert first["start"].replace("-", "").replace(":", "")[:15] == folder.name[:15]
         assert events(folder)[-1]["frames"] == 6
 

@@ -139,8 +139,9 @@ def test_a_kill_between_an_answer_and_its_note_sends_one_event_again(tmp_path, l
 
 @pytest.mark.parametrize(
     "url",
-    ["example.org", "ftp://example.org", "http://", "http://a:b:c/", "http://a b/", "http://[/"],
-)
+    ["example.org", "ftp://example.org", "http://", "http://a:b:c/", "http://a b/", "http://[/",
+     "http://a/käse", "http://a/?q=é", f"http://{'a' * 64}.org/"],
+)  # fmt: skip
 def test_addresses_that_are_none(url):
     with pytest.raises(UserError, match="--webhook"):
         parse_host(url)

@@ -17,7 +17,6 @@ for bad input; 128 + n after signal n, with the frame finished and the files clo
 """
 
 import argparse
-import datetime
 import importlib.util
 import re
 import signal
@@ -268,9 +267,10 @@ def _finish(one: Source, say: Callable[[str], None]) -> None:
             f"{one.log.out}: its log goes on to frame {one.known}, and {one.stream.name} ends at "
             f"{one.progress.frame}: name another --out"
         )
+    written = one.outputs.finish()  # what a kill leaves out here is made by the same command
     for event in one.log.end(one.rules, one.progress):
         say(_line(one, event))
-    for line in one.outputs.finish():
+    for line in (*written, one.outputs.page()):
         say(line)
 
 
@@ -304,8 +304,7 @@ def _begin(
     from vision_jax.video.rules import check, read_rules
 
     wanted = _wanted(flags)
-    now = datetime.datetime.now().astimezone().replace(microsecond=0)
-    start = now if stream.live else None
+    start = stream.began if stream.live else None
     if start:
         out = _new_folder(out / f"{start:%Y%m%dT%H%M%S}")
     checked = check(read_rules(flags.rules, detector.class_names), stream.size, start)

@@ -7,7 +7,7 @@ follow the frame's pixels, u8[H, W, 3].
 
     {"kind": "start", "size": [H, W], "rate": [25, 1], "seconds": 79.5}   null if not stated
     {"kind": "frame", "index": 0, "time": [0, 1]}
-    {"kind": "end", "why": "", "counts": {"undecodable": 0, ...}}
+    {"kind": "end", "why": "", "last": [159, 2], "counts": {"undecodable": 0, ...}}
     {"kind": "error", "why": "what it can't read, for a person"}
 
 Frames are turned upright and converted to red, green, blue by libavfilter, as the program ffmpeg
@@ -148,7 +148,8 @@ def read(request: dict[str, Any]) -> Any:
         raise Refused(why or "no frame of it can be decoded")
     if request["source"] == "address" and not why:
         why = "its server has ended it"
-    yield {"kind": "end", "why": why, "counts": counts}, b""
+    last = [clock.last.numerator, clock.last.denominator]
+    yield {"kind": "end", "why": why, "last": last, "counts": counts}, b""
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -245,12 +246,15 @@ class Clock:
 
     A clock that goes back has been set anew, so what follows is taken to come when the frame before
     it has been shown for as long as it says; so is a frame without a time.
+
+    Attributes:
+      last: of the last frame that was read.
     """
 
     def __init__(self, step: Fraction):
         self._step = step  # how long a frame is shown, until one says it
         self._zero: Fraction | None = None
-        self._last = Fraction(0)
+        self.last = Fraction(0)
 
     def read(self, frame: Any, counts: dict[str, int]) -> Fraction | None:
         """The time of a frame; None if it is that of the frame before it."""
@@ -263,17 +267,17 @@ class Clock:
             self._step = frame.duration * frame.time_base
         if self._zero is None:
             self._zero = Fraction(0) if shown is None else shown
-            return self._last
-        time = self._last + step if shown is None else shown - self._zero
-        if time == self._last:
+            return self.last
+        time = self.last + step if shown is None else shown - self._zero
+        if time == self.last:
             return None
-        if time < self._last:
+        if time < self.last:
             counts["jumps"] += 1
-            self._zero -= self._last + step - time
-            time = self._last + step
-        elif time - self._last > LONG_GAP:
+            self._zero -= self.last + step - time
+            time = self.last + step
+        elif time - self.last > LONG_GAP:
             counts["gaps"] += 1
-        self._last = time
+        self.last = time
         return time
 
 

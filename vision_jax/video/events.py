@@ -496,7 +496,10 @@ def _take_up(log: Log, head: Head, rules: Rules, rules_text: str) -> Progress:
         what, this = (there.settings, head.settings) if same else (there.source, head.source)
         raise UserError(f"{path} is of {what}, and not of this {this}: name another --out")
     if _has_ended(log.out):
-        raise UserError(f"{path} is complete: name another --out, or use --replay")
+        _complete(log, head, rules)
+        raise UserError(
+            f"{path} is complete: name another --out, or use --replay, or `review` for its page"
+        )
     with writing(log.out):
         log.detections.truncate(whole)
     return _complete(log, head, rules)
@@ -531,6 +534,8 @@ def _complete(log: Log, head: Head, rules: Rules) -> Progress:
     for logged in read_frames(log.out):
         progress, _, raised = step(rules, progress, logged)
         add([to_json(event) for event in raised])
+    if _has_ended(log.out):
+        add([to_json(event) for event in finish(rules, progress)])
     if not cut:
         with writing(log.out):
             log.events.truncate(whole)

@@ -13,6 +13,7 @@ oldest frames when they aren't taken in time. All of it is counted and said.
 
 import contextlib
 import csv
+import datetime
 import hashlib
 import importlib.util
 import io
@@ -92,6 +93,7 @@ class Stream:
       seconds: how long it lasts as the header states it, or None; likewise.
       problem: why it ended before its end; "" if it did not, so far.
       counts: by the names of SAID, complete at the end.
+      began: when the first frame came, by this machine's clock.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class Stream:
         self._last, self._short = Fraction(0), ""
         self.seconds: float | None = None
         self._latest = clock.monotonic()  # when something came
+        self.began: datetime.datetime | None = None
         self._thread = threading.Thread(target=self._read, args=(messages,), daemon=True)
         self._thread.start()
         with self._changed:
@@ -185,10 +188,11 @@ class Stream:
             self.counts.update(message.get("counts", {}))
             self.problem = message.get("why", "")
             stated = self.seconds or 0
-            if message is not NO_MORE and pixels is None and stated > self._last + SHORT:
+            last = Fraction(*message["last"]) if "last" in message else self._last
+            if message is not NO_MORE and pixels is None and stated > last + SHORT:
                 self._short = (
                     f"its header says {stated:.3f} seconds, and its last frame is shown at "
-                    f"{float(self._last):.3f}: parts may be missing"
+                    f"{float(last):.3f}: parts may be missing"
                 )
         return None
 
@@ -205,6 +209,8 @@ class Stream:
                     why = f"it stalled: no frame came for {self._timeout:g} seconds"
                     return {"kind": "error", "why": why}, None
                 self._changed.wait(min(left, STOP_SECONDS))
+            if len(self._waiting) >= self._ahead:  # since then the source waited for whoever takes
+                self._latest = clock.monotonic()
             found = self._waiting.popleft()
             self._changed.notify_all()
             return found
@@ -238,6 +244,7 @@ class Stream:
                 self.counts["dropped"] += 1
             self._changed.wait_for(lambda: self._closed or len(self._waiting) < self._ahead)
             self._waiting.append((message, pixels))
+            self.began = self.began or datetime.datetime.now().astimezone()
             self._latest = clock.monotonic()
             self._changed.notify_all()
             return not self._closed
@@ -413,9 +420,9 @@ def _frames_of_folder(
         pixels = decode_image(read_image_file(path), name=path)
         if size == (0, 0):
             size = (pixels.shape[0], pixels.shape[1])
-            last = float(shown[-1][1])
+            seconds = float(shown[-1][1])
             ratio = folder_rate and [folder_rate.numerator, folder_rate.denominator]
-            yield {"kind": "start", "size": size, "rate": ratio, "seconds": last}, None
+            yield {"kind": "start", "size": size, "rate": ratio, "seconds": seconds}, None
         if pixels.shape[:2] != size:
             height, width = pixels.shape[:2]
             raise UserError(
@@ -424,7 +431,9 @@ def _frames_of_folder(
             )
         message = {"kind": "frame", "index": index, "time": [time.numerator, time.denominator]}
         yield message, pixels
-    yield {"kind": "end", "why": "", "counts": counts}, None
+    time = shown[-1][1]
+    last = [time.numerator, time.denominator]
+    yield {"kind": "end", "why": "", "last": last, "counts": counts}, None
 
 
 def _times_of(folder: Path, rate: Fraction | None) -> list[tuple[str, Fraction]]:
@@ -484,7 +493,7 @@ def batches(streams: Sequence[Stream], rows: int) -> Iterator[tuple[int, list[Fr
 
     A batch is of one stream, so that what is found in it depends on nobody else. A file's is full
     but for its last one, and always the same. A live stream's has what is there, since nobody may
-    wait: 1 to `rows` frames.
+    wait: 1 to `rows` frames; so has a file's beside a live stream.
     """
     running = list(range(len(streams)))
     live = any(stream.live for stream in streams)

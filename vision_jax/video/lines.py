@@ -69,7 +69,7 @@ def lines_from(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file, on the disk when it returns; half a line before it is ended."""
+    """Adds a line to a file, on the disk when it returns; half a line before it is cut off."""
     with writing(path.parent), path.open("a+b", buffering=0) as file:
         start = max(file.seek(0, os.SEEK_END) - MAX_LINE, 0)
         file.seek(start)

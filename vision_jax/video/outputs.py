@@ -93,16 +93,18 @@ class Outputs:
             self._webhook.wake()
 
     def finish(self) -> list[str]:
-        """Ends clips and video and writes the page; returns lines for a person."""
+        """Ends clips and video, before the log is; returns lines for a person."""
         said = []
         self._recorder.finish()
         if self._video:
             said.append(f"wrote {self._video.path}")
             self._video.close()
             self._video = None
-        said += [f"wrote {kind}" for kind in self._recorder.written()]
-        said.append(f"wrote {write_page(self.out, self.rules)}")
-        return said
+        return said + [f"wrote {kind}" for kind in self._recorder.written()]
+
+    def page(self) -> str:
+        """Writes the page of the whole log; returns a line for a person."""
+        return f"wrote {write_page(self.out, self.rules)}"
 
     def deliver(self) -> list[str]:
         """Waits for the host, which takes what it hasn't yet; returns lines for a person."""

@@ -464,16 +464,19 @@ def _check_reach(
       UserError: none has.
     """
     height, width = size
-    below = 0.0 if rule.point == "foot" else rule.min_height / 2
-    above = rule.min_height - below
+    left, top = max(rule.min_width / 2, 0.5), max(rule.min_height / 2, 0.5)  # alarms.point_of
+    right, bottom = width - left, height - top
+    if rule.point == "foot":
+        top, bottom = min(max(rule.min_height, 0.5), height - 0.5), height - 0.5
     places = [(f"zone `{rule.zone}`", zones[rule.zone].polygon)] if rule.zone else []
     if rule.line:
         line = lines[rule.line]
         places.append((f"line `{rule.line}`", (line.start, line.end)))
     for name, points in places:
         x, y = ([point[axis] for point in points] for axis in (0, 1))
-        beside = max(x) <= rule.min_width / 2 or min(x) >= width - rule.min_width / 2
-        if beside or max(y) <= above or min(y) >= height - below:
+        inner = 1e-9 if rule.line else 0  # a line is crossed by points on both of its sides
+        beside = max(x) < left + inner or min(x) > right - inner
+        if beside or max(y) < top + inner or min(y) > bottom - inner:
             sizes = f" of {rule.min_width:g} x {rule.min_height:g} pixels and more"
             boxes = f"boxes{sizes if rule.min_width or rule.min_height else ''}"
             raise UserError(

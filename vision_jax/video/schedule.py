@@ -31,6 +31,9 @@ def parse_span(where: str, text: str) -> Span:
     days: set[int] = set()
     start, end = 0, 24 * 60
     words = text.split()
+    kinds = {bool(_TIMES.fullmatch(word)) for word in words}
+    if len(words) == 2 and len(kinds) == 1:
+        raise UserError(f"{where}: `{text}` has two of a kind: write them as two texts of the list")
     if not 1 <= len(words) <= 2:
         raise UserError(f"{where}: `{text}` is no time such as `mon-fri 20:00-06:00`")
     for word in words:

@@ -55,12 +55,17 @@ def parse_host(url: str) -> Host:
     try:
         parts = urlsplit(url)
         port = parts.port
+        (parts.hostname or "").encode("idna")
     except ValueError as error:
         raise UserError(f"--webhook: this is no address ({error})") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError("--webhook takes an address such as https://example.org/alarms")
     if any(ord(c) <= 32 or ord(c) == 127 for c in url):
         raise UserError("--webhook: an address has no spaces")
+    if not f"{parts.path}{parts.query}".isascii():
+        raise UserError(
+            "--webhook: what isn't ASCII in an address is written with percent signs, é as %C3%A9"
+        )
     return Host(f"{parts.scheme}://{parts.hostname}{f':{port}' if port else ''}", parts)
 
 
@@ -184,7 +189,8 @@ class Webhook:
                 self._news.wait()
                 self._news.clear()
                 self._send_new()
-        except BaseException as error:  # told by finish
+        except BaseException as error:  # told by finish, too
+            say(f"{self.host.name}: nothing more is sent ({error})")
             with self._moved:
                 self._failure = error
                 self._moved.notify_all()
