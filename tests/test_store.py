@@ -158,7 +158,8 @@ def test_one_run_at_a_time(tmp_path, url, monkeypatch):
         one.close()
     assert files(tmp_path / "bucket") == {}
     # Of a machine that is gone, and of a process of this one that was killed.
-    monkeypatch.setattr(store, "GONE", 1.0)
+    monkeypatch.setattr(store, "GONE", 0.4)
+    monkeypatch.setattr(store, "SETTLE", 0.0)
     for owner in (
         {"host": "elsewhere", "pid": 1},
         {"host": socket.gethostname(), "pid": 2**22 + 1},
@@ -179,6 +180,90 @@ def test_a_run_whose_folder_was_taken_over_copies_nothing_more(tmp_path, url, mo
     one.close()
     assert said[0] == f"warning: {url} is another run's now, on other"
     assert list(files(tmp_path / "bucket")) == [store.OWNER]
+
+
+def test_an_owner_beats_while_a_copy_takes_long(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_BEATS", 0.05)
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_LOOKS", 0.05)
+    put, copying, done = obstore.put, threading.Event(), threading.Event()
+
+    def slow(where, name, *arguments, **keywords):
+        if name.startswith("checkpoints"):
+            copying.set()
+            assert done.wait(60)
+        return put(where, name, *arguments, **keywords)
+
+    monkeypatch.setattr(obstore, "put", slow)
+    write(tmp_path / "work", 2)
+    one = store.Store(url, print)
+    one.begin(tmp_path / "work", all_steps)
+    try:
+        assert copying.wait(60)
+        monkeypatch.setattr(store, "GONE", 30.0)  # it ends when the owner is seen to live
+        with pytest.raises(UserError, match="is in use"):
+            store.Store(url, print)
+    finally:
+        done.set()
+        one.close()
+    assert store._steps(files(tmp_path / "bucket")) == [2]
+    assert store.OWNER not in files(tmp_path / "bucket")
+
+
+def test_two_that_wait_for_the_same_dead_owner(tmp_path, url, monkeypatch):
+    """Both see that it is gone before either has taken the folder."""
+    (tmp_path / "bucket").mkdir()
+    dead = {"host": socket.gethostname(), "pid": 2**22 + 1}
+    (tmp_path / "bucket" / store.OWNER).write_text(json.dumps(dead))
+    monkeypatch.setattr(store, "SETTLE", 0.0)
+    both, lives, put, puts = threading.Barrier(2, timeout=60), store._lives, obstore.put, []
+
+    def put_both(where, name, *arguments, **keywords):  # before either looks again
+        put(where, name, *arguments, **keywords)
+        puts.append(name)
+        if len(puts) <= 2:
+            both.wait()
+
+    monkeypatch.setattr(obstore, "put", put_both)
+    monkeypatch.setattr(store, "_lives", lambda pid: lives(pid) or both.wait() < 0)
+    found = []
+
+    def take():
+        try:
+            found.append(store.Store(url, print))
+        except UserError as error:
+            found.append(str(error))
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (refused,) = [one for one in found if isinstance(one, str)]
+    (owner,) = [one for one in found if not isinstance(one, str)]
+    assert "is in use" in refused
+    owner.close()
+
+
+def test_files_that_go_while_the_last_copy_is_made_are_tried_again(tmp_path, url, monkeypatch):
+    work, put, missed = tmp_path / "work", obstore.put, []
+    write(work, 2)
+
+    def put_once_later(where, name, *arguments, **keywords):
+        if name.endswith("state/array") and not missed:
+            missed.append(name)
+            (work / "checkpoints/2").rename(tmp_path / "aside")
+            try:
+                return put(where, name, *arguments, **keywords)
+            finally:
+                write(work, 4)
+        return put(where, name, *arguments, **keywords)
+
+    monkeypatch.setattr(obstore, "put", put_once_later)
+    said = []
+    copy(url, work, said)
+    assert missed
+    assert said == []
+    assert store._steps(files(tmp_path / "bucket")) == [4]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, url, monkeypatch):

@@ -122,9 +122,9 @@ def end(text: str, code: int, error: Exception | None = None) -> None:
     """
     if not text:
         first_failure("")
-        if code and jax.process_count() > 1:
-            # The process ends without Python's end, where this is done. JAX's service is process
-            # 0's: if that one left first, it would abort whoever still reads from it.
+        if jax.process_count() > 1:
+            # JAX's service is process 0's: if that one left first, it would abort whoever still
+            # reads from it. Python's end, where JAX does this too, is not always come to.
             jax.distributed.shutdown()
         return
     lines = text if error is None else "".join(traceback.format_exception_only(error))

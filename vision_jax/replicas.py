@@ -94,10 +94,9 @@ def find_difference(tree: Any, sums: Any) -> tuple[str, list[int]] | None:
             rows = [row for row, other in enumerate(keys) if other == key]
             found = Counter(int(sums[row, number]) for row in rows)
             if len(found) > 1:
-                usual = found.most_common(1)[0][0]
+                (usual, most), (_, next_most) = found.most_common(2)
                 odd = {devices[row].process_index for row in rows if sums[row, number] != usual}
-                tied = len(set(found.values())) == 1 and len(found) == 2
-                if tied:  # nobody knows who is right
+                if most == next_most:  # nobody knows who is right
                     odd = {devices[row].process_index for row in rows}
                 return name, sorted(odd)
     return None

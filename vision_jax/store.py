@@ -33,6 +33,7 @@ NOT_COPIED = ("lock", OWNER)
 SECONDS_BETWEEN_LOOKS = 2.0  # for new checkpoints
 SECONDS_BETWEEN_BEATS = 10.0  # of an owner
 GONE = 40.0  # seconds without a beat, after which an owner is gone
+SETTLE = 1.0  # seconds, in which two that waited for the same owner see each other
 LAST = 120.0  # seconds for the last copy
 RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
 PIECE = 16 * 2**20  # bytes of a download in memory
@@ -105,14 +106,19 @@ class Store:
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of change, by name
         self._watched: tuple[Path, Callable[[Path], list[int]]] | None = None
         self._wanted, self._ends = threading.Event(), False
-        self._failure = ""
+        self._failure, self._taken = "", ""
+        self._over = threading.Event()  # of beating
+        self._beating = threading.Lock()
         try:
             self._take()
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"config.store {url} can't be written: {_first_line(error)}") from error
+        # Two threads: to copy a checkpoint may take longer than GONE.
+        self._pulse = threading.Thread(target=self._beat_on, name="store's owner", daemon=True)
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+        self._pulse.start()
         self._thread.start()
 
     # Whose it is.
@@ -122,9 +128,9 @@ class Store:
         from obstore.exceptions import AlreadyExistsError
 
         before = self._owner()
-        if before is not None:
-            self._wait_for_end_of(before)
+        if before is not None and not self._gave_up(before):
             obstore.put(self._store, OWNER, self._beat())
+            time.sleep(SETTLE)
         else:
             try:
                 obstore.put(self._store, OWNER, self._beat(), mode="create")
@@ -133,18 +139,24 @@ class Store:
         if (now := self._owner()) is None or now.get("id") != self._own["id"]:
             raise self._in_use(now or {})
 
-    def _wait_for_end_of(self, owner: dict[str, Any]) -> None:
+    def _gave_up(self, owner: dict[str, Any]) -> bool:
+        """Waits until an owner is gone; whether it has given the folder up, else it is dead.
+
+        Raises:
+          UserError: it lives, or another one has come.
+        """
         if owner.get("host") == self._own["host"] and not _lives(owner.get("pid")):
-            return
+            return False
         self._say(f"{self.url} was written by a run on {owner.get('host')}: waiting whether it is")
         end = time.monotonic() + GONE
         while time.monotonic() < end:
             time.sleep(min(1.0, GONE / 4))
             now = self._owner()
             if now is None:
-                return
+                return True
             if now != owner:
                 raise self._in_use(now)
+        return False
 
     def _in_use(self, owner: dict[str, Any]) -> UserError:
         return UserError(
@@ -251,31 +263,55 @@ class Store:
         import obstore
 
         copied: set[int] = set()
-        beaten, deadline = time.monotonic(), 0.0
+        deadline = 0.0
         while True:
             self._wanted.wait(SECONDS_BETWEEN_LOOKS)
             self._wanted.clear()
             if (ends := self._ends) and not deadline:
                 deadline = time.monotonic() + LAST
+            whole = True
             try:
-                if time.monotonic() - beaten > SECONDS_BETWEEN_BEATS or ends:
+                if ends:
                     self._stay()
-                    beaten = time.monotonic()
                 if self._watched is not None:
                     workdir, find = self._watched
                     steps = set(find(workdir))
-                    if (steps != copied or ends) and self._copy(workdir, steps):
-                        copied = steps
+                    if steps != copied or ends:
+                        whole = self._copy(workdir, steps)
+                        copied = steps if whole else copied
+                self._check_taken()
                 self._failure = ""
             except _TakenError as error:
+                self._over.set()
                 self._fail(str(error))
                 return
             except Exception as error:  # tried again at the next look
                 self._fail(f"the run is not copied to {self.url}: {_first_line(error)}")
-            if ends and (not self._failure or time.monotonic() > deadline):
+            late = time.monotonic() > deadline
+            if ends and ((whole and not self._failure) or late):
+                if not whole:
+                    self._fail(f"files of the run went while they were copied to {self.url}")
+                self._over.set()
+                self._pulse.join(GONE)
                 with contextlib.suppress(Exception):  # else it is gone when it has not beaten long
                     obstore.delete(self._store, OWNER)
                 return
+
+    def _beat_on(self) -> None:
+        """Says that the owner lives, until it is over or another one has the folder."""
+        while not self._over.wait(SECONDS_BETWEEN_BEATS):
+            try:
+                self._stay()
+            except _TakenError as error:
+                self._taken = str(error)
+                self._wanted.set()
+                return
+            except Exception:  # tried again; copies say what is wrong with the store
+                continue
+
+    def _check_taken(self) -> None:
+        if self._taken:
+            raise _TakenError(self._taken)
 
     def _fail(self, text: str) -> None:
         if text != self._failure:
@@ -285,10 +321,11 @@ class Store:
     def _stay(self) -> None:
         import obstore
 
-        now = self._owner()
-        if now is not None and now.get("id") != self._own["id"]:
-            raise _TakenError(f"{self.url} is another run's now, on {now.get('host')}")
-        obstore.put(self._store, OWNER, self._beat())
+        with self._beating:
+            now = self._owner()
+            if now is not None and now.get("id") != self._own["id"]:
+                raise _TakenError(f"{self.url} is another run's now, on {now.get('host')}")
+            obstore.put(self._store, OWNER, self._beat())
 
     def _copy(self, workdir: Path, steps: set[int]) -> bool:
         """Whether all of these checkpoints were still there."""
@@ -302,6 +339,7 @@ class Store:
         # What a checkpoint needs is there before its checksums, which make it one.
         names.sort(key=lambda name: (name.startswith(CHECKPOINTS), name.endswith(CHECKSUMS_FILE)))
         for name in names:
+            self._check_taken()
             path = workdir / name
             try:
                 found = path.stat()

@@ -19,6 +19,9 @@ OMPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "0",
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
 }
+URI = "prterun-a-host-1234@0.0;tcp4://10.96.0.1:34911"
+OMPI5 = {name: value for name, value in OMPI.items() if "hnp" not in name}
+OMPI5["PRTE_MCA_prte_hnp_uri"] = URI
 JOBSET = {
     "JOBSET_NAME": "train",
     "REPLICATED_JOB_NAME": "workers",
@@ -32,6 +35,8 @@ JOBSET = {
     [
         (SLURM, "node003:62055", 3, 2),
         (OMPI, "10.96.0.1:", 4, 1),
+        (OMPI5, "10.96.0.1:62674", 4, 1),
+        ({**OMPI5, "PRTE_MCA_prte_hnp_uri": URI.replace("1234", "99")}, "10.96.0.1:61539", 4, 1),
         (JOBSET, "train-workers-0-0.train:8476", 4, 3),
         ({**JOBSET, "JOB_INDEX": "1", "PODS_A_JOB": "2", "JOB_COMPLETION_INDEX": "0"}, "", 4, 2),
         ({**SLURM, "JAX_COORDINATOR_PORT": "1234"}, "node003:1234", 3, 2),

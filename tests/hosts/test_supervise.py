@@ -21,7 +21,7 @@ from pathlib import Path
 from vision_jax.hosts import board, judge, link, supervise
 
 fault, victim, folder, address, processes, process = sys.argv[1:7]
-short = fault in ("SIGSTOP", "wait", "alone")  # where silence is what is waited for
+short = fault in ("SIGSTOP", "silence")  # where it is what is waited for
 judge.SILENCE, judge.STANDSTILL = (3.0, 2.5) if short else (60.0, 60.0)
 judge.GRACE, judge.CONSEQUENCE = 0.5, 60.0
 link.SECONDS_BETWEEN_REPORTS = board.SECONDS_BETWEEN_BEATS = 0.1
@@ -62,7 +62,7 @@ for step in range(1, 400):
             print("done", process)
             sys.exit(0)
     mine.board.at(step, board.WAIT)
-    time.sleep(0.05 if step < 5 or fault not in ("wait", "slow") else 60)
+    time.sleep(0.05 if step < 5 or fault not in ("idle", "silence", "slow") else 60)
 """
 
 
@@ -131,7 +131,7 @@ def test_the_traceback_is_shown_where_it_belongs(start):
 @pytest.mark.long
 def test_a_consequence_is_not_shown(start):
     cluster = start("collective", 1)
-    cluster.wait(20)
+    cluster.wait(60)
     for _, errors in cluster.screens():
         assert "Traceback of a consequence" not in errors
 
@@ -139,7 +139,7 @@ def test_a_consequence_is_not_shown(start):
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_supervisor_that_is_killed_takes_its_process_along(start, victim, tmp_path):
-    cluster = start("wait", -1)
+    cluster = start("idle", -1)
     cluster.wait_until(lambda: all((tmp_path / f"at5_{n}").exists() for n in range(3)))
     os.kill(cluster.children[victim].pid, signal.SIGKILL)
     words = rf"process {victim} \(\S+\) is lost: its connection closed"
@@ -150,26 +150,26 @@ def test_a_supervisor_that_is_killed_takes_its_process_along(start, victim, tmp_
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_supervisor_that_is_stopped(start, victim, tmp_path):
-    cluster = start("wait", -1)
+    cluster = start("silence", -1)
     cluster.wait_until(lambda: all((tmp_path / f"at5_{n}").exists() for n in range(3)))
     os.kill(cluster.children[victim].pid, signal.SIGSTOP)
     ended(cluster, judge.LOST, rf"process {victim} \(\S+\) is lost: no sign of life", but=[victim])
     os.kill(cluster.children[victim].pid, signal.SIGCONT)
-    assert cluster.wait(10)[victim] == judge.LOST
+    assert cluster.wait(60)[victim] == judge.LOST
     assert cluster.no_orphans()
 
 
 def test_signals_reach_the_process_once(start, tmp_path):
-    cluster = start("wait", -1, count=1)
+    cluster = start("idle", -1, count=1)
     cluster.wait_until((tmp_path / "at5_0").exists)
     os.kill(cluster.children[0].pid, signal.SIGTERM)
-    assert cluster.wait(10) == [128 + signal.SIGTERM]
+    assert cluster.wait(60) == [128 + signal.SIGTERM]
     assert cluster.no_orphans()
 
 
 def test_all_that_end_well_end_with_0_and_say_nothing(start):
     cluster = start("done", -1)
-    assert cluster.wait(20) == [0, 0, 0]
+    assert cluster.wait(60) == [0, 0, 0]
     assert cluster.screens() == [(f"done {n}\n", "") for n in range(3)]
 
 
@@ -187,13 +187,13 @@ def test_process_0_that_never_comes(start):
 
 @pytest.mark.long
 def test_two_of_one_number(start):
-    cluster = start("wait", -1, count=3, numbers=[0, 1, 1])
+    cluster = start("idle", -1, count=3, numbers=[0, 1, 1])
     ended(cluster, judge.BAD, r"process 1 \(\S+\) is here already: two were started with the same")
 
 
 @pytest.mark.long
 def test_other_numbers_of_processes(start):
-    cluster = start("wait", -1, count=3, counts={1: 2})
+    cluster = start("idle", -1, count=3, counts={1: 2})
     ended(
         cluster, judge.BAD, r"process 1 \(\S+\) was started with --processes=2, and process 0 .*3"
     )
@@ -203,7 +203,7 @@ def test_other_numbers_of_processes(start):
 def test_strangers_at_the_port_change_nothing(start, tmp_path):
     import socket
 
-    cluster = start("wait", -1)
+    cluster = start("idle", -1)
     cluster.wait_until(lambda: all((tmp_path / f"at5_{n}").exists() for n in range(3)))
     port = int(re.search(r"127\.0\.0\.1:(\d+)", str(cluster.children[0].args))[1])
     for content in (
@@ -245,8 +245,8 @@ def test_a_board_is_never_read_half_written():
             page._head[0] = page._head[1]
         os._exit(0)
     try:
-        end, steps = time.monotonic() + 1, set()
-        while time.monotonic() < end:
+        begin, steps = time.monotonic(), set()
+        while time.monotonic() < begin + (1 if len(steps) > 10 else 60):
             place = page.read()
             steps.add(place.step)
             assert place.phase == place.step % 8

@@ -78,10 +78,12 @@ def _open_mpi(environment: Mapping[str, str]) -> _Found | None:
     uri = environment.get("OMPI_MCA_orte_hnp_uri") or environment.get("PRTE_MCA_prte_hnp_uri", "")
     host = re.search(r"tcp4?://([^,:]+)|tcp6://\[([^,\]]+)", uri)
     job = re.match(r"\d+", uri)
+    pid = re.match(r"[^;@]*-(\d+)@", uri)
     address = next(filter(None, host.groups()), "") if host else ""
     if not address and environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == processes:
         address = "127.0.0.1"  # all are here
-    return "Open MPI", address, _port(job[0] if job else "0", PORTS), processes, process
+    port = _port(pid[1], 1) if pid else _port(job[0] if job else "0", PORTS)
+    return "Open MPI", address, port, processes, process
 
 
 def _jobset(environment: Mapping[str, str]) -> _Found | None:
