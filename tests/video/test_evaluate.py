@@ -114,7 +114,9 @@ def test_files_of_tracks(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "a,b,c\n", "1,2,3\n", "0,1,2,3,4,5\n", "1,1,2,3,0,5\n", "1,1,2,3,nan,5\n",
-     "1,inf,2,3,4,5\n", "1,1,2,3,4,5,1,7,1\n", "1,1,2,3,4,5,1,inf\n", "1,1,2,3,4,5\n1,1,2,3,4,5\n"],
+     "1,inf,2,3,4,5\n", "1,1,2,3,4,5,1,7,1\n", "1,1,2,3,4,5,1,inf\n",
+     "1,1,2,3,4,5,1,-3.25,7.5,0\n", "1,1e300,2,3,4,5\n", "1e300,1,2,3,4,5\n", "x" * 200_000,
+     "1,1,2,3,4,5\n1,1,2,3,4,5\n"],
 )  # fmt: skip
 def test_files_that_have_no_tracks(tmp_path, text):
     path = tmp_path / "gt.txt"

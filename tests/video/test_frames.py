@@ -137,6 +137,21 @@ def test_damaged_packets_are_counted_and_the_rest_is_shown(tmp_path):
     assert stream.notes() == [f"{damaged}: packets that can't be decoded: 1"]
 
 
+@pytest.mark.parametrize("codec", ["mpeg2video", "libx264"])
+def test_a_part_that_is_missing_within_a_stream_is_counted(tmp_path, codec):
+    """One packet of a transport stream, as radio loses them: what follows is watched to its end."""
+    data = Path(write(tmp_path / "a.ts", 60, codec=codec, rate=25)).read_bytes()
+    at = len(data) // 188 // 2 * 188
+    (tmp_path / "b.ts").write_bytes(data[:at] + data[at + 188 :])
+    with open_stream(str(tmp_path / "b.ts")) as stream:
+        found = take_all(stream)
+    assert len(found) >= 57
+    assert found[-1].time >= Fraction(58, 25)
+    assert stream.problem == ""
+    assert stream.counts["corrupt"] + stream.counts["damaged"] + stream.counts["undecodable"] >= 1
+    assert stream.notes()
+
+
 def test_a_file_that_lacks_its_end_is_told_by_what_its_header_says(tmp_path):
     path = write(tmp_path / "a.mkv", 300)
     cut = tmp_path / "cut.mkv"

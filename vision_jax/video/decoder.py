@@ -107,13 +107,22 @@ def read(request: dict[str, Any]) -> Any:
     context.thread_count = 1  # the cores are the detector's; a file's errors come in one order
     stated = video.guessed_rate or video.average_rate
     clock = Clock(Fraction(1, 1) / stated if stated else Fraction(1, DEFAULT_RATE))
-    counts = {"undecodable": 0, "damaged": 0, "jumps": 0, "gaps": 0, "same time": 0, "skipped": 0}
+    counts = {
+        "undecodable": 0,
+        "corrupt": 0,
+        "damaged": 0,
+        "jumps": 0,
+        "gaps": 0,
+        "same time": 0,
+        "skipped": 0,
+    }
     rate = Fraction(*request["rate"]) if request["rate"] else None
     converter, size, index, slot, why = None, None, 0, -1, ""
     packets = _packets(container, video)
     for packet, problem in packets:
-        if problem:
+        if packet is None or packet.size:  # after a damaged one a sound one: the source went on
             why = problem
+            counts["corrupt"] += packet is not None and bool(problem)
         for frame in _decode(packet, counts):
             counts["damaged"] += frame.is_corrupt
             time = clock.read(frame, counts)

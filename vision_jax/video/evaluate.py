@@ -7,6 +7,7 @@ file of true intervals.
 
 import csv
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from vision_jax.video.track import Track
 
 MAX_BYTES = 200_000_000  # of a file of truth
 MAX_BOXES = 10_000  # of a frame
+MAX_NUMBER = 10**12  # of a frame or an id
 IOU = 0.5  # least of a pair for MOTA and IDF1; HOTA takes 0.05 to 0.95
 PEDESTRIAN = 1  # MOTChallenge's class that counts
 DISTRACTORS = (2, 7, 8, 12)  # person on vehicle, static person, distractor, reflection
@@ -87,26 +89,34 @@ def read_mot(path: Path) -> Truth:
     class; frames are counted from 1.
 
     As TrackEval has it, rows are to be found whose confidence isn't 0 and whose class is 1, or, as
-    in files of 2015 and of tracks, isn't there or is -1.
+    in files of 2015 and of tracks, isn't there or is -1. (For MOT20 it takes class 6 for
+    distractors, too, but files don't say what they are of.)
 
     Raises:
       UserError: a row that is none, or two boxes of one id in a frame.
     """
     rows: dict[int, dict[int, tuple[float, ...]]] = {}
     others: dict[int, list[tuple[tuple[float, ...], bool]]] = {}
-    for number, row in enumerate(csv.reader(io.StringIO(read_text(path, MAX_BYTES))), 1):
+    for number, row in _rows_of(path):
         if not row:
             continue
         where = f"{path}: line {number}"
         try:
             frame, own = (int(float(one)) for one in row[:2])
             box = tuple(float(one) for one in row[2:6])
-            of = int(float(row[7])) if len(row) > 7 else -1
+            of = float(row[7]) if len(row) > 7 else -1.0
             counts = (len(row) < 7 or float(row[6]) != 0) and of in (-1, PEDESTRIAN)
         except (ValueError, OverflowError) as error:
             raise UserError(f"{where} has no frame,id,left,top,width,height") from error
         if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0 or frame < 1:
             raise UserError(f"{where} has no frame from 1 on, or no box with an area")
+        if max(frame, abs(own)) > MAX_NUMBER:
+            raise UserError(f"{where}: frame {frame:g}, id {own:g}: {MAX_NUMBER} at most")
+        if not of.is_integer():
+            raise UserError(
+                f"{where}: its eighth column is {row[7]} and no class: give a file of boxes, not of"
+                " places in 3D"
+            )
         there, beside = rows.setdefault(frame - 1, {}), others.setdefault(frame - 1, [])
         if counts and own in there:
             raise UserError(f"{where}: a second box of {own} in frame {frame}")
@@ -132,6 +142,18 @@ def read_mot(path: Path) -> Truth:
             if own
         },
     )
+
+
+def _rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(its number, the cells of a line) of a CSV.
+
+    Raises:
+      UserError: it can't be read, or is none.
+    """
+    try:
+        yield from enumerate(csv.reader(io.StringIO(read_text(path, MAX_BYTES))), 1)
+    except csv.Error as error:
+        raise UserError(f"{path} is not readable as CSV ({error})") from error
 
 
 def without_distractors(truth: Truth, found: Mapping[int, Boxes]) -> dict[int, Boxes]:
@@ -242,13 +264,17 @@ def read_intervals(path: Path, rule_names: Sequence[str]) -> list[Interval]:
     Raises:
       UserError: another head, a rule that there isn't, or no interval of time.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path)))
-    if not {"rule", "start", "end"} <= set(reader.fieldnames or ()):
+    rows = _rows_of(path)
+    _, head = next(rows, (1, []))
+    if not {"rule", "start", "end"} <= set(head):
         raise UserError(f"{path}: its first line is not rule,start,end")
     found = []
-    for number, row in enumerate(reader, 2):
+    for number, cells in rows:
+        if not cells:
+            continue
+        row = dict(itertools.zip_longest(head, cells[: len(head)], fillvalue=""))
         where = f"{path}: line {number}"
-        name = row["rule"] or ""
+        name = row["rule"]
         if name not in rule_names:
             raise UserError(f"{where}: there is no rule `{name}`{nearest(name, rule_names)}")
         try:

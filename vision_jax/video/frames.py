@@ -57,6 +57,7 @@ NO_MORE = {"kind": "end", "why": ""}
 POLL = 0.002  # seconds between looks at several live sources
 SAID = {  # counts of a source, for a person
     "undecodable": "packets that can't be decoded",
+    "corrupt": "packets that lack a part",
     "damaged": "damaged frames, shown as far as they could be decoded",
     "jumps": "the clock went back, and what followed came when its frame before had been shown",
     "gaps": "gaps of more than 10 seconds",
