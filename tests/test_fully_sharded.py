@@ -6,16 +6,17 @@ import jax
 import numpy as np
 import pytest
 import runs
+from jax.sharding import Mesh
 
 from vision_jax import cost, sharding
 from vision_jax.memory import device_bytes
 from vision_jax.run.prepare import prepare
 
 
-def prepared(monkeypatch, data, fsdp, **fields):
+def prepared(monkeypatch, data, fsdp, mesh=None, **fields):
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 256)  # a tiny ViT has no larger ones
     more = {"recipes": "()", "trainable": ".*", "mesh__data": data, "mesh__fsdp": fsdp, **fields}
-    return prepare(runs.tiny_config(**more))
+    return prepare(runs.tiny_config(**more), mesh=mesh)
 
 
 def sizes(arrays):
@@ -64,6 +65,45 @@ def test_parameters_are_gathered_twice_and_activations_stay(monkeypatch, data, f
         assert found["all-reduce"][1] == pytest.approx(split + whole, rel=0.01)
     plain = compiled(prepared(monkeypatch, 8, 1))
     assert cost.count(program).flops == cost.count(plain).flops  # nothing is computed again
+
+
+ARGUMENTS = "(('width', 64), ('depth', 4), ('num_heads', 4), ('mlp_width', 256), ('patch_size', 4))"
+RANDOM = {"model__weights": "", "model__variant": "vit", "model__arguments": ARGUMENTS}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("remat", [False, True])
+def test_blocks_in_a_loop_gather_one_block_and_nothing_of_activations(monkeypatch, remat):
+    fields = {"batch_size": 64, "model__remat": remat, **RANDOM}
+    run = prepared(monkeypatch, 1, 8, model__scan=True, **fields)
+    trainable, _ = run.parameters.abstract()
+    program = compiled(run)
+    found = cost.count(program).collectives
+    assert set(found) == {"all-gather", "all-reduce"}
+    split, whole = sizes(trainable)
+    assert found["all-gather"][1] <= 2 * split
+    assert found["all-reduce"][1] == pytest.approx(split + whole, rel=0.01)
+    kernels = {leaf.shape for leaf in trainable.values()}
+    kernels |= {(1, *shape) for shape in kernels}  # as the loop takes them from all blocks'
+    assert gathered(program.as_text()) <= kernels
+    if not remat:
+        plain = cost.count(compiled(prepared(monkeypatch, 1, 8, **fields)))
+        assert found["all-gather"] == plain.collectives["all-gather"]
+        assert cost.count(program).flops == plain.flops
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("remat", [False, True])
+def test_temporaries_are_an_eighth(monkeypatch, remat):
+    """Of a batch whose activations are most of them; recomputing blocks leaves what it leaves."""
+    fields = {"batch_size": 256, "model__scan": True, "model__remat": remat, **RANDOM}
+    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+
+    def temporary(run):
+        return compiled(run).memory_analysis().temp_size_in_bytes
+
+    whole = temporary(prepared(monkeypatch, 1, 1, mesh=one, **fields))
+    assert temporary(prepared(monkeypatch, 1, 8, **fields)) <= 1.15 * whole / 8
 
 
 @pytest.mark.long

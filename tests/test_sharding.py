@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import pytest
@@ -35,6 +37,44 @@ def test_mesh(asked, made):
 def test_a_mesh_that_does_not_fit_is_refused(asked):
     with pytest.raises(UserError, match="does not fit 8 devices"):
         sharding.make_mesh(*asked)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int | None = None
+    platform: str = "gpu"
+    device_kind: str = "fake"
+
+
+@pytest.mark.parametrize("by", ["slice", "process"])
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (4, 1, 2)])
+def test_only_data_goes_over_slices(by, sizes, rng):
+    """8 devices of two slices, found in any order; a process has 2 of a slice's, or all."""
+    slices = {d: d % 2 for d in range(8)}
+    devices = [
+        Device(d, d % 4, slices[d]) if by == "slice" else Device(d, slices[d]) for d in range(8)
+    ]
+    made = sharding.hybrid_devices([devices[d] for d in rng.permutation(8)], sizes, 2)
+    assert made.shape == sizes
+    assert sorted(device.id for device in made.flat) == list(range(8))
+    half = sizes[0] // 2
+    for rows in (made[:half], made[half:]):
+        assert len({slices[device.id] for device in rows.flat}) == 1
+
+
+def test_slices_that_are_not_there_are_refused():
+    with pytest.raises(UserError, match=r"mesh.slices=2: there are 1 processes"):
+        sharding.make_mesh(8, 1, slices=2)
+    eight = [Device(d, d // 4, d // 4) for d in range(8)]
+    with pytest.raises(UserError, match=r"there are 2 slices, and mesh.data=1, which"):
+        sharding.hybrid_devices(eight, (1, 8), 2)
+    uneven = [Device(d, d // 4, int(d < 3)) for d in range(8)]
+    with pytest.raises(UserError, match=r"mesh.slices=2: "):
+        sharding.hybrid_devices(uneven, (4, 2), 2)
 
 
 def test_the_default_splits_the_largest_axis_that_divides():
@@ -84,6 +124,8 @@ def test_rules_come_first_and_name_the_kernel_of_an_adapter():
         ((r"fc/kernel", ("fsdp", None, None)), "cannot be split"),
         ((r"fc/kernel", (None, "fsdp")), "cannot be split"),
         ((r"fc/kernel", "fsdp"), "cannot be split"),
+        ((r"fc/kernel", ("fsdp", "fsdp")), "cannot be split"),
+        ((r"fc/kernel", (["fsdp"],)), "cannot be split"),
     ],
 )
 def test_rules_that_do_not_fit_are_refused(rule, message):

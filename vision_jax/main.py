@@ -635,8 +635,8 @@ def _check_flags(name: str, flags: Mapping[str, Any]) -> None:
     for flag, fewest in (("devices", 1), ("processes", 1), ("process", 0)):
         if flag in given and given[flag] < fewest:
             raise UserError(f"--{flag} is {given[flag]}: it must be at least {fewest}")
-    if any(count < 1 for count in given.get("scale", [])):
-        raise UserError(f"--scale is {given['scale']}: numbers of devices, from 1")
+    if any(not 1 <= count <= 2**20 for count in given.get("scale", [])):
+        raise UserError(f"--scale is {given['scale']}: numbers of devices, from 1 to {2**20:,}")
     if "memory" in given and not 0 < given["memory"] < math.inf:
         raise UserError(f"--memory is {given['memory']:g}: it must be a size above 0, in GiB")
     counted = {"processes", "process"} & given.keys()

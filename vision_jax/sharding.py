@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vision_jax.errors import UserError
@@ -36,15 +37,17 @@ Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 SMALLEST_SHARDED = 2**14
 
 
-def make_mesh(data: int, fsdp: int, tensor: int = 1) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int = 1, slices: int = 1) -> Mesh:
     """A (data, fsdp) mesh over all devices, or (data, fsdp, tensor).
 
     Args:
       data, fsdp: -1 in at most one of them takes what is left.
       tensor: devices beside each other, of one process.
+      slices: groups of devices whose links within are fast, such as TPU slices; `data` goes over
+        them, and `fsdp` and `tensor` stay within one. See `hybrid_devices`.
 
     Raises:
-      UserError: sizes that don't multiply to the number of devices.
+      UserError: sizes that don't multiply to the number of devices, or slices that aren't there.
     """
     count = jax.device_count()
     sizes = [data, fsdp]
@@ -64,8 +67,40 @@ def make_mesh(data: int, fsdp: int, tensor: int = 1) -> Mesh:
                 "process: devices along it have the same images"
             )
         names, sizes = [*names, TENSOR], [*sizes, tensor]
+    if slices != 1:
+        devices = hybrid_devices(jax.devices(), sizes, slices)
+        return Mesh(devices, tuple(names), axis_types=(AxisType.Auto,) * len(names))
     # Automatic axes: newer JAX makes explicit ones by default, which changes what arrays carry.
     return jax.make_mesh(tuple(sizes), tuple(names), axis_types=(AxisType.Auto,) * len(names))
+
+
+def hybrid_devices(devices: Sequence[Any], sizes: Sequence[int], slices: int) -> np.ndarray:
+    """The devices of a mesh of these sizes, whose first axis alone goes over slices.
+
+    Args:
+      devices: all of them, with `process_index`, and `slice_index` where a platform has slices;
+        where it has not, or one only, the devices of a process are a slice.
+      sizes: of the axes, `data` first.
+      slices: how many there are.
+
+    Raises:
+      UserError: there are others, or `data` does not divide among them.
+    """
+    own = {getattr(device, "slice_index", None) for device in devices}
+    by_process = None in own or len(own) == 1
+    count = len({device.process_index for device in devices} if by_process else own)
+    if slices != count or sizes[0] % slices:
+        raise UserError(
+            f"mesh.slices={slices}: there are {count} {'processes' if by_process else 'slices'}, "
+            f"and mesh.data={sizes[0]}, which goes over them, must be a multiple"
+        )
+    within, across = (sizes[0] // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1))
+    try:
+        return mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, process_is_granule=by_process
+        )
+    except ValueError as error:  # slices of several sizes
+        raise UserError(f"mesh.slices={slices}: {error}") from None
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -135,7 +170,8 @@ def _checked_spec(path: str, shape: tuple[int, ...], axes: Any, mesh: Mesh) -> P
     if (
         not isinstance(axes, tuple)
         or len(axes) > len(shape)
-        or any(axis not in sizes for axis in axes)
+        or any(not isinstance(axis, str | None) or axis not in sizes for axis in axes)
+        or len({axis for axis in axes if axis}) < sum(axis is not None for axis in axes)
         or any(length % sizes[axis] for length, axis in zip(shape, axes, strict=False))
     ):
         raise UserError(
@@ -284,7 +320,9 @@ def make_gather(parameters: Mapping[str, NamedSharding]) -> Callable[..., dict[s
     return gather
 
 
-def gather_in(loss_fn: Any, parameters: Mapping[str, NamedSharding], but: str = "") -> Any:
+def gather_in(
+    loss_fn: Any, parameters: Mapping[str, NamedSharding], but: str = "", *, keep: bool = False
+) -> Any:
     """`loss_fn` with each parameter that `fsdp` splits gathered where it is used.
 
     Gathered parameters are not kept for the backward pass, which gathers them again.
@@ -294,6 +332,9 @@ def gather_in(loss_fn: Any, parameters: Mapping[str, NamedSharding], but: str = 
       parameters: from `parameter_shardings`.
       but: regular expression of paths that are gathered elsewhere: in a loop over layers, one after
         the other.
+      keep: those that are gathered here are kept. Of a model that recomputes what a loop computed,
+        with the gathering in it: what is kept here would be kept of the loop too, since the outer
+        one of two `jax.checkpoint` decides.
     """
     if not any(FSDP in place.spec for place in parameters.values()):
         return loss_fn
@@ -303,7 +344,7 @@ def gather_in(loss_fn: Any, parameters: Mapping[str, NamedSharding], but: str = 
     def gathered(trainable: Any, frozen: Any, model_state: Any, batch: Any, key: Any) -> Any:
         return loss_fn(gather(trainable), gather(frozen), model_state, batch, key)
 
-    return jax.checkpoint(gathered, policy=_kept)
+    return gathered if keep else jax.checkpoint(gathered, policy=_kept)
 
 
 def _kept(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
@@ -329,7 +370,7 @@ def state_shardings(abstract: Any, parameters: Mapping[str, NamedSharding], mesh
     """Shardings of a train state: whatever is keyed by a parameter's path is laid out like it.
 
     Optimizer state repeats the parameters' dict, so a leaf under the key `head/bias` belongs to
-    that parameter; a leaf of another rank (a count, a factored statistic) is replicated.
+    that parameter; a leaf of a lower rank (a count, a factored statistic) is replicated.
     """
 
     def sharding(keys: Any, leaf: Any) -> NamedSharding:

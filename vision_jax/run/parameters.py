@@ -6,7 +6,7 @@ strictly, the rest initialized where it will live, adapters attached, then train
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,7 @@ class Parameters:
     shardings: dict[str, NamedSharding]
     trainable: frozenset[str]
     projections: dict[str, jax.ShapeDtypeStruct]
-    tensor: sharding.TensorLayout = field(default_factory=sharding.TensorLayout)
+    tensor: sharding.TensorLayout
 
     def assemble(self, flat: Mapping[str, Any]) -> Any:
         """The model's tree from all its arrays by path; those of recipes are left out."""

@@ -106,7 +106,8 @@ class Run:
             return recipe.transform(objective, self.student)
 
         loss_fn = make_loss(reduce(change, self.recipes, self.plain_objective))
-        return sharding.gather_in(loss_fn, self.parameters.shardings, self.looped)
+        keep = bool(self.looped) and self.model.remat
+        return sharding.gather_in(loss_fn, self.parameters.shardings, self.looped, keep=keep)
 
     def make_train_step(self) -> Any:
         """(state, frozen, batch) -> (state, metrics), compiled; see steps.make_train_step."""

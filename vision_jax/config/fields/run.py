@@ -48,6 +48,12 @@ FIELDS = (
         "devices that share each image's heads, MLP channels and classes; docs/training.md",
     ),
     field(
+        "mesh.slices",
+        1,
+        COUNT,
+        "TPU slices, or machines with fast links within, that mesh.data goes over",
+    ),
+    field(
         "sharding_rules",
         (),
         PAIRS,
