@@ -151,6 +151,18 @@ def test_images_of_any_number_are_one_program(count, batch_size, monkeypatch):
     assert traces == [[(size,), (size,)]]
 
 
+def test_images_stay_below_their_folder():
+    names = ["", ".", "..", "...", "a/b", "../a", "cat"]
+    index = np.arange(len(names) + 1)
+    paths = samples.sample_paths(samples.Wanted(index, index), names)
+    assert len(set(paths)) == len(paths)
+    for number, path in enumerate(paths):
+        folder, file = path.split("/")
+        assert folder.strip(".")
+        assert file == f"{number:06d}.png"
+    assert paths[-2:] == ["cat/000006.png", "no class/000007.png".replace(" ", "_")]
+
+
 @pytest.mark.long
 def test_the_lora_step_of_a_dit_s_has_at_most_72_percent_of_the_products():
     """Of what is compiled: each block costs the same, so two and four tell of all twelve."""

@@ -121,11 +121,13 @@ def test_strips_that_are_none_are_left_out(tmp_path, rng, capsys):
     np.testing.assert_array_equal(strip[:, 6:12], made[1])
     (tmp_path / "samples/00000007.png").write_bytes(b"half a file")
     Image.new("RGB", (5, 8)).save(tmp_path / "samples/00000009.png")
+    Image.fromarray(np.full((8, 12, 4), 7, np.uint8)).save(tmp_path / "samples/00000011.png")
     figures.draw_progress(tmp_path, made)
     assert (tmp_path / "samples.png").is_file()
     said = "".join(capsys.readouterr())
     assert "00000007.png: no strip of 2 pictures" in said
     assert "00000009.png: no strip of 2 pictures" in said
+    assert "00000011.png" not in said  # with alpha, which is left out
 
 
 @pytest.mark.long
@@ -304,6 +306,43 @@ def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_what_images_are_measured_by_is_looked_at_before_they_are_made(adapted, tmp_path, capsys):
+    out = tmp_path / "out"
+    for flags, message in (
+        (["--count=3"], "--measure: 3 images, and figures need more than 3: make more by --count"),
+        (["--count=8", f"--features={tmp_path}"], "has no model.safetensors"),
+        (["--count=8", "--judge=nowhere"], "nowhere: no such file or folder"),
+        (["--count=8", "--judge=embedded:vit_cifar10"], "knows none of sneaker"),
+    ):
+        assert generate.main([str(adapted), "--measure", f"--out={out}", *flags]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+        assert not out.exists()
+
+
+@pytest.mark.long
+def test_a_class_without_held_out_images_is_named(tmp_path, capsys):
+    """Before an image is made."""
+    for split, classes in (("train", {"cup": 30, "jug": 30}), ("eval", {"cup": 6, "jug": 2})):
+        for name, count in classes.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                picture = Image.new("RGB", (28, 28), (3 * number, 0, 90))
+                picture.save(tmp_path / split / name / f"{number}.png")
+    arguments = repr(tuple(SIZES.items()))
+    run = run_config(
+        "generate_embedded", tmp_path / "run", model__arguments=arguments, data__classes=(),
+        data__train=tmp_path / "train", data__eval=tmp_path / "eval",
+    )  # fmt: skip
+    out = f"--out={tmp_path / 'out'}"
+    assert generate.main([str(run), "--count=8", "--measure", "--classes=jug", out]) == 2
+    said = capsys.readouterr().err
+    assert "--measure: the run has 2 held-out images of jug, and figures need more than 3" in said
     assert not (tmp_path / "out").exists()
 
 

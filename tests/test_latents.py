@@ -148,6 +148,27 @@ def test_a_kill_in_the_middle_is_gone_on_with(rng, tmp_path, found, small_parts,
     assert Store(tmp_path, found, source).encoded == 2 * 24
 
 
+def test_the_cache_is_read_once_at_a_start(
+    rng, tmp_path, found, small_parts, autoencoders, monkeypatch
+):
+    source = images_of(rng, 37)
+    first = Store(tmp_path / "cache", found, source)
+    opened, calls = [], []
+    open_one = latents.open_teacher_cache
+    monkeypatch.setattr(
+        latents, "open_teacher_cache", lambda *given: opened.append(given[0]) or open_one(*given)
+    )
+    monkeypatch.setattr(latents, "_held", None)  # and nobody waits for another who reads
+    Store(tmp_path / "cache", found, source)
+    assert sorted(opened) == first.files
+    assert len(opened) == 3
+    monkeypatch.setattr(latents, "store_latents", lambda *given, **named: calls.append(named))
+    config = config_of(autoencoders / "kl", tmp_path / "cache")
+    size = Preprocessing((4, 4), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic", "center")
+    generation._stored(config, source, size, flips=False)
+    assert len(calls) == 1
+
+
 def test_the_folder_is_bounded_and_keeps_sources_apart(rng, tmp_path, found):
     source = images_of(rng, 10)
     with pytest.raises(UserError, match=r"max_gb 1e-06: .* need 1.02e-05 GB more"):

@@ -45,15 +45,23 @@ def test_moments_of_batches_are_those_of_all(rng):
     np.testing.assert_allclose(fidelity.moments(made).covariance, np.cov(made.T), rtol=1e-9)
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_nearest(rng, k, monkeypatch):
-    monkeypatch.setattr(fidelity, "CHUNK", 17)
+@pytest.mark.parametrize(("k", "bound"), [(1, ("CHUNK", 17)), (4, ("CHUNK", 17)), (4, ("MOST", 9))])
+def test_nearest(rng, k, bound, monkeypatch):
+    monkeypatch.setattr(fidelity, *bound)
     queries, others = sets(rng)
     distances = np.linalg.norm(queries[:, None] - others[None], axis=-1)
     which, far = fidelity.nearest(queries, others, k)
     np.testing.assert_array_equal(which, distances.argmin(1))
     np.testing.assert_allclose(far, np.sort(distances, axis=1)[:, k - 1], rtol=1e-10)
     assert (fidelity.nearest(others, others)[1] == 0).all()  # not the rounding of big squares
+
+
+def test_distances_to_many_images_are_taken_of_few_at_once():
+    rows = np.arange(2000)
+    for others, most in ((10, 1024), (2**20, 16), (2**30, 1)):
+        chunks = list(fidelity._chunks(rows, others))
+        assert max(map(len, chunks)) == most
+        np.testing.assert_array_equal(np.concatenate(chunks), rows)
 
 
 def test_precision_and_recall(rng, monkeypatch):

@@ -28,19 +28,20 @@ which are copies of training images. docs/generation.md says what the figures ar
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vision_jax.commands.source import MODEL_FILE, RUN_FILE, check_folder, is_run, load_source
-from vision_jax.errors import UserError, nearest
+from vision_jax.errors import UserError, nearest, utf8
 from vision_jax.files import expand
 from vision_jax.flags import make_parser, run, seed
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from vision_jax.data.sources import Source
     from vision_jax.generate.samples import Generator, Wanted
     from vision_jax.tasks.generation.autoencoder import Autoencoder
 
@@ -135,10 +136,11 @@ def _run(flags: argparse.Namespace) -> int:
     generator, origin = _load(flags, folder, own)
     other = _load_other(flags, generator) if flags.beside else None
     wanted = _wanted(flags, generator)
+    measuring = _prepare_measures(flags, own, generator, wanted) if flags.measure else None
     made = _make(flags, generator, wanted, origin, out)
     before = [] if other is None else _make_before(flags, other, wanted, made, out)
-    if flags.measure:
-        _measure(flags, own, generator, wanted, made, before, out)
+    if measuring is not None:
+        _measure(flags, measuring, wanted, made, before, out)
     return 0
 
 
@@ -394,7 +396,10 @@ def _make(
     origin: dict[str, str],
     out: Path,
 ) -> "list[np.ndarray]":
-    """Makes and writes the images, the first ones' picture and the manifest."""
+    """Makes and writes the images, the first ones' picture and the manifest.
+
+    Returns them where they are measured, and else the first ones.
+    """
     import numpy as np
 
     from vision_jax.config import write_json
@@ -405,10 +410,12 @@ def _make(
     record = samples.manifest(generator, wanted, paths, origin)
     out.mkdir(parents=True, exist_ok=True)
     made: list[np.ndarray] = []
+    written = 0
     for batch in _batches(flags, generator, wanted):
-        samples.write_images(batch, paths[len(made) : len(made) + len(batch)], out)
-        made.extend(batch)
-    say(f"wrote {len(made)} images below {out}")
+        samples.write_images(batch, paths[written : written + len(batch)], out)
+        written += len(batch)
+        made.extend(batch[: _kept(flags, wanted) - len(made)])
+    say(f"wrote {written} images below {out}")
     write_json(record, out / "manifest.json")
     say(f"wrote {out / 'manifest.json'}: how each was made")
     say(f"wrote {samples.draw_grid(np.stack(made[:DRAWN]), out / 'samples.png')}: the first ones")
@@ -430,9 +437,16 @@ def _make_before(
 
     turn = np.resize(np.arange(max(len(other.names), 1), dtype=np.int32), len(wanted))
     asked = samples.Wanted(turn, wanted.index)
-    before = [image for batch in _batches(flags, other, asked) for image in batch]
+    before: list[np.ndarray] = []
+    for batch in _batches(flags, other, asked):
+        before.extend(batch[: _kept(flags, wanted) - len(before)])
     say(f"wrote {samples.draw_beside(before, made, out / 'beside.png')}: of the same noise")
     return before
+
+
+def _kept(flags: argparse.Namespace, wanted: "Wanted") -> int:
+    """How many images are held in memory: all that are measured, and else what is drawn."""
+    return len(wanted) if flags.measure else DRAWN
 
 
 def _batches(
@@ -449,10 +463,75 @@ def _batches(
             advance()
 
 
+@dataclass(frozen=True)
+class _Measuring:
+    """What images are measured by.
+
+    Attributes:
+      train, held_out: images of the run.
+      rows: of these the ones of the classes that are asked for.
+      features: images -> f32[N, D].
+      distance: what the Fréchet distance of these features is called.
+      judge: images -> labels, or None.
+    """
+
+    train: "Source"
+    held_out: "Source"
+    rows: "tuple[np.ndarray, ...]"
+    features: "Callable[[Iterable[np.ndarray]], np.ndarray]"
+    distance: str
+    judge: "Callable[[Iterable[np.ndarray]], np.ndarray] | None"
+
+
+def _prepare_measures(
+    flags: argparse.Namespace, config: Any, generator: "Generator", wanted: "Wanted"
+) -> _Measuring:
+    """What is needed to measure; whatever is missing is said before an image is made."""
+    import numpy as np
+
+    from vision_jax.convert import read_weights
+    from vision_jax.generate import measures
+    from vision_jax.loaded import load
+    from vision_jax.logging import say
+    from vision_jax.ops.fidelity import NEIGHBORS
+    from vision_jax.tasks.generation import task as generation
+
+    if len(wanted) <= NEIGHBORS:
+        raise UserError(
+            f"--measure: {len(wanted)} images, and figures need more than {NEIGHBORS}: make more "
+            "by --count"
+        )
+    train, held_out = generation.read_sources(config)
+    asked = np.unique(wanted.labels)
+    if generator.task.captions:  # images of all captions
+        asked = np.unique([*train.labels, *held_out.labels])
+    rows = tuple(np.flatnonzero(np.isin(source.labels, asked)) for source in (train, held_out))
+    for kind, found in zip(("training", "held-out"), rows, strict=True):
+        if len(found) <= NEIGHBORS:
+            names = [*generator.names, "no class"]
+            raise UserError(
+                f"--measure: the run has {len(found)} {kind} images of "
+                f"{', '.join(utf8(names[label]) for label in asked[:10])}, and figures need more "
+                f"than {NEIGHBORS}: ask for other --classes"
+            )
+    model = load(flags.features or FEATURES, allow_pickle=flags.allow_pickle)
+    distance = "frechet"
+    if measures.is_inception(model):
+        source = read_weights(flags.features, allow_pickle=flags.allow_pickle)
+        distance = measures.distance_name(model, source.sha256)
+        if distance != "fid":
+            say(f"{flags.features} is not the published file of the FID: its distance is no FID")
+    features = measures.make_features(model, generator.preprocess)
+    judge = None
+    if flags.judge:
+        loaded = load(flags.judge, allow_pickle=flags.allow_pickle)
+        judge = measures.make_judge(loaded, generator.names)
+    return _Measuring(train, held_out, rows, features, distance, judge)
+
+
 def _measure(
     flags: argparse.Namespace,
-    config: Any,
-    generator: "Generator",
+    measuring: _Measuring,
     wanted: "Wanted",
     made: "Sequence[np.ndarray]",
     before: "Sequence[np.ndarray]",
@@ -465,38 +544,21 @@ def _measure(
     import numpy as np
 
     from vision_jax.config import write_json
-    from vision_jax.convert import read_weights
     from vision_jax.generate import measures
-    from vision_jax.loaded import load
     from vision_jax.logging import say
-    from vision_jax.tasks.generation import task as generation
 
-    train, held_out = generation.read_sources(config)
-    asked = np.unique(wanted.labels)
-    sources = [
-        [row for row in range(len(source)) if source.labels[row] in asked]
-        for source in (train, held_out)
-    ]
-    model = load(flags.features or FEATURES, allow_pickle=flags.allow_pickle)
-    distance = "frechet"
-    if measures.is_inception(model):
-        source = read_weights(flags.features, allow_pickle=flags.allow_pickle)
-        distance = measures.distance_name(model, source.sha256)
-        if distance != "fid":
-            say(f"{flags.features} is not the published file of the FID: its distance is no FID")
-    features = measures.make_features(model, generator.preprocess)
+    features, distance, judge = measuring.features, measuring.distance, measuring.judge
     of_made = features(made)
     of_train, of_held_out = (
-        features(source[row]["image"] for row in rows)
-        for source, rows in zip((train, held_out), sources, strict=True)
+        features(source[int(row)]["image"] for row in rows)
+        for source, rows in zip((measuring.train, measuring.held_out), measuring.rows, strict=True)
     )
     found = measures.measure(of_made, of_held_out, of_train, distance)
     figures = {"features": flags.features or FEATURES, **found.figures}
     others = {"beside": flags.beside} if before else {}
     if before:
         others |= measures.measure(features(before), of_held_out, of_train, distance).figures
-    if flags.judge:
-        judge = measures.make_judge(load(flags.judge), generator.names)
+    if judge is not None:
         figures |= {"judge": flags.judge, "judged_right": _share(judge(made), wanted.labels)}
         if before:
             others["judged_right"] = _share(judge(before), wanted.labels)
@@ -510,7 +572,8 @@ def _measure(
         )
     say(f"wrote {out / 'measures.json'}")
     closest = np.argsort(found.copies.distances, kind="stable")[: measures.SHOWN]
-    beside = [train[sources[0][found.copies.index[row]]]["image"] for row in closest]
+    nearest_rows = measuring.rows[0][found.copies.index[closest]]
+    beside = [measuring.train[int(row)]["image"] for row in nearest_rows]
     measures.draw_nearest([made[row] for row in closest], beside, out / "nearest.png")
     say(f"wrote {out / 'nearest.png'}: the nearest to training images")
 

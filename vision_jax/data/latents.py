@@ -31,6 +31,7 @@ PART = 512  # images or captions of a file
 BATCH = 8  # images encoded at once, in every part, so that each is the same when it is made again
 SOUND = "sound"  # of a record: whether the image could be read
 EMBEDDING = "embedding"  # of a record of a caption
+STORED = {"images": "latents", "captions": "embeddings"}
 
 # encode(u8[B, H, W, C]) -> {"mean": f32[B, h, w, Z], perhaps "logvar": f32[B, h, w, Z]}
 Encode = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -266,23 +267,35 @@ def _store(
       each: bytes of an example's records.
       most_bytes: that the folder may hold.
       say: shows a line.
-      what: the examples are, for messages.
+      what: the examples are, a key of STORED.
     """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     place = folder / key[:32]
     paths = [place / f"part-{number:05d}" for number in range(-(-count // PART))]
-    with _held(place, say):
-        opened = [_open(path, identity, number, say) for number, path in enumerate(paths)]
-        missing = [number for number, part in enumerate(opened) if part is None]
-        if missing:
-            new = sum(min(PART, count - PART * number) for number in missing)
-            _check_room(folder, new * each, most_bytes, what)
-            say(f"encoding {new} {what} into {place}")
-            for number, batches in zip(missing, compute(missing), strict=True):
-                write_teacher_cache(paths[number], batches, {**identity, "part": number})
-            opened = [_open(path, identity, number, say) for number, path in enumerate(paths)]
-            size = _gb(sum(path.stat().st_size for path in paths))
-            say(f"wrote {place}: what was encoded of {count} {what}, {size}")
+
+    def open_others(
+        opened: Sequence[TeacherCache | None], say: Callable[[str], None]
+    ) -> list[TeacherCache | None]:
+        return [
+            part or _open(path, identity, number, say)
+            for number, (path, part) in enumerate(zip(paths, opened, strict=True))
+        ]
+
+    # Parts are written whole, so nobody waits for another to read what is there.
+    opened = open_others([None] * len(paths), lambda line: None)
+    if not all(opened):
+        with _held(place, say):
+            opened = open_others(opened, say)
+            missing = [number for number, part in enumerate(opened) if part is None]
+            if missing:
+                new = sum(min(PART, count - PART * number) for number in missing)
+                _check_room(folder, new * each, most_bytes, what)
+                say(f"encoding {new} {what} into {place}")
+                for number, batches in zip(missing, compute(missing), strict=True):
+                    write_teacher_cache(paths[number], batches, {**identity, "part": number})
+                opened = open_others(opened, say)
+                size = _gb(sum(path.stat().st_size for path in paths))
+                say(f"wrote {place}: the {STORED[what]} of {count} {what}, {size}")
     parts = tuple(part for part in opened if part is not None)
     if len(parts) < len(paths):
         raise UserError(f"{place}: what was just written there is damaged: is the disk whole?")

@@ -122,9 +122,14 @@ def _cells(fresh: jax.Array, side: int) -> jax.Array:
 
 
 def sample_paths(wanted: Wanted, names: Sequence[str]) -> list[str]:
-    """Where each image is written: "class/000012.png", the class's name as a folder can have it."""
+    """Where each image is written: "class/000012.png", the class's name as a folder can have it.
+
+    What is empty or of dots alone, as the text of no caption is, would be another folder: it gets a
+    line before it.
+    """
     names = [*names, "no class"]
     folders = [file_name(0, name, "")[5:] for name in names]
+    folders = [folder if folder.strip(".") else f"_{folder}" for folder in folders]
     return [
         f"{folders[label]}/{index:06d}.png"
         for label, index in zip(wanted.labels, wanted.index, strict=True)

@@ -3,11 +3,14 @@
 All in float64, on the host: rounding in a covariance is a difference between distributions.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 CHUNK = 1024  # rows of distances at once
+MOST = 2**24  # distances at once, 128 MB
+NEIGHBORS = 3  # within whose distance a set's neighborhoods reach
 COPY = 0.5  # of what held-out images are usually away from training images: nearer is a copy
 
 
@@ -110,8 +113,7 @@ def nearest(queries: np.ndarray, others: np.ndarray, k: int = 1) -> tuple[np.nda
     queries, others = np.asarray(queries, np.float64), np.asarray(others, np.float64)
     squares = np.sum(others**2, axis=1)
     which, far = [], []
-    for start in range(0, len(queries), CHUNK):
-        rows = queries[start : start + CHUNK]
+    for rows in _chunks(queries, len(others)):
         products = rows @ others.T
         squared = np.sum(rows**2, axis=1)[:, None] + squares[None] - 2 * products  # [n, M]
         first = squared.argmin(1)
@@ -124,7 +126,13 @@ def nearest(queries: np.ndarray, others: np.ndarray, k: int = 1) -> tuple[np.nda
     return np.concatenate(which), np.concatenate(far)
 
 
-def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
+def _chunks(rows: np.ndarray, others: int) -> Iterator[np.ndarray]:
+    """The rows, as many at once as have at most MOST distances to so many others."""
+    size = max(1, min(CHUNK, MOST // max(others, 1)))
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def precision_recall(made: np.ndarray, real: np.ndarray, k: int = NEIGHBORS) -> tuple[float, float]:
     """(share of the made within the real ones' neighborhoods, share of the real within the made).
 
     Kynkäänniemi et al. 2019 (https://arxiv.org/abs/1904.06991): a set's neighborhoods are balls
@@ -148,8 +156,7 @@ def _covered(points: np.ndarray, members: np.ndarray, k: int) -> float:
     points, members = np.asarray(points, np.float64), np.asarray(members, np.float64)
     _, radius = nearest(members, members, k + 1)  # each is its own nearest
     squares, inside = np.sum(members**2, axis=1), []
-    for start in range(0, len(points), CHUNK):
-        rows = points[start : start + CHUNK]
+    for rows in _chunks(points, len(members)):
         squared = np.sum(rows**2, axis=1)[:, None] + squares[None] - 2 * rows @ members.T
         inside.append((squared <= radius[None] ** 2).any(1))
     return float(np.concatenate(inside).mean())

@@ -53,7 +53,7 @@ def draw_progress(workdir: Path, real: np.ndarray) -> Path:
 def _pictures(file: Path, count: int) -> np.ndarray | None:
     """u8[N, H, W, 3] of a strip of so many pictures, None for what is none."""
     try:
-        strip = np.asarray(Image.open(file))
+        strip = np.asarray(Image.open(file).convert("RGB"))
     except OSError:  # Pillow's, of what is no picture too
         strip = np.zeros(())
     if strip.ndim != 3 or strip.shape[1] % count:

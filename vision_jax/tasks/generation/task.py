@@ -254,8 +254,9 @@ def _stored(
             )
         return of_images, of_captions
 
-    processes.together(lambda: store() if jax.process_index() == 0 else None)
-    return latents.with_stored(source, *store())
+    # The first process encodes; where its folder is not theirs, the others do.
+    found = processes.together(lambda: store() if jax.process_index() == 0 else None)
+    return latents.with_stored(source, *(found or store()))
 
 
 # Loss and evaluation ----------------------------------------------------------------------------
