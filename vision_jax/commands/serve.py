@@ -207,7 +207,15 @@ def make_parts(flags: argparse.Namespace) -> tuple[Any, list[BaseException]]:
     described = make_describe(servable, counter)
     title = loaded.origin
     parts = Parts(
-        servable, described, Asked(score=score), batcher, metrics, limits, flags.threads, title
+        servable,
+        described,
+        Asked(score=score),
+        batcher,
+        metrics,
+        limits,
+        flags.threads,
+        title,
+        masks=2 * max(rows) + flags.threads,  # a batch gathers while one is computed
     )
     return parts, ended
 

@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class Parts:
       limits: of requests.
       threads: that decode images.
       title: of pages: where the model came from.
+      masks: of a segmenter, that are in the programs' hands or wait to be described, at most.
     """
 
     servable: Servable
@@ -63,6 +64,7 @@ class Parts:
     limits: Limits
     threads: int
     title: str
+    masks: int = 16
 
 
 def make_app(parts: Parts) -> "Starlette":
@@ -78,6 +80,7 @@ def make_app(parts: Parts) -> "Starlette":
     pool = ThreadPoolExecutor(parts.threads, thread_name_prefix="decode")
     # Of its own: what was computed shall not wait behind all that is still to be decoded.
     describing = ThreadPoolExecutor(parts.threads, thread_name_prefix="describe")
+    masks = asyncio.Semaphore(parts.masks)  # each is as large as the image that came
     described = openapi.describe(parts.servable, limits, parts.title)
     metrics.queue.set_function(lambda: batcher.waiting)
     metrics.seats.set_function(lambda: room.seats)
@@ -182,6 +185,10 @@ def make_app(parts: Parts) -> "Starlette":
         return (one.result()["scores"] for one in some)
 
     async def answer(upload: Upload, asked: Asked, seat: Seat) -> dict[str, Any]:
+        async with masks if kind == "pixels" else nullcontext():
+            return await answer_now(upload, asked, seat)
+
+    async def answer_now(upload: Upload, asked: Asked, seat: Seat) -> dict[str, Any]:
         future: Future[Any] = Future()
         held, seen = [upload], list[Size]()
         looking = pool.submit(look, held, future, seen)
