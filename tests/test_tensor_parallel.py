@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import runs
 
-from vision_jax import cost, sharding
+from vision_jax import cost, scaling, sharding
 from vision_jax.checkpoints import Checkpoints, restore
+from vision_jax.commands import plan
 from vision_jax.errors import UserError
 from vision_jax.models import families
 from vision_jax.run.prepare import prepare
@@ -381,6 +382,22 @@ def test_what_the_mesh_does_not_divide_is_whole_and_said(monkeypatch):
     assert "block_0/attn/qkv/kernel" not in layout.axes
     note = "block_0/attn/qkv/kernel: mesh.tensor=4 does not divide its 2 heads: whole"
     assert note in layout.notes
+
+
+def test_a_plan_counts_what_the_axis_moves():
+    """Of a block of width 32 and 5 tokens: 2 images a device, 4 sums of their tokens."""
+    config = runs.tiny_config(
+        recipes="()", trainable=".*", mesh__data=4, mesh__tensor=2, batch_size=8
+    )
+    volume = plan.compile_step(config, plan.describe_planned(config)[0]).volume
+    assert volume.turned == 4 * 32 * 96 / 2
+    tokens, head = 4 * (2 * 5) * 32 * 4, 2 * 32 * 4
+    # Less half of the fused biases' gradients, and more by numbers of each image.
+    assert volume.summed == pytest.approx(tokens + head, rel=0.05)
+    moved = {one.what: one for one in scaling.transfers(volume, 4, 1, 2)}
+    assert moved["activations summed"].received == volume.summed  # a ring of two: in and out
+    assert moved["fused kernels turned"].received == 2 * volume.turned / 2
+    assert moved["gradients over all"].among == 4
 
 
 def test_a_mesh_that_can_split_nothing_is_refused(monkeypatch):

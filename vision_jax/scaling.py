@@ -1,8 +1,8 @@
 """What a step would take on machines that are not here: bytes on their links, time, and failures.
 
 Arithmetic alone; what it starts from (bytes of parameters, FLOPs) `plan` takes from the compiled
-step. A mesh's axes lie in the order (data, fsdp): neighbours along `fsdp` are neighbours on the
-machine, so that the links that are fast carry what is moved most.
+step. A mesh's axes lie in the order (data, fsdp, tensor): neighbours along the last are neighbours
+on the machine, so that the links that are fast carry what is moved most.
 """
 
 import math
@@ -51,19 +51,23 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Volume:
-    """Bytes of the parameters that a step moves, of whole arrays.
+    """Bytes that a step moves, of whole arrays; of what `tensor` splits, of a device's part.
 
     Attributes:
       parted: what trains and is split over `fsdp`.
-      whole: what trains and each device has.
-      frozen: what does not train and is split.
+      whole: what trains and is not.
+      frozen: what does not train and is split over `fsdp`.
       times: micro-batches of an update: parameters are gathered for each.
+      turned: fused kernels that are split over `tensor` (see trees/parted.py).
+      summed: activations that are summed over `tensor`, in all of an update, as compiled.
     """
 
     parted: float = 0.0
     whole: float = 0.0
     frozen: float = 0.0
     times: int = 1
+    turned: float = 0.0
+    summed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,19 +105,23 @@ class Transfer:
         return self.passes * (within + between) / LINKS
 
 
-def transfers(volume: Volume, data: int, fsdp: int) -> list[Transfer]:
-    """The collectives of an update on a (data, fsdp) mesh, of parameters and gradients.
+def transfers(volume: Volume, data: int, fsdp: int, tensor: int = 1) -> list[Transfer]:
+    """The collectives of an update on a (data, fsdp, tensor) mesh.
 
-    A parameter that is split is gathered in the forward pass and again in the backward pass, and
-    its gradient is reduced and scattered; then parts are reduced over `data`. Others' gradients
-    are reduced over all devices.
+    A parameter that is split over `fsdp` is gathered in the forward pass and again in the backward
+    pass, and its gradient is reduced and scattered; then parts are reduced over `data`. Others'
+    gradients are reduced over all devices that have other images. A fused kernel is turned as often
+    as it is gathered, and its gradient once.
     """
-    both = volume.parted + volume.frozen
+    both, times = volume.parted + volume.frozen, volume.times
+    turns = (3 if fsdp > 1 else 2) * times
     found = [
-        Transfer("gathers of parameters", both, fsdp, 1, 2 * volume.times),
-        Transfer("gradients over fsdp", volume.parted, fsdp, 1, volume.times),
-        Transfer("gradients over data", volume.parted / fsdp, data, fsdp, 2 * volume.times),
-        Transfer("gradients over all", volume.whole, data * fsdp, 1, 2 * volume.times),
+        Transfer("gathers of parameters", both, fsdp, tensor, 2 * times),
+        Transfer("gradients over fsdp", volume.parted, fsdp, tensor, times),
+        Transfer("gradients over data", volume.parted / fsdp, data, tensor * fsdp, 2 * times),
+        Transfer("gradients over all", volume.whole, data * fsdp, tensor, 2 * times),
+        Transfer("fused kernels turned", volume.turned, tensor, 1, turns),
+        Transfer("activations summed", volume.summed, tensor, 1, 2),
     ]
     return [one for one in found if one.among > 1 and one.size > 0]
 

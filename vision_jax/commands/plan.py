@@ -7,6 +7,7 @@ failures take on machines of many devices is arithmetic (scaling.py), and `--sca
 alone beyond what is worth compiling.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from vision_jax.logging import (
 from vision_jax.memory import device_bytes
 from vision_jax.models.families import FAMILIES
 from vision_jax.run.description import Description, describe, read_weights
-from vision_jax.run.prepare import prepare
+from vision_jax.run.prepare import Run, prepare
 from vision_jax.tasks.api import find_task
 
 GIB = 2**30
@@ -159,28 +160,42 @@ def compile_step(config: ConfigDict, description: Description) -> Plan:
             "moving average": device_bytes(state.ema),
         },
         whole_state=sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(state)),
-        volume=_volume(state.trainable, frozen, config),
+        volume=_volume(
+            run, state.trainable, frozen, counted.collectives.get("all-reduce", (0, 0.0))[1]
+        ),
     )
 
 
-def _volume(trainable: Any, frozen: Any, config: ConfigDict) -> scaling.Volume:
-    """Bytes of the parameters that a mesh with an `fsdp` axis splits and of those that it does not.
+def _volume(run: Run, trainable: Any, frozen: Any, reduced: float) -> scaling.Volume:
+    """Bytes of what a step moves, of the parameters by their shardings.
 
-    A mesh that splits nothing moves all gradients as whole ones.
+    `reduced`: bytes of all reductions of the compiled step. What are not gradients are activations.
     """
+    mesh, times = run.mesh, run.config.optim.accumulate
+    tensor = mesh.shape.get(sharding.TENSOR, 1)
+
+    def held(leaf: Any, *axes: str) -> float:
+        """Bytes of the part of an array that these axes of the mesh leave to a device."""
+        parts = math.prod(mesh.shape[axis] for axis in axes if axis in leaf.sharding.spec)
+        return leaf.dtype.itemsize * leaf.size / parts
 
     def of(tree: Any, split: bool) -> float:
-        return float(
-            sum(
-                leaf.dtype.itemsize * leaf.size
-                for leaf in jax.tree.leaves(tree)
-                if leaf.sharding.is_fully_replicated != split
-            )
-        )
+        own = [leaf for leaf in tree.values() if (sharding.FSDP in leaf.sharding.spec) == split]
+        return float(sum(held(leaf, sharding.TENSOR) for leaf in own))
 
-    return scaling.Volume(
-        of(trainable, True), of(trainable, False), of(frozen, True), config.optim.accumulate
-    )
+    parted, whole = of(trainable, True), of(trainable, False)
+    turned = summed = 0.0
+    if tensor > 1:
+        fused = run.parameters.tensor.parts
+        arrays = trainable | frozen
+        turned = sum(
+            held(leaf, sharding.TENSOR)
+            for path, leaf in arrays.items()
+            if path in run.parameters.tensor.axes
+            and (path in fused or path.rpartition("/")[0] in fused)
+        )
+        summed = max(reduced - times * (parted + whole), 0.0)
+    return scaling.Volume(parted, whole, of(frozen, True), times, turned, summed)
 
 
 def largest_batch(
@@ -260,9 +275,11 @@ def lines(plan: Plan, config: ConfigDict) -> list[str]:
 def scaled(plan: Plan, config: ConfigDict, counts: Sequence[int]) -> list[str]:
     """What so many devices would take, by formula: links, efficiency, failures.
 
-    Each device has its share of `plan`'s batch, and the fsdp axis is the plan's: `data` grows.
+    Each device has its share of `plan`'s batch; all axes but `data`, which grows, are the plan's.
     """
-    fsdp = sharding.make_mesh(**config.mesh).shape["fsdp"]
+    shape = sharding.make_mesh(**config.mesh).shape
+    fsdp, tensor = shape[sharding.FSDP], shape.get(sharding.TENSOR, 1)
+    groups = f"fsdp {fsdp}" + f", tensor {tensor}" * (tensor > 1)
     found = [""]
     gathered = plan.collectives.get("all-gather", (0, 0.0))[1]
     foreseen = 2 * plan.volume.times * (plan.volume.parted + plan.volume.frozen)
@@ -272,11 +289,12 @@ def scaled(plan: Plan, config: ConfigDict, counts: Sequence[int]) -> list[str]:
             f"{human_size(foreseen)} of it: activations move, and the figures below are too good"
         )
     for count in counts:
-        if count % fsdp:
-            raise UserError(f"--scale: {count} devices do not divide into groups of fsdp={fsdp}")
-        moved = scaling.transfers(plan.volume, count // fsdp, fsdp)
-        images = plan.batch_size // plan.devices * count
-        found.append(f"By formula, {images} images on {count} devices (fsdp {fsdp}):")
+        if count % (fsdp * tensor):
+            each = groups.replace(" ", "=").replace(",=", ", ")
+            raise UserError(f"--scale: {count} devices do not divide into groups of {each}")
+        moved = scaling.transfers(plan.volume, count // fsdp // tensor, fsdp, tensor)
+        images = plan.batch_size * count // plan.devices
+        found.append(f"By formula, {images} images on {count} devices ({groups}):")
         found += [
             f"  {one.what:22} {human_size(int(one.received)):>12} received by each, "
             f"in groups of {one.among}"
@@ -307,12 +325,13 @@ def _variants(config: ConfigDict, family: str, devices: int) -> list[tuple[str, 
     """The config with and without recomputation and full sharding."""
     found = []
     for remat in (False, True):
-        for fsdp in (1, devices) if devices > 1 else (1,):
+        groups = devices // config.mesh.tensor
+        for fsdp in (1, groups) if groups > 1 else (1,):
             changed = config.copy_and_resolve_references()
             changed.model.remat = remat
             if remat and "scan" in FAMILIES[family].arguments:
                 changed.model.scan = True  # without the loop the CPU's compiler undoes it
-            changed.mesh.update({"data": devices // fsdp, "fsdp": fsdp})
+            changed.mesh.update({"data": groups // fsdp, "fsdp": fsdp})
             words = [*(["remat"] * remat), *(["fsdp"] * (fsdp > 1))]
             found.append((", ".join(words) or "neither", changed))
     return found
