@@ -270,6 +270,8 @@ def test_pages_need_nothing_from_elsewhere(server):
         }
         assert "style=" not in text.replace("$style=", "")  # which the policy forbids
         assert '<html lang="en">' in text
+        assert "--ink: #1b1f24" in text  # of pages.css
+        assert "{{style" not in text
     title = page.for_people("<script>alert(1)</script>", "boxes")
     assert "<script>alert" not in title
 

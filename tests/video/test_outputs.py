@@ -150,6 +150,8 @@ def test_nothing_in_a_log_ends_the_page_s_data(stills):
     text = (out / page.PAGE).read_text()
     data = text.partition('<script id="data" type="application/json">')[2].partition("</script>")[0]
     content = json.loads(data)
+    assert "--ink: #1b1f24" in text.partition("</style>")[0]  # of pages.css
+    assert "{{" not in text.replace(data, "")
     assert content["source"] == "made <up>"
     assert "<" not in data
     assert [one["rule"] for one in content["alarms"]] == ["lawn", "gate", "gate"]

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vision_jax.pages import read_template
+
 _PAGE = Path(__file__).with_name("page.html")
 _DOES = {
     "classes": "names what photos show",
@@ -20,7 +22,7 @@ _DOES = {
 
 def for_people(title: str, kind: str) -> str:
     """The page on which a person drops photos."""
-    text = _PAGE.read_text("utf-8")
+    text = read_template(_PAGE)
     for name, value in (("title", title), ("does", _DOES[kind])):
         text = text.replace(f"{{{{{name}}}}}", html.escape(value))
     return text
@@ -59,7 +61,7 @@ def for_programs(described: Mapping[str, Any]) -> str:
                 )
                 parts.append(f"<table><caption>Answers</caption>{rows}</table>")
     schema = json.dumps(described["components"]["schemas"]["Answer"], indent=2)
-    style = re.search(r"<style>.*?</style>", _PAGE.read_text("utf-8"), re.DOTALL)
+    style = re.search(r"<style>.*?</style>", read_template(_PAGE), re.DOTALL)
     assert style is not None
     title = html.escape(described["info"]["title"])
     return f"""<!doctype html>

@@ -18,6 +18,7 @@ from PIL import Image
 from vision_jax.data.decode import decode_image, read_image_file
 from vision_jax.errors import UserError, printable
 from vision_jax.files import parse_json, read_bytes, write_whole
+from vision_jax.pages import read_template
 from vision_jax.video import clips, events
 from vision_jax.video.lines import whole_lines, writing
 from vision_jax.video.rules import Rules
@@ -154,7 +155,7 @@ def write_page(out: Path, rules: Rules) -> Path:
         "alarms": alarms,
     }
     with writing(out):
-        write_whole(fill(_TEMPLATE.read_text("utf-8"), content).encode(), out / PAGE)
+        write_whole(fill(read_template(_TEMPLATE), content).encode(), out / PAGE)
     return out / PAGE
 
 
