@@ -171,6 +171,14 @@ def test_a_run_learns_captions_and_makes_images_of_others(latent, tower, tmp_pat
     np.testing.assert_array_equal(of_file, together)
     _, other = made("other", "--captions", "a boot", "--count=4", "--guidance=8")
     assert (other != together).any()
+    manifest, _ = made("none", "--count=2")  # nothing is asked for, and nothing leaves the folder
+    assert [one["file"] for one in manifest["images"]] == ["_/000000.png", "_/000001.png"]
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    for file, message in (("empty.txt", "has no line of text"), ("text.txt", "no such file")):
+        given = [str(tmp_path / "run"), f"--out={tmp_path / 'no'}", "--captions"]
+        assert generate.main([*given, str(tmp_path / file)]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

@@ -326,8 +326,8 @@ def test_what_images_are_measured_by_is_looked_at_before_they_are_made(adapted, 
 
 
 @pytest.mark.long
-def test_a_class_without_held_out_images_is_named(tmp_path, capsys):
-    """Before an image is made."""
+def test_real_images_are_missing_or_damaged(tmp_path, capsys):
+    """Missing ones are said before an image is made; damaged ones are left out."""
     for split, classes in (("train", {"cup": 30, "jug": 30}), ("eval", {"cup": 6, "jug": 2})):
         for name, count in classes.items():
             (tmp_path / split / name).mkdir(parents=True)
@@ -344,6 +344,14 @@ def test_a_class_without_held_out_images_is_named(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "--measure: the run has 2 held-out images of jug, and figures need more than 3" in said
     assert not (tmp_path / "out").exists()
+
+    damaged = tmp_path / "train/cup/0.png"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    assert generate.main([str(run), "--count=8", "--measure", "--classes=cup", out]) == 0
+    assert f"left out of the figures: {damaged}" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "out/measures.json").read_text())
+    assert (figures["images"], figures["held_out"]) == (8, 6)
+    assert (tmp_path / "out/nearest.png").is_file()
 
 
 @pytest.mark.long

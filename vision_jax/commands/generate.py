@@ -304,7 +304,11 @@ def _read_lines(given: Sequence[str]) -> list[str]:
         lines = [line.strip() for line in read_text(expand(given[0])).splitlines()]
         found = [line for line in lines if line]
         say(f"captions: {len(found)} of {expand(given[0])}")
+        if not found:
+            raise UserError(f"--captions: {given[0]} has no line of text: write one for each image")
         return found
+    if len(given) == 1 and Path(given[0]).suffix == ".txt":
+        raise UserError(f"--captions: {given[0]}: no such file")
     return list(given)
 
 
@@ -549,9 +553,12 @@ def _measure(
 
     features, distance, judge = measuring.features, measuring.distance, measuring.judge
     of_made = features(made)
+    read: tuple[list[int], list[int]] = ([], [])  # rows of the run's images
     of_train, of_held_out = (
-        features(source[int(row)]["image"] for row in rows)
-        for source, rows in zip((measuring.train, measuring.held_out), measuring.rows, strict=True)
+        features(_sound(source, rows, into))
+        for source, rows, into in zip(
+            (measuring.train, measuring.held_out), measuring.rows, read, strict=True
+        )
     )
     found = measures.measure(of_made, of_held_out, of_train, distance)
     figures = {"features": flags.features or FEATURES, **found.figures}
@@ -572,10 +579,26 @@ def _measure(
         )
     say(f"wrote {out / 'measures.json'}")
     closest = np.argsort(found.copies.distances, kind="stable")[: measures.SHOWN]
-    nearest_rows = measuring.rows[0][found.copies.index[closest]]
-    beside = [measuring.train[int(row)]["image"] for row in nearest_rows]
+    beside = [measuring.train[read[0][found.copies.index[row]]]["image"] for row in closest]
     measures.draw_nearest([made[row] for row in closest], beside, out / "nearest.png")
     say(f"wrote {out / 'nearest.png'}: the nearest to training images")
+
+
+def _sound(source: "Source", rows: "np.ndarray", into: list[int]) -> "Iterator[np.ndarray]":
+    """The images of these rows that can be read, whose rows are noted; others are named."""
+    from vision_jax.data.decode import DamagedImageError
+    from vision_jax.logging import say
+
+    for row in map(int, rows):
+        try:
+            image = source[row]["image"]
+        except DamagedImageError as error:
+            name = source.example_name(row)
+            reason = str(error) if name in str(error) else f"{name}: {error}"
+            say(f"warning: left out of the figures: {reason}")
+            continue
+        into.append(row)
+        yield image
 
 
 def _share(found: "np.ndarray", asked: "np.ndarray") -> float:
