@@ -213,13 +213,17 @@ def test_the_figures_are_those_of_the_images(adapted, tmp_path):
 
 
 @pytest.mark.long
-def test_a_base_beside_its_adapter(base, adapted, tmp_path):
+def test_a_base_beside_its_adapter(base, adapted, tmp_path, capsys):
     out = tmp_path / "made"
     flags = ["--count=12", "--measure", f"--judge={base_judge(tmp_path)}", f"--beside={base}"]
     manifest, _ = generated(adapted, out, *flags)
     figures = json.loads((out / "measures.json").read_text())
     before = figures["beside"]
     assert before["images"] == figures["images"] == 12
+    for given in ([str(tmp_path / "judge")], [str(adapted), "--beside=embedded:vit_cifar10"]):
+        assert generate.main([*given, f"--out={tmp_path / 'no'}"]) == 2
+        assert "makes no images: name" in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
     assert before["held_out"] == 100
     assert before["frechet_train"] == figures["frechet_train"]
     assert before["frechet"] != figures["frechet"]

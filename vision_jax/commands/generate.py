@@ -133,6 +133,10 @@ def _run(flags: argparse.Namespace) -> int:
     folder = expand(flags.source)
     out = _find_out(flags, folder)
     own = load_config(str(folder / RUN_FILE), {}) if is_run(folder) else None
+    if own is not None and own.task != "generation":
+        raise UserError(
+            f"{folder} is a run of task {own.task}, which makes no images: name another"
+        )
     generator, origin = _load(flags, folder, own)
     other = _load_other(flags, generator) if flags.beside else None
     wanted = _wanted(flags, generator)
@@ -202,11 +206,14 @@ def _load(flags: argparse.Namespace, folder: Path, own: Any) -> "tuple[Generator
 def _load_other(flags: argparse.Namespace, generator: "Generator") -> "Generator":
     """What --beside names, which is given the same noise and sampled in the same way."""
     from vision_jax.logging import say
+    from vision_jax.tasks.generation.task import SAMPLED
 
     path = expand(flags.beside)
     other = load_source(flags.beside, path, checkpoint=None, allow_pickle=flags.allow_pickle)
     for line in other.remarks:
         say(line)
+    if getattr(other.model, "predicts", "") not in SAMPLED:
+        raise UserError(f"--beside: {other.origin} makes no images: name the adapter's base")
     shapes = [(*m.image_size, m.in_channels) for m in (generator.model, other.model)]
     if shapes[0] != shapes[1]:
         height, width, channels = shapes[1]
