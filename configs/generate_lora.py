@@ -2,7 +2,7 @@
 
 Command:   python -m vision_jax.main --config=configs/generate_lora.py
 Hardware:  2 CPU cores, 75 to 94 CPU-seconds
-Expected:  evaluation loss 0.113 (seed 0); figures of what it makes are in docs/generation.md
+Expected:  evaluation loss 0.110 (seed 0); figures of what it makes are in docs/generation.md
 
 Then images, and how good they are:
 

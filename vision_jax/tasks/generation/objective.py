@@ -279,7 +279,8 @@ def make_outputs(
 
     def draw(index: jax.Array) -> tuple[jax.Array, jax.Array]:  # (noise, place in a quarter)
         key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)
-        return jax.random.normal(key, task.shape), jax.random.uniform(jax.random.fold_in(key, 1))
+        noise_key, time_key = jax.random.split(key)
+        return jax.random.normal(noise_key, task.shape), jax.random.uniform(time_key)
 
     def outputs_fn(trainable, frozen, model_state, batch: Batch):
         clean, given = _clean(task, batch), batch[task.condition]
