@@ -4,7 +4,7 @@
 
 All of a ViT-B trains with AdamW, a state of 1 GB: `saving` is the trainer's step and its saver on
 one process, `comparing` the step on two processes of the loopback. Shares are of one run, of the
-least of six turns each.
+least of four turns each.
 
 The loop stalls for the call that begins a save, and on a CPU for the copy that the next step makes
 of the state, which it may not write over until all is written. The writing itself goes on beside
@@ -36,7 +36,7 @@ from vision_jax.logging import human_size
 from vision_jax.run.prepare import prepare
 from vision_jax.tasks.api import find_task
 
-TURNS = 6
+TURNS = 4
 
 
 def make_config(flags: argparse.Namespace) -> ConfigDict:
