@@ -74,7 +74,11 @@ class Start:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 self.codes[pid] = os.waitstatus_to_exitcode(status)
-        assert time.monotonic() - self.began < PATIENCE, self.screen.read_text()
+        if time.monotonic() - self.began > PATIENCE:
+            for pid in self.living():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise TimeoutError(self.screen.read_text())
         return len(self.codes) == len(self.leaders)
 
     def living(self) -> dict[int, int]:

@@ -236,7 +236,7 @@ def test_the_failure_of_one_process_ends_the_other_within_seconds(tmp_path):
     assert [child.returncode for child in children] == [1, 1], errors + other_errors
     assert ended - float(re.search(r"failed at (\S+)", other_errors)[1]) < 60  # 7 on a free machine
     (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
-    words = r"error: process 1 \(\S+, step 3\): RuntimeError: something unforeseen"
+    words = r"error: process 1 \(\S+, step 2\): RuntimeError: something unforeseen"
     assert re.fullmatch(words, line)
     assert "Traceback" not in errors
     assert "RuntimeError: something unforeseen" in other_errors

@@ -145,6 +145,9 @@ def test_before_a_whole_step_was_seen_nobody_is_slow():
     for phase in (board.DATA, board.READY, board.STEP, board.WAIT):
         same = {n: Report("h", step=2, phase=phase, age=500.0) for n in range(2)}
         assert find_cause(same) is None
+    for phase in (board.READY, board.STEP, board.WAIT):  # but for the half hour that all may take
+        hung = {n: Report("h", step=2, phase=phase, age=1801.0) for n in range(2)}
+        assert "all processes wait for each other for 1801 s" in find_cause(hung).line
     behind = {**same, 1: dataclasses.replace(same[1], phase=board.DATA)}
     assert find_cause(behind) is None
     late = {n: dataclasses.replace(one, age=1801.0) for n, one in behind.items()}

@@ -225,7 +225,7 @@ def _slow(reports: Mapping[int, Report]) -> Verdict | None:
             return None
         line = f"{_name(last, one)} is slow: the others wait for {wait:.0f} s, it is {one.place}"
         return Verdict(f"{line} (config.hosts.patience)" if quick else line, LOST, last)
-    if not quick or one.phase == DATA or any(o.age <= limit for o in living.values()):
+    if one.phase not in QUICK or one.phase == DATA or any(o.age <= limit for o in living.values()):
         return None  # all evaluate, compile or read: that may take hours
     line = (
         f"all processes wait for each other for {one.age:.0f} s, {one.place}: a device or the "
