@@ -409,7 +409,9 @@ def _run(arguments: Sequence[str]) -> int:
 
         if not flags["no-kept-memory"]:
             machine.keep_memory()
-        if not flags["no-cache"]:
+        # Several processes on CPUs that load a detector's step from the cache hang in its first
+        # collective, where those that compile it go on (jaxlib 0.10.2).
+        if not flags["no-cache"] and not (flags["coordinator"] and machine.is_cpu()):
             machine.keep_compiled()
     module, _, function = command.run.partition(":")
     run = getattr(importlib.import_module(module), function)
