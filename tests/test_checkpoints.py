@@ -243,3 +243,16 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*Not a directory"):
         Checkpoints(tmp_path / "file", "top1")
+
+
+def test_processes_that_do_not_come_are_no_damage(tmp_path, monkeypatch):
+    """Others may be gone or late while a folder is opened; the checkpoints in it are whole."""
+    error = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Gloo context initialization failed")
+
+    def late(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints_module.ocp, "CheckpointManager", late)
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        Checkpoints(tmp_path, "eval/top1")
+    assert caught.value is error

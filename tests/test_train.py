@@ -186,7 +186,7 @@ def assert_same_numbers(workdir, other, later=2e-3, exact=2):
 
 @pytest.mark.long
 def test_two_processes_are_one_run(tmp_path):
-    # By SGD: where classes are balanced a bias has a gradient of rounding, of which Adam makes a step.
+    # By SGD: of a bias gradient that is only rounding, classes being balanced, Adam makes a step.
     sgd = {**runs.FULL, "optim__name": "sgd", "optim__lr": 0.1}
     fields = runs.overrides(mesh__fsdp=2, **sgd)
     children = runs.start_two(CONFIG, tmp_path / "two", fields, devices=2)

@@ -325,7 +325,7 @@ def _damage_errors(directory: Path) -> Iterator[None]:
             f"checkpoint {directory} is damaged ({error}): restore it from a copy, or start in "
             "another --workdir"
         ) from error
-    except UserError:
+    except (UserError, jax.errors.JaxRuntimeError):  # the latter of a device, or of other processes
         raise
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
