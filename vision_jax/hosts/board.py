@@ -32,13 +32,8 @@ WORDS = (
     "saving",
     "writing results",
 )
-QUICK = (
-    DATA,
-    READY,
-    STEP,
-    WAIT,
-    COMPARE,
-)  # phases that take as long as those before them, or nearly so
+# Phases that take as long as those before them, or nearly so.
+QUICK = (DATA, READY, STEP, WAIT, COMPARE)
 
 # Why a process ends.
 NOTHING, BAD_INPUT, UNFORESEEN, STOPPED = range(4)
