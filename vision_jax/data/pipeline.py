@@ -285,11 +285,8 @@ def stream(
     damage_log: DamageLog | None = None,
 ) -> grain.DatasetIterator:
     """`make_train_iterator` of examples that somebody else loads; `load` must pickle."""
-    examples = (
-        shuffled(source, seed, balance).random_map(  # each epoch in another order
-            load
-        )  # of all: its draws don't depend on process_count
-    )
+    # Each epoch in another order; drawn for all, so that no draw depends on process_count.
+    examples = shuffled(source, seed, balance).random_map(load)
     own = OwnRows(examples, batch_size, process_index, process_count)
     batches = own.batch(batch_size, drop_remainder=True, batch_fn=collate)
     count = CountDamaged(damage_log or DamageLog(), len(source), max_damaged)
