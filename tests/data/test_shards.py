@@ -331,7 +331,12 @@ def test_columns_of_parquet(tmp_path):
     with pytest.raises(UserError, match=r"\[0\]: has no label: name a split that has labels"):
         read_source(test)
     path = tmp_path / "a.parquet"
-    for data, message in ((b"", "empty: fetch it"), (path.read_bytes()[:-9], "or truncated Parq")):
+    whole = path.read_bytes()
+    for data, message in (
+        (b"", "empty: fetch it"),
+        (whole[:-9], "or truncated Parq"),
+        (whole.replace(b"label", b"labe\xf3"), "damaged .* Parquet file .'utf-8' codec"),
+    ):
         path.write_bytes(data)
         with pytest.raises(UserError, match=message):
             read_source(str(path))

@@ -225,9 +225,12 @@ def _open(shard: Shard) -> Iterator[Any]:
                 thrift_string_size_limit=MAX_METADATA_BYTES,
                 thrift_container_size_limit=MAX_METADATA_BYTES,
             )
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _damaged(shard, error) from error
-        yield file
+        try:
+            yield file
+        except UnicodeDecodeError as error:  # names of columns, which are decoded as they are asked
+            raise _damaged(shard, error) from error
 
 
 def _damaged(shard: Shard, error: Exception) -> UserError:
