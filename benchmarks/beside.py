@@ -180,11 +180,12 @@ def _serve(pipe: Any, call: Call, folder: Path) -> None:
     def build() -> dict[str, Callable[..., Any]]:
         name, keywords = call[0], dict(call[1])
         os.environ.update(keywords.pop("environment", {}))
+        one_heap = keywords.pop("one_heap", True)
         module, function = name.split(".")
         if module.endswith("ours"):
             from vision_jax import machine
 
-            machine.keep_memory()  # as every command does, before JAX is imported
+            machine.keep_memory(one_heap)  # as every command does, before JAX is imported
         made = getattr(importlib.import_module(f"benchmarks.{module}"), function)(
             folder, **keywords
         )

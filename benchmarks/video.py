@@ -27,7 +27,7 @@ def job(video: str, frames: int, rows: int, their_rows: int) -> Job:
     peers = {how: ("video_peers.watch", {**shared, "rows": their_rows, "how": how}) for how in HOWS}
     return Job(
         f"{Path(video).name}, {frames} frames, batches of {rows} and {their_rows}",
-        ("video_ours.watch", {**shared, "rows": rows}),
+        ("video_ours.watch", {**shared, "rows": rows, "one_heap": False}),
         peers,
         tolerance=2e-2,  # a box at the threshold is there or isn't
     )

@@ -92,7 +92,7 @@ def run(video, rules, out, each=lambda frames: None, extra=()):
 
 def main():
     video, rules, out, seed, kills = sys.argv[1:]
-    machine.keep_memory()  # imports JAX, once for all children
+    machine.keep_memory(one_heap=False)  # imports JAX, once for all children
     rng, killed = random.Random(int(seed)), 0
     for _ in range(int(kills)):
         batch, moment = rng.randrange(1, 4), rng.choice(("before", "within", "after"))

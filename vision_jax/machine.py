@@ -90,7 +90,7 @@ def _remove_unfinished(folder: Path) -> None:
                 program.unlink()
 
 
-def keep_memory() -> bool:
+def keep_memory(one_heap: bool = True) -> bool:
     """Lets the process keep freed memory, for the next step; whether it does.
 
     XLA's CPU client allocates a step's temporaries anew each time. glibc would ask the system for
@@ -102,14 +102,20 @@ def keep_memory() -> bool:
 
     Programs then run in the thread that calls them. A thread of XLA's says that a step has ended
     before it frees what the step has used, so that the next one would take a second place.
+
+    Args:
+      one_heap: of all threads. A thread's own is small, and what is larger comes from the system,
+        so programs on several devices need one. Where another thread reads small images all the
+        time they lie between a program's temporaries, whose place then moves: a watch takes a
+        tenth longer.
     """
     libc = _glibc()
     if libc is None or "jax" in sys.modules or _may_find_accelerator():
         return False
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ):
         return False
-    # One heap for all threads: a thread's own is small, and what is larger comes from the system.
-    settings = ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, _MOST), (_TRIM_THRESHOLD, _MOST))
+    settings = [(_MMAP_THRESHOLD, _MOST), (_TRIM_THRESHOLD, _MOST)]
+    settings += [(_ARENA_MAX, 1)] if one_heap else []
     if not all(libc.mallopt(name, value) for name, value in settings):
         return False
     _KEPT.add(os.getpid())

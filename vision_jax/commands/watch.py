@@ -164,7 +164,7 @@ def _run(flags: argparse.Namespace) -> int:
     from vision_jax.video.frames import content_of, open_stream
 
     outs = _folders(flags.out, flags.sources)
-    machine.keep_memory()
+    machine.keep_memory(one_heap=False)
     if not flags.no_cache:
         machine.keep_compiled()
     with ExitStack() as stack:

@@ -17,6 +17,7 @@ from vision_jax.errors import UserError
 
 STRIDE = 32  # of default canvases: what detectors divide their input by
 ALIASED = "bilinear_aliased"
+STRIP = 32  # rows that are resized at once, whose floats stay in a cache
 RULES = ("detr", "torchvision", "letterbox")  # of sizes, see resized_size
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2
 
@@ -302,13 +303,18 @@ def resize_image(image: np.ndarray, size: tuple[int, int], interpolation: str) -
     if interpolation != ALIASED:
         return resize(image, size, interpolation)
     (height, width), channels = size, np.arange(image.shape[2])
-    first, second, share = _taps(image.shape[0], height)
+    above, below, lower = _taps(image.shape[0], height)
+    left, right, share = _taps(image.shape[1], width)
+    left, right = ((at[:, None] * len(channels) + channels).ravel() for at in (left, right))
+    share = np.repeat(share, len(channels))
     rows = image.reshape(len(image), -1)  # [H, W·C]: gathers along one axis cost least
-    pixels = _mix(rows[first], rows[second], share[:, None])
-    first, second, share = _taps(image.shape[1], width)
-    first, second = ((at[:, None] * len(channels) + channels).ravel() for at in (first, second))
-    mixed = _mix(pixels.take(first, 1), pixels.take(second, 1), np.repeat(share, len(channels)))
-    return np.rint(mixed).astype(np.uint8).reshape(height, width, -1)
+    resized = np.empty((height, len(share)), np.uint8)
+    for first in range(0, height, STRIP):
+        strip = slice(first, first + STRIP)
+        pixels = _mix(rows[above[strip]], rows[below[strip]], lower[strip, None])
+        mixed = _mix(pixels.take(left, 1), pixels.take(right, 1), share)
+        resized[strip] = np.rint(mixed, out=mixed)
+    return resized.reshape(height, width, -1)
 
 
 def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -319,8 +325,8 @@ def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """first · (1 - share) + second · share in f32."""
-    first, second = first.astype(np.float32), second.astype(np.float32)
+    """first · (1 - share) + second · share in f32; floats are written over."""
+    first, second = (one.astype(np.float32, copy=False) for one in (first, second))
     first *= 1 - share
     second *= share
     first += second

@@ -27,7 +27,10 @@ from vision_jax.run.prepare import Run
 from vision_jax.trees import paths
 from vision_jax.trees.factored import is_smaller, to_factored
 from vision_jax.trees.leaf import leaves, map_leaves
+from vision_jax.trees.products import Product
 from vision_jax.trees.watched import watch
+
+Array = jax.Array
 
 TRIED = 0.1  # of a layer's outputs, in length: what is left out to see what that does
 
@@ -50,7 +53,8 @@ def count_rows(
     """
     rows: dict[str, int] = {}
 
-    def note(path: str, x: jax.Array, kernel: jax.Array, y: jax.Array) -> None:
+    def note(path: str, product: Product, x: Array, kernel: Array, y: Array) -> None:
+        del product
         if x.shape[-1] == kernel.shape[-2]:  # not in groups
             rows[path] = rows.get(path, 0) + y.size // y.shape[-1]
 
@@ -81,8 +85,8 @@ def output_moments(
     def call(params: Any, model_state: Any, *inputs: Any) -> tuple[Any, dict[str, jax.Array]]:
         found: dict[str, jax.Array] = {}
 
-        def note(path: str, x: jax.Array, kernel: jax.Array, y: jax.Array) -> None:
-            del x, kernel
+        def note(path: str, product: Product, x: Array, kernel: Array, y: Array) -> None:
+            del product, x, kernel
             rows = y.reshape(-1, y.shape[-1]).astype(jnp.float32)
             found[path] = found.get(path, 0) + jnp.matmul(rows.T, rows, precision="highest")
 

@@ -79,7 +79,21 @@ def convolution(
             return _tiled
         if cpu and window == (1, 1):
             return partial(_strided_pixels, strides)
-    return partial(_by_groups if cpu else _convolution, strides, padding, groups, dilation)
+    return Convolution(strides, padding, groups, dilation)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The product of a convolution whose windows don't tile the image; see `convolution`."""
+
+    strides: tuple[int, ...]
+    padding: Sides
+    groups: int
+    dilation: int
+
+    def __call__(self, x: Array, kernel: Array) -> Array:
+        convolve = _by_groups if platform.current() == "cpu" else _convolution
+        return convolve(self.strides, self.padding, self.groups, self.dilation, x, kernel)
 
 
 # Dense -------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Watched: a kernel that says what it multiplies, and what comes of it.
 
-    watch(params, chosen, note)       the tree whose chosen kernels call note(path, x, kernel, y)
+    watch(params, chosen, note)       the tree whose chosen kernels call note(path, ...)
 
 It is made and used inside of one trace, whose values `note` gets; layers in loops have another.
 """
@@ -16,8 +16,8 @@ from vision_jax.trees.leaf import Leaf, Params, map_leaves
 from vision_jax.trees.products import Product
 
 Array = jax.Array
-# (path, x f[..., in], kernel f[..., in, out], their product f[..., out])
-Note = Callable[[str, Array, Array, Array], None]
+# (path, product, x f[..., in], kernel f[..., in, out], y f[..., out] = product(x, kernel))
+Note = Callable[[str, Product, Array, Array, Array], None]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["base"], meta_fields=["note"])
@@ -27,13 +27,13 @@ class Watched(Leaf):
 
     Attributes:
       base: f[..., in, out].
-      note: (x, kernel, product) -> None, called at each product as it is traced.
+      note: (product, x, kernel, y) -> None, called at each product as it is traced.
     """
 
     like_kernel: ClassVar[tuple[str, ...]] = ("base",)
 
     base: Array
-    note: Callable[[Array, Array, Array], None]
+    note: Callable[[Product, Array, Array, Array], None]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ class Watched(Leaf):
         """By the kernel."""
         del dropout_key
         y = product(x, self.base)
-        self.note(x, self.base, y)
+        self.note(product, x, self.base, y)
         return y
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from vision_jax.errors import UserError
 from vision_jax.generate.samples import digest
 from vision_jax.loaded import Loaded
-from vision_jax.serve.model import Found, compile_programs, make_servable
+from vision_jax.serve.model import Found, compile_programs, faster, make_servable
 
 
 class Detections(NamedTuple):
@@ -60,7 +60,7 @@ def make_detector(loaded: Loaded, rows: int, least: float) -> Detector:
     servable = make_servable(loaded)
     if servable.kind != "boxes":
         raise UserError(f"{loaded.origin} finds no boxes: watching takes a detector")
-    programs = compile_programs(servable, [rows])
+    programs = compile_programs(faster(servable, rows), [rows])
 
     def run(frames: Sequence[np.ndarray]) -> list[Detections]:
         views = [servable.look(pixels) for pixels in frames]
