@@ -7,6 +7,7 @@ it that plays one video over TCP.
 import base64
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
@@ -62,7 +63,15 @@ class Server:
     """
 
     def __init__(
-        self, pictures=(), *, then="teardown", moved="", pause=0.0, word="", host="127.0.0.1"
+        self,
+        pictures=(),
+        *,
+        then="teardown",
+        moved="",
+        pause=0.0,
+        word="",
+        host="127.0.0.1",
+        proof=None,
     ):
         """Begins to listen.
 
@@ -74,13 +83,18 @@ class Server:
           pause: seconds between pictures.
           word: NAME:PASSWORD that a client must have, by RFC 2617's basic scheme.
           host: where it listens.
+          proof: (certificate, key), files in PEM; then it speaks TLS, and its address is rtsps://.
         """
         self._packets = list(packets_of(pictures)) if len(pictures) else []
         self._then, self._pause, self._word = then, pause, word
         self.moves = {"/walk": moved} if moved else {}
         self._closed = threading.Event()
         self._socket = socket.create_server((host, 0))
-        self.address = f"rtsp://{host}:{self._socket.getsockname()[1]}/walk"
+        self._tls = None
+        if proof is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(*proof)
+        self.address = f"rtsp{'s' if proof else ''}://{host}:{self._socket.getsockname()[1]}/walk"
         self.asked: list[tuple[str, str]] = []
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
@@ -105,7 +119,11 @@ class Server:
                 thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection, connection.makefile("rb") as lines:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+            stack.enter_context(connection)
+            lines = stack.enter_context(connection.makefile("rb"))
             while request := lines.readline().split():
                 method, url = request[0].decode(), request[1].decode()
                 heads = {}
@@ -117,6 +135,8 @@ class Server:
                 connection.sendall(self._answer(method, path, heads))
                 if method == "PLAY":
                     self._play(connection)
+                    if isinstance(connection, ssl.SSLSocket):
+                        connection.unwrap()  # says that this is the end
                     return
 
     def _answer(self, method: str, path: str, heads: dict[str, str]) -> bytes:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import stat
+import subprocess
 
 import numpy as np
 import pytest
 
+from vision_jax.commands import watch
 from vision_jax.errors import UserError
 from vision_jax.video.frames import open_stream
 
@@ -113,6 +116,47 @@ def test_a_stream_is_watched_until_the_server_ends(tmp_path, capsys):
     assert all("clock" in one for one in events if one["event"] in ("start", "end"))
     assert (folder / "stills" / "000001.jpg").is_file()
     assert (folder / "index.html").is_file()
+
+
+def make_proof(folder):
+    """(certificate, key) of 127.0.0.1, signed by itself."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl")
+    files = certificate, key = folder / "certificate.pem", folder / "key.pem"
+    folder.mkdir()
+    subject = ["-subj", "/CN=camera", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    command += ["-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    return files
+
+
+def test_a_camera_proves_who_it_is_where_that_is_asked(greys, tmp_path):
+    proof, other = make_proof(tmp_path / "own"), make_proof(tmp_path / "other")
+    with Server(greys, proof=proof) as server:
+        for certificates in (None, proof[0]):
+            how = {"ahead": 100, "certificates": certificates}
+            with open_stream(server.address, **how) as stream:
+                assert len(take_all(stream)) == 25
+        asked = len(server.asked)
+        with pytest.raises(UserError, match=r"nothing in .*certificate\.pem proves") as error:
+            open_stream(server.address, certificates=other[0])
+        assert str(error.value).startswith(server.address)
+        assert "\n" not in str(error.value)
+        elsewhere = server.address.replace("127.0.0.1", "127.0.0.2")  # whose it is not
+        with pytest.raises(UserError):
+            open_stream(elsewhere, certificates=proof[0])
+        assert len(server.asked) == asked  # nothing was asked, no password sent
+        with pytest.raises(UserError, match=r"nothing\.pem: "):
+            open_stream(server.address, certificates=tmp_path / "nothing.pem")
+
+
+def test_certificates_are_for_rtsps_alone(tmp_path, capsys):
+    rules = tmp_path / "rules.toml"
+    rules.write_text(watching.RULES)
+    arguments = ["--model=embedded:nanodet_coco", f"--rules={rules}", f"--out={tmp_path / 'out'}"]
+    assert watch.main(["rtsp://127.0.0.1/x", *arguments, "--certificates=ca.pem"]) == 2
+    assert capsys.readouterr().err == "error: --certificates is of rtsps:// sources\n"
 
 
 # Cameras ------------------------------------------------------------------------------------------

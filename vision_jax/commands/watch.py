@@ -98,6 +98,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--timeout", type=float, default=30, metavar="S", help="without a frame: it has stalled"
     )
     parser.add_argument(
+        "--certificates",
+        type=expand,
+        metavar="PEM",
+        help="of whom an rtsps:// server's must be, or be signed by; else nobody looks who it is",
+    )
+    parser.add_argument(
         "--rows", type=int, metavar="N", help=f"frames of a batch; {ROWS}, on a CPU or live 1"
     )
     parser.add_argument(
@@ -127,6 +133,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     check_folder("--out", flags.out)
     if flags.to:
         check_folder("--to", flags.to)
+    if flags.certificates and not any(one.lower().startswith("rtsps://") for one in flags.sources):
+        raise UserError("--certificates is of rtsps:// sources")
     if flags.replay == bool(flags.sources):
         raise UserError("name a SOURCE to watch, or --replay with the --out of one; see --help")
     if not flags.replay:
@@ -170,6 +178,7 @@ def _run(flags: argparse.Namespace) -> int:
     with ExitStack() as stack:
         signals = stack.enter_context(_signals())
         how: dict[str, Any] = {"rate": flags.rate, "timeout": flags.timeout}
+        how["certificates"] = flags.certificates
         how |= {"most": flags.frames, "seconds": flags.duration, "stopped": lambda: bool(signals)}
         try:
             streams = [

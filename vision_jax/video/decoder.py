@@ -17,6 +17,7 @@ display matrix, nothing deinterlaced.
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import math
@@ -180,8 +181,19 @@ def _open(request: dict[str, Any]) -> Any:
         "allowed_media_types": "video",
         "timeout": str(int(timeout * 1e6)),
     }
+    certificates = request["certificates"]
+    if certificates:
+        options |= {"tls_verify": "1", "ca_file": certificates}
     named = _peers_named(address)
-    container = av.open(address, options=options, timeout=timeout, metadata_errors="replace")
+    try:
+        container = av.open(address, options=options, timeout=timeout, metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        if certificates and error.errno == errno.EIO:  # FFmpeg says no more
+            raise Refused(
+                f"it can't be watched safely ({_words(error)}): nothing in {certificates} proves"
+                " that it is this host, or it speaks no TLS"
+            ) from None
+        raise
     _refuse_others(named | _peers_named(address))
     return container
 

@@ -44,7 +44,8 @@ from vision_jax.errors import UserError, printable
 from vision_jax.files import expand, open_regular, read_text
 
 TIMES = "times.csv"  # in a folder of frames
-RTSP = ("rtsp://", "rtsps://")
+SECURE = "rtsps://"
+RTSP = ("rtsp://", SECURE)
 DECODER = Path(__file__).with_name("decoder.py")
 MOST_LINE = 10_000  # bytes of a message
 MOST_SECONDS = 10**9  # of a time in times.csv
@@ -278,6 +279,7 @@ def open_stream(
     most: int | None = None,
     seconds: Fraction | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    certificates: Path | None = None,
 ) -> Stream:
     """Opens a source.
 
@@ -290,6 +292,8 @@ def open_stream(
       most: frames that are taken.
       seconds: of the source that are taken.
       stopped: whether nothing more is wanted; asked while nothing comes, too.
+      certificates: a file in PEM. An rtsps:// server must have a certificate for its host that is
+        one of these or signed by one; None: nobody looks who it is.
 
     Raises:
       UserError: no such source, or no frame can be had of it.
@@ -327,7 +331,11 @@ def open_stream(
         "timeout": timeout + LATER,
         "most_pixels": MAX_PIXELS,
         "most_side": limits.SIDE,
+        "certificates": None,
     }
+    if certificates is not None and source.lower().startswith(SECURE):
+        open_regular(certificates).close()  # says why it can't be read
+        request["certificates"] = str(certificates.absolute())
     said = tempfile.TemporaryFile()  # noqa: SIM115  # the generator below closes it
     process = subprocess.Popen(
         [sys.executable, "-P", str(DECODER)],
