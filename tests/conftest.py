@@ -15,6 +15,7 @@ import functools
 import gc
 import os
 import secrets
+import unittest.mock
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -102,6 +103,17 @@ def pytest_collection_modifyitems(config, items):
     left_out = set(many) - set(many[first - 1 :: step])
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """What a test, or a command that it calls, sets in the environment ends with it.
+
+    A runtime of exported files sets XLA_FLAGS for its process; children of later tests had one
+    device each.
+    """
+    with unittest.mock.patch.dict(os.environ):
+        yield
 
 
 def pytest_collection_finish():
