@@ -29,7 +29,7 @@ STEPS = """
 import resource
 import sys
 from vision_jax import machine
-kept = machine.keep_memory() if sys.argv[1] == "keep" else None
+kept = None if sys.argv[1] == "leave" else machine.keep_memory(one_heap=sys.argv[1] == "one heap")
 import jax
 step = jax.jit(lambda x: (x @ x.T) @ x)  # 64 MB of temporaries
 x = jax.numpy.ones((4096, 64))
@@ -132,8 +132,9 @@ def test_the_users_own_cache_comes_first(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.skipif(machine._glibc() is None, reason="Linux with glibc")
-def test_a_step_computes_in_the_memory_of_the_one_before():
-    kept, faults = run(STEPS, "keep").split()
+@pytest.mark.parametrize("heaps", ["one heap", "its own heaps"])
+def test_a_step_computes_in_the_memory_of_the_one_before(heaps):
+    kept, faults = run(STEPS, heaps).split()
     plain = int(run(STEPS, "leave").split()[1])
     assert kept == "True"
     assert plain > 8_000  # pages of the temporaries

@@ -9,6 +9,7 @@ import pytest
 
 from vision_jax.data import detection_transforms
 from vision_jax.data.detection_transforms import (
+    STRIP,
     DetectionAugmentation,
     DetectionPreprocessing,
     choose_bucket,
@@ -21,11 +22,13 @@ from vision_jax.data.detection_transforms import (
     flip_boxes,
     flip_image,
     random_window,
+    resize_image,
     resized_size,
     scale_boxes,
     to_cxcywh_01,
 )
 from vision_jax.errors import UserError
+from vision_jax.ops.resize import bilinear_weights
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -377,3 +380,15 @@ def test_flips_and_crops_come_as_often_as_asked(monkeypatch, rng):
         flipped += int(new[0, -1, 0]) > int(new[0, 0, 0])
     assert 65 <= len(windows) <= 135  # 100 ± 4 deviations
     assert 120 <= flipped <= 240  # half of 400, but some windows show one color only
+
+
+@pytest.mark.parametrize("height", [1, STRIP - 1, STRIP, STRIP + 1, 2 * STRIP + 1])
+def test_resizing_without_antialiasing_is_the_same_for_any_number_of_strips(height, rng):
+    """Within half a level of its formula in float64, and of rounding."""
+    image = rng.integers(0, 256, (*rng.integers(1, 90, 2), 3), np.uint8)
+    size = height, int(rng.integers(1, 70))
+    rows, columns = map(bilinear_weights, image.shape[:2], size)
+    want = np.einsum("Hh,hwc,Ww->HWc", rows, image.astype(np.float64), columns)
+    got = resize_image(image, size, "bilinear_aliased")
+    assert got.dtype == np.uint8
+    assert np.abs(got - want).max() <= 0.5 + 1e-4

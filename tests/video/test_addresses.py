@@ -143,20 +143,29 @@ def test_a_camera_proves_who_it_is_where_that_is_asked(greys, tmp_path):
             open_stream(server.address, certificates=other[0])
         assert str(error.value).startswith(server.address)
         assert "\n" not in str(error.value)
-        elsewhere = server.address.replace("127.0.0.1", "127.0.0.2")  # whose it is not
-        with pytest.raises(UserError):
-            open_stream(elsewhere, certificates=proof[0])
         assert len(server.asked) == asked  # nothing was asked, no password sent
-        with pytest.raises(UserError, match=r"nothing\.pem: "):
-            open_stream(server.address, certificates=tmp_path / "nothing.pem")
+        for name, content in (("nothing.pem", None), ("empty.pem", ""), ("key.pem", "a key")):
+            path = tmp_path / name
+            if content is not None:
+                path.write_text(content)
+            with pytest.raises(UserError, match=f"{name}: "):
+                open_stream(server.address, certificates=path)
+        with open_stream(server.address.upper().replace("WALK", "walk"), ahead=100) as stream:
+            assert len(take_all(stream)) == 25
+    with Server(greys, proof=proof, host="127.0.0.2") as server:  # whose certificate it is not
+        with pytest.raises(UserError, match=r"proves that it is 127\.0\.0\.2"):
+            open_stream(server.address, certificates=proof[0])
+        assert server.asked == []
 
 
 def test_certificates_are_for_rtsps_alone(tmp_path, capsys):
     rules = tmp_path / "rules.toml"
     rules.write_text(watching.RULES)
     arguments = ["--model=embedded:nanodet_coco", f"--rules={rules}", f"--out={tmp_path / 'out'}"]
-    assert watch.main(["rtsp://127.0.0.1/x", *arguments, "--certificates=ca.pem"]) == 2
-    assert capsys.readouterr().err == "error: --certificates is of rtsps:// sources\n"
+    sources = ["rtsps://127.0.0.1/x", "rtsp://127.0.0.1/x"]
+    assert watch.main([*sources, *arguments, "--certificates=ca.pem"]) == 2
+    said = "--certificates is of rtsps:// sources, and rtsp://127.0.0.1/x is none"
+    assert capsys.readouterr().err == f"error: {said}: leave one out\n"
 
 
 # Cameras ------------------------------------------------------------------------------------------

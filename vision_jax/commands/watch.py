@@ -101,7 +101,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--certificates",
         type=expand,
         metavar="PEM",
-        help="of whom an rtsps:// server's must be, or be signed by; else nobody looks who it is",
+        help="a file of certificates, of which an rtsps:// server must have one, or one signed by"
+        " them; without it nobody checks who answers",
     )
     parser.add_argument(
         "--rows", type=int, metavar="N", help=f"frames of a batch; {ROWS}, on a CPU or live 1"
@@ -133,8 +134,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     check_folder("--out", flags.out)
     if flags.to:
         check_folder("--to", flags.to)
-    if flags.certificates and not any(one.lower().startswith("rtsps://") for one in flags.sources):
-        raise UserError("--certificates is of rtsps:// sources")
+    for source in flags.sources if flags.certificates else ():
+        if not source.lower().startswith("rtsps://"):
+            raise UserError(
+                f"--certificates is of rtsps:// sources, and {source} is none: leave one out"
+            )
     if flags.replay == bool(flags.sources):
         raise UserError("name a SOURCE to watch, or --replay with the --out of one; see --help")
     if not flags.replay:

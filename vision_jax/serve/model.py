@@ -5,6 +5,7 @@ answers are predict's. A batch has as many rows as one of a few sizes, the last 
 detector's has one of its canvases too. Each pair is one program.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -163,11 +164,11 @@ def faster(servable: Servable, rows: int) -> Servable:
 
     Args:
       servable: what is served.
-      rows: of its batches.
+      rows: of its batches, by which kernels are chosen, so last bits depend on it.
     """
     if platform.current() != "cpu":
         return servable
-    batch = _batch([], rows, max(servable.canvases), servable.channels)
+    batch = _batch([], rows, max(servable.canvases, key=math.prod), servable.channels)
 
     def apply(params: Any, batch: Mapping[str, Any]) -> Any:
         return servable.outputs({**servable.variables, "params": params}, batch)

@@ -107,8 +107,8 @@ def transform(params: Params, apply: Callable[..., Any], *arguments: Any) -> Par
 
 
 def _may_gain(leaf: Kernel) -> bool:
-    """Whether a leaf is a plain kernel of 3 x 3 and wide enough."""
-    plain = not isinstance(leaf, Leaf) and leaf.ndim == 4
+    """Whether a leaf is a plain kernel of 3 x 3, wide enough, with room for the sums' digits."""
+    plain = not isinstance(leaf, Leaf) and leaf.ndim == 4 and leaf.dtype not in HALF
     return plain and leaf.shape[:2] == (3, 3) and min(leaf.shape[2:]) >= NARROW
 
 

@@ -191,7 +191,8 @@ def _open(request: dict[str, Any]) -> Any:
         if certificates and error.errno == errno.EIO:  # FFmpeg says no more
             raise Refused(
                 f"it can't be watched safely ({_words(error)}): nothing in {certificates} proves"
-                " that it is this host, or it speaks no TLS"
+                f" that it is {urlsplit(address).hostname}; name the host as its certificate does,"
+                " see openssl x509 -noout -ext subjectAltName"
             ) from None
         raise
     _refuse_others(named | _peers_named(address))

@@ -61,6 +61,7 @@ def make_detector(loaded: Loaded, rows: int, least: float) -> Detector:
     if servable.kind != "boxes":
         raise UserError(f"{loaded.origin} finds no boxes: watching takes a detector")
     programs = compile_programs(faster(servable, rows), [rows])
+    servable = programs.servable
 
     def run(frames: Sequence[np.ndarray]) -> list[Detections]:
         views = [servable.look(pixels) for pixels in frames]

@@ -22,6 +22,7 @@ import math
 import os
 import re
 import signal
+import ssl
 import stat
 import subprocess
 import sys
@@ -301,7 +302,8 @@ def open_stream(
     how: dict[str, Any] = {"ahead": ahead, "timeout": timeout, "most": most, "seconds": seconds}
     how["stopped"] = stopped
     if source.lower().startswith(RTSP):
-        kind, address = "address", source
+        scheme, _, rest = source.partition("://")
+        kind, address = "address", f"{scheme.lower()}://{rest}"
     elif "://" in source:
         raise UserError(
             f"{without_secrets(source)}: a source is a video file, a folder of frames, a camera or "
@@ -335,6 +337,10 @@ def open_stream(
     }
     if certificates is not None and source.lower().startswith(SECURE):
         open_regular(certificates).close()  # says why it can't be read
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(certificates)
+        except (OSError, ValueError):
+            raise UserError(f"{certificates}: it has no certificate in PEM") from None
         request["certificates"] = str(certificates.absolute())
     said = tempfile.TemporaryFile()  # noqa: SIM115  # the generator below closes it
     process = subprocess.Popen(
