@@ -162,7 +162,7 @@ def test_certificates_are_for_rtsps_alone(tmp_path, capsys):
     rules = tmp_path / "rules.toml"
     rules.write_text(watching.RULES)
     arguments = ["--model=embedded:nanodet_coco", f"--rules={rules}", f"--out={tmp_path / 'out'}"]
-    sources = ["rtsps://127.0.0.1/x", "rtsp://127.0.0.1/x"]
+    sources = ["rtsps://127.0.0.1/x", "rtsp://me:secret@127.0.0.1/x"]
     assert watch.main([*sources, *arguments, "--certificates=ca.pem"]) == 2
     said = "--certificates is of rtsps:// sources, and rtsp://127.0.0.1/x is none"
     assert capsys.readouterr().err == f"error: {said}: leave one out\n"

@@ -134,11 +134,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     check_folder("--out", flags.out)
     if flags.to:
         check_folder("--to", flags.to)
-    for source in flags.sources if flags.certificates else ():
-        if not source.lower().startswith("rtsps://"):
-            raise UserError(
-                f"--certificates is of rtsps:// sources, and {source} is none: leave one out"
-            )
+    if flags.certificates:
+        from vision_jax.video.frames import SECURE, without_secrets
+
+        for source in flags.sources:
+            if not source.lower().startswith(SECURE):
+                name = without_secrets(source)
+                raise UserError(
+                    f"--certificates is of {SECURE} sources, and {name} is none: leave one out"
+                )
     if flags.replay == bool(flags.sources):
         raise UserError("name a SOURCE to watch, or --replay with the --out of one; see --help")
     if not flags.replay:
