@@ -403,7 +403,9 @@ def _run(arguments: Sequence[str]) -> int:
     if flags["devices"]:
         os.environ["JAX_PLATFORMS"] = "cpu"
         count = f"--xla_force_host_platform_device_count={flags['devices']}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+        # The last one counts, and XLA reads no flag behind a word that is none
+        # (findings/xla_flags_end_at_a_word.sh).
+        os.environ["XLA_FLAGS"] = f"{count} {os.environ.get('XLA_FLAGS', '')} {count}"
     if name in COMPUTING:
         from vision_jax import machine
 
